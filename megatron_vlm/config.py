@@ -1,0 +1,229 @@
+"""The configuration tree: every key, its default and its meaning; `cli.py` reads it and `validate` checks it.
+
+Keys follow megatron-core's words where it has them. Nothing here imports torch, so that `--help` and refusals are quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+PART_NAMES = ("language_model", "vision_tower", "audio_tower", "projector")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The model and how it is held."""
+
+    hf_path: str
+    """Directory with config.json, tokenizer and processor files, and weights if `load_weights` is true."""
+    load_weights: bool = True
+    """Start from the weights in `hf_path`; false starts from random weights."""
+    text_only: bool = False
+    """Take only the language model out of a multimodal directory and train that."""
+    vision_parallelism: Literal["tensor", "data"] = "tensor"
+    """Vision tower over the tensor-parallel ranks: split by heads (tensor), or each rank encodes a share of the images
+    with a whole tower (data)."""
+    freeze: list[str] = field(default_factory=list)
+    """Parts that do not train: language_model, vision_tower, audio_tower, projector."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass: none, attention only (selective), or whole layers (full)."""
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """How the model and the batch are divided; world size = tensor x pipeline x context x data."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer's heads, feed-forward columns and vocabulary rows."""
+    sequence_parallel: bool = False
+    """Also split norms and residuals along the sequence over the tensor-parallel ranks; no effect when there is one."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks in a row, each holding some of the decoder layers."""
+    virtual_pipeline_model_parallel_size: int = 1
+    """Chunks per pipeline rank (interleaved schedule)."""
+    pipeline_layout: list[int] | None = None
+    """Decoder layers of each global chunk (pipeline size x virtual size numbers, zeros allowed); null splits evenly."""
+    context_parallel_size: int = 1
+    """Ranks that share one sequence; not built yet, must be 1."""
+    expert_model_parallel_size: int = 1
+    """Ranks that share the experts; not built yet, must be 1."""
+    expert_tensor_parallel_size: int = 1
+    """Ranks that share each expert; not built yet, must be 1."""
+    use_distributed_optimizer: bool = True
+    """Split optimizer state and main weights over the data-parallel ranks (needs adamw)."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass runs (needs the distributed optimizer)."""
+    distributed_timeout_minutes: int = 10
+    """Minutes after which a collective that does not finish ends the run."""
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One data set of a blend."""
+
+    path: str
+    """JSONL file; image paths in it are relative to its folder."""
+    weight: float = 1.0
+    """Share in the blend, relative to the other sources."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What is read and how it becomes rows of tokens."""
+
+    train: list[DataSource]
+    """Training sources: a list of {path, weight}."""
+    seq_length: int
+    """Most tokens that one row may have."""
+    valid: list[DataSource] = field(default_factory=list)
+    """Held-out sources; empty means no evaluation."""
+    packing: bool = False
+    """Several samples in one row; not built yet, must be false."""
+    too_long: Literal["drop", "truncate", "error"] = "drop"
+    """Samples longer than seq_length: leave out, cut at a turn boundary (never inside an image), or exit."""
+    min_pixels: int | None = None
+    """Fewest pixels of an image; null keeps the processor's own value."""
+    max_pixels: int | None = None
+    """Most pixels of an image; null keeps the processor's own value."""
+    num_workers: int = 2
+    """Processes per rank that read and decode; 0 reads in the training process."""
+    shuffle: bool = True
+    """Shuffle by train.seed; false reads rows in file order."""
+    strict: bool = False
+    """Exit on the first bad row instead of keeping its slot without weight and counting it."""
+    max_bad_fraction: float = 0.01
+    """Share of bad rows past which the run ends (strict: false)."""
+    allow_urls: bool = False
+    """Fetch images given as http(s) URLs; false refuses them."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Length, batch, precision and rhythm of a run."""
+
+    train_iters: int
+    """Optimizer steps of the whole run."""
+    global_batch_size: int
+    """Rows per optimizer step, over all ranks."""
+    micro_batch_size: int = 1
+    """Rows per forward pass of one rank."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Type of parameters and activations; gradients and main weights are fp32 in both."""
+    seed: int = 1234
+    """Seed of the initial weights and of the data order."""
+    eval_interval: int | None = None
+    """Steps between evaluations on data.valid; null evaluates only after the last step."""
+    eval_iters: int = 10
+    """Global batches per evaluation."""
+    log_interval: int = 1
+    """Steps between log lines."""
+    exit_interval: int | None = None
+    """Save and stop after this many steps of this start; the schedule still spans train_iters."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient norm is not finite: end the run and name the batch, or leave the update out."""
+    deterministic: bool = False
+    """Ask torch for deterministic algorithms only."""
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """The update rule and its schedule."""
+
+    name: Literal["adamw", "sgd", "muon"] = "adamw"
+    """adamw, or sgd without momentum; muon is not built yet."""
+    lr: float = 1e-5
+    """Highest learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of a decaying schedule."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; one-dimensional parameters (norms, biases) have none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's two moments."""
+    eps: float = 1e-8
+    """Added to AdamW's denominator."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 disables clipping."""
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
+    """Shape after the warm-up; wsd holds lr and decays over the last wsd_decay_iters steps."""
+    warmup_iters: int = 0
+    """Steps of linear warm-up from 0."""
+    wsd_decay_iters: int | None = None
+    """Steps of the decay of schedule wsd; null is a tenth of train_iters."""
+    lr_multipliers: dict[str, float] = field(default_factory=dict)
+    """Factor on the learning rate per part, for example {vision_tower: 0.1}."""
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """What is saved, loaded and exported."""
+
+    save_interval: int | None = None
+    """Steps between checkpoints; null saves only the last."""
+    load: str | None = None
+    """Run folder or checkpoint whose weights (only the weights) a new run starts from."""
+    keep_last: int | None = None
+    """Newest checkpoints to keep; null keeps all."""
+    async_save: bool = True
+    """Write checkpoints in the background while training goes on."""
+    export_hf: str | None = None
+    """Directory that receives the model in HF format after the last step; must be empty or absent."""
+
+
+@dataclass(frozen=True)
+class LoggingSettings:
+    """Where figures go besides the console and metrics.jsonl."""
+
+    tensorboard: bool = False
+    """Write TensorBoard events under run_dir/tensorboard."""
+    wandb: str | None = None
+    """Weights & Biases project to log to; null is off."""
+    profile: list[int] | None = None
+    """First and last step of a torch.profiler trace, written under run_dir/profile; null is off."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    run_dir: str
+    """Folder that receives everything the run writes; starting again with the same folder resumes."""
+    model: ModelSettings
+    data: DataSettings
+    train: TrainSettings
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    logging: LoggingSettings = field(default_factory=LoggingSettings)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain dictionaries, lists and scalars, in declaration order."""
+    plain = dataclasses.asdict(config)
+    plain["optimizer"]["betas"] = list(config.optimizer.betas)
+    return plain
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML; `--config` reads it back to an equal `Config`."""
+    import yaml
+
+    text: str = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def load_config(argv: list[str]) -> Config:
+    """Read and validate a configuration from command-line arguments (see `megatron_vlm.cli`).
+
+    Args:
+        argv: arguments after the program's name, for example `["--config", "run.yaml", "--optimizer.lr", "1e-4"]`.
+
+    Raises:
+        ConfigError: a key is unknown, missing, ill-typed, or its value cannot work; all such problems in one message.
+    """
+    from megatron_vlm.cli import parse_command_line
+
+    return parse_command_line(argv).config

@@ -1,0 +1,181 @@
+"""Checks of a configuration that need no model, no data and no devices; all problems are reported together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from megatron_vlm.config import PART_NAMES, Config
+from megatron_vlm.errors import ConfigError, UserError, combine
+
+
+def validate(config: Config) -> None:
+    """Check every value, alone and against the others.
+
+    Raises:
+        ConfigError: lists every problem found, each with its key and a remedy.
+    """
+    problems: list[UserError] = [
+        *_ranges(config),
+        *_not_built(config),
+        *_model(config),
+        *_parallel(config),
+        *_data(config),
+        *_train(config),
+        *_optimizer(config),
+    ]
+    if problems:
+        raise combine(ConfigError, problems)
+
+
+def _ranges(config: Config) -> Iterator[UserError]:
+    """Numbers that must be at least something."""
+    parallel, data, train = config.parallel, config.data, config.train
+    optimizer, checkpoint = config.optimizer, config.checkpoint
+    at_least: list[tuple[str, float | None, float]] = [
+        ("parallel.tensor_model_parallel_size", parallel.tensor_model_parallel_size, 1),
+        ("parallel.pipeline_model_parallel_size", parallel.pipeline_model_parallel_size, 1),
+        ("parallel.virtual_pipeline_model_parallel_size", parallel.virtual_pipeline_model_parallel_size, 1),
+        ("parallel.distributed_timeout_minutes", parallel.distributed_timeout_minutes, 1),
+        ("data.seq_length", data.seq_length, 2),
+        ("data.min_pixels", data.min_pixels, 1),
+        ("data.max_pixels", data.max_pixels, 1),
+        ("data.num_workers", data.num_workers, 0),
+        ("train.train_iters", train.train_iters, 1),
+        ("train.global_batch_size", train.global_batch_size, 1),
+        ("train.micro_batch_size", train.micro_batch_size, 1),
+        ("train.seed", train.seed, 0),
+        ("train.eval_interval", train.eval_interval, 1),
+        ("train.eval_iters", train.eval_iters, 1),
+        ("train.log_interval", train.log_interval, 1),
+        ("train.exit_interval", train.exit_interval, 1),
+        ("optimizer.lr", optimizer.lr, 0),
+        ("optimizer.min_lr", optimizer.min_lr, 0),
+        ("optimizer.weight_decay", optimizer.weight_decay, 0),
+        ("optimizer.clip_grad", optimizer.clip_grad, 0),
+        ("optimizer.warmup_iters", optimizer.warmup_iters, 0),
+        ("optimizer.wsd_decay_iters", optimizer.wsd_decay_iters, 1),
+        ("checkpoint.save_interval", checkpoint.save_interval, 1),
+        ("checkpoint.keep_last", checkpoint.keep_last, 1),
+    ]
+    for key, value, least in at_least:
+        if value is not None and not (value >= least and math.isfinite(value)):
+            yield ConfigError(f"{key} is {value}", fix=f"give a number of at least {least}")
+
+
+def _not_built(config: Config) -> Iterator[UserError]:
+    """Keys that exist but whose feature is not built yet."""
+    parallel = config.parallel
+    for name in ("context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"):
+        if getattr(parallel, name) != 1:
+            yield ConfigError(
+                f"parallel.{name} is {getattr(parallel, name)}, which is not built yet", fix="set it to 1"
+            )
+    if config.data.packing:
+        yield ConfigError("data.packing is true, which is not built yet", fix="set it to false")
+    if config.optimizer.name == "muon":
+        yield ConfigError("optimizer.name muon is not built yet", fix="use adamw or sgd")
+
+
+def _model(config: Config) -> Iterator[UserError]:
+    freeze = config.model.freeze
+    for name in freeze:
+        if name not in PART_NAMES:
+            yield ConfigError(
+                f"model.freeze names {name!r}, which is no part", fix=f"parts are {', '.join(PART_NAMES)}"
+            )
+    if "language_model" in freeze and (config.model.text_only or {"vision_tower", "projector"} <= set(freeze)):
+        yield ConfigError("model.freeze leaves nothing to train", fix="take a part out of the list")
+
+
+def _parallel(config: Config) -> Iterator[UserError]:
+    parallel = config.parallel
+    pipeline, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    if virtual > 1 and pipeline == 1:
+        yield ConfigError(
+            f"parallel.virtual_pipeline_model_parallel_size is {virtual} with a pipeline of one rank",
+            fix="set it to 1, or pipeline_model_parallel_size to 2 or more",
+        )
+    layout = parallel.pipeline_layout
+    if layout is not None and len(layout) != pipeline * virtual:
+        yield ConfigError(
+            f"parallel.pipeline_layout has {len(layout)} entries",
+            fix=f"give one per chunk: {pipeline} pipeline ranks x {virtual} virtual = {pipeline * virtual}",
+        )
+    if layout is not None and any(count < 0 for count in layout):
+        yield ConfigError(f"parallel.pipeline_layout {layout} has a negative entry", fix="use 0 for no layers")
+    if config.optimizer.name == "sgd" and parallel.use_distributed_optimizer:
+        yield ConfigError(
+            "optimizer.name sgd does not work with parallel.use_distributed_optimizer true",
+            fix="set parallel.use_distributed_optimizer to false, or optimizer.name to adamw",
+        )
+    if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:
+        yield ConfigError(
+            "parallel.overlap_param_gather needs the distributed optimizer",
+            fix="set parallel.use_distributed_optimizer to true, or overlap_param_gather to false",
+        )
+    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
+        yield ConfigError(
+            "parallel.overlap_param_gather needs parallel.overlap_grad_reduce", fix="set overlap_grad_reduce to true"
+        )
+
+
+def _data(config: Config) -> Iterator[UserError]:
+    data = config.data
+    if not data.train:
+        yield ConfigError("data.train is empty", fix="list at least one {path, weight}")
+    for key, sources in (("data.train", data.train), ("data.valid", data.valid)):
+        for source in sources:
+            if not (source.weight > 0 and math.isfinite(source.weight)):
+                yield ConfigError(f"{key}: the weight of {source.path} is {source.weight}", fix="give a number above 0")
+    if data.min_pixels and data.max_pixels and data.min_pixels > data.max_pixels:
+        yield ConfigError(f"data.min_pixels {data.min_pixels} is above data.max_pixels {data.max_pixels}")
+    if not 0 <= data.max_bad_fraction <= 1:
+        yield ConfigError(f"data.max_bad_fraction is {data.max_bad_fraction}", fix="give a share between 0 and 1")
+
+
+def _train(config: Config) -> Iterator[UserError]:
+    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
+    if micro >= 1 and batch >= 1 and batch % micro:
+        yield ConfigError(
+            f"train.global_batch_size {batch} is not a multiple of train.micro_batch_size {micro}",
+            fix=f"use a global batch of {nearest_multiples(batch, micro)}, or a micro batch that divides {batch}",
+        )
+    profile = config.logging.profile
+    if profile is not None and not (len(profile) == 2 and 1 <= profile[0] <= profile[1]):
+        yield ConfigError(f"logging.profile is {profile}", fix="give [first step, last step], counted from 1")
+
+
+def _optimizer(config: Config) -> Iterator[UserError]:
+    optimizer, iters = config.optimizer, config.train.train_iters
+    if optimizer.min_lr > optimizer.lr:
+        yield ConfigError(f"optimizer.min_lr {optimizer.min_lr} is above optimizer.lr {optimizer.lr}")
+    if optimizer.warmup_iters > iters:
+        yield ConfigError(
+            f"optimizer.warmup_iters {optimizer.warmup_iters} is more than train.train_iters {iters}",
+            fix=f"use at most {iters}",
+        )
+    decay = optimizer.wsd_decay_iters
+    if decay is not None and optimizer.schedule != "wsd":
+        yield ConfigError("optimizer.wsd_decay_iters has no effect", fix="set optimizer.schedule to wsd, or remove it")
+    elif decay is not None and optimizer.warmup_iters + decay > iters:
+        yield ConfigError(
+            f"optimizer.warmup_iters {optimizer.warmup_iters} + wsd_decay_iters {decay} exceed train_iters {iters}"
+        )
+    if not all(0 <= beta < 1 for beta in optimizer.betas):
+        yield ConfigError(f"optimizer.betas are {list(optimizer.betas)}", fix="give two numbers from 0 to below 1")
+    if optimizer.eps <= 0:
+        yield ConfigError(f"optimizer.eps is {optimizer.eps}", fix="give a number above 0")
+    for name, factor in optimizer.lr_multipliers.items():
+        if name not in PART_NAMES:
+            yield ConfigError(
+                f"optimizer.lr_multipliers names {name!r}, which is no part", fix=f"parts are {', '.join(PART_NAMES)}"
+            )
+        elif not (factor >= 0 and math.isfinite(factor)):
+            yield ConfigError(f"optimizer.lr_multipliers.{name} is {factor}", fix="give a number of at least 0")
+
+
+def nearest_multiples(number: int, divisor: int) -> str:
+    """The multiples of `divisor` around `number` that are above 0, in words."""
+    below = number // divisor * divisor
+    return f"{below} or {below + divisor}" if below else f"{divisor}"
