@@ -64,13 +64,20 @@ def parse_command_line(argv: list[str], program: str = "pretrain_vlm.py") -> Com
 
 
 def valid_keys(settings: type = Config, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key of the tree with its type; sections are included with their dataclass."""
+    """Every dotted key with its type: sections, their keys, and the keys of list items (data.train.path)."""
     keys: dict[str, Any] = {}
     for name, kind in typing.get_type_hints(settings).items():
         keys[prefix + name] = kind
-        if dataclasses.is_dataclass(kind):
-            keys.update(valid_keys(typing.cast(type, kind), f"{prefix}{name}."))
+        nested = kind if dataclasses.is_dataclass(kind) else _item_type(kind)
+        if nested:
+            keys.update(valid_keys(nested, f"{prefix}{name}."))
     return keys
+
+
+def _item_type(kind: Any) -> type | None:
+    """The dataclass that a list type holds, if it holds one."""
+    held = next(iter(typing.get_args(kind)), None)
+    return held if typing.get_origin(kind) is list and dataclasses.is_dataclass(held) else None
 
 
 def _refuse_unknown_keys(argv: list[str]) -> None:
@@ -80,23 +87,20 @@ def _refuse_unknown_keys(argv: list[str]) -> None:
     for position, argument in enumerate(argv):
         if not re.match(r"--?[a-zA-Z]", argument):
             continue
-        name, _, value = argument.lstrip("-").partition("=")
+        name, equals, value = argument.lstrip("-").partition("=")
+        name = name.removesuffix("+").removesuffix(".help")
+        value = value if equals else "".join(argv[position + 1 : position + 2])
         if name == "config":
-            path = value or "".join(argv[position + 1 : position + 2])
-            problems += [_unknown(key, path, keys) for key in _unknown_in_yaml(path, keys)]
-        elif name not in _SWITCHES and not _is_known(name.removesuffix("+").removesuffix(".help"), keys):
-            problems.append(_unknown(name.removesuffix("+"), "command line", keys))
+            problems += [_unknown(key, value, keys) for key in _unknown_in(_read_yaml(value), "", keys)]
+        elif name not in _SWITCHES:
+            unknown = _unknown_in(_override_value(value, keys.get(name)), name, keys)
+            problems += [_unknown(key, "command line", keys) for key in unknown]
     if problems:
         raise combine(ConfigError, problems)
 
 
-def _is_known(name: str, keys: dict[str, Any]) -> bool:
-    """Whether `name` is a key, or an entry of a key that holds a dictionary."""
-    parent = name.rpartition(".")[0]
-    return name in keys or (parent in keys and typing.get_origin(keys[parent]) is dict)
-
-
-def _unknown_in_yaml(path: str, keys: dict[str, Any]) -> Iterator[str]:
+def _read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a configuration file."""
     import yaml
 
     try:
@@ -111,45 +115,57 @@ def _unknown_in_yaml(path: str, keys: dict[str, Any]) -> Iterator[str]:
         raise ConfigError(f"not valid YAML: {getattr(error, 'problem', None) or error}", where=where) from None
     if not isinstance(content, dict):
         raise ConfigError("the configuration file holds no mapping of keys to values", where=path)
-    yield from _unknown_in_mapping(content, "", keys)
+    content.pop("dry_run", None)  # --print_config writes it
+    return content
 
 
-def _unknown_in_mapping(content: dict[Any, Any], prefix: str, keys: dict[str, Any]) -> Iterator[str]:
-    for name, value in content.items():
-        key = f"{prefix}{name}"
-        if not prefix and name in ("config", "dry_run"):
-            continue
-        if not _is_known(key, keys):
-            yield key
-        elif isinstance(value, dict) and typing.get_origin(keys.get(key)) is not dict:
-            yield from _unknown_in_mapping(value, f"{key}.", keys)
-        elif isinstance(value, list):
-            yield from _unknown_in_items(value, key, keys)
+def _override_value(text: str, kind: Any) -> Any:
+    """The value of an override whose own keys need a look: a list of data sources; None for any other."""
+    import yaml
+
+    if not _item_type(kind):
+        return None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None  # jsonargparse reports it with the key
 
 
-def _unknown_in_items(items: list[Any], key: str, keys: dict[str, Any]) -> Iterator[str]:
-    """Unknown keys inside a list of dataclasses, such as data.train."""
-    item_types = [kind for kind in typing.get_args(keys.get(key)) if dataclasses.is_dataclass(kind)]
-    known = {entry.name for kind in item_types for entry in dataclasses.fields(kind)}
-    for item in items:
-        if known and isinstance(item, dict):
-            yield from (f"{key}.{name}" for name in item if name not in known)
+def _unknown_in(value: Any, key: str, keys: dict[str, Any]) -> Iterator[str]:
+    """Dotted names at or below `key` that the tree does not have.
+
+    Raises:
+        ConfigError: a list of data sources holds something else; jsonargparse would import a class named there.
+    """
+    parent_is_dict = typing.get_origin(keys.get(key.rpartition(".")[0])) is dict
+    if key and key not in keys and not parent_is_dict:
+        yield key
+    elif isinstance(value, dict) and typing.get_origin(keys.get(key)) is not dict:
+        for name, child in value.items():
+            yield from _unknown_in(child, f"{key}.{name}" if key else str(name), keys)
+    elif isinstance(value, list) and _item_type(keys.get(key)):
+        for item in value:
+            if not isinstance(item, dict):
+                raise ConfigError(f"{key} cannot hold {item!r}", fix=f"expected {_words(keys[key])}")
+            yield from _unknown_in(item, key, keys)
 
 
 def _unknown(key: str, where: str, keys: dict[str, Any]) -> ConfigError:
     nearest = nearest_key(key, keys)
-    return ConfigError(
-        f"unknown key {key}", where=where, fix=f"did you mean {nearest}?" if nearest else "--help lists every key"
-    )
+    section = key.rpartition(".")[0]
+    if nearest:
+        fix = f"did you mean {nearest}?"
+    elif section in keys:
+        fix = f"{section} has " + ", ".join(name.rpartition(".")[2] for name in keys if name.startswith(f"{section}."))
+    else:
+        fix = "--help lists every key"
+    return ConfigError(f"unknown key {key}", where=where, fix=fix)
 
 
 def nearest_key(key: str, keys: dict[str, Any]) -> str | None:
     """The valid key that looks most like `key`, also when its section is missing or wrong."""
-    candidates = dict.fromkeys([*keys, "dry_run", "print_config"])
-    for name, kind in keys.items():
-        for item in typing.get_args(kind):
-            if dataclasses.is_dataclass(item):
-                candidates.update(dict.fromkeys(f"{name}.{entry.name}" for entry in dataclasses.fields(item)))
+    candidates = [name for name, kind in keys.items() if "." not in key or not dataclasses.is_dataclass(kind)]
+    candidates += ["dry_run", "print_config"]
     last_name = key.rpartition(".")[2]
     same_name = [name for name in candidates if name.rpartition(".")[2] == last_name]
     if same_name:
@@ -171,21 +187,36 @@ def _readable(error: Exception) -> ConfigError:
             f"required keys are missing: {missing[1]}",
             fix="set them in the YAML file of --config or on the command line",
         )
-    typed = re.search(r'key "([^"]+)": (?:.*?)Expected an? (.+?)\. Got value: (.*)$', text)
-    if typed:
-        key, _, value = typed.groups()
-        return ConfigError(f"{key} cannot be {value!r}", where=key, fix=f"expected {_expected(key)}")
-    return ConfigError(text)
+    stray = re.search(r"unrecognized arguments: (.*)", text)
+    if stray:
+        return ConfigError(f"cannot understand {stray[1]!r}", where="command line", fix="write --section.key value")
+    unknown = re.search(r"Group '([^']+)' does not accept option '([^']+)'", text)
+    if unknown:
+        return _unknown(f"{unknown[1]}.{unknown[2]}", "command line", valid_keys())
+    key = re.search(r'key "([^"]+)"', text)
+    if not key:
+        return ConfigError(text)
+    value = re.search(r"Given value:(.*)$", text) or re.search(r"Got value:(.*)$", text)
+    what = f"{key[1]} cannot be {value[1].strip()!r}" if value else f"{key[1]} has a wrong value: {text}"
+    return ConfigError(what, fix=f"expected {_words(valid_keys().get(key[1]))}")
 
 
-def _expected(key: str) -> str:
-    """The type of a key in words."""
-    kind = valid_keys().get(key)
-    if typing.get_origin(kind) is typing.Literal:
-        return "one of " + ", ".join(typing.get_args(kind))
-    if key in ("data.train", "data.valid"):
-        return "a list of {path, weight}"
-    if isinstance(kind, types.GenericAlias | types.UnionType):
-        return str(kind).replace("None", "null")
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    return names.get(typing.cast(type, kind), str(kind))
+def _words(kind: Any) -> str:
+    """What a type accepts."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(arguments)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_words(argument) for argument in arguments)
+    if origin is list and dataclasses.is_dataclass(arguments[0]):
+        return "a list of {" + ", ".join(entry.name for entry in dataclasses.fields(arguments[0])) + "}"
+    if origin is list:
+        return "a list such as [1, 2]" if arguments[0] is int else "a list such as [a, b]"
+    if origin is tuple:
+        return f"a list of {len(arguments)} numbers"
+    if origin is dict:
+        return "a mapping such as {vision_tower: 0.1}"
+    if dataclasses.is_dataclass(kind):
+        return "a section of keys"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+    return words.get(kind, "another value")

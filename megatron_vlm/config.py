@@ -1,6 +1,6 @@
 """The configuration tree: every key, its default and its meaning; `cli.py` reads it and `validate` checks it.
 
-Keys follow megatron-core's words where it has them. Nothing here imports torch, so that `--help` and refusals are quick.
+Keys follow megatron-core's words where it has them. Nothing here imports torch, so that `--help` is quick.
 """
 
 from __future__ import annotations

@@ -78,6 +78,9 @@ def _not_built(config: Config) -> Iterator[UserError]:
 
 
 def _model(config: Config) -> Iterator[UserError]:
+    for key, path in (("run_dir", config.run_dir), ("model.hf_path", config.model.hf_path)):
+        if not path.strip():
+            yield ConfigError(f"{key} is empty", fix="name a directory")
     freeze = config.model.freeze
     for name in freeze:
         if name not in PART_NAMES:
