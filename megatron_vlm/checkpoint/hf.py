@@ -1,0 +1,282 @@
+"""Hugging Face checkpoint directories, read and written one tensor at a time.
+
+The reader parses the safetensors headers itself and reads tensor bytes with `pread` into a buffer of their own: a
+memory map would count every page it touched as resident for as long as the file is open. The writer knows all names,
+dtypes and shapes beforehand, writes the header, and then streams the bytes.
+
+Only safetensors are read; nothing here unpickles. A file name from an index is a plain name inside the directory. The
+file behind that name may be a link, because hub caches link every file to a blob elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from io import FileIO
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from megatron_vlm.checkpoint.safetensors_files import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    StoredTensor,
+    WeightFiles,
+    read_shard_header,
+)
+from megatron_vlm.checkpoint.staging import copy_durably, sync_directory, write_durably
+from megatron_vlm.errors import CheckpointError
+
+BLOCK_BYTES = 64 * 2**20
+
+# What belongs to a checkpoint besides its weights: copied by an export, bit for bit.
+COMPANION_PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*preprocessor_config.json",
+    "processor_config.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
+PROCESSOR_PATTERNS = ("*preprocessor_config.json", "processor_config.json")
+
+
+class SafetensorsReader:
+    """The weights of a Hugging Face directory: names, shapes and dtypes at once, data on request.
+
+    All headers are checked against the files' sizes on construction, so a truncated or missing shard is found before
+    any work is done.
+
+    Args:
+        directory: holds `model.safetensors`, or `model.safetensors.index.json` and its shards.
+
+    Raises:
+        CheckpointError: no safetensors, a missing, truncated or corrupt file, or an index that does not fit them.
+    """
+
+    def __init__(self, directory: str | os.PathLike) -> None:
+        self.directory = Path(directory).expanduser().absolute()
+        self._descriptors: dict[str, int] = {}
+        if not self.directory.is_dir():
+            raise CheckpointError("no such directory", str(self.directory), "give a Hugging Face checkpoint directory")
+        if not has_weights(self.directory):
+            pickles = sorted(path.name for path in self.directory.glob("*.bin*"))
+            what = f"the weights are pickles ({pickles[0]})" if pickles else f"neither {SINGLE_FILE} nor {INDEX_FILE}"
+            fix = "only safetensors are read: save the model with save_pretrained of a current transformers"
+            raise CheckpointError(what, str(self.directory), fix)
+        if os.path.lexists(self.directory / SINGLE_FILE):
+            self.files = WeightFiles((read_shard_header(self.directory / SINGLE_FILE),), None)
+        else:
+            self.files = self._open_index(self.directory / INDEX_FILE)
+        self.tensors: dict[str, StoredTensor] = {tensor.name: tensor for tensor in self.files}
+
+    def _open_index(self, path: Path) -> WeightFiles:
+        content = path.read_bytes()
+        listed = _parse_index(content, path)
+        shards = tuple(read_shard_header(self.directory / file) for file in sorted(set(listed.values())))
+        actual = {(tensor.name, shard.file) for shard in shards for tensor in shard.tensors}
+        missing = sorted(set(listed.items()) - actual)
+        unlisted = sorted(actual - set(listed.items()))
+        if missing or unlisted:
+            name, file = (missing or unlisted)[0]
+            relation = f"is not in {file}" if missing else f"is in {file} but not listed for it"
+            raise CheckpointError(
+                f"index and shards disagree on {len(missing) + len(unlisted)} tensors, for example {name} {relation}",
+                str(path),
+                "download or save the checkpoint again",
+            )
+        return WeightFiles.again(shards, content)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor, in memory of its own."""
+        stored = self.tensors[name]
+        return self._read_range(stored, 0, stored.num_bytes).view(stored.shape)
+
+    def read_slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` along `dim`, without ever holding the whole tensor.
+
+        Args:
+            name: the tensor.
+            dim: the dimension to cut.
+            start: first index.
+            stop: one past the last index.
+
+        Returns:
+            A tensor of the stored dtype whose size along `dim` is `stop - start`.
+        """
+        stored = self.tensors[name]
+        if dim == 0:
+            return self._read_rows(stored, start, stop)
+        shape = list(stored.shape)
+        shape[dim] = stop - start
+        result = torch.empty(shape, dtype=stored.dtype)
+        for first_row, rows in self.iter_rows(name):
+            result[first_row : first_row + len(rows)] = rows.narrow(dim, start, stop - start)
+        return result
+
+    def iter_rows(self, name: str, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (first row, rows) in blocks of at most `block_bytes`, or one row; a scalar or empty tensor whole."""
+        stored = self.tensors[name]
+        if not stored.num_bytes or not stored.shape:
+            yield 0, self.read(name)
+            return
+        step = max(1, block_bytes * stored.shape[0] // stored.num_bytes)
+        for first_row in range(0, stored.shape[0], step):
+            yield first_row, self._read_rows(stored, first_row, min(first_row + step, stored.shape[0]))
+
+    def _read_rows(self, stored: StoredTensor, start: int, stop: int) -> torch.Tensor:
+        row_bytes = stored.num_bytes // stored.shape[0] if stored.shape[0] else 0
+        rows = self._read_range(stored, start * row_bytes, stop * row_bytes)
+        return rows.view(stop - start, *stored.shape[1:])
+
+    def _read_range(self, stored: StoredTensor, begin_byte: int, end_byte: int) -> torch.Tensor:
+        """The values in a range of the tensor's bytes, as a flat tensor."""
+        buffer = torch.empty(end_byte - begin_byte, dtype=torch.uint8)
+        view = memoryview(buffer.numpy())
+        position = 0
+        while position < len(view):
+            offset = stored.begin_byte + begin_byte + position
+            count = os.preadv(self._descriptor(stored.file), [view[position:]], offset)
+            if count == 0:
+                raise CheckpointError("the file became shorter while being read", str(self.directory / stored.file))
+            position += count
+        return buffer.view(stored.dtype)
+
+    def _descriptor(self, file: str) -> int:
+        if file not in self._descriptors:
+            self._descriptors[file] = os.open(self.directory / file, os.O_RDONLY)
+        return self._descriptors[file]
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether a directory holds safetensors (a link to a file that is gone counts, and fails when it is read)."""
+    return any(os.path.lexists(directory / file) for file in (SINGLE_FILE, INDEX_FILE))
+
+
+def _parse_index(content: bytes, path: Path) -> dict[str, str]:
+    """Tensor name to file name; refuses names that could point outside the directory."""
+    fix = "download or save the checkpoint again"
+    try:
+        weight_map = json.loads(content)["weight_map"]
+        valid = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
+    except (ValueError, KeyError, TypeError, RecursionError):
+        valid = False
+    if not valid or not weight_map:
+        raise CheckpointError("the index is not JSON with a filled weight_map", str(path), fix)
+    for file in weight_map.values():
+        if "/" in file or "\\" in file or "\0" in file or not file.endswith(".safetensors"):
+            raise CheckpointError(
+                f"the index names {file!r}, which is not a plain safetensors file name", str(path), "do not trust it"
+            )
+    return weight_map
+
+
+class SafetensorsWriter:
+    """Streams tensors into the files of a `WeightFiles`, in its order.
+
+    Each file is synced to disk when its last tensor is written; `close` writes the index.
+
+    Args:
+        directory: exists; usually one from `staged_directory`, so that a half-written checkpoint is never seen.
+        files: what will be written.
+    """
+
+    def __init__(self, directory: Path, files: WeightFiles) -> None:
+        self.directory = directory
+        self.files = files
+        self._pending = iter(files)
+        self._stream: FileIO | None = None
+        self._file = ""
+
+    def write(self, name: str, blocks: Iterable[torch.Tensor]) -> None:
+        """Write the next tensor of the plan.
+
+        Args:
+            name: its name, which must be the next one in `files`.
+            blocks: its values in consecutive blocks of rows (or whole), already of the planned dtype.
+        """
+        stored = next(self._pending)
+        assert stored.name == name, f"expected {stored.name}, got {name}"
+        stream = self._stream_of(stored.file)
+        num_bytes = 0
+        for block in blocks:
+            assert block.dtype == stored.dtype, f"{name}: {block.dtype} instead of {stored.dtype}"
+            data = memoryview(block.contiguous().reshape(-1).view(torch.uint8).numpy())
+            _write_all(stream, data)
+            num_bytes += len(data)
+        assert num_bytes == stored.num_bytes, f"{name}: wrote {num_bytes} of {stored.num_bytes} bytes"
+
+    def close(self) -> None:
+        """Finish the last file and write the index."""
+        assert next(self._pending, None) is None, "some planned tensors were not written"
+        self._finish_file()
+        if self.files.index is not None:
+            write_durably(self.directory / INDEX_FILE, self.files.index)
+
+    def abort(self) -> None:
+        """Close the open file without finishing it."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _stream_of(self, file: str) -> FileIO:
+        if self._stream is None or file != self._file:
+            self._finish_file()
+            self._file = file
+            self._stream = open(self.directory / file, "xb", buffering=0)  # noqa: SIM115 (closed by _finish_file)
+            header = next(shard.header for shard in self.files.shards if shard.file == file)
+            _write_all(self._stream, memoryview(header))
+        return self._stream
+
+    def _finish_file(self) -> None:
+        if self._stream is not None:
+            os.fsync(self._stream.fileno())
+            self.abort()
+
+
+def _write_all(stream: FileIO, data: memoryview) -> None:
+    """One `write` moves at most 2 GiB."""
+    while data:
+        data = data[stream.write(data) :]
+
+
+def copy_companion_files(source: Path, target: Path, skip: Iterable[str] = ()) -> list[str]:
+    """Copy configuration, generation, tokenizer, processor and chat template files bit for bit; never weights.
+
+    Args:
+        source: a Hugging Face directory.
+        target: an existing directory.
+        skip: patterns of files to leave out.
+
+    Returns:
+        The names copied, relative to `source`.
+    """
+    skipped = {path for pattern in skip for path in source.glob(pattern)}
+    copied = []
+    for path in sorted({path for pattern in COMPANION_PATTERNS for path in source.glob(pattern)} - skipped):
+        if path.is_file():
+            name = path.relative_to(source)
+            (target / name.parent).mkdir(exist_ok=True)
+            copy_durably(path, target / name)
+            copied.append(str(name))
+            sync_directory((target / name).parent)
+    return copied

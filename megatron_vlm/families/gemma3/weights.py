@@ -1,0 +1,126 @@
+"""Gemma 3's weights: names in Hugging Face files, our names, shapes.
+
+Source: transformers models/gemma3 and models/siglip; name styles in its `conversion_mapping`. The language model's
+head is tied to the embedding in all published sizes; some files carry it nevertheless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from megatron_vlm.checkpoint.weight_map import Weight, WeightGroup, WeightMap
+from megatron_vlm.families.gemma3.config import ModelConfig
+
+# Prefixes in files: published and re-saved, in memory, text only; the vision tower has one more when freshly saved.
+LANGUAGE_MODEL = ("language_model.model.", "model.language_model.")
+LANGUAGE_MODEL_ALONE = ("model.",)
+HEAD = ("language_model.lm_head.", "lm_head.")
+VISION_TOWER = (
+    "vision_tower.vision_model.",
+    "vision_tower.",
+    "model.vision_tower.vision_model.",
+    "model.vision_tower.",
+)
+PROJECTOR = ("multi_modal_projector.", "model.multi_modal_projector.")
+
+TEXT_LAYER = {
+    "input_layernorm.weight": "hidden",
+    "self_attn.q_proj.weight": "query hidden",
+    "self_attn.k_proj.weight": "key hidden",
+    "self_attn.v_proj.weight": "key hidden",
+    "self_attn.o_proj.weight": "hidden query",
+    "self_attn.q_norm.weight": "head",
+    "self_attn.k_norm.weight": "head",
+    "post_attention_layernorm.weight": "hidden",
+    "pre_feedforward_layernorm.weight": "hidden",
+    "mlp.gate_proj.weight": "ffn hidden",
+    "mlp.up_proj.weight": "ffn hidden",
+    "mlp.down_proj.weight": "hidden ffn",
+    "post_feedforward_layernorm.weight": "hidden",
+}
+VISION_EMBEDDINGS = {
+    "embeddings.patch_embedding.weight": "hidden channels patch patch",
+    "embeddings.patch_embedding.bias": "hidden",
+    "embeddings.position_embedding.weight": "positions hidden",
+}
+VISION_LAYER = {
+    "layer_norm1.weight": "hidden",
+    "layer_norm1.bias": "hidden",
+    **{f"self_attn.{name}_proj.weight": "hidden hidden" for name in ("q", "k", "v", "out")},
+    **{f"self_attn.{name}_proj.bias": "hidden" for name in ("q", "k", "v", "out")},
+    "layer_norm2.weight": "hidden",
+    "layer_norm2.bias": "hidden",
+    "mlp.fc1.weight": "ffn hidden",
+    "mlp.fc1.bias": "ffn",
+    "mlp.fc2.weight": "hidden ffn",
+    "mlp.fc2.bias": "hidden",
+}
+
+
+def weight_map(config: ModelConfig) -> WeightMap:
+    """The weights of a Gemma 3 model, multimodal or its language model alone."""
+    text, vision = config.text, config.vision
+    vocabulary = (text.vocab_size, text.hidden_size)
+    alone = vision is None
+    language_prefixes = (*LANGUAGE_MODEL_ALONE, *LANGUAGE_MODEL) if alone else LANGUAGE_MODEL
+    head_prefixes = HEAD[::-1] if alone else HEAD
+    head = WeightGroup(
+        "language_model.lm_head.", head_prefixes, (Weight("weight", vocabulary, has_vocabulary_rows=True),)
+    )
+    groups = [
+        WeightGroup(
+            "language_model.",
+            language_prefixes,
+            (Weight("embed_tokens.weight", vocabulary, has_vocabulary_rows=True), *_language_model(config)),
+        )
+    ]
+    if not text.tie_word_embeddings:
+        groups.append(head)
+    if vision is not None:
+        projector = (
+            Weight("mm_input_projection_weight", (vision.hidden_size, text.hidden_size)),
+            Weight("mm_soft_emb_norm.weight", (vision.hidden_size,)),
+        )
+        groups.append(WeightGroup("vision_tower.", VISION_TOWER, tuple(_vision_tower(config))))
+        groups.append(WeightGroup("projector.", PROJECTOR, projector))
+    return WeightMap(
+        groups=tuple(groups),
+        tied_groups=((head, "language_model.embed_tokens.weight"),) if text.tie_word_embeddings else (),
+        unread_hf_prefixes=(*VISION_TOWER, *PROJECTOR) if alone else (),
+        text_only_class=("Gemma3ForCausalLM", "gemma3_text"),
+    )
+
+
+def _language_model(config: ModelConfig) -> Iterator[Weight]:
+    hidden_size = config.text.hidden_size
+    for index, layer in enumerate(config.text.layers):
+        sizes = {
+            "hidden": hidden_size,
+            "query": layer.num_attention_heads * layer.head_dim,
+            "key": layer.num_key_value_heads * layer.head_dim,
+            "head": layer.head_dim,
+            "ffn": layer.intermediate_size,
+        }
+        yield from _resolve(TEXT_LAYER, f"layers.{index}.", sizes)
+    yield Weight("norm.weight", (hidden_size,))
+
+
+def _vision_tower(config: ModelConfig) -> Iterator[Weight]:
+    vision = config.vision
+    assert vision is not None
+    sizes = {
+        "hidden": vision.hidden_size,
+        "ffn": vision.intermediate_size,
+        "channels": vision.num_channels,
+        "patch": vision.patch_size,
+        "positions": (vision.image_size // vision.patch_size) ** 2,
+    }
+    yield from _resolve(VISION_EMBEDDINGS, "", sizes)
+    for index in range(vision.num_hidden_layers):
+        yield from _resolve(VISION_LAYER, f"encoder.layers.{index}.", sizes)
+    yield from _resolve({"post_layernorm.weight": "hidden", "post_layernorm.bias": "hidden"}, "", sizes)
+
+
+def _resolve(table: Mapping[str, str], prefix: str, sizes: Mapping[str, int]) -> Iterator[Weight]:
+    for suffix, dimensions in table.items():
+        yield Weight(prefix + suffix, tuple(sizes[dimension] for dimension in dimensions.split()))

@@ -1,0 +1,114 @@
+"""Convert between Hugging Face directories and distributed checkpoints.
+
+    python tools/convert.py import --hf DIR --out CKPT
+    python tools/convert.py export --ckpt CKPT --hf REFERENCE_DIR --out DIR
+    python tools/convert.py verify --hf DIR --ckpt CKPT
+
+Exit codes: 0 done (verify: everything equal), 2 a user's mistake (verify: something differs).
+
+A distributed checkpoint contains pickles: give --ckpt only what this program wrote on a machine that you trust.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_vlm.errors import EXIT_USER_ERROR, UserError
+
+DIFFERENCES_SHOWN = 20
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return the exit code."""
+    options = _parse(arguments)
+    try:
+        return options.run(options)
+    except UserError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Hugging Face directories <-> distributed checkpoints.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    hf_help = "Hugging Face directory: config.json, tokenizer, safetensors"
+    ckpt_help = "distributed checkpoint, or a run folder (its newest checkpoint)"
+    command = commands.add_parser("import", help="safetensors to a distributed checkpoint")
+    command.add_argument("--hf", required=True, metavar="DIR", help=hf_help)
+    command.add_argument("--out", required=True, metavar="CKPT", help="new directory")
+    command.set_defaults(run=_import)
+    command = commands.add_parser("export", help="a distributed checkpoint to safetensors")
+    command.add_argument("--ckpt", required=True, metavar="CKPT", help=ckpt_help)
+    command.add_argument("--hf", required=True, metavar="REFERENCE_DIR", help=f"{hf_help} (weights not needed)")
+    command.add_argument("--out", required=True, metavar="DIR", help="new directory")
+    command.set_defaults(run=_export)
+    command = commands.add_parser("verify", help="compare both, tensor by tensor")
+    command.add_argument("--hf", required=True, metavar="DIR", help=hf_help)
+    command.add_argument("--ckpt", required=True, metavar="CKPT", help=ckpt_help)
+    command.set_defaults(run=_verify)
+    return parser.parse_args(arguments)
+
+
+def _import(options: argparse.Namespace) -> int:
+    from megatron_vlm.checkpoint.convert import import_checkpoint
+
+    import_checkpoint(options.hf, options.out, _Progress("import"))
+    print(f"imported {options.hf} to {options.out}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from megatron_vlm.checkpoint.convert import export_checkpoint
+
+    export_checkpoint(options.ckpt, options.hf, options.out, _Progress("export"))
+    print(f"exported {options.ckpt} to {options.out}")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from megatron_vlm.checkpoint.convert import verify_checkpoint
+
+    result = verify_checkpoint(options.hf, options.ckpt, _Progress("verify"))
+    for difference in result.differences[:DIFFERENCES_SHOWN]:
+        print(f"differs: {difference.hf_name}: {difference.reason}")
+    if len(result.differences) > DIFFERENCES_SHOWN:
+        print(f"... and {len(result.differences) - DIFFERENCES_SHOWN} more")
+    equal = result.num_tensors - len(result.differences)
+    print(f"{equal} of {result.num_tensors} tensors equal ({result.num_bytes / 1e9:.3f} GB compared)")
+    return EXIT_USER_ERROR if result.differences else 0
+
+
+class _Progress:
+    """A line on a terminal, rewritten at most once a second."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.start_seconds = self.shown_seconds = time.monotonic()
+
+    def __call__(self, done_bytes: int, total_bytes: int) -> None:
+        now_seconds = time.monotonic()
+        finished = done_bytes == total_bytes
+        if not sys.stderr.isatty() or (now_seconds - self.shown_seconds < 1 and not finished):
+            return
+        self.shown_seconds = now_seconds
+        rate = done_bytes / 1e9 / max(now_seconds - self.start_seconds, 1e-3)
+        ending = "\n" if finished else ""
+        print(
+            f"\r{self.label}: {done_bytes / 1e9:.1f} of {total_bytes / 1e9:.1f} GB, {rate:.2f} GB/s ",
+            end=ending,
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    sys.exit(main())
