@@ -1,7 +1,7 @@
 """Which decoder layers each pipeline chunk holds.
 
 A pipeline of `pipeline_size` ranks with `virtual_size` chunks each has `pipeline_size * virtual_size` global chunks.
-Chunk c is run by pipeline rank `c % pipeline_size` as its virtual stage `c // pipeline_size`, megatron-core's order. The
+Chunk c is run by pipeline rank `c % pipeline_size` as its virtual stage `c // pipeline_size`, as in megatron-core. The
 embedding and the towers belong to chunk 0, the final norm and the head to the last chunk, whatever the layers are.
 """
 

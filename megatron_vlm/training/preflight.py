@@ -1,0 +1,181 @@
+"""Checks of a run before it costs anything: does the model divide over the ranks, and is everything named there.
+
+Every check collects its problems, so that one start tells all that is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_vlm.config import Config
+from megatron_vlm.config_checks import nearest_multiples
+from megatron_vlm.errors import ConfigError, LaunchError, UserError, combine
+from megatron_vlm.parallel.stages import assign_layers
+
+LARGEST_TENSOR_SIZE = 64  # vocabulary rows are padded to a multiple of it
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one model and one global batch are divided over a world of ranks."""
+
+    world_size: int
+    tensor_size: int
+    pipeline_size: int
+    context_size: int
+    data_size: int
+    num_micro_batches: int
+    """Micro-batches per step of one data-parallel rank."""
+    chunks: tuple[tuple[int, ...], ...]
+    """Decoder layers of each global chunk."""
+
+    def chunks_of(self, pipeline_rank: int) -> list[int]:
+        """Global chunk ids that one pipeline rank holds, in the order of its virtual stages."""
+        return list(range(pipeline_rank, len(self.chunks), self.pipeline_size))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.world_size} ranks = tensor {self.tensor_size} x pipeline {self.pipeline_size} "
+            f"x context {self.context_size} x data {self.data_size}"
+        )
+
+
+def check_layout(config: Config, model_config: Any, world_size: int, parts: Iterable[str] | None = None) -> Layout:
+    """Divide the model and the global batch over the ranks.
+
+    Args:
+        config: a validated configuration.
+        model_config: the family's record of the model (`.text`, `.vision`).
+        world_size: ranks that run.
+        parts: parts that the model has, to check `model.freeze` and `optimizer.lr_multipliers`; None skips that.
+
+    Returns:
+        The layout.
+
+    Raises:
+        ConfigError: lists every number that does not divide, with values that would.
+        LaunchError: only the number of ranks is wrong.
+    """
+    parallel = config.parallel
+    problems: list[UserError] = list(_tensor_problems(config, model_config))
+    # With a wrong number of ranks the data-parallel size is unknown, so the batch cannot be judged.
+    problems += list(_world_problems(config, world_size)) or list(_batch_problems(config, world_size))
+    if parts is not None:
+        problems += _part_problems(config, set(parts))
+    chunks: list[list[int]] = []
+    try:
+        chunks = assign_layers(
+            len(model_config.text.layers),
+            parallel.pipeline_model_parallel_size,
+            parallel.virtual_pipeline_model_parallel_size,
+            parallel.pipeline_layout,
+        )
+    except ConfigError as problem:
+        problems.append(problem)
+    if problems:
+        raise problems[0] if len(problems) == 1 else combine(ConfigError, problems)
+    data_size = world_size // _model_ranks(config)
+    return Layout(
+        world_size=world_size,
+        tensor_size=parallel.tensor_model_parallel_size,
+        pipeline_size=parallel.pipeline_model_parallel_size,
+        context_size=parallel.context_parallel_size,
+        data_size=data_size,
+        num_micro_batches=config.train.global_batch_size // (config.train.micro_batch_size * data_size),
+        chunks=tuple(map(tuple, chunks)),
+    )
+
+
+def _model_ranks(config: Config) -> int:
+    """Ranks that hold one copy of the model."""
+    parallel = config.parallel
+    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+
+
+def _world_problems(config: Config, world_size: int) -> Iterator[UserError]:
+    parallel, model_ranks = config.parallel, _model_ranks(config)
+    if world_size % model_ranks or world_size < model_ranks:
+        yield LaunchError(
+            f"{world_size} ranks are not a multiple of {model_ranks} = tensor {parallel.tensor_model_parallel_size} "
+            f"x pipeline {parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size}",
+            fix=f"start {nearest_multiples(world_size, model_ranks)} ranks (torchrun --nproc-per-node), "
+            "or change the parallel sizes",
+        )
+
+
+def _batch_problems(config: Config, world_size: int) -> Iterator[UserError]:
+    """The global batch against the data-parallel size and the interleaved schedule."""
+    parallel, train = config.parallel, config.train
+    data_size = world_size // _model_ranks(config)
+    rows = train.micro_batch_size * data_size
+    if train.global_batch_size % rows:
+        yield ConfigError(
+            f"train.global_batch_size {train.global_batch_size} is not a multiple of {rows} = "
+            f"micro_batch_size {train.micro_batch_size} x data-parallel size {data_size}",
+            fix=f"use {nearest_multiples(train.global_batch_size, rows)}",
+        )
+        return
+    num_micro_batches, pipeline = train.global_batch_size // rows, parallel.pipeline_model_parallel_size
+    if parallel.virtual_pipeline_model_parallel_size > 1 and num_micro_batches % pipeline:
+        yield ConfigError(
+            f"{num_micro_batches} micro-batches per step are not a multiple of the pipeline size {pipeline}, "
+            "which virtual_pipeline_model_parallel_size > 1 needs",
+            fix=f"use a global_batch_size of {nearest_multiples(train.global_batch_size, rows * pipeline)}",
+        )
+
+
+def _tensor_problems(config: Config, model_config: Any) -> Iterator[UserError]:
+    """Heads, feed-forward columns and vocabulary rows against the tensor-parallel size."""
+    size = config.parallel.tensor_model_parallel_size
+    if size == 1:
+        return
+    if LARGEST_TENSOR_SIZE % size:
+        yield ConfigError(
+            f"parallel.tensor_model_parallel_size {size} does not divide the padded vocabulary "
+            f"(a multiple of {LARGEST_TENSOR_SIZE} rows)",
+            fix=f"use {_divisors(LARGEST_TENSOR_SIZE)}",
+        )
+    divided: dict[tuple[str, int], None] = {}  # ordered, without the repetition of equal layers
+    for layer in model_config.text.layers:
+        divided[("attention heads", layer.num_attention_heads)] = None
+        divided[("feed-forward size", layer.intermediate_size)] = None
+    vision = model_config.vision
+    if vision is not None and config.model.vision_parallelism == "tensor":
+        divided[("vision attention heads", vision.num_attention_heads)] = None
+        divided[("vision feed-forward size", vision.intermediate_size)] = None
+    for name, number in divided:
+        if number % size:
+            remedy = f"use {_divisors(number)}"
+            if name.startswith("vision"):
+                remedy += ", or model.vision_parallelism data"
+            yield ConfigError(
+                f"{name} {number} cannot be divided over parallel.tensor_model_parallel_size {size}", fix=remedy
+            )
+    for heads in dict.fromkeys(layer.num_key_value_heads for layer in model_config.text.layers):
+        if heads % size and size % heads:
+            yield ConfigError(
+                f"key-value heads {heads} neither divide nor are a multiple of "
+                f"parallel.tensor_model_parallel_size {size}",
+                fix=f"use {_divisors(heads)}, or a multiple of {heads} (its heads are then replicated)",
+            )
+
+
+def _divisors(number: int, largest: int = LARGEST_TENSOR_SIZE) -> str:
+    """The divisors of a number up to `largest`, in words."""
+    return " or ".join(str(size) for size in range(1, min(number, largest) + 1) if number % size == 0)
+
+
+def _part_problems(config: Config, parts: set[str]) -> Iterator[UserError]:
+    has = f"this model has {', '.join(sorted(parts))}"
+    named: Mapping[str, Iterable[str]] = {
+        "model.freeze": config.model.freeze,
+        "optimizer.lr_multipliers": config.optimizer.lr_multipliers,
+    }
+    for key, names in named.items():
+        for name in names:
+            if name not in parts:
+                yield ConfigError(f"{key} names {name}, which the model does not have", fix=has)
+    if parts <= set(config.model.freeze):
+        yield ConfigError("model.freeze leaves nothing to train", fix=has)

@@ -1,0 +1,255 @@
+"""The configuration tree and its command line: contract keys, overrides, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_vlm.cli import parse_command_line, valid_keys
+from megatron_vlm.config import Config, load_config, to_yaml
+from megatron_vlm.errors import ConfigError, UserError, combine
+
+MINIMAL = {
+    "run_dir": "runs/one",
+    "model": {"hf_path": "model"},
+    "data": {"train": [{"path": "a.jsonl"}, {"path": "b.jsonl", "weight": 2}], "seq_length": 64},
+    "train": {"train_iters": 10, "global_batch_size": 8},
+}
+
+# Section 5 of the design: keys may be added, never renamed. Written out here so that a renamed field fails.
+CONTRACT_KEYS = """
+run_dir
+model.hf_path model.load_weights model.text_only model.vision_parallelism model.freeze model.recompute
+parallel.tensor_model_parallel_size parallel.sequence_parallel parallel.pipeline_model_parallel_size
+parallel.virtual_pipeline_model_parallel_size parallel.pipeline_layout parallel.context_parallel_size
+parallel.expert_model_parallel_size parallel.expert_tensor_parallel_size parallel.use_distributed_optimizer
+parallel.overlap_grad_reduce parallel.overlap_param_gather parallel.distributed_timeout_minutes
+data.train data.valid data.seq_length data.packing data.too_long data.min_pixels data.max_pixels data.num_workers
+data.shuffle data.strict data.max_bad_fraction data.allow_urls
+train.train_iters train.global_batch_size train.micro_batch_size train.precision train.seed train.eval_interval
+train.eval_iters train.log_interval train.exit_interval train.nonfinite train.deterministic
+optimizer.name optimizer.lr optimizer.min_lr optimizer.weight_decay optimizer.betas optimizer.eps optimizer.clip_grad
+optimizer.schedule optimizer.warmup_iters optimizer.lr_multipliers
+checkpoint.save_interval checkpoint.load checkpoint.keep_last checkpoint.async_save checkpoint.export_hf
+logging.tensorboard logging.wandb logging.profile
+""".split()
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return str(path)
+
+
+def refusal(*argv: str) -> str:
+    """The one line that a user sees for these arguments."""
+    with pytest.raises(ConfigError) as caught:
+        parse_command_line(list(argv))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_contract_keys_exist() -> None:
+    assert set(CONTRACT_KEYS) <= set(valid_keys())
+
+
+def test_contract_defaults(config_file: str) -> None:
+    config = load_config(["--config", config_file])
+    assert config.data.valid == [] and config.model.freeze == [] and config.model.recompute == "none"
+    assert config.data.min_pixels is None and config.data.max_pixels is None
+    assert config.checkpoint.save_interval is None and config.train.log_interval == 1
+    assert config.data.strict is False and config.data.max_bad_fraction == 0.01
+    parallel = dataclasses.asdict(config.parallel)
+    sizes = {name: size for name, size in parallel.items() if name.endswith("parallel_size")}
+    assert len(sizes) == 6 and set(sizes.values()) == {1}
+
+
+def test_file_then_overrides(config_file: str) -> None:
+    command = parse_command_line(
+        ["--config", config_file, "--optimizer.lr", "3e-4", "--model.freeze", "[vision_tower]", "--dry_run"]
+        + ["--optimizer.lr_multipliers.projector", "2", "--parallel.pipeline_layout=[1,0]"]
+        + ["--parallel.pipeline_model_parallel_size", "2", "--data.valid", "[{path: v.jsonl}]"]
+    )
+    config = command.config
+    assert command.dry_run
+    assert config.optimizer.lr == 3e-4
+    assert config.model.freeze == ["vision_tower"]
+    assert config.optimizer.lr_multipliers == {"projector": 2.0}
+    assert config.parallel.pipeline_layout == [1, 0]
+    assert [source.weight for source in config.data.train] == [1.0, 2.0]
+    assert config.data.valid[0].path == "v.jsonl"
+
+
+def test_yaml_round_trip(config_file: str, tmp_path: Path) -> None:
+    config = load_config(["--config", config_file, "--optimizer.betas", "[0.8, 0.9]", "--run_dir", "läuft"])
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(["--config", str(resolved)]) == config
+
+
+def test_print_config_can_be_read_back(config_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse_command_line(["--config", config_file, "--train.seed", "7", "--print_config"])
+    assert stopped.value.code == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert load_config(["--config", str(printed)]).train.seed == 7
+
+
+def test_help_documents_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse_command_line(["--help"])
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for key in CONTRACT_KEYS:
+        assert f"--{key} " in text
+    assert "Most tokens that one row may have." in text
+
+
+def test_config_is_frozen(config_file: str) -> None:
+    config = load_config(["--config", config_file])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.run_dir = "elsewhere"  # type: ignore[misc]
+
+
+def test_missing_keys_are_all_listed() -> None:
+    message = refusal("--model.hf_path", "model")
+    for key in ("run_dir", "data.train", "data.seq_length", "train.train_iters", "train.global_batch_size"):
+        assert key in message
+    assert "model.hf_path" not in message
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("--data.seqlength=3", "unknown key data.seqlength [command line] -- did you mean data.seq_length?"),
+        ("--optim.lr=3", "did you mean optimizer.lr?"),
+        ("--tensor_model_parallel_size=2", "did you mean parallel.tensor_model_parallel_size?"),
+        ("--parallel.tp=2", "parallel has tensor_model_parallel_size, sequence_parallel"),
+        ("--dryrun", "did you mean dry_run?"),
+        ("--data.train=[{pth: a}]", "did you mean data.train.path?"),
+        ("--data.train=[{path: a, class_path: os.path}]", "unknown key data.train.class_path"),
+        ("--data.train=[os.path]", "data.train cannot hold 'os.path' -- expected a list of {path, weight}"),
+        ("--data.train=a.jsonl", "data.train cannot be 'a.jsonl' -- expected a list of {path, weight}"),
+        ("--train.train_iters=1.5", "train.train_iters cannot be '1.5' -- expected a whole number"),
+        ("--train.train_iters=many", "expected a whole number"),
+        ("--data.shuffle=perhaps", "data.shuffle cannot be 'perhaps' -- expected true or false"),
+        ("--model.recompute=some", "expected one of none, selective, full"),
+        ("--checkpoint.keep_last=x", "checkpoint.keep_last cannot be 'x' -- expected a whole number or null"),
+        ("--parallel.pipeline_layout=[1,a]", "expected a list such as [1, 2] or null"),
+        ("--optimizer.betas=[0.9]", "expected a list of 2 numbers"),
+        ("--optimizer.lr=nan", "optimizer.lr"),
+        ("stray", "cannot understand 'stray'"),
+    ],
+)
+def test_unknown_and_ill_typed(config_file: str, argument: str, expected: str) -> None:
+    assert expected in refusal("--config", config_file, argument)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["--train.micro_batch_size=3"], "use a global batch of 6 or 9"),
+        (["--optimizer.name=muon"], "muon is not built yet"),
+        (["--data.packing=true"], "data.packing is true, which is not built yet"),
+        (["--parallel.context_parallel_size=2"], "parallel.context_parallel_size is 2, which is not built yet"),
+        (["--parallel.expert_model_parallel_size=2"], "not built yet"),
+        (["--parallel.expert_tensor_parallel_size=2"], "not built yet"),
+        (["--optimizer.name=sgd"], "set parallel.use_distributed_optimizer to false"),
+        (["--parallel.tensor_model_parallel_size=0"], "at least 1"),
+        (["--parallel.virtual_pipeline_model_parallel_size=2"], "a pipeline of one rank"),
+        (["--parallel.pipeline_layout=[4,4]"], "1 pipeline ranks x 1 virtual = 1"),
+        (["--parallel.overlap_param_gather=true"], "overlap_grad_reduce"),
+        (["--model.freeze=[vision]"], "'vision', which is no part"),
+        (["--model.freeze=[language_model]", "--model.text_only=true"], "nothing to train"),
+        (["--optimizer.lr_multipliers={tower: 1}"], "'tower', which is no part"),
+        (["--optimizer.lr_multipliers={projector: -1}"], "lr_multipliers.projector is -1.0"),
+        (["--optimizer.min_lr=1"], "above optimizer.lr"),
+        (["--optimizer.warmup_iters=11"], "use at most 10"),
+        (["--optimizer.wsd_decay_iters=3"], "set optimizer.schedule to wsd"),
+        (["--optimizer.schedule=wsd", "--optimizer.warmup_iters=5", "--optimizer.wsd_decay_iters=6"], "exceed"),
+        (["--optimizer.betas=[0.9,1.0]"], "below 1"),
+        (["--data.train=[]"], "data.train is empty"),
+        (["--data.train=[{path: a, weight: 0}]"], "above 0"),
+        (["--data.min_pixels=10", "--data.max_pixels=5"], "above data.max_pixels"),
+        (["--data.max_bad_fraction=2"], "between 0 and 1"),
+        (["--logging.profile=[5,2]"], "first step, last step"),
+        (["--run_dir="], "run_dir is empty"),
+    ],
+)
+def test_values_that_cannot_work(config_file: str, overrides: list[str], expected: str) -> None:
+    assert expected in refusal("--config", config_file, *overrides)
+
+
+def test_values_that_do_work(config_file: str) -> None:
+    for overrides in (
+        ["--parallel.sequence_parallel=true"],  # no effect at tensor size 1
+        ["--optimizer.name=sgd", "--parallel.use_distributed_optimizer=false", "--optimizer.clip_grad=0"],
+        ["--optimizer.schedule=wsd", "--optimizer.warmup_iters=5", "--optimizer.wsd_decay_iters=5"],
+        ["--optimizer.schedule=constant", "--optimizer.lr=1", "--optimizer.weight_decay=0"],
+    ):
+        load_config(["--config", config_file, *overrides])
+
+
+def test_all_problems_in_one_message(config_file: str) -> None:
+    message = refusal("--config", config_file, "--optimizer.name=muon", "--data.packing=true", "--optimizer.eps=0")
+    assert message.startswith("3 problems: (1) ")
+    assert "muon" in message and "packing" in message and "eps" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("run_dir: [", "not valid YAML"),
+        ("- a", "holds no mapping"),
+        ("modell: {hf_path: x}", "unknown key modell"),
+        ("data: {train: [{path: a, wieght: 2}]}", "did you mean data.train.weight?"),
+        ("data: {train: [{path: a, class_path: os.path}]}", "unknown key data.train.class_path"),
+        ("train: {train_iters: {a: 1}}", "unknown key train.train_iters.a"),
+    ],
+)
+def test_bad_files(tmp_path: Path, content: str, expected: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    message = refusal("--config", str(path))
+    assert expected in message and "bad.yaml" in message
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    assert "No such file" in refusal("--config", str(tmp_path / "none.yaml"))
+
+
+def test_error_text_has_what_where_fix() -> None:
+    error = UserError("size 3\nis odd", where="a.yaml:4", fix="use 4")
+    assert str(error) == "size 3 is odd [a.yaml:4] -- use 4"
+    assert str(combine(ConfigError, [error])) == str(error)
+
+
+def test_configuration_is_quick_to_import() -> None:
+    """`--help` and refusals must not wait for torch."""
+    code = "import sys, megatron_vlm.config, megatron_vlm.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_field_has_a_default_or_is_required_by_contract() -> None:
+    required = {
+        f"{section.name}.{key.name}"
+        for section in dataclasses.fields(Config)
+        if section.name != "run_dir"
+        for key in dataclasses.fields(valid_keys()[section.name])
+        if key.default is dataclasses.MISSING and key.default_factory is dataclasses.MISSING
+    }
+    assert required == {
+        "model.hf_path",
+        "data.train",
+        "data.seq_length",
+        "train.train_iters",
+        "train.global_batch_size",
+    }
