@@ -1,0 +1,382 @@
+"""Saves and loads a run in megatron-core's distributed format: in the background, atomically, into any layout.
+
+Tensors are stored under our parameter names in their global shapes, optimizer state beside them as
+`optimizer.state.<kind>.<parameter name>`; nothing on disk depends on tensor, pipeline, virtual or data parallel sizes.
+Only the random states are per rank, and they are put back only into the layout they came from.
+
+Trust: a checkpoint's `.metadata` is a pickle. `TorchDistReader` refuses one that asks for more than descriptions of
+tensors before megatron-core reads it; `load_weights` then reads nothing but tensors. Resuming also unpickles small
+objects (random states), and reads only from the run's own folder: do not put a foreign checkpoint there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
+
+from megatron_vlm.checkpoint import optimizer_state, run_folder
+from megatron_vlm.checkpoint.run_folder import Manifest, ModelIdentity
+from megatron_vlm.checkpoint.torch_dist import TorchDistReader
+from megatron_vlm.errors import CheckpointError, UserError
+from megatron_vlm.platform.checkpointing import SaveFailed, SaveStrategy, random_state, set_random_state
+
+_SHOWN_PROBLEMS = 4
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What `CheckpointManager.load` brought back besides the tensors.
+
+    Args:
+        step: optimizer steps done.
+        data: position in the data, as given to `save`.
+        extra: as given to `save`.
+        same_layout: the random states were put back too.
+    """
+
+    step: int
+    data: Mapping[str, Any]
+    extra: Mapping[str, Any]
+    same_layout: bool
+
+
+def sharded_model_state(
+    model_chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollection
+) -> dict[str, ShardedTensor]:
+    """Every parameter of this rank, described by its place in the global tensor of the same name.
+
+    Sharding is read from the parameter: `tensor_model_parallel` and `partition_dim`; any other parameter is replicated
+    over the tensor ranks. A parameter marked `shared` (the last stage's copy of a tied embedding) is a replica of the
+    first stage's. Loading into the result writes into the parameters themselves.
+
+    Args:
+        model_chunks: this rank's stages, wrapped for data parallelism or not.
+        groups: process groups; `tp` and `dp_cp` are read.
+
+    Returns:
+        Sharded tensors by parameter name.
+    """
+    tensor_rank, tensor_size = groups.tp.rank(), groups.tp.size()
+    data_rank = groups.dp_cp.rank()
+    state: dict[str, ShardedTensor] = {}
+    for chunk in unwrap_model(list(model_chunks)):
+        for name, parameter in chunk.named_parameters():
+            assert name not in state, f"two chunks of one rank hold {name}"
+            copy = int(getattr(parameter, "shared", False))
+            if getattr(parameter, "tensor_model_parallel", False):
+                offsets = [(parameter.partition_dim, tensor_rank, tensor_size)]
+                replica = (copy, 0, data_rank)
+            else:
+                offsets = []
+                replica = (copy, tensor_rank, data_rank)
+            state[name] = ShardedTensor.from_rank_offsets(name, parameter, *offsets, replica_id=replica)
+    return state
+
+
+def load_weights(
+    path: str | Path,
+    model_chunks: Sequence[torch.nn.Module],
+    groups: ProcessGroupCollection,
+    identity: ModelIdentity,
+    optimizer: MegatronOptimizer | None = None,
+) -> Path:
+    """Fill the model's parameters from a run or checkpoint, and nothing else; called on every rank.
+
+    Tensors that the model does not have are left out (the language model can be taken from a multimodal checkpoint).
+    Values are converted to the parameters' types.
+
+    Args:
+        path: run folder, checkpoint of a run, or imported checkpoint.
+        model_chunks: this rank's stages.
+        groups: process groups.
+        identity: the model being trained.
+        optimizer: if given, its fp32 main parameters are taken from the new values.
+
+    Returns:
+        The checkpoint that was read.
+
+    Raises:
+        CheckpointError: there is none, it is of another family, or tensors are missing or of another shape.
+    """
+    folder, manifest = on_first_rank(lambda: _find_and_read(Path(path)))
+    _check_family(manifest.identity, identity, folder)
+    state = sharded_model_state(model_chunks, groups)
+    _check_tensors(state, folder)
+    with torch.no_grad():
+        TorchDistLoadShardedStrategy().load(state, folder)
+    if optimizer is not None:
+        optimizer.reload_model_params()
+    return folder
+
+
+class CheckpointManager:
+    """The checkpoints of one run; every method is called on every rank.
+
+    Args:
+        directory: `run_dir/checkpoints`, on a file system that all ranks share.
+        groups: process groups.
+        identity: the model.
+        layout: parallel sizes; with equal sizes a resumed run continues bit for bit.
+        precision: type of the parameters, `fp32` or `bf16`.
+        keep_last: newest checkpoints to keep; None keeps all.
+        async_save: return from `save` while the writing goes on.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        groups: ProcessGroupCollection,
+        identity: ModelIdentity,
+        layout: Mapping[str, int],
+        precision: str,
+        keep_last: int | None = None,
+        async_save: bool = True,
+    ) -> None:
+        self.directory = Path(directory)
+        self.groups = groups
+        self.identity = identity
+        self.layout = dict(layout)
+        self.precision = precision
+        self.keep_last = keep_last
+        self.async_save = async_save
+        self._calls = AsyncCallsQueue()
+
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint, or None; the same on every rank."""
+        steps = on_first_rank(lambda: run_folder.published_steps(self.directory))
+        return steps[-1] if steps else None
+
+    def clean(self) -> list[str]:
+        """Delete what a killed run left half-written; call once at the start. Returns the names."""
+        return on_first_rank(lambda: run_folder.clean(self.directory))
+
+    def save(
+        self,
+        step: int,
+        model_chunks: Sequence[torch.nn.Module],
+        optimizer: MegatronOptimizer | None,
+        param_scheduler: OptimizerParamScheduler | None,
+        data_state: Mapping[str, Any],
+        config_yaml: str,
+        extra: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Save everything that resuming needs; returns once training may change the tensors again.
+
+        A save still being written is waited for. With `async_save`, call `finalize` after every step.
+
+        Args:
+            step: optimizer steps done.
+            model_chunks: this rank's stages.
+            optimizer: megatron-core's optimizer, or None to save only weights.
+            param_scheduler: schedule of learning rate and weight decay.
+            data_state: position in the data; what JSON can hold, the same on every rank.
+            config_yaml: the resolved configuration.
+            extra: what the caller wants back; what JSON can hold, the same on every rank.
+
+        Returns:
+            False if a checkpoint of this step exists already; it is left as it is.
+
+        Raises:
+            CheckpointError: it could not be written; earlier checkpoints are untouched.
+        """
+        self.finalize(blocking=True)
+        final = run_folder.step_folder(self.directory, step)
+        manifest = Manifest(
+            identity=self.identity,
+            step=step,
+            layout=self.layout,
+            precision=self.precision,
+            optimizer=None if optimizer is None else optimizer_state.describe(optimizer),
+            scheduler=None if param_scheduler is None else param_scheduler.state_dict(),
+            data=dict(data_state),
+            extra=dict(extra or {}),
+            config=config_yaml,
+        )
+        incomplete = on_first_rank(lambda: None if final.exists() else run_folder.begin(self.directory, step))
+        if incomplete is None:
+            return False
+
+        def publish() -> None:
+            manifest.write(incomplete)
+            run_folder.publish(incomplete, final)
+            run_folder.retire(self.directory, self.keep_last)
+
+        request = dist_checkpointing.save(
+            self._state(model_chunks, optimizer, is_loading=False),
+            str(incomplete),
+            SaveStrategy(publish),
+            async_sharded_save=True,
+            async_strategy="mcore",
+        )
+        # SaveStrategy's own finishing step has done what megatron-core's second one would do, safely on every rank.
+        request = request._replace(finalize_fns=request.finalize_fns[:1])
+        # Always by a forked process: when a write fails, torch's file writer leaves its process unsafe (segmentation
+        # fault in a later garbage collection). The fork is the snapshot; from a device, tensors were copied before it.
+        self._calls.schedule_async_request(request)
+        if not self.async_save:
+            self.finalize(blocking=True)
+        return True
+
+    def finalize(self, blocking: bool = False) -> bool:
+        """Publish a background save that is written on all ranks; called after every step and, blocking, at the end.
+
+        Args:
+            blocking: wait for it.
+
+        Returns:
+            Whether no save is under way any more.
+
+        Raises:
+            CheckpointError: it could not be written; earlier checkpoints are untouched.
+        """
+        try:
+            self._calls.maybe_finalize_async_calls(blocking)
+        except SaveFailed as error:
+            on_first_rank(lambda: run_folder.clean(self.directory))
+            raise CheckpointError(
+                f"the checkpoint could not be written: {error}",
+                str(self.directory),
+                "earlier checkpoints are intact; make room or repair the disk and start again with the same run_dir",
+            ) from None
+        return self._calls.get_num_unfinalized_calls() == 0
+
+    def load(
+        self,
+        model_chunks: Sequence[torch.nn.Module],
+        optimizer: MegatronOptimizer | None,
+        param_scheduler: OptimizerParamScheduler | None,
+    ) -> Resumed | None:
+        """Continue from the newest complete checkpoint, whatever layout it was saved in.
+
+        Returns:
+            Step and data position, or None when there is no checkpoint.
+
+        Raises:
+            CheckpointError: it is damaged, of another model, or its optimizer or schedule does not fit.
+        """
+        step = self.latest_step()
+        if step is None:
+            return None
+        folder, manifest = on_first_rank(lambda: _find_and_read(run_folder.step_folder(self.directory, step)))
+        _check_family(manifest.identity, self.identity, folder)
+        same_layout = dict(manifest.layout) == self.layout
+        state = self._state(model_chunks, optimizer, is_loading=True)
+        if not same_layout:
+            del state["random"]
+        if optimizer is not None:
+            saved = self._check_optimizer(manifest, optimizer, folder)
+            optimizer_state.redirect_main_parameters(state["optimizer"], optimizer, saved)
+        _check_tensors(state, folder)
+        loaded = dist_checkpointing.load(state, str(folder))
+        if optimizer is not None:
+            optimizer_state.load_state(optimizer, loaded["optimizer"], saved, str(folder))
+        if param_scheduler is not None and manifest.scheduler is not None:
+            _load_scheduler(param_scheduler, dict(manifest.scheduler), folder)
+        if same_layout:
+            set_random_state(loaded["random"])
+        return Resumed(manifest.step, manifest.data or {}, manifest.extra, same_layout)
+
+    def _check_optimizer(self, manifest: Manifest, optimizer: MegatronOptimizer, folder: Path) -> Mapping[str, Any]:
+        """The saved optimizer's description, if this optimizer can continue from it."""
+        if manifest.optimizer is None:
+            raise CheckpointError(
+                "holds only weights, so training cannot resume", str(folder), "start from it with checkpoint.load"
+            )
+        if manifest.precision != self.precision:
+            raise CheckpointError(
+                f"saved with precision {manifest.precision}, this run uses {self.precision}",
+                str(folder),
+                "resume with the same precision, or start a new run_dir from its weights (checkpoint.load)",
+            )
+        optimizer_state.match_groups(optimizer, manifest.optimizer, str(folder))
+        return manifest.optimizer
+
+    def _state(
+        self, model_chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, is_loading: bool
+    ) -> dict[str, Any]:
+        model = sharded_model_state(model_chunks, self.groups)
+        state: dict[str, Any] = {"model": model}
+        if optimizer is not None:
+            state["optimizer"] = optimizer_state.sharded_state(optimizer, model, is_loading)
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        state["random"] = ShardedObject("random_state", random_state(), (world_size,), (rank,))
+        return state
+
+
+def on_first_rank[Result](action: Callable[[], Result]) -> Result:
+    """Run `action` on rank 0 and give its result, or its error for the user, to every rank."""
+    outcome: list[Any] = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except UserError as error:
+            outcome[1] = error
+        except OSError as error:
+            where = None if error.filename is None else str(error.filename)
+            outcome[1] = CheckpointError(error.strerror or str(error), where, "make the folder usable and try again")
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: Result = outcome[0]
+    return result
+
+
+def _find_and_read(path: Path) -> tuple[Path, Manifest]:
+    folder = run_folder.find_checkpoint(path)
+    return folder, Manifest.read(folder)
+
+
+def _check_family(saved: ModelIdentity, wanted: ModelIdentity, folder: Path) -> None:
+    if saved.family != wanted.family:
+        raise CheckpointError(
+            f"checkpoint of family {saved.family} ({saved.model_type}), this run trains {wanted.family}"
+            f" ({wanted.model_type})",
+            str(folder),
+            "give a checkpoint of the same family, or another model.hf_path",
+        )
+
+
+def _check_tensors(state: dict[str, Any], folder: Path) -> None:
+    """Every tensor to be loaded, on any rank, must be in the checkpoint in the same global shape."""
+    stored = on_first_rank(lambda: {key: tuple(entry.size) for key, entry in TorchDistReader(folder).tensors.items()})
+    wanted = {leaf.key: tuple(leaf.global_shape) for leaf in nested_values(state) if isinstance(leaf, ShardedTensor)}
+    local = {
+        f"{key} is {'missing' if key not in stored else f'{list(stored[key])}, the model has {list(shape)}'}"
+        for key, shape in wanted.items()
+        if stored.get(key) != shape
+    }
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, local)
+    problems = sorted(set().union(*gathered))
+    if problems:
+        more = f" and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
+        raise CheckpointError(
+            f"the checkpoint does not fit the model: {'; '.join(problems[:_SHOWN_PROBLEMS])}{more}",
+            str(folder),
+            "use the model.hf_path, model.text_only and model.freeze it was saved with",
+        )
+
+
+def _load_scheduler(param_scheduler: OptimizerParamScheduler, saved: dict[str, Any], folder: Path) -> None:
+    try:
+        param_scheduler.load_state_dict(saved)
+    except AssertionError as error:  # megatron-core's way of saying that a setting differs
+        raise CheckpointError(
+            f"schedule settings differ: {error}",
+            str(folder),
+            "resume with the settings it was saved with, or start a new run_dir from its weights (checkpoint.load)",
+        ) from None

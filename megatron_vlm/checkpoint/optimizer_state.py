@@ -1,0 +1,164 @@
+"""Optimizer state in one form on disk, whichever of megatron-core's three optimizers wrote it.
+
+Tensors are stored per parameter in global shape: `optimizer.state.exp_avg.<parameter name>` and so on. The three differ
+in where they keep the fp32 main parameters (`_MAIN_PREFIX`) and in how they nest the groups' settings; we store the
+settings in the checkpoint's manifest, once, and rebuild each optimizer's own nesting on load. So a run may change
+`use_distributed_optimizer` between starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import (
+    ChainedOptimizer,
+    Float16OptimizerWithFloat16Params,
+    FP32Optimizer,
+    MegatronOptimizer,
+    param_group_identifier_keys,
+)
+
+from megatron_vlm.errors import CheckpointError
+
+# The one format of the distributed optimizer that can be read back with other tensor and pipeline sizes.
+_SHARDING_TYPE = "fully_reshardable"
+_METADATA = {"distrib_optim_sharding_type": _SHARDING_TYPE, "chained_optim_avoid_prefix": True}
+# Where each optimizer's fp32 main parameters are stored, before the parameter's name. An fp32 model without the
+# distributed optimizer has none: its parameters are stored once, under their own names.
+_MAIN_PREFIX = {
+    DistributedOptimizer: "optimizer.state.param.",
+    Float16OptimizerWithFloat16Params: "optimizer.state.fp32_param.",
+    FP32Optimizer: "",
+}
+
+
+def describe(optimizer: MegatronOptimizer) -> dict[str, Any]:
+    """Everything about the optimizer but its tensors, for the manifest; called on every rank.
+
+    Returns:
+        `name`, `main_prefix` and `groups`: the settings of every parameter group, equal on all ranks.
+    """
+    _align_steps(optimizer)
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    return {"name": optimizer.config.optimizer, "main_prefix": _MAIN_PREFIX[type(_single(optimizer))], "groups": groups}
+
+
+def sharded_state(optimizer: MegatronOptimizer, model_state: dict[str, ShardedTensor], is_loading: bool) -> Any:
+    """The optimizer's tensors, described by their places in global tensors; called on every rank.
+
+    Args:
+        optimizer: megatron-core's optimizer.
+        model_state: result of `sharded_model_state`.
+        is_loading: allocate what a first step would allocate.
+    """
+    inner = _single(optimizer)
+    if inner.init_state_fn is None:  # SGD without momentum has no state, and megatron-core calls the None
+        inner.init_state_fn = lambda *_: None
+    with torch.no_grad():
+        return inner.sharded_state_dict(model_state, is_loading=is_loading, metadata=_METADATA)
+
+
+def redirect_main_parameters(state: Any, optimizer: MegatronOptimizer, saved: Mapping[str, Any]) -> None:
+    """Let a state to be loaded read its main parameters from where the saved kind of optimizer put them, in place."""
+    here, there = _MAIN_PREFIX[type(_single(optimizer))], saved["main_prefix"]
+
+    def redirect(leaf: Any) -> Any:
+        if not isinstance(leaf, ShardedTensor) or not here or not leaf.key.startswith(here):
+            return leaf
+        # Under "" the model reads the same tensors: ours is a replica beside it.
+        replica = leaf.replica_id if there else (1, *leaf.replica_id)
+        return replace(leaf, key=there + leaf.key.removeprefix(here), replica_id=replica)
+
+    if here != there:
+        dict_list_map_inplace(redirect, state)
+
+
+def load_state(optimizer: MegatronOptimizer, loaded: dict[str, Any], saved: Mapping[str, Any], where: str) -> None:
+    """Give loaded tensors and the manifest's settings to the optimizer.
+
+    Args:
+        optimizer: megatron-core's optimizer.
+        loaded: what megatron-core loaded for `sharded_state`.
+        saved: the manifest's description.
+        where: the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: a parameter group has other settings than any in the checkpoint.
+    """
+    inner = _single(optimizer)
+    groups = match_groups(optimizer, saved, where)
+    if isinstance(inner, DistributedOptimizer):
+        loaded = {
+            "optimizer": {"param_groups": groups},
+            "param_state": loaded["param_state"],
+            "param_state_sharding_type": _SHARDING_TYPE,
+        }
+    else:
+        torch_state = loaded if isinstance(inner, FP32Optimizer) else loaded["optimizer"]
+        torch_state.setdefault("state", {})
+        local_ids = [group["params"] for group in torch_state["param_groups"]]
+        torch_state["param_groups"] = [
+            {**group, "params": params} for group, params in zip(groups, local_ids, strict=True)
+        ]
+    with torch.no_grad():  # fp32 parameters are copied into as they are, and they require gradients
+        inner.load_state_dict(loaded)
+
+
+def match_groups(optimizer: MegatronOptimizer, saved: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """The saved settings of each parameter group, in the optimizer's order.
+
+    Raises:
+        CheckpointError: another kind of optimizer, or a group's settings are in no saved group.
+    """
+    if optimizer.config.optimizer != saved["name"]:
+        raise CheckpointError(
+            f"saved by optimizer {saved['name']}, this run uses {optimizer.config.optimizer}", where, _SETTINGS_FIX
+        )
+    candidates = [{key: _from_json(value) for key, value in group.items()} for group in saved["groups"]]
+    return [_match(group, candidates, where) for group in optimizer.param_groups]
+
+
+_SETTINGS_FIX = "resume with the settings it was saved with, or start a new run_dir from its weights (checkpoint.load)"
+
+
+def _match(group: Mapping[str, Any], candidates: list[dict[str, Any]], where: str) -> dict[str, Any]:
+    def differences(candidate: Mapping[str, Any]) -> list[str]:
+        return [
+            f"{key} {candidate.get(key)} there, {group.get(key)} here"
+            for key in param_group_identifier_keys
+            if candidate.get(key) != group.get(key)
+        ]
+
+    found = min((differences(candidate) for candidate in candidates), key=len, default=["no groups there"])
+    if found:
+        raise CheckpointError(f"optimizer settings differ: {'; '.join(found)}", where, _SETTINGS_FIX)
+    return dict(next(candidate for candidate in candidates if not differences(candidate)))
+
+
+def _from_json(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _single(optimizer: MegatronOptimizer) -> Any:
+    """The one optimizer inside megatron-core's chain; experts would add a second."""
+    while isinstance(optimizer, ChainedOptimizer):
+        assert len(optimizer.chained_optimizers) == 1, "checkpoints of several chained optimizers are not built"
+        optimizer = optimizer.chained_optimizers[0]
+    return optimizer
+
+
+def _align_steps(optimizer: MegatronOptimizer) -> None:
+    """Give every group the number of updates done; a rank that holds no parameter of a group does not count them."""
+    groups = optimizer.param_groups
+    counts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(counts, max((int(group.get("step", 0)) for group in groups), default=0))
+    for group in groups:
+        if max(counts):
+            group["step"] = max(counts)

@@ -1,0 +1,148 @@
+"""What megatron-core's distributed checkpointing needs from us: a results queue, error reports, and random states.
+
+Three parts of megatron-core 0.19.2 are replaced here, each with a test in tests/checkpoint/test_distributed_save.py:
+
+- `filesystem_async._results_queue`: the default starts a manager process by `spawn` (4 to 10 seconds, and the user's
+  script runs again in it). `_WriteResults` needs no process. Goes when megatron-core no longer spawns.
+- the function that writes a rank's file: the default reports any failure as "<class 'OSError'>". Ours keeps the text.
+- the function that finishes a save: the default lets rank 0 raise between two collectives (disk full while writing the
+  metadata), which leaves every other rank waiting. Ours lets every rank learn of the failure.
+
+The last two go when megatron-core reports failures with their text on every rank.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+
+class SaveFailed(Exception):
+    """Some rank could not write its part of a checkpoint; the message is the first failure's text, on every rank."""
+
+
+class _WriteResults:
+    """Carries one result from a forked writer to its parent through anonymous memory; no process, no size limit."""
+
+    def __init__(self) -> None:
+        self._file = os.fdopen(os.memfd_create("checkpoint_write_results"), "w+b")
+
+    def put(self, result: object) -> None:
+        self._file.seek(0)
+        self._file.truncate()
+        pickle.dump(result, self._file)
+        self._file.flush()
+
+    def get_nowait(self) -> Any:
+        self._file.seek(0)
+        if not self._file.read(1):
+            return RuntimeError("the process that writes its part ended early (killed?)")
+        self._file.seek(0)
+        result = pickle.load(self._file)
+        self._file.seek(0)
+        self._file.truncate()
+        return result
+
+
+def _write_files(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: _WriteResults) -> None:
+    """Write this rank's files and put either their write results, by bucket, or the exception."""
+    written: dict[int, Any] | Exception = {}
+    for number, bucket in enumerate(buckets):
+        _, outcome = filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+            transforms, number, bucket, None, None, use_fsync=True, use_msc=use_msc
+        )
+        if isinstance(outcome, Exception):
+            written = outcome
+            break
+        written[number] = outcome
+    results.put(written)
+
+
+class SaveStrategy(torch_strategy.TorchDistSaveShardedStrategy):  # type: ignore[misc]
+    """Writes megatron-core's `torch_dist` format and publishes it on rank 0 once every rank's files are on disk.
+
+    Args:
+        publish: called on rank 0 after the checkpoint's own metadata was written; what it raises reaches every rank.
+    """
+
+    def __init__(self, publish: Callable[[], None]) -> None:
+        super().__init__()
+        self._publish = publish
+        if filesystem_async._results_queue is None:
+            filesystem_async._results_queue = _WriteResults()
+        # The notice recommends a package that exists for CUDA only.
+        torch_strategy._logged_mcore_async_deprecation = True
+
+    def _get_save_and_finalize_callbacks(
+        self, writer: Any, save_state_dict_ret: tuple[Any, ...], async_strategy: str
+    ) -> AsyncRequest:
+        _, metadata, _ = save_state_dict_ret
+        if metadata is not None:  # the plans serve a cache of megatron-core's that we do not use
+            del metadata.all_local_plans
+        write, stage, arguments = writer.get_save_function_and_args()
+        if write is not None:
+            transforms, use_msc = write.args
+            write = partial(_write_files, transforms, use_msc)
+        return AsyncRequest(write, arguments, [partial(self._finish, writer, metadata)], preload_fn=stage)
+
+    def _finish(self, writer: Any, metadata: Any) -> None:
+        """Collect what every rank wrote, write the metadata, publish; every rank learns of a failure."""
+        is_first = torch.distributed.get_rank() == 0
+        outcomes: list[Any] | None = [None] * torch.distributed.get_world_size() if is_first else None
+        torch.distributed.gather_object(writer.retrieve_write_results(), outcomes)
+        failure: list[str | None] = [None]
+        if outcomes is not None:
+            try:
+                for rank, outcome in enumerate(outcomes):
+                    if not isinstance(outcome, list):  # torch's wrapped exception: (exception, stack)
+                        raise SaveFailed(f"rank {rank}: {outcome[0]}")
+                writer.finish(metadata, outcomes)
+                save_config(CheckpointingConfig(self.backend, self.version), writer.checkpoint_dir)
+                self._publish()
+            except Exception as error:  # whatever it is, the other ranks are waiting for the broadcast
+                failure = [str(error) or repr(error)]
+        torch.distributed.broadcast_object_list(failure, src=0)
+        if failure[0] is not None:
+            raise SaveFailed(failure[0])
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every random stream of this process, as tensors, numbers and tuples only.
+
+    Returns:
+        `python`, `numpy`, `torch` and the named streams of megatron-core's tracker; `device` where there is one.
+    """
+    name, keys, position, has_gauss, cached = numpy.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(numpy.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "tracker": dict(get_cuda_rng_tracker().get_states()),
+    }
+    if torch.cuda.is_available():
+        state["device"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put every random stream back to a state taken by `random_state`."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    numpy.random.set_state((name, keys.numpy().astype(numpy.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+    if "device" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["device"])
