@@ -1,0 +1,167 @@
+"""Samples into one padded micro-batch with the span metadata that attention works from.
+
+Shapes: B rows, S padded length in tokens, I images of the micro-batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from megatron_vlm.data.prompts import PromptRules, Sample
+
+NO_LOSS = -100
+"""Label of a position without a target, as in torch's cross entropy."""
+
+
+@dataclass(frozen=True)
+class PlacedSample:
+    """A sample in its slot of the plan; a slot whose row cannot be used holds a filler without trained tokens."""
+
+    sample: Sample
+    source: int
+    row_name: str
+    bad: bool = False
+    too_long: bool = False
+    truncated: bool = False
+    problem: str | None = None
+
+
+@dataclass
+class MicroBatch:
+    """What one forward pass of one data-parallel rank reads."""
+
+    input_ids: torch.Tensor
+    """[B, S] int64, padded on the right."""
+    labels: torch.Tensor
+    """[B, S] int64: labels[b, s] is the target of position s; -100 has no loss."""
+    position_ids: torch.Tensor
+    """[B, S] int64: 0 .. S-1 in every row."""
+    document_ids: torch.Tensor
+    """[B, S] int32: 0 on text and images, -1 on padding."""
+    span_low: torch.Tensor
+    """[B, S] int32: first key a query may see, before any window."""
+    span_high: torch.Tensor
+    """[B, S] int32: last key a query may see."""
+    feature_index: torch.Tensor
+    """[B, S] int32: row of the micro-batch's vision features that replaces this token; -1 on text."""
+    vision_inputs: dict[str, torch.Tensor]
+    """Inputs of the vision tower, images along the first dimension; empty without images."""
+    source_ids: torch.Tensor
+    """[B] int32: index of each row's data source."""
+    row_names: list[str] = field(default_factory=list)
+    """File and line of each row."""
+    counters: dict[str, int] = field(default_factory=dict)
+    """bad_rows, too_long_rows, truncated_rows, images, and tokens: real_tokens, label_tokens, padded_tokens."""
+    problems: list[str] = field(default_factory=list)
+    """One line for each bad or too long row."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> MicroBatch:
+        """The micro-batch with its tensors on `device`."""
+        moved = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        vision = {name: value.to(device, non_blocking=non_blocking) for name, value in self.vision_inputs.items()}
+        return dataclasses.replace(self, vision_inputs=vision, **moved)
+
+    def pin_memory(self) -> MicroBatch:
+        """The micro-batch in page-locked memory; torch's loader calls this."""
+        pinned = {name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        vision = {name: value.pin_memory() for name, value in self.vision_inputs.items()}
+        return dataclasses.replace(self, vision_inputs=vision, **pinned)
+
+
+def collate(
+    rows: Sequence[PlacedSample],
+    rules: PromptRules,
+    filler_token_id: int,
+    pad_to_multiple_of: int = 1,
+    with_pixels: bool = True,
+) -> MicroBatch:
+    """Pad rows to one micro-batch.
+
+    Args:
+        rows: the rows in order.
+        rules: the family's prompt rules.
+        filler_token_id: id written on padding.
+        pad_to_multiple_of: S is a multiple of this (the tensor-parallel size under sequence parallelism).
+        with_pixels: keep the vision inputs; pipeline stages other than the first read none.
+    """
+    lengths = torch.tensor([len(row.sample.input_ids) for row in rows])
+    longest = int(lengths.max())
+    padded_length = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
+    input_ids = torch.full((len(rows), padded_length), filler_token_id, dtype=torch.int64)
+    labels = torch.full_like(input_ids, NO_LOSS)
+    for number, row in enumerate(rows):
+        ids, trained = row.sample.input_ids, row.sample.trained
+        input_ids[number, : len(ids)] = torch.from_numpy(ids)
+        targets = np.where(trained, ids, NO_LOSS)
+        labels[number, : len(ids) - 1] = torch.from_numpy(targets[1:])
+    positions = torch.arange(padded_length).expand(len(rows), -1)
+    is_real = positions < lengths[:, None]
+    is_image = torch.zeros_like(is_real)
+    if rules.image_token_id is not None:
+        is_image = is_real & (input_ids == rules.image_token_id)
+    span_low, span_high = spans(is_real, is_image if rules.bidirectional_images else torch.zeros_like(is_image))
+    feature_index = torch.where(is_image, is_image.flatten().cumsum(0).view_as(is_image) - 1, -1)
+    return MicroBatch(
+        input_ids=input_ids,
+        labels=labels,
+        position_ids=positions.contiguous(),
+        document_ids=torch.where(is_real, 0, -1).int(),
+        span_low=span_low,
+        span_high=span_high,
+        feature_index=feature_index.int(),
+        vision_inputs=_join_vision_inputs(rows) if with_pixels else {},
+        source_ids=torch.tensor([row.source for row in rows], dtype=torch.int32),
+        row_names=[row.row_name for row in rows],
+        counters={
+            "bad_rows": sum(row.bad for row in rows),
+            "too_long_rows": sum(row.too_long for row in rows),
+            "truncated_rows": sum(row.truncated for row in rows),
+            "images": sum(row.sample.num_images for row in rows),
+            "real_tokens": int(lengths.sum()),
+            "label_tokens": int((labels != NO_LOSS).sum()),
+            "padded_tokens": labels.numel() - int(lengths.sum()),
+        },
+        problems=[row.problem for row in rows if row.problem],
+    )
+
+
+def spans(is_real: torch.Tensor, is_image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and last key that each query may see, before any window.
+
+    A query sees its row from the start up to itself, an image token up to the end of its block. A block is a maximal
+    run of image tokens: two images without a token between them are one block, as in transformers.
+
+    Args:
+        is_real: [B, S] bool, false on padding.
+        is_image: [B, S] bool, true on image tokens that see their block in both directions.
+
+    Returns:
+        low and high, each [B, S] int32, inclusive; padding sees only itself.
+
+    Source: `get_block_sequence_ids_for_mask` in transformers/models/gemma3/modeling_gemma3.py.
+    """
+    length = is_real.shape[1]
+    positions = torch.arange(length).expand_as(is_real)
+    low = torch.where(is_real, 0, positions)
+    next_is_image = torch.nn.functional.pad(is_image[:, 1:], (0, 1))
+    block_end = torch.where(is_image & ~next_is_image, positions, length)
+    # The nearest block end at or after each position.
+    block_end = block_end.flip(1).cummin(1).values.flip(1)
+    high = torch.where(is_image, block_end, positions)
+    return low.int(), high.int()
+
+
+def _join_vision_inputs(rows: Sequence[PlacedSample]) -> dict[str, torch.Tensor]:
+    with_images = [row.sample.vision_inputs for row in rows if row.sample.vision_inputs]
+    if not with_images:
+        return {}
+    return {name: torch.cat([inputs[name] for inputs in with_images]) for name in with_images[0]}

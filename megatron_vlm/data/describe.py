@@ -1,0 +1,115 @@
+"""What the model will see, for people: decoded samples with the trained text marked, and a check of all rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import numpy as np
+
+from megatron_vlm.config import Config
+from megatron_vlm.data.collate import PlacedSample
+from megatron_vlm.data.images import read_bytes
+from megatron_vlm.data.plan import SamplePlan
+from megatron_vlm.data.prompts import PromptBuilder, PromptRules
+from megatron_vlm.data.rows import RowReader, reader_for
+from megatron_vlm.errors import DataError
+
+TRAINED_OPEN, TRAINED_CLOSE = "[[", "]]"
+MOST_PROBLEMS_LISTED = 20
+
+
+def describe_samples(config: Config, rules: PromptRules, num: int = 3) -> str:
+    """The first `num` samples of the run as text; trained text stands between [[ and ]].
+
+    Args:
+        config: the run's configuration.
+        rules: the family's prompt rules.
+        num: how many samples.
+
+    Raises:
+        ConfigError, DataError: see `PromptBuilder` and `RowReader`.
+    """
+    reader = reader_for(config, config.data.train, rules)
+    plan = SamplePlan(reader.planned_sources(), config.train.seed, config.data.shuffle)
+    places = plan.rows(0, num)
+    described = [describe_sample(reader.read(place.source, place.row), reader.builder) for place in places]
+    return "\n\n".join(f"sample {number} of {num}: {text}" for number, text in enumerate(described, start=1))
+
+
+def describe_sample(placed: PlacedSample, builder: PromptBuilder) -> str:
+    """One sample: its name and figures, then its decoded tokens."""
+    if placed.problem:
+        return f"{placed.row_name}\n{placed.problem}"
+    sample = placed.sample
+    figures = [f"{len(sample.input_ids)} tokens", f"{int(sample.trained.sum())} trained"]
+    if sample.num_images:
+        shapes = [f"{name} {'x'.join(map(str, value.shape))}" for name, value in sample.vision_inputs.items()]
+        figures.append(f"{sample.num_images} images ({', '.join(shapes)})")
+    if placed.truncated:
+        figures.append("cut at a turn boundary")
+    return f"{placed.row_name} ({', '.join(figures)})\n{marked_text(sample.input_ids, sample.trained, builder)}"
+
+
+def marked_text(input_ids: np.ndarray, trained: np.ndarray, builder: PromptBuilder) -> str:
+    """Decoded tokens with the trained text between [[ and ]]; runs of image tokens are counted, not repeated."""
+    pieces = []
+    image_token_id = builder.rules.image_token_id
+    for (is_trained, is_image), run in groupby(
+        zip(input_ids.tolist(), trained.tolist(), strict=True), key=lambda pair: (pair[1], pair[0] == image_token_id)
+    ):
+        tokens = [token for token, _ in run]
+        text = builder.tokenizer.decode(tokens[:1] if is_image else tokens, clean_up_tokenization_spaces=False)
+        text = f"{text} x {len(tokens)} " if is_image else text
+        pieces.append(f"{TRAINED_OPEN}{text}{TRAINED_CLOSE}" if is_trained else text)
+    return "".join(pieces)
+
+
+@dataclass
+class RowCheck:
+    """What a pass over all rows found."""
+
+    rows: int = 0
+    images: int = 0
+    bad_rows: int = 0
+    problems: list[str] = field(default_factory=list)
+    """The first problems, one line each."""
+
+    def note(self, error: DataError) -> None:
+        self.bad_rows += 1
+        if len(self.problems) < MOST_PROBLEMS_LISTED:
+            self.problems.append(str(error))
+
+
+def check_rows(reader: RowReader) -> RowCheck:
+    """Parse every row and look for every image file (not decoding it).
+
+    Args:
+        reader: rows of the sources.
+
+    Raises:
+        DataError: `strict` is set and a row is bad, or more than `max_bad_fraction` of all rows are.
+    """
+    check = RowCheck()
+    for source, file in enumerate(reader.files):
+        for row in range(file.index.num_rows):
+            check.rows += 1
+            try:
+                conversation = reader.conversation(source, row)
+                for image in conversation.images:
+                    check.images += 1
+                    if image.url is not None and reader.settings.allow_urls:
+                        continue
+                    if image.path is None or not image.path.is_file():
+                        read_bytes(image, conversation.row_name, reader.settings.allow_urls)
+            except DataError as error:
+                if reader.settings.strict:
+                    raise
+                check.note(error)
+    if check.bad_rows > reader.settings.max_bad_fraction * check.rows:
+        raise DataError(
+            f"{check.bad_rows} of {check.rows} rows are bad, more than data.max_bad_fraction "
+            f"{reader.settings.max_bad_fraction}; the first: {check.problems[0]}",
+            fix="repair the rows, or raise data.max_bad_fraction",
+        )
+    return check

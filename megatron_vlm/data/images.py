@@ -1,0 +1,108 @@
+"""Images from files, bytes and URLs as RGB pictures, with limits on what untrusted data may cost.
+
+Source: `load_image` in transformers/image_utils.py (orientation tag applied, then RGB); torchvision's decoder, which
+transformers uses when it opens a path itself, gives the same pixels (a test compares them).
+"""
+
+from __future__ import annotations
+
+import io
+import urllib.error
+import urllib.request
+import warnings
+
+from PIL import Image, ImageOps
+
+from megatron_vlm.data.formats import ImageSource
+from megatron_vlm.errors import DataError
+
+MAX_IMAGE_PIXELS = 89_478_485
+"""Largest width x height that is decoded; PIL's own number, which PIL only warns about up to twice its value."""
+MAX_IMAGE_BYTES = 256 * 2**20
+"""Largest encoded image that is read."""
+URL_TIMEOUT_SECONDS = 20.0
+# No format that runs an interpreter (EPS, PDF) or stands for another file.
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+
+def load_image(source: ImageSource, row_name: str, allow_urls: bool) -> Image.Image:
+    """Read and decode one image.
+
+    Args:
+        source: where the image is.
+        row_name: file and line of the row, for error messages.
+        allow_urls: fetch http(s) URLs instead of refusing them.
+
+    Returns:
+        The image upright, mode RGB.
+
+    Raises:
+        DataError: the image is missing, not an image, damaged, too large, or a URL where URLs are refused.
+    """
+    data = read_bytes(source, row_name, allow_urls)
+    if len(data) > MAX_IMAGE_BYTES:
+        raise DataError(f"image {source} is larger than {MAX_IMAGE_BYTES} bytes", row_name)
+    try:
+        return _decode(data, source, row_name)
+    except DataError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise DataError(f"image {source} is refused: {error}", row_name, "scale it down") from None
+    # Decoders raise whatever a damaged file makes them stumble over; every such failure means the same for the row.
+    except Exception as error:
+        raise DataError(
+            f"image {source} cannot be decoded ({type(error).__name__}: {error})", row_name, "repair or remove it"
+        ) from None
+
+
+def _decode(data: bytes, source: ImageSource, row_name: str) -> Image.Image:
+    with warnings.catch_warnings():
+        # The size check below decides; PIL's warning about the same thing would only repeat it.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    if image.width * image.height > MAX_IMAGE_PIXELS:
+        raise DataError(
+            f"image {source} has {image.width} x {image.height} pixels, more than {MAX_IMAGE_PIXELS}",
+            row_name,
+            "scale it down",
+        )
+    if image.mode.startswith(("I", "F")):
+        # Converting these to 8 bits saturates; transformers silently trains on the result.
+        raise DataError(f"image {source} has more than 8 bits per channel", row_name, "convert it to 8 bits")
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def read_bytes(source: ImageSource, row_name: str, allow_urls: bool) -> bytes:
+    """The encoded image.
+
+    Raises:
+        DataError: see `load_image`.
+    """
+    if source.data is not None:
+        return source.data
+    if source.url is not None:
+        if not allow_urls:
+            raise DataError(
+                f"image {source.url} is a URL", row_name, "download it, or set data.allow_urls to true to fetch URLs"
+            )
+        return _fetch(source.url, row_name)
+    assert source.path is not None
+    if not source.path.is_file():
+        raise DataError(f"image {source.path} does not exist", row_name, "restore the file or remove the row")
+    try:
+        with source.path.open("rb") as file:
+            return file.read(MAX_IMAGE_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"image {source.path} cannot be read ({error.strerror})", row_name) from None
+
+
+def _fetch(url: str, row_name: str) -> bytes:
+    """Download, no further than the size limit and only over http(s), also after redirects."""
+    try:
+        with urllib.request.urlopen(url, timeout=URL_TIMEOUT_SECONDS) as response:
+            if not response.url.startswith(("http://", "https://")):
+                raise DataError(f"image {url} redirects to {response.url}", row_name)
+            data: bytes = response.read(MAX_IMAGE_BYTES + 1)
+            return data
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise DataError(f"image {url} cannot be fetched ({error})", row_name) from None

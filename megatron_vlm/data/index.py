@@ -1,0 +1,152 @@
+"""Random access to the rows of a JSONL file: byte offsets found in one streaming pass that also hashes the file.
+
+The pass looks at line breaks and at each line's first byte, at the speed of the disk; it parses no JSON. Rows are
+parsed when they are read, so a row that is not JSON is found when its turn comes (and by `--dry_run`, which parses all
+rows). Known at once are only lines that do not begin with "{", and a last line that is cut short.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_vlm.errors import DataError
+
+BLOCK_BYTES = 8 * 2**20
+NEWLINE = 10
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class JsonlIndex:
+    """Where each row of a JSONL file is, and what identifies the file's content."""
+
+    path: str
+    starts: np.ndarray
+    """[rows] int64: offset of a row's first byte."""
+    ends: np.ndarray
+    """[rows] int64: offset past a row's last byte."""
+    rows_after_blanks: np.ndarray
+    """[blank lines] int64, ascending: the row that follows each blank line; blank lines are no rows."""
+    size_bytes: int
+    digest: str
+    """BLAKE2b of the whole file, hexadecimal."""
+    unparsable_rows: tuple[int, ...]
+    """Rows that are known not to be JSON objects without having parsed all rows."""
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.starts)
+
+
+def build_index(path: str) -> JsonlIndex:
+    """Index a JSONL file.
+
+    Raises:
+        DataError: the file is missing, unreadable, or has no rows.
+    """
+    if not os.path.isfile(path):
+        raise DataError(f"data file {path} does not exist", fix="give the path of a JSONL file")
+    try:
+        with open(path, "rb") as file:
+            starts, first_bytes, newlines, size_bytes, digest = _scan(file)
+    except OSError as error:
+        raise DataError(f"data file {path} cannot be read ({error.strerror})") from None
+    ends = newlines if len(newlines) == len(starts) else np.append(newlines, size_bytes)
+    index = JsonlIndex(path, starts, ends, np.empty(0, np.int64), size_bytes, digest, ())
+    return _check_suspects(index, np.flatnonzero(first_bytes != ord("{")))
+
+
+def _scan(file: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, str]:
+    """Line starts, each line's first byte, newline offsets, size and digest of an open file."""
+    digest = hashlib.blake2b(digest_size=16)
+    starts, first_bytes, newlines = [], [], []
+    offset, last_byte = 0, NEWLINE
+    while block := file.read(BLOCK_BYTES):
+        digest.update(block)
+        array = np.frombuffer(block, np.uint8)
+        is_newline = array == NEWLINE
+        starts_line = np.concatenate(([last_byte == NEWLINE], is_newline[:-1]))
+        starts.append(np.flatnonzero(starts_line) + offset)
+        first_bytes.append(array[starts_line])
+        newlines.append(np.flatnonzero(is_newline) + offset)
+        offset, last_byte = offset + len(block), block[-1]
+    empty = [np.empty(0, np.int64)]
+    joined = [np.concatenate(arrays or empty) for arrays in (starts, first_bytes, newlines)]
+    return joined[0], joined[1], joined[2], offset, digest.hexdigest()
+
+
+def _check_suspects(index: JsonlIndex, suspects: np.ndarray) -> JsonlIndex:
+    """Drop blank lines, and note which of the lines that do not look like an object are none."""
+    rows = JsonlRows(index)
+    blank, unparsable = [], []
+    # The last line is parsed because an interrupted copy cuts it short.
+    for line in sorted({*suspects.tolist(), *range(index.num_rows)[-1:]}):
+        text = rows.read(line).strip()
+        if not text:
+            blank.append(line)
+        elif not _is_json_object(text):
+            unparsable.append(line)
+    keep = np.ones(index.num_rows, bool)
+    keep[blank] = False
+    if not keep.any():
+        raise DataError(f"data file {index.path} has no rows", fix="write one JSON object per line")
+    row_of_line = np.cumsum(keep) - 1
+    return JsonlIndex(
+        index.path,
+        index.starts[keep],
+        index.ends[keep],
+        row_of_line[blank] + 1,
+        index.size_bytes,
+        index.digest,
+        tuple(int(row_of_line[line]) for line in unparsable),
+    )
+
+
+def _is_json_object(text: bytes) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+class JsonlRows:
+    """The rows of an indexed file; safe to share with forked and spawned worker processes."""
+
+    def __init__(self, index: JsonlIndex) -> None:
+        self.index = index
+        self.directory = Path(index.path).parent
+        self._descriptor: int | None = None
+
+    def read(self, row: int) -> bytes:
+        """The text of row `row` (from 0), without a byte order mark.
+
+        Raises:
+            DataError: the file shrank since it was indexed.
+        """
+        if self._descriptor is None:
+            self._descriptor = os.open(self.index.path, os.O_RDONLY)
+        start, end = int(self.index.starts[row]), int(self.index.ends[row])
+        # pread keeps no position, so forked processes may share the descriptor.
+        text = os.pread(self._descriptor, end - start, start)
+        if len(text) != end - start:
+            raise DataError("the file is shorter than when it was indexed", self.name(row), "do not change data files")
+        return text.removeprefix(BYTE_ORDER_MARK) if start == 0 else text
+
+    def name(self, row: int) -> str:
+        """File and line number of a row, as error messages and reports name it."""
+        blanks_before = int(np.searchsorted(self.index.rows_after_blanks, row, side="right"))
+        return f"{self.index.path}:{row + blanks_before + 1}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_descriptor": None}
+
+    def __del__(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)

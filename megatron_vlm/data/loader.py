@@ -1,0 +1,290 @@
+"""Micro-batches of one data-parallel rank, read ahead by worker processes.
+
+A worker builds whole micro-batches from the plan, so the result does not depend on how many workers there are. Workers
+come from a fork server that has imported this module and runs no thread: forking the training process itself beside
+communication threads may deadlock, and spawning would import torch once per worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_vlm.config import Config
+from megatron_vlm.data.collate import MicroBatch, collate
+from megatron_vlm.data.plan import SamplePlan, micro_batch_start
+from megatron_vlm.data.prompts import PromptRules
+from megatron_vlm.data.rows import RowReader, reader_for
+from megatron_vlm.errors import UserError
+
+MICRO_BATCHES_AHEAD_PER_WORKER = 4
+# A scheduler sends these to every process of a job; a worker that dies of one would take its rank down before it saved.
+SIGNALS_LEFT_TO_RANKS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of every global batch a rank reads, and how it is shaped."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    data_parallel_rank: int = 0
+    data_parallel_size: int = 1
+    pad_to_multiple_of: int = 1
+    with_pixels: bool = True
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of one rank per global batch."""
+        rows_per_pass = self.micro_batch_size * self.data_parallel_size
+        assert self.global_batch_size % rows_per_pass == 0, "the configuration was checked against the layout"
+        return self.global_batch_size // rows_per_pass
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """A user error on its way out of a worker, where raising it would wrap it in a traceback."""
+
+    error: UserError
+
+
+class _MicroBatches(Dataset[MicroBatch | _Refusal]):
+    """Micro-batch i of a rank, counted from a start position."""
+
+    def __init__(self, reader: RowReader, plan: SamplePlan, share: Share, one_pass: bool) -> None:
+        self.reader = reader
+        self.plan = plan
+        self.share = share
+        self.one_pass = one_pass
+
+    def __getitem__(self, item: tuple[int, int]) -> MicroBatch | _Refusal:
+        start, number = item
+        share = self.share
+        step, micro_batch = divmod(number, share.num_micro_batches)
+        position = micro_batch_start(
+            start + step * share.global_batch_size,
+            micro_batch,
+            share.data_parallel_rank,
+            share.data_parallel_size,
+            share.micro_batch_size,
+        )
+        try:
+            rows = [
+                self.reader.empty(place.source)
+                if self.one_pass and place.epoch > 0
+                else self.reader.read(place.source, place.row)
+                for place in self.plan.rows(position, share.micro_batch_size)
+            ]
+        except UserError as error:
+            return _Refusal(error)
+        builder = self.reader.builder
+        return collate(rows, builder.rules, builder.filler_token_id, share.pad_to_multiple_of, share.with_pixels)
+
+
+class _Order:
+    """The numbers that a loader asks its workers for; `start` moves when the position is restored."""
+
+    def __init__(self) -> None:
+        self.start = 0
+        self.count: int | None = None
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        number = 0
+        while self.count is None or number < self.count:
+            yield self.start, number
+            number += 1
+
+
+class MicroBatchLoader:
+    """Iterator over a rank's micro-batches, endless in training.
+
+    Args:
+        reader: rows of the sources.
+        plan: the order of rows.
+        share: this rank's part.
+        num_workers: processes that read ahead; 0 reads in this process.
+        num_global_batches: length of one iteration; None is endless.
+        one_pass: rows that come a second time become empty slots (evaluation).
+        pin_memory: put tensors into page-locked memory.
+        report_problems: log one line for each bad or dropped row.
+        start_method: how workers start.
+
+    Raises (from `next`):
+        DataError, ConfigError: what a row of `strict` data is refused for.
+    """
+
+    def __init__(
+        self,
+        reader: RowReader,
+        plan: SamplePlan,
+        share: Share,
+        *,
+        num_workers: int = 0,
+        num_global_batches: int | None = None,
+        one_pass: bool = False,
+        pin_memory: bool = False,
+        report_problems: bool = True,
+        start_method: str = "forkserver",
+    ) -> None:
+        self.plan = plan
+        self.share = share
+        self.source_names = reader.names
+        self.num_global_batches = num_global_batches
+        self.report_problems = report_problems
+        self.consumed_samples = 0
+        """Rows of whole global batches that have been handed out, over all ranks; the position to save."""
+        self.wait_seconds = 0.0
+        """Time spent waiting for data since the loader was made."""
+        self._micro_batches_given = 0
+        self._order = _Order()
+        self._iterator: Iterator[Any] | None = None
+        workers: dict[str, Any] = {}
+        if num_workers:
+            context = multiprocessing.get_context(start_method)
+            if start_method == "forkserver":
+                # Started now, so that its imports run while the caller builds the model.
+                context.set_forkserver_preload([__name__])
+                with _signals_blocked():
+                    forkserver.ensure_running()
+            workers = {
+                "multiprocessing_context": context,
+                "prefetch_factor": MICRO_BATCHES_AHEAD_PER_WORKER,
+                "persistent_workers": True,
+            }
+        self._loader: DataLoader[Any] = DataLoader(
+            _MicroBatches(reader, plan, share, one_pass),
+            batch_size=None,
+            sampler=self._order,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            worker_init_fn=_start_worker,
+            **workers,
+        )
+
+    def __iter__(self) -> MicroBatchLoader:
+        return self
+
+    def __next__(self) -> MicroBatch:
+        began = time.perf_counter()
+        if self._iterator is None:
+            self._order.count = None
+            if self.num_global_batches is not None:
+                self._order.count = self.num_global_batches * self.share.num_micro_batches
+            with _signals_blocked():
+                self._iterator = iter(self._loader)
+        batch = next(self._iterator)
+        self.wait_seconds += time.perf_counter() - began
+        if isinstance(batch, _Refusal):
+            raise batch.error
+        self._micro_batches_given += 1
+        if self._micro_batches_given % self.share.num_micro_batches == 0:
+            self.consumed_samples += self.share.global_batch_size
+        for problem in batch.problems if self.report_problems else ():
+            logger.warning("%s", problem)
+        return batch
+
+    def global_batch(self) -> list[MicroBatch]:
+        """This rank's micro-batches of the next global batch."""
+        return [next(self) for _ in range(self.share.num_micro_batches)]
+
+    def seek(self, consumed_samples: int) -> None:
+        """Continue after `consumed_samples` rows of the plan (0: from the beginning)."""
+        self._iterator = None
+        self._micro_batches_given = 0
+        self._order.start = self.consumed_samples = consumed_samples
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position and what it refers to, as plain values; the same on every rank."""
+        return self.plan.state(self.consumed_samples)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was saved, at any data-parallel size, micro-batch size or number of workers.
+
+        Raises:
+            DataError: the data or their order changed; names what changed.
+        """
+        self.seek(self.plan.check_state(state))
+
+    def close(self) -> None:
+        """Stop the workers."""
+        self._iterator = None
+        # torch keeps persistent workers alive on the loader; there is no public way to stop them before it goes.
+        self._loader._iterator = None
+
+
+def build_train_loader(
+    config: Config, rules: PromptRules, share: Share, *, pin_memory: bool = False, report_problems: bool = True
+) -> MicroBatchLoader:
+    """The endless loader over data.train.
+
+    Args:
+        config: the run's configuration.
+        rules: the family's prompt rules.
+        share: this rank's part.
+        pin_memory: put tensors into page-locked memory.
+        report_problems: log bad and dropped rows; one rank per data-parallel rank should.
+
+    Raises:
+        ConfigError, DataError: see `PromptBuilder` and `RowReader`.
+    """
+    reader = reader_for(config, config.data.train, rules)
+    plan = SamplePlan(reader.planned_sources(), config.train.seed, config.data.shuffle)
+    return MicroBatchLoader(
+        reader,
+        plan,
+        share,
+        num_workers=config.data.num_workers,
+        pin_memory=pin_memory,
+        report_problems=report_problems,
+    )
+
+
+def build_valid_loader(
+    config: Config, rules: PromptRules, share: Share, *, pin_memory: bool = False, report_problems: bool = True
+) -> MicroBatchLoader | None:
+    """The loader over data.valid, in file order, up to eval_iters global batches and no row twice; None without data.
+
+    Iterate over it, then `seek(0)` before the next evaluation. Arguments and errors as in `build_train_loader`.
+    """
+    if not config.data.valid:
+        return None
+    reader = reader_for(config, config.data.valid, rules)
+    plan = SamplePlan(reader.planned_sources(), seed=0, shuffle=False)
+    one_pass_batches = -(-plan.positions_of_one_pass() // share.global_batch_size)
+    return MicroBatchLoader(
+        reader,
+        plan,
+        share,
+        num_workers=min(config.data.num_workers, 1),
+        num_global_batches=min(config.train.eval_iters, one_pass_batches),
+        one_pass=True,
+        pin_memory=pin_memory,
+        report_problems=report_problems,
+    )
+
+
+def _start_worker(worker: int) -> None:
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Start processes inside: they inherit the blocked signals and so never see them; here they arrive afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_LEFT_TO_RANKS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,219 @@
+"""The order of training rows as a pure function of (data, seed, position).
+
+Position n of the endless row sequence belongs to one source (blending by largest deficit, no random numbers), to one
+epoch of that source, and to one of its rows (a Feistel permutation per source and epoch, so nothing is stored). Global
+batch k is positions [k*G, (k+1)*G). Nothing depends on ranks or workers, so a run resumes exactly at any size from one
+integer: the number of consumed samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import gcd, lcm
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megatron_vlm.errors import DataError
+
+LONGEST_BLEND_CYCLE = 65_536
+"""Weights are kept exactly if their ratio fits a cycle of so many rows, else rounded to 1/65536."""
+FEISTEL_ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class PlannedSource:
+    """What the order depends on in one data source."""
+
+    path: str
+    num_rows: int
+    digest: str
+    weight: float = 1.0
+
+
+class RowReference(NamedTuple):
+    """One position of the plan: which source, which pass over it (from 0), which row (from 0)."""
+
+    source: int
+    epoch: int
+    row: int
+
+
+class SamplePlan:
+    """The endless sequence of rows that a run reads.
+
+    Args:
+        sources: the data sources in the order of the configuration.
+        seed: seed of the shuffle.
+        shuffle: false reads every source in file order.
+    """
+
+    def __init__(self, sources: Sequence[PlannedSource], seed: int, shuffle: bool) -> None:
+        assert sources and all(source.num_rows > 0 for source in sources)
+        self.sources = tuple(sources)
+        self.seed = seed
+        self.shuffle = shuffle
+        shares = blend_shares([source.weight for source in sources])
+        self._shares = np.array(shares)
+        self._cycle = blend_cycle(shares)
+        # How many rows of the same source stand before each place of the cycle.
+        self._rank_in_cycle = np.empty(len(self._cycle), np.int64)
+        for source, share in enumerate(shares):
+            self._rank_in_cycle[self._cycle == source] = np.arange(share)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all sources together."""
+        return sum(source.num_rows for source in self.sources)
+
+    def rows(self, start: int, count: int) -> list[RowReference]:
+        """The rows at positions [start, start + count)."""
+        positions = np.arange(start, start + count)
+        cycles, places = np.divmod(positions, len(self._cycle))
+        chosen = self._cycle[places]
+        draws = cycles * self._shares[chosen] + self._rank_in_cycle[places]
+        sizes = np.array([source.num_rows for source in self.sources])[chosen]
+        epochs, rows = np.divmod(draws, sizes)
+        if self.shuffle:
+            for source, epoch in {*zip(chosen.tolist(), epochs.tolist(), strict=True)}:
+                mine = (chosen == source) & (epochs == epoch)
+                rows[mine] = permute(rows[mine], self.sources[source].num_rows, (self.seed, source, epoch))
+        return [RowReference(*item) for item in zip(chosen.tolist(), epochs.tolist(), rows.tolist(), strict=True)]
+
+    def positions_of_one_pass(self) -> int:
+        """Positions after which every row of every source has come at least once."""
+        longest = 0
+        for source, planned in enumerate(self.sources):
+            full_cycles, rest = divmod(planned.num_rows - 1, int(self._shares[source]))
+            place = np.flatnonzero(self._cycle == source)[rest]
+            longest = max(longest, full_cycles * len(self._cycle) + int(place) + 1)
+        return longest
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that the order depends on; paths do not count, so data may move."""
+        facts = [[source.digest, source.num_rows, source.weight] for source in self.sources]
+        text = json.dumps([facts, self.seed if self.shuffle else None, self.shuffle])
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def state(self, consumed_samples: int) -> dict[str, Any]:
+        """Plain values from which `check_state` recognises the same plan and the position in it."""
+        return {
+            "consumed_samples": consumed_samples,
+            "fingerprint": self.fingerprint,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "sources": [vars(source) for source in self.sources],
+        }
+
+    def check_state(self, state: dict[str, Any]) -> int:
+        """The position that `state` holds.
+
+        Raises:
+            DataError: the data, their weights, the seed or the shuffling changed since the state was saved.
+        """
+        if state["fingerprint"] != self.fingerprint:
+            raise DataError(
+                f"the data order is not the one this run was trained with: {'; '.join(self._changes(state))}",
+                fix="restore it, or start a new run_dir with checkpoint.load",
+            )
+        return int(state["consumed_samples"])
+
+    def _changes(self, state: dict[str, Any]) -> list[str]:
+        changes = [
+            f"{key} was {state[name]}, now {getattr(self, name)}"
+            for name, key in (("seed", "train.seed"), ("shuffle", "data.shuffle"))
+            if state[name] != getattr(self, name)
+        ]
+        old_sources = [PlannedSource(**source) for source in state["sources"]]
+        if len(old_sources) != len(self.sources):
+            before, now = ([source.path for source in group] for group in (old_sources, self.sources))
+            return [*changes, f"the sources were {before}, now {now}"]
+        for old, new in zip(old_sources, self.sources, strict=True):
+            if old.weight != new.weight:
+                changes.append(f"the weight of {new.path} was {old.weight}, now {new.weight}")
+            if old.num_rows != new.num_rows:
+                changes.append(f"{new.path} had {old.num_rows} rows, now {new.num_rows}")
+            elif old.digest != new.digest:
+                changes.append(f"the content of {new.path} changed")
+        return changes
+
+
+def micro_batch_start(step_start: int, micro_batch: int, rank: int, ranks: int, micro_batch_size: int) -> int:
+    """First position of a rank's micro-batch within the global batch that starts at `step_start`."""
+    return step_start + (micro_batch * ranks + rank) * micro_batch_size
+
+
+def blend_shares(weights: Sequence[float]) -> list[int]:
+    """Rows of each source in one cycle of the blend, in the ratio of the weights; every source has at least one."""
+    exact = [Fraction(str(weight)) for weight in weights]
+    scale = lcm(*(weight.denominator for weight in exact))
+    shares = [int(weight * scale) for weight in exact]
+    divisor = gcd(*shares)
+    shares = [share // divisor for share in shares]
+    if sum(shares) > LONGEST_BLEND_CYCLE:
+        total = sum(exact)
+        shares = [max(1, round(weight / total * LONGEST_BLEND_CYCLE)) for weight in exact]
+    return shares
+
+
+def blend_cycle(shares: Sequence[int]) -> np.ndarray:
+    """Sources in the order of largest deficit over one cycle, after which every deficit is zero again.
+
+    Args:
+        shares: rows of each source in one cycle.
+
+    Returns:
+        [sum(shares)] int64, the source of each place.
+    """
+    length = sum(shares)
+    if len(shares) == 1:
+        return np.zeros(length, np.int64)
+    cycle = np.empty(length, np.int64)
+    wanted = np.array(shares, np.int64)
+    # Deficit of each source in units of 1/length rows: due so far minus given so far. Ties go to the earlier source.
+    deficit = np.zeros(len(shares), np.int64)
+    for place in range(length):
+        deficit += wanted
+        source = int(deficit.argmax())
+        deficit[source] -= length
+        cycle[place] = source
+    return cycle
+
+
+def permute(values: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
+    """Images of `values` under a pseudo-random permutation of range(size), without storing it.
+
+    A balanced Feistel network permutes the next power of four; values that land outside are sent through again.
+
+    Args:
+        values: int64 in [0, size).
+        size: length of the range.
+        key: which permutation.
+    """
+    half_bits = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=8 * FEISTEL_ROUNDS).digest()
+    round_keys = np.frombuffer(digest, np.uint64)
+    result = _feistel(values.astype(np.uint64), half_bits, round_keys)
+    while (outside := result >= size).any():
+        result[outside] = _feistel(result[outside], half_bits, round_keys)
+    return result.astype(np.int64)
+
+
+def _feistel(values: np.ndarray, half_bits: int, round_keys: np.ndarray) -> np.ndarray:
+    shift, mask = np.uint64(half_bits), np.uint64(2**half_bits - 1)
+    left, right = values >> shift, values & mask
+    for round_key in round_keys:
+        left, right = right, left ^ (_mix(right ^ round_key) & mask)
+    return (left << shift) | right
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """A 64-bit finaliser: every output bit depends on every input bit. Source: splitmix64 (Steele et al. 2014)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

@@ -1,0 +1,309 @@
+"""Conversations into token ids, trained-token masks and vision inputs, by the model's own processor and chat template.
+
+Ids and pixels are what `processor.apply_chat_template(messages, tokenize=True)` gives; nothing is added. Which tokens
+are trained is decided in this order:
+1. The template has generation tags: transformers' own `assistant_masks`.
+2. The family's turn markers, found in the rendered text. A control token inside a message could forge a turn, so such a
+   row is refused, and the number of turns found must be the number of assistant messages.
+3. Otherwise the model directory is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2.exceptions import TemplateError
+from PIL import Image
+from transformers import AutoProcessor, AutoTokenizer
+
+from megatron_vlm.data.formats import Conversation, ImagePart, ImageSource, Message, TextPart
+from megatron_vlm.errors import ConfigError, DataError
+
+GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class PromptRules:
+    """What the data pipeline needs to know about a family's prompts."""
+
+    assistant_start: str
+    """Text after which the template puts an assistant's words."""
+    assistant_end: str
+    """End-of-turn token, which the template puts after them; it is trained."""
+    image_token_id: int | None
+    """Id of the token that stands for one vision feature; None for a text-only model."""
+    tokens_per_image: int | None
+    """Features of one image; None if it varies with the image's size."""
+    fixed_image_size: bool
+    """The processor scales every image to one size, so min_pixels and max_pixels mean nothing."""
+    bidirectional_images: bool
+    """Tokens of one image see each other in both directions."""
+    vision_keys: tuple[str, ...]
+    """Processor outputs that the vision tower takes."""
+
+
+@dataclass
+class Sample:
+    """One row as the model sees it: S tokens, I images."""
+
+    input_ids: np.ndarray
+    """[S] int64."""
+    trained: np.ndarray
+    """[S] bool: the token at this place is a target."""
+    vision_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Processor outputs by name, images along the first dimension."""
+    num_images: int = 0
+
+
+class PromptBuilder:
+    """The processor and chat template of one model directory.
+
+    Args:
+        hf_path: directory with tokenizer, processor and chat template files.
+        rules: the family's rules.
+        min_pixels: fewest pixels of an image; None keeps the processor's own value.
+        max_pixels: most pixels of an image; None keeps the processor's own value.
+
+    Raises:
+        ConfigError: the directory cannot be loaded, has no chat template, or does not fit the model or the options.
+    """
+
+    def __init__(
+        self, hf_path: str | Path, rules: PromptRules, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> None:
+        self.rules = rules
+        self.hf_path = str(hf_path)
+        _check_pixel_limits(rules, min_pixels, max_pixels)
+        self.processor = _load_processor(self.hf_path, has_images=rules.image_token_id is not None)
+        self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        template = self.processor.chat_template
+        template = template.get("default") if isinstance(template, dict) else template
+        if not template:
+            raise ConfigError(f"{hf_path} has no chat template", "model.hf_path", "add a chat_template.jinja file")
+        self.has_generation_tags = bool(GENERATION_TAG.search(template))
+        if not self.has_generation_tags and rules.assistant_start not in _probe_prompt(self.processor, rules):
+            raise ConfigError(
+                f"the chat template of {hf_path} does not mark the assistant's turns with {rules.assistant_start!r}",
+                "model.hf_path",
+                "put {% generation %} ... {% endgeneration %} around the assistant's text in the template",
+            )
+        own_id = getattr(self.tokenizer, "image_token_id", None)
+        if rules.image_token_id is not None and own_id != rules.image_token_id:
+            raise ConfigError(
+                f"the tokenizer's image token is {own_id}, config.json says {rules.image_token_id}", str(hf_path)
+            )
+        self._control_token = _control_token_pattern(self.tokenizer, rules)
+
+    def encode(self, conversation: Conversation, images: list[Image.Image]) -> Sample:
+        """Tokens, trained mask and vision inputs of one conversation.
+
+        Args:
+            conversation: the row.
+            images: its decoded images in reading order.
+
+        Raises:
+            DataError: the row cannot be rendered, has a control token in its text, or trains nothing.
+        """
+        assert not images or self.rules.image_token_id is not None
+        self._refuse_control_tokens(conversation)
+        messages = conversation.template_messages(images)
+        try:
+            output = self._apply_template(messages)
+        # What templates and processors raise on a conversation they do not accept.
+        except (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            raise DataError(f"the chat template refuses the row: {error}", conversation.row_name) from None
+        input_ids = np.array(output["input_ids"], np.int64)
+        if self.has_generation_tags:
+            trained = np.array(output["assistant_masks"], bool)
+        else:
+            trained = self._mask_by_markers(messages, output, conversation)
+        trained = _drop_untrained_turns(trained, conversation)
+        if not trained.any():
+            raise DataError("no token of the row is trained", conversation.row_name, "add an assistant message")
+        vision_inputs = {
+            key: torch.stack(list(output[key])) for key in self.rules.vision_keys if images and key in output
+        }
+        self._check_image_tokens(input_ids, vision_inputs, conversation)
+        return Sample(input_ids, trained, vision_inputs, len(images))
+
+    @property
+    def filler_token_id(self) -> int:
+        """A harmless token for rows without content and for padding."""
+        return int(self.tokenizer.pad_token_id or 0)
+
+    @cached_property
+    def shortest_image_row_tokens(self) -> int:
+        """Tokens of a conversation of one image and one empty answer."""
+        blank = ImagePart(ImageSource(data=b""))
+        conversation = Conversation((Message("user", (blank,)), Message("assistant", "")), "a blank image")
+        return len(self.encode(conversation, [Image.new("RGB", (64, 64))]).input_ids)
+
+    def _apply_template(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
+        """Processor output of one conversation, without the batch dimension on text."""
+        options: dict[str, Any] = {"tokenize": True, "return_dict": True}
+        if self.has_generation_tags:
+            options["return_assistant_tokens_mask"] = True
+        if self.rules.image_token_id is None:
+            output = self.processor.apply_chat_template(
+                messages, tokenizer_kwargs={"return_offsets_mapping": True}, **options
+            )
+            return dict(output)
+        output = self.processor.apply_chat_template(
+            messages,
+            processor_kwargs={"return_offsets_mapping": True, "return_text_replacement_offsets": True},
+            **options,
+        )
+        per_text = ("input_ids", "assistant_masks", "offset_mapping", "text_replacement_offsets")
+        return {key: value[0] if key in per_text else value for key, value in output.items()}
+
+    def _refuse_control_tokens(self, conversation: Conversation) -> None:
+        """A control token in the text of a message would forge an image, or a turn where markers are searched."""
+        for message in conversation.messages:
+            texts = [part.text for part in message.parts if isinstance(part, TextPart)]
+            # Templates join parts, with or without the spaces around them.
+            for text in ("".join(texts), "".join(text.strip() for text in texts), str(message.fields or "")):
+                found = self._control_token.search(text)
+                if found and (not self.has_generation_tags or found.group() in self._image_tokens):
+                    raise DataError(
+                        f"the text of a message contains the control token {found.group()}",
+                        conversation.row_name,
+                        "remove it from the text, or use a chat template with generation tags",
+                    )
+
+    @cached_property
+    def _image_tokens(self) -> set[str]:
+        names = ("boi_token", "eoi_token", "image_token")
+        return {getattr(self.tokenizer, name, None) for name in names} - {None}
+
+    def _mask_by_markers(
+        self, messages: list[dict[str, Any]], output: dict[str, Any], conversation: Conversation
+    ) -> np.ndarray:
+        """Trained mask from the family's turn markers.
+
+        A turn's trained text starts after the start marker and ends with the end-of-turn token; the line break that
+        templates put after that token is not trained, because generation stops before it.
+        """
+        prompt = self.processor.apply_chat_template(messages, tokenize=False)
+        start_marker, end_marker = re.escape(self.rules.assistant_start), re.escape(self.rules.assistant_end)
+        spans = [found.span(1) for found in re.finditer(f"{start_marker}(.*?{end_marker})", prompt, re.DOTALL)]
+        if len(spans) != conversation.num_assistant_turns:
+            raise DataError(
+                f"the rendered text has {len(spans)} assistant turns, the row {conversation.num_assistant_turns}",
+                conversation.row_name,
+            )
+        offsets = np.array(output["offset_mapping"]).reshape(-1, 2)
+        trained = np.zeros(len(offsets), bool)
+        replacements = output.get("text_replacement_offsets") or []
+        for span in spans:
+            start, end = (position + _characters_gained(position, replacements) for position in span)
+            trained |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])
+        # Features of an image inside an answer are inputs, never targets.
+        if self.rules.image_token_id is not None:
+            trained &= np.array(output["input_ids"]) != self.rules.image_token_id
+        return trained
+
+    def _check_image_tokens(
+        self, input_ids: np.ndarray, vision_inputs: dict[str, torch.Tensor], conversation: Conversation
+    ) -> None:
+        """With a fixed number of tokens per image, placeholders and images must agree."""
+        if self.rules.tokens_per_image is None or self.rules.image_token_id is None:
+            return
+        found = int((input_ids == self.rules.image_token_id).sum())
+        pictures = len(vision_inputs[self.rules.vision_keys[0]]) if vision_inputs else 0
+        if found != pictures * self.rules.tokens_per_image:
+            raise DataError(
+                f"{found} image tokens for {pictures} images of {self.rules.tokens_per_image} tokens",
+                conversation.row_name,
+                "check that the processor's image_seq_length is config.json's mm_tokens_per_image",
+            )
+
+
+def turn_ends(trained: np.ndarray) -> np.ndarray:
+    """Places after the last token of each run of trained tokens, [turns] int64."""
+    return np.flatnonzero(trained & ~np.append(trained[1:], False)) + 1
+
+
+def _characters_gained(position: int, replacements: list[dict[str, Any]]) -> int:
+    """How far image placeholders before `position` moved it when they were expanded."""
+    return sum(
+        (item["new_span"][1] - item["new_span"][0]) - (item["span"][1] - item["span"][0])
+        for item in replacements
+        if item["span"][1] <= position
+    )
+
+
+def _drop_untrained_turns(trained: np.ndarray, conversation: Conversation) -> np.ndarray:
+    """The mask without the turns whose message says `loss: false`."""
+    losses = [message.loss for message in conversation.messages if message.role == "assistant"]
+    if all(losses):
+        return trained
+    ends = turn_ends(trained)
+    if len(ends) != len(losses):
+        raise DataError(
+            f"`loss: false` cannot be applied: {len(ends)} trained turns for {len(losses)} assistant messages",
+            conversation.row_name,
+        )
+    kept, start = trained.copy(), 0
+    for end, loss in zip(ends.tolist(), losses, strict=True):
+        kept[start:end] &= loss
+        start = end
+    return kept
+
+
+def _check_pixel_limits(rules: PromptRules, min_pixels: int | None, max_pixels: int | None) -> None:
+    given = {"data.min_pixels": min_pixels, "data.max_pixels": max_pixels}
+    for key, value in given.items():
+        if value is not None and (rules.fixed_image_size or rules.image_token_id is None):
+            reason = "scales every image to one size" if rules.image_token_id is not None else "takes no images"
+            raise ConfigError(f"{key} is {value}, but this model {reason}", key, "set it to null")
+
+
+def _load_processor(hf_path: str, has_images: bool) -> Any:
+    loader = AutoProcessor if has_images else AutoTokenizer
+    try:
+        processor = loader.from_pretrained(hf_path, local_files_only=True)
+    # transformers raises many types on incomplete directories; all mean that this one cannot be used.
+    except Exception as error:
+        raise ConfigError(
+            f"no {'processor' if has_images else 'tokenizer'} can be loaded from {hf_path}: {error}",
+            "model.hf_path",
+            "add the tokenizer and processor files of the model",
+        ) from None
+    if has_images and not hasattr(processor, "image_processor"):
+        raise ConfigError(
+            f"{hf_path} has a tokenizer but no image processor",
+            "model.hf_path",
+            "add processor_config.json or preprocessor_config.json, or set model.text_only to true",
+        )
+    return processor
+
+
+def _control_token_pattern(tokenizer: Any, rules: PromptRules) -> re.Pattern[str]:
+    """Matches every token that is special, or that a turn marker is made of (some tokenizers leave those unspecial)."""
+    markers = rules.assistant_start + rules.assistant_end
+    names = {
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special or (token.content in markers and token.content.startswith("<"))
+    }
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
+
+
+def _probe_prompt(processor: Any, rules: PromptRules) -> str:
+    """A minimal conversation as the template renders it; empty if it refuses."""
+    contents: list[Any] = ["a", "b"]
+    if rules.image_token_id is not None:
+        contents = [[{"type": "text", "text": text}] for text in contents]
+    messages = [
+        {"role": role, "content": content} for role, content in zip(("user", "assistant"), contents, strict=True)
+    ]
+    try:
+        return str(processor.apply_chat_template(messages, tokenize=False))
+    except (TemplateError, TypeError, KeyError, IndexError):
+        return ""

@@ -1,0 +1,207 @@
+"""One slot of the plan into one sample, with the policies for bad and too long rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from megatron_vlm.config import Config, DataSettings, DataSource
+from megatron_vlm.data.collate import PlacedSample
+from megatron_vlm.data.formats import Conversation, parse_row
+from megatron_vlm.data.images import load_image
+from megatron_vlm.data.index import JsonlRows, build_index
+from megatron_vlm.data.plan import PlannedSource
+from megatron_vlm.data.prompts import PromptBuilder, PromptRules, Sample, turn_ends
+from megatron_vlm.errors import ConfigError, DataError
+
+ROWS_PEEKED_FOR_IMAGES = 256
+FEWEST_ROWS_FOR_FRACTION = 100
+
+
+class RowReader:
+    """Reads rows of several sources as samples.
+
+    Args:
+        sources: files and weights.
+        settings: policies and limits.
+        builder: the model's processor and chat template.
+
+    Raises:
+        DataError: a file is missing or empty, or (strict) has a line that is no JSON object.
+        ConfigError: seq_length is too short for one image and the data have images.
+    """
+
+    def __init__(self, sources: Sequence[DataSource], settings: DataSettings, builder: PromptBuilder) -> None:
+        self.settings = settings
+        self.builder = builder
+        self.weights = [source.weight for source in sources]
+        self.files = [JsonlRows(build_index(source.path)) for source in sources]
+        for file in self.files:
+            if settings.strict and file.index.unparsable_rows:
+                parse_row(*self._line(file, file.index.unparsable_rows[0]), file.directory)
+        self._check_image_fits()
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the sources, for reports."""
+        return [file.index.path for file in self.files]
+
+    def planned_sources(self) -> list[PlannedSource]:
+        """The facts about the sources that the plan depends on."""
+        indices = [file.index for file in self.files]
+        return [
+            PlannedSource(index.path, index.num_rows, index.digest, weight)
+            for index, weight in zip(indices, self.weights, strict=True)
+        ]
+
+    def conversation(self, source: int, row: int) -> Conversation:
+        """The parsed row.
+
+        Raises:
+            DataError: the row has none of the known formats, or images for a text-only model.
+        """
+        file = self.files[source]
+        conversation = parse_row(*self._line(file, row), file.directory)
+        if conversation.images and self.builder.rules.image_token_id is None:
+            raise DataError(
+                "the row has images but the model is text-only", file.name(row), "remove the images or the row"
+            )
+        return conversation
+
+    def read(self, source: int, row: int) -> PlacedSample:
+        """The sample of one row; a row that cannot be used keeps its slot as a filler without weight.
+
+        Raises:
+            DataError: the row is bad and `strict` is set, or too long and `too_long` is `error`.
+            ConfigError: the row has an image and seq_length is too short for any.
+        """
+        name = self.files[source].name(row)
+        try:
+            conversation = self.conversation(source, row)
+            sample = self._encode(conversation)
+        except DataError as error:
+            if self.settings.strict:
+                raise
+            return PlacedSample(self._filler(), source, name, bad=True, problem=f"bad row: {error}")
+        if len(sample.input_ids) <= self.settings.seq_length:
+            return PlacedSample(sample, source, name)
+        return self._too_long(conversation, sample, source)
+
+    def empty(self, source: int) -> PlacedSample:
+        """A slot that holds no row."""
+        return PlacedSample(self._filler(), source, "")
+
+    def _line(self, file: JsonlRows, row: int) -> tuple[bytes, str]:
+        return file.read(row), file.name(row)
+
+    def _encode(self, conversation: Conversation) -> Sample:
+        images = [load_image(source, conversation.row_name, self.settings.allow_urls) for source in conversation.images]
+        return self.builder.encode(conversation, images)
+
+    def _filler(self) -> Sample:
+        """One token that trains nothing."""
+        return Sample(np.array([self.builder.filler_token_id], np.int64), np.zeros(1, bool))
+
+    def _too_long(self, conversation: Conversation, sample: Sample, source: int) -> PlacedSample:
+        limit, name = self.settings.seq_length, conversation.row_name
+        if sample.num_images:
+            self._refuse_short_sequences(name)
+        what = f"the row has {len(sample.input_ids)} tokens, more than data.seq_length {limit}"
+        if self.settings.too_long == "error":
+            raise DataError(what, name, "raise data.seq_length, or set data.too_long to drop or truncate")
+        if self.settings.too_long == "truncate":
+            shorter = self._truncate(conversation, sample)
+            if shorter is not None:
+                return PlacedSample(shorter, source, name, truncated=True)
+            what += " and no leading turns of it fit"
+        return PlacedSample(self._filler(), source, name, too_long=True, problem=f"dropped: {what} [{name}]")
+
+    def _truncate(self, conversation: Conversation, sample: Sample) -> Sample | None:
+        """The most leading messages, ending with an assistant's, that fit and train something, rendered afresh."""
+        limit = self.settings.seq_length
+        turns_that_may_fit = int((turn_ends(sample.trained) <= limit).sum())
+        answers = [number for number, message in enumerate(conversation.messages, 1) if message.role == "assistant"]
+        # A turn without trained tokens shows no end: then every earlier answer is a candidate.
+        complete = len(turn_ends(sample.trained)) == len(answers)
+        for count in reversed(answers[:turns_that_may_fit] if complete else answers[:-1]):
+            try:
+                shorter = self._encode(conversation.first_messages(count))
+            except DataError:
+                continue
+            if len(shorter.input_ids) <= limit:
+                return shorter
+        return None
+
+    def _refuse_short_sequences(self, where: str) -> None:
+        needed = self.builder.shortest_image_row_tokens
+        if self.settings.seq_length < needed:
+            raise ConfigError(
+                f"data.seq_length {self.settings.seq_length} is too short for one image, which needs {needed} tokens",
+                where,
+                f"set data.seq_length to at least {needed} plus the text",
+            )
+
+    def _check_image_fits(self) -> None:
+        """Refuse at once when the first rows have images that no row could hold."""
+        if self.builder.rules.image_token_id is None:
+            return
+        for source, file in enumerate(self.files):
+            for row in islice(range(file.index.num_rows), ROWS_PEEKED_FOR_IMAGES):
+                try:
+                    conversation = self.conversation(source, row)
+                except DataError:
+                    continue
+                if conversation.images:
+                    self._refuse_short_sequences(conversation.row_name)
+                    break
+
+
+def reader_for(config: Config, sources: Sequence[DataSource], rules: PromptRules) -> RowReader:
+    """The rows of `sources` as the configuration wants them read; errors as in `PromptBuilder` and `RowReader`."""
+    builder = PromptBuilder(config.model.hf_path, rules, config.data.min_pixels, config.data.max_pixels)
+    return RowReader(sources, config.data, builder)
+
+
+@dataclass
+class BadRowTracker:
+    """Ends a run whose share of bad rows passes the limit.
+
+    The share is over the rows seen so far, but over no fewer than 100 (or all rows of smaller data sets), so that one
+    bad row at the start does not end a run that is fine.
+
+    Args:
+        max_bad_fraction: largest share of bad rows.
+        total_rows: rows of all training sources.
+    """
+
+    max_bad_fraction: float
+    total_rows: int
+    bad_rows: int = 0
+    rows_seen: int = 0
+    last_problem: str | None = None
+
+    def update(self, bad_rows: int, rows: int, problems: Sequence[str] = ()) -> None:
+        """Count one step; every rank passes the sums over all ranks, so that all ranks stop together.
+
+        Args:
+            bad_rows: bad rows of the global batch.
+            rows: rows of the global batch.
+            problems: descriptions known to this rank.
+
+        Raises:
+            DataError: the share passed the limit.
+        """
+        self.bad_rows += bad_rows
+        self.rows_seen += rows
+        self.last_problem = problems[-1] if problems else self.last_problem
+        fewest = min(FEWEST_ROWS_FOR_FRACTION, self.total_rows)
+        if self.bad_rows > self.max_bad_fraction * max(self.rows_seen, fewest):
+            last = f"; the last one seen here: {self.last_problem}" if self.last_problem else ""
+            raise DataError(
+                f"{self.bad_rows} of {self.rows_seen} rows are bad, more than data.max_bad_fraction "
+                f"{self.max_bad_fraction}{last}",
+                fix="repair the rows, or raise data.max_bad_fraction",
+            )
