@@ -5,15 +5,20 @@ Every check collects its problems, so that one start tells all that is wrong.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from megatron_vlm.checkpoint.staging import check_export_target
 from megatron_vlm.config import Config
 from megatron_vlm.config_checks import nearest_multiples
 from megatron_vlm.errors import ConfigError, LaunchError, UserError, combine
 from megatron_vlm.parallel.stages import assign_layers
 
+EXPORT_RECORD = "exported.json"
 LARGEST_TENSOR_SIZE = 64  # vocabulary rows are padded to a multiple of it
 
 
@@ -179,3 +184,47 @@ def _part_problems(config: Config, parts: set[str]) -> Iterator[UserError]:
                 yield ConfigError(f"{key} names {name}, which the model does not have", fix=has)
     if parts <= set(config.model.freeze):
         yield ConfigError("model.freeze leaves nothing to train", fix=has)
+
+
+def check_run_dir(config: Config) -> None:
+    """Make sure that the run folder can be written, without creating it.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    folder = Path(config.run_dir).expanduser().absolute()
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"run_dir {config.run_dir} cannot be written", where=str(nearest), fix="name another folder")
+
+
+def check_export(config: Config) -> bool:
+    """Whether an export is still to be written; call it before training starts.
+
+    Returns:
+        False when `checkpoint.export_hf` is null, or when this run wrote it after its last step already.
+
+    Raises:
+        CheckpointError: the target holds anything else.
+    """
+    if config.checkpoint.export_hf is None:
+        return False
+    record = Path(config.run_dir) / EXPORT_RECORD
+    if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == _export_record(config):
+        return False
+    check_export_target(config.checkpoint.export_hf)
+    return True
+
+
+def record_export(config: Config) -> None:
+    """Remember in the run folder that the export of the last step is complete; call it on one rank."""
+    record = Path(config.run_dir) / EXPORT_RECORD
+    partial = record.with_suffix(".partial")
+    partial.write_text(json.dumps(_export_record(config)), encoding="utf-8")
+    os.replace(partial, record)
+
+
+def _export_record(config: Config) -> dict[str, Any]:
+    assert config.checkpoint.export_hf is not None
+    target = Path(config.checkpoint.export_hf).expanduser().absolute()
+    return {"directory": str(target), "step": config.train.train_iters}

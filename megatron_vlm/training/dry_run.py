@@ -1,0 +1,178 @@
+"""`--dry_run`: check everything that a run will need and show what it will do, without a GPU and without torchrun.
+
+The checks do not depend on one another where they need not, and their problems are reported together.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_vlm.checkpoint.convert import check_tied_copies, open_for_export
+from megatron_vlm.checkpoint.hf import SafetensorsReader
+from megatron_vlm.checkpoint.run_folder import Manifest, find_checkpoint
+from megatron_vlm.config import Config
+from megatron_vlm.data.describe import RowCheck, check_rows, describe_samples
+from megatron_vlm.data.prompts import PromptRules
+from megatron_vlm.data.rows import reader_for
+from megatron_vlm.errors import ConfigError, UserError, combine
+from megatron_vlm.families import registry
+from megatron_vlm.training.memory import estimate_memory, format_memory
+from megatron_vlm.training.preflight import Layout, check_export, check_layout, check_run_dir
+
+SAMPLES_SHOWN = 3
+
+
+@dataclass
+class _Report:
+    """Prints what is found and keeps the problems for the end."""
+
+    say: Callable[[str], None]
+    problems: list[UserError] = field(default_factory=list)
+
+    def attempt(self, check: Callable[[], str]) -> None:
+        """Run one check and print its finding, or keep its problem."""
+        try:
+            self.say(check())
+        except UserError as problem:
+            self.problems.append(problem)
+
+
+def dry_run(config: Config, say: Callable[[str], None] = print) -> int:
+    """Check a run and describe it.
+
+    Args:
+        config: a validated configuration.
+        say: receives every line; printing by default.
+
+    Returns:
+        0: everything is in order.
+
+    Raises:
+        UserError: lists all problems found.
+    """
+    if int(os.environ.get("RANK", "0")) > 0:
+        return 0  # under torchrun the first rank speaks for all
+    hf_config = registry.load_hf_config(config.model.hf_path)
+    family = registry.detect(hf_config)
+    model_config = family.config_from_hf(hf_config, text_only=config.model.text_only)
+    shapes = {name: weight.padded_shape for name, weight in family.weight_map(model_config).items()}
+    kind = "text only" if model_config.text_only else "with images"
+    say(f"model     {config.model.hf_path}: {family.name}, {kind}, {_millions(shapes)} parameters")
+
+    report = _Report(say)
+    layouts: list[Layout] = []
+    checks: list[RowCheck] = []
+    report.attempt(lambda: _describe_layout(config, model_config, shapes, layouts))
+    report.attempt(lambda: _check_weights(config, family, model_config))
+    report.attempt(lambda: _check_load(config))
+    report.attempt(lambda: _check_places(config))
+    rules = family.prompt_rules(model_config)
+    report.attempt(lambda: _check_data(config, rules, checks))
+    if layouts:
+        rows = checks[0].rows if checks else 0
+        images_per_row = checks[0].images / rows if rows else 1.0
+        say("memory")
+        for line in format_memory(estimate_memory(config, model_config, layouts[0], shapes, images_per_row)):
+            say(f"  {line}")
+    if checks:
+        report.attempt(lambda: describe_samples(config, rules, SAMPLES_SHOWN))
+    if report.problems:
+        first = report.problems[0]
+        raise first if len(report.problems) == 1 else combine(ConfigError, report.problems)
+    say("dry run: everything is in order")
+    return 0
+
+
+def _millions(shapes: dict[str, tuple[int, ...]]) -> str:
+    total = 0
+    for shape in shapes.values():
+        count = 1
+        for size in shape:
+            count *= size
+        total += count
+    return f"{total / 1e6:,.1f} M"
+
+
+def world_size_to_check(config: Config) -> int:
+    """Ranks to check for: `WORLD_SIZE` when set, else the fewest that hold one copy of the model."""
+    parallel = config.parallel
+    fewest = (
+        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    )
+    given = os.environ.get("WORLD_SIZE", str(fewest))
+    if not given.isdigit() or int(given) < 1:
+        raise ConfigError(f"the environment variable WORLD_SIZE is {given!r}", fix="set it to a number of ranks")
+    return int(given)
+
+
+def _describe_layout(
+    config: Config, model_config: Any, shapes: dict[str, tuple[int, ...]], layouts: list[Layout]
+) -> str:
+    parts = list(dict.fromkeys(name.partition(".")[0] for name in shapes))
+    layout = check_layout(config, model_config, world_size_to_check(config), parts)
+    layouts.append(layout)
+    lines = [
+        f"layout    {layout} (set WORLD_SIZE to check another number of ranks)",
+        f"batch     {config.train.global_batch_size} rows = {layout.num_micro_batches} micro-batches "
+        f"x {config.train.micro_batch_size} rows x {layout.data_size} data-parallel ranks",
+    ]
+    towers = [part for part in parts if part != "language_model"]
+    last = len(layout.chunks) - 1
+    for chunk, layers in enumerate(layout.chunks):
+        held = [f"layers {layers[0]}-{layers[-1]}" if layers else "no layers"]
+        held = ([*towers, "embedding"] if chunk == 0 else []) + held + (["head"] if chunk == last else [])
+        lines.append(f"  chunk {chunk} on pipeline rank {chunk % layout.pipeline_size}: {', '.join(held)}")
+    return "\n".join(lines)
+
+
+def _check_weights(config: Config, family: registry.Family, model_config: Any) -> str:
+    """Names and shapes in the HF directory against the model."""
+    if not config.model.load_weights:
+        return "weights   random (model.load_weights is false)"
+    weight_map = family.weight_map(model_config)
+    with SafetensorsReader(config.model.hf_path) as reader:
+        names = weight_map.match(reader)
+        check_tied_copies(weight_map, reader, names)
+        num_bytes = sum(reader.tensors[name].num_bytes for name in names)
+    return f"weights   {len(names)} tensors, {num_bytes / 2**30:.2f} GiB, names and shapes fit the model"
+
+
+def _check_load(config: Config) -> str:
+    """The checkpoint of `checkpoint.load` against the model."""
+    if config.checkpoint.load is None:
+        return "load      nothing (checkpoint.load is null)"
+    open_for_export(config.checkpoint.load, config.model.hf_path)
+    return f"load      {find_checkpoint(config.checkpoint.load)}, names and shapes fit the model"
+
+
+def _check_places(config: Config) -> str:
+    """The folders that the run writes."""
+    check_run_dir(config)
+    lines = [f"run_dir   {config.run_dir}"]
+    try:
+        step = Manifest.read(find_checkpoint(config.run_dir)).step
+    except UserError:
+        lines[0] += " (a new run)"
+    else:
+        lines[0] += f" (resumes after step {step})"
+    if check_export(config):
+        lines.append(f"export    {config.checkpoint.export_hf} after the last step")
+    return "\n".join(lines)
+
+
+def _check_data(config: Config, rules: PromptRules, checks: list[RowCheck]) -> str:
+    """Every row parses and every image file is there."""
+    lines = []
+    for key, sources in (("train", config.data.train), ("valid", config.data.valid)):
+        if not sources:
+            continue
+        check = check_rows(reader_for(config, sources, rules))
+        checks.append(check)
+        lines.append(f"data      {key}: {check.rows} rows, {check.images} images, {check.bad_rows} bad rows")
+        lines += [f"  {problem}" for problem in check.problems]
+    passes = config.train.train_iters * config.train.global_batch_size / max(1, checks[0].rows)
+    lines.append(f"length    {config.train.train_iters} steps = {passes:.2f} passes over the training rows")
+    return "\n".join(lines)

@@ -1,0 +1,249 @@
+"""Layouts that do and do not divide, parameter counts per rank, and the published recipes."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from megatron_vlm.config import Config, load_config
+from megatron_vlm.errors import CheckpointError, ConfigError, LaunchError, UserError
+from megatron_vlm.families import registry
+from megatron_vlm.parallel.stages import assign_layers
+from megatron_vlm.training.memory import count_parameters, estimate_memory, format_memory
+from megatron_vlm.training.preflight import Layout, check_export, check_layout, check_run_dir, record_export
+from tests.published_gemma3 import TEXT_ONLY, TEXT_SIZES, published_config
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+PARTS = ("language_model", "vision_tower", "projector")
+
+
+def run_config(*overrides: str) -> Config:
+    """A configuration with `overrides` (section.key=value)."""
+    required = ["run_dir=run", "model.hf_path=model", "data.train=[{path: a}]", "data.seq_length=512"]
+    required += ["train.train_iters=10", "train.global_batch_size=8"]
+    return load_config([f"--{override}" for override in [*required, *overrides]])
+
+
+def model_record(name: str) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """A published size as the family's record, and the shapes of its parameters."""
+    hf_config = published_config(name)
+    family = registry.detect(hf_config)
+    model_config = family.config_from_hf(hf_config, text_only=name in TEXT_ONLY)
+    return model_config, {name: weight.padded_shape for name, weight in family.weight_map(model_config).items()}
+
+
+def layout_of(name: str, world_size: int, *overrides: str) -> Layout:
+    return check_layout(run_config(*overrides), model_record(name)[0], world_size, PARTS)
+
+
+TENSOR, PIPELINE = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
+VIRTUAL, STAGES = "parallel.virtual_pipeline_model_parallel_size", "parallel.pipeline_layout"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "counts"),
+    [
+        ((8, 1, 1), [8]),
+        ((8, 4, 1), [2, 2, 2, 2]),
+        ((8, 2, 2), [2, 2, 2, 2]),
+        ((7, 2, 1), [4, 3]),
+        ((7, 3, 1), [2, 3, 2]),
+        ((34, 4, 1), [8, 9, 9, 8]),
+        ((6, 2, 2, [1, 0, 3, 2]), [1, 0, 3, 2]),
+    ],
+)
+def test_assign_layers(arguments: tuple[Any, ...], counts: list[int]) -> None:
+    chunks = assign_layers(*arguments)
+    assert [len(chunk) for chunk in chunks] == counts
+    assert [layer for chunk in chunks for layer in chunk] == list(range(arguments[0]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((3, 4, 1), "3 decoder layers do not fill 4 pipeline chunks"),
+        ((6, 2, 2, [3, 3]), "2 pipeline ranks x 2 virtual = 4"),
+        ((6, 2, 1, [3, 4]), "sums to 7, the model has 6 decoder layers"),
+        ((6, 2, 1, [-1, 7]), "at least 0"),
+    ],
+)
+def test_assign_layers_refuses(arguments: tuple[Any, ...], expected: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        assign_layers(*arguments)
+
+
+def test_layout_spells_out_the_world() -> None:
+    layout = layout_of("4b", 16, f"{TENSOR}=4", f"{PIPELINE}=2")
+    assert str(layout) == "16 ranks = tensor 4 x pipeline 2 x context 1 x data 2"
+    assert layout.num_micro_batches == 4
+    assert layout.chunks_of(1) == [1]
+
+
+def test_virtual_chunks_alternate_between_ranks() -> None:
+    layout = layout_of("27b", 2, f"{PIPELINE}=2", f"{VIRTUAL}=2", f"{STAGES}=[15,16,16,15]")
+    assert layout.chunks_of(0) == [0, 2] and layout.chunks_of(1) == [1, 3]
+    assert layout.chunks[2] == tuple(range(31, 47))
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size", "overrides", "expected"),
+    [
+        ("4b", 3, [f"{TENSOR}=3"], ["attention heads 8", "use 1 or 2 or 4 or 8", "padded vocabulary"]),
+        ("4b", 16, [f"{TENSOR}=16"], ["attention heads 8 cannot be divided"]),
+        ("1b", 8, [f"{TENSOR}=8"], ["attention heads 4", "use 1 or 2 or 4"]),
+        ("4b", 6, [f"{TENSOR}=4"], ["6 ranks are not a multiple of 4", "start 4 or 8 ranks"]),
+        ("4b", 1, [f"{TENSOR}=4"], ["1 ranks are not a multiple of 4", "start 4 ranks"]),
+        ("4b", 3, [], ["global_batch_size 8 is not a multiple of 3", "use 6 or 9"]),
+        ("4b", 35, [f"{PIPELINE}=35"], ["34 decoder layers do not fill 35 pipeline chunks"]),
+        ("4b", 2, [f"{PIPELINE}=2", f"{STAGES}=[17,18]"], ["sums to 35", "34 decoder layers"]),
+        (
+            "4b",
+            3,
+            [f"{PIPELINE}=3", f"{VIRTUAL}=2"],
+            ["8 micro-batches per step are not a multiple of the pipeline size 3", "use a global_batch_size of 6 or 9"],
+        ),
+        ("4b", 1, ["model.freeze=[audio_tower]"], ["model.freeze names audio_tower", "this model has language_model"]),
+        ("4b", 1, ["optimizer.lr_multipliers={audio_tower: 1}"], ["optimizer.lr_multipliers names audio_tower"]),
+        ("4b", 1, ["model.freeze=[language_model,vision_tower,projector]"], ["nothing to train"]),
+    ],
+)
+def test_layouts_that_do_not_divide(name: str, world_size: int, overrides: list[str], expected: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        layout_of(name, world_size, *overrides)
+    for text in expected:
+        assert text in str(caught.value)
+
+
+def test_wrong_number_of_ranks_alone_is_a_launch_error() -> None:
+    with pytest.raises(LaunchError):
+        layout_of("4b", 6, f"{TENSOR}=4")
+
+
+def test_key_value_heads_may_be_replicated_but_not_split_unevenly() -> None:
+    layout_of("4b", 8, f"{TENSOR}=8")  # 4 key-value heads
+    layout_of("1b", 4, f"{TENSOR}=4")  # 1 key-value head
+    model_config, _ = model_record("12b")
+    with pytest.raises(ConfigError, match="key-value heads 8 neither divide"):
+        # 12 ranks of a model with 8 key-value heads; also its 16 heads and its vocabulary do not divide by 12.
+        check_layout(run_config(f"{TENSOR}=12"), model_config, 12)
+
+
+def test_vision_heads_matter_only_when_the_tower_is_split() -> None:
+    with pytest.raises(ConfigError, match=r"vision attention heads 16 .* or model.vision_parallelism data"):
+        layout_of("27b", 32, f"{TENSOR}=32")
+    layout_of("27b", 32, f"{TENSOR}=32", "model.vision_parallelism=data")
+
+
+def test_all_layout_problems_are_reported_together() -> None:
+    with pytest.raises(ConfigError) as caught:
+        layout_of("4b", 7, f"{TENSOR}=3", f"{PIPELINE}=2", f"{STAGES}=[1,2]", "model.freeze=[audio_tower]")
+    for text in ("attention heads 8", "7 ranks", "sums to 3", "audio_tower"):
+        assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("name", TEXT_SIZES)
+def test_parameters_of_published_sizes(name: str) -> None:
+    """Shapes of the weight map add up to transformers' own model, built without memory."""
+    import torch
+
+    hf_config = published_config(name)
+    auto = AutoModelForCausalLM if name in TEXT_ONLY else AutoModelForImageTextToText
+    with torch.device("meta"):
+        reference = auto.from_config(hf_config)
+    _, shapes = model_record(name)
+    assert sum(map(math.prod, shapes.values())) == sum(parameter.numel() for parameter in reference.parameters())
+
+
+def test_counts_per_rank_add_up() -> None:
+    """Over a pipeline every parameter is held once, but for the tied embedding, which both ends hold."""
+    model_config, shapes = model_record("4b")
+    config = run_config(f"{PIPELINE}=4", f"{STAGES}=[0,17,17,0]")
+    counts = count_parameters(config, model_config, check_layout(config, model_config, 4), shapes)
+    total = sum(sum(by_part.values()) for by_part in counts)
+    embedding = math.prod(shapes["language_model.embed_tokens.weight"])
+    assert total == sum(map(math.prod, shapes.values())) + embedding
+    assert set(counts[0]) == set(PARTS) and set(counts[1]) == {"language_model"}
+    assert counts[3]["language_model"] == embedding + model_config.text.hidden_size  # the head and the final norm
+
+
+def test_counts_per_rank_over_tensor_ranks() -> None:
+    """All but a named rest is divided: norms, biases of row-parallel layers, and what is small or read by all ranks."""
+    model_config, shapes = model_record("4b")
+    config = run_config(f"{TENSOR}=4")
+    rest = re.compile(r"norm|(out_proj|fc2)\.bias|patch_embedding|position|projector")
+    replicated = sum(math.prod(shape) for name, shape in shapes.items() if rest.search(name))
+    total = sum(map(math.prod, shapes.values()))
+    (held,) = count_parameters(config, model_config, check_layout(config, model_config, 4), shapes)
+    assert sum(held.values()) == (total - replicated) / 4 + replicated
+    assert replicated < 0.0025 * total
+
+
+def test_memory_follows_the_settings() -> None:
+    model_config, shapes = model_record("4b")
+
+    def memory(world_size: int, *overrides: str) -> Any:
+        config = run_config(*overrides)
+        return estimate_memory(config, model_config, check_layout(config, model_config, world_size), shapes)
+
+    (one,) = memory(1)
+    total = sum(map(math.prod, shapes.values()))
+    assert (one.parameter_bytes, one.gradient_bytes, one.optimizer_bytes) == (2 * total, 4 * total, 12 * total)
+    (four,) = memory(4)
+    assert four.optimizer_bytes == 3 * total and four.parameter_bytes == one.parameter_bytes
+    (frozen,) = memory(1, "model.freeze=[language_model]")
+    assert frozen.gradient_bytes == 4 * sum(
+        math.prod(shape) for name, shape in shapes.items() if not name.startswith("language_model")
+    )
+    (plain,) = memory(1, "optimizer.name=sgd", "parallel.use_distributed_optimizer=false", "train.precision=fp32")
+    assert plain.optimizer_bytes == 0 and plain.parameter_bytes == 4 * total
+    activations = [memory(1, f"model.recompute={kind}")[0].activation_bytes for kind in ("none", "selective", "full")]
+    assert activations == sorted(activations, reverse=True) and activations[0] > 4 * activations[2]
+    first, last = memory(2, f"{PIPELINE}=2")
+    assert first.logits_bytes == 0 < last.logits_bytes
+    assert len(list(format_memory([first, last]))) == 3
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("gemma3_*.yaml")), ids=lambda path: path.stem)
+def test_published_recipes_fit_their_machine(path: Path) -> None:
+    """Each recipe divides over the ranks that its own command line starts, and leaves 10 % of 80 GB free."""
+    config = load_config(["--config", str(path)])
+    found = re.search(r"torchrun --nnodes (\d+) --nproc-per-node (\d+) ", path.read_text())
+    assert found
+    model_config, shapes = model_record(path.stem.removeprefix("gemma3_"))
+    parts = {name.partition(".")[0] for name in shapes}
+    layout = check_layout(config, model_config, int(found[1]) * int(found[2]), parts)
+    for rank in estimate_memory(config, model_config, layout, shapes):
+        assert rank.total_bytes < 0.9 * 80e9
+
+
+def test_every_published_size_has_a_recipe() -> None:
+    assert {path.stem for path in CONFIGS.glob("gemma3_*.yaml")} == {f"gemma3_{name}" for name in TEXT_SIZES}
+
+
+def test_export_target(tmp_path: Path) -> None:
+    target = tmp_path / "out" / "hf"
+    config = run_config(f"run_dir={tmp_path}", f"checkpoint.export_hf={target}")
+    assert check_export(config)  # absent: parents are made later
+    target.mkdir(parents=True)
+    assert check_export(config)
+    (target / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="not empty"):
+        check_export(config)
+    record_export(config)
+    assert not check_export(config)  # this completed run wrote it
+    with pytest.raises(CheckpointError, match="not empty"):
+        check_export(run_config(f"run_dir={tmp_path}", f"checkpoint.export_hf={target}", "train.train_iters=11"))
+    assert not check_export(run_config())
+
+
+def test_run_dir_must_be_writable(tmp_path: Path) -> None:
+    check_run_dir(run_config(f"run_dir={tmp_path}/new/run"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        check_run_dir(run_config(f"run_dir={tmp_path}/file/run"))
+    assert not (tmp_path / "new").exists()
