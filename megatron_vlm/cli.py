@@ -69,7 +69,7 @@ def valid_keys(settings: type = Config, prefix: str = "") -> dict[str, Any]:
     for name, kind in typing.get_type_hints(settings).items():
         keys[prefix + name] = kind
         nested = kind if dataclasses.is_dataclass(kind) else _item_type(kind)
-        if nested:
+        if isinstance(nested, type):
             keys.update(valid_keys(nested, f"{prefix}{name}."))
     return keys
 
@@ -77,7 +77,8 @@ def valid_keys(settings: type = Config, prefix: str = "") -> dict[str, Any]:
 def _item_type(kind: Any) -> type | None:
     """The dataclass that a list type holds, if it holds one."""
     held = next(iter(typing.get_args(kind)), None)
-    return held if typing.get_origin(kind) is list and dataclasses.is_dataclass(held) else None
+    holds_dataclass = typing.get_origin(kind) is list and dataclasses.is_dataclass(held)
+    return held if holds_dataclass and isinstance(held, type) else None
 
 
 def _refuse_unknown_keys(argv: list[str]) -> None:
