@@ -6,8 +6,9 @@ Shapes: B rows, S padded length in tokens, I images of the micro-batch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,19 +63,18 @@ class MicroBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MicroBatch:
         """The micro-batch with its tensors on `device`."""
-        moved = {
-            name: value.to(device, non_blocking=non_blocking)
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
-        }
-        vision = {name: value.to(device, non_blocking=non_blocking) for name, value in self.vision_inputs.items()}
-        return dataclasses.replace(self, vision_inputs=vision, **moved)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> MicroBatch:
         """The micro-batch in page-locked memory; torch's loader calls this."""
-        pinned = {name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        vision = {name: value.pin_memory() for name, value in self.vision_inputs.items()}
-        return dataclasses.replace(self, vision_inputs=vision, **pinned)
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+        changed: dict[str, Any] = {
+            name: function(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
+        changed["vision_inputs"] = {name: function(value) for name, value in self.vision_inputs.items()}
+        return dataclasses.replace(self, **changed)
 
 
 def collate(

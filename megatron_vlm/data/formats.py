@@ -4,8 +4,8 @@ Accepted rows:
     {"messages": [{"role": ..., "content": "text" or [parts]}, ...]}                       OpenAI style
     {"messages": [... "<image> in the text" ...], "images": [...]}                         images listed beside the text
     {"conversations": [{"from": "human", "value": "<image>\\n..."}, ...], "image": ...}     LLaVA / ShareGPT style
-Image parts: {"type": "image", "image" | "url" | "path" | "base64": X} or {"type": "image_url", "image_url": {"url": X}}.
-An image: a path (relative to the JSONL file, or absolute), a data URI, an http(s) URL, base64 text, or {"bytes": ...}.
+Image parts: {"type": "image", "image" | "url" | "path" | "base64": X}, {"type": "image_url", "image_url": {"url": X}}.
+An image X: a path (relative to the JSONL file, or absolute), a data URI, an http(s) URL, base64 text, {"bytes": ...}.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
@@ -119,7 +120,6 @@ class MicroBatchLoader:
         one_pass: rows that come a second time become empty slots (evaluation).
         pin_memory: put tensors into page-locked memory.
         report_problems: log one line for each bad or dropped row.
-        start_method: how workers start.
 
     Raises (from `next`):
         DataError, ConfigError: what a row of `strict` data is refused for.
@@ -136,7 +136,6 @@ class MicroBatchLoader:
         one_pass: bool = False,
         pin_memory: bool = False,
         report_problems: bool = True,
-        start_method: str = "forkserver",
     ) -> None:
         self.plan = plan
         self.share = share
@@ -152,14 +151,8 @@ class MicroBatchLoader:
         self._iterator: Iterator[Any] | None = None
         workers: dict[str, Any] = {}
         if num_workers:
-            context = multiprocessing.get_context(start_method)
-            if start_method == "forkserver":
-                # Started now, so that its imports run while the caller builds the model.
-                context.set_forkserver_preload([__name__])
-                with _signals_blocked():
-                    forkserver.ensure_running()
             workers = {
-                "multiprocessing_context": context,
+                "multiprocessing_context": _start_fork_server(),
                 "prefetch_factor": MICRO_BATCHES_AHEAD_PER_WORKER,
                 "persistent_workers": True,
             }
@@ -273,6 +266,18 @@ def build_valid_loader(
         pin_memory=pin_memory,
         report_problems=report_problems,
     )
+
+
+def _start_fork_server() -> BaseContext:
+    """Start the process that workers are forked from; its imports run while the caller builds the model."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    # The fork server needs the tracker, whose start unblocks signals: each starts in a block of its own.
+    with _signals_blocked():
+        resource_tracker.ensure_running()
+    with _signals_blocked():
+        forkserver.ensure_running()
+    return context
 
 
 def _start_worker(worker: int) -> None:

@@ -179,7 +179,7 @@ class PromptBuilder:
     @cached_property
     def _image_tokens(self) -> set[str]:
         names = ("boi_token", "eoi_token", "image_token")
-        return {getattr(self.tokenizer, name, None) for name in names} - {None}
+        return {getattr(self.tokenizer, name) for name in names if getattr(self.tokenizer, name, None)}
 
     def _mask_by_markers(
         self, messages: list[dict[str, Any]], output: dict[str, Any], conversation: Conversation

@@ -1,0 +1,91 @@
+"""Model directories and data files that the data tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from megatron_vlm.config import Config, DataSettings, DataSource, ModelSettings, TrainSettings
+from megatron_vlm.data.prompts import PromptBuilder, PromptRules
+from megatron_vlm.data.rows import RowReader
+from megatron_vlm.families.gemma3.prompt import prompt_rules
+from tests.data.rows import write_jsonl
+from tests.data.tiny_processor import GEMMA3_GENERATION_TEMPLATE, build_processor
+
+SOFT_TOKENS = 4
+
+
+@pytest.fixture(scope="session")
+def rules() -> PromptRules:
+    """Gemma 3's rules for the tiny processor, whose image token is id 8."""
+    return prompt_rules(SimpleNamespace(text_only=False, image_token_id=8, mm_tokens_per_image=SOFT_TOKENS))
+
+
+@pytest.fixture(scope="session")
+def text_rules() -> PromptRules:
+    return prompt_rules(SimpleNamespace(text_only=True, image_token_id=8, mm_tokens_per_image=SOFT_TOKENS))
+
+
+@pytest.fixture(scope="session")
+def hf_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with Gemma 3's own chat template, which has no generation tags."""
+    path = tmp_path_factory.mktemp("gemma3")
+    build_processor(path, soft_tokens=SOFT_TOKENS)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tagged_hf_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory whose chat template has generation tags."""
+    path = tmp_path_factory.mktemp("gemma3_tagged")
+    build_processor(path, soft_tokens=SOFT_TOKENS, chat_template=GEMMA3_GENERATION_TEMPLATE)
+    return path
+
+
+@pytest.fixture(scope="session")
+def builder(hf_path: Path, rules: PromptRules) -> PromptBuilder:
+    return PromptBuilder(hf_path, rules)
+
+
+@pytest.fixture(scope="session")
+def tagged_builder(tagged_hf_path: Path, rules: PromptRules) -> PromptBuilder:
+    return PromptBuilder(tagged_hf_path, rules)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A data folder with eight images of different sizes and colours."""
+    for number in range(8):
+        Image.new("RGB", (20 + number, 30), (number * 30, 200, 0)).save(tmp_path / f"{number}.png")
+    return tmp_path
+
+
+@pytest.fixture
+def make_reader(builder: PromptBuilder, folder: Path) -> Callable[..., RowReader]:
+    """Makes a reader of rows written to one file, with data settings as keywords."""
+
+    def make(rows: list[Any], **settings: Any) -> RowReader:
+        source = DataSource(write_jsonl(folder / "rows.jsonl", rows))
+        return RowReader([source], DataSettings(train=[source], **{"seq_length": 128, **settings}), builder)
+
+    return make
+
+
+@pytest.fixture
+def make_config(hf_path: Path, folder: Path) -> Callable[..., Config]:
+    """Makes a configuration over files written to `folder`, with data settings as keywords."""
+
+    def make(sources: list[DataSource], global_batch_size: int = 8, **settings: Any) -> Config:
+        return Config(
+            run_dir=str(folder / "run"),
+            model=ModelSettings(hf_path=str(hf_path)),
+            data=DataSettings(train=sources, **{"seq_length": 128, "num_workers": 0, **settings}),
+            train=TrainSettings(train_iters=4, global_batch_size=global_batch_size, eval_iters=10),
+        )
+
+    return make

@@ -1,0 +1,45 @@
+"""Rows as users write them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def text(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
+
+
+def image(path: str | Path) -> dict[str, str]:
+    return {"type": "image", "image": str(path)}
+
+
+def user(*parts: dict[str, str] | str) -> dict[str, Any]:
+    return {"role": "user", "content": [text(part) if isinstance(part, str) else part for part in parts]}
+
+
+def assistant(*parts: dict[str, str] | str) -> dict[str, Any]:
+    return {"role": "assistant", "content": [text(part) if isinstance(part, str) else part for part in parts]}
+
+
+def row(*messages: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": list(messages)}
+
+
+def numbered_rows(count: int, name: str = "") -> list[dict[str, Any]]:
+    """Rows that tell their number; every third has an image."""
+    return [
+        row(
+            user(*([image(f"{number % 8}.png")] if number % 3 == 0 else []), f"{name}{number}?"),
+            assistant(f"{number}."),
+        )
+        for number in range(count)
+    ]
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> str:
+    """Write rows, one per line; strings and bytes are written as they are. Returns the path as text."""
+    lines = [item if isinstance(item, str | bytes) else json.dumps(item, ensure_ascii=False) for item in rows]
+    path.write_bytes(b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines))
+    return str(path)

@@ -1,0 +1,122 @@
+"""Micro-batches against transformers' own masks and loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.models.gemma3.modeling_gemma3 import get_block_sequence_ids_for_mask
+
+from megatron_vlm.data.collate import NO_LOSS, MicroBatch, collate, spans
+from megatron_vlm.data.rows import RowReader
+from tests.data.rows import assistant, image, row, user
+
+ROWS = [
+    row(user(image("0.png"), "and", image("3.png"), "?"), assistant("Two.")),
+    row(user("Hello?"), assistant("I am fine.")),
+    row(user(image("5.png")), assistant("One.")),
+    row(user("nobody answers")),
+]
+
+
+@pytest.fixture
+def reader(make_reader: Callable[..., RowReader]) -> RowReader:
+    return make_reader(ROWS)
+
+
+def make_batch(reader: RowReader, multiple: int = 1, with_pixels: bool = True) -> MicroBatch:
+    placed = [reader.read(0, number) for number in range(len(ROWS))]
+    return collate(placed, reader.builder.rules, reader.builder.filler_token_id, multiple, with_pixels)
+
+
+def test_shapes_types_and_counters(reader: RowReader) -> None:
+    batch = make_batch(reader, multiple=16)
+    samples = [reader.read(0, number).sample for number in range(4)]
+    longest = max(len(sample.input_ids) for sample in samples)
+    assert batch.input_ids.shape == (4, -(-longest // 16) * 16)
+    assert {batch.input_ids.dtype, batch.labels.dtype, batch.position_ids.dtype} == {torch.int64}
+    int32 = (batch.document_ids, batch.span_low, batch.span_high, batch.feature_index, batch.source_ids)
+    assert {tensor.dtype for tensor in int32} == {torch.int32}
+    real = sum(len(sample.input_ids) for sample in samples)
+    assert batch.counters == {
+        "bad_rows": 1,
+        "too_long_rows": 0,
+        "truncated_rows": 0,
+        "images": 3,
+        "real_tokens": real,
+        "label_tokens": sum(int(sample.trained.sum()) for sample in samples),
+        "padded_tokens": batch.input_ids.numel() - real,
+    }
+    assert [name.rpartition(":")[2] for name in batch.row_names] == ["1", "2", "3", "4"]
+    assert len(batch.problems) == 1 and "rows.jsonl:4" in batch.problems[0]
+    assert torch.equal(batch.to("cpu").labels, batch.labels)
+
+
+def test_labels_give_the_loss_of_transformers(reader: RowReader) -> None:
+    """Transformers takes labels at the token's own place and shifts them itself."""
+    batch = make_batch(reader)
+    samples = [reader.read(0, number).sample for number in range(4)]
+    unshifted = torch.full_like(batch.input_ids, NO_LOSS)
+    for number, sample in enumerate(samples):
+        ids, trained = torch.from_numpy(sample.input_ids), torch.from_numpy(sample.trained)
+        unshifted[number, : len(ids)] = torch.where(trained, ids, NO_LOSS)
+    vocabulary = len(reader.builder.tokenizer)
+    logits = torch.randn(*batch.input_ids.shape, vocabulary, generator=torch.Generator().manual_seed(0))
+    theirs = ForCausalLMLoss(logits, unshifted, vocabulary)
+    ours = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=NO_LOSS)
+    # The same function of the same numbers.
+    assert torch.equal(ours, theirs)
+
+
+def visible(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """[B, S query, S key] bool from spans."""
+    keys = torch.arange(low.shape[1])
+    return (keys >= low[..., None]) & (keys <= high[..., None])
+
+
+def test_spans_equal_the_masks_of_transformers(reader: RowReader) -> None:
+    """Global layers of Gemma 3: causal, or within the same image."""
+    batch = make_batch(reader, multiple=8)
+    assert_same_masks(batch.document_ids == 0, batch.input_ids == 8, batch.span_low, batch.span_high)
+
+
+def test_spans_of_random_image_runs() -> None:
+    """Images at the edges of a row, one token long, and touching each other."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 30, (64, 1), generator=generator)
+    is_real = torch.arange(30) < lengths
+    is_image = is_real & (torch.rand(64, 30, generator=generator) < 0.6)
+    assert_same_masks(is_real, is_image, *spans(is_real, is_image))
+
+
+def assert_same_masks(is_real: torch.Tensor, is_image: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> None:
+    block = get_block_sequence_ids_for_mask(is_image.long())
+    same_block = (block[:, :, None] == block[:, None, :]) & (block >= 0)[:, :, None]
+    causal = torch.ones(is_real.shape[1], is_real.shape[1]).tril().bool()
+    expected = (causal | same_block) & is_real[:, None, :]
+    ours = visible(low, high)
+    assert torch.equal(ours[is_real], expected[is_real])
+    # Padding sees itself, so that no row of the softmax is empty.
+    assert torch.equal(ours[~is_real], torch.eye(is_real.shape[1]).bool().expand_as(expected)[~is_real])
+
+
+def test_features_go_to_their_own_tokens(reader: RowReader) -> None:
+    batch = make_batch(reader)
+    is_image = batch.input_ids == 8
+    assert torch.equal(batch.feature_index[is_image], torch.arange(12, dtype=torch.int32))
+    assert (batch.feature_index[~is_image] == -1).all()
+    pixels = batch.vision_inputs["pixel_values"]
+    rows = [reader.read(0, number).sample.vision_inputs.get("pixel_values") for number in range(4)]
+    assert torch.equal(pixels, torch.cat([row for row in rows if row is not None]))
+    # Four tokens per image: the first row's eight tokens take the first two images, the third row's the last.
+    assert (batch.feature_index // 4)[2].max() == 2 and pixels.shape[0] == 3
+
+
+def test_stages_without_pixels_see_the_same_tokens(reader: RowReader) -> None:
+    with_pixels, without = make_batch(reader), make_batch(reader, with_pixels=False)
+    assert without.vision_inputs == {}
+    for name in ("input_ids", "labels", "span_low", "span_high", "feature_index"):
+        assert torch.equal(getattr(with_pixels, name), getattr(without, name))
+    assert without.counters == with_pixels.counters

@@ -1,0 +1,199 @@
+"""The loader gives the planned rows, whatever the number of workers and ranks, and resumes exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from megatron_vlm.config import Config, DataSource
+from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.data.describe import describe_samples
+from megatron_vlm.data.loader import MicroBatchLoader, Share, build_train_loader, build_valid_loader
+from megatron_vlm.data.prompts import PromptRules
+from megatron_vlm.errors import DataError
+from tests.data.rows import numbered_rows, write_jsonl
+
+Make = Callable[..., Config]
+
+
+@pytest.fixture
+def sources(folder: Path) -> list[DataSource]:
+    return [
+        DataSource(write_jsonl(folder / "a.jsonl", numbered_rows(21, "a")), 2.0),
+        DataSource(write_jsonl(folder / "b.jsonl", numbered_rows(9, "b")), 1.0),
+    ]
+
+
+def names(batches: list[MicroBatch]) -> list[str]:
+    return [Path(name).name for batch in batches for name in batch.row_names]
+
+
+def global_batch_names(loaders: list[MicroBatchLoader]) -> list[str]:
+    """Rows of the next global batch in plan order, from the loaders of all data-parallel ranks."""
+    parts = [loader.global_batch() for loader in loaders]
+    return [name for step in zip(*parts, strict=True) for name in names(list(step))]
+
+
+def rank_loaders(
+    config: Config, rules: PromptRules, ranks: int, micro: int, build: Callable[..., Any] = build_train_loader
+) -> list[Any]:
+    shares = [Share(config.train.global_batch_size, micro, rank, ranks) for rank in range(ranks)]
+    return [build(config, rules, share, report_problems=False) for share in shares]
+
+
+def assert_same(first: MicroBatch, second: MicroBatch) -> None:
+    assert first.row_names == second.row_names and first.counters == second.counters
+    for name, value in vars(first).items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, getattr(second, name)), name
+    assert first.vision_inputs.keys() == second.vision_inputs.keys()
+    for name, value in first.vision_inputs.items():
+        assert torch.equal(value, second.vision_inputs[name])
+
+
+def test_workers_change_nothing_and_survive_signals(
+    make_config: Make, rules: PromptRules, sources: list[DataSource]
+) -> None:
+    """Two workers behind the fork server give what this process gives, and ignore a scheduler's signals."""
+    share = Share(8, 2, 1, 2)
+    plain = build_train_loader(make_config(sources), rules, share)
+    parallel = build_train_loader(make_config(sources, num_workers=2), rules, share)
+    for _ in range(3):
+        assert_same(next(plain), next(parallel))
+    for process in psutil.Process().children(recursive=True):
+        if "multiprocessing" in " ".join(process.cmdline()):
+            for number in (signal.SIGUSR1, signal.SIGTERM):
+                os.kill(process.pid, number)
+    for _ in range(20):
+        assert_same(next(plain), next(parallel))
+    assert parallel.wait_seconds > 0
+    for loader in (plain, parallel):
+        loader.seek(16)
+    assert_same(next(plain), next(parallel))
+    parallel.close()
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 8), (2, 2), (4, 1), (8, 1)])
+def test_global_batches_do_not_depend_on_ranks(
+    make_config: Make, rules: PromptRules, sources: list[DataSource], ranks: int, micro: int
+) -> None:
+    config = make_config(sources)
+    loaders, alone = rank_loaders(config, rules, ranks, micro), rank_loaders(config, rules, 1, 1)
+    for _ in range(4):
+        assert global_batch_names(loaders) == global_batch_names(alone)
+
+
+def test_resume_at_another_number_of_ranks(make_config: Make, rules: PromptRules, sources: list[DataSource]) -> None:
+    config = make_config(sources)
+    straight = rank_loaders(config, rules, 1, 2)
+    expected = [global_batch_names(straight) for _ in range(9)]
+    first = rank_loaders(config, rules, 2, 1)
+    assert [global_batch_names(first) for _ in range(5)] == expected[:5]
+    next(first[0])  # a step that has begun does not count
+    states = [loader.state_dict() for loader in first]
+    assert states[0] == states[1] and states[0]["consumed_samples"] == 40
+    second = rank_loaders(config, rules, 4, 2)
+    for loader in second:
+        loader.load_state_dict(json.loads(json.dumps(states[0])))
+    assert [global_batch_names(second) for _ in range(4)] == expected[5:]
+
+
+def test_changed_data_are_refused_on_resume(make_config: Make, rules: PromptRules, sources: list[DataSource]) -> None:
+    state = rank_loaders(make_config(sources), rules, 1, 8)[0].state_dict()
+    rows = numbered_rows(21, "a")
+    rows[3]["messages"][1]["content"] = "changed"
+    write_jsonl(Path(sources[0].path), rows)
+    with pytest.raises(DataError, match=r"the content of .*a.jsonl changed"):
+        rank_loaders(make_config(sources), rules, 1, 8)[0].load_state_dict(state)
+
+
+def test_without_shuffle_global_batch_k_has_the_kth_rows(
+    make_config: Make, rules: PromptRules, sources: list[DataSource]
+) -> None:
+    loaders = rank_loaders(make_config(sources[:1], shuffle=False), rules, 2, 2)
+    read = [name for _ in range(5) for name in global_batch_names(loaders)]
+    assert read == [f"a.jsonl:{number % 21 + 1}" for number in range(40)]
+
+
+def test_blend_reaches_the_micro_batches(make_config: Make, rules: PromptRules, sources: list[DataSource]) -> None:
+    loader = rank_loaders(make_config(sources), rules, 1, 8)[0]
+    ids = torch.cat([next(loader).source_ids for _ in range(12)])
+    assert ids.bincount().tolist() == [64, 32]
+    assert loader.source_names == [source.path for source in sources]
+
+
+def test_bad_rows_are_reported_with_their_name(
+    make_config: Make, rules: PromptRules, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [*numbered_rows(7), "oops"]
+    config = make_config([DataSource(write_jsonl(folder / "a.jsonl", rows))], shuffle=False)
+    batch = next(build_train_loader(config, rules, Share(8, 8)))
+    assert batch.counters["bad_rows"] == 1 and (batch.labels[7] == -100).all()
+    assert "a.jsonl:8" in caplog.text and "not JSON" in caplog.text
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_strict_refusals_leave_workers_as_one_line(
+    make_config: Make, rules: PromptRules, folder: Path, num_workers: int
+) -> None:
+    rows = numbered_rows(8)
+    rows[2]["messages"][0]["content"] = [{"type": "image", "image": "nothing.png"}]
+    source = DataSource(write_jsonl(folder / "a.jsonl", rows))
+    config = make_config([source], shuffle=False, strict=True, num_workers=num_workers)
+    loader = build_train_loader(config, rules, Share(8, 1))
+    assert names([next(loader), next(loader)]) == ["a.jsonl:1", "a.jsonl:2"]
+    with pytest.raises(DataError) as raised:
+        next(loader)
+    assert "nothing.png does not exist" in str(raised.value) and "Traceback" not in str(raised.value)
+    loader.close()
+
+
+def test_evaluation_reads_every_row_once(make_config: Make, rules: PromptRules, sources: list[DataSource]) -> None:
+    config = make_config(sources)
+    assert build_valid_loader(config, rules, Share(8, 2)) is None
+    object.__setattr__(config.data, "valid", sources)
+    loaders = rank_loaders(config, rules, 2, 2, build_valid_loader)
+    for _ in range(2):
+        read = [name for loader in loaders for name in names(list(loader))]
+        real = [name for name in read if name]
+        expected = [f"a.jsonl:{n}" for n in range(1, 22)] + [f"b.jsonl:{n}" for n in range(1, 10)]
+        assert sorted(real) == sorted(expected)
+        assert len(read) == 8 * loaders[0].num_global_batches
+        for loader in loaders:
+            loader.seek(0)
+
+
+def test_description_of_a_run(make_config: Make, rules: PromptRules, sources: list[DataSource]) -> None:
+    described = describe_samples(make_config(sources), rules, num=2)
+    assert described.count("[[") == 2 and described.startswith("sample 1 of 2: ")
+    first = next(build_train_loader(make_config(sources), rules, Share(8, 1))).row_names[0]
+    assert described.splitlines()[0].startswith(f"sample 1 of 2: {first} (")
+
+
+def test_inspect_data_prints_samples(hf_path: Path, sources: list[DataSource]) -> None:
+    config = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "image_token_index": 8,
+        "mm_tokens_per_image": 4,
+        "text_config": {"vocab_size": 512},
+    }
+    (hf_path / "config.json").write_text(json.dumps(config))
+    tool = Path(__file__).parents[2] / "tools" / "inspect_data.py"
+    arguments = [sys.executable, str(tool), "--hf", str(hf_path), "--data", sources[0].path, "--num", "2", "--check"]
+    result = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert "[[0.<end_of_turn>]]" in result.stdout and "21 rows, 7 images, 0 bad rows" in result.stdout
+    arguments[-4] = "nothing.jsonl"
+    result = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1].startswith("error: data file nothing.jsonl does not exist")

@@ -1,0 +1,157 @@
+"""Indexing of files and the order of rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_vlm.data import index as index_module
+from megatron_vlm.data.index import JsonlRows, build_index
+from megatron_vlm.data.plan import PlannedSource, SamplePlan, blend_cycle, blend_shares, micro_batch_start, permute
+from megatron_vlm.errors import DataError
+
+
+@pytest.mark.parametrize("block_bytes", [1, 2, 7, 2**20])
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("last", [True, False])
+def test_index_finds_every_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int, ending: str, last: bool
+) -> None:
+    """Rows equal Python's own line reader, wherever the blocks of the scan fall."""
+    monkeypatch.setattr(index_module, "BLOCK_BYTES", block_bytes)
+    lines = ["", '{"a": 1}', "", "  ", '{"b": "é\\u2028"}', "not json", '{"c": 3}']
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes((ending.join(lines) + (ending if last else "")).encode())
+    rows = JsonlRows(build_index(str(path)))
+    expected = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    found = [
+        (int(rows.name(row).rpartition(":")[2]), rows.read(row).decode().strip()) for row in range(rows.index.num_rows)
+    ]
+    assert found == expected
+    assert rows.index.unparsable_rows == (2,)
+
+
+def test_index_notes_a_cut_last_line_and_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n{"b": ')
+    rows = JsonlRows(build_index(str(path)))
+    assert rows.read(0) == b'{"a": 1}'
+    assert rows.index.unparsable_rows == (1,)
+
+
+def test_index_refuses_what_has_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n \n")
+    with pytest.raises(DataError, match="has no rows"):
+        build_index(str(tmp_path / "empty.jsonl"))
+    with pytest.raises(DataError, match="does not exist"):
+        build_index(str(tmp_path / "nothing.jsonl"))
+
+
+def test_reading_a_file_that_shrank_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n{"b": 2}\n')
+    rows = JsonlRows(build_index(str(path)))
+    path.write_text('{"a": 1}\n')
+    with pytest.raises(DataError, match=r"shorter than when it was indexed \[.*rows.jsonl:2\]"):
+        rows.read(1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 63, 64, 65, 1000, 4097])
+def test_permute_is_a_permutation(size: int) -> None:
+    assert sorted(permute(np.arange(size), size, (7, 0, 0)).tolist()) == list(range(size))
+
+
+def test_permute_mixes() -> None:
+    """Displacement and neighbours look random: the mean of |p(i) - i| is n/3, and few neighbours stay neighbours."""
+    size = 20_000
+    mixed = permute(np.arange(size), size, (7, 0, 0))
+    # The standard error of the mean displacement is 0.24 n / sqrt(n) = 0.0017 n.
+    assert abs(np.abs(mixed - np.arange(size)).mean() / size - 1 / 3) < 0.01
+    # Two of n on average.
+    assert (np.abs(np.diff(mixed)) == 1).sum() < 20
+    other = permute(np.arange(size), size, (7, 0, 1))
+    # One on average.
+    assert (mixed == other).sum() < 10
+
+
+def test_blend_follows_the_weights_everywhere() -> None:
+    shares = blend_shares([0.5, 0.3, 0.2])
+    assert shares == [5, 3, 2]
+    cycle = np.concatenate([blend_cycle(shares)] * 5)
+    for source, share in enumerate(shares):
+        given = np.cumsum(cycle == source)
+        due = np.arange(1, len(cycle) + 1) * share / 10
+        assert np.abs(given - due).max() < 1
+
+
+def test_blend_of_uneven_weights() -> None:
+    shares = blend_shares([0.123456789, 1.0, 1e-9])
+    assert shares[2] == 1
+    # 1/65536 is the resolution.
+    assert abs(shares[0] / sum(shares) - 0.123456789 / 1.123456790) < 2 / 65536
+
+
+def plan(shuffle: bool = True, seed: int = 3, **changes: object) -> SamplePlan:
+    sources = [PlannedSource("a.jsonl", 50, "da", 3.0), PlannedSource("b.jsonl", 7, "db", 1.0)]
+    sources[0] = PlannedSource(**{**vars(sources[0]), **changes})
+    return SamplePlan(sources, seed, shuffle)
+
+
+def test_order_is_a_function_of_the_position() -> None:
+    whole = plan().rows(0, 500)
+    for start, count in ((0, 10), (3, 1), (499, 1), (120, 333)):
+        assert plan().rows(start, count) == whole[start : start + count]
+
+
+def test_every_epoch_has_every_row_once_in_its_own_order() -> None:
+    rows = plan().rows(0, 2000)
+    for source, size in ((0, 50), (1, 7)):
+        orders = [[place.row for place in rows if place.source == source and place.epoch == epoch] for epoch in (0, 1)]
+        assert all(sorted(order) == list(range(size)) for order in orders)
+        assert orders[0] != orders[1]
+    assert Counter(place.source for place in rows) == {0: 1500, 1: 500}
+    assert rows != plan(seed=4).rows(0, 2000)
+
+
+def test_without_shuffle_rows_come_in_file_order() -> None:
+    single = SamplePlan([PlannedSource("a.jsonl", 5, "d", 0.7)], seed=3, shuffle=False)
+    assert [(place.epoch, place.row) for place in single.rows(3, 9)] == [divmod(n, 5) for n in range(3, 12)]
+
+
+def test_one_pass_covers_every_row() -> None:
+    for shuffle in (False, True):
+        positions = plan(shuffle).positions_of_one_pass()
+        first = {(place.source, place.row) for place in plan(shuffle).rows(0, positions) if place.epoch == 0}
+        assert len(first) == 57
+        before = {(place.source, place.row) for place in plan(shuffle).rows(0, positions - 1) if place.epoch == 0}
+        assert len(before) == 56
+
+
+@pytest.mark.parametrize(("ranks", "size"), [(1, 4), (2, 2), (4, 1), (2, 1)])
+def test_ranks_share_a_global_batch_without_overlap(ranks: int, size: int) -> None:
+    global_batch = 16
+    starts = [
+        micro_batch_start(32, number, rank, ranks, size)
+        for rank in range(ranks)
+        for number in range(global_batch // ranks // size)
+    ]
+    assert sorted(start + offset for start in starts for offset in range(size)) == list(range(32, 48))
+
+
+def test_state_round_trip_and_what_changed() -> None:
+    state = plan().state(160)
+    assert plan().check_state(state) == 160
+    assert plan(path="elsewhere/a.jsonl").check_state(state) == 160
+    for changed, message in (
+        (plan(seed=4), "train.seed was 3, now 4"),
+        (plan(shuffle=False), "data.shuffle was True, now False"),
+        (plan(weight=2.0), "the weight of a.jsonl was 3.0, now 2.0"),
+        (plan(num_rows=51), "a.jsonl had 50 rows, now 51"),
+        (plan(digest="other"), "the content of a.jsonl changed"),
+        (SamplePlan([PlannedSource("a.jsonl", 50, "da")], 3, True), r"the sources were \['a.jsonl', 'b.jsonl'\], now"),
+    ):
+        with pytest.raises(DataError, match=message):
+            changed.check_state(state)
