@@ -15,6 +15,8 @@ from PIL import Image
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 import pretrain_vlm
+from megatron_vlm.checkpoint.convert import import_checkpoint
+from megatron_vlm.checkpoint.run_folder import MANIFEST_NAME
 from tests.data.rows import assistant, image, row, user, write_jsonl
 from tests.data.tiny_processor import build_processor
 
@@ -218,6 +220,20 @@ def test_family_that_is_not_known(
     other = copied(model_dir, folder / "other")
     (other / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
     assert "llama" in refusal([*arguments, f"--model.hf_path={other}"], capsys)
+
+
+def test_checkpoint_of_another_family(
+    arguments: list[str], model_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = folder / "checkpoint"
+    import_checkpoint(model_dir, checkpoint)
+    assert pretrain_vlm.main([*arguments, f"--checkpoint.load={checkpoint}"]) == 0
+    assert f"{checkpoint}, names and shapes fit the model" in capsys.readouterr().out
+    manifest = checkpoint / MANIFEST_NAME
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(content | {"family": "another", "model_type": "another_one"}))
+    line = refusal([*arguments, f"--checkpoint.load={checkpoint}"], capsys)
+    assert "another_one checkpoint of family another" in line and str(checkpoint) in line
 
 
 def test_text_only_takes_the_language_model_out(
