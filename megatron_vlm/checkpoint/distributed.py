@@ -11,6 +11,7 @@ objects (random states), and reads only from the run's own folder: do not put a 
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,16 @@ import torch
 import torch.distributed
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_vlm.checkpoint import optimizer_state, run_folder
 from megatron_vlm.checkpoint.run_folder import Manifest, ModelIdentity
@@ -96,7 +100,7 @@ def load_weights(
 ) -> Path:
     """Fill the model's parameters from a run or checkpoint, and nothing else; called on every rank.
 
-    Tensors that the model does not have are left out (the language model can be taken from a multimodal checkpoint).
+    Parts that the model does not have are left out (the language model can be taken from a multimodal checkpoint).
     Values are converted to the parameters' types.
 
     Args:
@@ -115,9 +119,8 @@ def load_weights(
     folder, manifest = on_first_rank(lambda: _find_and_read(Path(path)))
     _check_family(manifest.identity, identity, folder)
     state = sharded_model_state(model_chunks, groups)
-    _check_tensors(state, folder)
-    with torch.no_grad():
-        TorchDistLoadShardedStrategy().load(state, folder)
+    _check_tensors(state, folder, groups)
+    _read(lambda: TorchDistLoadShardedStrategy().load(state, folder), folder)
     if optimizer is not None:
         optimizer.reload_model_params()
     return folder
@@ -194,6 +197,7 @@ class CheckpointManager:
             CheckpointError: it could not be written; earlier checkpoints are untouched.
         """
         self.finalize(blocking=True)
+        _gather_parameters(model_chunks)
         final = run_folder.step_folder(self.directory, step)
         manifest = Manifest(
             identity=self.identity,
@@ -280,8 +284,8 @@ class CheckpointManager:
         if optimizer is not None:
             saved = self._check_optimizer(manifest, optimizer, folder)
             optimizer_state.redirect_main_parameters(state["optimizer"], optimizer, saved)
-        _check_tensors(state, folder)
-        loaded = dist_checkpointing.load(state, str(folder))
+        _check_tensors(state, folder, self.groups)
+        loaded = _read(lambda: dist_checkpointing.load(state, str(folder)), folder)
         if optimizer is not None:
             optimizer_state.load_state(optimizer, loaded["optimizer"], saved, str(folder))
         if param_scheduler is not None and manifest.scheduler is not None:
@@ -317,6 +321,13 @@ class CheckpointManager:
         return state
 
 
+def _gather_parameters(model_chunks: Sequence[torch.nn.Module]) -> None:
+    """With `overlap_param_gather`, updated parameters arrive only in the next forward pass; fetch them now."""
+    for chunk in model_chunks:
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+
+
 def on_first_rank[Result](action: Callable[[], Result]) -> Result:
     """Run `action` on rank 0 and give its result, or its error for the user, to every rank."""
     outcome: list[Any] = [None, None]
@@ -335,6 +346,27 @@ def on_first_rank[Result](action: Callable[[], Result]) -> Result:
     return result
 
 
+def _read[Result](action: Callable[[], Result], folder: Path) -> Result:
+    """Run `action`, which reads tensors; if it fails on any rank, every rank has the same error for the user."""
+    failure: Any = None
+    try:
+        result = action()
+    except CheckpointException as error:  # torch's, one reason per rank
+        failure = next(iter(error.failures.values()))[0]
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, CheckpointingException) as error:
+        failure = error
+    failures: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(failures, failure and f"{failure} ({type(failure).__name__})")
+    found = [f"rank {rank}: {failure}" for rank, failure in enumerate(failures) if failure is not None]
+    if found:
+        raise CheckpointError(
+            f"cannot be read, {found[0]}",
+            str(folder),
+            "it is damaged: use another one, or move it away to resume earlier",
+        )
+    return result
+
+
 def _find_and_read(path: Path) -> tuple[Path, Manifest]:
     folder = run_folder.find_checkpoint(path)
     return folder, Manifest.read(folder)
@@ -350,25 +382,33 @@ def _check_family(saved: ModelIdentity, wanted: ModelIdentity, folder: Path) -> 
         )
 
 
-def _check_tensors(state: dict[str, Any], folder: Path) -> None:
-    """Every tensor to be loaded, on any rank, must be in the checkpoint in the same global shape."""
+def _check_tensors(state: dict[str, Any], folder: Path, groups: ProcessGroupCollection) -> None:
+    """The model's tensors must be in the checkpoint, in the same global shapes, and its parts must have no others."""
     stored = on_first_rank(lambda: {key: tuple(entry.size) for key, entry in TorchDistReader(folder).tensors.items()})
-    wanted = {leaf.key: tuple(leaf.global_shape) for leaf in nested_values(state) if isinstance(leaf, ShardedTensor)}
-    local = {
-        f"{key} is {'missing' if key not in stored else f'{list(stored[key])}, the model has {list(shape)}'}"
+    local = {leaf.key: tuple(leaf.global_shape) for leaf in nested_values(state) if isinstance(leaf, ShardedTensor)}
+    gathered: list[Any] = [None] * groups.pp.size()
+    torch.distributed.all_gather_object(gathered, local, group=groups.pp)
+    wanted = {key: shape for stage in gathered for key, shape in stage.items()}
+    parts = {_part(key) for key in wanted} - {"optimizer"}
+    problems = [f"{key} is missing" for key in wanted if key not in stored]
+    problems += [f"{key} is in it and not in the model" for key in stored if _part(key) in parts and key not in wanted]
+    problems += [
+        f"{key} is {list(stored[key])}, the model has {list(shape)}"
         for key, shape in wanted.items()
-        if stored.get(key) != shape
-    }
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, local)
-    problems = sorted(set().union(*gathered))
+        if stored.get(key, shape) != shape
+    ]
     if problems:
         more = f" and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
         raise CheckpointError(
-            f"the checkpoint does not fit the model: {'; '.join(problems[:_SHOWN_PROBLEMS])}{more}",
+            f"the checkpoint does not fit the model: {'; '.join(sorted(problems)[:_SHOWN_PROBLEMS])}{more}",
             str(folder),
             "use the model.hf_path, model.text_only and model.freeze it was saved with",
         )
+
+
+def _part(key: str) -> str:
+    """`language_model`, `vision_tower`, `projector`, ... or `optimizer`."""
+    return key.partition(".")[0]
 
 
 def _load_scheduler(param_scheduler: OptimizerParamScheduler, saved: dict[str, Any], folder: Path) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.distributed
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
@@ -61,8 +60,7 @@ def sharded_state(optimizer: MegatronOptimizer, model_state: dict[str, ShardedTe
     inner = _single(optimizer)
     if inner.init_state_fn is None:  # SGD without momentum has no state, and megatron-core calls the None
         inner.init_state_fn = lambda *_: None
-    with torch.no_grad():
-        return inner.sharded_state_dict(model_state, is_loading=is_loading, metadata=_METADATA)
+    return inner.sharded_state_dict(model_state, is_loading=is_loading, metadata=_METADATA)
 
 
 def redirect_main_parameters(state: Any, optimizer: MegatronOptimizer, saved: Mapping[str, Any]) -> None:
@@ -107,8 +105,7 @@ def load_state(optimizer: MegatronOptimizer, loaded: dict[str, Any], saved: Mapp
         torch_state["param_groups"] = [
             {**group, "params": params} for group, params in zip(groups, local_ids, strict=True)
         ]
-    with torch.no_grad():  # fp32 parameters are copied into as they are, and they require gradients
-        inner.load_state_dict(loaded)
+    inner.load_state_dict(loaded)
 
 
 def match_groups(optimizer: MegatronOptimizer, saved: Mapping[str, Any], where: str) -> list[dict[str, Any]]:

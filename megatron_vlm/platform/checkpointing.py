@@ -59,19 +59,19 @@ class _WriteResults:
 
 def _write_files(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: _WriteResults) -> None:
     """Write this rank's files and put either their write results, by bucket, or the exception."""
-    written: dict[int, Any] | Exception = {}
+    written: dict[int, Any] = {}
     for number, bucket in enumerate(buckets):
         _, outcome = filesystem_async.FileSystemWriterAsync.write_preloaded_data(
             transforms, number, bucket, None, None, use_fsync=True, use_msc=use_msc
         )
         if isinstance(outcome, Exception):
-            written = outcome
-            break
+            results.put(outcome)
+            return
         written[number] = outcome
     results.put(written)
 
 
-class SaveStrategy(torch_strategy.TorchDistSaveShardedStrategy):  # type: ignore[misc]
+class SaveStrategy(torch_strategy.TorchDistSaveShardedStrategy):
     """Writes megatron-core's `torch_dist` format and publishes it on rank 0 once every rank's files are on disk.
 
     Args:
