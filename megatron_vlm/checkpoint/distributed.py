@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -222,7 +223,9 @@ class CheckpointManager:
         request = dist_checkpointing.save(
             self._state(model_chunks, optimizer, is_loading=False),
             str(incomplete),
-            SaveStrategy(publish),
+            # Data-parallel replicas share the writing.
+            FullyParallelSaveStrategyWrapper(SaveStrategy(publish), self.groups.dp_cp),
+            validate_access_integrity=False,  # the wrapper does that, after it has assigned the writing
             async_sharded_save=True,
             async_strategy="mcore",
         )

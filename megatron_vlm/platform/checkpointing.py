@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import signal
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -58,16 +59,18 @@ class _WriteResults:
 
 
 def _write_files(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: _WriteResults) -> None:
-    """Write this rank's files and put either their write results, by bucket, or the exception."""
+    """In a process of its own: write this rank's files, put their write results by bucket, or the exception."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # sent to the whole job: the run, which waits for this, acts on it
     written: dict[int, Any] = {}
-    for number, bucket in enumerate(buckets):
+    for index, bucket in enumerate(buckets):
         _, outcome = filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-            transforms, number, bucket, None, None, use_fsync=True, use_msc=use_msc
+            transforms, index, bucket, None, None, use_fsync=True, use_msc=use_msc
         )
         if isinstance(outcome, Exception):
             results.put(outcome)
             return
-        written[number] = outcome
+        written[index] = outcome
     results.put(written)
 
 
