@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from megatron_vlm.data.prompts import PromptRules
 
 if TYPE_CHECKING:
-    from megatron_vlm.families.gemma3.config import Gemma3Config
+    from megatron_vlm.families.gemma3.config import ModelConfig
 
 
-def prompt_rules(config: Gemma3Config) -> PromptRules:
+def prompt_rules(config: ModelConfig) -> PromptRules:
     """Prompt rules of a Gemma 3 model: "<start_of_turn>model" opens an answer, "<end_of_turn>" is trained as its end.
 
     Args:

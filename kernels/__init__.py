@@ -1,0 +1,1 @@
+"""Operations with a reference; models call these and nothing else that depends on a kernel."""

@@ -1,0 +1,159 @@
+"""Gemma 3's architecture as frozen records, one per decoder layer, read from transformers' configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from transformers import Gemma3Config, Gemma3TextConfig, PretrainedConfig, SiglipVisionConfig
+
+from megatron_vlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One decoder layer.
+
+    Attributes:
+        window: keys visible on the past side, the token itself included; None in global layers.
+        softmax_scale: query_pre_attn_scalar ** -0.5 (27B: 168, though its heads have 128).
+        rope_theta: base of the rotary frequencies.
+        rope_scaling_factor: linear scaling of positions (global layers from 4B on: 8).
+    """
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    window: int | None
+    softmax_scale: float
+    rope_theta: float
+    rope_scaling_factor: float
+    norm_eps: float
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The language model."""
+
+    vocab_size: int
+    hidden_size: int
+    layers: tuple[LayerConfig, ...]
+    norm_eps: float
+    pad_token_id: int | None
+    tie_word_embeddings: bool
+    initializer_range: float
+    final_logit_softcapping: float | None
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The SigLIP tower, without pooling head."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_channels: int
+    image_size: int
+    patch_size: int
+    norm_eps: float
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Gemma 3 model; `vision` is None when it is text only."""
+
+    text: TextConfig
+    vision: VisionConfig | None
+    image_token_id: int | None
+    mm_tokens_per_image: int | None
+
+    @property
+    def text_only(self) -> bool:
+        """No vision tower and no projector."""
+        return self.vision is None
+
+
+def config_from_hf(hf_config: PretrainedConfig, text_only: bool) -> ModelConfig:
+    """Read a `Gemma3Config` or `Gemma3TextConfig`.
+
+    Args:
+        hf_config: transformers' configuration; old key styles of published files have been normalised by it.
+        text_only: take the language model out of a multimodal one.
+
+    Raises:
+        ConfigError: the configuration asks for something these modules do not compute.
+    """
+    if isinstance(hf_config, Gemma3TextConfig):
+        return ModelConfig(_text(hf_config, hf_config.tie_word_embeddings), None, None, None)
+    assert isinstance(hf_config, Gemma3Config)
+    text = _text(hf_config.text_config, hf_config.tie_word_embeddings)
+    if text_only:
+        return ModelConfig(text, None, None, None)
+    # transformers' multimodal class never caps its logits, whatever the text configuration says.
+    text = replace(text, final_logit_softcapping=None)
+    _check_projector(hf_config)
+    return ModelConfig(text, _vision(hf_config.vision_config), hf_config.image_token_id, hf_config.mm_tokens_per_image)
+
+
+def _text(hf: Gemma3TextConfig, tied: bool) -> TextConfig:
+    _require(hf.hidden_activation == "gelu_pytorch_tanh", f"hidden_activation {hf.hidden_activation!r}")
+    _require(not hf.attention_bias, "attention_bias true")
+    _require(not hf.use_bidirectional_attention, "use_bidirectional_attention true (embedding models)")
+    _require(not hf.attention_dropout, f"attention_dropout {hf.attention_dropout}")
+    return TextConfig(
+        vocab_size=hf.vocab_size,
+        hidden_size=hf.hidden_size,
+        layers=tuple(_layer(hf, layer_type) for layer_type in hf.layer_types),
+        norm_eps=hf.rms_norm_eps,
+        pad_token_id=hf.pad_token_id,
+        tie_word_embeddings=tied,
+        initializer_range=hf.initializer_range,
+        final_logit_softcapping=hf.final_logit_softcapping,
+    )
+
+
+def _layer(hf: Gemma3TextConfig, layer_type: str) -> LayerConfig:
+    rope = hf.rope_parameters[layer_type]
+    _require(rope["rope_type"] in ("default", "linear"), f"rope_type {rope['rope_type']!r}")
+    return LayerConfig(
+        num_attention_heads=hf.num_attention_heads,
+        num_key_value_heads=hf.num_key_value_heads,
+        head_dim=hf.head_dim,
+        intermediate_size=hf.intermediate_size,
+        window=hf.sliding_window if layer_type == "sliding_attention" else None,
+        softmax_scale=hf.query_pre_attn_scalar**-0.5,
+        rope_theta=rope["rope_theta"],
+        rope_scaling_factor=rope.get("factor", 1.0) if rope["rope_type"] == "linear" else 1.0,
+        norm_eps=hf.rms_norm_eps,
+    )
+
+
+def _vision(hf: SiglipVisionConfig) -> VisionConfig:
+    # `vision_use_head` is ignored: Gemma 3 reads the patch features, and no published file holds a head.
+    _require(hf.hidden_act == "gelu_pytorch_tanh", f"vision hidden_act {hf.hidden_act!r}")
+    _require(not hf.attention_dropout, f"vision attention_dropout {hf.attention_dropout}")
+    return VisionConfig(
+        hidden_size=hf.hidden_size,
+        intermediate_size=hf.intermediate_size,
+        num_hidden_layers=hf.num_hidden_layers,
+        num_attention_heads=hf.num_attention_heads,
+        num_channels=hf.num_channels,
+        image_size=hf.image_size,
+        patch_size=hf.patch_size,
+        norm_eps=hf.layer_norm_eps,
+    )
+
+
+def _check_projector(hf: Gemma3Config) -> None:
+    side = round(hf.mm_tokens_per_image**0.5)
+    patches = hf.vision_config.image_size // hf.vision_config.patch_size
+    _require(
+        side * side == hf.mm_tokens_per_image and patches % side == 0,
+        f"mm_tokens_per_image {hf.mm_tokens_per_image} with {patches} x {patches} patches",
+    )
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise ConfigError(f"Gemma 3 with {what} is not supported", "config.json", "use a published configuration")

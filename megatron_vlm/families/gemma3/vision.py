@@ -1,0 +1,145 @@
+"""Gemma 3's eyes: the SigLIP tower and the projector into the language model.
+
+Source: transformers models/siglip (vision model without pooling head) and `Gemma3MultiModalProjector`.
+Shapes: I images, P patches, H vision hidden, N heads, D head dim, T soft tokens per image.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.functional import avg_pool2d, gelu, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+from megatron_vlm.families.gemma3.config import VisionConfig
+from megatron_vlm.layers.linear import ColumnParallelLinear, Group, RowParallelLinear, column_parallel
+from megatron_vlm.layers.norm import RMSNorm
+
+
+class VisionEmbeddings(torch.nn.Module):
+    """Patches to vectors plus learned positions; replicated, being 1 % of the tower, to spare a gather of activations."""
+
+    def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        side, patch = config.image_size // config.patch_size, config.patch_size
+        self.patch_embedding = torch.nn.Conv2d(config.num_channels, config.hidden_size, patch, patch, dtype=dtype)
+        self.position_embedding = torch.nn.Embedding(side * side, config.hidden_size, dtype=dtype)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[I, channels, height, width] to [I, P, H]."""
+        patches = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype))
+        return patches.flatten(2).transpose(1, 2) + self.position_embedding.weight
+
+
+class VisionAttention(torch.nn.Module):
+    """Full attention over the patches of an image; heads split over the tensor ranks."""
+
+    def __init__(self, config: VisionConfig, engine: TransformerConfig, group: Group) -> None:
+        super().__init__()
+        self.group, self.head_dim = group, config.hidden_size // config.num_attention_heads
+        size = config.hidden_size
+        self.q_proj, self.k_proj, self.v_proj = (
+            ColumnParallelLinear(size, size, engine, group, bias=True) for _ in range(3)
+        )
+        self.out_proj = RowParallelLinear(size, size, engine, group, bias=True)
+
+    def forward(self, x_IPH: torch.Tensor) -> torch.Tensor:
+        """[I, P, H] to the same."""
+        projected = column_parallel(x_IPH, (self.q_proj, self.k_proj, self.v_proj), self.group, False)
+        q, k, v = (tensor.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for tensor in projected)
+        attended_INPD = scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5)
+        return self.out_proj(attended_INPD.transpose(1, 2).flatten(2))
+
+
+class VisionMLP(torch.nn.Module):
+    """fc2(gelu_tanh(fc1(x))), split over the tensor ranks."""
+
+    def __init__(self, config: VisionConfig, engine: TransformerConfig, group: Group) -> None:
+        super().__init__()
+        self.group = group
+        self.fc1 = ColumnParallelLinear(config.hidden_size, config.intermediate_size, engine, group, bias=True)
+        self.fc2 = RowParallelLinear(config.intermediate_size, config.hidden_size, engine, group, bias=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[I, P, H] to the same."""
+        (hidden,) = column_parallel(x, (self.fc1,), self.group, False)
+        return self.fc2(gelu(hidden, approximate="tanh"))
+
+
+class VisionLayer(torch.nn.Module):
+    """A pre-norm encoder layer."""
+
+    def __init__(self, config: VisionConfig, engine: TransformerConfig, group: Group) -> None:
+        super().__init__()
+        self.layer_norm1, self.layer_norm2 = (
+            torch.nn.LayerNorm(config.hidden_size, config.norm_eps, dtype=engine.params_dtype) for _ in range(2)
+        )
+        self.self_attn = VisionAttention(config, engine, group)
+        self.mlp = VisionMLP(config, engine, group)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[I, P, H] to the same."""
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class VisionTower(torch.nn.Module):
+    """SigLIP: heads and feed-forward columns split over `group`, which is one rank when images are divided instead.
+
+    Args:
+        config: the tower.
+        engine: megatron-core settings without sequence parallelism.
+        group: ranks that share each layer.
+        recompute: compute each layer again in the backward pass.
+    """
+
+    def __init__(self, config: VisionConfig, engine: TransformerConfig, group: Group, recompute: bool) -> None:
+        super().__init__()
+        self.recompute = recompute
+        self.embeddings = VisionEmbeddings(config, engine.params_dtype)
+        self.encoder = torch.nn.Module()
+        self.encoder.layers = torch.nn.ModuleList(
+            VisionLayer(config, engine, group) for _ in range(config.num_hidden_layers)
+        )
+        self.post_layernorm = torch.nn.LayerNorm(config.hidden_size, config.norm_eps, dtype=engine.params_dtype)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[I, channels, height, width] to [I, P, H]."""
+        x = self.embeddings(pixels)
+        for layer in self.encoder.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if self.recompute and self.training else layer(x)
+        return self.post_layernorm(x)
+
+
+class Projector(torch.nn.Module):
+    """Average-pools patches into soft tokens and maps them to the language model's width, columns split over `group`.
+
+    The weight is stored [in, out], unlike a linear layer's.
+    """
+
+    def __init__(
+        self, config: VisionConfig, tokens_per_image: int, out_size: int, dtype: torch.dtype, group: Group
+    ) -> None:
+        super().__init__()
+        self.group = group
+        self.patches_per_side = config.image_size // config.patch_size
+        self.pool_size = self.patches_per_side // round(tokens_per_image**0.5)
+        self.mm_input_projection_weight = torch.nn.Parameter(
+            torch.empty(config.hidden_size, out_size // group.size(), dtype=dtype)
+        )
+        set_tensor_model_parallel_attributes(self.mm_input_projection_weight, is_parallel=True, dim=1, stride=1)
+        self.mm_soft_emb_norm = RMSNorm(config.hidden_size, config.norm_eps, zero_centered=True, dtype=dtype)
+
+    def forward(self, x_IPH: torch.Tensor) -> torch.Tensor:
+        """Vision features [I, P, H] to soft tokens [I, T, text hidden]."""
+        grid = x_IPH.transpose(1, 2).unflatten(2, (self.patches_per_side, self.patches_per_side))
+        pooled_ITH = avg_pool2d(grid, self.pool_size).flatten(2).transpose(1, 2)
+        normed = copy_to_tensor_model_parallel_region(self.mm_soft_emb_norm(pooled_ITH), group=self.group)
+        return gather_from_tensor_model_parallel_region(
+            torch.matmul(normed, self.mm_input_projection_weight), group=self.group
+        )

@@ -1,0 +1,106 @@
+"""From a Hugging Face configuration to the family that builds, maps and prompts its model.
+
+A family is found by `model_type` alone. transformers registers some configurations under several classes (Gemma3Config
+is both a causal language model and an image-text-to-text model); the architecture named in a file plays no part.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from megatron_vlm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.module import MegatronModule
+
+    from megatron_vlm.checkpoint.weight_map import WeightMap
+    from megatron_vlm.data.prompts import PromptRules
+    from megatron_vlm.parallel.chunk import ChunkSettings
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture: a folder under `megatron_vlm.families` with the same five files each.
+
+    Attributes:
+        name: of the folder.
+        model_types: values of `model_type` in config.json.
+        chunk_class: of `model.py`, called with (model configuration, chunk settings, process groups).
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    chunk_class: str
+
+    def config_from_hf(self, hf_config: PretrainedConfig, text_only: bool) -> Any:
+        """The family's frozen model configuration; ConfigError where its modules cannot compute what is asked."""
+        return self._function("config", "config_from_hf")(hf_config, text_only)
+
+    def build_chunk(
+        self, model_config: Any, chunk: ChunkSettings, groups: ProcessGroupCollection
+    ) -> MegatronModule:
+        """One pipeline chunk with uninitialised parameters."""
+        return self._function("model", self.chunk_class)(model_config, chunk, groups)
+
+    def weight_map(self, model_config: Any) -> WeightMap:
+        """Names and shapes of all weights, here and in Hugging Face files."""
+        return self._function("weights", "weight_map")(model_config)
+
+    def prompt_rules(self, model_config: Any) -> PromptRules:
+        """How turns and images are written."""
+        return self._function("prompt", "prompt_rules")(model_config)
+
+    def _function(self, module: str, name: str) -> Callable[..., Any]:
+        # Imported when asked for: converting and reading data need no model code.
+        return getattr(import_module(f"megatron_vlm.families.{self.name}.{module}"), name)
+
+
+FAMILIES = (Family("gemma3", ("gemma3", "gemma3_text"), "Gemma3Chunk"),)
+
+
+def load_hf_config(directory: str | os.PathLike) -> PretrainedConfig:
+    """Read config.json of a local directory through transformers; no code from it is run.
+
+    Raises:
+        ConfigError: the directory or its config.json is missing, is not JSON, or names no architecture built here.
+    """
+    path = Path(directory) / "config.json"
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError("no config.json", str(directory), "give a directory in Hugging Face format") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"config.json cannot be read: {error}", str(path), "download or export it again") from None
+    _find(content.get("model_type"), str(path))
+    try:
+        return AutoConfig.from_pretrained(str(directory), local_files_only=True)
+    except Exception as error:  # whatever transformers' validation raises
+        raise ConfigError(f"transformers refuses config.json: {error}", str(path), "correct the key") from None
+
+
+def detect(hf_config_or_dir: PretrainedConfig | str | os.PathLike) -> Family:
+    """The family of a configuration or of a directory with config.json.
+
+    Raises:
+        ConfigError: no family has its model_type.
+    """
+    if not isinstance(hf_config_or_dir, PretrainedConfig):
+        hf_config_or_dir = load_hf_config(hf_config_or_dir)
+    return _find(hf_config_or_dir.model_type, type(hf_config_or_dir).__name__)
+
+
+def _find(model_type: str | None, where: str) -> Family:
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    known = ", ".join(name for family in FAMILIES for name in family.model_types)
+    raise ConfigError(f"model_type {model_type!r} is not supported", where, f"supported: {known}")

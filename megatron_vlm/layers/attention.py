@@ -1,0 +1,104 @@
+"""Grouped-query self-attention with query/key norms, rotary positions and spans, over tensor-parallel heads.
+
+Shapes: S sequence (whole inside attention, also under sequence parallelism), B batch, H hidden, N heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.utils.checkpoint import checkpoint
+
+from kernels.span_attention import Spans, span_attention
+from megatron_vlm.layers.linear import (
+    ColumnParallelLinear,
+    Group,
+    RowParallelLinear,
+    column_parallel_weights,
+)
+from megatron_vlm.layers.norm import RMSNorm
+from megatron_vlm.layers.rope import apply_rope
+from megatron_vlm.parallel.gradients import mark_partial
+
+
+class AttentionRecord(Protocol):
+    """What a layer's configuration record says about attention."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    window: int | None
+    softmax_scale: float
+    norm_eps: float
+
+
+class SelfAttention(torch.nn.Module):
+    """Self-attention of one decoder layer; heads are split over the tensor ranks.
+
+    With more tensor ranks than key/value heads, `k_proj` and `v_proj` are whole on every rank, which uses the rows of
+    the one head that its query heads share: sharding them further would split a head. Their gradients are then sums.
+
+    Args:
+        hidden_size: H.
+        layer: this layer's record.
+        engine: megatron-core settings.
+        group: tensor ranks.
+        recompute_core: compute the attention product again in the backward pass.
+    """
+
+    def __init__(
+        self, hidden_size: int, layer: AttentionRecord, engine: TransformerConfig, group: Group, recompute_core: bool
+    ) -> None:
+        super().__init__()
+        self.layer, self.group, self.recompute_core = layer, group, recompute_core
+        self.sequence_parallel = engine.sequence_parallel
+        query_size = layer.num_attention_heads * layer.head_dim
+        key_size = layer.num_key_value_heads * layer.head_dim
+        self.q_proj = ColumnParallelLinear(hidden_size, query_size, engine, group)
+        self.replicated_keys = group.size() > layer.num_key_value_heads
+        self.k_proj, self.v_proj = (
+            torch.nn.Linear(hidden_size, key_size, bias=False, dtype=engine.params_dtype)
+            if self.replicated_keys
+            else ColumnParallelLinear(hidden_size, key_size, engine, group)
+            for _ in range(2)
+        )
+        self.o_proj = RowParallelLinear(query_size, hidden_size, engine, group)
+        self.q_norm, self.k_norm = (
+            RMSNorm(layer.head_dim, layer.norm_eps, zero_centered=True, dtype=engine.params_dtype) for _ in range(2)
+        )
+        # These act on this rank's heads only.
+        mark_partial([self.q_norm.weight, self.k_norm.weight])
+        if self.replicated_keys:
+            mark_partial([self.k_proj.weight, self.v_proj.weight])
+
+    def forward(
+        self, x_SBH: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], spans: Spans
+    ) -> torch.Tensor:
+        """Attend; input and output are [S, B, H], shards of the sequence under sequence parallelism."""
+        weights = (self.q_proj.weight, *self._key_value_weights())
+        q, k, v = (
+            projected.unflatten(-1, (-1, self.layer.head_dim))
+            for projected in column_parallel_weights(x_SBH, weights, self.group, self.sequence_parallel)
+        )
+        q, k = apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope)
+        attended = (
+            checkpoint(self._core, q, k, v, spans, use_reentrant=False)
+            if self.recompute_core and self.training
+            else self._core(q, k, v, spans)
+        )
+        return self.o_proj(attended)
+
+    def _core(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans) -> torch.Tensor:
+        layer = self.layer
+        heads_first = (tensor.permute(1, 2, 0, 3) for tensor in (q, k, v))
+        attended_BNSD = span_attention(*heads_first, spans, window=layer.window, scale=layer.softmax_scale)
+        return attended_BNSD.permute(2, 0, 1, 3).flatten(2).contiguous()
+
+    def _key_value_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.replicated_keys:
+            return self.k_proj.weight, self.v_proj.weight
+        head = self.group.rank() * self.layer.num_key_value_heads // self.group.size()
+        start, size = head * self.layer.head_dim, self.layer.head_dim
+        return self.k_proj.weight.narrow(0, start, size), self.v_proj.weight.narrow(0, start, size)

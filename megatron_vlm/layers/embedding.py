@@ -1,0 +1,78 @@
+"""Vocabulary-parallel token embedding, head and loss.
+
+Shapes: B batch, S sequence, H hidden, V vocabulary rows with padding.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_vlm.layers.linear import Group, column_parallel_weights
+
+_VOCABULARY_MULTIPLE = 64
+IGNORED_LABEL = -100
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Vocabulary rows with padding: the next multiple of 64, in every layout, so that checkpoints do not depend on it.
+
+    The published Gemma vocabularies (262144, 262208) need none. Padding rows are zero and outside the softmax.
+    """
+    return -(-vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+
+
+class TokenEmbedding(tensor_parallel.VocabParallelEmbedding):
+    """Rows of the embedding table, split over the tensor ranks; `padding_id` gets no gradient through the lookup.
+
+    A tied head still gives that row a gradient. Source: `torch.nn.Embedding(padding_idx=...)` in transformers.
+    """
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, padding_id: int | None, engine: TransformerConfig, group: Group
+    ) -> None:
+        super().__init__(
+            padded_vocab_size(vocab_size),
+            hidden_size,
+            init_method=lambda weight: None,
+            config=engine,
+            tp_group=group,
+        )
+        self.padding_id = padding_id
+
+    def forward(self, ids_BS: torch.Tensor) -> torch.Tensor:
+        """Embeddings [B, S, H], whole on every tensor rank."""
+        embedded = super().forward(ids_BS)
+        if self.padding_id is None:
+            return embedded
+        return torch.where((ids_BS == self.padding_id).unsqueeze(-1), embedded.detach(), embedded)
+
+
+def vocab_parallel_logits(
+    x_SBH: torch.Tensor, weight: torch.Tensor, vocab_size: int, group: Group, sequence_parallel: bool
+) -> torch.Tensor:
+    """This rank's columns of the logits, [S, B, V / tensor ranks] over the whole sequence; padding columns are -inf."""
+    (logits,) = column_parallel_weights(x_SBH, [weight], group, sequence_parallel)
+    first = group.rank() * weight.shape[0]
+    if first + weight.shape[0] > vocab_size:
+        columns = torch.arange(first, first + weight.shape[0], device=logits.device)
+        # A finite fill: a rank whose columns are all padding would otherwise compute inf - inf.
+        logits = logits.masked_fill(columns >= vocab_size, torch.finfo(logits.dtype).min)
+    return logits
+
+
+def token_losses(logits_SBV: torch.Tensor, labels_BS: torch.Tensor, group: Group) -> torch.Tensor:
+    """Cross-entropy of every token in fp32, [B, S], zero where the label is -100.
+
+    Args:
+        logits_SBV: this rank's columns; overwritten if they are fp32.
+        labels_BS: token that each place should predict, or -100.
+        group: tensor ranks.
+    """
+    labels_SB = labels_BS.t()
+    has_label = labels_SB != IGNORED_LABEL
+    losses = tensor_parallel.vocab_parallel_cross_entropy(
+        logits_SBV, labels_SB.masked_fill(~has_label, 0).contiguous(), tp_group=group
+    )
+    return (losses * has_label).t()

@@ -1,0 +1,132 @@
+"""Tensor-parallel linear layers on megatron-core's, and several column-parallel ones that share one input.
+
+Shapes: S sequence (a shard of it under sequence parallelism), B batch, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed
+from megatron.core import tensor_parallel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+Group = torch.distributed.ProcessGroup
+
+
+class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
+    """Holds rows of a weight [out, in]; call it through `column_parallel`."""
+
+    def __init__(self, in_size: int, out_size: int, engine: TransformerConfig, group: Group, bias: bool = False):
+        super().__init__(in_size, out_size, config=engine, init_method=_no_init, bias=bias, tp_group=group)
+
+
+class RowParallelLinear(tensor_parallel.RowParallelLinear):
+    """Holds columns of a weight [out, in]; sums over the tensor ranks (and scatters under sequence parallelism)."""
+
+    def __init__(self, in_size: int, out_size: int, engine: TransformerConfig, group: Group, bias: bool = False):
+        super().__init__(
+            in_size,
+            out_size,
+            config=engine,
+            init_method=_no_init,
+            bias=bias,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            tp_group=group,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [S, B, in / tensor ranks] to [S, B, out]."""
+        return super().forward(x)[0]
+
+
+def _no_init(weight: torch.Tensor) -> None:
+    """Weights are set by name after the model is built (`parallel.initialize`)."""
+
+
+def column_parallel(
+    x: torch.Tensor, linears: Sequence[torch.nn.Module], group: Group, sequence_parallel: bool
+) -> list[torch.Tensor]:
+    """Outputs of several column-parallel linears on one input, with one exchange in each direction for all of them.
+
+    Args:
+        x: [S, B, in], the same on every tensor rank, or a shard of the sequence under sequence parallelism.
+        linears: modules with `weight` [out / tensor ranks, in] and `bias` (None or [out / tensor ranks]).
+        group: tensor ranks.
+        sequence_parallel: gather the sequence first.
+
+    Returns:
+        One [S, B, out / tensor ranks] per linear, over the whole sequence.
+    """
+    outputs = column_parallel_weights(x, [linear.weight for linear in linears], group, sequence_parallel)
+    return [
+        output if linear.bias is None else output + linear.bias
+        for output, linear in zip(outputs, linears, strict=True)
+    ]
+
+
+def column_parallel_weights(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], group: Group, sequence_parallel: bool
+) -> tuple[torch.Tensor, ...]:
+    """`column_parallel` on bare weights."""
+    return _SharedInputLinear.apply(x, group, sequence_parallel and group.size() > 1, *weights)
+
+
+class _SharedInputLinear(torch.autograd.Function):
+    """y_i = gather(x) W_i^T. Saves only the shard of x; gathers it again in the backward pass.
+
+    megatron-core's column-parallel linear does the same for one weight; three of them on one input would gather the
+    sequence three times, or sum three input gradients over the tensor ranks.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, group: Group, sequence_parallel: bool, *weights: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        ctx.group, ctx.sequence_parallel = group, sequence_parallel
+        whole = _gather_sequence(x, group)[0] if sequence_parallel else x
+        return tuple(torch.matmul(whole, weight.t()) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        needs_x, needs_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
+        whole, gathering = x, None
+        if ctx.sequence_parallel and any(needs_weights):
+            whole, gathering = _gather_sequence(x, ctx.group, async_op=True)
+        grad_x, reducing = None, None
+        if needs_x:
+            # One product for all weights sums in fp32; adding bf16 products would round each.
+            grad_x = torch.matmul(torch.cat(gradients, dim=-1), torch.cat(weights, dim=0))
+            grad_x, reducing = _reduce_input_gradient(grad_x, ctx.group, ctx.sequence_parallel)
+        if gathering is not None:
+            gathering.wait()
+        rows = whole.flatten(0, -2)
+        grad_weights = [
+            torch.matmul(gradient.flatten(0, -2).t(), rows) if needed else None
+            for gradient, needed in zip(gradients, needs_weights, strict=True)
+        ]
+        if reducing is not None:
+            reducing.wait()
+        return grad_x, None, None, *grad_weights
+
+
+def _gather_sequence(x: torch.Tensor, group: Group, async_op: bool = False) -> tuple[torch.Tensor, Any]:
+    whole = x.new_empty((x.shape[0] * group.size(), *x.shape[1:]))
+    return whole, torch.distributed.all_gather_into_tensor(whole, x.contiguous(), group=group, async_op=async_op)
+
+
+def _reduce_input_gradient(
+    gradient: torch.Tensor, group: Group, sequence_parallel: bool
+) -> tuple[torch.Tensor, torch.distributed.Work | None]:
+    """Start the sum over tensor ranks, scattered along the sequence under sequence parallelism."""
+    if group.size() == 1:
+        return gradient, None
+    if not sequence_parallel:
+        return gradient, torch.distributed.all_reduce(gradient, group=group, async_op=True)
+    shard = gradient.new_empty((gradient.shape[0] // group.size(), *gradient.shape[1:]))
+    return shard, torch.distributed.reduce_scatter_tensor(shard, gradient, group=group, async_op=True)

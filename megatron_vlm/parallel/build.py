@@ -1,0 +1,114 @@
+"""Builds this rank's pipeline chunks and wraps them for data parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_vlm import platform
+from megatron_vlm.families.registry import Family
+from megatron_vlm.parallel.chunk import ChunkSettings
+from megatron_vlm.parallel.engine import engine_config
+from megatron_vlm.parallel.gradients import finalize_gradients
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """How a model is divided and held; `chunk_layers` are the decoder layers of every global chunk."""
+
+    chunk_layers: Sequence[Sequence[int]]
+    dtype: torch.dtype = torch.float32
+    sequence_parallel: bool = False
+    recompute: Literal["none", "selective", "full"] = "none"
+    vision_parallelism: Literal["tensor", "data"] = "tensor"
+    deterministic: bool = False
+
+
+def build_chunks(
+    family: Family,
+    model_config: Any,
+    settings: BuildSettings,
+    groups: ProcessGroupCollection,
+    device: torch.device | None = None,
+) -> list[MegatronModule]:
+    """This rank's chunks with uninitialised parameters, in the order of its virtual stages.
+
+    Args:
+        family: of the model.
+        model_config: the family's record.
+        settings: division.
+        groups: process groups.
+        device: of the parameters; the platform's when None, `meta` to look at shapes.
+    """
+    text, pipeline_size = model_config.text, groups.pp.size()
+    virtual_size = len(settings.chunk_layers) // pipeline_size
+    engine = engine_config(
+        hidden_size=text.hidden_size,
+        num_attention_heads=text.layers[0].num_attention_heads,
+        num_layers=len(text.layers),
+        dtype=settings.dtype,
+        tensor_size=groups.tp.size(),
+        pipeline_size=pipeline_size,
+        virtual_size=virtual_size,
+        sequence_parallel=settings.sequence_parallel,
+        deterministic=settings.deterministic,
+    )
+    engine.finalize_model_grads_func = finalize_gradients
+    last = len(settings.chunk_layers) - 1
+    chunks = []
+    for stage in range(virtual_size):
+        index = stage * pipeline_size + groups.pp.rank()
+        chunk = ChunkSettings(
+            layers=tuple(settings.chunk_layers[index]),
+            is_first=index == 0,
+            is_last=index == last,
+            virtual_stage=stage if virtual_size > 1 else None,
+            engine=engine,
+            recompute=settings.recompute,
+            vision_parallelism=settings.vision_parallelism,
+        )
+        with device or platform.current().device:
+            chunks.append(family.build_chunk(model_config, chunk, groups))
+    _mark_tied_embedding(chunks, pipeline_size, groups)
+    return chunks
+
+
+def _mark_tied_embedding(chunks: Sequence[MegatronModule], pipeline_size: int, groups: ProcessGroupCollection) -> None:
+    """Tell megatron-core which embedding is on two stages: it gets a bucket of its own, and one norm counts."""
+    if pipeline_size == 1 or not chunks[0].share_embeddings_and_output_weights:
+        return
+    for chunk in chunks:
+        if chunk.pre_process or chunk.post_process:
+            weight = chunk.shared_embedding_or_output_weight()
+            weight.shared_embedding = True
+            weight.shared = chunk.post_process
+
+
+def wrap_data_parallel(
+    chunks: Sequence[MegatronModule],
+    groups: ProcessGroupCollection,
+    use_distributed_optimizer: bool,
+    overlap_grad_reduce: bool = False,
+    overlap_param_gather: bool = False,
+) -> list[DistributedDataParallel]:
+    """megatron-core's data parallelism around every chunk; frozen parameters take no part and no memory in it."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=use_distributed_optimizer,
+        overlap_grad_reduce=overlap_grad_reduce,
+        overlap_param_gather=overlap_param_gather,
+    )
+    engine = chunks[0].config
+    wrapped = [
+        DistributedDataParallel(engine, config, chunk, disable_bucketing=index > 0, pg_collection=groups)
+        for index, chunk in enumerate(chunks)
+    ]
+    if overlap_grad_reduce:
+        engine.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+    return wrapped

@@ -1,0 +1,38 @@
+"""Which part of a model a pipeline chunk is, and how it is held."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+@dataclass(frozen=True)
+class ChunkSettings:
+    """What a family needs to build one pipeline chunk.
+
+    Attributes:
+        layers: global ids of its decoder layers.
+        is_first: holds the embedding and the towers.
+        is_last: holds the final norm and the head.
+        virtual_stage: its place among this rank's chunks; None without virtual stages.
+        engine: megatron-core settings of the language model.
+        recompute: activations computed again in the backward pass.
+        vision_parallelism: how the tensor ranks share the vision tower.
+    """
+
+    layers: tuple[int, ...]
+    is_first: bool
+    is_last: bool
+    virtual_stage: int | None
+    engine: TransformerConfig
+    recompute: Literal["none", "selective", "full"] = "none"
+    vision_parallelism: Literal["tensor", "data"] = "tensor"
+
+    @cached_property
+    def tower_engine(self) -> TransformerConfig:
+        """`engine` for towers, whose sequences are not divided."""
+        return dataclasses.replace(self.engine, sequence_parallel=False)

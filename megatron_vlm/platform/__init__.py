@@ -1,0 +1,10 @@
+"""The one place that knows the device; everything else asks here."""
+
+from megatron_vlm.platform.device import (
+    Platform,
+    current,
+    has_transformer_engine,
+    initialize,
+)
+
+__all__ = ["Platform", "current", "has_transformer_engine", "initialize"]

@@ -1,0 +1,91 @@
+"""Which device this process computes on, and what depends on that: backend, memory figures, synchronisation.
+
+On CUDA: NCCL and megatron-core as it is. On CPU: gloo, with `megatron_cpu` making megatron-core's own code run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+
+from megatron_vlm.platform import fused_adam, megatron_cpu
+
+# Dense bf16 peak by name (NVIDIA data sheets, without sparsity); MFU is not printed for others.
+_PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12}
+
+
+@dataclass(frozen=True)
+class Platform:
+    """The device of this process.
+
+    Attributes:
+        device: where parameters and activations live.
+        backend: torch.distributed backend for it.
+        accelerated: true on CUDA.
+    """
+
+    device: torch.device
+    backend: str
+    accelerated: bool
+
+    def synchronize(self) -> None:
+        """Wait for queued device work; used for timing only."""
+        if self.accelerated:
+            torch.cuda.synchronize()
+
+    def peak_memory_bytes(self) -> int:
+        """Most memory held so far: allocator peak on CUDA, resident set of the process on CPU."""
+        if self.accelerated:
+            return torch.cuda.max_memory_allocated()
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def peak_flops(self) -> float | None:
+        """Dense bf16 FLOP/s by the data sheet, None where unknown."""
+        if not self.accelerated:
+            return None
+        name = torch.cuda.get_device_name()
+        return next((peak for key, peak in _PEAK_BF16_FLOPS.items() if key in name), None)
+
+    def profiler_activities(self) -> list[torch.profiler.ProfilerActivity]:
+        """What `torch.profiler` can record here."""
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        return activities + ([torch.profiler.ProfilerActivity.CUDA] if self.accelerated else [])
+
+
+_CURRENT: Platform | None = None
+
+
+def initialize() -> Platform:
+    """Choose the device and make megatron-core work on it; call once per process, before using megatron-core.
+
+    The CUDA device is the one of LOCAL_RANK. Without Transformer Engine and apex, megatron-core's distributed optimizer
+    is given an Adam whose state has the layout that it expects (`fused_adam`).
+    """
+    global _CURRENT
+    if _CURRENT is not None:
+        return _CURRENT
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        _CURRENT = Platform(device, "nccl", True)
+    else:
+        megatron_cpu.install()
+        _CURRENT = Platform(torch.device("cpu"), "gloo", False)
+    if not has_transformer_engine() and importlib.util.find_spec("apex") is None:
+        fused_adam.install()
+    return _CURRENT
+
+
+def current() -> Platform:
+    """The platform that `initialize` chose."""
+    return initialize()
+
+
+def has_transformer_engine() -> bool:
+    """Whether NVIDIA Transformer Engine can be imported; nothing here needs it."""
+    return importlib.util.find_spec("transformer_engine") is not None

@@ -1,0 +1,98 @@
+"""Forward and backward passes of one global batch through megatron-core's pipeline schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_model_config
+
+from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.layers.embedding import IGNORED_LABEL
+
+
+class LossSums:
+    """Sums of losses and label tokens per data source, over micro-batches and data ranks.
+
+    Args:
+        num_sources: data sources of the blend.
+        device: of the sums.
+    """
+
+    def __init__(self, num_sources: int, device: torch.device) -> None:
+        self._sums = torch.zeros((num_sources, 2), dtype=torch.float64, device=device)
+
+    def add(self, losses_BS: torch.Tensor, batch: MicroBatch) -> None:
+        """Count one micro-batch."""
+        labels = (batch.labels != IGNORED_LABEL).sum(-1)
+        rows = torch.stack((losses_BS.detach().sum(-1).double(), labels.double()), dim=-1)
+        self._sums.index_add_(0, batch.source_ids.long(), rows)
+
+    def reduce(self, groups: ProcessGroupCollection) -> torch.Tensor:
+        """[sources, (loss sum, label tokens)] over the global batch, on every rank."""
+        torch.distributed.all_reduce(self._sums, group=groups.dp_cp)
+        # Only the last pipeline stage counted; the others hold zeros.
+        torch.distributed.all_reduce(self._sums, group=groups.pp)
+        return self._sums
+
+
+def run_global_batch(
+    model: Sequence[torch.nn.Module],
+    micro_batches: Sequence[MicroBatch],
+    groups: ProcessGroupCollection,
+    num_sources: int = 1,
+    forward_only: bool = False,
+) -> torch.Tensor:
+    """Run this data rank's micro-batches; gradients become those of the mean loss over all label tokens.
+
+    Args:
+        model: this rank's chunks.
+        micro_batches: on the device; the same on all tensor and pipeline ranks of this data rank.
+        groups: process groups.
+        num_sources: data sources, for the split of the loss.
+        forward_only: evaluate.
+
+    Returns:
+        [sources, (loss sum, label tokens)] over the global batch, float64, on every rank.
+    """
+    engine = get_model_config(model[0])
+    sums = LossSums(num_sources, micro_batches[0].labels.device)
+    virtual_size = len(model) if len(model) > 1 else None
+    iterators = [iter(micro_batches) for _ in model]
+    get_forward_backward_func(pp_size=groups.pp.size(), vp_size=virtual_size)(
+        forward_step_func=partial(_forward_step, sums),
+        data_iterator=iterators if virtual_size else iterators[0],
+        model=list(model) if virtual_size else model[0],
+        num_microbatches=len(micro_batches),
+        # Each micro-batch has a length of its own; stages agree on it as they exchange.
+        seq_length=0,
+        micro_batch_size=0,
+        forward_only=forward_only,
+        p2p_communicator=P2PCommunicator(groups.pp, engine) if groups.pp.size() > 1 else None,
+        pg_collection=groups,
+    )
+    return sums.reduce(groups)
+
+
+LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]
+
+
+def _forward_step(
+    sums: LossSums, batches: Iterator[MicroBatch], chunk: torch.nn.Module
+) -> tuple[torch.Tensor, LossFunction]:
+    batch = next(batches)
+    return chunk(batch), partial(_loss, sums, batch)
+
+
+def _loss(
+    sums: LossSums, batch: MicroBatch, losses_BS: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """megatron-core's triple: sum of losses, number of label tokens, figures to log (none: `sums` has them)."""
+    sums.add(losses_BS, batch)
+    return losses_BS.sum(), (batch.labels != IGNORED_LABEL).sum().int(), {}
