@@ -280,6 +280,12 @@ class CheckpointManager:
             return None
         folder, manifest = on_first_rank(lambda: _find_and_read(run_folder.step_folder(self.directory, step)))
         _check_family(manifest.identity, self.identity, folder)
+        if manifest.identity.text_only != self.identity.text_only:
+            raise CheckpointError(
+                f"saved with model.text_only {manifest.identity.text_only}, this run uses {self.identity.text_only}",
+                str(folder),
+                "resume with the same, or start a new run_dir from its weights (checkpoint.load)",
+            )
         same_layout = dict(manifest.layout) == self.layout
         state = self._state(model_chunks, optimizer, is_loading=True)
         if not same_layout:

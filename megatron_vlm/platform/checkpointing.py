@@ -30,6 +30,8 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from megatron_vlm.platform.device import current
+
 
 class SaveFailed(Exception):
     """Some rank could not write its part of a checkpoint; the message is the first failure's text, on every rank."""
@@ -135,7 +137,7 @@ def random_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "tracker": dict(get_cuda_rng_tracker().get_states()),
     }
-    if torch.cuda.is_available():
+    if current().accelerated:
         state["device"] = torch.cuda.get_rng_state()
     return state
 
@@ -147,5 +149,5 @@ def set_random_state(state: dict[str, Any]) -> None:
     numpy.random.set_state((name, keys.numpy().astype(numpy.uint32), *rest))
     torch.set_rng_state(state["torch"])
     get_cuda_rng_tracker().set_states(state["tracker"])
-    if "device" in state and torch.cuda.is_available():
+    if "device" in state and current().accelerated:
         torch.cuda.set_rng_state(state["device"])
