@@ -315,7 +315,7 @@ def test_damage_is_reported_on_every_rank(source, tmp_path, damage):
     file.unlink() if damage == "removed" else os.truncate(file, 300)
     for fails in (load_fails, partial(load_weights_fails, identity=IDENTITY)):
         for message in run_ranks(2, fails, Settings(Layout(pipeline=2)), str(tmp_path)):
-            assert str(checkpoint) in message and "damaged" in message or "metadata" in message, message
+            assert str(checkpoint) in message and ("damaged" in message or "metadata" in message)
             assert "\n" not in message
 
 
