@@ -1,0 +1,130 @@
+"""Tiny randomised Gemma 3 models of transformers, batches for them, and what transformers computes on those."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3TextConfig
+from transformers import PreTrainedModel, SiglipVisionConfig
+
+from megatron_vlm.data.collate import MicroBatch, spans
+
+VOCABULARY = 250  # rows are padded to 256: the last tensor rank holds padding
+BEGIN, IMAGE, END = 200, 201, 202
+TOKENS_PER_IMAGE = 4
+LENGTH = 24  # divides by every tensor size, for sequence parallelism
+
+TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "sliding_window": 5,
+    "query_pre_attn_scalar": 24,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    },
+    "attn_implementation": "eager",
+}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 4,
+    "vision_use_head": False,
+    "attn_implementation": "eager",
+}
+
+
+def build(with_vision: bool, tied: bool = True, **text: object) -> PreTrainedModel:
+    """A tiny model with every parameter random: default initial values (zero norms, zero projector) hide errors."""
+    text_config = Gemma3TextConfig(**(TEXT | text), tie_word_embeddings=tied)
+    if with_vision:
+        config = Gemma3Config(
+            text_config=text_config,
+            vision_config=SiglipVisionConfig(**VISION),
+            mm_tokens_per_image=TOKENS_PER_IMAGE,
+            image_token_index=IMAGE,
+            boi_token_index=BEGIN,
+            eoi_token_index=END,
+            tie_word_embeddings=tied,
+        )
+        model: PreTrainedModel = Gemma3ForConditionalGeneration(config)
+    else:
+        model = Gemma3ForCausalLM(text_config)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            std = 0.3 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
+            parameter.normal_(0.0, std, generator=generator)
+    return model
+
+
+Row = tuple[int, Sequence[int]]
+"""Number of real tokens and places where an image begins."""
+
+# What the issue names: text only, one image, several images in one sample, and rows without images among them. The
+# rows differ in length and in label tokens; an image is longer than what the window leaves of its past.
+ROWS: dict[str, Sequence[Row]] = {
+    "text": [(LENGTH, []), (15, []), (18, []), (9, [])],
+    "one image": [(LENGTH, [3]), (LENGTH, [1]), (17, [8]), (12, [2])],
+    "several images": [(LENGTH, [1, 9]), (20, [2, 8, 14]), (LENGTH, [4, 12]), (16, [0, 7])],
+    "mixed": [(LENGTH, [2, 9]), (14, []), (19, []), (10, [2])],
+}
+
+
+def make_batch(rows: Sequence[Row], seed: int = 0, length: int = LENGTH) -> MicroBatch:
+    """A micro-batch of random tokens; labels are missing at random, on images and on padding."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, BEGIN, (len(rows), length), generator=generator)
+    is_real = torch.arange(length) < torch.tensor([count for count, _ in rows])[:, None]
+    ids[:, -3] = 0  # the padding id inside the text: its embedding has no gradient
+    for row, (_, begins) in zip(ids, rows, strict=True):
+        for begin in begins:
+            row[begin] = BEGIN
+            row[begin + 1 : begin + 1 + TOKENS_PER_IMAGE] = IMAGE
+            row[begin + 1 + TOKENS_PER_IMAGE] = END
+    ids[~is_real] = 0
+    is_image = ids == IMAGE
+    labels = torch.full_like(ids, -100)
+    labels[:, :-1] = ids[:, 1:]
+    hidden = torch.rand(ids.shape, generator=generator) < 0.4
+    labels[(labels == IMAGE) | hidden | ~is_real] = -100
+    labels[torch.arange(len(rows)), torch.tensor([count - 1 for count, _ in rows])] = -100
+    low, high = spans(is_real, is_image)
+    num_images = sum(len(begins) for _, begins in rows)
+    feature_index = torch.where(is_image, is_image.flatten().cumsum(0).view_as(ids) - 1, -1).int()
+    pixels = torch.randn((num_images, 3, VISION["image_size"], VISION["image_size"]), generator=generator)
+    return MicroBatch(
+        input_ids=ids,
+        labels=labels,
+        position_ids=torch.arange(length).expand(len(rows), -1),
+        document_ids=torch.where(is_real, 0, -1).int(),
+        span_low=low,
+        span_high=high,
+        feature_index=feature_index,
+        vision_inputs={"pixel_values": pixels} if num_images else {},
+        source_ids=torch.zeros(len(rows), dtype=torch.int32),
+    )
+
+
+def reference(model: PreTrainedModel, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [B, S, V] and the loss, the mean over label tokens, by transformers."""
+    is_image = batch.feature_index >= 0
+    inputs = {"input_ids": batch.input_ids, "attention_mask": (batch.document_ids >= 0).long()}
+    if hasattr(model.config, "vision_config"):
+        inputs["token_type_ids"] = is_image.long()
+        if batch.vision_inputs:
+            inputs["pixel_values"] = batch.vision_inputs["pixel_values"]
+    logits = model(**inputs).logits
+    loss = cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=-100)
+    return logits, loss

@@ -1,0 +1,168 @@
+"""The layouts in which every family must equal transformers, and what a rank does to be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
+
+from megatron_vlm.checkpoint.hf_model import load_hf_into_model
+from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.families import registry
+from megatron_vlm.parallel.build import BuildSettings, build_chunks, wrap_data_parallel
+from megatron_vlm.parallel.groups import build_groups, initialize_megatron
+from megatron_vlm.parallel.stages import assign_layers
+from megatron_vlm.training.step import run_global_batch
+
+
+@dataclass(frozen=True)
+class TestLayout:
+    """How the ranks divide a model; the data-parallel size is what `world_size` leaves."""
+
+    __test__ = False
+
+    world_size: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+    vision: Literal["tensor", "data"] = "tensor"
+    recompute: Literal["none", "selective", "full"] = "none"
+    pipeline_layout: tuple[int, ...] | None = None
+    overlap: bool = False
+
+
+LAYOUTS = {
+    "TP1": TestLayout(),
+    "TP2": TestLayout(2, tensor=2),
+    "TP2+SP": TestLayout(2, tensor=2, sequence_parallel=True),
+    "TP4": TestLayout(4, tensor=4),
+    "TP4+SP": TestLayout(4, tensor=4, sequence_parallel=True),
+    "PP2": TestLayout(2, pipeline=2),
+    "PP2 uneven": TestLayout(2, pipeline=2, pipeline_layout=(3, 1)),
+    "PP4": TestLayout(4, pipeline=4),
+    "PP4, no layers beside the tower and the head": TestLayout(4, pipeline=4, pipeline_layout=(0, 2, 2, 0)),
+    "PP2xVPP2": TestLayout(2, pipeline=2, virtual=2),
+    "TP2xPP2+SP": TestLayout(4, tensor=2, pipeline=2, sequence_parallel=True),
+    "DP2, distributed optimizer": TestLayout(2, distributed_optimizer=True),
+    "DP2, overlapped": TestLayout(2, distributed_optimizer=True, overlap=True),
+    "DP2xTP2": TestLayout(4, tensor=2),
+    "TP2, vision DP": TestLayout(2, tensor=2, vision="data"),
+    "TP2+SP, vision DP": TestLayout(2, tensor=2, vision="data", sequence_parallel=True),
+    "TP4, vision DP": TestLayout(4, tensor=4, vision="data"),
+    "TP2+SP, selective recompute": TestLayout(2, tensor=2, sequence_parallel=True, recompute="selective"),
+    "TP2xPP2+SP, full recompute": TestLayout(4, tensor=2, pipeline=2, sequence_parallel=True, recompute="full"),
+}
+
+
+def set_up(
+    hf_dir: str, layout: TestLayout, dtype: torch.dtype = torch.float32
+) -> tuple[list[torch.nn.Module], ProcessGroupCollection]:
+    """A model loaded from a Hugging Face directory, wrapped for data parallelism, in this rank's place."""
+    groups = build_groups(layout.tensor, layout.pipeline)
+    initialize_megatron(1, groups)
+    hf_config = registry.load_hf_config(hf_dir)
+    family = registry.detect(hf_config)
+    model_config = family.config_from_hf(hf_config, text_only=False)
+    layers = assign_layers(len(model_config.text.layers), layout.pipeline, layout.virtual, layout.pipeline_layout)
+    settings = BuildSettings(layers, dtype, layout.sequence_parallel, layout.recompute, layout.vision)
+    chunks = build_chunks(family, model_config, settings, groups)
+    load_hf_into_model(chunks, hf_dir, family, model_config, groups)
+    return wrap_data_parallel(chunks, groups, layout.distributed_optimizer, layout.overlap), groups
+
+
+def own_micro_batches(
+    micro_batches: Sequence[MicroBatch], groups: ProcessGroupCollection, layout: TestLayout
+) -> list[MicroBatch]:
+    """This data rank's share, its sequence padded for sequence parallelism, without pixels past the first stage."""
+    mine = list(micro_batches)[groups.dp.rank() :: groups.dp.size()]
+    assert not layout.sequence_parallel or mine[0].input_ids.shape[1] % layout.tensor == 0
+    return mine
+
+
+@dataclass
+class RankResult:
+    """What a rank computed: whole gradients, losses, and logits of each micro-batch (last stage, else empty)."""
+
+    gradients: dict[str, torch.Tensor]
+    loss_sum: float
+    label_tokens: float
+    logits: list[torch.Tensor]
+    data_rank: int
+
+
+def run_case(hf_dir: str, layout: TestLayout, cases: dict[str, list[MicroBatch]]) -> dict[str, RankResult]:
+    """Forward and backward of each case's global batch; the model is built once."""
+    model, groups = set_up(hf_dir, layout)
+    logits = _record_logits(model, groups)
+    results = {}
+    for name, micro_batches in cases.items():
+        for chunk in model:
+            chunk.zero_grad_buffer()
+        logits.clear()
+        sums = run_global_batch(model, own_micro_batches(micro_batches, groups, layout), groups)[0]
+        gradients = whole_gradients(model, groups)
+        results[name] = RankResult(gradients, sums[0].item(), sums[1].item(), list(logits), groups.dp.rank())
+    return results
+
+
+def _record_logits(model: Sequence[torch.nn.Module], groups: ProcessGroupCollection) -> list[torch.Tensor]:
+    """Keep the whole logits [B, S, V] of every forward pass of the last stage."""
+    recorded: list[torch.Tensor] = []
+    language_model = unwrap_model(list(model))[-1].language_model
+    compute = language_model.logits
+
+    def logits(x: torch.Tensor) -> torch.Tensor:
+        part = compute(x)
+        parts = [torch.empty_like(part) for _ in range(groups.tp.size())]
+        torch.distributed.all_gather(parts, part.detach().contiguous(), group=groups.tp)
+        recorded.append(torch.cat(parts, dim=-1).transpose(0, 1))
+        return part
+
+    if hasattr(language_model, "norm"):
+        language_model.logits = logits
+    return recorded
+
+
+def whole_gradients(model: Sequence[torch.nn.Module], groups: ProcessGroupCollection) -> dict[str, torch.Tensor]:
+    """Main gradients by name, gathered over tensor ranks and, with the distributed optimizer, over data ranks."""
+    gradients: dict[str, torch.Tensor] = {}
+    for chunk in model:
+        if chunk.ddp_config.use_distributed_optimizer:
+            for buffer in chunk.buffers:
+                for bucket in buffer.buckets:
+                    shard = bucket.grad_data.chunk(groups.dp_cp.size())[groups.dp_cp.rank()].clone()
+                    torch.distributed.all_gather_into_tensor(bucket.grad_data, shard, group=groups.dp_cp)
+        for name, parameter in chunk.module.named_parameters():
+            gradients[name] = gather_parameter(parameter, parameter.main_grad, groups)
+    return gradients
+
+
+def gather_parameter(
+    parameter: torch.nn.Parameter, values: torch.Tensor, groups: ProcessGroupCollection
+) -> torch.Tensor:
+    """Whole values of a parameter-shaped tensor."""
+    if not getattr(parameter, "tensor_model_parallel", False) or groups.tp.size() == 1:
+        return values.detach().clone()
+    parts = [torch.empty_like(values) for _ in range(groups.tp.size())]
+    torch.distributed.all_gather(parts, values.detach().contiguous(), group=groups.tp)
+    return torch.cat(parts, dim=parameter.partition_dim)
+
+
+def hf_gradients(model: Any) -> dict[str, torch.Tensor]:
+    """Gradients of a transformers model under our names."""
+    return {our_name(name): parameter.grad for name, parameter in model.named_parameters()}
+
+
+def our_name(name: str) -> str:
+    """Our name of a parameter in transformers' memory (not in its files)."""
+    name = name.removeprefix("model.").replace("vision_model.", "")
+    if name.startswith("multi_modal_projector."):
+        return name.replace("multi_modal_projector.", "projector.")
+    return name if name.startswith(("language_model.", "vision_tower.")) else f"language_model.{name}"
