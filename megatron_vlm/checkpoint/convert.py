@@ -1,7 +1,7 @@
 """Conversion between Hugging Face directories and distributed checkpoints: streaming, one process, no GPU.
 
-Tensors are read, written and released in blocks of rows, so that neither direction ever holds the model. Every tensor
-keeps its exact bits; only vocabulary rows are padded with zeros on import and cut off again on export.
+Tensors go by in small blocks of rows, so that neither direction ever holds a large tensor, let alone the model. Every
+tensor keeps its exact bits; only vocabulary rows are padded with zeros on import and cut off again on export.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_vlm.checkpoint.hf import (
     has_weights,
 )
 from megatron_vlm.checkpoint.run_folder import Manifest, ModelIdentity, find_checkpoint
-from megatron_vlm.checkpoint.safetensors_files import WeightFiles
+from megatron_vlm.checkpoint.safetensors_files import StoredTensor, WeightFiles, row_blocks
 from megatron_vlm.checkpoint.staging import check_export_target, staged_directory, write_durably
 from megatron_vlm.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
 from megatron_vlm.checkpoint.weight_map import WeightMap
@@ -106,29 +106,37 @@ def import_checkpoint(hf_dir: str | os.PathLike, out_dir: str | os.PathLike, pro
 def _import_weights(
     reader: SafetensorsReader, names: dict[str, str], weight_map: WeightMap, staging: Path, progress: Progress | None
 ) -> None:
-    writer = TorchDistWriter(staging)
     weights = dict(weight_map.items())
-    total_bytes = reader.files.num_bytes
-    done_bytes = 0
-    written = set()
+    hf_names = {name: hf_name for hf_name, name in names.items()}  # one of each, where a file repeats a tied weight
+    done_bytes, total_bytes = 0, sum(reader.tensors[hf_name].num_bytes for hf_name in hf_names.values())
+    writer = TorchDistWriter(staging)
     try:
         for stored in reader.files:
-            name = names.get(stored.name)
-            if name is not None and name not in written:
-                written.add(name)
-                shape = weights[name].padded_shape
-                for first_row, rows in reader.iter_rows(stored.name):
-                    writer.write(name, shape, first_row, rows)
-                if shape != stored.shape:
-                    padding = torch.zeros((shape[0] - stored.shape[0], *shape[1:]), dtype=stored.dtype)
-                    writer.write(name, shape, stored.shape[0], padding)
+            name = names.get(stored.name, "")
+            if hf_names.get(name) != stored.name:
+                continue
+            writer.write(name, weights[name].padded_shape, stored.dtype, _padded_rows(reader, stored))
             done_bytes += stored.num_bytes
             if progress is not None:
                 progress(done_bytes, total_bytes)
         writer.close(common_state={})
-    except BaseException:
+    finally:
         writer.abort()
-        raise
+
+
+def _padded_rows(reader: SafetensorsReader, stored: StoredTensor) -> Callable[[int, int], torch.Tensor]:
+    """Reads rows of a stored tensor; beyond its end come zeros."""
+
+    def read(first_row: int, end_row: int) -> torch.Tensor:
+        num_rows = stored.shape[0] if stored.shape else 1
+        if end_row <= num_rows:
+            return reader.read_rows(stored.name, first_row, end_row)
+        rows = torch.zeros((end_row - first_row, *stored.shape[1:]), dtype=stored.dtype)
+        if first_row < num_rows:
+            rows[: num_rows - first_row] = reader.read_rows(stored.name, first_row, num_rows)
+        return rows
+
+    return read
 
 
 def export_checkpoint(
@@ -150,22 +158,27 @@ def export_checkpoint(
     """
     check_export_target(out_dir)
     reader, plan = open_for_export(checkpoint, hf_dir)
-    total_bytes = plan.files.num_bytes
-    done_bytes = 0
     with staged_directory(out_dir) as staging:
-        writer = SafetensorsWriter(staging, plan.files)
-        try:
-            for stored in plan.files:
-                blocks = reader.iter_rows(plan.names[stored.name], end_row=stored.shape[0] if stored.shape else None)
-                writer.write(stored.name, (rows.to(stored.dtype) for _, rows in blocks))
-                done_bytes += stored.num_bytes
-                if progress is not None:
-                    progress(done_bytes, total_bytes)
-            writer.close()
-        except BaseException:
-            writer.abort()
-            raise
+        _export_weights(reader, plan, staging, progress)
         plan.write_companions(staging)
+
+
+def _export_weights(reader: TorchDistReader, plan: ExportPlan, staging: Path, progress: Progress | None) -> None:
+    done_bytes, total_bytes = 0, plan.files.num_bytes
+    writer = SafetensorsWriter(staging, plan.files)
+    try:
+        for stored in plan.files:
+            name = plan.names[stored.name]
+            for first_row, end_row in row_blocks(stored.shape, stored.dtype):
+                rows = reader.read_rows(name, first_row, end_row).to(stored.dtype)
+                writer.write(stored.name, first_row, rows)
+            done_bytes += stored.num_bytes
+            if progress is not None:
+                progress(done_bytes, total_bytes)
+        writer.close()
+    finally:
+        writer.abort()
+        reader.close()
 
 
 def verify_checkpoint(
@@ -201,18 +214,12 @@ def verify_checkpoint(
 
 def _compare(reader: SafetensorsReader, hf_name: str, checkpoint: TorchDistReader, name: str) -> str | None:
     """Why a tensor differs, or None."""
-    stored = reader.tensors[hf_name]
+    stored, saved = reader.tensors[hf_name], checkpoint.tensors[name]
+    read_expected = _padded_rows(reader, stored)
     num_different, largest = 0, 0.0
-    for first_row, rows in checkpoint.iter_rows(name):
-        if stored.shape:
-            end_row = min(first_row + len(rows), stored.shape[0])
-            expected = reader.read_slice(hf_name, 0, first_row, end_row) if first_row < end_row else rows[:0]
-            padding = rows[len(expected) :]
-            if padding.count_nonzero():
-                return "its vocabulary padding is not zero"
-            actual = rows[: len(expected)].to(stored.dtype)
-        else:
-            expected, actual = reader.read(hf_name), rows.to(stored.dtype)
+    for first_row, end_row in row_blocks(tuple(saved.size), saved.properties.dtype):
+        expected = read_expected(first_row, end_row)
+        actual = checkpoint.read_rows(name, first_row, end_row).to(stored.dtype)
         if not torch.equal(_bits(actual), _bits(expected)):
             num_different += int((_bits(actual) != _bits(expected)).sum())
             largest = max(largest, float((actual.double() - expected.double()).abs().max()))
@@ -337,7 +344,8 @@ def check_tied_copies(weight_map: WeightMap, reader: SafetensorsReader, names: d
     for source in sources:
         first, *copies = sorted(hf_name for hf_name, name in names.items() if name == source)
         for copy in copies:
-            for (_, left), (_, right) in zip(reader.iter_rows(first), reader.iter_rows(copy), strict=True):
+            for first_row, end_row in row_blocks(reader.tensors[first].shape, reader.tensors[first].dtype):
+                left, right = (reader.read_rows(name, first_row, end_row) for name in (first, copy))
                 if left.dtype != right.dtype or not torch.equal(_bits(left), _bits(right)):
                     raise CheckpointError(
                         f"{first} and {copy} differ although config.json ties them",

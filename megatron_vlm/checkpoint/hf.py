@@ -2,7 +2,7 @@
 
 The reader parses the safetensors headers itself and reads tensor bytes with `pread` into a buffer of their own: a
 memory map would count every page it touched as resident for as long as the file is open. The writer knows all names,
-dtypes and shapes beforehand, writes the header, and then streams the bytes.
+dtypes and shapes beforehand: it writes the headers and then puts each block of rows where it belongs.
 
 Only safetensors are read; nothing here unpickles. A file name from an index is a plain name inside the directory. The
 file behind that name may be a link, because hub caches link every file to a blob elsewhere.
@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
-from io import FileIO
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
@@ -25,11 +24,10 @@ from megatron_vlm.checkpoint.safetensors_files import (
     StoredTensor,
     WeightFiles,
     read_shard_header,
+    row_blocks,
 )
-from megatron_vlm.checkpoint.staging import copy_durably, sync_directory, write_durably
+from megatron_vlm.checkpoint.staging import StreamedFile, copy_durably, sync_directory, write_durably
 from megatron_vlm.errors import CheckpointError
-
-BLOCK_BYTES = 64 * 2**20
 
 # What belongs to a checkpoint besides its weights: copied by an export, bit for bit.
 COMPANION_PATTERNS = (
@@ -125,28 +123,22 @@ class SafetensorsReader:
         """
         stored = self.tensors[name]
         if dim == 0:
-            return self._read_rows(stored, start, stop)
+            return self.read_rows(name, start, stop)
         shape = list(stored.shape)
         shape[dim] = stop - start
         result = torch.empty(shape, dtype=stored.dtype)
-        for first_row, rows in self.iter_rows(name):
-            result[first_row : first_row + len(rows)] = rows.narrow(dim, start, stop - start)
+        for first_row, end_row in row_blocks(stored.shape, stored.dtype):
+            result[first_row:end_row] = self.read_rows(name, first_row, end_row).narrow(dim, start, stop - start)
         return result
 
-    def iter_rows(self, name: str, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (first row, rows) in blocks of at most `block_bytes`, or one row; a scalar or empty tensor whole."""
+    def read_rows(self, name: str, first_row: int, end_row: int) -> torch.Tensor:
+        """Consecutive rows, read with one request; for a scalar its value."""
         stored = self.tensors[name]
-        if not stored.num_bytes or not stored.shape:
-            yield 0, self.read(name)
-            return
-        step = max(1, block_bytes * stored.shape[0] // stored.num_bytes)
-        for first_row in range(0, stored.shape[0], step):
-            yield first_row, self._read_rows(stored, first_row, min(first_row + step, stored.shape[0]))
-
-    def _read_rows(self, stored: StoredTensor, start: int, stop: int) -> torch.Tensor:
+        if not stored.shape:
+            return self.read(name)
         row_bytes = stored.num_bytes // stored.shape[0] if stored.shape[0] else 0
-        rows = self._read_range(stored, start * row_bytes, stop * row_bytes)
-        return rows.view(stop - start, *stored.shape[1:])
+        rows = self._read_range(stored, first_row * row_bytes, end_row * row_bytes)
+        return rows.view(end_row - first_row, *stored.shape[1:])
 
     def _read_range(self, stored: StoredTensor, begin_byte: int, end_byte: int) -> torch.Tensor:
         """The values in a range of the tensor's bytes, as a flat tensor."""
@@ -191,9 +183,7 @@ def _parse_index(content: bytes, path: Path) -> dict[str, str]:
 
 
 class SafetensorsWriter:
-    """Streams tensors into the files of a `WeightFiles`, in its order.
-
-    Each file is synced to disk when its last tensor is written; `close` writes the index.
+    """Writes the tensors of a `WeightFiles` in any order.
 
     Args:
         directory: exists; usually one from `staged_directory`, so that a half-written checkpoint is never seen.
@@ -203,60 +193,43 @@ class SafetensorsWriter:
     def __init__(self, directory: Path, files: WeightFiles) -> None:
         self.directory = directory
         self.files = files
-        self._pending = iter(files)
-        self._stream: FileIO | None = None
-        self._file = ""
+        self._tensors = {tensor.name: tensor for tensor in files}
+        self._missing_bytes = {tensor.name: tensor.num_bytes for tensor in files}
+        self._streams: dict[str, StreamedFile] = {}
+        for shard in files.shards:
+            self._streams[shard.file] = StreamedFile(directory / shard.file)
+            self._streams[shard.file].write(shard.header)
 
-    def write(self, name: str, blocks: Iterable[torch.Tensor]) -> None:
-        """Write the next tensor of the plan.
+    def write(self, name: str, first_row: int, rows: torch.Tensor) -> None:
+        """Write a block of rows, or a whole tensor.
 
         Args:
-            name: its name, which must be the next one in `files`.
-            blocks: its values in consecutive blocks of rows (or whole), already of the planned dtype.
+            name: a tensor of `files`.
+            first_row: position of the block along dimension 0.
+            rows: the block, in host memory, of the planned dtype.
         """
-        stored = next(self._pending)
-        assert stored.name == name, f"expected {stored.name}, got {name}"
-        stream = self._stream_of(stored.file)
-        num_bytes = 0
-        for block in blocks:
-            assert block.dtype == stored.dtype, f"{name}: {block.dtype} instead of {stored.dtype}"
-            data = memoryview(block.contiguous().reshape(-1).view(torch.uint8).numpy())
-            _write_all(stream, data)
-            num_bytes += len(data)
-        assert num_bytes == stored.num_bytes, f"{name}: wrote {num_bytes} of {stored.num_bytes} bytes"
+        stored = self._tensors[name]
+        assert rows.dtype == stored.dtype and rows.shape[1:] == stored.shape[1:], f"{name}: {rows.dtype} {rows.shape}"
+        data = memoryview(rows.contiguous().reshape(-1).view(torch.uint8).numpy())
+        row_bytes = len(data) // len(rows) if rows.dim() and len(rows) else 0
+        stream = self._streams[stored.file]
+        stream.seek(stored.begin_byte + first_row * row_bytes)
+        stream.write(data)
+        self._missing_bytes[name] -= len(data)
 
     def close(self) -> None:
-        """Finish the last file and write the index."""
-        assert next(self._pending, None) is None, "some planned tensors were not written"
-        self._finish_file()
+        """Sync the files to disk and write the index."""
+        incomplete = {name: missing for name, missing in self._missing_bytes.items() if missing}
+        assert not incomplete, f"bytes not written (or written twice): {incomplete}"
+        for stream in self._streams.values():
+            stream.finish()
         if self.files.index is not None:
             write_durably(self.directory / INDEX_FILE, self.files.index)
 
     def abort(self) -> None:
-        """Close the open file without finishing it."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
-
-    def _stream_of(self, file: str) -> FileIO:
-        if self._stream is None or file != self._file:
-            self._finish_file()
-            self._file = file
-            self._stream = open(self.directory / file, "xb", buffering=0)  # noqa: SIM115 (closed by _finish_file)
-            header = next(shard.header for shard in self.files.shards if shard.file == file)
-            _write_all(self._stream, memoryview(header))
-        return self._stream
-
-    def _finish_file(self) -> None:
-        if self._stream is not None:
-            os.fsync(self._stream.fileno())
-            self.abort()
-
-
-def _write_all(stream: FileIO, data: memoryview) -> None:
-    """One `write` moves at most 2 GiB."""
-    while data:
-        data = data[stream.write(data) :]
+        """Close the files without finishing them."""
+        for stream in self._streams.values():
+            stream.close()
 
 
 def copy_companion_files(source: Path, target: Path, skip: Iterable[str] = ()) -> list[str]:

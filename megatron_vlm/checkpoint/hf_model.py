@@ -8,18 +8,22 @@ writes it; no rank ever holds more than one gathered tensor. How a parameter is 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
 from megatron_vlm.checkpoint.convert import ExportPlan, check_tied_copies, plan_export
+from megatron_vlm.checkpoint.distributed import on_first_rank
 from megatron_vlm.checkpoint.hf import SafetensorsReader, SafetensorsWriter
-from megatron_vlm.checkpoint.staging import staged_directory
+from megatron_vlm.checkpoint.safetensors_files import row_blocks
+from megatron_vlm.checkpoint.staging import check_export_target, staged_directory
+from megatron_vlm.errors import CheckpointError
 from megatron_vlm.families import registry
 
 Chunks = Sequence[torch.nn.Module]
@@ -83,8 +87,7 @@ def export_hf_from_model(
 ) -> None:
     """Write the model as a Hugging Face directory; called on every rank.
 
-    Names, dtypes and shards follow `hf_dir`; see `plan_export`. Parameters must be up to date on every rank (with
-    overlapped parameter gathering, finish it first). Call `check_export_target` before training, not only here.
+    Names, dtypes and shards follow `hf_dir`; see `plan_export`. Call `check_export_target` before training, too.
 
     Args:
         model_chunks: this rank's stages, wrapped for data parallelism or not.
@@ -95,38 +98,49 @@ def export_hf_from_model(
         groups: process groups; `tp`, `pp` and `dp_cp` are read.
 
     Raises:
-        CheckpointError: the target is not empty (first rank), or the weights do not fit.
+        CheckpointError: the target is not empty or cannot be written; every rank raises the same.
     """
+    on_first_rank(lambda: check_export_target(out_dir))
+    for chunk in model_chunks:
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)  # otherwise updates arrive with the next forward pass
+    source = _Gatherer(model_chunks, groups)
+    weight_map = family.weight_map(model_config)
+    plan = on_first_rank(lambda: plan_export(hf_dir, registry.load_hf_config(hf_dir), weight_map, source.dtypes()))
+    failure: CheckpointError | None = None
     if groups.dp_cp.rank() == 0:
-        source = _Gatherer(model_chunks, groups)
-        weight_map = family.weight_map(model_config)
-        plan = plan_export(hf_dir, registry.load_hf_config(hf_dir), weight_map, source.dtypes())
-        if source.is_writer:
-            _write(plan, source, out_dir)
-        else:
-            for stored in plan.files:
-                source.gather(plan.names[stored.name])
-    torch.distributed.barrier()
+        gathered = (source.gather(plan.names[stored.name]) for stored in plan.files)
+        try:
+            if source.is_writer:
+                _write(plan, gathered, out_dir)
+        except CheckpointError as error:
+            failure = error
+        finally:
+            for _ in gathered:  # ranks that do not write, and the writer after a full disk: the others are sending
+                pass
+    on_first_rank(lambda: _raise(failure))
 
 
-def _write(plan: ExportPlan, source: _Gatherer, out_dir: str | os.PathLike) -> None:
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
+
+
+def _write(plan: ExportPlan, gathered: Iterator[torch.Tensor | None], out_dir: str | os.PathLike) -> None:
     with staged_directory(out_dir) as staging:
         writer = SafetensorsWriter(staging, plan.files)
         try:
-            for stored in plan.files:
-                gathered = source.gather(plan.names[stored.name])
-                assert gathered is not None
-                if stored.shape:
-                    gathered = gathered[: stored.shape[0]]  # without vocabulary padding
-                # Written by `copy_` into host memory: the parameter may live on another device.
-                host = torch.empty(stored.shape, dtype=stored.dtype)
-                host.copy_(gathered)
-                del gathered
-                writer.write(stored.name, [host])
+            for stored, tensor in zip(plan.files, gathered, strict=False):
+                assert tensor is not None
+                # Block by block: parameters may live on another device and in another precision. Rows past the
+                # file's are vocabulary padding.
+                for first_row, end_row in row_blocks(stored.shape, stored.dtype):
+                    rows = tensor[first_row:end_row] if stored.shape else tensor
+                    host_rows = torch.empty(rows.shape, dtype=stored.dtype)
+                    writer.write(stored.name, first_row, host_rows.copy_(rows))
             writer.close()
-        except BaseException:
+        finally:
             writer.abort()
-            raise
         plan.write_companions(staging)
 
 

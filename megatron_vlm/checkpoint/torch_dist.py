@@ -1,28 +1,31 @@
-"""megatron-core's `torch_dist` checkpoint format, written and read in pieces by a single process.
+"""megatron-core's `torch_dist` checkpoint format, written and read a few rows at a time by a single process.
 
 A `torch_dist` checkpoint is torch.distributed.checkpoint's: `.distcp` files that are runs of torch.save records, a
 `.metadata` file that says which part of which tensor each record holds, and megatron-core's `metadata.json` and
-`common_state` record. megatron-core and torch write it from tensors that are all in memory at once; the classes here
-hold one block of rows at a time. What they write is loaded by `megatron.core.dist_checkpointing.load` in any layout.
+`common_state` record. megatron-core and torch write it from tensors that are all in memory at once. Here torch.save and
+torch.load only lay out and locate the records (`skip_data`, fake tensors), and the bytes go by in small blocks. What is
+written is loaded by `megatron.core.dist_checkpointing.load` in any layout.
 
-Trust: `.metadata` is a pickle. The reader here admits only the classes that describe a checkpoint, and reads tensor
-records with `weights_only`. megatron-core's own loader, which training uses, unpickles `.metadata` without such a
-limit: a distributed checkpoint that somebody else made is as dangerous as a program that somebody else made.
+Trust: `.metadata` is a pickle. The reader here admits only the classes that describe a checkpoint, and opens records
+with `weights_only`. megatron-core's own loader, which training uses, unpickles `.metadata` without such a limit: a
+distributed checkpoint that somebody else made is as dangerous as a program that somebody else made.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pickle
-from collections.abc import Iterator
-from io import FileIO
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -33,55 +36,62 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.serialization import skip_data
 
-from megatron_vlm.checkpoint.staging import write_durably
+from megatron_vlm.checkpoint.safetensors_files import row_blocks
+from megatron_vlm.checkpoint.staging import StreamedFile, write_durably
 from megatron_vlm.errors import CheckpointError
 
 MEGATRON_METADATA_FILE = "metadata.json"
 COMMON_STATE_KEY = "common_state/shard_0_1"  # megatron-core's unique key of its only ShardedObject
 MAX_FILE_BYTES = 4 * 2**30
+RECORD_BYTES = 64 * 2**20  # a rank that wants a few rows has to read whole records
+DAMAGED = "the checkpoint is damaged: use another one"
+
+ReadRows = Callable[[int, int], torch.Tensor]
 
 
 class TorchDistWriter:
-    """Writes a `torch_dist` checkpoint record by record.
+    """Writes a `torch_dist` checkpoint tensor by tensor.
 
     Args:
         directory: exists and is empty; usually one from `staged_directory`.
-        max_file_bytes: a new `.distcp` file is begun when the current one has reached this size.
     """
 
-    def __init__(self, directory: Path, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+    def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.max_file_bytes = max_file_bytes
-        self._stream: FileIO | None = None
-        self._file = ""
+        self._stream: StreamedFile | None = None
         self._file_count = 0
         self._entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._results: list[WriteResult] = []
 
-    def write(self, key: str, shape: tuple[int, ...], first_row: int, rows: torch.Tensor) -> None:
-        """Write a block of rows of the tensor `key`.
+    def write(self, key: str, shape: tuple[int, ...], dtype: torch.dtype, read_rows: ReadRows) -> None:
+        """Write the tensor `key` in records of a few rows each.
 
         Args:
             key: name of the tensor in the checkpoint.
-            shape: shape of the whole tensor.
-            first_row: position of the block along dimension 0.
-            rows: the block, in host memory; its dtype is the tensor's.
+            shape: its shape.
+            dtype: its type.
+            read_rows: gives rows from a first to an end row (the value, for a scalar), in host memory.
         """
-        entry = self._entries.get(key)
-        if entry is None:
-            properties = TensorProperties(dtype=rows.dtype)
-            entry = self._entries[key] = TensorStorageMetadata(properties, torch.Size(shape), [])
-        assert isinstance(entry, TensorStorageMetadata) and entry.properties.dtype == rows.dtype
-        assert rows.untyped_storage().nbytes() == rows.nbytes, "torch.save would write the whole storage of a view"
-        offsets = torch.Size([first_row, *[0] * (len(shape) - 1)] if shape else [])
-        entry.chunks.append(ChunkStorageMetadata(offsets=offsets, sizes=rows.size()))
-        stream = self._next_stream()
-        begin_byte = stream.tell()
-        torch.save(rows, stream)
-        self._record(MetadataIndex(key, offsets, len(entry.chunks) - 1), begin_byte)
+        chunks = []
+        for first_row, end_row in row_blocks(shape, dtype, RECORD_BYTES):
+            offsets, sizes = torch.Size([]), torch.Size([])
+            if shape:
+                offsets = torch.Size([first_row, *[0] * (len(shape) - 1)])
+                sizes = torch.Size([end_row - first_row, *shape[1:]])
+            with skip_data():  # the memory of this tensor is never touched, so it costs none
+                stream, storage = self._append(MetadataIndex(key, offsets), torch.empty(sizes, dtype=dtype))
+            next_record_byte = stream.tell()
+            stream.seek(storage.offset + _locate_data(stream, storage).begin_byte)
+            for block_first, block_end in row_blocks(tuple(sizes), dtype):
+                rows = read_rows(first_row + block_first, first_row + block_end)
+                assert rows.dtype == dtype
+                stream.write(rows.contiguous().reshape(-1).view(torch.uint8).numpy())
+            stream.seek(next_record_byte)
+            chunks.append(ChunkStorageMetadata(offsets=offsets, sizes=sizes))
+        self._entries[key] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), chunks)
 
     def close(self, common_state: dict[str, Any]) -> None:
         """Finish the files and write the metadata.
@@ -89,16 +99,10 @@ class TorchDistWriter:
         Args:
             common_state: what megatron-core returns besides the tensors; plain values only.
         """
-        record = io.BytesIO()
-        torch.save([common_state], record)
-        stream = self._next_stream()
-        begin_byte = stream.tell()
-        stream.write(record.getbuffer())
         self._entries[COMMON_STATE_KEY] = BytesStorageMetadata()
-        self._record(MetadataIndex(COMMON_STATE_KEY), begin_byte)
-        self._finish_file()
-        metadata = Metadata(state_dict_metadata=dict(self._entries))
-        FileSystemWriter(self.directory).finish(metadata, [self._results])
+        stream, _ = self._append(MetadataIndex(COMMON_STATE_KEY), [common_state])
+        stream.finish()
+        FileSystemWriter(self.directory).finish(Metadata(state_dict_metadata=self._entries), [self._results])
         write_durably(
             self.directory / MEGATRON_METADATA_FILE,
             json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}).encode(),
@@ -108,32 +112,25 @@ class TorchDistWriter:
         """Close the open file without finishing it."""
         if self._stream is not None:
             self._stream.close()
-            self._stream = None
 
-    def _record(self, index: MetadataIndex, begin_byte: int) -> None:
-        assert self._stream is not None
-        num_bytes = self._stream.tell() - begin_byte
-        storage = _StorageInfo(self._file, begin_byte, num_bytes)
-        self._results.append(WriteResult(index=index, size_in_bytes=num_bytes, storage_data=storage))
-
-    def _next_stream(self) -> FileIO:
-        if self._stream is not None and self._stream.tell() >= self.max_file_bytes:
-            self._finish_file()
-        if self._stream is None:
-            self._file = f"__0_{self._file_count}{DEFAULT_SUFFIX}"
+    def _append(self, index: MetadataIndex, value: Any) -> tuple[StreamedFile, _StorageInfo]:
+        """Write one torch.save record, and note where it is."""
+        stream = self._stream
+        if stream is not None and stream.tell() >= MAX_FILE_BYTES:
+            stream.finish()
+            stream = None
+        if stream is None:
+            stream = self._stream = StreamedFile(self.directory / f"__0_{self._file_count}{DEFAULT_SUFFIX}")
             self._file_count += 1
-            self._stream = open(self.directory / self._file, "xb", buffering=0)  # noqa: SIM115 (closed by _finish_file)
-        return self._stream
-
-    def _finish_file(self) -> None:
-        assert self._stream is not None
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self.abort()
+        begin_byte = stream.tell()
+        torch.save(value, stream)
+        storage = _StorageInfo(stream.path.name, begin_byte, stream.tell() - begin_byte)
+        self._results.append(WriteResult(index, storage.length, storage))
+        return stream, storage
 
 
 class TorchDistReader:
-    """Reads tensors of a `torch_dist` checkpoint without process groups, a few saved pieces at a time.
+    """Reads rows of the tensors in a `torch_dist` checkpoint, without process groups.
 
     Args:
         directory: the checkpoint.
@@ -147,121 +144,137 @@ class TorchDistReader:
         fix = "give the directory of one complete checkpoint"
         if not (self.directory / MEGATRON_METADATA_FILE).is_file():
             raise CheckpointError("not a distributed checkpoint (no metadata.json)", str(self.directory), fix)
-        self._reader = _GuardedReader(self.directory)
         try:
-            metadata = self._reader.read_metadata()
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
+            with open(self.directory / ".metadata", "rb") as stream:
+                metadata = _MetadataUnpickler(stream).load()
+            entries = metadata.state_dict_metadata.items()
+            self._storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
+        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError, TypeError) as error:
             raise CheckpointError(f"cannot read its metadata ({error})", str(self.directory), fix) from error
-        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self.tensors: dict[str, TensorStorageMetadata] = {
-            key: entry
-            for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
+            key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)
         }
+        self._located: tuple[str, list[_Piece]] = ("", [])
+        self._streams: dict[str, io.FileIO] = {}
 
-    def iter_rows(self, key: str, end_row: int | None = None) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (first row, rows), cut where no saved piece crosses, so that each piece is read once.
+    def close(self) -> None:
+        """Close the files."""
+        while self._streams:
+            self._streams.popitem()[1].close()
 
-        A checkpoint from an import comes in small blocks; a tensor that training had split along another dimension
-        than its rows comes whole.
-
-        Args:
-            key: name of the tensor.
-            end_row: leave out the rows from here on (vocabulary padding).
-        """
+    def read_rows(self, key: str, first_row: int, end_row: int) -> torch.Tensor:
+        """Rows of a tensor (the value, for a scalar), whatever pieces it was saved in."""
         entry = self.tensors[key]
-        if not entry.size:
-            yield 0, self._read(key, entry.chunks, (), 0)
-            return
-        end_row = entry.size[0] if end_row is None else end_row
-        for first_row, stop_row, chunks in _row_groups(entry.chunks):
-            if first_row < end_row:
-                rows = self._read(key, chunks, (stop_row - first_row, *entry.size[1:]), first_row)
-                yield first_row, rows[: end_row - first_row]
+        if self._located[0] != key:
+            self._located = (key, [self._locate(key, chunk) for chunk in entry.chunks])
+        shape = (end_row - first_row, *entry.size[1:]) if entry.size else ()
+        result = None
+        for piece in self._located[1]:
+            first, end = (max(first_row, piece.first_row), min(end_row, piece.end_row)) if shape else (0, 1)
+            if first >= end:
+                continue
+            rows = self._read_piece(piece, first, end, entry.properties.dtype)
+            if rows.shape == shape:
+                return rows
+            if result is None:
+                result = torch.empty(shape, dtype=entry.properties.dtype)
+            target = result.narrow(0, first - first_row, end - first)
+            for dim in range(1, len(shape)):
+                target = target.narrow(dim, piece.chunk.offsets[dim], piece.chunk.sizes[dim])
+            target.copy_(rows)
+        return torch.empty(shape, dtype=entry.properties.dtype) if result is None else result
 
-    def _read(
-        self, key: str, chunks: list[ChunkStorageMetadata], shape: tuple[int, ...], first_row: int
-    ) -> torch.Tensor:
-        """Assemble the saved pieces of a block of rows."""
-        result = torch.empty(shape, dtype=self.tensors[key].properties.dtype)
-        items = []
-        for chunk in chunks:
-            offsets = torch.Size([chunk.offsets[0] - first_row, *chunk.offsets[1:]] if shape else [])
-            items.append(
-                ReadItem(
-                    type=LoadItemType.TENSOR,
-                    dest_index=MetadataIndex(key),
-                    dest_offsets=offsets,
-                    storage_index=MetadataIndex(key, chunk.offsets),
-                    storage_offsets=torch.Size([0] * len(chunk.sizes)),
-                    lengths=chunk.sizes,
-                )
-            )
+    def _read_piece(self, piece: _Piece, first_row: int, end_row: int, dtype: torch.dtype) -> torch.Tensor:
+        sizes = piece.chunk.sizes
+        shape = (end_row - first_row, *sizes[1:]) if sizes else ()
+        row_bytes = math.prod(sizes[1:]) * dtype.itemsize
+        buffer = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+        begin_byte = piece.begin_byte + (first_row - piece.first_row) * row_bytes
+        if os.preadv(piece.stream.fileno(), [buffer.numpy()], begin_byte) != len(buffer):
+            raise CheckpointError("the file is truncated", os.fsdecode(piece.stream.name), DAMAGED)
+        return buffer.view(dtype).view(shape)
+
+    def _locate(self, key: str, chunk: ChunkStorageMetadata) -> _Piece:
+        dtype = self.tensors[key].properties.dtype
         try:
-            self._reader.read_data(LoadPlan(items), _IntoTensor(result)).wait()
-        except (OSError, RuntimeError, KeyError, pickle.UnpicklingError, EOFError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(
-                f"cannot read {key} ({reason})", str(self.directory), "the checkpoint is damaged: use another one"
-            ) from error
-        return result
+            storage = self._storage[MetadataIndex(key, chunk.offsets)]
+            if storage.relative_path not in self._streams:
+                self._streams[storage.relative_path] = io.FileIO(self.directory / storage.relative_path, "rb")
+            stream = self._streams[storage.relative_path]
+            data = _locate_data(stream, storage)
+        except (OSError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError, EOFError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise CheckpointError(f"cannot read {key} ({reason})", str(self.directory), DAMAGED) from error
+        if data.shape != chunk.sizes or data.dtype != dtype or not data.is_contiguous:
+            raise CheckpointError(f"{key} is stored as {data}", str(self.directory), DAMAGED)
+        return _Piece(chunk, stream, storage.offset + data.begin_byte)
 
 
-def _row_groups(chunks: list[ChunkStorageMetadata]) -> Iterator[tuple[int, int, list[ChunkStorageMetadata]]]:
-    """Group saved pieces into consecutive ranges of rows that no piece crosses."""
-    group: list[ChunkStorageMetadata] = []
-    first_row = stop_row = 0
-    for chunk in sorted(chunks, key=lambda chunk: tuple(chunk.offsets)):
-        if group and chunk.offsets[0] >= stop_row:
-            yield first_row, stop_row, group
-            group = []
-        if not group:
-            first_row = chunk.offsets[0]
-        group.append(chunk)
-        stop_row = max(stop_row, chunk.offsets[0] + chunk.sizes[0])
-    yield first_row, stop_row, group
+@dataclass(frozen=True)
+class _Piece:
+    """A saved part of a tensor: which part, and where its values begin in which file."""
+
+    chunk: ChunkStorageMetadata
+    stream: io.FileIO
+    begin_byte: int
+
+    @property
+    def first_row(self) -> int:
+        return self.chunk.offsets[0] if self.chunk.offsets else 0
+
+    @property
+    def end_row(self) -> int:
+        return self.first_row + (self.chunk.sizes[0] if self.chunk.sizes else 1)
 
 
-class _IntoTensor(LoadPlanner):
-    """A load plan's other end: every piece goes to its place in one tensor."""
+@dataclass(frozen=True)
+class _RecordData:
+    """The tensor in a torch.save record; `begin_byte` counts from the record's begin."""
 
-    def __init__(self, target: torch.Tensor) -> None:
-        self.target = target
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        result = self.target
-        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            result = result.narrow(dim, start, length)
-        return result
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        pass
-
-    def set_up_planner(self, *arguments: Any, **keywords: Any) -> None:
-        raise NotImplementedError
-
-    def create_local_plan(self) -> LoadPlan:
-        raise NotImplementedError
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        raise NotImplementedError
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        raise NotImplementedError
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise NotImplementedError
+    shape: torch.Size
+    dtype: torch.dtype
+    is_contiguous: bool
+    begin_byte: int
 
 
-class _GuardedReader(FileSystemReader):
-    """torch's reader, with an unpickler that builds nothing but descriptions of a checkpoint."""
+def _locate_data(stream: io.FileIO, storage: _StorageInfo) -> _RecordData:
+    """Find the values in a torch.save record without reading them: torch.load reports where fake tensors' bytes are."""
+    with FakeTensorMode():
+        tensor = torch.load(_Record(stream, storage), weights_only=True)
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError("not a tensor")
+    offset_byte = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.dtype.itemsize
+    return _RecordData(tensor.shape, tensor.dtype, tensor.is_contiguous(), offset_byte)
 
-    def read_metadata(self, *arguments: Any, **keywords: Any) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as stream:
-            metadata = _MetadataUnpickler(stream).load()
-        if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError("not the metadata of a checkpoint")
-        return metadata
+
+class _Record(io.RawIOBase):
+    """The part of an open file that holds one record, as a file of its own."""
+
+    def __init__(self, stream: io.FileIO, storage: _StorageInfo) -> None:
+        self._stream = stream
+        self._begin_byte = storage.offset
+        self._num_bytes = storage.length
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._num_bytes}[whence]
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")[: max(0, self._num_bytes - self._position)]
+        count = os.preadv(self._stream.fileno(), [view], self._begin_byte + self._position) if view else 0
+        self._position += count
+        return count
 
 
 _DESCRIPTIONS = (

@@ -1,0 +1,169 @@
+"""Loading a model from Hugging Face directories and exporting it, in several layouts; transformers wrote the files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vlm.checkpoint.hf import SafetensorsReader, SafetensorsWriter
+from megatron_vlm.checkpoint.hf_model import export_hf_from_model, load_hf_into_model
+from megatron_vlm.checkpoint.safetensors_files import StoredTensor
+from megatron_vlm.errors import CheckpointError
+from megatron_vlm.families import registry
+from megatron_vlm.parallel.build import BuildSettings, build_chunks, wrap_data_parallel
+from megatron_vlm.parallel.groups import build_groups, initialize_megatron
+from megatron_vlm.parallel.stages import assign_layers
+from tests.checkpoint import gemma3_files
+from tests.ranks import run_ranks
+
+FOUR_LAYERS = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+
+
+@dataclass(frozen=True)
+class Layout:
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int = 1
+    data: int = 1
+    vision: str = "tensor"
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+
+LAYOUTS = {
+    "single": Layout(),
+    "tp2": Layout(tensor=2),
+    "tp2 vision data": Layout(tensor=2, vision="data"),
+    "tp2 pp2 fp32": Layout(tensor=2, pipeline=2, dtype=torch.float32),
+    "pp4": Layout(pipeline=4),
+    "pp2 vpp2": Layout(pipeline=2, virtual=2),
+    "dp2 tp2": Layout(data=2, tensor=2),
+}
+
+
+def load_and_export(source: Path, target: Path, layout: Layout, text_only: bool) -> dict[str, torch.Tensor]:
+    """One rank: build, load, export; returns this rank's parameters."""
+    groups = build_groups(layout.tensor, layout.pipeline)
+    initialize_megatron(0, groups)
+    family = registry.detect(source)
+    config = family.config_from_hf(registry.load_hf_config(source), text_only)
+    layers = assign_layers(len(config.text.layers), layout.pipeline, layout.virtual)
+    settings = BuildSettings(layers, dtype=layout.dtype, vision_parallelism=layout.vision)
+    chunks = build_chunks(family, config, settings, groups)
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            torch.nn.init.constant_(parameter, float("nan"))  # whatever is not loaded must show
+    wrapped = wrap_data_parallel(chunks, groups, use_distributed_optimizer=layout.data > 1)
+    load_hf_into_model(wrapped, source, family, config, groups)
+    export_hf_from_model(wrapped, source, target, family, config, groups)
+    return {name: parameter.detach().clone() for chunk in chunks for name, parameter in chunk.named_parameters()}
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "README.md"}
+
+
+@pytest.fixture(scope="module")
+def multimodal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return gemma3_files.multimodal(tmp_path_factory.mktemp("multimodal") / "hf", **FOUR_LAYERS)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_exports_the_files_it_was_loaded_from(multimodal: Path, tmp_path: Path, name: str) -> None:
+    layout = LAYOUTS[name]
+    run_ranks(layout.world_size, load_and_export, multimodal, tmp_path / "out", layout, False)
+    assert files(tmp_path / "out") == files(multimodal)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["tp2", "pp4"])
+def test_text_only_models(tmp_path: Path, name: str, tied: bool) -> None:
+    source = gemma3_files.text_only(tmp_path / "hf", tie_word_embeddings=tied, **FOUR_LAYERS)
+    run_ranks(LAYOUTS[name].world_size, load_and_export, source, tmp_path / "out", LAYOUTS[name], False)
+    assert files(tmp_path / "out") == files(source)
+
+
+def test_the_language_model_is_taken_out_of_a_multimodal_directory(multimodal: Path, tmp_path: Path) -> None:
+    run_ranks(4, load_and_export, multimodal, tmp_path / "out", LAYOUTS["tp2 pp2 fp32"], True)
+    expected = gemma3_files.load_tensors(multimodal)
+    actual = gemma3_files.load_tensors(tmp_path / "out")
+    prefix = "language_model.model."
+    assert {name for name in expected if name.startswith(prefix)} == {
+        prefix + name.removeprefix("model.") for name in actual
+    }
+    for name, tensor in actual.items():
+        source = expected[prefix + name.removeprefix("model.")]
+        assert tensor.dtype == source.dtype and tensor.equal(source), name
+
+
+def test_each_rank_holds_its_slice_and_zero_padding(multimodal: Path, tmp_path: Path) -> None:
+    """100 vocabulary rows are padded to 128: the second rank holds rows 64 to 99 and 28 zero rows."""
+    first, second = run_ranks(2, load_and_export, multimodal, tmp_path / "out", LAYOUTS["tp2"], False)
+    expected = gemma3_files.load_tensors(multimodal)
+    embedding = expected["language_model.model.embed_tokens.weight"]
+    name = "language_model.embed_tokens.weight"
+    assert first[name].equal(embedding[:64]) and second[name][:36].equal(embedding[64:])
+    assert second[name].shape == (64, 32) and not second[name][36:].any()
+    by_columns = expected["language_model.model.layers.3.mlp.down_proj.weight"]
+    for rank, parameters in enumerate((first, second)):
+        assert parameters["language_model.layers.3.mlp.down_proj.weight"].equal(by_columns.chunk(2, dim=1)[rank])
+
+
+def bytes_read(source: Path) -> tuple[int, int]:
+    """One rank: bytes that loading reads, and bytes of the rank's parameters."""
+    num_read = 0
+    read_range = SafetensorsReader._read_range
+
+    def counted(reader: SafetensorsReader, stored: StoredTensor, begin_byte: int, end_byte: int) -> torch.Tensor:
+        nonlocal num_read
+        num_read += end_byte - begin_byte
+        return read_range(reader, stored, begin_byte, end_byte)
+
+    groups = build_groups(1, 2)
+    initialize_megatron(0, groups)
+    family = registry.detect(source)
+    config = family.config_from_hf(registry.load_hf_config(source), False)
+    chunks = build_chunks(family, config, BuildSettings(assign_layers(4, 2), dtype=torch.bfloat16), groups)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SafetensorsReader, "_read_range", counted)
+        load_hf_into_model(chunks, source, family, config, groups)
+    return num_read, sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
+
+
+def test_a_rank_reads_only_its_own_tensors(multimodal: Path) -> None:
+    """Each of two pipeline stages holds the tied embedding, whose padding rows are not in the file."""
+    padding_bytes = 28 * 32 * 2
+    for num_read, num_held in run_ranks(2, bytes_read, multimodal):
+        assert num_read == num_held - padding_bytes
+
+
+def no_space(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def export_refused(source: Path, target: Path, disk_is_full: bool) -> str:
+    """One rank: the message of the error that exporting raises."""
+    with pytest.MonkeyPatch.context() as patch:
+        if disk_is_full:
+            patch.setattr(SafetensorsWriter, "write", no_space)
+        with pytest.raises(CheckpointError) as caught:
+            load_and_export(source, target, LAYOUTS["tp2 pp2 fp32"], False)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("disk_is_full", [True, False], ids=["full disk", "target not empty"])
+def test_every_rank_learns_why_an_export_failed(multimodal: Path, tmp_path: Path, disk_is_full: bool) -> None:
+    target = tmp_path / "out"
+    if not disk_is_full:
+        target.mkdir()
+        (target / "mine").write_text("x")
+    messages = run_ranks(4, export_refused, multimodal, target, disk_is_full)
+    assert len(set(messages)) == 1
+    assert ("No space left" if disk_is_full else "not empty") in messages[0]
+    assert [path.name for path in tmp_path.iterdir()] == ([] if disk_is_full else ["out"])
