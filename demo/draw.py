@@ -124,15 +124,15 @@ def render(scene: Scene, rng: random.Random) -> Image.Image:
     image = Image.new("RGB", (IMAGE_SIZE_PIXELS * scale,) * 2, _vary((238, 236, 230), 12, rng))
     column, row = PLACES[scene.place]
     cell_pixels = IMAGE_SIZE_PIXELS / 3
-    radius = rng.uniform(12.5, 15.0)
-    centre_x, centre_y = ((cell + 0.5) * cell_pixels + rng.uniform(-2.0, 2.0) for cell in (column, row))
+    radius = rng.uniform(13.5, 15.5)
+    centre_x, centre_y = ((cell + 0.5) * cell_pixels + rng.uniform(-1.5, 1.5) for cell in (column, row))
     colour = _vary(COLOURS[scene.colour], 16, rng)
     draw = ImageDraw.Draw(image)
     if scene.shape == "circle":
         box = (centre_x - radius, centre_y - radius, centre_x + radius, centre_y + radius)
         draw.ellipse([value * scale for value in box], fill=colour)
     else:
-        outline = _outline(scene.shape, rng.uniform(-0.1, 0.1))
+        outline = _outline(scene.shape, rng.uniform(-0.08, 0.08))
         points = [((centre_x + radius * x) * scale, (centre_y + radius * y) * scale) for x, y in outline]
         draw.polygon(points, fill=colour)
     return image.reduce(scale)
@@ -158,7 +158,7 @@ def _draw_unseen(scene: Scene, rng: random.Random, seen_pixels: set[str]) -> Ima
 
 def _outline(shape: str, tilt: float) -> list[tuple[float, float]]:
     """Corners of a shape in the unit circle, turned by `tilt` radians."""
-    corners, inner_radius = {"square": (4, None), "triangle": (3, None), "star": (5, 0.45)}[shape]
+    corners, inner_radius = {"square": (4, None), "triangle": (3, None), "star": (4, 0.45)}[shape]
     steps = corners if inner_radius is None else 2 * corners
     start = tilt + (math.pi / 4 if shape == "square" else -math.pi / 2)
     points = []
