@@ -15,6 +15,7 @@ from kernels.span_attention import Spans, span_attention
 from megatron_vlm.layers.linear import (
     ColumnParallelLinear,
     Group,
+    ReplicatedLinear,
     RowParallelLinear,
     column_parallel_weights,
 )
@@ -59,7 +60,7 @@ class SelfAttention(torch.nn.Module):
         self.q_proj = ColumnParallelLinear(hidden_size, query_size, engine, group)
         self.replicated_keys = group.size() > layer.num_key_value_heads
         self.k_proj, self.v_proj = (
-            torch.nn.Linear(hidden_size, key_size, bias=False, dtype=engine.params_dtype)
+            ReplicatedLinear(hidden_size, key_size, engine)
             if self.replicated_keys
             else ColumnParallelLinear(hidden_size, key_size, engine, group)
             for _ in range(2)
@@ -77,7 +78,7 @@ class SelfAttention(torch.nn.Module):
         self, x_SBH: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], spans: Spans
     ) -> torch.Tensor:
         """Attend; input and output are [S, B, H], shards of the sequence under sequence parallelism."""
-        weights = (self.q_proj.weight, *self._key_value_weights())
+        weights = (self.q_proj()[0], *self._key_value_weights())
         q, k, v = (
             projected.unflatten(-1, (-1, self.layer.head_dim))
             for projected in column_parallel_weights(x_SBH, weights, self.group, self.sequence_parallel)
@@ -97,8 +98,9 @@ class SelfAttention(torch.nn.Module):
         return attended_BNSD.permute(2, 0, 1, 3).flatten(2).contiguous()
 
     def _key_value_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        k, v = self.k_proj()[0], self.v_proj()[0]
         if not self.replicated_keys:
-            return self.k_proj.weight, self.v_proj.weight
+            return k, v
         head = self.group.rank() * self.layer.num_key_value_heads // self.group.size()
         start, size = head * self.layer.head_dim, self.layer.head_dim
-        return self.k_proj.weight.narrow(0, start, size), self.v_proj.weight.narrow(0, start, size)
+        return k.narrow(0, start, size), v.narrow(0, start, size)

@@ -41,8 +41,13 @@ class TokenEmbedding(tensor_parallel.VocabParallelEmbedding):
         )
         self.padding_id = padding_id
 
-    def forward(self, ids_BS: torch.Tensor) -> torch.Tensor:
-        """Embeddings [B, S, H], whole on every tensor rank."""
+    def forward(self, ids_BS: torch.Tensor | None) -> torch.Tensor:
+        """Embeddings [B, S, H], whole on every tensor rank; without ids this rank's table, for a tied head.
+
+        The head asks by a call too, because reading `weight` would bypass the hooks of overlapped parameter gathering.
+        """
+        if ids_BS is None:
+            return self.weight
         embedded = super().forward(ids_BS)
         if self.padding_id is None:
             return embedded

@@ -17,10 +17,29 @@ Group = torch.distributed.ProcessGroup
 
 
 class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
-    """Holds rows of a weight [out, in]; call it through `column_parallel`."""
+    """Holds rows of a weight [out, in]; `column_parallel` multiplies.
+
+    Calling it returns (weight, bias): reading them past the call would bypass the hooks by which megatron-core's
+    overlapped parameter gathering waits for them.
+    """
 
     def __init__(self, in_size: int, out_size: int, engine: TransformerConfig, group: Group, bias: bool = False):
         super().__init__(in_size, out_size, config=engine, init_method=_no_init, bias=bias, tp_group=group)
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(weight [out / tensor ranks, in], bias [out / tensor ranks] or None)."""
+        return self.weight, self.bias
+
+
+class ReplicatedLinear(torch.nn.Linear):
+    """A whole weight [out, in] without bias on every tensor rank, used like `ColumnParallelLinear`."""
+
+    def __init__(self, in_size: int, out_size: int, engine: TransformerConfig) -> None:
+        super().__init__(in_size, out_size, bias=False, dtype=engine.params_dtype)
+
+    def forward(self) -> tuple[torch.Tensor, None]:
+        """(weight [out, in], None)."""
+        return self.weight, None
 
 
 class RowParallelLinear(tensor_parallel.RowParallelLinear):
@@ -48,24 +67,22 @@ def _no_init(weight: torch.Tensor) -> None:
 
 
 def column_parallel(
-    x: torch.Tensor, linears: Sequence[torch.nn.Module], group: Group, sequence_parallel: bool
+    x: torch.Tensor, linears: Sequence[ColumnParallelLinear], group: Group, sequence_parallel: bool
 ) -> list[torch.Tensor]:
     """Outputs of several column-parallel linears on one input, with one exchange in each direction for all of them.
 
     Args:
         x: [S, B, in], the same on every tensor rank, or a shard of the sequence under sequence parallelism.
-        linears: modules with `weight` [out / tensor ranks, in] and `bias` (None or [out / tensor ranks]).
+        linears: the layers.
         group: tensor ranks.
         sequence_parallel: gather the sequence first.
 
     Returns:
         One [S, B, out / tensor ranks] per linear, over the whole sequence.
     """
-    outputs = column_parallel_weights(x, [linear.weight for linear in linears], group, sequence_parallel)
-    return [
-        output if linear.bias is None else output + linear.bias
-        for output, linear in zip(outputs, linears, strict=True)
-    ]
+    weights, biases = zip(*(linear() for linear in linears), strict=True)
+    outputs = column_parallel_weights(x, weights, group, sequence_parallel)
+    return [output if bias is None else output + bias for output, bias in zip(outputs, biases, strict=True)]
 
 
 def column_parallel_weights(

@@ -6,12 +6,19 @@ On CUDA: NCCL and megatron-core as it is. On CPU: gloo, with `megatron_cpu` maki
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
 
 from megatron_vlm.platform import fused_adam, megatron_cpu
+
+# megatron-core and torch say at import what is missing here on purpose.
+warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+warnings.filterwarnings("ignore", message="The following imports from `dynamic_context.py`")
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 # Dense bf16 peak by name (NVIDIA data sheets, without sparsity); MFU is not printed for others.
 _PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12}
@@ -50,6 +57,11 @@ class Platform:
             return None
         name = torch.cuda.get_device_name()
         return next((peak for key, peak in _PEAK_BF16_FLOPS.items() if key in name), None)
+
+    def use_deterministic_algorithms(self) -> None:
+        """Let torch refuse operations whose result depends on timing; call before the first device operation."""
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
 
     def profiler_activities(self) -> list[torch.profiler.ProfilerActivity]:
         """What `torch.profiler` can record here."""
