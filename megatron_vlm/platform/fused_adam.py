@@ -26,6 +26,7 @@ class FusedLayoutAdam(torch.optim.Optimizer):
         eps: added to the denominator.
         weight_decay: decoupled in AdamW.
         adam_w_mode: AdamW if true.
+        capturable: False; megatron-core passes it.
     """
 
     def __init__(
@@ -36,7 +37,9 @@ class FusedLayoutAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
+        assert not capturable, "a captured graph would repeat the step count, which is kept on the host"
         self._update = adamw if adam_w_mode else adam
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
