@@ -9,6 +9,7 @@ settings in the checkpoint's manifest, once, and rebuild each optimizer's own ne
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from megatron.core.optimizer.optimizer import (
 )
 
 from megatron_vlm.errors import CheckpointError
+from megatron_vlm.platform.checkpointing import padding_kept
 
 # The one format of the distributed optimizer that can be read back with other tensor and pipeline sizes.
 _SHARDING_TYPE = "fully_reshardable"
@@ -60,7 +62,8 @@ def sharded_state(optimizer: MegatronOptimizer, model_state: dict[str, ShardedTe
     inner = _single(optimizer)
     if inner.init_state_fn is None:  # SGD without momentum has no state, and megatron-core calls the None
         inner.init_state_fn = lambda *_: None
-    return inner.sharded_state_dict(model_state, is_loading=is_loading, metadata=_METADATA)
+    with padding_kept(inner) if isinstance(inner, DistributedOptimizer) else nullcontext():
+        return inner.sharded_state_dict(model_state, is_loading=is_loading, metadata=_METADATA)
 
 
 def redirect_main_parameters(state: Any, optimizer: MegatronOptimizer, saved: Mapping[str, Any]) -> None:

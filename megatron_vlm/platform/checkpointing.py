@@ -1,6 +1,12 @@
-"""What megatron-core's distributed checkpointing needs from us: a results queue, error reports, and random states.
+"""What megatron-core's distributed checkpointing needs from us: repairs, error reports, and random states.
 
-Three parts of megatron-core 0.19.2 are replaced here, each with a test in tests/checkpoint/test_distributed_save.py:
+Four parts of megatron-core 0.19.2 are replaced here. Without the first, checkpoints are silently wrong
+(tests/checkpoint/test_distributed_layouts.py fails); test_distributed_save.py has tests of the others.
+
+- `DistributedOptimizer.get_parameter_state_dp_zero` drops the padding behind each bucket, but its caller, the format
+  `fully_reshardable`, looks for parameters at their places with padding: moments and main parameters of every bucket
+  behind a padded one are stored shifted. Several buckets exist with `overlap_grad_reduce`, and in pipelines with a tied
+  embedding. `padding_kept` puts the padding back. Goes when megatron-core's warning "can lead to data corruption" does.
 
 - `filesystem_async._results_queue`: the default starts a manager process by `spawn` (4 to 10 seconds, and the user's
   script runs again in it). `_WriteResults` needs no process. Goes when megatron-core no longer spawns.
@@ -17,7 +23,8 @@ import os
 import pickle
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -28,6 +35,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_vlm.platform.device import current
@@ -122,6 +130,30 @@ class SaveStrategy(torch_strategy.TorchDistSaveShardedStrategy):
         torch.distributed.broadcast_object_list(failure, src=0)
         if failure[0] is not None:
             raise SaveFailed(failure[0])
+
+
+@contextmanager
+def padding_kept(optimizer: DistributedOptimizer) -> Iterator[None]:
+    """Within the block, the optimizer's gathered state has its parameters where megatron-core looks for them."""
+    gather = optimizer.get_parameter_state_dp_zero
+
+    def gather_with_padding(**arguments: Any) -> Any:
+        state = gather(**arguments)
+        for index, buffer in enumerate(optimizer.buffers):
+            sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
+            paddings = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
+            for tensors in state[index].values():
+                for kind, tensor in tensors.items():
+                    if isinstance(tensor, torch.Tensor) and any(paddings[:-1]):
+                        pieces = zip(tensor.split(sizes), paddings, strict=True)
+                        tensors[kind] = torch.cat([part for piece, n in pieces for part in (piece, piece.new_zeros(n))])
+        return state
+
+    optimizer.get_parameter_state_dp_zero = gather_with_padding
+    try:
+        yield
+    finally:
+        del optimizer.get_parameter_state_dp_zero
 
 
 def random_state() -> dict[str, Any]:

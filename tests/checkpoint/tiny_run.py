@@ -30,6 +30,8 @@ NUM_LAYERS = 4
 HIDDEN = 16
 VOCABULARY = 64
 FROZEN = "vision_tower.embeddings.patch_embedding.weight"
+# On the first stage, the layers' bucket ends between multiples of 128 elements because of it: padding follows.
+PROJECTOR = "projector.mm_soft_emb_norm.weight"
 EMBEDDING = "language_model.embed_tokens.weight"
 IDENTITY = ModelIdentity("gemma3", "gemma3", text_only=False, tied=True, hf_config={"hidden_size": HIDDEN})
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 1e-2, (0.9, 0.95), 1e-8, 0.1
@@ -66,6 +68,7 @@ def parameter_shapes(num_layers: int = NUM_LAYERS) -> dict[str, tuple[tuple[int,
     shapes: dict[str, tuple[tuple[int, ...], int | None]] = {
         EMBEDDING: ((VOCABULARY, HIDDEN), 0),
         FROZEN: ((8, 3, 2, 2), None),
+        PROJECTOR: ((HIDDEN,), None),
     }
     for layer in range(num_layers):
         prefix = f"language_model.layers.{layer}"
@@ -99,8 +102,8 @@ class Stage(MegatronModule):
             parameter = torch.nn.Parameter(value.to(torch.bfloat16 if settings.bf16 else torch.float32))
             set_tensor_model_parallel_attributes(parameter, dim is not None, 0 if dim is None else dim, 1)
             parameter.requires_grad_(name != FROZEN)
-            if copy and name == EMBEDDING:
-                parameter.shared = True
+            if name == EMBEDDING and settings.layout.pipeline > 1:  # as megatron-core's pipelines mark it
+                parameter.shared, parameter.shared_embedding = copy, True
             self._place(name, parameter)
 
     def _place(self, name: str, parameter: torch.nn.Parameter) -> None:
@@ -138,6 +141,7 @@ class Run:
             use_distributed_optimizer=settings.distributed_optimizer,
             overlap_grad_reduce=settings.overlap_param_gather,
             overlap_param_gather=settings.overlap_param_gather,
+            bucket_size=600 if settings.overlap_param_gather else None,  # elements: several buckets
         )
         self.chunks = [
             DistributedDataParallel(config, ddp_config, chunk, pg_collection=self.groups) for chunk in chunks
@@ -183,7 +187,7 @@ class Run:
             layers = {str(layer) for layer in range(chunk * per_chunk, (chunk + 1) * per_chunk)}
             names = [name for name in shapes if ".layers." in name and name.split(".")[2] in layers]
             first, last = chunk == 0, chunk == num_chunks - 1
-            names = [EMBEDDING, FROZEN] * first + names + ["language_model.norm.weight"] * last
+            names = [EMBEDDING, FROZEN, PROJECTOR] * first + names + ["language_model.norm.weight"] * last
             names = names + [EMBEDDING] * (last and not first)
             chunks.append((names, last and not first))
         return chunks
