@@ -124,7 +124,10 @@ class TrainSettings:
     exit_interval: int | None = None
     """Save and stop after this many steps of this start; the schedule still spans train_iters."""
     nonfinite: Literal["stop", "skip"] = "stop"
-    """A step whose loss or gradient norm is not finite: end the run and name the batch, or leave the update out."""
+    """A step whose loss or gradient norm is not finite, or a spike: end the run and name the batch, or leave the update
+    out."""
+    spike_ratio: float | None = None
+    """A gradient norm over this many times the mean of recent steps is a spike; null: none is."""
     deterministic: bool = False
     """Ask torch for deterministic algorithms only."""
 

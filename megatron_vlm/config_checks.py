@@ -49,6 +49,7 @@ def _ranges(config: Config) -> Iterator[UserError]:
         ("train.eval_iters", train.eval_iters, 1),
         ("train.log_interval", train.log_interval, 1),
         ("train.exit_interval", train.exit_interval, 1),
+        ("train.spike_ratio", train.spike_ratio, 1),
         ("optimizer.lr", optimizer.lr, 0),
         ("optimizer.min_lr", optimizer.min_lr, 0),
         ("optimizer.weight_decay", optimizer.weight_decay, 0),

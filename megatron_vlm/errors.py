@@ -43,6 +43,10 @@ class LaunchError(UserError):
     """The processes were not started as the configuration needs them."""
 
 
+class DivergenceError(UserError):
+    """A step's loss or gradients are not finite, or a spike, and the run is configured to stop for that."""
+
+
 EXIT_USER_ERROR = 2
 
 

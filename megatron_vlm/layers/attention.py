@@ -74,9 +74,7 @@ class SelfAttention(torch.nn.Module):
         if self.replicated_keys:
             mark_partial([self.k_proj.weight, self.v_proj.weight])
 
-    def forward(
-        self, x_SBH: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], spans: Spans
-    ) -> torch.Tensor:
+    def forward(self, x_SBH: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], spans: Spans) -> torch.Tensor:
         """Attend; input and output are [S, B, H], shards of the sequence under sequence parallelism."""
         weights = (self.q_proj()[0], *self._key_value_weights())
         q, k, v = (

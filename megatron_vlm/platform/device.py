@@ -15,9 +15,9 @@ import torch
 
 from megatron_vlm.platform import fused_adam, megatron_cpu
 
-# megatron-core and torch say at import what is missing here on purpose.
-warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-warnings.filterwarnings("ignore", message="The following imports from `dynamic_context.py`")
+# megatron-core warns at import and at build of what is missing or deprecated in parts that are not used here.
+warnings.filterwarnings("ignore", module=r"megatron\.")
+logging.getLogger("megatron").setLevel(logging.ERROR)
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 # Dense bf16 peak by name (NVIDIA data sheets, without sparsity); MFU is not printed for others.

@@ -1,0 +1,307 @@
+"""The training loop: steps, evaluations, checkpoints, stops. It knows no family, no layout and no logger."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed
+
+from megatron_vlm import platform
+from megatron_vlm.checkpoint.distributed import on_first_rank
+from megatron_vlm.checkpoint.hf_model import export_hf_from_model
+from megatron_vlm.config import Config, to_yaml
+from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.data.rows import BadRowTracker
+from megatron_vlm.errors import DivergenceError
+from megatron_vlm.training.guard import StepGuard
+from megatron_vlm.training.loggers import Callback, build_loggers
+from megatron_vlm.training.metrics import StepMetrics
+from megatron_vlm.training.optimizer import apply_gradients, gradient_norm, learning_rates
+from megatron_vlm.training.preflight import record_export
+from megatron_vlm.training.profiling import ProfileWindow
+from megatron_vlm.training.setup import Run, initialize_distributed, set_up
+from megatron_vlm.training.signals import StopRequests
+from megatron_vlm.training.step import run_global_batch
+
+COUNTERS = ("bad_rows", "too_long_rows", "real_tokens", "label_tokens", "padded_tokens", "images")
+EXIT_DONE = 0
+
+
+def train(config: Config) -> int:
+    """Train, resuming from `run_dir` if it holds a checkpoint; returns the exit code 0.
+
+    Raises:
+        UserError: what the user can correct; nothing that was saved is lost.
+    """
+    initialize_distributed(config.parallel.distributed_timeout_minutes)
+    try:
+        with StopRequests() as requests:
+            run = set_up(config)
+            try:
+                Trainer(run, requests).run()
+            finally:
+                run.train_loader.close()
+                if run.valid_loader is not None:
+                    run.valid_loader.close()
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()
+    return EXIT_DONE
+
+
+class Trainer:
+    """Runs the steps of a `Run`.
+
+    Args:
+        run: everything that was set up.
+        requests: signals received.
+    """
+
+    def __init__(self, run: Run, requests: StopRequests) -> None:
+        self.run_state, self.requests = run, requests
+        self.config, self.device = run.config, platform.current().device
+        self.run_dir = Path(run.config.run_dir)
+        self.guard = StepGuard(self.config.train.spike_ratio)
+        rows = sum(source.num_rows for source in run.train_loader.plan.sources)
+        self.bad_rows = BadRowTracker(self.config.data.max_bad_fraction, rows)
+        self.step = 0
+        self.loggers: list[Callback] = []
+        self.profile = ProfileWindow(self.run_dir, self.config.logging.profile if run.is_first_rank else None)
+
+    def run(self) -> None:
+        """Resume, train to the last step or a stop, save, export."""
+        self._resume()
+        on_first_rank(self._prepare_folder)
+        if self.run_state.is_first_rank:
+            self.loggers = build_loggers(self.config, self.run_dir, self.step)
+        try:
+            stopped = self._train()
+            self._save()
+            self.run_state.checkpoints.finalize(blocking=True)
+            if stopped is not None:
+                on_first_rank(
+                    lambda: _write_json(self.run_dir / "stopped.json", {"reason": stopped, "step": self.step})
+                )
+            else:
+                self._export()
+        finally:
+            self.profile.close()
+            for logger in self.loggers:
+                logger.close()
+
+    def _train(self) -> str | None:
+        """Steps up to the last; returns why it stopped before, or None."""
+        train, first = self.config.train, self.step
+        while self.step < train.train_iters:
+            request = self._step()
+            self.run_state.checkpoints.finalize()
+            is_last = self.step == train.train_iters
+            if self.run_state.valid_loader is not None and (
+                is_last or (train.eval_interval and self.step % train.eval_interval == 0)
+            ):
+                request = self._evaluate() or request
+            if is_last:
+                return None
+            if request:
+                return f"signal {signal.Signals(request).name}"
+            if train.exit_interval and self.step - first >= train.exit_interval:
+                return "exit_interval"
+            interval = self.config.checkpoint.save_interval
+            if interval and self.step % interval == 0:
+                self._save()
+        return None
+
+    def _step(self) -> int:
+        """One optimizer step; returns the number of a signal that some rank received, or 0."""
+        run, began = self.run_state, time.perf_counter()
+        self.profile.step(self.step + 1)
+        waited = run.train_loader.wait_seconds
+        batches = run.train_loader.global_batch()
+        waited = run.train_loader.wait_seconds - waited
+        frozen = set(self.config.model.freeze)
+        flops = sum(run.family.flops(run.model_config, batch, frozen) for batch in batches)
+        for chunk in run.model:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        run.optimizer.zero_grad()
+        sums = run_global_batch(run.model, self._to_device(batches), run.groups, len(run.train_loader.source_names))
+        norm = gradient_norm(run.optimizer)
+        losses = sums.tolist()  # the one wait for the device in a step: its figures decide whether to apply it
+        loss = sum(total for total, _ in losses) / max(1.0, sum(count for _, count in losses))
+        self.step += 1
+        run.scheduler.step(1)
+        problem = self.guard.problem(loss, norm)
+        if problem is None:
+            apply_gradients(run.optimizer, norm, self.config.optimizer.clip_grad)
+            self.guard.applied(norm)
+        elif self.config.train.nonfinite == "stop":
+            self._stop_for(problem, batches)
+        counts = self._sum_over_data_ranks([*(sum(b.counters[name] for b in batches) for name in COUNTERS), flops])
+        platform.current().synchronize()
+        request, wait, peak = self._largest([self.requests.number, waited, platform.current().peak_memory_bytes()])
+        self._log(losses, loss, norm, counts, time.perf_counter() - began, wait, peak, problem is not None)
+        problems = [problem for batch in batches for problem in batch.problems]
+        self.bad_rows.update(int(counts[0]), self.config.train.global_batch_size, problems)
+        return int(request)
+
+    def _log(
+        self,
+        losses: Sequence[Sequence[float]],
+        loss: float,
+        norm: float,
+        counts: Sequence[float],
+        seconds: float,
+        wait_seconds: float,
+        peak_bytes: float,
+        skipped: bool,
+    ) -> None:
+        train, run = self.config.train, self.run_state
+        if not self.loggers:
+            return
+        names = run.train_loader.source_names
+        lr, lr_by_part = learning_rates(run.optimizer, self.config.optimizer)
+        counters = dict(zip(COUNTERS, map(int, counts), strict=False))
+        metrics = StepMetrics(
+            step=self.step,
+            train_iters=train.train_iters,
+            loss=loss,
+            grad_norm=norm,
+            lr=lr,
+            lr_by_part=lr_by_part,
+            tokens=counters["real_tokens"],
+            label_tokens=counters["label_tokens"],
+            padded_tokens=counters["padded_tokens"],
+            images=counters["images"],
+            bad_rows=counters["bad_rows"],
+            too_long_rows=counters["too_long_rows"],
+            step_seconds=seconds,
+            data_wait_seconds=wait_seconds,
+            source_losses={name: total / count for name, (total, count) in zip(names, losses, strict=True) if count},
+            source_label_tokens={name: int(count) for name, (_, count) in zip(names, losses, strict=True)},
+            peak_memory_bytes=int(peak_bytes),
+            model_flops=counts[-1],
+            world_size=torch.distributed.get_world_size(),
+            skipped=skipped,
+        )
+        if skipped or self.step % train.log_interval == 0 or self.step == train.train_iters:
+            for logger in self.loggers:
+                logger.on_step(metrics)
+
+    def _evaluate(self) -> int:
+        """Loss on the held-out data; returns the number of a signal received meanwhile, which ends it early."""
+        run = self.run_state
+        loader = run.valid_loader
+        assert loader is not None and loader.num_global_batches is not None
+        sums = torch.zeros((len(loader.source_names), 2), dtype=torch.float64, device=self.device)
+        for chunk in run.model:
+            chunk.eval()
+        request = 0
+        with torch.no_grad():
+            for _ in range(loader.num_global_batches):
+                batches = self._to_device(loader.global_batch())
+                sums += run_global_batch(run.model, batches, run.groups, len(loader.source_names), forward_only=True)
+                request = int(self._largest([self.requests.number])[0])
+                if request:
+                    break
+        loader.seek(0)
+        totals = sums.tolist()
+        label_tokens = sum(count for _, count in totals)
+        if self.loggers and label_tokens and not request:
+            losses = {"all": sum(total for total, _ in totals) / label_tokens}
+            losses |= {
+                name: total / count for name, (total, count) in zip(loader.source_names, totals, strict=True) if count
+            }
+            for logger in self.loggers:
+                logger.on_evaluation(self.step, losses)
+        return request
+
+    def _resume(self) -> None:
+        run = self.run_state
+        run.checkpoints.clean()
+        resumed = run.checkpoints.load(run.model, run.optimizer, run.scheduler)
+        if resumed is not None:
+            self.step = resumed.step
+            run.train_loader.load_state_dict(dict(resumed.data))
+            self.guard.load_state_dict(resumed.extra["guard"])
+            self.bad_rows.bad_rows, self.bad_rows.rows_seen = resumed.extra["bad_rows"]
+            if run.is_first_rank:
+                print(f"resuming after step {self.step} of {self.config.train.train_iters}", flush=True)
+
+    def _save(self) -> None:
+        """Save this step, unless it is saved already."""
+        run = self.run_state
+        run.checkpoints.save(
+            self.step,
+            run.model,
+            run.optimizer,
+            run.scheduler,
+            run.train_loader.state_dict(),
+            to_yaml(self.config),
+            {"guard": self.guard.state_dict(), "bad_rows": [self.bad_rows.bad_rows, self.bad_rows.rows_seen]},
+        )
+
+    def _export(self) -> None:
+        run, target = self.run_state, self.config.checkpoint.export_hf
+        if target is None or not run.due_export:
+            return
+        if self.config.parallel.overlap_param_gather:
+            for chunk in run.model:
+                chunk.start_param_sync(force_sync=True)
+        export_hf_from_model(run.model, self.config.model.hf_path, target, run.family, run.model_config, run.groups)
+        on_first_rank(lambda: record_export(self.config))
+        if run.is_first_rank:
+            print(f"exported to {target}", flush=True)
+
+    def _prepare_folder(self) -> None:
+        """Write the resolved configuration; an earlier start's `stopped.json` no longer holds."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        _write_text(self.run_dir / "config.yaml", to_yaml(self.config))
+        (self.run_dir / "stopped.json").unlink(missing_ok=True)
+
+    def _stop_for(self, problem: str, batches: Sequence[MicroBatch]) -> None:
+        """End the run with the names of all rows of the global batch."""
+        rows: list[list[str]] = [[] for _ in range(self.run_state.groups.dp.size())]
+        mine = [name for batch in batches for name in batch.row_names]
+        torch.distributed.all_gather_object(rows, mine, group=self.run_state.groups.dp)
+        raise DivergenceError(
+            f"{problem} at step {self.step}, which was not applied",
+            f"rows {', '.join(name for part in rows for name in part)}",
+            "look at these rows, lower the learning rate, or set train.nonfinite to skip; "
+            "starting again resumes from the last checkpoint",
+        )
+
+    def _to_device(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        return [batch.to(self.device, non_blocking=True) for batch in batches]
+
+    def _sum_over_data_ranks(self, values: Sequence[float]) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(tensor, group=self.run_state.groups.dp_cp)
+        return tensor.tolist()
+
+    def _largest(self, values: Sequence[float]) -> list[float]:
+        """Largest of each value over all ranks."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+        return tensor.tolist()
+
+
+def _write_json(path: Path, content: object) -> None:
+    _write_text(path, json.dumps(content) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a whole file or nothing."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        with contextlib.suppress(OSError):
+            os.fsync(file.fileno())
+    os.replace(partial, path)

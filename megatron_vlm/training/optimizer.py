@@ -1,0 +1,116 @@
+"""Optimizer and schedule: megatron-core's, with our settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import ParamPredicate, ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_vlm.config import Config, OptimizerSettings
+
+_SCHEDULES = {"constant": "constant", "cosine": "cosine", "linear": "linear", "wsd": "WSD"}
+
+
+def build_optimizer(
+    model: Sequence[torch.nn.Module],
+    settings: OptimizerSettings,
+    dtype: torch.dtype,
+    use_distributed_optimizer: bool,
+    groups: ProcessGroupCollection,
+) -> MegatronOptimizer:
+    """AdamW or SGD over the trainable parameters of this rank's chunks.
+
+    One-dimensional parameters have no weight decay; parts named in `lr_multipliers` have groups of their own.
+
+    Args:
+        model: chunks wrapped for data parallelism.
+        settings: the optimizer's part of the configuration.
+        dtype: of the parameters; with bf16 the optimizer keeps fp32 main weights.
+        use_distributed_optimizer: divide the state over the data ranks.
+        groups: process groups.
+    """
+    overrides = {
+        ParamKey(predicate=ParamPredicate("one_dimensional", lambda parameter: parameter.dim() == 1)): (
+            ParamGroupOverride(wd_mult=0.0)
+        )
+    }
+    for part, factor in settings.lr_multipliers.items():
+        override = ParamGroupOverride(max_lr=settings.lr * factor, min_lr=settings.min_lr * factor)
+        overrides[ParamKey(with_name_predicate=ParamWithNamePredicate(part, _is_in(part)))] = override
+    config = OptimizerConfig(
+        optimizer="adam" if settings.name == "adamw" else settings.name,
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        adam_eps=settings.eps,
+        sgd_momentum=0.0,
+        clip_grad=settings.clip_grad,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=use_distributed_optimizer,
+    )
+    return get_megatron_optimizer(config, list(model), overrides, use_gloo_process_groups=False, pg_collection=groups)
+
+
+def _is_in(part: str) -> Callable[[torch.nn.Parameter, str], bool]:
+    """Whether a parameter belongs to a part, by its name with the data-parallel wrapper's prefix."""
+    return lambda parameter, name: name.removeprefix("module.").startswith(f"{part}.")
+
+
+def build_scheduler(optimizer: MegatronOptimizer, config: Config) -> OptimizerParamScheduler:
+    """Learning rate by step: `step(1)` before update k sets what update k uses, so warm-up does not begin at zero."""
+    settings, train_iters = config.optimizer, config.train.train_iters
+    decay_iters = settings.wsd_decay_iters or math.ceil(train_iters / 10)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.warmup_iters,
+        lr_decay_steps=train_iters,
+        lr_decay_style=_SCHEDULES[settings.schedule],
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=train_iters,
+        wd_incr_style="constant",
+        wsd_decay_steps=decay_iters if settings.schedule == "wsd" else None,
+        lr_wsd_decay_style="linear" if settings.schedule == "wsd" else None,
+    )
+
+
+def learning_rates(optimizer: MegatronOptimizer, settings: OptimizerSettings) -> tuple[float, dict[str, float]]:
+    """The current rate of parts without multiplier, and that of each part with one.
+
+    Read from the groups this rank has; a rank without any (all frozen) reports zero.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups if "max_lr" not in group or group["max_lr"] == settings.lr]
+    if rates:
+        base = float(rates[0])
+    else:
+        scaled = [(float(g["lr"]), float(g["max_lr"])) for g in optimizer.param_groups if g.get("max_lr")]
+        base = scaled[0][0] / scaled[0][1] * settings.lr if scaled else 0.0
+    return base, {part: base * factor for part, factor in settings.lr_multipliers.items()}
+
+
+@torch.no_grad()
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Global norm of the gradients, on every rank; makes them ready for `apply_gradients`."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+@torch.no_grad()
+def apply_gradients(optimizer: MegatronOptimizer, norm: float, clip_grad: float) -> None:
+    """Clip by the norm that `gradient_norm` returned (0: not), and update."""
+    if clip_grad > 0:
+        clip_grad_by_total_norm_fp32(optimizer.get_parameters(), clip_grad, norm)
+    optimizer.step_with_ready_grads()

@@ -1,0 +1,203 @@
+"""Builds everything a training run needs, cheapest checks first: nothing heavy happens before a mistake is told."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_vlm import platform
+from megatron_vlm.checkpoint.distributed import CheckpointManager, load_weights
+from megatron_vlm.checkpoint.hf_model import load_hf_into_model
+from megatron_vlm.checkpoint.run_folder import ModelIdentity
+from megatron_vlm.config import Config
+from megatron_vlm.data.loader import MicroBatchLoader, Share, build_train_loader, build_valid_loader
+from megatron_vlm.families import registry
+from megatron_vlm.parallel.build import BuildSettings, build_chunks, wrap_data_parallel
+from megatron_vlm.parallel.groups import build_groups, initialize_megatron
+from megatron_vlm.parallel.initialize import initialize_weights
+from megatron_vlm.training.optimizer import build_optimizer, build_scheduler
+from megatron_vlm.training.preflight import Layout, check_export, check_layout, check_run_dir
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Run:
+    """A run that is ready to train.
+
+    Attributes:
+        due_export: `checkpoint.export_hf` is still to be written.
+    """
+
+    config: Config
+    layout: Layout
+    groups: ProcessGroupCollection
+    family: registry.Family
+    model_config: Any
+    model: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    train_loader: MicroBatchLoader
+    valid_loader: MicroBatchLoader | None
+    checkpoints: CheckpointManager
+    due_export: bool
+
+    @property
+    def is_first_rank(self) -> bool:
+        """Whether this rank writes logs."""
+        return torch.distributed.get_rank() == 0
+
+
+def initialize_distributed(timeout_minutes: int) -> None:
+    """Join the ranks that torchrun started; without torchrun, be the only one."""
+    backend = platform.initialize().backend
+    timeout = timedelta(minutes=timeout_minutes)
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group(backend, timeout=timeout)
+    else:
+        torch.distributed.init_process_group(
+            backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+
+
+def set_up(config: Config) -> Run:
+    """Check, read, build and load; torch.distributed must be initialised.
+
+    Raises:
+        UserError: whatever the configuration, data, weights or checkpoints are refused for.
+    """
+    hf_config = registry.load_hf_config(config.model.hf_path)
+    family = registry.detect(hf_config)
+    model_config = family.config_from_hf(hf_config, text_only=config.model.text_only)
+    parts = {name.partition(".")[0] for name, _ in family.weight_map(model_config).items()}
+    layout = check_layout(config, model_config, torch.distributed.get_world_size(), parts)
+    check_run_dir(config)
+    due_export = check_export(config)
+    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
+    groups = build_groups(layout.tensor_size, layout.pipeline_size, timeout)
+    initialize_megatron(config.train.seed, groups)
+    if config.train.deterministic:
+        platform.current().use_deterministic_algorithms()
+
+    rules = family.prompt_rules(model_config)
+    share = _share(config, layout, groups)
+    loader_options = {
+        "pin_memory": platform.current().accelerated,
+        "report_problems": groups.tp.rank() == 0 and groups.pp.rank() == 0,
+    }
+    train_loader = build_train_loader(config, rules, share, **loader_options)
+    valid_loader = build_valid_loader(config, rules, share, **loader_options)
+
+    identity = ModelIdentity(
+        family.name,
+        hf_config.model_type,
+        model_config.text_only,
+        model_config.text.tie_word_embeddings,
+        hf_config.to_dict(),
+    )
+    checkpoints = CheckpointManager(
+        Path(config.run_dir) / "checkpoints",
+        groups,
+        identity,
+        _layout_sizes(config, layout),
+        config.train.precision,
+        config.checkpoint.keep_last,
+        config.checkpoint.async_save,
+    )
+    chunks = _build_model(config, layout, family, model_config, groups)
+    if checkpoints.latest_step() is None:
+        _load_first_weights(config, chunks, family, model_config, groups, identity)
+    parallel = config.parallel
+    model = wrap_data_parallel(
+        chunks,
+        groups,
+        parallel.use_distributed_optimizer,
+        parallel.overlap_grad_reduce,
+        parallel.overlap_param_gather,
+    )
+    dtype = DTYPES[config.train.precision]
+    optimizer = build_optimizer(model, config.optimizer, dtype, parallel.use_distributed_optimizer, groups)
+    scheduler = build_scheduler(optimizer, config)
+    return Run(
+        config,
+        layout,
+        groups,
+        family,
+        model_config,
+        model,
+        optimizer,
+        scheduler,
+        train_loader,
+        valid_loader,
+        checkpoints,
+        due_export,
+    )
+
+
+def _share(config: Config, layout: Layout, groups: ProcessGroupCollection) -> Share:
+    return Share(
+        config.train.global_batch_size,
+        config.train.micro_batch_size,
+        groups.dp.rank(),
+        layout.data_size,
+        pad_to_multiple_of=layout.tensor_size if config.parallel.sequence_parallel else 1,
+        with_pixels=groups.pp.rank() == 0,
+    )
+
+
+def _layout_sizes(config: Config, layout: Layout) -> dict[str, int]:
+    """What decides on which rank a number lies."""
+    return {
+        "tensor": layout.tensor_size,
+        "pipeline": layout.pipeline_size,
+        "virtual": config.parallel.virtual_pipeline_model_parallel_size,
+        "data": layout.data_size,
+        "sequence_parallel": int(config.parallel.sequence_parallel),
+    }
+
+
+def _build_model(
+    config: Config, layout: Layout, family: registry.Family, model_config: Any, groups: ProcessGroupCollection
+) -> list[MegatronModule]:
+    settings = BuildSettings(
+        layout.chunks,
+        DTYPES[config.train.precision],
+        config.parallel.sequence_parallel,
+        config.model.recompute,
+        config.model.vision_parallelism,
+        config.train.deterministic,
+    )
+    chunks = build_chunks(family, model_config, settings, groups)
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            parameter.requires_grad_(name.partition(".")[0] not in config.model.freeze)
+    return chunks
+
+
+def _load_first_weights(
+    config: Config,
+    chunks: list[MegatronModule],
+    family: registry.Family,
+    model_config: Any,
+    groups: ProcessGroupCollection,
+    identity: ModelIdentity,
+) -> None:
+    """The weights that a new run starts from: a checkpoint's, the model directory's, or random ones."""
+    if config.checkpoint.load is not None:
+        load_weights(config.checkpoint.load, chunks, groups, identity)
+    elif config.model.load_weights:
+        load_hf_into_model(chunks, config.model.hf_path, family, model_config, groups)
+    else:
+        text = model_config.text
+        initialize_weights(chunks, config.train.seed, text.initializer_range, text.vocab_size, groups.tp)
