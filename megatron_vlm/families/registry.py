@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -23,13 +23,14 @@ if TYPE_CHECKING:
     from megatron.core.transformer.module import MegatronModule
 
     from megatron_vlm.checkpoint.weight_map import WeightMap
+    from megatron_vlm.data.collate import MicroBatch
     from megatron_vlm.data.prompts import PromptRules
     from megatron_vlm.parallel.chunk import ChunkSettings
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: a folder under `megatron_vlm.families` with the same five files each.
+    """One architecture: a folder under `megatron_vlm.families` with the same six files each.
 
     Attributes:
         name: of the folder.
@@ -45,9 +46,7 @@ class Family:
         """The family's frozen model configuration; ConfigError where its modules cannot compute what is asked."""
         return self._function("config", "config_from_hf")(hf_config, text_only)
 
-    def build_chunk(
-        self, model_config: Any, chunk: ChunkSettings, groups: ProcessGroupCollection
-    ) -> MegatronModule:
+    def build_chunk(self, model_config: Any, chunk: ChunkSettings, groups: ProcessGroupCollection) -> MegatronModule:
         """One pipeline chunk with uninitialised parameters."""
         return self._function("model", self.chunk_class)(model_config, chunk, groups)
 
@@ -58,6 +57,10 @@ class Family:
     def prompt_rules(self, model_config: Any) -> PromptRules:
         """How turns and images are written."""
         return self._function("prompt", "prompt_rules")(model_config)
+
+    def flops(self, model_config: Any, batch: MicroBatch, frozen: Set[str] = frozenset()) -> float:
+        """Operations that a forward and backward pass of a micro-batch on the host needs, over all ranks sharing it."""
+        return self._function("flops", "batch_flops")(model_config, batch, frozen)
 
     def _function(self, module: str, name: str) -> Callable[..., Any]:
         # Imported when asked for: converting and reading data need no model code.

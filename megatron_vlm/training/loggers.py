@@ -1,0 +1,220 @@
+"""Where a run's figures go: console, JSON lines, TensorBoard, Weights & Biases. Rank 0 alone has them."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import json
+import os
+import sys
+import uuid
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, TextIO
+
+from megatron_vlm.config import Config, to_dict
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.training.metrics import StepMetrics, evaluation_record, scalars, to_record
+
+
+class Callback(Protocol):
+    """What attaches to the training loop."""
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """A step that is to be logged has ended."""
+
+    def on_evaluation(self, step: int, losses: dict[str, float]) -> None:
+        """Held-out losses after `step`: the mean over all label tokens under "all", and each source's."""
+
+    def close(self) -> None:
+        """The run has ended; write out what is buffered."""
+
+
+def build_loggers(config: Config, run_dir: str | os.PathLike, resume_step: int) -> list[Callback]:
+    """The loggers that the configuration asks for; call it on rank 0, before the first step.
+
+    Args:
+        config: the run.
+        run_dir: its folder.
+        resume_step: last step that this start does not repeat; 0 in a new run.
+
+    Raises:
+        ConfigError: a package that `logging` asks for is not installed.
+    """
+    # Those that may be refused come first: nothing has been written then.
+    loggers: list[Callback] = []
+    if config.logging.tensorboard:
+        loggers.append(TensorBoard(run_dir, resume_step))
+    if config.logging.wandb is not None:
+        loggers.append(WandB(run_dir, config.logging.wandb, to_dict(config)))
+    return [Console(), JsonLines(run_dir, resume_step), *loggers]
+
+
+class Console:
+    """One thin line per logged step."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stdout
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """Print the step."""
+        width = len(str(metrics.train_iters))
+        parts = [
+            f"step {metrics.step:>{width}}/{metrics.train_iters}",
+            f"loss {metrics.loss:.4f}",
+            f"grad-norm {metrics.grad_norm:.3f}",
+            f"lr {metrics.lr:.2e}",
+            f"{metrics.tokens_per_second:,.0f} tokens/s",
+            f"{metrics.flops_per_second / 1e12:.3g} TFLOP/s/device",
+        ]
+        if metrics.mfu is not None:
+            parts.append(f"MFU {metrics.mfu:.1%}")
+        parts += [
+            f"memory {metrics.peak_memory_bytes / 2**30:.1f} GiB",
+            f"data-wait {metrics.data_wait_share:.0%}",
+            f"padding {metrics.padding_share:.0%}",
+            f"left {datetime.timedelta(seconds=round(metrics.seconds_left))}",
+        ]
+        if metrics.skipped:
+            parts.append("SKIPPED, not finite")
+        if metrics.bad_rows:
+            parts.append(f"BAD ROWS {metrics.bad_rows}")
+        if metrics.too_long_rows:
+            parts.append(f"too long rows {metrics.too_long_rows}")
+        print(" | ".join(parts), file=self._stream, flush=True)
+
+    def on_evaluation(self, step: int, losses: dict[str, float]) -> None:
+        """Print the losses."""
+        sources = [f"{name} {loss:.4f}" for name, loss in losses.items() if name != "all"]
+        print(" | ".join([f"evaluation after step {step}", f"loss {losses['all']:.4f}", *sources]), file=self._stream)
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Nothing is buffered."""
+
+
+class JsonLines:
+    """One object per line: steps in `metrics.jsonl`, evaluations in `evaluations.jsonl`.
+
+    A run that went on past its last checkpoint before it ended repeats steps; their earlier lines are dropped, so that
+    each step occurs once, and so is a last line cut short by a crash.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike, resume_step: int) -> None:
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        self._steps, self._evaluations = (
+            _open_from(Path(run_dir) / name, resume_step) for name in ("metrics.jsonl", "evaluations.jsonl")
+        )
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """Append the step."""
+        self._steps.write(json.dumps(to_record(metrics)) + "\n")
+
+    def on_evaluation(self, step: int, losses: dict[str, float]) -> None:
+        """Append the evaluation."""
+        self._evaluations.write(json.dumps(evaluation_record(step, losses)) + "\n")
+
+    def close(self) -> None:
+        """Close both files."""
+        self._steps.close()
+        self._evaluations.close()
+
+
+def _open_from(path: Path, resume_step: int) -> TextIO:
+    """Open for appending whole lines, after dropping those of steps beyond `resume_step`."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    kept = "".join(line + "\n" for line in text.splitlines() if _is_up_to(line, resume_step))
+    if kept != text:
+        temporary = path.with_name(path.name + ".partial")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    return path.open("a", encoding="utf-8", buffering=1)
+
+
+def _is_up_to(line: str, resume_step: int) -> bool:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= resume_step
+
+
+class TensorBoard:
+    """Events under `run_dir/tensorboard`; steps that a resumed run repeats replace the earlier ones."""
+
+    def __init__(self, run_dir: str | os.PathLike, resume_step: int) -> None:
+        _import("tensorboard", "logging.tensorboard", "false")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=resume_step + 1)
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """Write the step's numbers under `train/`."""
+        self._write("train", to_record(metrics), metrics.step)
+
+    def on_evaluation(self, step: int, losses: dict[str, float]) -> None:
+        """Write the losses under `evaluation/`."""
+        self._write("evaluation", evaluation_record(step, losses), step)
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self._writer.close()
+
+    def _write(self, group: str, record: dict[str, Any], step: int) -> None:
+        for name, value in scalars(record).items():
+            self._writer.add_scalar(f"{group}/{name}", value, step)
+
+
+class WandB:
+    """A Weights & Biases run, the same one for every start of a run folder; WANDB_* variables work as usual.
+
+    W&B accepts no earlier step than its last: of steps that a resumed run repeats it keeps the first figures.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike, project: str, settings: dict[str, Any]) -> None:
+        wandb = _import("wandb", "logging.wandb", "null")
+        folder = Path(run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(
+            project=project,
+            name=folder.resolve().name,
+            id=_stable_id(folder / "wandb_run_id"),
+            resume="allow",
+            dir=str(folder),
+            config=settings,
+        )
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """Log the step's numbers under `train/`."""
+        self._log("train", to_record(metrics), metrics.step)
+
+    def on_evaluation(self, step: int, losses: dict[str, float]) -> None:
+        """Log the losses under `evaluation/`."""
+        self._log("evaluation", evaluation_record(step, losses), step)
+
+    def close(self) -> None:
+        """Send what is buffered and end this start of the run."""
+        self._run.finish()
+
+    def _log(self, group: str, record: dict[str, Any], step: int) -> None:
+        self._run.log({f"{group}/{name}": value for name, value in scalars(record).items()}, step=step)
+
+
+def _stable_id(path: Path) -> str:
+    if not path.exists():
+        temporary = path.with_name(path.name + ".partial")
+        temporary.write_text(uuid.uuid4().hex)
+        os.replace(temporary, path)
+    return path.read_text()
+
+
+def _import(package: str, key: str, off: str) -> ModuleType:
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise ConfigError(
+            f"{key} needs the package {package}, which is not installed", fix=f"pip install {package}, or {key}: {off}"
+        ) from None

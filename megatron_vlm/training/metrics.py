@@ -1,0 +1,141 @@
+"""What one optimizer step did, how fast, and how that is written down."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_vlm import platform
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """Figures of one optimizer step; counts are over the global batch.
+
+    Attributes:
+        step: number of the step, from 1.
+        train_iters: steps of the whole run.
+        loss: mean over the label tokens.
+        grad_norm: global gradient norm before clipping.
+        lr: learning rate of parts without a multiplier.
+        lr_by_part: learning rate of each part that trains.
+        tokens: real tokens, image tokens included and padding not.
+        label_tokens: tokens with a loss.
+        padded_tokens: places of the batch that hold no token.
+        images: images.
+        bad_rows: rows without weight because they cannot be used.
+        too_long_rows: rows without weight because they have more than data.seq_length tokens.
+        step_seconds: wall-clock time of the step, waiting for data included.
+        data_wait_seconds: part of it spent waiting for the next batch.
+        source_losses: mean loss per data source that has label tokens.
+        source_label_tokens: label tokens per data source.
+        peak_memory_bytes: of the rank that held most.
+        model_flops: operations that the model needs for the batch, forward and backward (`Family.flops`).
+        world_size: devices.
+        skipped: the update was left out because loss or gradient norm was not finite.
+    """
+
+    step: int
+    train_iters: int
+    loss: float
+    grad_norm: float
+    lr: float
+    lr_by_part: dict[str, float]
+    tokens: int
+    label_tokens: int
+    padded_tokens: int
+    images: int
+    bad_rows: int
+    too_long_rows: int
+    step_seconds: float
+    data_wait_seconds: float
+    source_losses: dict[str, float]
+    source_label_tokens: dict[str, int]
+    peak_memory_bytes: int
+    model_flops: float
+    world_size: int
+    skipped: bool
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Real tokens per second over all devices."""
+        return self.tokens / self.step_seconds
+
+    @property
+    def images_per_second(self) -> float:
+        """Images per second over all devices."""
+        return self.images / self.step_seconds
+
+    @property
+    def flops_per_second(self) -> float:
+        """Model operations per second and device."""
+        return self.model_flops / self.step_seconds / self.world_size
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOP/s over the device's dense bf16 peak, whatever the precision; None where the peak is unknown."""
+        peak = platform.current().peak_flops()
+        return None if peak is None else self.flops_per_second / peak
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the batch's places that are padding."""
+        return self.padded_tokens / (self.tokens + self.padded_tokens)
+
+    @property
+    def label_token_share(self) -> float:
+        """Share of the real tokens that have a loss."""
+        return self.label_tokens / self.tokens
+
+    @property
+    def data_wait_share(self) -> float:
+        """Share of the step spent waiting for data."""
+        return self.data_wait_seconds / self.step_seconds
+
+    @property
+    def seconds_left(self) -> float:
+        """Time to the end of the run if every step took as long as this one."""
+        return (self.train_iters - self.step) * self.step_seconds
+
+
+def to_record(metrics: StepMetrics) -> dict[str, Any]:
+    """The step as one JSON object: every field and derived figure; numbers that are not finite become null."""
+    record = asdict(metrics) | {
+        "tokens_per_second": metrics.tokens_per_second,
+        "images_per_second": metrics.images_per_second,
+        "flops_per_second_per_device": metrics.flops_per_second,
+        "mfu": metrics.mfu,
+        "padding_share": metrics.padding_share,
+        "label_token_share": metrics.label_token_share,
+        "data_wait_share": metrics.data_wait_share,
+        "seconds_left": metrics.seconds_left,
+    }
+    return finite(record)
+
+
+def evaluation_record(step: int, losses: dict[str, float]) -> dict[str, Any]:
+    """An evaluation as one JSON object.
+
+    Args:
+        step: after which it ran.
+        losses: mean loss over all label tokens under "all", and per data source.
+    """
+    sources = {name: loss for name, loss in losses.items() if name != "all"}
+    return finite({"step": step, "loss": losses["all"], "source_losses": sources})
+
+
+def finite(value: Any) -> Any:
+    """`value` with None in place of nan and infinity, which JSON does not have, at any depth of dictionaries."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def scalars(record: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a record, those of inner dictionaries under "outer/inner"; the step and nulls are left out."""
+    flat: dict[str, float] = {}
+    for name, value in record.items():
+        inner = {f"{name}/{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+        flat |= {key: float(item) for key, item in inner.items() if item is not None and key != "step"}
+    return flat

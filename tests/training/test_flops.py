@@ -1,0 +1,121 @@
+"""Model FLOPs against torch's own counter on transformers' model, and visible keys against transformers' masks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.families import registry
+from megatron_vlm.families.gemma3.flops import batch_flops, visible_keys
+from tests.parity.gemma3_tiny import LENGTH, ROWS, build, make_batch, reference
+
+FULL_ROWS = {"images": [(LENGTH, [3]), (LENGTH, [1, 9]), (LENGTH, [])], "text": [(LENGTH, []), (LENGTH, [])]}
+
+
+def _model(with_vision: bool, **text: object) -> tuple[PreTrainedModel, Any]:
+    model = build(with_vision, **text)
+    # Plain products and whole attention weights: torch counts a fused backward pass with the scores computed twice.
+    model.set_attn_implementation("eager")
+    return model, registry.detect(model.config).config_from_hf(model.config, text_only=False)
+
+
+def _counted(batch: MicroBatch, num_images: int) -> MicroBatch:
+    return replace(batch, counters={"images": num_images})
+
+
+def _torch_flops(model: PreTrainedModel, batch: MicroBatch, backward: bool) -> int:
+    with FlopCounterMode(display=False) as counter:
+        loss = reference(model, batch)[1]
+        if backward and loss.requires_grad:
+            loss.backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kind", ["images", "text"])
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        set(),
+        {"language_model"},
+        {"vision_tower"},
+        {"projector"},
+        {"language_model", "vision_tower"},
+        {"language_model", "projector"},
+        {"vision_tower", "projector"},
+        {"language_model", "vision_tower", "projector"},
+    ],
+    ids=lambda frozen: "frozen: " + (", ".join(sorted(frozen)) or "nothing"),
+)
+def test_count_equals_torch(kind: str, frozen: set[str]) -> None:
+    """Forward and backward, exactly, for rows without padding whose tokens all see each other.
+
+    transformers' eager attention computes all pairs whatever the mask; the spans here say the same, so that both count
+    the same pairs. Which pairs a mask leaves is the next test's.
+    """
+    model, config = _model(True, sliding_window=LENGTH)
+    _freeze(model, frozen)
+    batch = make_batch(FULL_ROWS[kind])
+    everything = replace(
+        _counted(batch, sum(len(places) for _, places in FULL_ROWS[kind])),
+        span_low=torch.zeros_like(batch.span_low),
+        span_high=torch.full_like(batch.span_high, LENGTH - 1),
+        vision_inputs={},  # as on later pipeline stages
+    )
+    assert batch_flops(config, everything, frozen) == _torch_flops(model, batch, backward=True)
+    # Only the forward pass: the same count with everything frozen.
+    assert batch_flops(config, everything, {"language_model", "vision_tower", "projector"}) == _torch_flops(
+        model, batch, backward=False
+    )
+
+
+def _freeze(model: PreTrainedModel, frozen: set[str]) -> None:
+    parts = {
+        "language_model": model.model.language_model,
+        "vision_tower": model.model.vision_tower,
+        "projector": model.model.multi_modal_projector,
+    }
+    for name, part in parts.items():
+        part.requires_grad_(name not in frozen)
+
+
+def test_text_only_model_counts_no_vision() -> None:
+    """`Gemma3ForCausalLM`, untied head."""
+    model, config = _model(False, tied=False, sliding_window=LENGTH)
+    batch = make_batch(FULL_ROWS["text"])
+    everything = replace(
+        batch, span_low=torch.zeros_like(batch.span_low), span_high=torch.full_like(batch.span_high, LENGTH - 1)
+    )
+    assert registry.detect(model.config).flops(config, everything) == _torch_flops(model, batch, backward=True)
+
+
+@pytest.mark.parametrize("kind", sorted(ROWS))
+def test_visible_keys_equal_transformers_masks(kind: str) -> None:
+    """Count the attention weights of real queries that transformers' masks leave above zero.
+
+    Rows are padded, windows are shorter than rows, images see forward past a window's past side.
+    """
+    model, config = _model(True)
+    batch = make_batch(ROWS[kind])
+    is_real = batch.document_ids >= 0
+    inputs = {"attention_mask": is_real.long(), "token_type_ids": (batch.feature_index >= 0).long()}
+    with torch.no_grad():
+        attentions = model(
+            input_ids=batch.input_ids, **inputs, **batch.vision_inputs, output_attentions=True
+        ).attentions
+    for layer, weights_BNSS in zip(config.text.layers, attentions, strict=True):
+        expected = int(((weights_BNSS[:, 0] > 0) & is_real[..., None]).sum())
+        assert visible_keys(batch, is_real, layer.window) == expected
+
+
+def test_padding_is_free() -> None:
+    """Twice the padded length costs nothing."""
+    _, config = _model(True)
+    rows = [(14, [2]), (9, [])]
+    short, long = (_counted(make_batch(rows, length=length), 1) for length in (LENGTH, 2 * LENGTH))
+    assert batch_flops(config, short) == batch_flops(config, long)

@@ -1,0 +1,209 @@
+"""Step figures, and the files that loggers leave."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_vlm import platform
+from megatron_vlm.config import Config, DataSettings, DataSource, LoggingSettings, ModelSettings, TrainSettings
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.training.loggers import Console, JsonLines, TensorBoard, WandB, build_loggers
+from megatron_vlm.training.metrics import StepMetrics, to_record
+from megatron_vlm.training.profiling import ProfileWindow
+from megatron_vlm.training.report import read_metrics
+
+METRICS = StepMetrics(
+    step=7,
+    train_iters=20,
+    loss=2.5,
+    grad_norm=1.25,
+    lr=3e-4,
+    lr_by_part={"language_model": 3e-4, "vision_tower": 3e-5},
+    tokens=800,
+    label_tokens=200,
+    padded_tokens=200,
+    images=6,
+    bad_rows=0,
+    too_long_rows=0,
+    step_seconds=2.0,
+    data_wait_seconds=0.5,
+    source_losses={"a.jsonl": 2.0, "b.jsonl": 3.0},
+    source_label_tokens={"a.jsonl": 100, "b.jsonl": 100},
+    peak_memory_bytes=3 * 2**30,
+    model_flops=8e12,
+    world_size=4,
+    skipped=False,
+)
+
+
+def _config(run_dir: Path, **logging: Any) -> Config:
+    return Config(
+        run_dir=str(run_dir),
+        model=ModelSettings(hf_path="model"),
+        data=DataSettings(train=[DataSource("train.jsonl")], seq_length=64),
+        train=TrainSettings(train_iters=20, global_batch_size=4),
+        logging=LoggingSettings(**logging),
+    )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _steps(run_dir: Path) -> list[int]:
+    return [line["step"] for line in _lines(run_dir / "metrics.jsonl")]
+
+
+def test_derived_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform.Platform, "peak_flops", lambda self: 1e13)
+    assert METRICS.tokens_per_second == 400
+    assert METRICS.flops_per_second == 1e12
+    assert METRICS.mfu == 0.1
+    assert METRICS.padding_share == 0.2
+    assert METRICS.label_token_share == 0.25
+    assert METRICS.data_wait_share == 0.25
+    assert METRICS.seconds_left == 26
+    monkeypatch.setattr(platform.Platform, "peak_flops", lambda self: None)
+    assert METRICS.mfu is None
+
+
+def test_record_has_the_promised_keys_and_is_json() -> None:
+    record = to_record(replace(METRICS, loss=math.nan, grad_norm=math.inf, source_losses={"a.jsonl": math.nan}))
+    assert {"step", "loss", "grad_norm", "lr", "tokens", "label_tokens", "step_seconds"} <= record.keys()
+    assert record["loss"] is None and record["grad_norm"] is None and record["source_losses"] == {"a.jsonl": None}
+    json.dumps(record, allow_nan=False)  # strict JSON, unlike Python's default
+
+
+def test_console_shows_each_figure_and_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform.Platform, "peak_flops", lambda self: 1e13)
+    stream = io.StringIO()
+    console = Console(stream)
+    console.on_step(METRICS)
+    console.on_step(replace(METRICS, step=8, loss=math.nan, skipped=True, bad_rows=2, too_long_rows=1))
+    console.on_evaluation(8, {"all": 1.5, "a.jsonl": 1.0})
+    calm, troubled, evaluation = stream.getvalue().splitlines()
+    assert calm == (
+        "step  7/20 | loss 2.5000 | grad-norm 1.250 | lr 3.00e-04 | 400 tokens/s | 1 TFLOP/s/device | MFU 10.0% "
+        "| memory 3.0 GiB | data-wait 25% | padding 20% | left 0:00:26"
+    )
+    assert troubled.endswith("| SKIPPED, not finite | BAD ROWS 2 | too long rows 1") and "loss nan" in troubled
+    assert evaluation == "evaluation after step 8 | loss 1.5000 | a.jsonl 1.0000"
+
+
+def test_json_lines_are_readable_while_the_run_goes_on(tmp_path: Path) -> None:
+    loggers = build_loggers(_config(tmp_path / "run"), tmp_path / "run", resume_step=0)
+    for logger in loggers:
+        logger.on_step(METRICS)
+        logger.on_evaluation(7, {"all": 1.5, "a.jsonl": 1.0})
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl") == [to_record(METRICS)]
+    expected = {"step": 7, "loss": 1.5, "source_losses": {"a.jsonl": 1.0}}
+    assert _lines(tmp_path / "run" / "evaluations.jsonl") == [expected]
+    for logger in loggers:
+        logger.close()
+
+
+def test_each_step_occurs_once_after_a_crash(tmp_path: Path) -> None:
+    """Killed after step 5 in the middle of a line, resumed from the checkpoint of step 3."""
+    first = JsonLines(tmp_path, resume_step=0)
+    for step in range(1, 6):
+        first.on_step(replace(METRICS, step=step, loss=1.0))
+        first.on_evaluation(step, {"all": 1.0})
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    kept = (tmp_path / "metrics.jsonl").read_text().splitlines()[:3]
+    second = JsonLines(tmp_path, resume_step=3)
+    for step in range(4, 7):
+        second.on_step(replace(METRICS, step=step, loss=2.0))
+    second.close()
+    assert _steps(tmp_path) == [1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines()[:3] == kept
+    assert [line["step"] for line in _lines(tmp_path / "evaluations.jsonl")] == [1, 2, 3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluations.jsonl", "metrics.jsonl"]
+
+
+def test_a_clean_resume_does_not_rewrite(tmp_path: Path) -> None:
+    JsonLines(tmp_path, resume_step=0).on_step(METRICS)
+    before = (tmp_path / "metrics.jsonl").stat().st_ino
+    JsonLines(tmp_path, resume_step=7).close()
+    assert (tmp_path / "metrics.jsonl").stat().st_ino == before and _steps(tmp_path) == [7]
+
+
+def test_tensorboard_reads_back(tmp_path: Path) -> None:
+    """Through TensorBoard's own reader, with steps 2 and 3 repeated by a resumed run."""
+    for resume_step, last, loss in ((0, 3, 5.0), (1, 3, 4.0)):
+        writer = TensorBoard(tmp_path, resume_step)
+        for step in range(resume_step + 1, last + 1):
+            writer.on_step(replace(METRICS, step=step, loss=loss))
+        writer.on_evaluation(last, {"all": 1.5, "a.jsonl": 1.0})
+        writer.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 5.0), (2, 4.0), (3, 4.0)]
+    assert events.Scalars("train/source_losses/b.jsonl")[0].value == 3.0
+    assert [(event.step, event.value) for event in events.Scalars("evaluation/loss")] == [(3, 1.5)]
+
+
+@pytest.mark.parametrize(("package", "setting"), [("tensorboard", {"tensorboard": True}), ("wandb", {"wandb": "p"})])
+def test_missing_package_is_one_line_before_anything_is_written(
+    package: str, setting: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # what makes an import fail
+    with pytest.raises(ConfigError, match=f"logging.{package} needs .* -- pip install {package}"):
+        build_loggers(_config(tmp_path / "run", **setting), tmp_path / "run", resume_step=0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_run_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a recording stand-in: the package is optional and not installed here."""
+    starts: list[dict[str, Any]] = []
+    logged: list[tuple[int, dict[str, float]]] = []
+
+    def init(**arguments: Any) -> SimpleNamespace:
+        starts.append(arguments)
+        return SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for _ in range(2):
+        logger = WandB(tmp_path, "project", {"run_dir": "x"})
+        logger.on_step(METRICS)
+        logger.on_evaluation(7, {"all": 1.5})
+        logger.close()
+    assert starts[0] == starts[1] and starts[0]["project"] == "project" and starts[0]["resume"] == "allow"
+    assert logged[0][0] == 7 and logged[0][1]["train/lr_by_part/vision_tower"] == 3e-5
+    assert logged[1] == (7, {"evaluation/loss": 1.5})
+
+
+@pytest.mark.parametrize(("steps", "name"), [((1, 5), "steps_2_3"), ((3, 5), "steps_3_3"), ((1, 2), "steps_2_2")])
+def test_profile_window(steps: tuple[int, int], name: str, tmp_path: Path) -> None:
+    """Steps 2 and 3 are asked for: of a whole run, of one that resumes at 3, of one that ends after 2."""
+    profile = ProfileWindow(tmp_path, [2, 3])
+    for step in range(steps[0], steps[1] + 1):
+        profile.step(step)
+        with torch.profiler.record_function(f"marker of step {step}"):
+            torch.ones(4).sum()
+    profile.close()
+    assert [path.name for path in (tmp_path / "profile").iterdir()] == [f"{name}.json.gz"]
+    trace = json.loads(gzip.decompress((tmp_path / "profile" / f"{name}.json.gz").read_bytes()))
+    markers = {event["name"] for event in trace["traceEvents"] if event["name"].startswith("marker of step")}
+    first, last = name.split("_")[1:]
+    assert markers == {f"marker of step {step}" for step in range(int(first), int(last) + 1)}
+
+
+def test_no_profile_leaves_nothing(tmp_path: Path) -> None:
+    profile = ProfileWindow(tmp_path, None)
+    profile.step(1)
+    profile.close()
+    assert not list(tmp_path.iterdir())
