@@ -76,7 +76,7 @@ class Console:
             f"left {datetime.timedelta(seconds=round(metrics.seconds_left))}",
         ]
         if metrics.skipped:
-            parts.append("SKIPPED, not finite")
+            parts.append("UPDATE SKIPPED")
         if metrics.bad_rows:
             parts.append(f"BAD ROWS {metrics.bad_rows}")
         if metrics.too_long_rows:

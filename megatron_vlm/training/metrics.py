@@ -33,7 +33,7 @@ class StepMetrics:
         peak_memory_bytes: of the rank that held most.
         model_flops: operations that the model needs for the batch, forward and backward (`Family.flops`).
         world_size: devices.
-        skipped: the update was left out because loss or gradient norm was not finite.
+        skipped: the update was left out, because loss or gradient norm was not finite or leapt up.
     """
 
     step: int

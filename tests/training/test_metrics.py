@@ -98,7 +98,7 @@ def test_console_shows_each_figure_and_trouble(monkeypatch: pytest.MonkeyPatch) 
         "step  7/20 | loss 2.5000 | grad-norm 1.250 | lr 3.00e-04 | 400 tokens/s | 1 TFLOP/s/device | MFU 10.0% "
         "| memory 3.0 GiB | data-wait 25% | padding 20% | left 0:00:26"
     )
-    assert troubled.endswith("| SKIPPED, not finite | BAD ROWS 2 | too long rows 1") and "loss nan" in troubled
+    assert troubled.endswith("| UPDATE SKIPPED | BAD ROWS 2 | too long rows 1") and "loss nan" in troubled
     assert evaluation == "evaluation after step 8 | loss 1.5000 | a.jsonl 1.0000"
 
 
