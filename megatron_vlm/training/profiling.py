@@ -11,10 +11,11 @@ from megatron_vlm import platform
 
 
 class ProfileWindow:
-    """Records the steps of `logging.profile`, with what the loop does after each, into `run_dir/profile/steps_FIRST_LAST.json.gz`; used on rank 0.
+    """Records the steps of `logging.profile` into `run_dir/profile/steps_FIRST_LAST.json.gz`; used on rank 0.
 
-    The trace opens in Perfetto or chrome://tracing. A run that ends inside the window leaves what it had recorded, and
-    one that resumes there records the rest under the name of the steps it has.
+    What the loop does between steps and right after the last (evaluating, saving) is in the trace too, which opens in
+    Perfetto or chrome://tracing. A run that ends inside the window leaves what it had recorded, and one that resumes
+    there records the rest under the numbers of its steps.
 
     Args:
         run_dir: folder of the run.
