@@ -2,15 +2,16 @@
 
 Inside `megatron.*` modules only, the globals `torch` and `dist` become proxies: `torch.cuda` answers as a device
 without streams, factory functions take device "cuda" as the CPU, `all_gather` accepts uneven shapes (which gloo does
-not). The real torch stays as it is for every other library. Two tensor methods cannot be scoped to a module: `.cuda()`
-is an identity, `.type()` names CUDA types to callers in `megatron.*` only. Every replacement has a test in
-tests/test_platform.py; the layer goes when megatron-core runs on CPU by itself (0.19.2 does not). CUDA installs none.
+not). The real torch stays as it is for every other library. Two tensor methods cannot be scoped to a module and look at
+their caller instead: in `megatron.*`, `.cuda()` is an identity and `.type()` names CUDA types.
+
+What is replaced is what the parts of megatron-core that we use ask for, no more; a new part adds its names here. Every
+replacement has a test in tests/test_platform.py that fails without it, and the places in megatron-core that meet one
+are listed there. The layer goes when megatron-core runs on CPU by itself (0.19.2 does not). CUDA installs none.
 """
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import importlib.abc
 import importlib.machinery
 import logging
@@ -23,16 +24,14 @@ import torch
 import torch.distributed
 
 _CPU = torch.device("cpu")
-_FACTORIES = (
-    "tensor as_tensor zeros ones empty full arange rand randn randint eye linspace empty_like zeros_like ones_like "
-    "full_like rand_like randn_like empty_strided randperm"
-).split()
+_FACTORIES = ("tensor", "zeros")
 _CUDA_TYPE_NAMES = {
     "torch.FloatTensor": "torch.cuda.FloatTensor",
     "torch.HalfTensor": "torch.cuda.HalfTensor",
     "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
 }
 _tensor_type = torch.Tensor.type
+_tensor_cuda = torch.Tensor.cuda
 
 
 class _Proxy(types.ModuleType):
@@ -45,34 +44,6 @@ class _Proxy(types.ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_original"], name)
-
-
-class _Stream:
-    """A stream or event on a device that has none: everything has happened already."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-    def __enter__(self) -> _Stream:
-        return self
-
-    def __exit__(self, *args: object) -> None: ...
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Stream)
-
-    def __hash__(self) -> int:
-        return 0
-
-    def _nothing(self, *args: Any, **kwargs: Any) -> None: ...
-
-    wait_stream = wait_event = synchronize = record = wait = _nothing
-
-    def record_event(self, event: object = None) -> _Stream:
-        return self
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, other: object) -> float:
-        return 0.0
 
 
 def _constant(value: Any) -> Callable[..., Any]:
@@ -89,7 +60,6 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = _CPU
-        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return create
@@ -111,40 +81,19 @@ def _all_gather(
     return work
 
 
-def _build_cuda() -> types.ModuleType:
-    cuda = {
-        "Stream": _Stream,
-        "Event": _Stream,
+_cuda = _Proxy(
+    torch.cuda,
+    {
         "current_device": _constant(_CPU),
-        "current_stream": _constant(_Stream()),
-        "default_stream": _constant(_Stream()),
-        "stream": lambda *args, **kwargs: contextlib.nullcontext(),
+        "current_stream": _constant(None),
+        "synchronize": _constant(None),
         "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
-        "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
         "manual_seed": torch.manual_seed,
-        "manual_seed_all": torch.manual_seed,
-        "memory_stats": lambda *args, **kwargs: collections.defaultdict(int),
-        "is_current_stream_capturing": _constant(False),
-    }
-    cuda |= dict.fromkeys(("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats"), _constant(None))
-    zeros = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
-    cuda |= dict.fromkeys(zeros, _constant(0))
-    return _Proxy(torch.cuda, cuda)
-
-
-def _autocast(device_type: str, *args: Any, **kwargs: Any) -> torch.autocast:
-    return torch.autocast("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
-
-
+    },
+)
 _dist = _Proxy(torch.distributed, {"all_gather": _all_gather})
 _torch = _Proxy(
-    torch,
-    {
-        "cuda": _build_cuda(),
-        "distributed": _dist,
-        "autocast": _autocast,
-        **{name: _on_cpu(getattr(torch, name)) for name in _FACTORIES},
-    },
+    torch, {"cuda": _cuda, "distributed": _dist} | {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}
 )
 
 
@@ -174,11 +123,19 @@ class _SubstituteOnImport(importlib.abc.MetaPathFinder):
         return spec
 
 
+def _is_megatron(frame: types.FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").startswith("megatron.")
+
+
 def _tensor_type_for_megatron(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     result = _tensor_type(self, *args, **kwargs)
-    if isinstance(result, str) and sys._getframe(1).f_globals.get("__name__", "").startswith("megatron."):
+    if isinstance(result, str) and _is_megatron(sys._getframe(1)):
         return _CUDA_TYPE_NAMES.get(result, result)
     return result
+
+
+def _tensor_cuda_for_megatron(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return self if _is_megatron(sys._getframe(1)) else _tensor_cuda(self, *args, **kwargs)
 
 
 def install() -> None:
@@ -187,7 +144,7 @@ def install() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.") and module is not None:
             substitute(module)
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.Tensor.cuda = _tensor_cuda_for_megatron  # type: ignore[method-assign]
     torch.Tensor.type = _tensor_type_for_megatron  # type: ignore[method-assign]
     from megatron.core.tensor_parallel import random
 
