@@ -14,10 +14,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_vlm import platform
+
+_BLOCK = 128
 
 
 @dataclass
@@ -34,12 +36,9 @@ class Spans:
     _block_masks: dict[int | None, BlockMask] = field(default_factory=dict, repr=False)
 
     def block_mask(self, window: int | None) -> BlockMask:
-        """Block-sparse form of `dense`; holds a bit per 128 x 128 block, never [S, S]."""
+        """Block-sparse form of `dense`, built from a table of [B, S, S / 128]; nothing of size [S, S] exists."""
         if window not in self._block_masks:
-            batch, length = self.low.shape
-            self._block_masks[window] = create_block_mask(
-                _visible(self.low, self.high, window), batch, None, length, length, device=self.low.device
-            )
+            self._block_masks[window] = _block_mask(self.low, self.high, window)
         return self._block_masks[window]
 
     def dense(self, window: int | None) -> torch.Tensor:
@@ -49,6 +48,38 @@ class Spans:
         if window is not None:
             visible &= place[:, None] - place < window
         return visible.unsqueeze(1)
+
+
+def _block_mask(low: torch.Tensor, high: torch.Tensor, window: int | None) -> BlockMask:
+    """Blocks of keys that some query of a block of queries sees, split into those that all of them see whole."""
+    batch, length = low.shape
+    num_blocks = -(-length // _BLOCK)
+    query = torch.arange(length, device=low.device)
+    oldest = low if window is None else torch.maximum(low, query - window + 1)
+    first_key = torch.arange(num_blocks, device=low.device) * _BLOCK
+    last_key = first_key + _BLOCK - 1
+    touched = (oldest[..., None] <= last_key) & (high[..., None] >= first_key)
+    covered = (oldest[..., None] <= first_key) & (high[..., None] >= last_key)
+    # Queries past the end see nothing, so that their block is masked like one that some query sees in part.
+    missing = num_blocks * _BLOCK - length
+    touched, covered = (
+        torch.nn.functional.pad(blocks, (0, 0, 0, missing)).unflatten(1, (num_blocks, _BLOCK))
+        for blocks in (touched, covered)
+    )
+    touched, covered = touched.any(2), covered.all(2)
+    return BlockMask.from_kv_blocks(
+        *_block_lists(touched & ~covered),
+        *_block_lists(covered),
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=_visible(low, high, window),
+        seq_lengths=(length, length),
+    )
+
+
+def _block_lists(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Number and indices of the blocks that are set, [B, 1, blocks] and [B, 1, blocks, blocks]; the rest follows."""
+    order = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32).unsqueeze(1), order.int().unsqueeze(1)
 
 
 def _visible(low: torch.Tensor, high: torch.Tensor, window: int | None) -> Callable[..., torch.Tensor]:

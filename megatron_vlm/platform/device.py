@@ -12,6 +12,7 @@ import warnings
 from dataclasses import dataclass
 
 import torch
+import torch.distributed
 
 from megatron_vlm.platform import fused_adam, megatron_cpu
 
@@ -42,6 +43,11 @@ class Platform:
         """Wait for queued device work; used for timing only."""
         if self.accelerated:
             torch.cuda.synchronize()
+
+    def leave_process_group(self, failed: bool) -> None:
+        """End torch.distributed; after a failure NCCL would first wait for the other ranks, so there exit ends it."""
+        if torch.distributed.is_initialized() and not (failed and self.accelerated):
+            torch.distributed.destroy_process_group()
 
     def peak_memory_bytes(self) -> int:
         """Most memory held so far: allocator peak on CUDA, resident set of the process on CPU."""

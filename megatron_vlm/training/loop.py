@@ -41,6 +41,7 @@ def train(config: Config) -> int:
         UserError: what the user can correct; nothing that was saved is lost.
     """
     initialize_distributed(config.parallel.distributed_timeout_minutes)
+    failed = True
     try:
         with StopRequests() as requests:
             run = set_up(config)
@@ -51,8 +52,9 @@ def train(config: Config) -> int:
                 if run.valid_loader is not None:
                     run.valid_loader.close()
         torch.distributed.barrier()
+        failed = False
     finally:
-        torch.distributed.destroy_process_group()
+        platform.current().leave_process_group(failed)
     return EXIT_DONE
 
 

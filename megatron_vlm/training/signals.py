@@ -1,4 +1,4 @@
-"""Requests to stop: SIGTERM, SIGUSR1 and SIGUSR2 let the step finish, save and exit with 0; a second one ends at once."""
+"""Requests to stop: SIGTERM, SIGUSR1 or SIGUSR2 lets the step finish, save and exit with 0; a second ends at once."""
 
 from __future__ import annotations
 

@@ -6,8 +6,14 @@ from collections.abc import Sequence
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3TextConfig
-from transformers import PreTrainedModel, SiglipVisionConfig
+from transformers import (
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    PreTrainedModel,
+    SiglipVisionConfig,
+)
 
 from megatron_vlm.data.collate import MicroBatch, spans
 

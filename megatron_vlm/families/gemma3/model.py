@@ -132,7 +132,7 @@ class Gemma3Chunk(MegatronModule):
         if chunk.is_first and config.vision is not None:
             assert config.mm_tokens_per_image is not None
             group = groups.cp if self.divides_images else groups.tp
-            self.vision_tower = VisionTower(config.vision, chunk.tower_engine, group, chunk.recompute != "none")
+            self.vision_tower = VisionTower(config.vision, chunk.tower_engine, group, chunk.recompute == "full")
             self.projector = Projector(
                 config.vision,
                 config.mm_tokens_per_image,

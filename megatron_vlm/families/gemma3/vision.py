@@ -22,7 +22,7 @@ from megatron_vlm.layers.norm import RMSNorm
 
 
 class VisionEmbeddings(torch.nn.Module):
-    """Patches to vectors plus learned positions; replicated, being 1 % of the tower, to spare a gather of activations."""
+    """Patches to vectors plus learned positions; replicated: 1 % of the tower, sharding would gather activations."""
 
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
         super().__init__()
