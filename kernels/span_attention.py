@@ -52,7 +52,7 @@ class Spans:
 
 def _block_mask(low: torch.Tensor, high: torch.Tensor, window: int | None) -> BlockMask:
     """Blocks of keys that some query of a block of queries sees, split into those that all of them see whole."""
-    batch, length = low.shape
+    length = low.shape[1]
     num_blocks = -(-length // _BLOCK)
     query = torch.arange(length, device=low.device)
     oldest = low if window is None else torch.maximum(low, query - window + 1)

@@ -90,6 +90,7 @@ def initialize() -> Platform:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 in convolutions too, as it does in torch's matmul
         _CURRENT = Platform(device, "nccl", True)
     else:
         megatron_cpu.install()

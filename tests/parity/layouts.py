@@ -11,6 +11,7 @@ import torch.distributed
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
+from megatron_vlm import platform
 from megatron_vlm.checkpoint.hf_model import load_hf_into_model
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families import registry
@@ -78,10 +79,10 @@ def set_up(
 
 
 def own_micro_batches(
-    micro_batches: Sequence[MicroBatch], groups: ProcessGroupCollection, layout: TestLayout
+    micro_batches: list[MicroBatch], groups: ProcessGroupCollection, layout: TestLayout
 ) -> list[MicroBatch]:
     """This data rank's share, its sequence padded for sequence parallelism, without pixels past the first stage."""
-    mine = list(micro_batches)[groups.dp.rank() :: groups.dp.size()]
+    mine = [batch.to(platform.current().device) for batch in micro_batches[groups.dp.rank() :: groups.dp.size()]]
     assert not layout.sequence_parallel or mine[0].input_ids.shape[1] % layout.tensor == 0
     return mine
 
@@ -122,7 +123,7 @@ def _record_logits(model: Sequence[torch.nn.Module], groups: ProcessGroupCollect
         part = compute(x)
         parts = [torch.empty_like(part) for _ in range(groups.tp.size())]
         torch.distributed.all_gather(parts, part.detach().contiguous(), group=groups.tp)
-        recorded.append(torch.cat(parts, dim=-1).transpose(0, 1))
+        recorded.append(torch.cat(parts, dim=-1).transpose(0, 1).cpu())
         return part
 
     if hasattr(language_model, "norm"):
@@ -149,10 +150,10 @@ def gather_parameter(
 ) -> torch.Tensor:
     """Whole values of a parameter-shaped tensor."""
     if not getattr(parameter, "tensor_model_parallel", False) or groups.tp.size() == 1:
-        return values.detach().clone()
+        return values.detach().cpu().clone()
     parts = [torch.empty_like(values) for _ in range(groups.tp.size())]
     torch.distributed.all_gather(parts, values.detach().contiguous(), group=groups.tp)
-    return torch.cat(parts, dim=parameter.partition_dim)
+    return torch.cat(parts, dim=parameter.partition_dim).cpu()
 
 
 def hf_gradients(model: Any) -> dict[str, torch.Tensor]:
