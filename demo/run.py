@@ -61,8 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scores = Scores.of(answers)
     report = folder / "report.html"
     layout_rows = _layout_rows(options.train_iters, stop_after)
-    settings = CONFIG.read_text(encoding="utf-8")
-    write_demo_report(report, folder / "run", settings, answers, scores, phases, layout_rows, stop_after)
+    write_demo_report(report, folder / "run", answers, scores, phases, layout_rows, stop_after)
     print_summary(scores, phases, len(samples), report, folder / "export")
     return 0 if scores.passed else 1
 

@@ -81,14 +81,13 @@ def print_summary(scores: Scores, phases: Phases, heldout_samples: int, report: 
 def write_demo_report(
     path: Path,
     run_folder: Path,
-    config_yaml: str,
     answers: Answers,
     scores: Scores,
     phases: Phases,
     layout_rows: Sequence[dict],
     stop_after: int,
 ) -> None:
-    """Writes the report of the demo."""
+    """Writes the report of the demo from the run's own files (metrics, evaluations, resolved configuration)."""
     figures = [
         Figure(
             "Exact match, held out",
@@ -109,7 +108,7 @@ def write_demo_report(
         path,
         "A tiny Gemma 3 learns to look",
         run_folder / "metrics.jsonl",
-        config_yaml,
+        (run_folder / "config.yaml").read_text(encoding="utf-8"),
         layout_rows,
         _samples_to_show(answers),
         figures,
@@ -118,6 +117,7 @@ def write_demo_report(
             f"{len(answers.samples)} held-out questions through plain transformers."
         ),
         marks={stop_after: "stopped, resumed in another layout"},
+        evaluations_jsonl=run_folder / "evaluations.jsonl",
         tables={"Exact match": _table_by_kind(answers), "Time": _table_of_seconds(phases)},
     )
 

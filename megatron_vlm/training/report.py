@@ -61,6 +61,7 @@ def write_report(
     *,
     subtitle: str = "",
     marks: Mapping[int, str] | None = None,
+    evaluations_jsonl: Path | None = None,
     tables: Mapping[str, Sequence[Mapping[str, object]]] | None = None,
 ) -> Path:
     """Writes the report atomically and returns its path.
@@ -74,13 +75,15 @@ def write_report(
         figures: Shown as cards under the title.
         subtitle: One sentence under the title.
         marks: Step -> text of a dashed line in the loss curve.
+        evaluations_jsonl: One object per evaluation, with `step` and `loss`; drawn as dots. May not exist.
         tables: Heading -> rows of a further table, in the form of `layout_rows`.
     """
     metrics = read_metrics(metrics_jsonl)
+    evaluations = read_metrics(evaluations_jsonl) if evaluations_jsonl and evaluations_jsonl.exists() else []
     sections = [
         _header(title, subtitle),
         _figure_cards(figures),
-        _section("Training", _charts(metrics, marks or {})),
+        _section("Training", _charts(metrics, evaluations, marks or {})),
         *[_section(heading, _table(rows)) for heading, rows in (tables or {}).items()],
         _section("Layout", _table(layout_rows)) if layout_rows else "",
         _section("Samples", _sample_grid(samples)) if samples else "",
@@ -104,7 +107,7 @@ def write_report(
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Returns the training steps of a metrics file in order of step.
+    """Returns the training steps (or evaluations) of a file of JSON lines in order of step.
 
     A step that was logged again after a resume counts as logged last. A half-written last line (of a run that was
     killed, or still writes) is left out.
@@ -143,13 +146,16 @@ def _figure_cards(figures: Sequence[Figure]) -> str:
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
-def _charts(metrics: Sequence[Mapping], marks: Mapping[int, str]) -> str:
+def _charts(metrics: Sequence[Mapping], evaluations: Sequence[Mapping], marks: Mapping[int, str]) -> str:
     """The loss curve at full width, and up to three small charts of what else was logged."""
     steps = [row["step"] for row in metrics]
     losses = [float(row["loss"]) for row in metrics]
     smoothing = max(1, len(losses) // 40)
-    loss = line_chart(steps, losses, "Loss over steps", 960, 320, marks, smoothing, allow_logarithmic=True)
-    caption = f"Loss over optimizer steps{', moving average over measured values' if smoothing > 1 else ''}"
+    dots = [(row["step"], float(row["loss"])) for row in evaluations]
+    loss = line_chart(steps, losses, "Loss over steps", 960, 320, marks, smoothing, allow_logarithmic=True, dots=dots)
+    caption = "Loss over optimizer steps"
+    caption += ", moving average over measured values" if smoothing > 1 else ""
+    caption += "; dots: held-out data" if dots else ""
     figures = [f'<figure class="wide">{loss}<figcaption>{caption}</figcaption></figure>']
     for key, heading in _SMALL_CHARTS.items():
         rows = [row for row in metrics if isinstance(row.get(key), int | float)]

@@ -22,6 +22,7 @@ def line_chart(
     marks: Mapping[int, str] | None = None,
     smoothing_points: int = 1,
     allow_logarithmic: bool = False,
+    dots: Sequence[tuple[float, float]] = (),
 ) -> str:
     """Returns one `<svg>` element that draws `values` over `steps`.
 
@@ -32,6 +33,8 @@ def line_chart(
         marks: Step -> text of a vertical dashed line.
         smoothing_points: Width of the centred moving average; 1 draws the values themselves.
         allow_logarithmic: Use a logarithmic axis when the values span more than a factor of 20.
+        dots: Further points (step, value) of a second quantity, such as held-out loss; those beyond the axes of the
+            first are left out.
     """
     points = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
     points = points[:: max(1, len(points) // _MAX_POINTS)]
@@ -68,6 +71,9 @@ def line_chart(
     if smoothing_points > 1:
         parts.append(f'<polyline class="raw" points="{path(ys)}"/>')
     parts.append(f'<polyline class="smooth" points="{path(_moving_average(ys, smoothing_points))}"/>')
+    for x, y in dots:
+        if xs[0] <= x <= xs[-1] and (y > 0 or not logarithmic) and low <= scale_y(y) <= high:
+            parts.append(f'<circle class="dot" r="4" cx="{place_x(x):.1f}" cy="{place_y(y):.1f}"/>')
     return "".join(parts) + "</svg>"
 
 

@@ -32,6 +32,7 @@ svg { display: block; width: 100%; height: auto; }
 .axis { fill: var(--soft); font-size: 11px; font-variant-numeric: tabular-nums; }
 .raw { fill: none; stroke: var(--accent); stroke-width: 1; opacity: .28; }
 .smooth { fill: none; stroke: var(--accent); stroke-width: 2; stroke-linejoin: round; }
+.dot { fill: var(--surface); stroke: var(--good); stroke-width: 2; }
 .mark { stroke: var(--soft); stroke-dasharray: 4 4; }
 .mark-text { fill: var(--soft); font-size: 11px; }
 .scroll { overflow-x: auto; }

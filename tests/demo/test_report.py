@@ -106,6 +106,15 @@ def test_an_older_report_is_replaced_whole(tmp_path, metrics):
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_evaluations_are_dots_in_the_loss_curve(tmp_path, metrics):
+    evaluations = tmp_path / "evaluations.jsonl"
+    evaluations.write_text('{"step": 20, "loss": 0.5}\n{"step": 40, "loss": 0.25}\n', encoding="utf-8")
+    path = write_report(tmp_path / "a.html", "Title", metrics, "", [], evaluations_jsonl=evaluations)
+    assert path.read_text(encoding="utf-8").count('class="dot"') == 2
+    path = write_report(tmp_path / "b.html", "Title", metrics, "", [], evaluations_jsonl=tmp_path / "none.jsonl")
+    assert path.read_text(encoding="utf-8").count('class="dot"') == 0
+
+
 def test_metrics_of_a_resumed_and_killed_run(tmp_path):
     path = tmp_path / "metrics.jsonl"
     rows = [{"step": 1, "loss": 3}, {"step": 2, "loss": 2}, {"step": 2, "eval_loss": 9}, {"step": 2, "loss": 1}]
