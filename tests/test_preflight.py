@@ -19,6 +19,7 @@ from megatron_vlm.training.preflight import Layout, check_export, check_layout, 
 from tests.published_gemma3 import TEXT_ONLY, TEXT_SIZES, published_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+FAMILY = registry.FAMILIES[0]
 PARTS = ("language_model", "vision_tower", "projector")
 
 
@@ -32,7 +33,7 @@ def run_config(*overrides: str) -> Config:
 def model_record(name: str) -> tuple[Any, dict[str, tuple[int, ...]]]:
     """A published size as the family's record, and the shapes of its parameters."""
     hf_config = published_config(name)
-    family = registry.detect(hf_config)
+    family = FAMILY
     model_config = family.config_from_hf(hf_config, text_only=name in TEXT_ONLY)
     return model_config, {name: weight.padded_shape for name, weight in family.weight_map(model_config).items()}
 
@@ -163,7 +164,7 @@ def test_counts_per_rank_add_up() -> None:
     """Over a pipeline every parameter is held once, but for the tied embedding, which both ends hold."""
     model_config, shapes = model_record("4b")
     config = run_config(f"{PIPELINE}=4", f"{STAGES}=[0,17,17,0]")
-    counts = count_parameters(config, model_config, check_layout(config, model_config, 4), shapes)
+    counts = count_parameters(config, FAMILY, model_config, check_layout(config, model_config, 4))
     total = sum(sum(by_part.values()) for by_part in counts)
     embedding = math.prod(shapes["language_model.embed_tokens.weight"])
     assert total == sum(map(math.prod, shapes.values())) + embedding
@@ -175,10 +176,10 @@ def test_counts_per_rank_over_tensor_ranks() -> None:
     """All but a named rest is divided: norms, biases of row-parallel layers, and what is small or read by all ranks."""
     model_config, shapes = model_record("4b")
     config = run_config(f"{TENSOR}=4")
-    rest = re.compile(r"norm|(out_proj|fc2)\.bias|patch_embedding|position|projector")
+    rest = re.compile(r"norm|(out_proj|fc2)\.bias|patch_embedding|position")
     replicated = sum(math.prod(shape) for name, shape in shapes.items() if rest.search(name))
     total = sum(map(math.prod, shapes.values()))
-    (held,) = count_parameters(config, model_config, check_layout(config, model_config, 4), shapes)
+    (held,) = count_parameters(config, FAMILY, model_config, check_layout(config, model_config, 4))
     assert sum(held.values()) == (total - replicated) / 4 + replicated
     assert replicated < 0.0025 * total
 
@@ -188,7 +189,7 @@ def test_memory_follows_the_settings() -> None:
 
     def memory(world_size: int, *overrides: str) -> Any:
         config = run_config(*overrides)
-        return estimate_memory(config, model_config, check_layout(config, model_config, world_size), shapes)
+        return estimate_memory(config, FAMILY, model_config, check_layout(config, model_config, world_size))
 
     (one,) = memory(1)
     total = sum(map(math.prod, shapes.values()))
@@ -217,7 +218,7 @@ def test_published_recipes_fit_their_machine(path: Path) -> None:
     model_config, shapes = model_record(path.stem.removeprefix("gemma3_"))
     parts = {name.partition(".")[0] for name in shapes}
     layout = check_layout(config, model_config, int(found[1]) * int(found[2]), parts)
-    for rank in estimate_memory(config, model_config, layout, shapes):
+    for rank in estimate_memory(config, FAMILY, model_config, layout):
         assert rank.total_bytes < 0.9 * 80e9
 
 

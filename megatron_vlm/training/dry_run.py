@@ -75,7 +75,7 @@ def dry_run(config: Config, say: Callable[[str], None] = print) -> int:
         rows = checks[0].rows if checks else 0
         images_per_row = checks[0].images / rows if rows else 1.0
         say("memory")
-        for line in format_memory(estimate_memory(config, model_config, layouts[0], shapes, images_per_row)):
+        for line in format_memory(estimate_memory(config, family, model_config, layouts[0], images_per_row)):
             say(f"  {line}")
     if checks:
         report.attempt(lambda: describe_samples(config, rules, SAMPLES_SHOWN))

@@ -8,18 +8,22 @@ per layer and token, times the micro-batches that the pipeline schedule keeps al
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from megatron_vlm.config import Config
+from megatron_vlm.families.registry import Family
+from megatron_vlm.layers.embedding import padded_vocab_size
+from megatron_vlm.parallel.build import build_chunks
+from megatron_vlm.parallel.simulate import simulated_rank
 from megatron_vlm.training.preflight import Layout
+from megatron_vlm.training.setup import build_settings
 
 FP32_BYTES = 4
 ADAM_MOMENT_BYTES = 2 * FP32_BYTES
-COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1", "embed_tokens", "lm_head")
-ROW_PARALLEL = ("o_proj", "out_proj", "down_proj", "fc2")
-KEY_VALUE = ("k_proj", "v_proj")
 
 
 @dataclass(frozen=True)
@@ -48,25 +52,25 @@ class RankMemory:
 
 def estimate_memory(
     config: Config,
+    family: Family,
     model_config: Any,
     layout: Layout,
-    shapes: Mapping[str, tuple[int, ...]],
     images_per_row: float = 1.0,
 ) -> list[RankMemory]:
     """Memory of every pipeline rank.
 
     Args:
         config: a validated configuration.
+        family: of the model.
         model_config: the family's record of the model.
         layout: from `check_layout`.
-        shapes: unsharded shape of every parameter by our name, vocabulary padding included.
         images_per_row: images in an average row.
 
     Returns:
         One entry per pipeline rank.
     """
     value_bytes = _value_bytes(config)
-    counts = count_parameters(config, model_config, layout, shapes)
+    counts = count_parameters(config, family, model_config, layout)
     memory = []
     for rank, by_part in enumerate(counts):
         trainable = sum(count for part, count in by_part.items() if part not in config.model.freeze)
@@ -79,52 +83,30 @@ def estimate_memory(
                 gradient_bytes=trainable * FP32_BYTES,
                 optimizer_bytes=_optimizer_bytes(config, layout, trainable),
                 activation_bytes=_activation_bytes(config, model_config, layout, rank, images_per_row),
-                logits_bytes=_logits_bytes(config, layout, rank, shapes),
+                logits_bytes=_logits_bytes(config, model_config, layout, rank),
             )
         )
     return memory
 
 
-def count_parameters(
-    config: Config, model_config: Any, layout: Layout, shapes: Mapping[str, tuple[int, ...]]
-) -> list[dict[str, int]]:
-    """Parameters per part that one tensor-parallel rank holds, for every pipeline rank."""
-    counts: list[dict[str, int]] = [{} for _ in range(layout.pipeline_size)]
-    for name, shape in shapes.items():
-        part = name.partition(".")[0]
-        local = math.prod(local_shape(config, model_config, name, shape))
-        for rank in {chunk % layout.pipeline_size for chunk in _chunks_of(name, model_config, layout)}:
-            counts[rank][part] = counts[rank].get(part, 0) + local
+def count_parameters(config: Config, family: Family, model_config: Any, layout: Layout) -> list[dict[str, int]]:
+    """Parameters per part that one tensor-parallel rank holds, for every pipeline rank.
+
+    The model's own code builds each stage on torch's meta device, so nothing is allocated and nothing told twice.
+    torch.distributed must not be initialised.
+    """
+    counts: list[dict[str, int]] = []
+    ranks_per_stage = layout.world_size // layout.pipeline_size
+    for stage in range(layout.pipeline_size):
+        counts.append({})
+        rank = (stage * ranks_per_stage, layout.world_size)
+        with simulated_rank(*rank, layout.tensor_size, layout.pipeline_size) as groups:
+            chunks = build_chunks(family, model_config, build_settings(config, layout), groups, torch.device("meta"))
+        for chunk in chunks:
+            for name, parameter in chunk.named_parameters():
+                part = name.partition(".")[0]
+                counts[-1][part] = counts[-1].get(part, 0) + parameter.numel()
     return counts
-
-
-def local_shape(config: Config, model_config: Any, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of one tensor-parallel rank's share of a parameter; replicated parameters keep their shape."""
-    size = config.parallel.tensor_model_parallel_size
-    part, *_, module, kind = name.split(".") if name.count(".") > 1 else (name.partition(".")[0], "", "")
-    whole_tower = part == "vision_tower" and config.model.vision_parallelism == "data"
-    if size == 1 or whole_tower:
-        return shape
-    if module in COLUMN_PARALLEL:
-        share = size
-        if part == "language_model" and module in KEY_VALUE:
-            layer = model_config.text.layers[int(name.split(".")[2])]
-            share = min(size, layer.num_key_value_heads)
-        return (shape[0] // share, *shape[1:])
-    if module in ROW_PARALLEL and kind == "weight":
-        return (shape[0], shape[1] // size)
-    return shape
-
-
-def _chunks_of(name: str, model_config: Any, layout: Layout) -> Iterable[int]:
-    """Global chunks that hold a parameter: one, or two for a tied embedding."""
-    last = len(layout.chunks) - 1
-    if name.startswith("language_model.layers."):
-        layer = int(name.split(".")[2])
-        return [chunk for chunk, layers in enumerate(layout.chunks) if layer in layers]
-    if name == "language_model.embed_tokens.weight":
-        return [0, last] if model_config.text.tie_word_embeddings else [0]
-    return [last] if name.startswith("language_model.") else [0]
 
 
 def _value_bytes(config: Config) -> int:
@@ -139,11 +121,11 @@ def _optimizer_bytes(config: Config, layout: Layout, trainable: int) -> int:
     return math.ceil(trainable / shards) * (main_bytes + moment_bytes)
 
 
-def _logits_bytes(config: Config, layout: Layout, pipeline_rank: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
+def _logits_bytes(config: Config, model_config: Any, layout: Layout, pipeline_rank: int) -> int:
     """Logits, their fp32 softmax and its gradient, for one micro-batch, on the last pipeline rank."""
     if pipeline_rank != layout.pipeline_size - 1:
         return 0
-    vocabulary_rows = shapes["language_model.embed_tokens.weight"][0]
+    vocabulary_rows = padded_vocab_size(model_config.text.vocab_size)
     tokens = config.train.micro_batch_size * config.data.seq_length
     return tokens * vocabulary_rows // layout.tensor_size * (_value_bytes(config) + 2 * FP32_BYTES)
 
@@ -187,7 +169,7 @@ def _text_layer_bytes(config: Config, model_config: Any, layer: Any, recompute: 
     if recompute == "full":
         return hidden * value
     queries = layer.num_attention_heads * layer.head_dim / size
-    keys = max(1, layer.num_key_value_heads / size) * layer.head_dim
+    keys = max(1, layer.num_key_value_heads / size) * layer.head_dim  # one head where there are more ranks than heads
     # Residual stream and the input and output of both halves; the four norms keep their fp32 input and result.
     kept = hidden * (6 * value + 4 * 2 * FP32_BYTES)
     kept += 4 * layer.intermediate_size / size * value  # gate, up, activation, product

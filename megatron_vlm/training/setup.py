@@ -167,10 +167,9 @@ def _layout_sizes(config: Config, layout: Layout) -> dict[str, int]:
     }
 
 
-def _build_model(
-    config: Config, layout: Layout, family: registry.Family, model_config: Any, groups: ProcessGroupCollection
-) -> list[MegatronModule]:
-    settings = BuildSettings(
+def build_settings(config: Config, layout: Layout) -> BuildSettings:
+    """How the configuration wants the model divided and held."""
+    return BuildSettings(
         layout.chunks,
         DTYPES[config.train.precision],
         config.parallel.sequence_parallel,
@@ -178,7 +177,12 @@ def _build_model(
         config.model.vision_parallelism,
         config.train.deterministic,
     )
-    chunks = build_chunks(family, model_config, settings, groups)
+
+
+def _build_model(
+    config: Config, layout: Layout, family: registry.Family, model_config: Any, groups: ProcessGroupCollection
+) -> list[MegatronModule]:
+    chunks = build_chunks(family, model_config, build_settings(config, layout), groups)
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             parameter.requires_grad_(name.partition(".")[0] not in config.model.freeze)
