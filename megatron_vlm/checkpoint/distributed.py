@@ -12,6 +12,7 @@ objects (random states), and reads only from the run's own folder: do not put a 
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -296,7 +297,7 @@ class CheckpointManager:
         _check_tensors(state, folder, self.groups)
         loaded = _read(lambda: dist_checkpointing.load(state, str(folder)), folder)
         if optimizer is not None:
-            optimizer_state.load_state(optimizer, loaded["optimizer"], saved, str(folder))
+            optimizer_state.load_state(optimizer, loaded.get("optimizer", {}), saved, str(folder))
         if param_scheduler is not None and manifest.scheduler is not None:
             _load_scheduler(param_scheduler, dict(manifest.scheduler), folder)
         if same_layout:
@@ -359,7 +360,10 @@ def _read[Result](action: Callable[[], Result], folder: Path) -> Result:
     """Run `action`, which reads tensors; if it fails on any rank, every rank has the same error for the user."""
     failure: Any = None
     try:
-        result = action()
+        with warnings.catch_warnings():
+            # Remarks on the way in which megatron-core calls torch.
+            warnings.filterwarnings("ignore", module=r"(torch\.distributed\.checkpoint|megatron)\.")
+            result = action()
     except CheckpointException as error:  # torch's, one reason per rank
         failure = next(iter(error.failures.values()))[0]
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, CheckpointingException) as error:

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
@@ -30,6 +31,7 @@ from megatron_vlm.platform.checkpointing import padding_kept
 
 # The one format of the distributed optimizer that can be read back with other tensor and pipeline sizes.
 _SHARDING_TYPE = "fully_reshardable"
+_MAIN_KEY = "fp32_from_fp16_params"  # where Float16OptimizerWithFloat16Params has them in memory
 _METADATA = {"distrib_optim_sharding_type": _SHARDING_TYPE, "chained_optim_avoid_prefix": True}
 # Where each optimizer's fp32 main parameters are stored, before the parameter's name. An fp32 model without the
 # distributed optimizer has none: its parameters are stored once, under their own names.
@@ -95,19 +97,23 @@ def load_state(optimizer: MegatronOptimizer, loaded: dict[str, Any], saved: Mapp
     """
     inner = _single(optimizer)
     groups = match_groups(optimizer, saved, where)
+    # megatron-core leaves out what is empty on this rank: a stage may train nothing, or no parameter of some group.
     if isinstance(inner, DistributedOptimizer):
         loaded = {
             "optimizer": {"param_groups": groups},
-            "param_state": loaded["param_state"],
+            "param_state": loaded.get("param_state", {}),
             "param_state_sharding_type": _SHARDING_TYPE,
         }
     else:
-        torch_state = loaded if isinstance(inner, FP32Optimizer) else loaded["optimizer"]
-        torch_state.setdefault("state", {})
-        local_ids = [group["params"] for group in torch_state["param_groups"]]
-        torch_state["param_groups"] = [
-            {**group, "params": params} for group, params in zip(groups, local_ids, strict=True)
-        ]
+        is_nested = isinstance(inner, Float16OptimizerWithFloat16Params)
+        local_groups = inner.optimizer.state_dict()["param_groups"]
+        torch_state = {
+            "state": (loaded.get("optimizer", {}) if is_nested else loaded).get("state", {}),
+            "param_groups": [
+                {**group, "params": local["params"]} for group, local in zip(groups, local_groups, strict=True)
+            ],
+        }
+        loaded = {"optimizer": torch_state, _MAIN_KEY: _by_group(inner, loaded)} if is_nested else torch_state
     inner.load_state_dict(loaded)
 
 
@@ -123,6 +129,12 @@ def match_groups(optimizer: MegatronOptimizer, saved: Mapping[str, Any], where: 
         )
     candidates = [{key: _from_json(value) for key, value in group.items()} for group in saved["groups"]]
     return [_match(group, candidates, where) for group in optimizer.param_groups]
+
+
+def _by_group(inner: Float16OptimizerWithFloat16Params, loaded: dict[str, Any]) -> list[list[torch.Tensor]]:
+    """Loaded main parameters, with the empty groups that are left out put back."""
+    values = iter([value for group in loaded.get(_MAIN_KEY, []) for value in group])
+    return [[next(values) for _ in group] for group in inner.fp32_from_float16_groups]
 
 
 _SETTINGS_FIX = "resume with the settings it was saved with, or start a new run_dir from its weights (checkpoint.load)"

@@ -242,6 +242,24 @@ def test_plain_optimizers_continue_bit_for_bit(tmp_path, optimizer, bf16):
         assert_same(straight, resumed)
 
 
+@pytest.mark.parametrize("distributed_optimizer", [False, True])
+@pytest.mark.parametrize(
+    ("freeze", "trained_tensors_by_stage"),
+    [
+        ("language_model|vision_tower", [1, 0]),
+        # The second stage trains norms and biases only: its first parameter group is empty, its second is not.
+        (r"vision_tower|.*embed_tokens|.*layers\.[23]\..*proj\.weight", [9, 5]),
+    ],
+    ids=["no parameter", "no parameter of a group"],
+)
+def test_partly_frozen_stages_continue_bit_for_bit(tmp_path, freeze, trained_tensors_by_stage, distributed_optimizer):
+    settings = Settings(Layout(pipeline=2), freeze=freeze, distributed_optimizer=distributed_optimizer, bf16=True)
+    results = run_ranks(2, straight_and_resumed, settings, str(tmp_path))
+    for straight, resumed in results:
+        assert_same(straight, resumed)
+    assert [sum(key.startswith("exp_avg.") for key in run) for run, _ in results] == trained_tensors_by_stage
+
+
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("distributed_first", [False, True])
 def test_distributed_optimizer_can_be_switched(tmp_path, bf16, distributed_first):

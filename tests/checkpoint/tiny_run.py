@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gc
 import multiprocessing
+import re
 import zlib
 from dataclasses import dataclass, field
 
@@ -59,6 +60,7 @@ class Settings:
     distributed_optimizer: bool = True
     bf16: bool = False
     overlap_param_gather: bool = False
+    freeze: str = FROZEN  # regular expression
     learning_rate: float = LEARNING_RATE
     num_layers: int = NUM_LAYERS
 
@@ -101,7 +103,7 @@ class Stage(MegatronModule):
                 value = value.chunk(groups.tp.size(), dim)[groups.tp.rank()].contiguous()
             parameter = torch.nn.Parameter(value.to(torch.bfloat16 if settings.bf16 else torch.float32))
             set_tensor_model_parallel_attributes(parameter, dim is not None, 0 if dim is None else dim, 1)
-            parameter.requires_grad_(name != FROZEN)
+            parameter.requires_grad_(not re.match(settings.freeze, name))
             if name == EMBEDDING and settings.layout.pipeline > 1:  # as megatron-core's pipelines mark it
                 parameter.shared, parameter.shared_embedding = copy, True
             self._place(name, parameter)
