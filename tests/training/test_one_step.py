@@ -1,0 +1,170 @@
+"""One step of plain SGD at learning rate 1 changes every parameter by minus transformers' own gradient.
+
+The whole path is under test: JSONL, processor, labels, collation, layout, accumulation, update, export.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tests.ranks import run_ranks
+from tests.training.tiny_run_config import GLOBAL_BATCH, TinyFiles, read_metrics, tiny_config, train_on_rank
+from tests.training.transformers_reference import (
+    NO_LOSS,
+    Batch,
+    language_model_of,
+    load_multimodal,
+    load_text,
+    mean_loss,
+    multimodal_batch,
+    text_batch,
+)
+
+CONTRACT = {
+    "optimizer.name": "sgd",
+    "parallel.use_distributed_optimizer": False,
+    "optimizer.lr": 1.0,
+    "optimizer.weight_decay": 0.0,
+    "optimizer.clip_grad": 0.0,
+    "optimizer.schedule": "constant",
+}
+# fp32 in another order of summation: 1e-7 per product, amplified by four decoder layers behind two of the tower. The
+# gradient's tolerance is relative to the largest entry of each tensor (the worst seen is printed by `pytest -s`); a new
+# parameter is rounded once more, by at most half a unit in the last place of fp32, on either side.
+GRADIENT_TOLERANCE = 1e-5
+ROUNDING = 2.0**-23
+LOSS_TOLERANCE = 1e-6
+# Softmax does not change when one number is added to all scores of a query: a key bias has no gradient.
+ZERO_GRADIENT = "k_proj.bias"
+
+TENSOR, PIPELINE = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
+VIRTUAL, SEQUENCE = "parallel.virtual_pipeline_model_parallel_size", "parallel.sequence_parallel"
+MICRO_BATCH, VISION = "train.micro_batch_size", "model.vision_parallelism"
+OVERLAP = "parallel.overlap_grad_reduce"
+
+# Ranks, and settings. Micro-batches of two rows hold padding, and in file order rows with and without images.
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "TP1": (1, {MICRO_BATCH: 1}),
+    "TP1, one micro-batch": (1, {MICRO_BATCH: GLOBAL_BATCH}),
+    "TP2": (2, {TENSOR: 2, MICRO_BATCH: 2}),
+    "TP2+SP": (2, {TENSOR: 2, SEQUENCE: True, MICRO_BATCH: 2}),
+    "TP4": (4, {TENSOR: 4, MICRO_BATCH: 4}),
+    "PP2": (2, {PIPELINE: 2, MICRO_BATCH: 1}),
+    "PP4": (4, {PIPELINE: 4, MICRO_BATCH: 2}),
+    "PP2xVPP2": (2, {PIPELINE: 2, VIRTUAL: 2, MICRO_BATCH: 1}),
+    "TP2xPP2+SP": (4, {TENSOR: 2, PIPELINE: 2, SEQUENCE: True, MICRO_BATCH: 2}),
+    "DP2": (2, {MICRO_BATCH: 2}),
+    "DP2, overlapped": (2, {MICRO_BATCH: 1, OVERLAP: True}),
+    "DP4, one rank without images": (4, {MICRO_BATCH: 1}),
+    "DP2xTP2": (4, {TENSOR: 2, MICRO_BATCH: 1}),
+    "TP2, vision DP": (2, {TENSOR: 2, VISION: "data", MICRO_BATCH: 2}),
+    "TP2+SP, vision DP": (2, {TENSOR: 2, SEQUENCE: True, VISION: "data", MICRO_BATCH: 1}),
+}
+TEXT_LAYOUTS = ["TP1", "TP2xPP2+SP"]
+
+Step = tuple[float, int, dict[str, torch.Tensor], dict[str, torch.Tensor]]
+
+
+def take_step(model: torch.nn.Module, batch: Batch) -> Step:
+    """Loss, label tokens, and by name every parameter before and its gradient."""
+    loss = mean_loss(model, batch)
+    loss.backward()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return loss.item(), int((batch[1] != NO_LOSS).sum()), before, gradients
+
+
+@cache
+def multimodal_step(files: TinyFiles) -> Step:
+    return take_step(load_multimodal(files.model), multimodal_batch(files, files.rows))
+
+
+def train_one_step(files: TinyFiles, folder: Path, layout: str, **settings: Any) -> Path:
+    """Run in a layout; returns the export."""
+    world_size, layout_settings = LAYOUTS[layout]
+    export = folder / "a new folder" / "hf"
+    settings = CONTRACT | layout_settings | {"checkpoint.export_hf": str(export)} | settings
+    run_ranks(world_size, train_on_rank, tiny_config(files, folder / "run", settings))
+    return export
+
+
+def check_step(folder: Path, exported: torch.nn.Module, step: Step) -> None:
+    loss, label_tokens, before, gradients = step
+    (record,) = read_metrics(folder / "run")
+    assert record["label_tokens"] == label_tokens
+    assert record["loss"] == pytest.approx(loss, rel=LOSS_TOLERANCE)
+    after = {name: parameter.detach() for name, parameter in exported.named_parameters()}
+    assert after.keys() == before.keys()
+    worst = 0.0
+    for name, gradient in gradients.items():
+        rounding = ROUNDING * (before[name].abs().max() + gradient.abs().max())
+        error = (after[name] - (before[name] - gradient)).abs().max()
+        if name.endswith(ZERO_GRADIENT):
+            assert error <= rounding + 1e-7, name
+            continue
+        largest = gradient.abs().max()
+        assert largest > 100 * rounding, f"{name}: its gradient would drown in rounding"
+        assert error <= GRADIENT_TOLERANCE * largest + rounding, f"{name}: {error} of {largest}"
+        worst = max(worst, ((error - rounding) / largest).item())
+    print(f"worst gradient error beyond rounding: {worst:.1e}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_step_of_vision_language_model(layout: str, multimodal: TinyFiles, tmp_path: Path) -> None:
+    export = train_one_step(multimodal, tmp_path, layout)
+    check_step(tmp_path, load_multimodal(export), multimodal_step(multimodal))
+    check_files(export, multimodal.model)
+
+
+@pytest.mark.parametrize("layout", TEXT_LAYOUTS)
+def test_step_of_text_model(layout: str, text_model: TinyFiles, tmp_path: Path) -> None:
+    export = train_one_step(text_model, tmp_path, layout)
+    step = take_step(load_text(text_model.model), text_batch(text_model, text_model.rows))
+    check_step(tmp_path, load_text(export), step)
+    check_files(export, text_model.model)
+
+
+@pytest.mark.parametrize("layout", TEXT_LAYOUTS)
+def test_step_of_language_model_taken_out(layout: str, multimodal: TinyFiles, tmp_path: Path) -> None:
+    """`model.text_only` trains the language model of a multimodal directory, and exports it as a text model."""
+    files = replace(multimodal, data=multimodal.data.with_name("text.jsonl"))
+    export = train_one_step(files, tmp_path, layout, **{"model.text_only": True})
+    model = language_model_of(load_multimodal(multimodal.model))
+    check_step(tmp_path, load_text(export), take_step(model, text_batch(files, files.rows)))
+
+
+def test_export_has_dtype_of_source(multimodal_bf16: TinyFiles, tmp_path: Path) -> None:
+    """A bf16 directory is trained in fp32 and written in bf16, rounded once."""
+    export = train_one_step(multimodal_bf16, tmp_path, "TP2")
+    check_files(export, multimodal_bf16.model)
+    model = load_multimodal(multimodal_bf16.model, torch.float32)
+    _, _, before, gradients = take_step(model, multimodal_batch(multimodal_bf16, multimodal_bf16.rows))
+    for name, parameter in load_multimodal(export).named_parameters():
+        expected = before[name] - gradients[name]
+        # Half a unit in the last of bf16's eight places, and what fp32 leaves open.
+        assert parameter.dtype == torch.bfloat16
+        assert ((parameter.float() - expected).abs() <= 2.0**-8 * expected.abs() + 1e-6).all(), name
+
+
+def check_files(export: Path, source: Path) -> None:
+    """The same tensors by name, dtype and shape, and the same configuration."""
+    assert tensor_facts(export) == tensor_facts(source)
+    configurations = [json.loads((folder / "config.json").read_text()) for folder in (export, source)]
+    assert configurations[0] == configurations[1]
+
+
+def tensor_facts(folder: Path) -> dict[str, tuple[str, list[int]]]:
+    facts = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            facts |= {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+    return facts
