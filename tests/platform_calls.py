@@ -1,0 +1,107 @@
+"""Records where megatron-core meets a replacement of the CPU layer, and takes single replacements away."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType, ModuleType
+from typing import Any
+from unittest import mock
+
+from megatron.core.tensor_parallel import random
+
+from megatron_vlm.platform import megatron_cpu
+
+_NAMESPACES: dict[str, ModuleType] = {
+    "torch": megatron_cpu._torch,
+    "torch.cuda": megatron_cpu._cuda,
+    "torch.distributed": megatron_cpu._dist,
+}
+_TENSOR_METHODS = {
+    megatron_cpu._tensor_cuda_for_megatron.__name__: "Tensor.cuda",
+    megatron_cpu._tensor_type_for_megatron.__name__: "Tensor.type",
+}
+_RANDOM_FUNCTIONS = ("_get_cuda_rng_state", "_set_cuda_rng_state")
+
+
+def replacements() -> dict[str, tuple[ModuleType, str]]:
+    """Every replaced function by its full name: the namespace that holds it, and its name there."""
+    own = set(vars(megatron_cpu._Proxy(ModuleType("empty"), {})))
+    found = {
+        f"{prefix}.{name}": (namespace, name)
+        for prefix, namespace in _NAMESPACES.items()
+        for name, value in vars(namespace).items()
+        if name not in own and not isinstance(value, ModuleType)
+    }
+    return found | {f"{random.__name__}.{name}": (random, name) for name in _RANDOM_FUNCTIONS}
+
+
+def _changes_something(name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+    """Whether a call is answered differently from torch's own."""
+    if name.removeprefix("torch.") in megatron_cpu._FACTORIES:
+        return megatron_cpu._is_cuda(keywords.get("device"))
+    if name == "torch.distributed.all_gather":
+        return len({part.shape for part in arguments[0]}) > 1
+    return True
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[set[str]]:
+    """Collect "module:function replacement" for every redirected call from megatron-core."""
+    sites: set[str] = set()
+
+    def add(frame: FrameType, name: str) -> None:
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith("megatron."):
+            sites.add(f"{module}:{frame.f_code.co_qualname} {name}")
+
+    def recording(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            if _changes_something(name, arguments, keywords):
+                add(sys._getframe(1), name)
+            return function(*arguments, **keywords)
+
+        return call
+
+    is_megatron = megatron_cpu._is_megatron
+
+    def recording_is_megatron(frame: FrameType) -> bool:
+        add(frame, _TENSOR_METHODS[sys._getframe(1).f_code.co_name])
+        return is_megatron(frame)
+
+    with contextlib.ExitStack() as stack:
+        for name, (namespace, attribute) in replacements().items():
+            wrapped = recording(name, vars(namespace)[attribute])
+            stack.enter_context(mock.patch.dict(vars(namespace), {attribute: wrapped}))
+        stack.enter_context(mock.patch.object(megatron_cpu, "_is_megatron", recording_is_megatron))
+        yield sites
+
+
+@contextlib.contextmanager
+def without(name: str) -> Iterator[None]:
+    """Take one replacement away, as if the layer did not have it."""
+    if name.startswith("Tensor."):
+        method = name.removeprefix("Tensor.")
+        with mock.patch(f"torch.Tensor.{method}", getattr(megatron_cpu, f"_tensor_{method}")):
+            yield
+        return
+    namespace, attribute = replacements()[name]
+    # A proxy falls back to torch's own; megatron-core's module has its own function back.
+    original = _ORIGINAL_RANDOM[attribute] if namespace is random else getattr(vars(namespace)["_original"], attribute)
+    with mock.patch.dict(vars(namespace), {attribute: original}):
+        yield
+
+
+def _original_random_functions() -> dict[str, Callable[..., Any]]:
+    """The two functions as megatron-core defines them, from a second copy of their module."""
+    import importlib.util
+
+    spec = importlib.util.find_spec(random.__name__)
+    assert spec is not None and spec.loader is not None
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    return {name: vars(copy)[name] for name in _RANDOM_FUNCTIONS}
+
+
+_ORIGINAL_RANDOM = _original_random_functions()

@@ -1,0 +1,392 @@
+"""The CPU layer: torch stays honest outside megatron-core, and each replacement is needed by a real function of it."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import io
+import pkgutil
+import re
+import sys
+import tokenize
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import megatron.core.optimizer as megatron_optimizer
+import pytest
+import torch
+import torch.distributed
+from megatron.core import utils
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, clip_grads, distrib_optimizer, get_megatron_optimizer
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+from megatron.core.timers import Timer
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_vlm import platform
+from megatron_vlm.checkpoint import optimizer_state
+from megatron_vlm.checkpoint.distributed import CheckpointManager, sharded_model_state
+from megatron_vlm.checkpoint.run_folder import ModelIdentity
+from megatron_vlm.parallel.engine import engine_config
+from megatron_vlm.parallel.groups import build_groups
+from megatron_vlm.platform import megatron_cpu
+from megatron_vlm.platform.fused_adam import FusedLayoutAdam
+from megatron_vlm.training.step import run_global_batch
+from tests.checkpoint.tiny_run import prepare_process
+from tests.parity import gemma3_tiny
+from tests.parity.layouts import TestLayout, own_micro_batches, set_up
+from tests.platform_calls import recorded, replacements, without
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).parents[1]
+CALL_SITES = Path(__file__).with_name("megatron_call_sites.txt")
+on_cpu = pytest.mark.skipif(platform.current().accelerated, reason="nothing is replaced on CUDA")
+
+
+# torch outside megatron-core
+
+
+@on_cpu
+def test_torch_stays_honest_for_everyone_else() -> None:
+    assert not torch.cuda.is_available()
+    assert type(torch) is type(torch.cuda) is type(sys)
+    for attempt in (
+        lambda: torch.zeros(1, device="cuda"),
+        lambda: torch.tensor([1.0], device="cuda"),
+        lambda: torch.zeros(1).cuda(),
+        torch.cuda.current_device,
+        torch.cuda.synchronize,
+    ):
+        with pytest.raises((RuntimeError, AssertionError)):
+            attempt()
+    assert torch.zeros(1).type() == "torch.FloatTensor"
+    names = {name: vars(torch)[name] for name in megatron_cpu._FACTORIES}
+    assert not any(getattr(function, "__module__", "") == megatron_cpu.__name__ for function in names.values())
+
+
+@on_cpu
+def test_modules_of_megatron_imported_later_are_substituted_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`energy_monitor` makes a tensor on "cuda"; nothing else imports it."""
+    name = "megatron.core.energy_monitor"
+
+    def sees_cuda() -> torch.Tensor:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return importlib.import_module(name).torch.tensor([1], device="cuda")
+
+    assert sees_cuda().device.type == "cpu"
+    finders = [finder for finder in sys.meta_path if not isinstance(finder, megatron_cpu._SubstituteOnImport)]
+    monkeypatch.setattr(sys, "meta_path", finders)
+    with pytest.raises((RuntimeError, AssertionError)):
+        sees_cuda()
+    monkeypatch.delitem(sys.modules, name)
+
+
+# One function of megatron-core for each replacement
+
+
+def _gradients() -> list[torch.nn.Parameter]:
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([3.0, 4.0])
+    return [parameter]
+
+
+def _tracked_streams() -> list[torch.Tensor]:
+    """Two draws from each of two named streams, in turns: a stream goes on where it was, whatever others drew."""
+    tracker = CudaRNGStatesTracker()
+    tracker.add("one", 1)
+    tracker.add("two", 2)
+    draws = []
+    for name in ("one", "two", "one", "two"):
+        with tracker.fork(name):
+            draws.append(torch.rand(2))
+    return draws
+
+
+def _check_streams() -> None:
+    before = torch.get_rng_state()
+    draws = _tracked_streams()
+    assert torch.equal(torch.get_rng_state(), before)
+    for seed, (first, second) in enumerate((draws[::2], draws[1::2]), start=1):
+        generator = torch.Generator().manual_seed(seed)
+        assert torch.equal(first, torch.rand(2, generator=generator))
+        assert torch.equal(second, torch.rand(2, generator=generator))
+
+
+def _time() -> None:
+    timer = Timer("test")
+    timer.start()
+    timer.stop()
+
+
+def _norm_of_gradients() -> None:
+    total, _ = utils.local_multi_tensor_l2_norm(0, None, [[_gradients()[0].grad]], False)
+    assert total.item() == 5.0
+
+
+def _clip() -> None:
+    parameters = _gradients()
+    clip_grads.clip_grad_by_total_norm_fp32(parameters, max_norm=1.0, total_norm=5.0)
+    assert torch.allclose(parameters[0].grad, torch.tensor([0.6, 0.8]))
+
+
+def _buffer() -> None:
+    assert utils.GlobalMemoryBuffer().get_tensor([2, 3], torch.float32, "test").shape == (2, 3)
+
+
+def _wrapped_model(overlap: bool = False, hidden_size: int = 4) -> tuple[Any, Any]:
+    """A linear layer under distributed data parallelism."""
+    groups = build_groups()
+    config = engine_config(hidden_size, 1, 1, torch.float32)
+    module = MegatronModule(config)
+    module.linear = torch.nn.Linear(hidden_size, hidden_size)
+    module.forward = module.linear.forward
+    settings = DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=overlap)
+    return DistributedDataParallel(config, settings, module, pg_collection=groups), groups
+
+
+def _reduce_gradients() -> None:
+    model, _ = _wrapped_model()
+    model(torch.ones(1, 4)).sum().backward()
+    model.finish_grad_sync()
+    assert torch.equal(model.module.linear.weight.main_grad, torch.ones(4, 4))
+
+
+def _distributed_optimizer(model: Any, groups: Any) -> Any:
+    return get_megatron_optimizer(
+        OptimizerConfig(optimizer="adam", lr=0.1, clip_grad=0.0, use_distributed_optimizer=True),
+        [model],
+        use_gloo_process_groups=False,
+        pg_collection=groups,
+    )
+
+
+def _step(model: Any, optimizer: Any) -> None:
+    model.zero_grad_buffer()
+    optimizer.zero_grad()
+    model(torch.arange(4.0).view(1, 4)).square().sum().backward()
+    model.finish_grad_sync()
+    optimizer.step()
+
+
+def _gather_optimizer_state() -> None:
+    model, groups = _wrapped_model()
+    optimizer = _distributed_optimizer(model, groups)
+    _step(model, optimizer)
+    (inner,) = optimizer.chained_optimizers if hasattr(optimizer, "chained_optimizers") else (optimizer,)
+    assert inner.get_parameter_state_dp_zero(use_gloo_comm=False)
+
+
+def _gather_uneven() -> None:
+    rank = torch.distributed.get_rank()
+    rows = torch.full((rank + 1, 2), float(rank))
+    gathered = gather_from_sequence_parallel_region(
+        rows, group=torch.distributed.group.WORLD, output_split_sizes=[1, 2]
+    )
+    assert gathered[:, 0].tolist() == [0.0, 1.0, 1.0]
+
+
+SINGLE: dict[str, Callable[[], None]] = {
+    "torch.tensor": _norm_of_gradients,
+    "torch.zeros": _clip,
+    "Tensor.type": _clip,
+    "torch.cuda.current_device": _buffer,
+    "torch.cuda.synchronize": _time,
+    "torch.cuda.get_rng_state": _check_streams,
+    "torch.cuda.manual_seed": _check_streams,
+    "megatron.core.tensor_parallel.random._get_cuda_rng_state": _check_streams,
+    "megatron.core.tensor_parallel.random._set_cuda_rng_state": _check_streams,
+}
+ON_RANKS: dict[str, tuple[int, Callable[[], None]]] = {
+    "torch.cuda.current_stream": (1, _reduce_gradients),
+    "Tensor.cuda": (1, _gather_optimizer_state),
+    "torch.distributed.all_gather": (2, _gather_uneven),
+}
+
+
+def _fails_only_without(name: str, use: Callable[[], None]) -> None:
+    use()
+    with without(name), pytest.raises(Exception) as caught:
+        use()
+    assert not isinstance(caught.value, NameError | ImportError)
+    use()
+
+
+@on_cpu
+@pytest.mark.parametrize("name", SINGLE)
+def test_megatron_needs(name: str) -> None:
+    _fails_only_without(name, SINGLE[name])
+
+
+@on_cpu
+@pytest.mark.parametrize("name", ON_RANKS)
+def test_megatron_needs_on_ranks(name: str) -> None:
+    world_size, use = ON_RANKS[name]
+    run_ranks(world_size, _fails_only_without, name, use)
+
+
+@on_cpu
+def test_every_replacement_is_tested() -> None:
+    assert set(SINGLE) | set(ON_RANKS) == set(replacements()) | {"Tensor.cuda", "Tensor.type"}
+
+
+# What a training step with a checkpoint meets
+
+
+def _train_and_save(hf_dir: str, folder: str) -> set[str]:
+    prepare_process()
+    layout = TestLayout(4, tensor=2, pipeline=2, sequence_parallel=True, distributed_optimizer=True)
+    with recorded() as sites:
+        model, groups = set_up(hf_dir, layout)
+        optimizer = get_megatron_optimizer(
+            OptimizerConfig(optimizer="adam", lr=1e-3, clip_grad=1.0, use_distributed_optimizer=True),
+            model,
+            use_gloo_process_groups=False,
+            pg_collection=groups,
+        )
+        batches = [gemma3_tiny.make_batch(gemma3_tiny.ROWS[case]) for case in ("text", "mixed")]
+        run_global_batch(model, own_micro_batches(batches, groups, layout), groups)
+        optimizer.step()
+        identity = ModelIdentity("gemma3", "gemma3", text_only=False, tied=True)
+        manager = CheckpointManager(folder, groups, identity, {"tensor": 2, "pipeline": 2}, "fp32", async_save=True)
+        manager.save(1, model, optimizer, None, {}, "")
+        manager.finalize(blocking=True)
+    return sites
+
+
+@on_cpu
+def test_places_in_megatron_that_meet_a_replacement(tmp_path: Path) -> None:
+    """A new version of megatron-core that uses CUDA elsewhere, or no longer here, is seen.
+
+    Read the difference, and write the new list if the CPU layer still is what it should be.
+    """
+    hf_dir = str(tmp_path / "hf")
+    gemma3_tiny.build(with_vision=True).save_pretrained(hf_dir)
+    found = set().union(*run_ranks(4, _train_and_save, hf_dir, str(tmp_path / "run")))
+    expected = {line for line in CALL_SITES.read_text().splitlines() if not line.startswith("#")}
+    assert not found - expected, "new places:\n" + "\n".join(sorted(found - expected))
+    assert not expected - found, "places that are gone:\n" + "\n".join(sorted(expected - found))
+
+
+# Adam with the fused layout
+
+
+@pytest.mark.parametrize("adam_w_mode", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_layout_adam_is_torchs(adam_w_mode: bool, dtype: torch.dtype) -> None:
+    """Bit for bit: it calls the same functional form. Groups differ in rate and decay; a parameter joins late."""
+
+    def parameters() -> list[torch.nn.Parameter]:
+        generator = torch.Generator().manual_seed(3)
+        return [torch.nn.Parameter(torch.randn(5, 3, generator=generator).to(dtype)) for _ in range(3)]
+
+    def groups(own: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
+        return [{"params": own[:2], "weight_decay": 0.3}, {"params": own[2:], "lr": 0.05, "weight_decay": 0.0}]
+
+    ours, theirs = parameters(), parameters()
+    reference = torch.optim.AdamW if adam_w_mode else torch.optim.Adam
+    settings: dict[str, Any] = {"lr": 0.02, "betas": (0.8, 0.9), "eps": 1e-6}
+    optimizers = (
+        FusedLayoutAdam(groups(ours), adam_w_mode=adam_w_mode, **settings),
+        reference(groups(theirs), foreach=True, **settings),
+    )
+    for step in range(6):
+        generator = torch.Generator().manual_seed(step)
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(mine.shape, generator=generator).to(dtype)
+            other.grad = mine.grad.clone()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 0.02 / (step + 1)
+            optimizer.step()
+        for mine, other in zip(ours, theirs, strict=True):
+            assert torch.equal(mine, other)
+    assert [group["step"] for group in optimizers[0].param_groups] == [6, 6]
+    assert all(set(state) == {"exp_avg", "exp_avg_sq"} for state in optimizers[0].state.values())
+
+
+def _reload_state() -> None:
+    """Train, save in memory what a checkpoint holds, and lay out a new optimizer for loading it."""
+    model, groups = _wrapped_model()
+    optimizer = _distributed_optimizer(model, groups)
+    _step(model, optimizer)
+    _step(model, optimizer)
+    assert optimizer.state_dict()["optimizer"]["param_groups"][0]["step"] == 2
+    new_model, _ = _wrapped_model()
+    new = _distributed_optimizer(new_model, groups)
+    optimizer_state.sharded_state(new, sharded_model_state([new_model], groups), is_loading=True)
+
+
+def _reload_needs_the_fused_layout() -> None:
+    _reload_state()
+    with pytest.MonkeyPatch.context() as patch:
+        # As megatron-core sets them without Transformer Engine and apex.
+        patch.setattr(megatron_optimizer, "Adam", torch.optim.AdamW)
+        patch.setattr(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", True)
+        patch.setattr(distrib_optimizer, "Adam", torch.optim.AdamW)
+        patch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", False)
+        patch.setattr(distrib_optimizer, "USING_APEX_OPTIMIZER", False)
+        with pytest.raises((AssertionError, KeyError)):
+            _reload_state()
+
+
+def test_distributed_optimizer_cannot_reload_torchs_adam() -> None:
+    """megatron-core 0.19.2 trips over its own fallback; what loads, and where, is in tests/checkpoint."""
+    run_ranks(2, _reload_needs_the_fused_layout)
+
+
+def test_fused_layout_is_installed_where_nothing_better_is() -> None:
+    better = platform.has_transformer_engine() or importlib.util.find_spec("apex") is not None
+    assert (megatron_optimizer.Adam is FusedLayoutAdam) == (not better)
+
+
+# Who knows the device
+
+
+def _words(path: Path) -> list[str]:
+    """Tokens of a file, comments and docstrings too, that hold one of the two words."""
+    tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
+    kinds = (tokenize.NAME, tokenize.STRING, tokenize.COMMENT, tokenize.FSTRING_MIDDLE)
+    word = re.compile(r"(?<![a-z])(cpu|cuda)(?![a-z])", re.IGNORECASE)
+    return [token.string for token in tokens if token.type in kinds and word.search(token.string)]
+
+
+# Names of megatron-core's, and the sentence that says what the package is for.
+ALLOWED_WORDS = {
+    "megatron_vlm/__init__.py": {
+        '"""Vision-language models trained natively in parallel on megatron-core\'s primitives, on CPU and on CUDA."""'
+    },
+    "megatron_vlm/parallel/groups.py": {"model_parallel_cuda_manual_seed"},
+    "megatron_vlm/parallel/engine.py": {"use_cpu_initialization"},
+}
+
+
+def test_only_the_platform_knows_the_device() -> None:
+    files = [ROOT / "pretrain_vlm.py"]
+    for folder in ("megatron_vlm", "kernels", "tools"):
+        files += sorted((ROOT / folder).rglob("*.py"))
+    assert len(files) > 40
+    found = {}
+    for path in files:
+        name = path.relative_to(ROOT).as_posix()
+        if not name.startswith("megatron_vlm/platform/"):
+            words = set(_words(path)) - ALLOWED_WORDS.get(name, set())
+            if words:
+                found[name] = words
+    assert not found
+    assert _words(ROOT / "megatron_vlm/platform/device.py"), "the scan finds nothing at all"
+
+
+def test_nothing_imports_transformer_engine_or_apex() -> None:
+    """Every module of ours imports here, where neither is installed (or, where one is, without asking for it)."""
+    for package in ("megatron_vlm", "kernels"):
+        for found in pkgutil.walk_packages([str(ROOT / package)], package + "."):
+            module = importlib.import_module(found.name)
+            imported = {
+                name.split(".")[0]
+                for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text()))
+                if isinstance(node, ast.Import | ast.ImportFrom)
+                for name in [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+            }
+            assert not imported & {"transformer_engine", "apex"}, found.name
