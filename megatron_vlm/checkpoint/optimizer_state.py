@@ -13,7 +13,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.distributed
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
@@ -31,7 +30,6 @@ from megatron_vlm.platform.checkpointing import padding_kept
 
 # The one format of the distributed optimizer that can be read back with other tensor and pipeline sizes.
 _SHARDING_TYPE = "fully_reshardable"
-_MAIN_KEY = "fp32_from_fp16_params"  # where Float16OptimizerWithFloat16Params has them in memory
 _METADATA = {"distrib_optim_sharding_type": _SHARDING_TYPE, "chained_optim_avoid_prefix": True}
 # Where each optimizer's fp32 main parameters are stored, before the parameter's name. An fp32 model without the
 # distributed optimizer has none: its parameters are stored once, under their own names.
@@ -113,7 +111,9 @@ def load_state(optimizer: MegatronOptimizer, loaded: dict[str, Any], saved: Mapp
                 {**group, "params": local["params"]} for group, local in zip(groups, local_groups, strict=True)
             ],
         }
-        loaded = {"optimizer": torch_state, _MAIN_KEY: _by_group(inner, loaded)} if is_nested else torch_state
+        loaded = torch_state
+        if is_nested:  # its main parameters were loaded in place; they are copied onto themselves
+            loaded = {"optimizer": torch_state, "fp32_from_fp16_params": inner.fp32_from_float16_groups}
     inner.load_state_dict(loaded)
 
 
@@ -129,12 +129,6 @@ def match_groups(optimizer: MegatronOptimizer, saved: Mapping[str, Any], where: 
         )
     candidates = [{key: _from_json(value) for key, value in group.items()} for group in saved["groups"]]
     return [_match(group, candidates, where) for group in optimizer.param_groups]
-
-
-def _by_group(inner: Float16OptimizerWithFloat16Params, loaded: dict[str, Any]) -> list[list[torch.Tensor]]:
-    """Loaded main parameters, with the empty groups that are left out put back."""
-    values = iter([value for group in loaded.get(_MAIN_KEY, []) for value in group])
-    return [[next(values) for _ in group] for group in inner.fp32_from_float16_groups]
 
 
 _SETTINGS_FIX = "resume with the settings it was saved with, or start a new run_dir from its weights (checkpoint.load)"
