@@ -1,0 +1,196 @@
+"""Span attention against an explicit softmax per query, in both of its forms.
+
+The form for GPUs runs here too: FlexAttention without compilation is correct on the host, forward and backward, once
+its check of the device is lifted (tests only).
+Shapes: B batch, N query heads, G key/value heads, S sequence, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch.nn.attention import flex_attention as flex_module
+from torch.nn.attention.flex_attention import flex_attention
+from transformers import Gemma3TextConfig
+from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model, get_block_sequence_ids_for_mask
+
+import kernels.span_attention as module
+from kernels.span_attention import Spans, reference, span_attention
+from megatron_vlm.data.collate import spans
+
+
+@dataclass(frozen=True)
+class Row:
+    """Real tokens, and images as (first token, tokens)."""
+
+    real: int
+    images: tuple[tuple[int, int], ...] = ()
+
+
+LENGTH = 40
+ROWS = (
+    Row(LENGTH, ((3, 6), (9, 6), (25, 4))),  # two images side by side, one far away
+    Row(LENGTH),
+    Row(23, ((0, 5), (18, 5))),  # an image at each end, then padding
+    Row(11, ((2, 9),)),  # an image longer than the window
+)
+WINDOWS = (None, 1, 4, 7, LENGTH)
+
+
+def make_spans(rows: tuple[Row, ...] = ROWS, length: int = LENGTH) -> Spans:
+    place = torch.arange(length)
+    is_real = torch.stack([place < row.real for row in rows])
+    image = torch.full((len(rows), length), -1)
+    for index, row in enumerate(rows):
+        for number, (first, tokens) in enumerate(row.images):
+            image[index, first : first + tokens] = number
+    # Images that touch stay apart here, as ranges allow and later families ask for.
+    low, high = spans(is_real, torch.zeros_like(is_real))
+    for index, row in enumerate(rows):
+        for first, tokens in row.images:
+            high[index, first : first + tokens] = first + tokens - 1
+    return Spans(low, high)
+
+
+def packed_spans() -> Spans:
+    """Three documents in one row, an image in the second: what packing will ask for."""
+    low = torch.repeat_interleave(torch.tensor([0, 9, 30]), torch.tensor([9, 21, 10]))
+    high = torch.arange(LENGTH)
+    high[12:18] = 17
+    return Spans(low[None].int(), high[None].int())
+
+
+def make_tensors(
+    batch: int, dtype: torch.dtype = torch.float64, heads: int = 4, key_heads: int = 2, length: int = LENGTH
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn((batch, count, length, 16), generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for count in (heads, key_heads, key_heads)
+    )
+    return q, k, v
+
+
+def by_query(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, window: int | None, scale: float
+) -> torch.Tensor:
+    """The definition: each query's softmax over the keys between its bounds, one query at a time."""
+    batch, heads, length, _ = q.shape
+    rows = []
+    for b in range(batch):
+        for n in range(heads):
+            group = n // (heads // k.shape[1])
+            for query in range(length):
+                first, last = int(spans.low[b, query]), int(spans.high[b, query])
+                if window is not None:
+                    first = max(first, query - window + 1)
+                keys, values = k[b, group, first : last + 1], v[b, group, first : last + 1]
+                rows.append(torch.softmax(keys @ q[b, n, query] * scale, dim=0) @ values)
+    return torch.stack(rows).view(batch, heads, length, -1)
+
+
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Spans, "int | None", float], torch.Tensor]
+
+
+def results(
+    attention: Attention, spans: Spans, window: int | None, dtype: torch.dtype = torch.float64, **shape: int
+) -> list[torch.Tensor]:
+    """Output and the gradients of q, k and v."""
+    q, k, v = make_tensors(spans.low.shape[0], dtype, **shape)
+    output = attention(q, k, v, spans, window, 0.3)
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (output.double() * weights).sum().backward()
+    return [output.detach(), *(tensor.grad for tensor in (q, k, v))]
+
+
+@pytest.fixture
+def flex(monkeypatch: pytest.MonkeyPatch) -> Iterator[Attention]:
+    """The form for GPUs, not compiled, with the check of the device lifted."""
+    monkeypatch.setattr(flex_module, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(module, "_compiled_flex_attention", lambda: flex_attention)
+    yield module._flex
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("make", [make_spans, packed_spans])
+def test_reference_is_the_definition(make: Callable[[], Spans], window: int | None) -> None:
+    spans = make()
+    ours, theirs = results(reference, spans, window), results(by_query, spans, window)
+    for mine, other in zip(ours, theirs, strict=True):
+        # float64 on both sides: sums of up to 40 terms in another order.
+        torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-12)
+
+
+# fp32 on both sides, with sums of up to 300 terms in another order. Measured: at most 3.1e-6 absolute.
+FLEX = {"rtol": 1e-4, "atol": 2e-5}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("make", [make_spans, packed_spans])
+def test_flex_attention_is_the_reference(flex: Attention, make: Callable[[], Spans], window: int | None) -> None:
+    spans = make()
+    ours, theirs = (results(form, spans, window, torch.float32) for form in (flex, reference))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, **FLEX)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (6, 1), (2, 2)])
+def test_flex_attention_over_several_blocks(flex: Attention, heads: int, key_heads: int) -> None:
+    """Longer than two blocks of 128 and no multiple of them; an image lies across a border of blocks."""
+    length = 300
+    spans = make_spans((Row(length, ((120, 20),)), Row(200, ((150, 50),))), length)
+    for window in (None, 60):
+        shape = {"heads": heads, "key_heads": key_heads, "length": length}
+        ours, theirs = (results(form, spans, window, torch.float32, **shape) for form in (flex, reference))
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, other, **FLEX)
+    # The window leaves out whole blocks: that is what the block mask is for.
+    assert spans.block_mask(60).sparsity() > spans.block_mask(None).sparsity()
+
+
+def test_block_masks_are_kept_one_per_window() -> None:
+    spans = make_spans()
+    assert spans.block_mask(4) is spans.block_mask(4)
+    assert spans.block_mask(None) is spans.block_mask(None)
+    assert spans.block_mask(4) is not spans.block_mask(None)
+    assert len(spans._block_masks) == 2
+    assert not make_spans()._block_masks, "micro-batches do not share masks"
+
+
+def test_masks_are_those_of_transformers() -> None:
+    """Visible keys of real tokens, from the data path's own ranges; two images side by side are one block in both."""
+    place = torch.arange(LENGTH)
+    is_real = torch.stack([place < row.real for row in ROWS])
+    is_image = torch.zeros_like(is_real)
+    for index, row in enumerate(ROWS):
+        for first, tokens in row.images:
+            is_image[index, first : first + tokens] = True
+    theirs = create_masks_for_vision_model(
+        config=Gemma3TextConfig(sliding_window=7, attn_implementation="sdpa"),
+        inputs_embeds=torch.zeros(len(ROWS), LENGTH, 1),
+        attention_mask=is_real.long(),
+        past_key_values=None,
+        position_ids=place[None],
+        block_sequence_ids=get_block_sequence_ids_for_mask(is_image.long()),
+    )
+    ours = Spans(*spans(is_real, is_image))
+    both_real = is_real[:, None, :, None] & is_real[:, None, None, :]
+    for window, kind in ((None, "full_attention"), (7, "sliding_attention")):
+        assert torch.equal(ours.dense(window)[both_real], theirs[kind].expand_as(both_real)[both_real])
+
+
+def test_padding_sees_only_itself() -> None:
+    """Its output is its own value, so it is finite and nobody else's depends on it."""
+    spans = make_spans()
+    q, k, v = make_tensors(len(ROWS))
+    output = span_attention(q, k, v, spans, None, 1 / math.sqrt(16))
+    padding = output[3, :, 11:]
+    torch.testing.assert_close(padding, v[3, :, 11:].repeat_interleave(2, dim=0))
+    (gradient,) = torch.autograd.grad(output[3, :, :11].sum(), v)
+    assert not gradient[3, :, 11:].any()
