@@ -59,16 +59,18 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def _import(options: argparse.Namespace) -> int:
     from megatron_vlm.checkpoint.convert import import_checkpoint
 
-    import_checkpoint(options.hf, options.out, _Progress("import"))
-    print(f"imported {options.hf} to {options.out}")
+    progress = _Progress("import")
+    import_checkpoint(options.hf, options.out, progress)
+    print(f"imported {options.hf} to {options.out} in {progress.elapsed_seconds():.2f} s")
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
     from megatron_vlm.checkpoint.convert import export_checkpoint
 
-    export_checkpoint(options.ckpt, options.hf, options.out, _Progress("export"))
-    print(f"exported {options.ckpt} to {options.out}")
+    progress = _Progress("export")
+    export_checkpoint(options.ckpt, options.hf, options.out, progress)
+    print(f"exported {options.ckpt} to {options.out} in {progress.elapsed_seconds():.2f} s")
     return 0
 
 
@@ -91,6 +93,10 @@ class _Progress:
     def __init__(self, label: str) -> None:
         self.label = label
         self.start_seconds = self.shown_seconds = time.monotonic()
+
+    def elapsed_seconds(self) -> float:
+        """Since the work began; the start of the interpreter is not in it."""
+        return time.monotonic() - self.start_seconds
 
     def __call__(self, done_bytes: int, total_bytes: int) -> None:
         now_seconds = time.monotonic()

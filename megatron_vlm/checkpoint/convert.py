@@ -168,10 +168,9 @@ def _export_weights(reader: TorchDistReader, plan: ExportPlan, staging: Path, pr
     writer = SafetensorsWriter(staging, plan.files)
     try:
         for stored in plan.files:
-            name = plan.names[stored.name]
             for first_row, end_row in row_blocks(stored.shape, stored.dtype):
-                rows = reader.read_rows(name, first_row, end_row).to(stored.dtype)
-                writer.write(stored.name, first_row, rows)
+                rows = reader.read_rows(plan.names[stored.name], first_row, end_row)
+                writer.write(stored.name, first_row, rows.to(stored.dtype))
             done_bytes += stored.num_bytes
             if progress is not None:
                 progress(done_bytes, total_bytes)

@@ -75,6 +75,8 @@ class SafetensorsReader:
         else:
             self.files = self._open_index(self.directory / INDEX_FILE)
         self.tensors: dict[str, StoredTensor] = {tensor.name: tensor for tensor in self.files}
+        for shard in self.files.shards:
+            self._descriptors[shard.file] = os.open(self.directory / shard.file, os.O_RDONLY)
 
     def _open_index(self, path: Path) -> WeightFiles:
         content = path.read_bytes()
@@ -147,16 +149,11 @@ class SafetensorsReader:
         position = 0
         while position < len(view):
             offset = stored.begin_byte + begin_byte + position
-            count = os.preadv(self._descriptor(stored.file), [view[position:]], offset)
+            count = os.preadv(self._descriptors[stored.file], [view[position:]], offset)
             if count == 0:
                 raise CheckpointError("the file became shorter while being read", str(self.directory / stored.file))
             position += count
         return buffer.view(stored.dtype)
-
-    def _descriptor(self, file: str) -> int:
-        if file not in self._descriptors:
-            self._descriptors[file] = os.open(self.directory / file, os.O_RDONLY)
-        return self._descriptors[file]
 
 
 def has_weights(directory: Path) -> bool:

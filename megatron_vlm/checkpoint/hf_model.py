@@ -227,5 +227,6 @@ def _named_parameters(model_chunks: Chunks) -> list[tuple[str, torch.nn.Paramete
     return [pair for chunk in unwrap_model(list(model_chunks)) for pair in chunk.named_parameters()]
 
 
-def _split_dim(parameter: torch.nn.Parameter) -> int | None:
+def _split_dim(parameter: Any) -> int | None:
+    """The dimension that is divided over the tensor ranks; None for a replica."""
     return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None

@@ -66,9 +66,7 @@ class Shard:
     tensors: tuple[StoredTensor, ...]
 
 
-def row_blocks(
-    shape: tuple[int, ...], dtype: torch.dtype, block_bytes: int = BLOCK_BYTES
-) -> Iterator[tuple[int, int]]:
+def row_blocks(shape: tuple[int, ...], dtype: torch.dtype, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
     """Yield (first row, end row) of blocks of at most `block_bytes`, or one row; a scalar counts as one row."""
     num_rows = shape[0] if shape else 1
     row_bytes = math.prod(shape[1:]) * dtype.itemsize

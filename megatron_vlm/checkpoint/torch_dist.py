@@ -3,8 +3,8 @@
 A `torch_dist` checkpoint is torch.distributed.checkpoint's: `.distcp` files that are runs of torch.save records, a
 `.metadata` file that says which part of which tensor each record holds, and megatron-core's `metadata.json` and
 `common_state` record. megatron-core and torch write it from tensors that are all in memory at once. Here torch.save and
-torch.load only lay out and locate the records (`skip_data`, fake tensors), and the bytes go by in small blocks. What is
-written is loaded by `megatron.core.dist_checkpointing.load` in any layout.
+torch.load only lay out and describe the records (`skip_data`, the meta device), and the bytes go by in small blocks.
+What is written is loaded by `megatron.core.dist_checkpointing.load` in any layout.
 
 Trust: `.metadata` is a pickle. The reader here admits only the classes that describe a checkpoint, and opens records
 with `weights_only`. megatron-core's own loader, which training uses, unpickles `.metadata` without such a limit: a
@@ -18,13 +18,14 @@ import json
 import math
 import os
 import pickle
+import struct
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -45,8 +46,8 @@ from megatron_vlm.errors import CheckpointError
 
 MEGATRON_METADATA_FILE = "metadata.json"
 COMMON_STATE_KEY = "common_state/shard_0_1"  # megatron-core's unique key of its only ShardedObject
-MAX_FILE_BYTES = 4 * 2**30
 RECORD_BYTES = 64 * 2**20  # a rank that wants a few rows has to read whole records
+ZIP_HEADER_BYTES = 30  # of a member's local header; it ends with the lengths of the name and the extra field
 DAMAGED = "the checkpoint is damaged: use another one"
 
 ReadRows = Callable[[int, int], torch.Tensor]
@@ -61,8 +62,7 @@ class TorchDistWriter:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._stream: StreamedFile | None = None
-        self._file_count = 0
+        self._file = StreamedFile(directory / f"__0_0{DEFAULT_SUFFIX}")
         self._entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._results: list[WriteResult] = []
 
@@ -75,33 +75,31 @@ class TorchDistWriter:
             dtype: its type.
             read_rows: gives rows from a first to an end row (the value, for a scalar), in host memory.
         """
-        chunks = []
+        entry = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
         for first_row, end_row in row_blocks(shape, dtype, RECORD_BYTES):
-            offsets, sizes = torch.Size([]), torch.Size([])
-            if shape:
-                offsets = torch.Size([first_row, *[0] * (len(shape) - 1)])
-                sizes = torch.Size([end_row - first_row, *shape[1:]])
+            offsets = torch.Size([first_row, *[0] * (len(shape) - 1)] if shape else [])
+            sizes = torch.Size([end_row - first_row, *shape[1:]] if shape else [])
             with skip_data():  # the memory of this tensor is never touched, so it costs none
-                stream, storage = self._append(MetadataIndex(key, offsets), torch.empty(sizes, dtype=dtype))
-            next_record_byte = stream.tell()
-            stream.seek(storage.offset + _locate_data(stream, storage).begin_byte)
+                storage = self._append(MetadataIndex(key, offsets), torch.empty(sizes, dtype=dtype))
+            end_byte = self._file.tell()
+            self._file.seek(storage.offset + _locate_data(self._file, storage).begin_byte)
             for block_first, block_end in row_blocks(tuple(sizes), dtype):
                 rows = read_rows(first_row + block_first, first_row + block_end)
                 assert rows.dtype == dtype
-                stream.write(rows.contiguous().reshape(-1).view(torch.uint8).numpy())
-            stream.seek(next_record_byte)
-            chunks.append(ChunkStorageMetadata(offsets=offsets, sizes=sizes))
-        self._entries[key] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), chunks)
+                self._file.write(rows.contiguous().reshape(-1).view(torch.uint8).numpy())
+            self._file.seek(end_byte)
+            entry.chunks.append(ChunkStorageMetadata(offsets=offsets, sizes=sizes))
+        self._entries[key] = entry
 
     def close(self, common_state: dict[str, Any]) -> None:
-        """Finish the files and write the metadata.
+        """Finish the file and write the metadata.
 
         Args:
             common_state: what megatron-core returns besides the tensors; plain values only.
         """
+        self._append(MetadataIndex(COMMON_STATE_KEY), [common_state])
         self._entries[COMMON_STATE_KEY] = BytesStorageMetadata()
-        stream, _ = self._append(MetadataIndex(COMMON_STATE_KEY), [common_state])
-        stream.finish()
+        self._file.finish()
         FileSystemWriter(self.directory).finish(Metadata(state_dict_metadata=self._entries), [self._results])
         write_durably(
             self.directory / MEGATRON_METADATA_FILE,
@@ -109,24 +107,16 @@ class TorchDistWriter:
         )
 
     def abort(self) -> None:
-        """Close the open file without finishing it."""
-        if self._stream is not None:
-            self._stream.close()
+        """Close the file without finishing it."""
+        self._file.close()
 
-    def _append(self, index: MetadataIndex, value: Any) -> tuple[StreamedFile, _StorageInfo]:
+    def _append(self, index: MetadataIndex, value: Any) -> _StorageInfo:
         """Write one torch.save record, and note where it is."""
-        stream = self._stream
-        if stream is not None and stream.tell() >= MAX_FILE_BYTES:
-            stream.finish()
-            stream = None
-        if stream is None:
-            stream = self._stream = StreamedFile(self.directory / f"__0_{self._file_count}{DEFAULT_SUFFIX}")
-            self._file_count += 1
-        begin_byte = stream.tell()
-        torch.save(value, stream)
-        storage = _StorageInfo(stream.path.name, begin_byte, stream.tell() - begin_byte)
+        begin_byte = self._file.tell()
+        torch.save(value, self._file)
+        storage = _StorageInfo(self._file.path.name, begin_byte, self._file.tell() - begin_byte)
         self._results.append(WriteResult(index, storage.length, storage))
-        return stream, storage
+        return storage
 
 
 class TorchDistReader:
@@ -154,7 +144,7 @@ class TorchDistReader:
         self.tensors: dict[str, TensorStorageMetadata] = {
             key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)
         }
-        self._located: tuple[str, list[_Piece]] = ("", [])
+        self._pieces: dict[str, list[_Piece]] = {}
         self._streams: dict[str, io.FileIO] = {}
 
     def close(self) -> None:
@@ -165,11 +155,11 @@ class TorchDistReader:
     def read_rows(self, key: str, first_row: int, end_row: int) -> torch.Tensor:
         """Rows of a tensor (the value, for a scalar), whatever pieces it was saved in."""
         entry = self.tensors[key]
-        if self._located[0] != key:
-            self._located = (key, [self._locate(key, chunk) for chunk in entry.chunks])
+        if key not in self._pieces:
+            self._pieces[key] = [self._locate(key, chunk) for chunk in entry.chunks]
         shape = (end_row - first_row, *entry.size[1:]) if entry.size else ()
         result = None
-        for piece in self._located[1]:
+        for piece in self._pieces[key]:
             first, end = (max(first_row, piece.first_row), min(end_row, piece.end_row)) if shape else (0, 1)
             if first >= end:
                 continue
@@ -202,7 +192,16 @@ class TorchDistReader:
                 self._streams[storage.relative_path] = io.FileIO(self.directory / storage.relative_path, "rb")
             stream = self._streams[storage.relative_path]
             data = _locate_data(stream, storage)
-        except (OSError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError, EOFError) as error:
+        except (
+            OSError,
+            RuntimeError,
+            LookupError,
+            ValueError,
+            EOFError,
+            pickle.UnpicklingError,
+            zipfile.BadZipFile,
+            struct.error,
+        ) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise CheckpointError(f"cannot read {key} ({reason})", str(self.directory), DAMAGED) from error
         if data.shape != chunk.sizes or data.dtype != dtype or not data.is_contiguous:
@@ -238,13 +237,19 @@ class _RecordData:
 
 
 def _locate_data(stream: io.FileIO, storage: _StorageInfo) -> _RecordData:
-    """Find the values in a torch.save record without reading them: torch.load reports where fake tensors' bytes are."""
-    with FakeTensorMode():
-        tensor = torch.load(_Record(stream, storage), weights_only=True)
-    if not isinstance(tensor, torch.Tensor):
-        raise ValueError("not a tensor")
-    offset_byte = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.dtype.itemsize
-    return _RecordData(tensor.shape, tensor.dtype, tensor.is_contiguous(), offset_byte)
+    """Find the values in a torch.save record without reading them: it is a zip file of uncompressed members."""
+    record = _Record(stream, storage)
+    tensor = torch.load(cast(IO[bytes], record), map_location="meta", weights_only=True)
+    with zipfile.ZipFile(cast(IO[bytes], record)) as archive:
+        values = [member for member in archive.infolist() if "/data/" in member.filename]
+    if not isinstance(tensor, torch.Tensor) or len(values) != 1 or values[0].compress_type != zipfile.ZIP_STORED:
+        raise ValueError("not one plain tensor")
+    record.seek(values[0].header_offset)
+    header = record.read(ZIP_HEADER_BYTES)
+    name_bytes, extra_bytes = struct.unpack("<HH", header[-4:])
+    begin_byte = values[0].header_offset + ZIP_HEADER_BYTES + name_bytes + extra_bytes
+    begin_byte += int(tensor.storage_offset()) * tensor.dtype.itemsize
+    return _RecordData(tensor.shape, tensor.dtype, tensor.is_contiguous(), begin_byte)
 
 
 class _Record(io.RawIOBase):
