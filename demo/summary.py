@@ -1,5 +1,6 @@
 """The demo's verdict: scores against the bar, the closing table, and the content of the report."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,7 @@ def write_demo_report(
         run_folder / "metrics.jsonl",
         (run_folder / "config.yaml").read_text(encoding="utf-8"),
         layout_rows,
-        _samples_to_show(answers),
+        samples_to_show(answers),
         figures,
         subtitle=(
             f"Trained from random weights on drawn images, stopped and resumed in another layout, exported, and asked "
@@ -146,9 +147,15 @@ def _table_of_seconds(phases: Phases) -> list[dict]:
     return [*rows, {"phase": "in all", "seconds": f"{phases.total_seconds:.1f}"}]
 
 
-def _samples_to_show(answers: Answers) -> list[Sample]:
+def samples_to_show(answers: Answers) -> list[Sample]:
     """Wrong answers first, then right ones, two dozen in all; each with the answer it got when images were swapped."""
-    order = sorted(range(len(answers.samples)), key=lambda index: answers.after[index] == answers.samples[index].answer)
+    seen_of_kind: Counter[str] = Counter()
+    ranks = []
+    for index, sample in enumerate(answers.samples):
+        is_right = answers.after[index] == sample.answer
+        ranks.append((is_right, seen_of_kind[sample.kind], index))  # the kinds take turns
+        seen_of_kind[sample.kind] += 1
+    order = [index for _, _, index in sorted(ranks)]
     return [
         Sample(
             answers.samples[index].image_path,

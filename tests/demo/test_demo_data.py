@@ -9,6 +9,7 @@ from PIL import Image
 
 from demo.draw import COLOURS, QUESTIONS, draw_dataset, pixel_digest
 from demo.evaluate import HeldoutSample, best_blind_guess, exact_match, load_samples, swap_images
+from demo.summary import Answers, Scores, samples_to_show
 
 KIND_OF_QUESTION = {question: kind for kind, questions in QUESTIONS.items() for question in questions}
 
@@ -118,3 +119,16 @@ def test_exact_match_forgives_nothing():
 def test_swap_leaves_nothing_to_swap_with_alone():
     alone = HeldoutSample(Path("a.png"), "?", "red", "red", "colour")
     assert swap_images([alone]) == [alone]
+
+
+def test_report_shows_wrong_answers_first_and_then_all_kinds_in_turn(dataset):
+    samples = load_samples(dataset.heldout_path, KIND_OF_QUESTION)
+    after = [sample.answer for sample in samples]
+    after[200] = "wrong"
+    answers = Answers(samples, swap_images(samples), [""] * 288, after, after)
+    shown = samples_to_show(answers)
+    assert shown[0].prediction == "wrong"
+    assert {KIND_OF_QUESTION[sample.question] for sample in shown[1:4]} == set(QUESTIONS)
+    scores = Scores.of(answers)
+    assert (scores.before, scores.after) == (0.0, 287 / 288)
+    assert not scores.passed, "answers that ignore the image match as well when images are swapped"
