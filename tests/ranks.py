@@ -6,6 +6,7 @@ Workers are forked after the heavy imports, so four of them are ready in 0.2 s (
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import multiprocessing.connection
 import pickle
@@ -35,26 +36,38 @@ class _Pool:
         platform.initialize()
         torch.set_num_threads(1)
         context = multiprocessing.get_context("fork")
+        gc.collect()
+        gc.freeze()  # workers would otherwise walk all that was imported in each collection
         self.pipes, self.processes = [], []
         for rank in range(NUM_WORKERS):
             mine, theirs = context.Pipe()
             process = context.Process(target=_work, args=(rank, theirs), daemon=True)
             process.start()
+            theirs.close()  # so that the death of the worker ends what is read here
             self.pipes.append(mine)
             self.processes.append(process)
+        gc.unfreeze()
 
     def run(self, world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
         with tempfile.TemporaryDirectory() as folder:
             job = pickle.dumps((world_size, str(Path(folder) / "rendezvous"), function, arguments))
             for pipe in self.pipes[:world_size]:
                 pipe.send_bytes(job)
-            return [self._result(rank) for rank in range(world_size)]
+            results: dict[int, Any] = {}
+            while len(results) < world_size:
+                # Whichever rank answers: the others of a failed one may be waiting for it.
+                for rank in self._answered([rank for rank in range(world_size) if rank not in results]):
+                    results[rank] = self._result(rank)
+            return [results[rank] for rank in range(world_size)]
+
+    def _answered(self, ranks: list[int]) -> list[int]:
+        ready = multiprocessing.connection.wait([self.pipes[rank] for rank in ranks], TIMEOUT_SECONDS)
+        if not ready:
+            raise RankFailure(f"ranks {ranks} did not answer in {TIMEOUT_SECONDS} s")
+        return [rank for rank in ranks if self.pipes[rank] in ready]
 
     def _result(self, rank: int) -> Any:
-        pipe, process = self.pipes[rank], self.processes[rank]
-        ready = multiprocessing.connection.wait([pipe, process.sentinel], TIMEOUT_SECONDS)
-        if pipe not in ready:
-            raise RankFailure(f"rank {rank} {'died' if ready else f'did not answer in {TIMEOUT_SECONDS} s'}")
+        pipe = self.pipes[rank]
         try:
             failed, value = pickle.loads(pipe.recv_bytes())
         except EOFError:
@@ -71,6 +84,7 @@ class _Pool:
 
 def _work(rank: int, pipe: multiprocessing.connection.Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # checkpoints fork writers
     torch.set_num_threads(1)
     while True:
         world_size, rendezvous, function, arguments = pickle.loads(pipe.recv_bytes())
