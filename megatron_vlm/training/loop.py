@@ -19,7 +19,7 @@ from megatron_vlm.checkpoint.hf_model import export_hf_from_model
 from megatron_vlm.config import Config, to_yaml
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.data.rows import BadRowTracker
-from megatron_vlm.errors import DivergenceError
+from megatron_vlm.errors import DataError, DivergenceError
 from megatron_vlm.training.guard import StepGuard
 from megatron_vlm.training.loggers import Callback, build_loggers
 from megatron_vlm.training.metrics import StepMetrics
@@ -81,8 +81,7 @@ class Trainer:
         """Resume, train to the last step or a stop, save, export."""
         self._resume()
         on_first_rank(self._prepare_folder)
-        if self.run_state.is_first_rank:
-            self.loggers = build_loggers(self.config, self.run_dir, self.step)
+        on_first_rank(self._open_loggers)
         try:
             stopped = self._train()
             self._save()
@@ -150,7 +149,11 @@ class Trainer:
         request, wait, peak = self._largest([self.requests.number, waited, platform.current().peak_memory_bytes()])
         self._log(losses, loss, norm, counts, time.perf_counter() - began, wait, peak, problem is not None)
         problems = [problem for batch in batches for problem in batch.problems]
-        self.bad_rows.update(int(counts[0]), self.config.train.global_batch_size, problems)
+        try:
+            self.bad_rows.update(int(counts[0]), self.config.train.global_batch_size, problems)
+        except DataError:
+            self._publish_before_failing()
+            raise
         return int(request)
 
     def _log(
@@ -267,8 +270,12 @@ class Trainer:
         _write_text(self.run_dir / "config.yaml", to_yaml(self.config))
         (self.run_dir / "stopped.json").unlink(missing_ok=True)
 
+    def _open_loggers(self) -> None:
+        self.loggers = build_loggers(self.config, self.run_dir, self.step)
+
     def _stop_for(self, problem: str, batches: Sequence[MicroBatch]) -> None:
         """End the run with the names of all rows of the global batch."""
+        self._publish_before_failing()
         rows: list[list[str]] = [[] for _ in range(self.run_state.groups.dp.size())]
         mine = [name for batch in batches for name in batch.row_names]
         torch.distributed.all_gather_object(rows, mine, group=self.run_state.groups.dp)
@@ -278,6 +285,10 @@ class Trainer:
             "look at these rows, lower the learning rate, or set train.nonfinite to skip; "
             "starting again resumes from the last checkpoint",
         )
+
+    def _publish_before_failing(self) -> None:
+        """Complete a checkpoint that is being written; for failures that all ranks have at once."""
+        self.run_state.checkpoints.finalize(blocking=True)
 
     def _to_device(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         return [batch.to(self.device, non_blocking=True) for batch in batches]
