@@ -26,7 +26,7 @@ from megatron_vlm.checkpoint.safetensors_files import (
     read_shard_header,
     row_blocks,
 )
-from megatron_vlm.checkpoint.staging import StreamedFile, copy_durably, sync_directory, write_durably
+from megatron_vlm.checkpoint.staging import StreamedFile, copy_durably, read_bytes, sync_directory, write_durably
 from megatron_vlm.errors import CheckpointError
 
 # What belongs to a checkpoint besides its weights: copied by an export, bit for bit.
@@ -144,16 +144,12 @@ class SafetensorsReader:
 
     def _read_range(self, stored: StoredTensor, begin_byte: int, end_byte: int) -> torch.Tensor:
         """The values in a range of the tensor's bytes, as a flat tensor."""
-        buffer = torch.empty(end_byte - begin_byte, dtype=torch.uint8)
-        view = memoryview(buffer.numpy())
-        position = 0
-        while position < len(view):
-            offset = stored.begin_byte + begin_byte + position
-            count = os.preadv(self._descriptors[stored.file], [view[position:]], offset)
-            if count == 0:
-                raise CheckpointError("the file became shorter while being read", str(self.directory / stored.file))
-            position += count
-        return buffer.view(stored.dtype)
+        descriptor = self._descriptors[stored.file]
+        try:
+            values = read_bytes(descriptor, stored.begin_byte + begin_byte, end_byte - begin_byte)
+        except (OSError, EOFError) as error:
+            raise CheckpointError(f"cannot read {stored.name} ({error})", str(self.directory / stored.file)) from error
+        return values.view(stored.dtype)
 
 
 def has_weights(directory: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Directories that appear complete or not at all."""
+"""Files read and written in pieces, and directories that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatron_vlm.errors import CheckpointError
 
@@ -35,6 +37,23 @@ class StreamedFile(FileIO):
         """Sync to disk and close."""
         os.fsync(self.fileno())
         self.close()
+
+
+def read_bytes(descriptor: int, offset_byte: int, num_bytes: int) -> torch.Tensor:
+    """A range of an open file as a tensor of uint8 in memory of its own.
+
+    Raises:
+        EOFError: the file ends before the range does.
+    """
+    buffer = torch.empty(num_bytes, dtype=torch.uint8)
+    view = memoryview(buffer.numpy())
+    position = 0
+    while position < num_bytes:
+        count = os.preadv(descriptor, [view[position:]], offset_byte + position)
+        if count == 0:
+            raise EOFError(f"the file ends before byte {offset_byte + num_bytes}")
+        position += count
+    return buffer
 
 
 def check_export_target(directory: str | os.PathLike) -> Path:
@@ -86,7 +105,7 @@ def staged_directory(directory: str | os.PathLike) -> Iterator[Path]:
         sync_directory(target.parent)
     except OSError as error:
         raise CheckpointError(
-            f"cannot write there: {error.strerror or error}", str(target), "make room, or name another directory"
+            f"writing failed: {error.strerror or error}", str(target), "make room, or name another directory"
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -41,13 +41,17 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import skip_data
 
 from megatron_vlm.checkpoint.safetensors_files import row_blocks
-from megatron_vlm.checkpoint.staging import StreamedFile, write_durably
+from megatron_vlm.checkpoint.staging import StreamedFile, read_bytes, write_durably
 from megatron_vlm.errors import CheckpointError
 
 MEGATRON_METADATA_FILE = "metadata.json"
 COMMON_STATE_KEY = "common_state/shard_0_1"  # megatron-core's unique key of its only ShardedObject
 RECORD_BYTES = 64 * 2**20  # a rank that wants a few rows has to read whole records
 ZIP_HEADER_BYTES = 30  # of a member's local header; it ends with the lengths of the name and the extra field
+UNREADABLE = (
+    *(OSError, EOFError, RuntimeError, LookupError, ValueError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error),
+)
 DAMAGED = "the checkpoint is damaged: use another one"
 
 ReadRows = Callable[[int, int], torch.Tensor]
@@ -139,7 +143,7 @@ class TorchDistReader:
                 metadata = _MetadataUnpickler(stream).load()
             entries = metadata.state_dict_metadata.items()
             self._storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError, TypeError) as error:
+        except (*UNREADABLE, AttributeError, TypeError) as error:
             raise CheckpointError(f"cannot read its metadata ({error})", str(self.directory), fix) from error
         self.tensors: dict[str, TensorStorageMetadata] = {
             key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)
@@ -178,11 +182,12 @@ class TorchDistReader:
         sizes = piece.chunk.sizes
         shape = (end_row - first_row, *sizes[1:]) if sizes else ()
         row_bytes = math.prod(sizes[1:]) * dtype.itemsize
-        buffer = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
         begin_byte = piece.begin_byte + (first_row - piece.first_row) * row_bytes
-        if os.preadv(piece.stream.fileno(), [buffer.numpy()], begin_byte) != len(buffer):
-            raise CheckpointError("the file is truncated", os.fsdecode(piece.stream.name), DAMAGED)
-        return buffer.view(dtype).view(shape)
+        try:
+            values = read_bytes(piece.stream.fileno(), begin_byte, math.prod(shape) * dtype.itemsize)
+        except (OSError, EOFError) as error:
+            raise CheckpointError(f"cannot be read ({error})", os.fsdecode(piece.stream.name), DAMAGED) from error
+        return values.view(dtype).view(shape)
 
     def _locate(self, key: str, chunk: ChunkStorageMetadata) -> _Piece:
         dtype = self.tensors[key].properties.dtype
@@ -192,16 +197,7 @@ class TorchDistReader:
                 self._streams[storage.relative_path] = io.FileIO(self.directory / storage.relative_path, "rb")
             stream = self._streams[storage.relative_path]
             data = _locate_data(stream, storage)
-        except (
-            OSError,
-            RuntimeError,
-            LookupError,
-            ValueError,
-            EOFError,
-            pickle.UnpicklingError,
-            zipfile.BadZipFile,
-            struct.error,
-        ) as error:
+        except UNREADABLE as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise CheckpointError(f"cannot read {key} ({reason})", str(self.directory), DAMAGED) from error
         if data.shape != chunk.sizes or data.dtype != dtype or not data.is_contiguous:

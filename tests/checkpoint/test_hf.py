@@ -240,7 +240,7 @@ class TestStagedDirectory:
         with pytest.raises(CheckpointError, match="not a directory"):
             staging.check_export_target(tmp_path / "file")
         with (
-            pytest.raises(CheckpointError, match="cannot write"),
+            pytest.raises(CheckpointError, match="writing failed"),
             staging.staged_directory(tmp_path / "file" / "below"),
         ):
             raise AssertionError("must not begin")

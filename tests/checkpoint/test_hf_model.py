@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_vlm.checkpoint.convert import export_checkpoint, identity_of, verify_checkpoint
+from megatron_vlm.checkpoint.distributed import CheckpointManager
 from megatron_vlm.checkpoint.hf import SafetensorsReader, SafetensorsWriter
 from megatron_vlm.checkpoint.hf_model import export_hf_from_model, load_hf_into_model
 from megatron_vlm.checkpoint.safetensors_files import StoredTensor
@@ -65,6 +67,20 @@ def load_and_export(source: Path, target: Path, layout: Layout, text_only: bool)
     return {name: parameter.detach().clone() for chunk in chunks for name, parameter in chunk.named_parameters()}
 
 
+def load_and_save(source: Path, directory: Path, layout: Layout) -> None:
+    """One rank: build, load, save a checkpoint as a run does, with megatron-core."""
+    groups = build_groups(layout.tensor, layout.pipeline)
+    initialize_megatron(0, groups)
+    family = registry.detect(source)
+    config = family.config_from_hf(registry.load_hf_config(source), False)
+    layers = assign_layers(len(config.text.layers), layout.pipeline, layout.virtual)
+    chunks = build_chunks(family, config, BuildSettings(layers, dtype=layout.dtype), groups)
+    load_hf_into_model(chunks, source, family, config, groups)
+    identity = identity_of(source, family.name, config)
+    manager = CheckpointManager(directory, groups, identity, {}, "fp32", async_save=False)
+    manager.save(3, chunks, None, None, data_state={}, config_yaml="")
+
+
 def files(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "README.md"}
 
@@ -113,6 +129,14 @@ def test_each_rank_holds_its_slice_and_zero_padding(multimodal: Path, tmp_path: 
     by_columns = expected["language_model.model.layers.3.mlp.down_proj.weight"]
     for rank, parameters in enumerate((first, second)):
         assert parameters["language_model.layers.3.mlp.down_proj.weight"].equal(by_columns.chunk(2, dim=1)[rank])
+
+
+@pytest.mark.parametrize("name", ["tp2 pp2 fp32", "pp2 vpp2"])
+def test_a_checkpoint_of_a_run_is_exported_without_ranks(multimodal: Path, tmp_path: Path, name: str) -> None:
+    run_ranks(LAYOUTS[name].world_size, load_and_save, multimodal, tmp_path / "run" / "checkpoints", LAYOUTS[name])
+    assert verify_checkpoint(multimodal, tmp_path / "run").differences == ()
+    export_checkpoint(tmp_path / "run", multimodal, tmp_path / "out")
+    assert files(tmp_path / "out") == files(multimodal)
 
 
 def bytes_read(source: Path) -> tuple[int, int]:
