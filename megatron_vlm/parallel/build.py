@@ -20,7 +20,12 @@ from megatron_vlm.parallel.gradients import finalize_gradients
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """How a model is divided and held; `chunk_layers` are the decoder layers of every global chunk."""
+    """How a model is divided and held.
+
+    Attributes:
+        chunk_layers: decoder layers of every global chunk.
+        overlapped: `wrap_data_parallel` will be asked to overlap anything.
+    """
 
     chunk_layers: Sequence[Sequence[int]]
     dtype: torch.dtype = torch.float32
@@ -28,6 +33,7 @@ class BuildSettings:
     recompute: Literal["none", "selective", "full"] = "none"
     vision_parallelism: Literal["tensor", "data"] = "tensor"
     deterministic: bool = False
+    overlapped: bool = False
 
 
 def build_chunks(
@@ -72,6 +78,7 @@ def build_chunks(
             engine=engine,
             recompute=settings.recompute,
             vision_parallelism=settings.vision_parallelism,
+            overlapped=settings.overlapped,
         )
         with device or platform.current().device:
             chunks.append(family.build_chunk(model_config, chunk, groups))

@@ -22,6 +22,8 @@ class ChunkSettings:
         engine: megatron-core settings of the language model.
         recompute: activations computed again in the backward pass.
         vision_parallelism: how the tensor ranks share the vision tower.
+        overlapped: gradients or parameters are exchanged while the model runs, in the order in which it comes to them.
+            Every data rank must then run every layer, towers without input included: exchanges would not match.
     """
 
     layers: tuple[int, ...]
@@ -31,6 +33,7 @@ class ChunkSettings:
     engine: TransformerConfig
     recompute: Literal["none", "selective", "full"] = "none"
     vision_parallelism: Literal["tensor", "data"] = "tensor"
+    overlapped: bool = False
 
     @cached_property
     def tower_engine(self) -> TransformerConfig:

@@ -64,24 +64,3 @@ def _in_buckets(tensors: Sequence[torch.Tensor], reduce: Callable[[torch.Tensor]
             for part, reduced in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
                 part.copy_(reduced)
             bucket = []
-
-
-class _TouchParameters(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(*parameters)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        parameters = ctx.saved_tensors  # type: ignore[attr-defined]
-        return gradient, *(parameter.new_zeros(()).expand_as(parameter) for parameter in parameters)
-
-
-def with_zero_gradients(x: torch.Tensor, parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
-    """`x`, such that its backward pass gives every trainable one of `parameters` a gradient of zero.
-
-    A micro-batch without images skips the vision tower; overlapped gradient reduction waits for every parameter.
-    """
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    return _TouchParameters.apply(x, *trainable) if trainable else x

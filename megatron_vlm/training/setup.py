@@ -176,6 +176,7 @@ def build_settings(config: Config, layout: Layout) -> BuildSettings:
         config.model.recompute,
         config.model.vision_parallelism,
         config.train.deterministic,
+        config.parallel.overlap_grad_reduce or config.parallel.overlap_param_gather,
     )
 
 

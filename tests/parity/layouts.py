@@ -72,7 +72,9 @@ def set_up(
     family = registry.detect(hf_config)
     model_config = family.config_from_hf(hf_config, text_only=False)
     layers = assign_layers(len(model_config.text.layers), layout.pipeline, layout.virtual, layout.pipeline_layout)
-    settings = BuildSettings(layers, dtype, layout.sequence_parallel, layout.recompute, layout.vision)
+    settings = BuildSettings(
+        layers, dtype, layout.sequence_parallel, layout.recompute, layout.vision, overlapped=layout.overlap
+    )
     chunks = build_chunks(family, model_config, settings, groups)
     load_hf_into_model(chunks, hf_dir, family, model_config, groups)
     return wrap_data_parallel(chunks, groups, layout.distributed_optimizer, layout.overlap), groups

@@ -27,7 +27,7 @@ from megatron_vlm.layers.mlp import GatedMLP
 from megatron_vlm.layers.norm import RMSNorm
 from megatron_vlm.layers.rope import rope_table
 from megatron_vlm.parallel.chunk import ChunkSettings
-from megatron_vlm.parallel.gradients import mark_partial, with_zero_gradients
+from megatron_vlm.parallel.gradients import mark_partial
 from megatron_vlm.parallel.images import divide_images, gather_image_features
 
 RopeTables = Mapping[tuple[int, float, float], tuple[torch.Tensor, torch.Tensor]]
@@ -130,6 +130,9 @@ class Gemma3Chunk(MegatronModule):
         self.language_model = LanguageModelChunk(config.text, chunk, groups.tp)
         self.input_tensor: torch.Tensor | None = None
         if chunk.is_first and config.vision is not None:
+            # A micro-batch without images skips the tower, or gives it one whose features nobody reads.
+            size = config.vision.image_size
+            self.unread_pixels_shape = (1, config.vision.num_channels, size, size) if chunk.overlapped else None
             assert config.mm_tokens_per_image is not None
             group = groups.cp if self.divides_images else groups.tp
             self.vision_tower = VisionTower(config.vision, chunk.tower_engine, group, chunk.recompute == "full")
@@ -173,12 +176,13 @@ class Gemma3Chunk(MegatronModule):
         # Soft image tokens may lie outside the vocabulary; what is looked up for them is replaced.
         x_BSH = self.language_model.embed(batch.input_ids.masked_fill(is_image, 0))
         if hasattr(self, "vision_tower"):
-            if batch.vision_inputs:
-                features = self._image_features(batch.vision_inputs["pixel_values"])
+            pixels = batch.vision_inputs.get("pixel_values")
+            if pixels is None and self.unread_pixels_shape is not None:
+                pixels = x_BSH.new_zeros(self.unread_pixels_shape)
+            if pixels is not None:
+                features = self._image_features(pixels)
                 placed = features[batch.feature_index.clamp(min=0).long()]
                 x_BSH = torch.where(is_image.unsqueeze(-1), placed.to(x_BSH.dtype), x_BSH)
-            else:
-                x_BSH = with_zero_gradients(x_BSH, (*self.vision_tower.parameters(), *self.projector.parameters()))
         x_SBH = x_BSH.transpose(0, 1).contiguous()
         if self.language_model.sequence_parallel:
             x_SBH = tensor_parallel.scatter_to_sequence_parallel_region(x_SBH, group=self.groups.tp)
