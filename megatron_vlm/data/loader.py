@@ -7,16 +7,20 @@ communication threads may deadlock, and spawning would import torch once per wor
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import multiprocessing
 import os
 import signal
+import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -149,6 +153,7 @@ class MicroBatchLoader:
         self._micro_batches_given = 0
         self._order = _Order()
         self._iterator: Iterator[Any] | None = None
+        self._workers: set[BaseProcess] = set()
         workers: dict[str, Any] = {}
         if num_workers:
             workers = {
@@ -175,8 +180,7 @@ class MicroBatchLoader:
             self._order.count = None
             if self.num_global_batches is not None:
                 self._order.count = self.num_global_batches * self.share.num_micro_batches
-            with _signals_blocked():
-                self._iterator = iter(self._loader)
+            self._iterator = self._start_iteration()
         batch = next(self._iterator)
         self.wait_seconds += time.perf_counter() - began
         if isinstance(batch, _Refusal):
@@ -215,6 +219,28 @@ class MicroBatchLoader:
         self._iterator = None
         # torch keeps persistent workers alive on the loader; there is no public way to stop them before it goes.
         self._loader._iterator = None
+        for worker in self._workers:
+            # Only one that hangs in a read is still there; it has SIGTERM blocked.
+            worker.kill()
+        self._workers = set()
+
+    def _start_iteration(self) -> Iterator[Any]:
+        others = {*multiprocessing.active_children()}
+        with _signals_blocked():
+            iterator = iter(self._loader)
+        started = {*multiprocessing.active_children()} - others
+        if started:
+            self._workers = started
+            # An error may end the program without `close`; multiprocessing would then wait for the workers forever,
+            # because it stops them with SIGTERM. Registered after torch's own hooks, this runs before them.
+            atexit.register(_close_at_exit, weakref.ref(self))
+        return iterator
+
+
+def _close_at_exit(reference: weakref.ref[MicroBatchLoader]) -> None:
+    loader = reference()
+    if loader is not None:
+        loader.close()
 
 
 def build_train_loader(
@@ -283,6 +309,15 @@ def _start_fork_server() -> BaseContext:
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_leave_with_rank, daemon=True).start()
+
+
+def _leave_with_rank() -> None:
+    """End this worker when its rank was killed; torch's own watch looks at the fork server, which waits for us."""
+    rank = multiprocessing.parent_process()
+    assert rank is not None
+    connection.wait([rank.sentinel])
+    os._exit(1)
 
 
 @contextlib.contextmanager

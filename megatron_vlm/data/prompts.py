@@ -166,8 +166,8 @@ class PromptBuilder:
         """A control token in the text of a message would forge an image, or a turn where markers are searched."""
         for message in conversation.messages:
             texts = [part.text for part in message.parts if isinstance(part, TextPart)]
-            # Templates join parts, with or without the spaces around them.
-            for text in ("".join(texts), "".join(text.strip() for text in texts), str(message.fields or "")):
+            # Templates join parts, some without the spaces around them.
+            for text in ("".join(text.strip() for text in texts), str(message.fields or "")):
                 found = self._control_token.search(text)
                 if found and (not self.has_generation_tags or found.group() in self._image_tokens):
                     raise DataError(

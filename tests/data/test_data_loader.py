@@ -83,6 +83,29 @@ def test_workers_change_nothing_and_survive_signals(
     parallel.close()
 
 
+def test_workers_end_with_their_rank(hf_path: Path, sources: list[DataSource]) -> None:
+    """A rank that fails exits at once instead of waiting for workers; workers of a killed rank do not live on."""
+    command = [sys.executable, "-m", "tests.data.loader_process", str(hf_path), sources[0].path]
+    failing, killed = (
+        subprocess.Popen(
+            [*command, ending],
+            cwd=Path(__file__).parents[2],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for ending in ("error", "wait")
+    )
+    workers = [psutil.Process(int(pid)) for rank in (failing, killed) for pid in rank.stdout.readline().split()]
+    killed.kill()
+    assert len(workers) == 4
+    # Far more than they need, far less than forever.
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive
+    assert "the program ends here" in failing.communicate(timeout=60)[1]
+    killed.communicate(timeout=60)
+
+
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 8), (2, 2), (4, 1), (8, 1)])
 def test_global_batches_do_not_depend_on_ranks(
     make_config: Make, rules: PromptRules, sources: list[DataSource], ranks: int, micro: int
