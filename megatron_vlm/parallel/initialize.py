@@ -16,7 +16,7 @@ def initialize_weights(
     vocab_size: int,
     group: torch.distributed.ProcessGroup,
 ) -> None:
-    """Set every parameter from a generator of its own, seeded by its name: each layout starts from the same model.
+    """Set every parameter from a generator of its own, by seed and name: every layout starts from the same model.
 
     Matrices are normal with deviation `std`; biases and zero-centred norms are zero; layer norms' weights are one;
     vocabulary padding is zero.
@@ -47,8 +47,8 @@ def _normal(
     shape = list(parameter.shape)
     if getattr(parameter, "tensor_model_parallel", False):
         shape[parameter.partition_dim] *= group.size()
-    # On the host, whose generator gives the same numbers on every machine.
-    generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+    # On the host, whose generator gives the same numbers on every machine, and takes 32 bits of seed.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
