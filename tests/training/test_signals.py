@@ -1,0 +1,153 @@
+"""Real torchrun: requests to stop, a kill in the middle of a save, and what the console shows."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_vlm.training.loop import Trainer
+from tests.ranks import run_ranks
+from tests.training.loop_run import (
+    ROOT,
+    Place,
+    build_place,
+    checkpoint_names,
+    rank_pids,
+    read_lines,
+    signal_all,
+    start_torchrun,
+    train_here,
+)
+
+PATIENCE_SECONDS = 90.0  # a start takes 10 s on an idle machine
+STEP_LINE = re.compile(r"step +\d+/\d+ \| loss [\d.]+ \| .*left \d+.*")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return build_place(tmp_path_factory.mktemp("place"))
+
+
+class Job:
+    """A torchrun of two tensor-parallel ranks that would train for long; ended with the test at the latest."""
+
+    def __init__(self, place: Place, run_dir: Path, log: Path, *overrides: str) -> None:
+        self.arguments = place.arguments(run_dir, "parallel.tensor_model_parallel_size=2", *overrides)
+        self.log, self.process = log, start_torchrun(self.arguments, log)
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        signal_all([*self.ranks(), self.process.pid], signal.SIGKILL)
+        self.process.wait()
+
+    def ranks(self) -> list[int]:
+        return rank_pids(self.process.pid) if self.process.poll() is None else []
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        end = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()
+            time.sleep(0.005)
+
+    def exit_code(self) -> int:
+        return self.process.wait(PATIENCE_SECONDS)
+
+
+def test_stop_and_kill(place: Place, tmp_path: Path) -> None:
+    """One run through three starts: SIGTERM, SIGKILL while saving, and SIGUSR1 to one rank only."""
+    run_dir, endless = tmp_path / "run", ["train.train_iters=100000", "data.num_workers=1", "train.precision=bf16"]
+
+    def steps() -> list[int]:
+        return [record["step"] for record in read_whole_lines(run_dir / "metrics.jsonl")]
+
+    with Job(place, run_dir, tmp_path / "1.log", *endless) as job:
+        job.wait_until(lambda: len(steps()) >= 3)
+        ranks = job.ranks()
+        assert len(ranks) == 2
+        signal_all(ranks, signal.SIGTERM)
+        assert job.exit_code() == 0, job.log.read_text()
+    stopped = json.loads((run_dir / "stopped.json").read_text())
+    first = stopped["step"]
+    assert stopped == {"reason": "signal SIGTERM", "step": first}
+    # The step that ran was finished, logged and saved, and none began after it.
+    assert steps() == list(range(1, first + 1))
+    assert checkpoint_names(run_dir) == [f"step_{first:08d}"]
+    check_console(job.log, resumed_after=None)
+
+    with Job(place, run_dir, tmp_path / "2.log", *endless, "checkpoint.save_interval=1") as job:
+
+        def is_saving() -> bool:
+            return any(".incomplete." in name for name in checkpoint_names(run_dir))
+
+        job.wait_until(lambda: len(checkpoint_names(run_dir)) > 4 and is_saving())
+        assert not (run_dir / "stopped.json").exists()
+        check_console(job.log, resumed_after=first)
+        signal_all(job.ranks(), signal.SIGKILL)
+        assert job.exit_code() != 0
+    names = checkpoint_names(run_dir)
+    complete = [name for name in names if "." not in name]
+    assert len(names) == len(complete) + 1, f"the kill left no half-written checkpoint: {names}"
+
+    last = int(complete[-1].removeprefix("step_"))
+    (outcome, _) = run_ranks(2, train_here, [*job.arguments, "--data.num_workers=0"], _signal_the_last_rank)
+    assert outcome.error is None
+    assert checkpoint_names(run_dir) == [*complete, f"step_{last + 1:08d}"]
+    assert [record["step"] for record in outcome.metrics] == list(range(1, last + 2))
+    assert json.loads((run_dir / "stopped.json").read_text()) == {"reason": "signal SIGUSR1", "step": last + 1}
+
+
+def _signal_the_last_rank(trainer: Trainer) -> None:
+    """During the next step, one rank alone receives a signal."""
+    read = trainer.run_state.train_loader.global_batch
+
+    def read_and_receive() -> Any:
+        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            with trainer.requests:
+                signal.raise_signal(signal.SIGUSR1)
+        return read()
+
+    trainer.run_state.train_loader.global_batch = read_and_receive  # type: ignore[method-assign]
+
+
+def check_console(log: Path, resumed_after: int | None) -> None:
+    """Nothing but a line per step, and that the run goes on; the last line may not be complete yet."""
+    lines = log.read_text().rpartition("\n")[0].splitlines()
+    if resumed_after is not None:
+        assert lines.pop(0) == f"resuming after step {resumed_after} of 100000"
+    others = [line for line in lines if not STEP_LINE.fullmatch(line)]
+    assert lines and not others, "\n".join(others)
+
+
+def read_whole_lines(path: Path) -> list[dict]:
+    """The records of a file that is being written: a line may be cut short where reading met writing."""
+    try:
+        return read_lines(path)
+    except json.JSONDecodeError:
+        return []
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    program = """
+import signal
+from megatron_vlm.training.signals import StopRequests
+with StopRequests() as requests:
+    signal.raise_signal(signal.SIGUSR2)
+    assert requests.number == signal.SIGUSR2
+    print("noted", flush=True)
+    signal.raise_signal(signal.SIGTERM)
+    print("still here", flush=True)
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (-signal.SIGTERM, "noted\n")
