@@ -33,7 +33,9 @@ from megatron_vlm.data.prompts import PromptRules
 from megatron_vlm.data.rows import RowReader, reader_for
 from megatron_vlm.errors import UserError
 
-MICRO_BATCHES_AHEAD_PER_WORKER = 4
+FEWEST_AHEAD_PER_WORKER, MOST_AHEAD_PER_WORKER = 2, 16
+"""Micro-batches that a worker reads ahead: its part of a whole step, so that the next step's rows are read during this
+one, within limits on shared memory."""
 # A scheduler sends these to every process of a job; a worker that dies of one would take its rank down before it saved.
 SIGNALS_LEFT_TO_RANKS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 logger = logging.getLogger(__name__)
@@ -156,9 +158,10 @@ class MicroBatchLoader:
         self._workers: set[BaseProcess] = set()
         workers: dict[str, Any] = {}
         if num_workers:
+            of_a_step = -(-share.num_micro_batches // num_workers)
             workers = {
                 "multiprocessing_context": _start_fork_server(),
-                "prefetch_factor": MICRO_BATCHES_AHEAD_PER_WORKER,
+                "prefetch_factor": max(FEWEST_AHEAD_PER_WORKER, min(MOST_AHEAD_PER_WORKER, of_a_step)),
                 "persistent_workers": True,
             }
         self._loader: DataLoader[Any] = DataLoader(

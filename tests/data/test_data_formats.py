@@ -92,6 +92,17 @@ def test_marker_is_plain_text_where_no_image_is_listed() -> None:
     assert parse(row(user("Use the <image> tag."))).messages[0].content == (TextPart("Use the <image> tag."),)
 
 
+@pytest.mark.parametrize(("written", "role"), [("human", "user"), ("gpt", "assistant"), ("model", "assistant")])
+def test_other_names_of_roles(written: str, role: str) -> None:
+    assert parse({"conversations": [{"from": written, "value": "a"}]}).messages[0].role == role
+    assert parse(row({"role": written, "content": "a"})).messages[0].role == role
+
+
+def test_system_text_beside_the_turns() -> None:
+    parsed = parse({"system": "Be brief.", "conversations": [{"from": "human", "value": "a"}]})
+    assert [(message.role, message.content) for message in parsed.messages] == [("system", "Be brief."), ("user", "a")]
+
+
 def test_loss_flag_and_further_fields() -> None:
     parsed = parse(row(user("a"), {**assistant("b"), "loss": False, "name": "bot", "weight": None}))
     assert parsed.messages[1].loss is False

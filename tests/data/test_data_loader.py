@@ -213,10 +213,14 @@ def test_inspect_data_prints_samples(hf_path: Path, sources: list[DataSource]) -
     }
     (hf_path / "config.json").write_text(json.dumps(config))
     tool = Path(__file__).parents[2] / "tools" / "inspect_data.py"
-    arguments = [sys.executable, str(tool), "--hf", str(hf_path), "--data", sources[0].path, "--num", "2", "--check"]
-    result = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    assert "[[0.<end_of_turn>]]" in result.stdout and "21 rows, 7 images, 0 bad rows" in result.stdout
-    arguments[-4] = "nothing.jsonl"
-    result = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1].startswith("error: data file nothing.jsonl does not exist")
+    command = [sys.executable, str(tool), "--hf", str(hf_path), "--num", "2", "--check", "--data"]
+    good, missing = (
+        subprocess.Popen([*command, path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for path in (sources[0].path, "nothing.jsonl")
+    )
+    printed = good.communicate(timeout=120)[0]
+    assert good.returncode == 0
+    assert "[[0.<end_of_turn>]]" in printed and "21 rows, 7 images, 0 bad rows" in printed
+    errors = missing.communicate(timeout=120)[1]
+    assert missing.returncode == 2
+    assert errors.strip().splitlines()[-1].startswith("error: data file nothing.jsonl does not exist")

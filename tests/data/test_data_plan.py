@@ -116,6 +116,12 @@ def test_every_epoch_has_every_row_once_in_its_own_order() -> None:
     assert rows != plan(seed=4).rows(0, 2000)
 
 
+def test_sources_of_one_size_have_their_own_orders() -> None:
+    rows = SamplePlan([PlannedSource(name, 40, name) for name in "ab"], seed=3, shuffle=True).rows(0, 80)
+    first, second = ([place.row for place in rows if place.source == source] for source in (0, 1))
+    assert first != second and sorted(first) == sorted(second)
+
+
 def test_without_shuffle_rows_come_in_file_order() -> None:
     single = SamplePlan([PlannedSource("a.jsonl", 5, "d", 0.7)], seed=3, shuffle=False)
     assert [(place.epoch, place.row) for place in single.rows(3, 9)] == [divmod(n, 5) for n in range(3, 12)]
