@@ -1,0 +1,179 @@
+"""Micro-batches without images, frozen eyes, and first weights: none of them may depend on the layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vlm.families import registry
+from megatron_vlm.parallel.build import BuildSettings, build_chunks, wrap_data_parallel
+from megatron_vlm.parallel.groups import build_groups, initialize_megatron
+from megatron_vlm.parallel.initialize import initialize_weights
+from megatron_vlm.parallel.stages import assign_layers
+from megatron_vlm.training.step import run_global_batch
+from tests.distributed.reference import (
+    TOLERANCE,
+    ZERO_GRADIENT,
+    label_tokens,
+    loss_sum_gradients,
+    micro_batches,
+    relative_error,
+    write_model,
+)
+from tests.parity import gemma3_tiny
+from tests.parity.layouts import LAYOUTS, TestLayout, gather_parameter, own_micro_batches, set_up, whole_gradients
+from tests.ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def hf_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_model(Path(tmp_path_factory.mktemp("model")))
+
+
+# Data rank 0 takes the even ones: it never sees an image.
+TEXT_ON_ONE_RANK = ("text", "several images", "text", "one image")
+
+
+def gradients(hf_dir: str, layout: TestLayout) -> dict[str, torch.Tensor]:
+    model, groups = set_up(hf_dir, layout)
+    for chunk in model:
+        chunk.zero_grad_buffer()
+    mine = own_micro_batches(micro_batches(TEXT_ON_ONE_RANK), groups, layout)
+    assert all(bool(batch.vision_inputs) == (groups.dp.rank() == 1) for batch in mine)
+    run_global_batch(model, mine, groups)
+    return whole_gradients(model, groups)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        TestLayout(2, distributed_optimizer=True, overlap=True),
+        TestLayout(4, tensor=2, distributed_optimizer=True, overlap=True, vision="data"),
+        TestLayout(4, pipeline=2, distributed_optimizer=True, overlap=True),
+    ],
+    ids=["DP2", "DP2xTP2, vision DP", "DP2xPP2"],
+)
+def test_a_data_rank_without_images(hf_dir: str, layout: TestLayout) -> None:
+    """Overlapped reduction waits for every parameter of every rank, the tower's too."""
+    reference = loss_sum_gradients(TEXT_ON_ONE_RANK)
+    seen = set()
+    for found in run_ranks(layout.world_size, gradients, hf_dir, layout):
+        for name, gradient in found.items():
+            seen.add(name)
+            if not name.endswith(ZERO_GRADIENT):
+                assert relative_error(gradient * label_tokens(TEXT_ON_ONE_RANK), reference[name]) <= TOLERANCE, name
+    assert seen == set(reference)
+
+
+# Frozen eyes
+
+
+def tensors_kept_by_eyes(frozen: tuple[str, ...]) -> tuple[dict[str, int], set[str]]:
+    """Bytes kept for the backward pass inside the tower and the projector, and names with gradients."""
+    groups = build_groups()
+    initialize_megatron(1, groups)
+    hf_config = gemma3_tiny.build(with_vision=True).config
+    family = registry.detect(hf_config)
+    model_config = family.config_from_hf(hf_config, text_only=False)
+    chunks = build_chunks(family, model_config, BuildSettings([range(4)]), groups)
+    initialize_weights(chunks, 1, 0.1, gemma3_tiny.VOCABULARY, groups.tp)
+    for name, parameter in chunks[0].named_parameters():
+        parameter.requires_grad_(name.partition(".")[0] not in frozen)
+    kept = {"vision_tower": 0, "projector": 0}
+    for part in kept:
+        _count_kept(chunks[0].get_submodule(part), part, kept)
+    model = wrap_data_parallel(chunks, groups, use_distributed_optimizer=False)
+    model[0].zero_grad_buffer()
+    run_global_batch(model, micro_batches(["mixed"]), groups)
+    with_gradient = {
+        name
+        for name, parameter in chunks[0].named_parameters()
+        if parameter.grad is not None or hasattr(parameter, "main_grad")
+    }
+    trainable = sum(parameter.numel() for parameter in chunks[0].parameters() if parameter.requires_grad)
+    assert sum(buffer.grad_data.numel() for buffer in model[0].buffers) == trainable
+    return kept, with_gradient
+
+
+def _count_kept(module: torch.nn.Module, part: str, kept: dict[str, int]) -> None:
+    compute = module.forward
+    own = {parameter.data_ptr() for parameter in module.parameters()}
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.untyped_storage().data_ptr() not in own:
+                kept[part] += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            return compute(x)
+
+    module.forward = forward  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("frozen", "nothing_kept_in"),
+    [
+        ((), ()),
+        (("vision_tower",), ("vision_tower",)),
+        (("vision_tower", "projector"), ("vision_tower", "projector")),
+        (("language_model",), ()),
+    ],
+    ids=["nothing", "tower", "tower and projector", "language model"],
+)
+def test_nothing_is_kept_for_frozen_eyes(frozen: tuple[str, ...], nothing_kept_in: tuple[str, ...]) -> None:
+    ((kept, with_gradient),) = run_ranks(1, tensors_kept_by_eyes, frozen)
+    for part, size in kept.items():
+        assert (size == 0) == (part in nothing_kept_in), f"{size} bytes kept in {part}"
+    parts = {"language_model", "vision_tower", "projector"}
+    assert {name.partition(".")[0] for name in with_gradient} == parts - set(frozen)
+
+
+# First weights
+
+
+def first_weights(layout: TestLayout) -> dict[str, torch.Tensor]:
+    groups = build_groups(layout.tensor, layout.pipeline)
+    hf_config = gemma3_tiny.build(with_vision=True, tied=False).config
+    family = registry.detect(hf_config)
+    model_config = family.config_from_hf(hf_config, text_only=False)
+    layers = assign_layers(4, layout.pipeline, layout.virtual)
+    settings = BuildSettings(layers, vision_parallelism=layout.vision)
+    chunks = build_chunks(family, model_config, settings, groups)
+    initialize_weights(chunks, 11, 0.02, gemma3_tiny.VOCABULARY, groups.tp)
+    return {
+        name: gather_parameter(parameter, parameter, groups)
+        for chunk in chunks
+        for name, parameter in chunk.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("layout", ["TP2", "TP4", "PP2xVPP2", "TP2xPP2+SP", "TP2, vision DP"])
+def test_first_weights_do_not_depend_on_the_layout(layout: str) -> None:
+    (alone,) = run_ranks(1, first_weights, LAYOUTS["TP1"])
+    ranks = run_ranks(LAYOUTS[layout].world_size, first_weights, LAYOUTS[layout])
+    assert set().union(*ranks) == set(alone)
+    for found in ranks:
+        for name, value in found.items():
+            assert torch.equal(value, alone[name]), name
+
+
+def test_first_weights_are_what_they_should_be() -> None:
+    (weights,) = run_ranks(1, first_weights, LAYOUTS["TP1"])
+    matrices = {name: weight for name, weight in weights.items() if weight.dim() >= 2}
+    for name, weight in matrices.items():
+        real = weight
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            real, padding = weight[: gemma3_tiny.VOCABULARY], weight[gemma3_tiny.VOCABULARY :]
+            assert not padding.any()
+        # Five deviations of the mean and of the deviation of that many draws.
+        assert abs(real.mean()) < 5 * 0.02 / real.numel() ** 0.5, name
+        assert abs(real.std() - 0.02) < 5 * 0.02 / (2 * real.numel()) ** 0.5, name
+    firsts = {weight.flatten()[0].item() for weight in matrices.values()}
+    assert len(firsts) == len(matrices), "two parameters have the same numbers"
+    for name in set(weights) - set(matrices):
+        is_layer_norm = "layer_norm" in name or "post_layernorm" in name
+        expected = 1.0 if is_layer_norm and name.startswith("vision_tower") and name.endswith("weight") else 0.0
+        assert (weights[name] == expected).all(), name
