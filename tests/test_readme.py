@@ -1,0 +1,122 @@
+"""The documentation names only what exists: files, make targets, configuration keys, and commands that parse."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_vlm.cli import parse_command_line, valid_keys
+from megatron_vlm.config import load_config
+from tools import config_reference, convert, inspect_data
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+README = DOCUMENTS[0].read_text(encoding="utf-8")
+
+# What a reader, a run or the demo makes, and names that stand for something.
+NOT_IN_THE_REPOSITORY = re.compile(
+    r"^(demo_out|runs|images|data|models|run_dir)/|^(checkpoints|tensorboard|profile)/$|NAME"
+)
+SECTIONS = sorted({key.partition(".")[0] for key in valid_keys() if "." in key})
+KEY = re.compile(rf"\b((?:{'|'.join(SECTIONS)})\.[a-z_]+(?:\.[a-z_]+)?)\b(?!\()")
+
+
+def text_of(document: Path) -> str:
+    return document.read_text(encoding="utf-8")
+
+
+def code_spans(text: str) -> list[str]:
+    """Contents of `...` outside of code blocks."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+
+
+def commands(text: str) -> Iterator[str]:
+    """Command lines of indented and fenced code blocks, continued lines joined."""
+    for line in re.sub(r"\\\n\s*", "", text).splitlines():
+        found = re.match(r"(?:    |  exec )?((?:[A-Z_]+=\S+ )?(?:make|python|torchrun|source) .*)", line)
+        if found and (line.startswith("    ") or "exec" in line):
+            yield found[1].split("   #")[0].strip().rstrip("'")
+
+
+@pytest.fixture
+def my_run(tmp_path: Path) -> Path:
+    """README's example configuration as a file."""
+    block = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert block is not None
+    path = tmp_path / "my_run.yaml"
+    path.write_text(block[1], encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_paths_exist(document: Path) -> None:
+    text = text_of(document)
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text)]
+    missing = [link for link in links if not link.startswith("http") and not (document.parent / link).exists()]
+    for span in code_spans(text):
+        is_path = re.fullmatch(r"[\w./-]+/[\w.-]*|[\w./-]+\.(py|yaml|md|txt|toml)", span) is not None
+        if not is_path or "/" not in span or NOT_IN_THE_REPOSITORY.search(span):
+            continue
+        # The tables of architecture.md name files below a folder that stands before them.
+        if not any((REPOSITORY / folder / span).exists() for folder in ("", "megatron_vlm")):
+            missing.append(span)
+    assert missing == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_configuration_keys_exist(document: Path) -> None:
+    keys = {*valid_keys()}
+    # Names of parts follow the first; the others begin names of tensors.
+    free = {"optimizer.lr_multipliers", "optimizer.state", "model.language_model"}
+    without_files = re.sub(r"[\w/*]+\.(py|md|yaml|json|safetensors)\b|\w+/[\w./]*", "", text_of(document))
+    named = {found for found in KEY.findall(without_files) if not any(found.startswith(prefix) for prefix in free)}
+    assert named - keys == set()
+
+
+def test_the_key_test_sees_keys() -> None:
+    assert {"train.exit_interval", "checkpoint.keep_last", "model.text_only"} <= {*KEY.findall(README)}
+
+
+def test_every_recipe_is_listed() -> None:
+    for recipe in (REPOSITORY / "configs").glob("*.yaml"):
+        assert f"`configs/{recipe.name}`" in README, f"README does not list {recipe.name}"
+
+
+def test_make_targets_exist() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    targets = {*re.findall(r"^([a-z]+):", makefile, re.MULTILINE)}
+    named = {target for document in DOCUMENTS for target in re.findall(r"(?:`|^ {4})make ([a-z]+)", text_of(document))}
+    assert {"demo", "test", "lint"} <= named <= targets
+
+
+def test_the_example_configuration_is_valid(my_run: Path) -> None:
+    assert load_config(["--config", str(my_run)]).data.seq_length == 72
+
+
+def test_training_commands_parse(my_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    found = [command for command in commands(README) if "pretrain_vlm.py" in command]
+    assert len(found) >= 5
+    for command in found:
+        arguments = shlex.split(command.partition("pretrain_vlm.py")[2])
+        parse_command_line([str(my_run) if argument == "my_run.yaml" else argument for argument in arguments])
+
+
+def test_tool_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [shlex.split(command) for command in commands(README) if "tools/" in command]
+    assert {words[1] for words in found} == {"tools/convert.py", "tools/inspect_data.py"}
+    for words in found:
+        monkeypatch.setattr("sys.argv", words[1:])
+        if words[1] == "tools/convert.py":
+            convert._parse(words[2:])
+        else:
+            inspect_data._parse_arguments()
+
+
+def test_configuration_reference_is_current() -> None:
+    written = (REPOSITORY / "docs" / "config.md").read_text(encoding="utf-8")
+    assert written == config_reference.reference(), "run: python tools/config_reference.py > docs/config.md"
