@@ -1,6 +1,6 @@
 """Print rows of a JSONL file as a model will see them; trained text stands between [[ and ]].
 
-    python tools/inspect_data.py --hf MODEL_DIRECTORY --data rows.jsonl --num 3 [--check]
+python tools/inspect_data.py --hf MODEL_DIRECTORY --data rows.jsonl --num 3 [--check]
 """
 
 from __future__ import annotations
