@@ -27,12 +27,18 @@ from megatron_vlm.parallel.gradients import mark_partial
 class AttentionRecord(Protocol):
     """What a layer's configuration record says about attention."""
 
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    window: int | None
-    softmax_scale: float
-    norm_eps: float
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def window(self) -> int | None: ...
+    @property
+    def softmax_scale(self) -> float: ...
+    @property
+    def norm_eps(self) -> float: ...
 
 
 class SelfAttention(torch.nn.Module):

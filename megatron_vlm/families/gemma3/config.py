@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from transformers import Gemma3Config, Gemma3TextConfig, PretrainedConfig, SiglipVisionConfig
+from transformers import Gemma3Config, Gemma3TextConfig, PretrainedConfig
 
 from megatron_vlm.errors import ConfigError
+
+# transformers declares its fields as unions (of None, dictionaries, pairs) that it narrows when it builds them.
+Narrowed = Any
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def config_from_hf(hf_config: PretrainedConfig, text_only: bool) -> ModelConfig:
     if isinstance(hf_config, Gemma3TextConfig):
         return ModelConfig(_text(hf_config, hf_config.tie_word_embeddings), None, None, None)
     assert isinstance(hf_config, Gemma3Config)
-    text = _text(hf_config.text_config, hf_config.tie_word_embeddings)
+    text = _text(hf_config.text_config, bool(hf_config.tie_word_embeddings))
     if text_only:
         return ModelConfig(text, None, None, None)
     # transformers' multimodal class never caps its logits, whatever the text configuration says.
@@ -96,7 +100,7 @@ def config_from_hf(hf_config: PretrainedConfig, text_only: bool) -> ModelConfig:
     return ModelConfig(text, _vision(hf_config.vision_config), hf_config.image_token_id, hf_config.mm_tokens_per_image)
 
 
-def _text(hf: Gemma3TextConfig, tied: bool) -> TextConfig:
+def _text(hf: Narrowed, tied: bool) -> TextConfig:
     _require(hf.hidden_activation == "gelu_pytorch_tanh", f"hidden_activation {hf.hidden_activation!r}")
     _require(not hf.attention_bias, "attention_bias true")
     _require(not hf.use_bidirectional_attention, "use_bidirectional_attention true (embedding models)")
@@ -113,7 +117,7 @@ def _text(hf: Gemma3TextConfig, tied: bool) -> TextConfig:
     )
 
 
-def _layer(hf: Gemma3TextConfig, layer_type: str) -> LayerConfig:
+def _layer(hf: Narrowed, layer_type: str) -> LayerConfig:
     rope = hf.rope_parameters[layer_type]
     _require(rope["rope_type"] in ("default", "linear"), f"rope_type {rope['rope_type']!r}")
     return LayerConfig(
@@ -129,7 +133,7 @@ def _layer(hf: Gemma3TextConfig, layer_type: str) -> LayerConfig:
     )
 
 
-def _vision(hf: SiglipVisionConfig) -> VisionConfig:
+def _vision(hf: Narrowed) -> VisionConfig:
     # `vision_use_head` is ignored: Gemma 3 reads the patch features, and no published file holds a head.
     _require(hf.hidden_act == "gelu_pytorch_tanh", f"vision hidden_act {hf.hidden_act!r}")
     _require(not hf.attention_dropout, f"vision attention_dropout {hf.attention_dropout}")
@@ -145,7 +149,7 @@ def _vision(hf: SiglipVisionConfig) -> VisionConfig:
     )
 
 
-def _check_projector(hf: Gemma3Config) -> None:
+def _check_projector(hf: Narrowed) -> None:
     side = round(hf.mm_tokens_per_image**0.5)
     patches = hf.vision_config.image_size // hf.vision_config.patch_size
     _require(

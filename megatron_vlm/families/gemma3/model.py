@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from megatron.core import tensor_parallel
@@ -83,11 +84,12 @@ class LanguageModelChunk(torch.nn.Module):
 
     def decode(self, x_SBH: torch.Tensor, positions_BS: torch.Tensor, spans: Spans) -> torch.Tensor:
         """Run this chunk's layers."""
+        layers = cast("list[DecoderLayer]", list(self.layers.values()))
         rope = {
             kind: rope_table(positions_BS, *kind, x_SBH.dtype)
-            for kind in dict.fromkeys(layer.rope_kind for layer in self.layers.values())
+            for kind in dict.fromkeys(layer.rope_kind for layer in layers)
         }
-        for layer in self.layers.values():
+        for layer in layers:
             if self.recompute_layers and self.training:
                 x_SBH = checkpoint(layer, x_SBH, rope, spans, use_reentrant=False)
             else:
@@ -145,7 +147,7 @@ class Gemma3Chunk(MegatronModule):
             )
             if self.divides_images:
                 for parameter in (*self.vision_tower.parameters(), *self.projector.parameters()):
-                    parameter.tensor_model_parallel = False
+                    parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
                     mark_partial([parameter])
 
     def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:

@@ -112,7 +112,7 @@ class VisionTower(torch.nn.Module):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """[I, channels, height, width] to [I, P, H]."""
         x = self.embeddings(pixels)
-        for layer in self.encoder.layers:
+        for layer in self.encoder.layers:  # type: ignore[union-attr]
             x = checkpoint(layer, x, use_reentrant=False) if self.recompute and self.training else layer(x)
         return self.post_layernorm(x)
 
