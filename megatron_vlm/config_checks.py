@@ -154,10 +154,10 @@ def _optimizer(config: Config) -> Iterator[UserError]:
     optimizer, iters = config.optimizer, config.train.train_iters
     if optimizer.min_lr > optimizer.lr:
         yield ConfigError(f"optimizer.min_lr {optimizer.min_lr} is above optimizer.lr {optimizer.lr}")
-    if optimizer.warmup_iters > iters:
+    if optimizer.warmup_iters >= iters > 0:  # megatron-core's schedule asserts this
         yield ConfigError(
-            f"optimizer.warmup_iters {optimizer.warmup_iters} is more than train.train_iters {iters}",
-            fix=f"use at most {iters}",
+            f"optimizer.warmup_iters {optimizer.warmup_iters} is not less than train.train_iters {iters}",
+            fix=f"use at most {iters - 1}",
         )
     decay = optimizer.wsd_decay_iters
     if decay is not None and optimizer.schedule != "wsd":

@@ -172,7 +172,7 @@ def test_unknown_and_ill_typed(config_file: str, argument: str, expected: str) -
         (["--optimizer.lr_multipliers={tower: 1}"], "'tower', which is no part"),
         (["--optimizer.lr_multipliers={projector: -1}"], "lr_multipliers.projector is -1.0"),
         (["--optimizer.min_lr=1"], "above optimizer.lr"),
-        (["--optimizer.warmup_iters=11"], "use at most 10"),
+        (["--optimizer.warmup_iters=10"], "use at most 9"),
         (["--optimizer.wsd_decay_iters=3"], "set optimizer.schedule to wsd"),
         (["--optimizer.schedule=wsd", "--optimizer.warmup_iters=5", "--optimizer.wsd_decay_iters=6"], "exceed"),
         (["--optimizer.betas=[0.9,1.0]"], "below 1"),
