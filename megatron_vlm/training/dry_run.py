@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_vlm import platform
 from megatron_vlm.checkpoint.convert import check_tied_copies, open_for_export
 from megatron_vlm.checkpoint.hf import SafetensorsReader
 from megatron_vlm.checkpoint.run_folder import Manifest, find_checkpoint
@@ -55,6 +56,7 @@ def dry_run(config: Config, say: Callable[[str], None] = print) -> int:
     """
     if int(os.environ.get("RANK", "0")) > 0:
         return 0  # under torchrun the first rank speaks for all
+    platform.initialize()  # as in training; importing it first also quiets megatron-core's remarks
     hf_config = registry.load_hf_config(config.model.hf_path)
     family = registry.detect(hf_config)
     model_config = family.config_from_hf(hf_config, text_only=config.model.text_only)
