@@ -18,7 +18,7 @@ from megatron_vlm.data.images import load_image
 from megatron_vlm.data.prompts import PromptBuilder, PromptRules, Sample
 from megatron_vlm.errors import ConfigError, DataError
 from tests.data.rows import assistant, image, row, text, user
-from tests.data.tiny_processor import GEMMA3_CHAT_TEMPLATE, build_processor, build_tokenizer
+from tests.data.tiny_processor import CHAT_TEMPLATE, build_processor, build_tokenizer
 
 CONVERSATIONS = {
     "text": [user("Hello, how are you?"), assistant("I am fine.")],
@@ -193,7 +193,7 @@ def test_directories_that_do_not_serve(tmp_path: Path, rules: PromptRules) -> No
 
     build_processor(tmp_path / "good")
     build_processor(tmp_path / "silent", chat_template=None)
-    build_processor(tmp_path / "strange", chat_template=GEMMA3_CHAT_TEMPLATE.replace("'<start_of_turn>'", "'<turn>'"))
+    build_processor(tmp_path / "strange", chat_template=CHAT_TEMPLATE.replace("'<start_of_turn>'", "'<turn>'"))
     build_tokenizer().save_pretrained(tmp_path / "text")
     assert "no processor can be loaded" in refusal("nothing")
     assert "has no chat template" in refusal("silent")

@@ -7,58 +7,9 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Gemma3ImageProcessor, Gemma3Processor, PreTrainedTokenizerFast, ProcessorMixin
 
-# The template that the published Gemma 3 instruction checkpoints carry, word for word.
-GEMMA3_CHAT_TEMPLATE = """\
-{{ bos_token }}
-{%- if messages[0]['role'] == 'system' -%}
-    {%- if messages[0]['content'] is string -%}
-        {%- set first_user_prefix = messages[0]['content'] + '
+from demo.tokenizer import CHAT_TEMPLATE
 
-' -%}
-    {%- else -%}
-        {%- set first_user_prefix = messages[0]['content'][0]['text'] + '
-
-' -%}
-    {%- endif -%}
-    {%- set loop_messages = messages[1:] -%}
-{%- else -%}
-    {%- set first_user_prefix = "" -%}
-    {%- set loop_messages = messages -%}
-{%- endif -%}
-{%- for message in loop_messages -%}
-    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
-        {{ raise_exception("Conversation roles must alternate user/assistant/user/assistant/...") }}
-    {%- endif -%}
-    {%- if (message['role'] == 'assistant') -%}
-        {%- set role = "model" -%}
-    {%- else -%}
-        {%- set role = message['role'] -%}
-    {%- endif -%}
-    {{ '<start_of_turn>' + role + '
-' + (first_user_prefix if loop.first else "") }}
-    {%- if message['content'] is string -%}
-        {{ message['content'] | trim }}
-    {%- elif message['content'] is iterable -%}
-        {%- for item in message['content'] -%}
-            {%- if item['type'] == 'image' -%}
-                {{ '<start_of_image>' }}
-            {%- elif item['type'] == 'text' -%}
-                {{ item['text'] | trim }}
-            {%- endif -%}
-        {%- endfor -%}
-    {%- else -%}
-        {{ raise_exception("Invalid content type") }}
-    {%- endif -%}
-    {{ '<end_of_turn>
-' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{'<start_of_turn>model
-'}}
-{%- endif -%}
-"""
-
-# The same prompt with generation tags around an assistant's text and its end-of-turn token, so that transformers'
+# The demo's prompt with generation tags around an assistant's text and its end-of-turn token, so that transformers'
 # own assistant mask can judge ours.
 GEMMA3_GENERATION_TEMPLATE = """\
 {{ bos_token }}
@@ -127,7 +78,7 @@ CORPUS = (
 )
 
 
-def build_tokenizer(chat_template: str | None = GEMMA3_CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+def build_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of about 400 ids with Gemma 3's control tokens and chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -159,7 +110,7 @@ def build_processor(
     directory: str | Path,
     image_size: int = 16,
     soft_tokens: int = 4,
-    chat_template: str | None = GEMMA3_CHAT_TEMPLATE,
+    chat_template: str | None = CHAT_TEMPLATE,
 ) -> ProcessorMixin:
     """Write a Gemma 3 processor into `directory` and return it.
 
