@@ -6,7 +6,6 @@ Shapes: B batch, S sequence (hidden states hold a shard of it under sequence par
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from typing import cast
 
@@ -195,10 +194,7 @@ class Gemma3Chunk(MegatronModule):
         num_images = pixels.shape[0]
         if self.divides_images:
             pixels = divide_images(pixels, self.groups.tp)
-        frozen = not any(parameter.requires_grad for parameter in self.vision_tower.parameters())
-        with torch.no_grad() if frozen else contextlib.nullcontext():
-            encoded = self.vision_tower(pixels)
-        features = self.projector(encoded)
+        features = self.projector(self.vision_tower(pixels))
         if self.divides_images:
             features = gather_image_features(features, num_images, self.groups.tp)
         return features.flatten(0, 1)
