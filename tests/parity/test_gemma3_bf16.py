@@ -23,8 +23,8 @@ from tests.ranks import run_ranks
 # the tower, where both are few roundings of few numbers.
 OVERALL_RATIO = 1.25
 SINGLE_RATIO = 5.0
-# Of the loss, transformers in bf16 is off by 2e-4, we by at most 7e-4.
-LOSS_TOLERANCE = 2e-3
+# Seen: transformers in bf16 is off by 1e-4 of the loss, we by at most 3e-4 in any layout.
+LOSS_TOLERANCE = 1e-3
 
 Figures = tuple[float, dict[str, torch.Tensor]]
 
