@@ -23,7 +23,7 @@ from megatron_vlm.checkpoint.hf import (
     has_weights,
 )
 from megatron_vlm.checkpoint.run_folder import Manifest, ModelIdentity, find_checkpoint
-from megatron_vlm.checkpoint.safetensors_files import StoredTensor, WeightFiles, row_blocks
+from megatron_vlm.checkpoint.safetensors_files import BLOCK_BYTES, StoredTensor, WeightFiles, row_blocks
 from megatron_vlm.checkpoint.staging import check_export_target, staged_directory, write_durably
 from megatron_vlm.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
 from megatron_vlm.checkpoint.weight_map import WeightMap
@@ -109,13 +109,14 @@ def _import_weights(
     weights = dict(weight_map.items())
     hf_names = {name: hf_name for hf_name, name in names.items()}  # one of each, where a file repeats a tied weight
     done_bytes, total_bytes = 0, sum(reader.tensors[hf_name].num_bytes for hf_name in hf_names.values())
+    buffer = _new_buffer()
     writer = TorchDistWriter(staging)
     try:
         for stored in reader.files:
             name = names.get(stored.name, "")
             if hf_names.get(name) != stored.name:
                 continue
-            writer.write(name, weights[name].padded_shape, stored.dtype, _padded_rows(reader, stored))
+            writer.write(name, weights[name].padded_shape, stored.dtype, _padded_rows(reader, stored, buffer))
             done_bytes += stored.num_bytes
             if progress is not None:
                 progress(done_bytes, total_bytes)
@@ -124,13 +125,20 @@ def _import_weights(
         writer.abort()
 
 
-def _padded_rows(reader: SafetensorsReader, stored: StoredTensor) -> Callable[[int, int], torch.Tensor]:
-    """Reads rows of a stored tensor; beyond its end come zeros."""
+def _new_buffer() -> torch.Tensor:
+    """Memory for one block, used again for all blocks: new pages for each would cost as much as the copying."""
+    return torch.empty(BLOCK_BYTES, dtype=torch.uint8)
+
+
+def _padded_rows(
+    reader: SafetensorsReader, stored: StoredTensor, buffer: torch.Tensor
+) -> Callable[[int, int], torch.Tensor]:
+    """Reads rows of a stored tensor into `buffer`; beyond its end come zeros."""
 
     def read(first_row: int, end_row: int) -> torch.Tensor:
         num_rows = stored.shape[0] if stored.shape else 1
         if end_row <= num_rows:
-            return reader.read_rows(stored.name, first_row, end_row)
+            return reader.read_rows(stored.name, first_row, end_row, buffer)
         rows = torch.zeros((end_row - first_row, *stored.shape[1:]), dtype=stored.dtype)
         if first_row < num_rows:
             rows[: num_rows - first_row] = reader.read_rows(stored.name, first_row, num_rows)
@@ -165,11 +173,12 @@ def export_checkpoint(
 
 def _export_weights(reader: TorchDistReader, plan: ExportPlan, staging: Path, progress: Progress | None) -> None:
     done_bytes, total_bytes = 0, plan.files.num_bytes
+    buffer = _new_buffer()
     writer = SafetensorsWriter(staging, plan.files)
     try:
         for stored in plan.files:
             for first_row, end_row in row_blocks(stored.shape, stored.dtype):
-                rows = reader.read_rows(plan.names[stored.name], first_row, end_row)
+                rows = reader.read_rows(plan.names[stored.name], first_row, end_row, buffer)
                 writer.write(stored.name, first_row, rows.to(stored.dtype))
             done_bytes += stored.num_bytes
             if progress is not None:
@@ -214,7 +223,7 @@ def verify_checkpoint(
 def _compare(reader: SafetensorsReader, hf_name: str, checkpoint: TorchDistReader, name: str) -> str | None:
     """Why a tensor differs, or None."""
     stored, saved = reader.tensors[hf_name], checkpoint.tensors[name]
-    read_expected = _padded_rows(reader, stored)
+    read_expected = _padded_rows(reader, stored, _new_buffer())
     num_different, largest = 0, 0.0
     for first_row, end_row in row_blocks(tuple(saved.size), saved.properties.dtype):
         expected = read_expected(first_row, end_row)

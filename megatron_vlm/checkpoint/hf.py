@@ -133,20 +133,21 @@ class SafetensorsReader:
             result[first_row:end_row] = self.read_rows(name, first_row, end_row).narrow(dim, start, stop - start)
         return result
 
-    def read_rows(self, name: str, first_row: int, end_row: int) -> torch.Tensor:
-        """Consecutive rows, read with one request; for a scalar its value."""
+    def read_rows(self, name: str, first_row: int, end_row: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """Consecutive rows (for a scalar its value), read with one request; see `read_bytes` for `buffer`."""
         stored = self.tensors[name]
-        if not stored.shape:
-            return self.read(name)
-        row_bytes = stored.num_bytes // stored.shape[0] if stored.shape[0] else 0
-        rows = self._read_range(stored, first_row * row_bytes, end_row * row_bytes)
-        return rows.view(end_row - first_row, *stored.shape[1:])
+        num_rows = stored.shape[0] if stored.shape else 1
+        row_bytes = stored.num_bytes // num_rows if num_rows else 0
+        rows = self._read_range(stored, first_row * row_bytes, end_row * row_bytes, buffer)
+        return rows.view(end_row - first_row, *stored.shape[1:]) if stored.shape else rows.view(())
 
-    def _read_range(self, stored: StoredTensor, begin_byte: int, end_byte: int) -> torch.Tensor:
+    def _read_range(
+        self, stored: StoredTensor, begin_byte: int, end_byte: int, buffer: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The values in a range of the tensor's bytes, as a flat tensor."""
         descriptor = self._descriptors[stored.file]
         try:
-            values = read_bytes(descriptor, stored.begin_byte + begin_byte, end_byte - begin_byte)
+            values = read_bytes(descriptor, stored.begin_byte + begin_byte, end_byte - begin_byte, buffer)
         except (OSError, EOFError) as error:
             raise CheckpointError(f"cannot read {stored.name} ({error})", str(self.directory / stored.file)) from error
         return values.view(stored.dtype)

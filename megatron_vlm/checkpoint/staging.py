@@ -39,13 +39,21 @@ class StreamedFile(FileIO):
         self.close()
 
 
-def read_bytes(descriptor: int, offset_byte: int, num_bytes: int) -> torch.Tensor:
-    """A range of an open file as a tensor of uint8 in memory of its own.
+def read_bytes(descriptor: int, offset_byte: int, num_bytes: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
+    """A range of an open file as a tensor of uint8.
+
+    Args:
+        descriptor: of the file.
+        offset_byte: where the range begins.
+        num_bytes: its length.
+        buffer: uint8 memory to read into, where it is long enough; otherwise the result has memory of its own.
 
     Raises:
         EOFError: the file ends before the range does.
     """
-    buffer = torch.empty(num_bytes, dtype=torch.uint8)
+    if buffer is None or len(buffer) < num_bytes:
+        buffer = torch.empty(num_bytes, dtype=torch.uint8)
+    buffer = buffer[:num_bytes]
     view = memoryview(buffer.numpy())
     position = 0
     while position < num_bytes:

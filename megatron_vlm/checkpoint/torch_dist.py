@@ -156,8 +156,8 @@ class TorchDistReader:
         while self._streams:
             self._streams.popitem()[1].close()
 
-    def read_rows(self, key: str, first_row: int, end_row: int) -> torch.Tensor:
-        """Rows of a tensor (the value, for a scalar), whatever pieces it was saved in."""
+    def read_rows(self, key: str, first_row: int, end_row: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows of a tensor (a scalar's value), whatever pieces it was saved in; for `buffer` see `read_bytes`."""
         entry = self.tensors[key]
         if key not in self._pieces:
             self._pieces[key] = [self._locate(key, chunk) for chunk in entry.chunks]
@@ -167,7 +167,7 @@ class TorchDistReader:
             first, end = (max(first_row, piece.first_row), min(end_row, piece.end_row)) if shape else (0, 1)
             if first >= end:
                 continue
-            rows = self._read_piece(piece, first, end, entry.properties.dtype)
+            rows = self._read_piece(piece, first, end, entry.properties.dtype, buffer)
             if rows.shape == shape:
                 return rows
             if result is None:
@@ -178,13 +178,15 @@ class TorchDistReader:
             target.copy_(rows)
         return torch.empty(shape, dtype=entry.properties.dtype) if result is None else result
 
-    def _read_piece(self, piece: _Piece, first_row: int, end_row: int, dtype: torch.dtype) -> torch.Tensor:
+    def _read_piece(
+        self, piece: _Piece, first_row: int, end_row: int, dtype: torch.dtype, buffer: torch.Tensor | None
+    ) -> torch.Tensor:
         sizes = piece.chunk.sizes
         shape = (end_row - first_row, *sizes[1:]) if sizes else ()
         row_bytes = math.prod(sizes[1:]) * dtype.itemsize
         begin_byte = piece.begin_byte + (first_row - piece.first_row) * row_bytes
         try:
-            values = read_bytes(piece.stream.fileno(), begin_byte, math.prod(shape) * dtype.itemsize)
+            values = read_bytes(piece.stream.fileno(), begin_byte, math.prod(shape) * dtype.itemsize, buffer)
         except (OSError, EOFError) as error:
             raise CheckpointError(f"cannot be read ({error})", os.fsdecode(piece.stream.name), DAMAGED) from error
         return values.view(dtype).view(shape)

@@ -144,10 +144,12 @@ def bytes_read(source: Path) -> tuple[int, int]:
     num_read = 0
     read_range = SafetensorsReader._read_range
 
-    def counted(reader: SafetensorsReader, stored: StoredTensor, begin_byte: int, end_byte: int) -> torch.Tensor:
+    def counted(
+        reader: SafetensorsReader, stored: StoredTensor, begin_byte: int, end_byte: int, buffer: object
+    ) -> torch.Tensor:
         nonlocal num_read
         num_read += end_byte - begin_byte
-        return read_range(reader, stored, begin_byte, end_byte)
+        return read_range(reader, stored, begin_byte, end_byte, buffer)
 
     groups = build_groups(1, 2)
     initialize_megatron(0, groups)
