@@ -45,7 +45,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 gpu: $(STAMP)
-	$(BIN)/python -m pytest tests/gpu
+	GPU_TESTS=1 $(BIN)/python -m pytest tests/gpu
 	for script in benchmarks/gpu_*.py; do [ ! -e "$$script" ] || $(BIN)/python "$$script"; done
 
 bench: $(STAMP)

@@ -124,4 +124,7 @@ def _flex(
 
 @cache
 def _compiled_flex_attention() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=True)
+    # A variant is compiled per window, gradient mode and rough length; past dynamo's limit of 8 it would silently run
+    # uncompiled, over dense scores.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)

@@ -1,7 +1,12 @@
-"""Imports megatron-core once, before worker processes are forked."""
+"""Imports megatron-core once, before worker processes are forked.
+
+The suite runs on the host also where there is a GPU, which forked ranks could not share; `make gpu` sets GPU_TESTS.
+"""
 
 import os
 
+if not os.environ.get("GPU_TESTS"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

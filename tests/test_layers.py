@@ -59,7 +59,7 @@ def head_and_loss(sequence_parallel: bool) -> tuple[torch.Tensor, ...]:
     x, weight, labels = head_inputs()
     mine = share(weight, 0, groups.tp)
     x = share(x, 0, groups.tp) if sequence_parallel else x.detach().clone().requires_grad_()
-    logits = vocab_parallel_logits(x, mine, VOCABULARY, groups.tp, sequence_parallel)
+    logits = vocab_parallel_logits(x, mine, VOCABULARY, None, groups.tp, sequence_parallel)
     assert torch.isfinite(logits).all()
     losses = token_losses(logits, labels, groups.tp)
     (losses * random(*losses.shape, seed=5)).sum().backward()

@@ -55,10 +55,26 @@ class TokenEmbedding(tensor_parallel.VocabParallelEmbedding):
 
 
 def vocab_parallel_logits(
-    x_SBH: torch.Tensor, weight: torch.Tensor, vocab_size: int, group: Group, sequence_parallel: bool
+    x_SBH: torch.Tensor,
+    weight: torch.Tensor,
+    vocab_size: int,
+    softcap: float | None,
+    group: Group,
+    sequence_parallel: bool,
 ) -> torch.Tensor:
-    """This rank's columns of the logits, [S, B, V / tensor ranks] over the whole sequence; padding columns are -inf."""
+    """This rank's columns of the logits, [S, B, V / tensor ranks] over the whole sequence.
+
+    Args:
+        x_SBH: normalised hidden states; a shard of the sequence under sequence parallelism.
+        weight: this rank's rows of the table, [V / tensor ranks, H].
+        vocab_size: rows without padding; columns past it get the smallest finite logit, outside any softmax.
+        softcap: bound `softcap * tanh(logits / softcap)`, None for none.
+        group: tensor ranks.
+        sequence_parallel: gather the sequence first.
+    """
     (logits,) = column_parallel_weights(x_SBH, [weight], group, sequence_parallel)
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
     first = group.rank() * weight.shape[0]
     if first + weight.shape[0] > vocab_size:
         columns = torch.arange(first, first + weight.shape[0], device=logits.device)

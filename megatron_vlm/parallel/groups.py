@@ -54,7 +54,7 @@ def build_groups(
     groups.expt_dp = groups.intra_expt_dp = groups.expt_dp_gtp_remat = groups.dp_cp
     groups.tp_ep_pp = groups.tp_ep_pp_with_egtp_remat = groups.mp
     groups.gtp_remat = groups.expt_gtp_remat = None
-    groups.embd, groups.pos_embd = _embedding_groups(grid)
+    groups.embd, groups.pos_embd = _embedding_groups(grid, timeout)
     return groups
 
 
@@ -66,13 +66,13 @@ def initialize_megatron(seed: int, groups: ProcessGroupCollection) -> None:
 
 
 def _embedding_groups(
-    grid: HyperCommGrid,
+    grid: HyperCommGrid, timeout: timedelta | None
 ) -> tuple[torch.distributed.ProcessGroup | None, torch.distributed.ProcessGroup | None]:
     """(first and last stage, which share tied embeddings; first stage alone) of this rank, None in between."""
     rank, mine, first = torch.distributed.get_rank(), None, None
     for pipeline in grid.get_rank_enum("pp"):
         ends = sorted({pipeline[0], pipeline[-1]})
-        both, alone = torch.distributed.new_group(ends), torch.distributed.new_group([pipeline[0]])
+        both, alone = (torch.distributed.new_group(ranks, timeout=timeout) for ranks in (ends, [pipeline[0]]))
         if rank in ends:
             mine = both
         if rank == pipeline[0]:

@@ -49,6 +49,7 @@ LAYOUTS = {
     "PP2 uneven": TestLayout(2, pipeline=2, pipeline_layout=(3, 1)),
     "PP4": TestLayout(4, pipeline=4),
     "PP4, no layers beside the tower and the head": TestLayout(4, pipeline=4, pipeline_layout=(0, 2, 2, 0)),
+    "PP4, stages without layers between": TestLayout(4, pipeline=4, pipeline_layout=(2, 0, 0, 2)),
     "PP2xVPP2": TestLayout(2, pipeline=2, virtual=2),
     "TP2xPP2+SP": TestLayout(4, tensor=2, pipeline=2, sequence_parallel=True),
     "DP2, distributed optimizer": TestLayout(2, distributed_optimizer=True),

@@ -130,6 +130,17 @@ def test_untied_parity(name: str, hf_directories: dict[tuple[bool, bool], str]) 
     _record(f"{name}, untied", logits, gradient)
 
 
+def test_capped_logits_with_padded_vocabulary(tmp_path: Path) -> None:
+    """The cap must not lift the padding's logits back into the softmax; a small cap shows it."""
+    model = gemma3_tiny.build(with_vision=False, final_logit_softcapping=0.5)
+    model.save_pretrained(tmp_path)
+    batch = make_batch(ROWS["text"])
+    _, loss = gemma3_tiny.reference(model, batch)
+    ranks = run_ranks(2, run_case, str(tmp_path), LAYOUTS["TP2"], {"text": [batch]})
+    for result in (rank["text"] for rank in ranks):
+        assert result.loss_sum / result.label_tokens == pytest.approx(loss.item(), rel=LOSS_TOLERANCE)
+
+
 def _record(name: str, logits: float, gradient: float) -> None:
     """Print, and append to the file that PARITY_REPORT names."""
     print(f"\n{name}: worst logits {logits:.1e}, worst gradient {gradient:.1e}")

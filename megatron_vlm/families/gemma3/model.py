@@ -14,6 +14,7 @@ from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
+from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
 
 from kernels.span_attention import Spans
@@ -161,8 +162,9 @@ class Gemma3Chunk(MegatronModule):
         """Hidden states [S, B, H] for the next chunk, or on the last chunk the fp32 loss of every token [B, S]."""
         x_SBH = self.hidden_states(batch)
         if not self.post_process:
-            # The schedule frees what was sent, which a view would keep alive.
-            return x_SBH.clone() if x_SBH._base is not None else x_SBH
+            # The schedule frees what was sent: not a view's base, nor the input of a chunk without layers.
+            is_own = x_SBH._base is None and x_SBH is not self.input_tensor
+            return x_SBH if is_own else x_SBH.clone()
         return token_losses(self.language_model.logits(x_SBH), batch.labels, self.groups.tp)
 
     def hidden_states(self, batch: MicroBatch) -> torch.Tensor:
@@ -182,7 +184,9 @@ class Gemma3Chunk(MegatronModule):
                 pixels = x_BSH.new_zeros(self.unread_pixels_shape)
             if pixels is not None:
                 features = self._image_features(pixels)
-                placed = features[batch.feature_index.clamp(min=0).long()]
+                # Row 0 is for text, whose gradients an embedding leaves out; indexing would sum them all in one row.
+                table = torch.nn.functional.pad(features, (0, 0, 1, 0))
+                placed = embedding(batch.feature_index + 1, table, padding_idx=0)
                 x_BSH = torch.where(is_image.unsqueeze(-1), placed.to(x_BSH.dtype), x_BSH)
         x_SBH = x_BSH.transpose(0, 1).contiguous()
         if self.language_model.sequence_parallel:
