@@ -6,6 +6,8 @@ Keys follow megatron-core's words where it has them. Nothing here imports torch,
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -216,6 +218,16 @@ def to_yaml(config: Config) -> str:
 
     text: str = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
     return text
+
+
+def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Every key that differs between two results of `to_dict`, as "section.key OLD -> NEW"."""
+    for key in dict.fromkeys((*before, *after)):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from changed_settings(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key} {json.dumps(old)} -> {json.dumps(new)}"
 
 
 def load_config(argv: list[str]) -> Config:

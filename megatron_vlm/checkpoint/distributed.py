@@ -274,7 +274,7 @@ class CheckpointManager:
             Step and data position, or None when there is no checkpoint.
 
         Raises:
-            CheckpointError: it is damaged, of another model, or its optimizer or schedule does not fit.
+            CheckpointError: it is damaged, of another model, or its optimizer does not fit.
         """
         step = self.latest_step()
         if step is None:
@@ -299,7 +299,7 @@ class CheckpointManager:
         if optimizer is not None:
             optimizer_state.load_state(optimizer, loaded.get("optimizer", {}), saved, str(folder))
         if param_scheduler is not None and manifest.scheduler is not None:
-            _load_scheduler(param_scheduler, dict(manifest.scheduler), folder)
+            param_scheduler.load_state_dict(dict(manifest.scheduler))
         if same_layout:
             set_random_state(loaded["random"])
         return Resumed(manifest.step, manifest.data or {}, manifest.extra, same_layout)
@@ -422,14 +422,3 @@ def _check_tensors(state: dict[str, Any], folder: Path, groups: ProcessGroupColl
 def _part(key: str) -> str:
     """`language_model`, `vision_tower`, `projector`, ... or `optimizer`."""
     return key.partition(".")[0]
-
-
-def _load_scheduler(param_scheduler: OptimizerParamScheduler, saved: dict[str, Any], folder: Path) -> None:
-    try:
-        param_scheduler.load_state_dict(saved)
-    except AssertionError as error:  # megatron-core's way of saying that a setting differs
-        raise CheckpointError(
-            f"schedule settings differ: {error}",
-            str(folder),
-            "resume with the settings it was saved with, or start a new run_dir from its weights (checkpoint.load)",
-        ) from None

@@ -31,6 +31,8 @@ from megatron_vlm.platform.checkpointing import padding_kept
 # The one format of the distributed optimizer that can be read back with other tensor and pipeline sizes.
 _SHARDING_TYPE = "fully_reshardable"
 _METADATA = {"distrib_optim_sharding_type": _SHARDING_TYPE, "chained_optim_avoid_prefix": True}
+# Settings that a resumed run takes from its configuration; the scheduler sets learning rates and weight decay.
+_CONFIGURED = ("betas", "eps")
 # Where each optimizer's fp32 main parameters are stored, before the parameter's name. An fp32 model without the
 # distributed optimizer has none: its parameters are stored once, under their own names.
 _MAIN_PREFIX = {
@@ -145,7 +147,8 @@ def _match(group: Mapping[str, Any], candidates: list[dict[str, Any]], where: st
     found = min((differences(candidate) for candidate in candidates), key=len, default=["no groups there"])
     if found:
         raise CheckpointError(f"optimizer settings differ: {'; '.join(found)}", where, _SETTINGS_FIX)
-    return dict(next(candidate for candidate in candidates if not differences(candidate)))
+    saved = next(candidate for candidate in candidates if not differences(candidate))
+    return {**saved, **{key: group[key] for key in _CONFIGURED if key in group}}
 
 
 def _from_json(value: Any) -> Any:

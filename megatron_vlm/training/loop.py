@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed
+import yaml
 
 from megatron_vlm import platform
 from megatron_vlm.checkpoint.distributed import on_first_rank
 from megatron_vlm.checkpoint.hf_model import export_hf_from_model
-from megatron_vlm.config import Config, to_yaml
+from megatron_vlm.config import Config, changed_settings, to_dict, to_yaml
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.data.rows import BadRowTracker
 from megatron_vlm.errors import DataError, DivergenceError
@@ -267,7 +268,12 @@ class Trainer:
     def _prepare_folder(self) -> None:
         """Write the resolved configuration; an earlier start's `stopped.json` no longer holds."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        _write_text(self.run_dir / "config.yaml", to_yaml(self.config))
+        path = self.run_dir / "config.yaml"
+        if self.step and path.exists():
+            changes = list(changed_settings(yaml.safe_load(path.read_text(encoding="utf-8")), to_dict(self.config)))
+            if changes:
+                print(f"settings changed since the last start: {', '.join(changes)}", flush=True)
+        _write_text(path, to_yaml(self.config))
         (self.run_dir / "stopped.json").unlink(missing_ok=True)
 
     def _open_loggers(self) -> None:

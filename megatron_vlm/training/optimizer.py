@@ -84,6 +84,9 @@ def build_scheduler(optimizer: MegatronOptimizer, config: Config) -> OptimizerPa
         wd_incr_style="constant",
         wsd_decay_steps=decay_iters if settings.schedule == "wsd" else None,
         lr_wsd_decay_style="linear" if settings.schedule == "wsd" else None,
+        # A resumed run follows its configuration; megatron-core would silently follow the checkpoint's.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
 
 
