@@ -119,6 +119,8 @@ def train_here(arguments: list[str], interfere: Interference | None = None) -> O
         error = f"{type(problem).__name__}: {problem}"
     finally:
         torch.use_deterministic_algorithms(False)
+        if run is not None:
+            run.train_loader.close()
     torch.distributed.barrier()  # the first rank has written its last line
     folder = Path(config.run_dir)
     outcome = Outcome(read_lines(folder / "metrics.jsonl"), read_lines(folder / "evaluations.jsonl"), error, before, {})

@@ -122,10 +122,11 @@ def _signal_the_last_rank(trainer: Trainer) -> None:
 
 
 def check_console(log: Path, resumed_after: int | None) -> None:
-    """Nothing but a line per step, and that the run goes on; the last line may not be complete yet."""
+    """Nothing but a line per step, and how the run goes on; the last line may not be complete yet."""
     lines = log.read_text().rpartition("\n")[0].splitlines()
     if resumed_after is not None:
         assert lines.pop(0) == f"resuming after step {resumed_after} of 100000"
+        assert lines.pop(0) == "settings changed since the last start: checkpoint.save_interval null -> 1"
     others = [line for line in lines if not STEP_LINE.fullmatch(line)]
     assert lines and not others, "\n".join(others)
 
