@@ -99,11 +99,14 @@ class LanguageModelChunk(torch.nn.Module):
     def logits(self, x_SBH: torch.Tensor) -> torch.Tensor:
         """This rank's columns of the logits, [S, B, vocabulary / tensor ranks], S whole."""
         weight = self.embed_tokens(None) if self.text.tie_word_embeddings else self.lm_head()[0]
-        logits = vocab_parallel_logits(
-            self.norm(x_SBH), weight, self.text.vocab_size, self.group, self.sequence_parallel
+        return vocab_parallel_logits(
+            self.norm(x_SBH),
+            weight,
+            self.text.vocab_size,
+            self.text.final_logit_softcapping,
+            self.group,
+            self.sequence_parallel,
         )
-        cap = self.text.final_logit_softcapping
-        return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def _norm(text: TextConfig, chunk: ChunkSettings) -> RMSNorm:
