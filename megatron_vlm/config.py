@@ -143,7 +143,7 @@ class OptimizerSettings:
     lr: float = 1e-5
     """Highest learning rate."""
     min_lr: float = 0.0
-    """Learning rate at the end of a decaying schedule."""
+    """Learning rate that a decaying schedule reaches one step after the last."""
     weight_decay: float = 0.01
     """Decoupled weight decay; one-dimensional parameters (norms, biases) have none."""
     betas: tuple[float, float] = (0.9, 0.95)

@@ -67,7 +67,11 @@ def _is_in(part: str) -> Callable[[torch.nn.Parameter, str], bool]:
 
 
 def build_scheduler(optimizer: MegatronOptimizer, config: Config) -> OptimizerParamScheduler:
-    """Learning rate by step: `step(1)` before update k sets what update k uses, so warm-up does not begin at zero."""
+    """Learning rate by step: `step(1)` before update k sets what update k uses.
+
+    Warm-up does not begin at zero, and a decay reaches `min_lr` one step after the last: no update is wasted on a rate
+    of zero, not even that of a run of one step.
+    """
     settings, train_iters = config.optimizer, config.train.train_iters
     decay_iters = settings.wsd_decay_iters or math.ceil(train_iters / 10)
     return OptimizerParamScheduler(
@@ -76,13 +80,13 @@ def build_scheduler(optimizer: MegatronOptimizer, config: Config) -> OptimizerPa
         max_lr=settings.lr,
         min_lr=settings.min_lr,
         lr_warmup_steps=settings.warmup_iters,
-        lr_decay_steps=train_iters,
+        lr_decay_steps=train_iters + 1,
         lr_decay_style=_SCHEDULES[settings.schedule],
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,
         wd_incr_steps=train_iters,
         wd_incr_style="constant",
-        wsd_decay_steps=decay_iters if settings.schedule == "wsd" else None,
+        wsd_decay_steps=decay_iters + 1 if settings.schedule == "wsd" else None,
         lr_wsd_decay_style="linear" if settings.schedule == "wsd" else None,
         # A resumed run follows its configuration; megatron-core would silently follow the checkpoint's.
         use_checkpoint_opt_param_scheduler=False,

@@ -63,10 +63,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def learning_rate(update: int) -> float:
-    """Of update 1, 2, ...: linear warm-up whose last step has the full rate, then a cosine to the lowest."""
+    """Of update 1, 2, ...: linear warm-up whose last step has the full rate, then a cosine that would reach the lowest one later."""
     if update <= WARMUP:
         return LEARNING_RATE * update / WARMUP
-    progress = (update - WARMUP) / (STEPS - WARMUP)
+    progress = (update - WARMUP) / (STEPS + 1 - WARMUP)
     return LOWEST_LEARNING_RATE + (LEARNING_RATE - LOWEST_LEARNING_RATE) * (1 + math.cos(math.pi * progress)) / 2
 
 

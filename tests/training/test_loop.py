@@ -150,10 +150,10 @@ def test_a_request_ends_an_evaluation(place: Place, tmp_path: Path) -> None:
 
 
 def expected_rates(schedule: str) -> list[float]:
-    """The learning rate that update k uses, from the definitions: warm-up, then the schedule to the last step."""
+    """The learning rate that update k uses, from the definitions: warm-up, then a decay that ends one step after the last."""
     rates = []
     for step in range(1, ITERS + 1):
-        share = (step - WARMUP) / (ITERS - WARMUP)
+        share = (step - WARMUP) / (ITERS + 1 - WARMUP)
         if step <= WARMUP:
             rate = LR * step / WARMUP
         elif schedule == "constant":
@@ -162,8 +162,8 @@ def expected_rates(schedule: str) -> list[float]:
             rate = LR + (MIN_LR - LR) * share
         elif schedule == "cosine":
             rate = MIN_LR + (LR - MIN_LR) * (1 + math.cos(math.pi * share)) / 2
-        else:  # wsd: held, then four steps down
-            rate = LR + (MIN_LR - LR) * max(0, step - (ITERS - 4)) / 4
+        else:  # wsd: held, then four steps on the way down
+            rate = LR + (MIN_LR - LR) * max(0, step - (ITERS - 4)) / 5
         rates.append(rate)
     return rates
 
