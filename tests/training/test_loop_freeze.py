@@ -74,8 +74,11 @@ def test_what_is_held(place: Place, tmp_path: Path, frozen: list[str]) -> None:
     assert outcome.optimizer_elements == 2 * trainable
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["language model", "all but projector", "towers"])
+CASES = [("language model", layout) for layout in LAYOUTS]
+CASES += [(name, layout) for name in ("all but projector", "towers") for layout in ("PP2", "DP2, overlapped")]
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
 def test_layouts(place: Place, alone: dict[str, list[float]], tmp_path: Path, name: str, layout: str) -> None:
     """In every layout the losses of one rank, also where a stage has nothing to train.
 
