@@ -54,10 +54,10 @@ def plain(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 def test_the_same_training(place: Place, plain: Outcome, tmp_path: Path, ranks: int, overrides: list[str]) -> None:
     """Rows with images lie on every second data rank only when there are two or four."""
     outcome = train(place, tmp_path, *SGD, *overrides, ranks=ranks)
-    # fp32 sums in another order, over four steps; measured: at most 3e-6.
-    assert losses(outcome) == pytest.approx(losses(plain), rel=2e-5)
+    # fp32 sums in another order, over four steps; measured: at most 3e-7.
+    assert losses(outcome) == pytest.approx(losses(plain), rel=2e-6)
     norms = [record["grad_norm"] for record in plain.metrics]
-    assert [record["grad_norm"] for record in outcome.metrics] == pytest.approx(norms, rel=1e-4)
+    assert [record["grad_norm"] for record in outcome.metrics] == pytest.approx(norms, rel=2e-6)
 
 
 def test_sgd_step_is_minus_rate_times_gradient(place: Place, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_random_weights_do_not_depend_on_the_layout(place: Place, tmp_path: Path
     single = train(place, tmp_path / "single", *settings)
     double = train(place, tmp_path / "double", *settings, TENSOR, SEQUENCE, ranks=2)
     other = train(place, tmp_path / "other", *settings, "train.seed=4321", "train.train_iters=1")
-    assert losses(double) == pytest.approx(losses(single), rel=2e-5)
+    assert losses(double) == pytest.approx(losses(single), rel=2e-6)
     assert losses(other)[0] != pytest.approx(losses(single)[0], rel=1e-4)
     assert single.changed("language_model")
 
