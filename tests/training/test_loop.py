@@ -150,7 +150,7 @@ def test_a_request_ends_an_evaluation(place: Place, tmp_path: Path) -> None:
 
 
 def expected_rates(schedule: str) -> list[float]:
-    """The learning rate that update k uses, from the definitions: warm-up, then a decay that ends one step after the last."""
+    """The learning rate that update k uses, from the definitions: the decay would end one step after the last."""
     rates = []
     for step in range(1, ITERS + 1):
         share = (step - WARMUP) / (ITERS + 1 - WARMUP)
