@@ -63,7 +63,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def learning_rate(update: int) -> float:
-    """Of update 1, 2, ...: warm-up whose last step has the full rate, then a cosine to the lowest, one step too long."""
+    """Of update 1, 2, ...: warm-up whose last step has the full rate, then a cosine towards the lowest."""
     if update <= WARMUP:
         return LEARNING_RATE * update / WARMUP
     progress = (update - WARMUP) / (STEPS + 1 - WARMUP)
