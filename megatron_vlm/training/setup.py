@@ -22,6 +22,7 @@ from megatron_vlm.checkpoint.hf_model import load_hf_into_model
 from megatron_vlm.checkpoint.run_folder import ModelIdentity
 from megatron_vlm.config import Config
 from megatron_vlm.data.loader import MicroBatchLoader, Share, build_train_loader, build_valid_loader
+from megatron_vlm.data.prompts import PromptRules
 from megatron_vlm.families import registry
 from megatron_vlm.parallel.build import BuildSettings, build_chunks, wrap_data_parallel
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
@@ -90,15 +91,7 @@ def set_up(config: Config) -> Run:
     if config.train.deterministic:
         platform.current().use_deterministic_algorithms()
 
-    rules = family.prompt_rules(model_config)
-    share = _share(config, layout, groups)
-    loader_options = {
-        "pin_memory": platform.current().accelerated,
-        "report_problems": groups.tp.rank() == 0 and groups.pp.rank() == 0,
-    }
-    train_loader = build_train_loader(config, rules, share, **loader_options)
-    valid_loader = build_valid_loader(config, rules, share, **loader_options)
-
+    train_loader, valid_loader = _build_loaders(config, layout, family.prompt_rules(model_config), groups)
     identity = ModelIdentity(
         family.name,
         hf_config.model_type,
@@ -145,14 +138,23 @@ def set_up(config: Config) -> Run:
     )
 
 
-def _share(config: Config, layout: Layout, groups: ProcessGroupCollection) -> Share:
-    return Share(
+def _build_loaders(
+    config: Config, layout: Layout, rules: PromptRules, groups: ProcessGroupCollection
+) -> tuple[MicroBatchLoader, MicroBatchLoader | None]:
+    """This rank's training and held-out data."""
+    share = Share(
         config.train.global_batch_size,
         config.train.micro_batch_size,
         groups.dp.rank(),
         layout.data_size,
         pad_to_multiple_of=layout.tensor_size if config.parallel.sequence_parallel else 1,
         with_pixels=groups.pp.rank() == 0,
+    )
+    pin_memory = platform.current().accelerated
+    reports = groups.tp.rank() == 0 and groups.pp.rank() == 0
+    return (
+        build_train_loader(config, rules, share, pin_memory=pin_memory, report_problems=reports),
+        build_valid_loader(config, rules, share, pin_memory=pin_memory, report_problems=reports),
     )
 
 
