@@ -84,8 +84,8 @@ class Console:
         print(" | ".join(parts), file=self._stream, flush=True)
 
     def on_evaluation(self, step: int, losses: dict[str, float]) -> None:
-        """Print the losses."""
-        sources = [f"{name} {loss:.4f}" for name, loss in losses.items() if name != "all"]
+        """Print the losses; a single source is all of it."""
+        sources = [f"{name} {loss:.4f}" for name, loss in losses.items() if name != "all" and len(losses) > 2]
         print(" | ".join([f"evaluation after step {step}", f"loss {losses['all']:.4f}", *sources]), file=self._stream)
         self._stream.flush()
 

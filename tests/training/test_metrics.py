@@ -92,14 +92,16 @@ def test_console_shows_each_figure_and_trouble(monkeypatch: pytest.MonkeyPatch) 
     console = Console(stream)
     console.on_step(METRICS)
     console.on_step(replace(METRICS, step=8, loss=math.nan, skipped=True, bad_rows=2, too_long_rows=1))
-    console.on_evaluation(8, {"all": 1.5, "a.jsonl": 1.0})
-    calm, troubled, evaluation = stream.getvalue().splitlines()
+    console.on_evaluation(8, {"all": 1.5, "a.jsonl": 1.5})
+    console.on_evaluation(8, {"all": 1.5, "a.jsonl": 1.0, "b.jsonl": 2.0})
+    calm, troubled, single, evaluation = stream.getvalue().splitlines()
     assert calm == (
         "step  7/20 | loss 2.5000 | grad-norm 1.250 | lr 3.00e-04 | 400 tokens/s | 1 TFLOP/s/device | MFU 10.0% "
         "| memory 3.0 GiB | data-wait 25% | padding 20% | left 0:00:26"
     )
     assert troubled.endswith("| UPDATE SKIPPED | BAD ROWS 2 | too long rows 1") and "loss nan" in troubled
-    assert evaluation == "evaluation after step 8 | loss 1.5000 | a.jsonl 1.0000"
+    assert single == "evaluation after step 8 | loss 1.5000"
+    assert evaluation == "evaluation after step 8 | loss 1.5000 | a.jsonl 1.0000 | b.jsonl 2.0000"
 
 
 def test_json_lines_are_readable_while_the_run_goes_on(tmp_path: Path) -> None:
