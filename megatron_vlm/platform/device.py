@@ -39,11 +39,6 @@ class Platform:
     backend: str
     accelerated: bool
 
-    def synchronize(self) -> None:
-        """Wait for queued device work; used for timing only."""
-        if self.accelerated:
-            torch.cuda.synchronize()
-
     def leave_process_group(self, failed: bool) -> None:
         """End torch.distributed; after a failure NCCL would first wait for the other ranks, so there exit ends it."""
         if torch.distributed.is_initialized() and not (failed and self.accelerated):

@@ -135,7 +135,7 @@ class Trainer:
         run.optimizer.zero_grad()
         sums = run_global_batch(run.model, self._to_device(batches), run.groups, len(run.train_loader.source_names))
         norm = gradient_norm(run.optimizer)
-        losses = sums.tolist()  # the one wait for the device in a step: its figures decide whether to apply it
+        losses = sums.tolist()  # waits for the device: the loss and the norm decide whether the step is applied
         loss = sum(total for total, _ in losses) / max(1.0, sum(count for _, count in losses))
         self.step += 1
         run.scheduler.step(1)
@@ -146,7 +146,7 @@ class Trainer:
         elif self.config.train.nonfinite == "stop":
             self._stop_for(problem, batches)
         counts = self._sum_over_data_ranks([*(sum(b.counters[name] for b in batches) for name in COUNTERS), flops])
-        platform.current().synchronize()
+        # Bringing these figures to the host waits for the update too, so that the step's time is honest.
         request, wait, peak = self._largest([self.requests.number, waited, platform.current().peak_memory_bytes()])
         self._log(losses, loss, norm, counts, time.perf_counter() - began, wait, peak, problem is not None)
         problems = [problem for batch in batches for problem in batch.problems]
