@@ -15,11 +15,13 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_vlm import platform
 
@@ -84,8 +86,11 @@ class _Pool:
 
 def _work(rank: int, pipe: multiprocessing.connection.Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # checkpoints fork writers
     torch.set_num_threads(1)
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # checkpoints fork writers
+    # What a test in the parent may have started belongs to the parent: its data workers' server, its saves' results.
+    forkserver._forkserver.__init__()  # type: ignore[misc]
+    filesystem_async._results_queue = None
     while True:
         world_size, rendezvous, function, arguments = pickle.loads(pipe.recv_bytes())
         try:
