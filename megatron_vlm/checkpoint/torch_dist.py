@@ -7,8 +7,8 @@ torch.load only lay out and describe the records (`skip_data`, the meta device),
 What is written is loaded by `megatron.core.dist_checkpointing.load` in any layout.
 
 Trust: `.metadata` is a pickle. The reader here admits only the classes that describe a checkpoint, and opens records
-with `weights_only`. megatron-core's own loader, which training uses, unpickles `.metadata` without such a limit: a
-distributed checkpoint that somebody else made is as dangerous as a program that somebody else made.
+with `weights_only`; training looks through it before megatron-core's own loader, which has no such limit, reads on. A
+checkpoint that somebody else made may still be as dangerous as a program that somebody else made.
 """
 
 from __future__ import annotations

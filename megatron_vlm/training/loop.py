@@ -20,7 +20,7 @@ from megatron_vlm.checkpoint.hf_model import export_hf_from_model
 from megatron_vlm.config import Config, changed_settings, to_dict, to_yaml
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.data.rows import BadRowTracker
-from megatron_vlm.errors import DataError, DivergenceError
+from megatron_vlm.errors import ConfigError, DataError, DivergenceError
 from megatron_vlm.training.guard import StepGuard
 from megatron_vlm.training.loggers import Callback, build_loggers
 from megatron_vlm.training.metrics import StepMetrics
@@ -229,7 +229,14 @@ class Trainer:
         return request
 
     def _resume(self) -> None:
-        run = self.run_state
+        run, train_iters = self.run_state, self.config.train.train_iters
+        done = run.checkpoints.latest_step()
+        if done is not None and done > train_iters:
+            raise ConfigError(
+                f"train.train_iters is {train_iters}, but this run has done {done} steps",
+                str(self.run_dir),
+                f"give at least {done}, or name a new run_dir",
+            )
         run.checkpoints.clean()
         resumed = run.checkpoints.load(run.model, run.optimizer, run.scheduler)
         if resumed is not None:
@@ -238,7 +245,7 @@ class Trainer:
             self.guard.load_state_dict(resumed.extra["guard"])
             self.bad_rows.bad_rows, self.bad_rows.rows_seen = resumed.extra["bad_rows"]
             if run.is_first_rank:
-                print(f"resuming after step {self.step} of {self.config.train.train_iters}", flush=True)
+                print(f"resuming after step {self.step} of {train_iters}", flush=True)
 
     def _save(self) -> None:
         """Save this step, unless it is saved already."""

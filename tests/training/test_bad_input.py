@@ -155,6 +155,7 @@ def test_damaged_checkpoint_at_resumption(
         ("train.precision=bf16", "saved with precision fp32, this run uses bf16"),
         ("optimizer.lr=1e-4", "optimizer settings differ: max_lr 0.003 there, 0.0001 here"),
         ("data.shuffle=true", "data.shuffle was False, now True"),
+        ("train.train_iters=1", "train.train_iters is 1, but this run has done 2 steps"),
     ],
 )
 def test_settings_that_a_resumption_cannot_change(
