@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
-import torch.distributed
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_vlm.layers.norm import RMSNorm
+from megatron_vlm.parallel.sharding import is_expert, own_part, splits, whole_shape
 
 
 def initialize_weights(
-    chunks: Iterable[torch.nn.Module],
-    seed: int,
-    std: float,
-    vocab_size: int,
-    group: torch.distributed.ProcessGroup,
+    chunks: Iterable[torch.nn.Module], seed: int, std: float, vocab_size: int, groups: ProcessGroupCollection
 ) -> None:
     """Set every parameter from a generator of its own, by seed and name: every layout starts from the same model.
 
-    Matrices are normal with deviation `std`; biases and zero-centred norms are zero; layer norms' weights are one;
+    Matrices are normal with deviation `std`; biases and zero-centred norms are zero; other norms' weights are one;
     vocabulary padding is zero.
 
     Args:
@@ -26,36 +25,45 @@ def initialize_weights(
         seed: of the run.
         std: `initializer_range` of the configuration.
         vocab_size: rows without padding.
-        group: tensor ranks.
+        groups: process groups.
     """
     for chunk in chunks:
-        layer_norms = {id(m.weight) for m in chunk.modules() if isinstance(m, torch.nn.LayerNorm)}
+        ones = {id(module.weight) for module in chunk.modules() if _starts_at_one(module)}
         for name, parameter in chunk.named_parameters():
             with torch.no_grad():
-                if parameter.dim() >= 2:
-                    whole = _normal(name, parameter, seed, std, group)
+                if id(parameter) in ones:
+                    parameter.fill_(1.0)
+                elif parameter.dim() == 1 or name.endswith(".bias"):
+                    parameter.zero_()
+                elif is_expert(parameter):
+                    _fill_experts(name, parameter, seed, std, groups)
+                else:
+                    whole = _normal(name, whole_shape(parameter, groups), seed, std)
                     if name.endswith(("embed_tokens.weight", "lm_head.weight")):
                         whole[vocab_size:] = 0
-                    parameter.copy_(_own_part(whole, parameter, group))
-                else:
-                    parameter.fill_(1.0 if id(parameter) in layer_norms else 0.0)
+                    parameter.copy_(own_part(whole, parameter, groups))
 
 
-def _normal(
-    name: str, parameter: torch.nn.Parameter, seed: int, std: float, group: torch.distributed.ProcessGroup
-) -> torch.Tensor:
-    shape = list(parameter.shape)
-    if getattr(parameter, "tensor_model_parallel", False):
-        shape[parameter.partition_dim] *= group.size()
+def _starts_at_one(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.LayerNorm) or (isinstance(module, RMSNorm) and not module.zero_centered)
+
+
+def _fill_experts(
+    name: str, parameter: torch.nn.Parameter, seed: int, std: float, groups: ProcessGroupCollection
+) -> None:
+    """One expert at a time: all of them together may be larger than the host's memory."""
+    num_experts, *expert_shape = whole_shape(parameter, groups)
+    first = groups.ep.rank() * (num_experts // groups.ep.size())
+    for place in range(parameter.shape[0]):
+        whole = _normal(f"{name} {first + place}", (1, *expert_shape), seed, std)
+        for split in splits(parameter, groups):
+            if split.dim:
+                size = parameter.shape[split.dim]
+                whole = whole.narrow(split.dim, split.group.rank() * size, size)
+        parameter[place].copy_(whole[0])
+
+
+def _normal(name: str, shape: Sequence[int], seed: int, std: float) -> torch.Tensor:
     # On the host, whose generator gives the same numbers on every machine, and takes 32 bits of seed.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     return torch.empty(shape).normal_(0.0, std, generator=generator)
-
-
-def _own_part(
-    whole: torch.Tensor, parameter: torch.nn.Parameter, group: torch.distributed.ProcessGroup
-) -> torch.Tensor:
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return whole
-    size = parameter.shape[parameter.partition_dim]
-    return whole.narrow(parameter.partition_dim, group.rank() * size, size)

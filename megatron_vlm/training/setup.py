@@ -86,7 +86,7 @@ def set_up(config: Config) -> Run:
     check_run_dir(config)
     due_export = check_export(config)
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
-    groups = build_groups(layout.tensor_size, layout.pipeline_size, timeout)
+    groups = build_groups(layout.tensor_size, layout.pipeline_size, timeout=timeout)
     initialize_megatron(config.train.seed, groups)
     if config.train.deterministic:
         platform.current().use_deterministic_algorithms()
@@ -207,4 +207,4 @@ def _load_first_weights(
         load_hf_into_model(chunks, config.model.hf_path, family, model_config, groups)
     else:
         text = model_config.text
-        initialize_weights(chunks, config.train.seed, text.initializer_range, text.vocab_size, groups.tp)
+        initialize_weights(chunks, config.train.seed, text.initializer_range, text.vocab_size, groups)

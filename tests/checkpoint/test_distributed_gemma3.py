@@ -51,7 +51,7 @@ class Run:
         family = registry.detect(hf_config)
         self.model_config = family.config_from_hf(hf_config, text_only=False)
         chunks = build_chunks(family, self.model_config, settings, self.groups)
-        initialize_weights(chunks, 1, 0.2, gemma3_tiny.VOCABULARY, self.groups.tp)
+        initialize_weights(chunks, 1, 0.2, gemma3_tiny.VOCABULARY, self.groups)
         self.model = wrap_data_parallel(chunks, self.groups, use_distributed_optimizer=True)
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(optimizer="adam", lr=1e-2, clip_grad=1.0, use_distributed_optimizer=True),

@@ -88,7 +88,7 @@ def tensors_kept_by_eyes(frozen: tuple[str, ...]) -> tuple[dict[str, int], set[s
     family = registry.detect(hf_config)
     model_config = family.config_from_hf(hf_config, text_only=False)
     chunks = build_chunks(family, model_config, BuildSettings([range(4)]), groups)
-    initialize_weights(chunks, 1, 0.1, gemma3_tiny.VOCABULARY, groups.tp)
+    initialize_weights(chunks, 1, 0.1, gemma3_tiny.VOCABULARY, groups)
     for name, parameter in chunks[0].named_parameters():
         parameter.requires_grad_(name.partition(".")[0] not in frozen)
     kept = {"vision_tower": 0, "projector": 0}
@@ -152,7 +152,7 @@ def first_weights(layout: TestLayout) -> dict[str, torch.Tensor]:
     layers = assign_layers(4, layout.pipeline, layout.virtual)
     settings = BuildSettings(layers, vision_parallelism=layout.vision)
     chunks = build_chunks(family, model_config, settings, groups)
-    initialize_weights(chunks, 11, 0.02, gemma3_tiny.VOCABULARY, groups.tp)
+    initialize_weights(chunks, 11, 0.02, gemma3_tiny.VOCABULARY, groups)
     return {
         name: gather_parameter(parameter, parameter, groups)
         for chunk in chunks
