@@ -31,6 +31,13 @@ class ModelSettings:
     """Parts that do not train: language_model, vision_tower, audio_tower, projector."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass: none, attention only (selective), or whole layers (full)."""
+    moe_load_balancing: Literal["none", "transformers", "megatron"] = "none"
+    """Loss that keeps experts evenly used. transformers: one value over all layers, E * sum_e f_e P_e, with f_e the
+    assignments to expert e per token (they sum to top_k) and P_e the mean router probability; top_k when balanced.
+    megatron: such a value of every layer divided by its top_k, 1 when balanced, summed over the layers. Both per
+    micro-batch over its real tokens, weighted by its label tokens. none is how published models are fine-tuned."""
+    moe_aux_loss_coeff: float = 0.001
+    """Factor on the load-balancing loss before it is added to the loss; unused when moe_load_balancing is none."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +57,11 @@ class ParallelSettings:
     context_parallel_size: int = 1
     """Ranks that share one sequence; not built yet, must be 1."""
     expert_model_parallel_size: int = 1
-    """Ranks that share the experts; not built yet, must be 1."""
+    """Ranks that divide the experts among them; with expert_tensor_parallel_size it divides tensor x data."""
     expert_tensor_parallel_size: int = 1
-    """Ranks that share each expert; not built yet, must be 1."""
+    """Ranks that share each expert's columns, whatever the tensor size is."""
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens reach the ranks of their experts: each sent where it is needed, or all gathered everywhere."""
     use_distributed_optimizer: bool = True
     """Split optimizer state and main weights over the data-parallel ranks (needs adamw)."""
     overlap_grad_reduce: bool = False

@@ -36,7 +36,10 @@ def _ranges(config: Config) -> Iterator[UserError]:
         ("parallel.tensor_model_parallel_size", parallel.tensor_model_parallel_size, 1),
         ("parallel.pipeline_model_parallel_size", parallel.pipeline_model_parallel_size, 1),
         ("parallel.virtual_pipeline_model_parallel_size", parallel.virtual_pipeline_model_parallel_size, 1),
+        ("parallel.expert_model_parallel_size", parallel.expert_model_parallel_size, 1),
+        ("parallel.expert_tensor_parallel_size", parallel.expert_tensor_parallel_size, 1),
         ("parallel.distributed_timeout_minutes", parallel.distributed_timeout_minutes, 1),
+        ("model.moe_aux_loss_coeff", config.model.moe_aux_loss_coeff, 0),
         ("data.seq_length", data.seq_length, 2),
         ("data.min_pixels", data.min_pixels, 1),
         ("data.max_pixels", data.max_pixels, 1),
@@ -67,11 +70,11 @@ def _ranges(config: Config) -> Iterator[UserError]:
 def _not_built(config: Config) -> Iterator[UserError]:
     """Keys that exist but whose feature is not built yet."""
     parallel = config.parallel
-    for name in ("context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"):
-        if getattr(parallel, name) != 1:
-            yield ConfigError(
-                f"parallel.{name} is {getattr(parallel, name)}, which is not built yet", fix="set it to 1"
-            )
+    if parallel.context_parallel_size != 1:
+        yield ConfigError(
+            f"parallel.context_parallel_size is {parallel.context_parallel_size}, which is not built yet",
+            fix="set it to 1",
+        )
     if config.data.packing:
         yield ConfigError("data.packing is true, which is not built yet", fix="set it to false")
     if config.optimizer.name == "muon":

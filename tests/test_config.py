@@ -25,6 +25,7 @@ MINIMAL = {
 CONTRACT_KEYS = """
 run_dir
 model.hf_path model.load_weights model.text_only model.vision_parallelism model.freeze model.recompute
+model.moe_load_balancing model.moe_aux_loss_coeff parallel.moe_token_dispatcher_type
 parallel.tensor_model_parallel_size parallel.sequence_parallel parallel.pipeline_model_parallel_size
 parallel.virtual_pipeline_model_parallel_size parallel.pipeline_layout parallel.context_parallel_size
 parallel.expert_model_parallel_size parallel.expert_tensor_parallel_size parallel.use_distributed_optimizer
@@ -160,8 +161,9 @@ def test_unknown_and_ill_typed(config_file: str, argument: str, expected: str) -
         (["--optimizer.name=muon"], "muon is not built yet"),
         (["--data.packing=true"], "data.packing is true, which is not built yet"),
         (["--parallel.context_parallel_size=2"], "parallel.context_parallel_size is 2, which is not built yet"),
-        (["--parallel.expert_model_parallel_size=2"], "not built yet"),
-        (["--parallel.expert_tensor_parallel_size=2"], "not built yet"),
+        (["--parallel.expert_model_parallel_size=0"], "parallel.expert_model_parallel_size is 0"),
+        (["--parallel.expert_tensor_parallel_size=-1"], "parallel.expert_tensor_parallel_size is -1"),
+        (["--model.moe_aux_loss_coeff=-1"], "model.moe_aux_loss_coeff is -1.0"),
         (["--optimizer.name=sgd"], "set parallel.use_distributed_optimizer to false"),
         (["--parallel.tensor_model_parallel_size=0"], "at least 1"),
         (["--parallel.virtual_pipeline_model_parallel_size=2"], "a pipeline of one rank"),
@@ -191,6 +193,8 @@ def test_values_that_cannot_work(config_file: str, overrides: list[str], expecte
 def test_values_that_do_work(config_file: str) -> None:
     for overrides in (
         ["--parallel.sequence_parallel=true"],  # no effect at tensor size 1
+        ["--parallel.expert_model_parallel_size=8", "--parallel.expert_tensor_parallel_size=2"],
+        ["--parallel.moe_token_dispatcher_type=allgather", "--model.moe_load_balancing=megatron"],
         ["--optimizer.name=sgd", "--parallel.use_distributed_optimizer=false", "--optimizer.clip_grad=0"],
         ["--optimizer.schedule=wsd", "--optimizer.warmup_iters=5", "--optimizer.wsd_decay_iters=5"],
         ["--optimizer.schedule=constant", "--optimizer.lr=1", "--optimizer.weight_decay=0"],
