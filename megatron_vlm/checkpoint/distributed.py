@@ -1,7 +1,7 @@
 """Saves and loads a run in megatron-core's distributed format: in the background, atomically, into any layout.
 
 Tensors are stored under our parameter names in their global shapes, optimizer state beside them as
-`optimizer.state.<kind>.<parameter name>`; nothing on disk depends on tensor, pipeline, virtual or data parallel sizes.
+`optimizer.state.<kind>.<parameter name>`; nothing on disk depends on any parallel size, that of experts included.
 Only the random states are per rank, and they are put back only into the layout they came from.
 
 Trust: a checkpoint's `.metadata` is a pickle. `TorchDistReader` refuses one that asks for more than descriptions of
@@ -38,6 +38,7 @@ from megatron_vlm.checkpoint import optimizer_state, run_folder
 from megatron_vlm.checkpoint.run_folder import Manifest, ModelIdentity
 from megatron_vlm.checkpoint.torch_dist import TorchDistReader
 from megatron_vlm.errors import CheckpointError, UserError
+from megatron_vlm.parallel.sharding import is_expert, replica_group, splits
 from megatron_vlm.platform.checkpointing import SaveFailed, SaveStrategy, random_state, set_random_state
 
 _SHOWN_PROBLEMS = 4
@@ -65,30 +66,25 @@ def sharded_model_state(
 ) -> dict[str, ShardedTensor]:
     """Every parameter of this rank, described by its place in the global tensor of the same name.
 
-    Sharding is read from the parameter: `tensor_model_parallel` and `partition_dim`; any other parameter is replicated
-    over the tensor ranks. A parameter marked `shared` (the last stage's copy of a tied embedding) is a replica of the
-    first stage's. Loading into the result writes into the parameters themselves.
+    How a parameter is divided is read from it (parallel/sharding.py). One marked `shared` (the last stage's copy of a
+    tied embedding) is a replica of the first stage's. Loading into the result writes into the parameters themselves.
 
     Args:
         model_chunks: this rank's stages, wrapped for data parallelism or not.
-        groups: process groups; `tp` and `dp_cp` are read.
+        groups: process groups.
 
     Returns:
         Sharded tensors by parameter name.
     """
-    tensor_rank, tensor_size = groups.tp.rank(), groups.tp.size()
-    data_rank = groups.dp_cp.rank()
     state: dict[str, ShardedTensor] = {}
     for chunk in unwrap_model(list(model_chunks)):
         for name, parameter in chunk.named_parameters():
             assert name not in state, f"two chunks of one rank hold {name}"
-            copy = int(getattr(parameter, "shared", False))
-            if getattr(parameter, "tensor_model_parallel", False):
-                offsets = [(parameter.partition_dim, tensor_rank, tensor_size)]
-                replica = (copy, 0, data_rank)
-            else:
-                offsets = []
-                replica = (copy, tensor_rank, data_rank)
+            offsets = [(split.dim, split.group.rank(), split.group.size()) for split in splits(parameter, groups)]
+            # The ranks that share an expert divide it, in whichever of its groups they are.
+            tensor_copy = 0 if offsets or is_expert(parameter) else groups.tp.rank()
+            stage_copy = int(getattr(parameter, "shared", False))
+            replica = (stage_copy, tensor_copy, replica_group(parameter, groups).rank())
             state[name] = ShardedTensor.from_rank_offsets(name, parameter, *offsets, replica_id=replica)
     return state
 

@@ -1,9 +1,12 @@
-"""Optimizer state in one form on disk, whichever of megatron-core's three optimizers wrote it.
+"""Optimizer state in one form on disk, whichever of megatron-core's three kinds of optimizer wrote it.
 
 Tensors are stored per parameter in global shape: `optimizer.state.exp_avg.<parameter name>` and so on. The three differ
 in where they keep the fp32 main parameters (`_MAIN_PREFIX`) and in how they nest the groups' settings; we store the
 settings in the checkpoint's manifest, once, and rebuild each optimizer's own nesting on load. So a run may change
 `use_distributed_optimizer` between starts.
+
+A model with experts has two optimizers of one kind, chained: the second holds the experts, whose replicas are other
+ranks. Every rank has both, with empty groups where its stage has no experts, so all take part in the same collectives.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch.distributed
@@ -50,27 +54,34 @@ def describe(optimizer: MegatronOptimizer) -> dict[str, Any]:
     """
     _align_steps(optimizer)
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    return {"name": optimizer.config.optimizer, "main_prefix": _MAIN_PREFIX[type(_single(optimizer))], "groups": groups}
+    return {"name": optimizer.config.optimizer, "main_prefix": _main_prefix(optimizer), "groups": groups}
 
 
-def sharded_state(optimizer: MegatronOptimizer, model_state: dict[str, ShardedTensor], is_loading: bool) -> Any:
+def sharded_state(
+    optimizer: MegatronOptimizer, model_state: dict[str, ShardedTensor], is_loading: bool
+) -> dict[int, Any]:
     """The optimizer's tensors, described by their places in global tensors; called on every rank.
 
     Args:
         optimizer: megatron-core's optimizer.
         model_state: result of `sharded_model_state`.
         is_loading: allocate what a first step would allocate.
+
+    Returns:
+        By number of the optimizer in the chain, what megatron-core describes it by.
     """
-    inner = _single(optimizer)
-    if inner.init_state_fn is None:  # SGD without momentum has no state, and megatron-core calls the None
-        inner.init_state_fn = lambda *_: None
-    with padding_kept(inner) if isinstance(inner, DistributedOptimizer) else nullcontext():
-        return inner.sharded_state_dict(model_state, is_loading=is_loading, metadata=_METADATA)
+    state = {}
+    for index, member in enumerate(_chained(optimizer)):
+        if member.init_state_fn is None:  # SGD without momentum has no state, and megatron-core calls the None
+            member.init_state_fn = lambda *_: None
+        with padding_kept(member) if isinstance(member, DistributedOptimizer) else nullcontext():
+            state[index] = member.sharded_state_dict(model_state, is_loading=is_loading, metadata=_METADATA)
+    return state
 
 
 def redirect_main_parameters(state: Any, optimizer: MegatronOptimizer, saved: Mapping[str, Any]) -> None:
     """Let a state to be loaded read its main parameters from where the saved kind of optimizer put them, in place."""
-    here, there = _MAIN_PREFIX[type(_single(optimizer))], saved["main_prefix"]
+    here, there = _main_prefix(optimizer), saved["main_prefix"]
 
     def redirect(leaf: Any) -> Any:
         if not isinstance(leaf, ShardedTensor) or not here or not leaf.key.startswith(here):
@@ -83,7 +94,7 @@ def redirect_main_parameters(state: Any, optimizer: MegatronOptimizer, saved: Ma
         dict_list_map_inplace(redirect, state)
 
 
-def load_state(optimizer: MegatronOptimizer, loaded: dict[str, Any], saved: Mapping[str, Any], where: str) -> None:
+def load_state(optimizer: MegatronOptimizer, loaded: Mapping[int, Any], saved: Mapping[str, Any], where: str) -> None:
     """Give loaded tensors and the manifest's settings to the optimizer.
 
     Args:
@@ -95,18 +106,22 @@ def load_state(optimizer: MegatronOptimizer, loaded: dict[str, Any], saved: Mapp
     Raises:
         CheckpointError: a parameter group has other settings than any in the checkpoint.
     """
-    inner = _single(optimizer)
-    groups = match_groups(optimizer, saved, where)
-    # megatron-core leaves out what is empty on this rank: a stage may train nothing, or no parameter of some group.
-    if isinstance(inner, DistributedOptimizer):
+    groups = iter(match_groups(optimizer, saved, where))
+    for index, member in enumerate(_chained(optimizer)):
+        # megatron-core leaves out what is empty on this rank: a stage may train nothing, or no parameter of some group.
+        _load_member(member, loaded.get(index, {}), list(islice(groups, len(member.param_groups))))
+
+
+def _load_member(member: Any, loaded: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+    if isinstance(member, DistributedOptimizer):
         loaded = {
             "optimizer": {"param_groups": groups},
             "param_state": loaded.get("param_state", {}),
             "param_state_sharding_type": _SHARDING_TYPE,
         }
     else:
-        is_nested = isinstance(inner, Float16OptimizerWithFloat16Params)
-        local_groups = inner.optimizer.state_dict()["param_groups"]
+        is_nested = isinstance(member, Float16OptimizerWithFloat16Params)
+        local_groups = member.optimizer.state_dict()["param_groups"]
         torch_state = {
             "state": (loaded.get("optimizer", {}) if is_nested else loaded).get("state", {}),
             "param_groups": [
@@ -115,8 +130,8 @@ def load_state(optimizer: MegatronOptimizer, loaded: dict[str, Any], saved: Mapp
         }
         loaded = torch_state
         if is_nested:  # its main parameters were loaded in place; they are copied onto themselves
-            loaded = {"optimizer": torch_state, "fp32_from_fp16_params": inner.fp32_from_float16_groups}
-    inner.load_state_dict(loaded)
+            loaded = {"optimizer": torch_state, "fp32_from_fp16_params": member.fp32_from_float16_groups}
+    member.load_state_dict(loaded)
 
 
 def match_groups(optimizer: MegatronOptimizer, saved: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
@@ -155,12 +170,13 @@ def _from_json(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _single(optimizer: MegatronOptimizer) -> Any:
-    """The one optimizer inside megatron-core's chain; experts would add a second."""
-    while isinstance(optimizer, ChainedOptimizer):
-        assert len(optimizer.chained_optimizers) == 1, "checkpoints of several chained optimizers are not built"
-        optimizer = optimizer.chained_optimizers[0]
-    return optimizer
+def _chained(optimizer: MegatronOptimizer) -> list[Any]:
+    """The optimizers inside megatron-core's chain: of the dense parameters, and of the experts if there are any."""
+    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+
+
+def _main_prefix(optimizer: MegatronOptimizer) -> str:
+    return _MAIN_PREFIX[type(_chained(optimizer)[0])]
 
 
 def _align_steps(optimizer: MegatronOptimizer) -> None:
