@@ -186,3 +186,13 @@ def nearest_multiples(number: int, divisor: int) -> str:
     """The multiples of `divisor` around `number` that are above 0, in words."""
     below = number // divisor * divisor
     return f"{below} or {below + divisor}" if below else f"{divisor}"
+
+
+def divisors(number: int, largest: int) -> str:
+    """The divisors of a number up to `largest`, in words."""
+    return alternatives([size for size in range(1, min(number, largest) + 1) if number % size == 0])
+
+
+def alternatives(sizes: list[int]) -> str:
+    """Numbers to choose from, in words."""
+    return " or ".join(map(str, sizes))

@@ -14,7 +14,12 @@ from megatron_vlm.parallel.groups import build_groups
 
 @contextmanager
 def simulated_rank(
-    rank: int, world_size: int, tensor_size: int, pipeline_size: int
+    rank: int,
+    world_size: int,
+    tensor_size: int,
+    pipeline_size: int,
+    expert_size: int = 1,
+    expert_tensor_size: int = 1,
 ) -> Iterator[ProcessGroupCollection]:
     """Process groups as `rank` of `world_size` sees them; collectives on them do nothing.
 
@@ -22,6 +27,6 @@ def simulated_rank(
     """
     torch.distributed.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
-        yield build_groups(tensor_size, pipeline_size)
+        yield build_groups(tensor_size, pipeline_size, expert_size, expert_tensor_size)
     finally:
         torch.distributed.destroy_process_group()

@@ -20,6 +20,7 @@ from megatron_vlm.data.prompts import PromptRules
 from megatron_vlm.data.rows import reader_for
 from megatron_vlm.errors import ConfigError, UserError, combine
 from megatron_vlm.families import registry
+from megatron_vlm.training.expert_checks import fewest_ranks
 from megatron_vlm.training.memory import estimate_memory, format_memory
 from megatron_vlm.training.preflight import Layout, check_export, check_layout, check_run_dir
 
@@ -100,11 +101,7 @@ def _millions(shapes: dict[str, tuple[int, ...]]) -> str:
 
 def world_size_to_check(config: Config) -> int:
     """Ranks to check for: `WORLD_SIZE` when set, else the fewest that hold one copy of the model."""
-    parallel = config.parallel
-    fewest = (
-        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
-    )
-    given = os.environ.get("WORLD_SIZE", str(fewest))
+    given = os.environ.get("WORLD_SIZE", str(fewest_ranks(config)))
     if not given.isdigit() or int(given) < 1:
         raise ConfigError(f"the environment variable WORLD_SIZE is {given!r}", fix="set it to a number of ranks")
     return int(given)

@@ -14,9 +14,10 @@ from typing import Any
 
 from megatron_vlm.checkpoint.staging import check_export_target
 from megatron_vlm.config import Config
-from megatron_vlm.config_checks import nearest_multiples
+from megatron_vlm.config_checks import divisors, nearest_multiples
 from megatron_vlm.errors import ConfigError, LaunchError, UserError, combine
 from megatron_vlm.parallel.stages import assign_layers
+from megatron_vlm.training.expert_checks import expert_problems, expert_rank_problems, experts_of
 
 EXPORT_RECORD = "exported.json"
 LARGEST_TENSOR_SIZE = 64  # vocabulary rows are padded to a multiple of it
@@ -35,16 +36,31 @@ class Layout:
     """Micro-batches per step of one data-parallel rank."""
     chunks: tuple[tuple[int, ...], ...]
     """Decoder layers of each global chunk."""
+    expert_size: int = 1
+    """Ranks that divide the experts among them; the ranks of a stage are divided anew for experts."""
+    expert_tensor_size: int = 1
+    """Ranks that share each expert."""
+
+    @property
+    def expert_data_size(self) -> int:
+        """Ranks that hold copies of one expert."""
+        return self.world_size // (self.pipeline_size * self.expert_size * self.expert_tensor_size)
 
     def chunks_of(self, pipeline_rank: int) -> list[int]:
         """Global chunk ids that one pipeline rank holds, in the order of its virtual stages."""
         return list(range(pipeline_rank, len(self.chunks), self.pipeline_size))
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"{self.world_size} ranks = tensor {self.tensor_size} x pipeline {self.pipeline_size} "
             f"x context {self.context_size} x data {self.data_size}"
         )
+        if self.expert_size * self.expert_tensor_size > 1:
+            text += (
+                f"; for experts tensor {self.expert_tensor_size} x pipeline {self.pipeline_size} "
+                f"x expert {self.expert_size} x data {self.expert_data_size}"
+            )
+        return text
 
 
 def check_layout(config: Config, model_config: Any, world_size: int, parts: Iterable[str] | None = None) -> Layout:
@@ -64,9 +80,12 @@ def check_layout(config: Config, model_config: Any, world_size: int, parts: Iter
         LaunchError: only the number of ranks is wrong.
     """
     parallel = config.parallel
-    problems: list[UserError] = list(_tensor_problems(config, model_config))
-    # With a wrong number of ranks the data-parallel size is unknown, so the batch cannot be judged.
-    problems += list(_world_problems(config, world_size)) or list(_batch_problems(config, world_size))
+    problems: list[UserError] = [*_tensor_problems(config, model_config), *expert_problems(config, model_config)]
+    # With a wrong number of ranks the data-parallel size is unknown, so neither batch nor experts can be judged.
+    problems += list(_world_problems(config, world_size)) or [
+        *_batch_problems(config, world_size),
+        *expert_rank_problems(config, world_size),
+    ]
     if parts is not None:
         problems += _part_problems(config, set(parts))
     chunks: list[list[int]] = []
@@ -90,6 +109,8 @@ def check_layout(config: Config, model_config: Any, world_size: int, parts: Iter
         data_size=data_size,
         num_micro_batches=config.train.global_batch_size // (config.train.micro_batch_size * data_size),
         chunks=tuple(map(tuple, chunks)),
+        expert_size=parallel.expert_model_parallel_size,
+        expert_tensor_size=parallel.expert_tensor_parallel_size,
     )
 
 
@@ -140,19 +161,20 @@ def _tensor_problems(config: Config, model_config: Any) -> Iterator[UserError]:
         yield ConfigError(
             f"parallel.tensor_model_parallel_size {size} does not divide the padded vocabulary "
             f"(a multiple of {LARGEST_TENSOR_SIZE} rows)",
-            fix=f"use {_divisors(LARGEST_TENSOR_SIZE)}",
+            fix=f"use {divisors(LARGEST_TENSOR_SIZE, LARGEST_TENSOR_SIZE)}",
         )
     divided: dict[tuple[str, int], None] = {}  # ordered, without the repetition of equal layers
     for layer in model_config.text.layers:
         divided[("attention heads", layer.num_attention_heads)] = None
-        divided[("feed-forward size", layer.intermediate_size)] = None
+        if experts_of(layer) is None:
+            divided[("feed-forward size", layer.intermediate_size)] = None
     vision = model_config.vision
     if vision is not None and config.model.vision_parallelism == "tensor":
         divided[("vision attention heads", vision.num_attention_heads)] = None
         divided[("vision feed-forward size", vision.intermediate_size)] = None
     for name, number in divided:
         if number % size:
-            remedy = f"use {_divisors(number)}"
+            remedy = f"use {divisors(number, LARGEST_TENSOR_SIZE)}"
             if name.startswith("vision"):
                 remedy += ", or model.vision_parallelism data"
             yield ConfigError(
@@ -163,13 +185,9 @@ def _tensor_problems(config: Config, model_config: Any) -> Iterator[UserError]:
             yield ConfigError(
                 f"key-value heads {heads} neither divide nor are a multiple of "
                 f"parallel.tensor_model_parallel_size {size}",
-                fix=f"use {_divisors(heads)}, or a multiple of {heads} (its heads are then replicated)",
+                fix=f"use {divisors(heads, LARGEST_TENSOR_SIZE)}, or a multiple of {heads} "
+                "(its heads are then replicated)",
             )
-
-
-def _divisors(number: int, largest: int = LARGEST_TENSOR_SIZE) -> str:
-    """The divisors of a number up to `largest`, in words."""
-    return " or ".join(str(size) for size in range(1, min(number, largest) + 1) if number % size == 0)
 
 
 def _part_problems(config: Config, parts: set[str]) -> Iterator[UserError]:
