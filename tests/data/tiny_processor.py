@@ -1,11 +1,22 @@
-"""A small but real Gemma 3 processor, built offline: byte-level BPE, Gemma 3's chat template, image processor."""
+"""Small but real processors, built offline: byte-level BPE, the family's chat template, image and video processors."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Gemma3ImageProcessor, Gemma3Processor, PreTrainedTokenizerFast, ProcessorMixin
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    Gemma3ImageProcessor,
+    Gemma3Processor,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from demo.tokenizer import CHAT_TEMPLATE
 
@@ -126,6 +137,116 @@ def build_processor(
         tokenizer=build_tokenizer(chat_template),
         chat_template=chat_template,
         image_seq_length=soft_tokens,
+    )
+    processor.save_pretrained(directory)
+    return processor
+
+
+# Qwen3-VL's chat format: only a user's message may hold images and videos, parts are joined as they are, and there are
+# no generation tags. Roles are free.
+QWEN3_VL_TEMPLATE = """\
+{%- macro words(content) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- else -%}
+        {%- for item in content -%}
+            {{- item.text if 'text' in item else '' -}}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message.role + '\\n' -}}
+    {%- if message.role == 'assistant' -%}
+        {{- words(message.content) + '<|im_end|>' -}}
+    {%- elif message.role == 'user' and message.content is not string -%}
+        {%- for item in message.content -%}
+            {%- if item.type == 'image' -%}
+                {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+            {%- elif item.type == 'video' -%}
+                {{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
+            {%- else -%}
+                {{- item.text -}}
+            {%- endif -%}
+        {%- endfor -%}
+        {{- '<|im_end|>' -}}
+    {%- else -%}
+        {{- words(message.content) + '<|im_end|>' -}}
+    {%- endif -%}
+    {{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+QWEN3_VL_GENERATION_TEMPLATE = QWEN3_VL_TEMPLATE.replace(
+    "{{- words(message.content) + '<|im_end|>' -}}",
+    "{%- generation -%}{{- words(message.content) + '<|im_end|>' -}}{%- endgeneration -%}",
+    1,
+)
+
+# Their ids come after all learned ones, as in the published tokenizer.
+QWEN_SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+
+def build_qwen_tokenizer(chat_template: str | None = QWEN3_VL_TEMPLATE) -> Qwen2Tokenizer:
+    """A Qwen tokenizer of about 400 ids with Qwen3-VL's control tokens; like the published one it names no image token."""
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    learner.train_from_iterator(CORPUS, trainer)
+    learned = json.loads(learner.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=learned["vocab"],
+        merges=[tuple(pair) for pair in learned["merges"]],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=chat_template,
+    )
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in QWEN_SPECIAL_TOKENS])
+    return tokenizer
+
+
+def build_qwen_processor(
+    directory: str | Path,
+    patch_size: int = 4,
+    merge_size: int = 2,
+    image_pixels: tuple[int, int] = (8 * 8, 32 * 32),
+    video_pixels: tuple[int, int] = (2 * 8 * 8, 4 * 32 * 32),
+    chat_template: str | None = QWEN3_VL_TEMPLATE,
+) -> ProcessorMixin:
+    """Write a Qwen3-VL processor into `directory` and return it.
+
+    Args:
+        directory: receives tokenizer, processor and chat template files.
+        patch_size: height and width of a patch, in pixels.
+        merge_size: patches on each side of what one token stands for.
+        image_pixels: fewest and most pixels of an image.
+        video_pixels: fewest and most pixels of all frames of a video together.
+        chat_template: template to store; None stores none.
+    """
+    sizes = {"patch_size": patch_size, "merge_size": merge_size, "temporal_patch_size": 2}
+    half = [0.5, 0.5, 0.5]
+    limits = [{"shortest_edge": low, "longest_edge": high} for low, high in (image_pixels, video_pixels)]
+    processor = Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=limits[0], image_mean=half, image_std=half, **sizes),
+        tokenizer=build_qwen_tokenizer(chat_template),
+        video_processor=Qwen3VLVideoProcessor(size=limits[1], image_mean=half, image_std=half, **sizes),
+        chat_template=chat_template,
     )
     processor.save_pretrained(directory)
     return processor
