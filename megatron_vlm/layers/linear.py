@@ -12,6 +12,7 @@ import torch
 import torch.distributed
 from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import divide
 
 Group = torch.distributed.ProcessGroup
 
@@ -29,6 +30,33 @@ class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
     def forward(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(weight [out / tensor ranks, in], bias [out / tensor ranks] or None)."""
         return self.weight, self.bias
+
+
+class SectionedColumnParallelLinear(torch.nn.Module):
+    """Several column-parallel linears in one weight [sections, out, in], each section split over the tensor ranks.
+
+    A fused weight [sections * out, in] is the same numbers in the same order, but a rank's rows of it do not lie
+    together. Used like `ColumnParallelLinear`: one product and one exchange make the outputs of all sections.
+
+    Args:
+        in_size: of the input.
+        out_size: of one section.
+        sections: how many.
+        engine: megatron-core settings.
+        group: tensor ranks.
+    """
+
+    def __init__(self, in_size: int, out_size: int, sections: int, engine: TransformerConfig, group: Group) -> None:
+        super().__init__()
+        rows = divide(out_size, group.size())
+        self.weight = torch.nn.Parameter(torch.empty(sections, rows, in_size, dtype=engine.params_dtype))
+        self.bias = torch.nn.Parameter(torch.empty(sections, rows, dtype=engine.params_dtype))
+        for parameter in (self.weight, self.bias):
+            tensor_parallel.set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=1, stride=1)
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(weight [sections * out / tensor ranks, in], bias [sections * out / tensor ranks])."""
+        return self.weight.flatten(0, 1), self.bias.flatten()
 
 
 class ReplicatedLinear(torch.nn.Linear):
@@ -67,7 +95,10 @@ def _no_init(weight: torch.Tensor) -> None:
 
 
 def column_parallel(
-    x: torch.Tensor, linears: Sequence[ColumnParallelLinear], group: Group, sequence_parallel: bool
+    x: torch.Tensor,
+    linears: Sequence[ColumnParallelLinear | SectionedColumnParallelLinear],
+    group: Group,
+    sequence_parallel: bool,
 ) -> list[torch.Tensor]:
     """Outputs of several column-parallel linears on one input, with one exchange in each direction for all of them.
 

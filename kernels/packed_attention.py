@@ -1,0 +1,78 @@
+"""Full attention inside consecutive segments of one packed sequence: the frames of images and videos of any size.
+
+Nothing of size [P, P] exists in either form.
+
+Shapes: N heads, P packed patches, D head dim, F segments (frames).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from kernels.span_attention import Spans, span_attention
+from megatron_vlm import platform
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Lengths of consecutive segments, and what attention makes of them, once for all layers.
+
+    Attributes:
+        lengths: patches of each segment, known on the host.
+        device: of the sequence.
+    """
+
+    lengths: tuple[int, ...]
+    device: torch.device
+
+    @cached_property
+    def spans(self) -> Spans:
+        """Each patch sees its segment."""
+        ends = tuple(accumulate(self.lengths))
+        # A copy that the host does not wait for.
+        table = torch.tensor((self.lengths, ends), dtype=torch.int32).to(self.device, non_blocking=True)
+        lengths_F, ends_F = table
+        spans = torch.stack((ends_F - lengths_F, ends_F - 1))
+        low_P, high_P = torch.repeat_interleave(spans, lengths_F, dim=1, output_size=ends[-1])
+        return Spans(low_P[None], high_P[None])
+
+
+def packed_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float
+) -> torch.Tensor:
+    """Attention within segments: FlexAttention over spans where a GPU compiles it, the reference elsewhere.
+
+    Args:
+        q: [N, P, D].
+        k: [N, P, D].
+        v: [N, P, D].
+        segments: whose lengths sum to P.
+        scale: factor on the scores.
+
+    Returns:
+        [N, P, D].
+    """
+    return (_flex if platform.current().accelerated else reference)(q, k, v, segments, scale)
+
+
+def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float) -> torch.Tensor:
+    """`packed_attention` by one unmasked product for all segments of the same length."""
+    lengths = segments.lengths
+    split = [tensor.split(lengths, dim=1) for tensor in (q, k, v)]
+    attended: list[torch.Tensor] = [q.new_empty(0)] * len(lengths)
+    for length in dict.fromkeys(lengths):
+        members = [index for index, other in enumerate(lengths) if other == length]
+        batches = [torch.stack([parts[index] for index in members]) for parts in split]
+        outputs_FNPD = scaled_dot_product_attention(*batches, scale=scale)
+        for index, output in zip(members, outputs_FNPD, strict=True):
+            attended[index] = output
+    return torch.cat(attended, dim=1)
+
+
+def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float) -> torch.Tensor:
+    return span_attention(q[None], k[None], v[None], segments.spans, None, scale)[0]

@@ -1,0 +1,290 @@
+"""Qwen3-VL's eyes: a vision transformer over patches of images and videos of any size, and mergers into the text.
+
+Patches of all images lie in one packed sequence, in blocks of merge x merge that make one token of the language model
+each; those of a frame attend to each other, whatever image or video it belongs to.
+
+Source: transformers models/qwen3_vl (`Qwen3VLVisionModel`).
+Shapes: P patches, H vision hidden, N heads, D head dim, F frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.functional import embedding_bag, gelu, linear
+from torch.utils.checkpoint import checkpoint
+
+from kernels.packed_attention import Segments, packed_attention
+from megatron_vlm.families.qwen3_vl.config import VisionConfig
+from megatron_vlm.layers.linear import (
+    ColumnParallelLinear,
+    Group,
+    RowParallelLinear,
+    SectionedColumnParallelLinear,
+    column_parallel,
+)
+from megatron_vlm.layers.rope import apply_rope
+
+Grid = tuple[int, int, int]
+RopeTable = tuple[torch.Tensor, torch.Tensor]
+ROPE_THETA = 10_000.0
+
+
+def split_frames(grids: Sequence[Grid]) -> list[Grid]:
+    """The frames of images and videos as grids of their own: a frame attends to no other, of its video neither."""
+    return [(1, height, width) for frames, height, width in grids for _ in range(frames)]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where each patch lies in its frame.
+
+    Attributes:
+        row: [P] int64.
+        column: [P] int64.
+        height: [P] int64, rows of the patch's frame.
+        width: [P] int64, columns of the patch's frame.
+    """
+
+    row: torch.Tensor
+    column: torch.Tensor
+    height: torch.Tensor
+    width: torch.Tensor
+
+
+def patch_places(frames: Sequence[Grid], merge_size: int, device: torch.device) -> Places:
+    """Places of packed patches: blocks of merge x merge in raster order, raster order inside each.
+
+    Args:
+        frames: (1, height, width) in patches.
+        merge_size: patches per side of a block.
+        device: of the result; the host sends one small table and waits for nothing.
+    """
+    _, heights, widths = zip(*frames, strict=True)
+    ends = tuple(accumulate(height * width for _, height, width in frames))
+    table_3F = torch.tensor((heights, widths, ends)).to(device, non_blocking=True)
+    lengths_F = table_3F[0] * table_3F[1]
+    height, width, end = torch.repeat_interleave(table_3F, lengths_F, dim=1, output_size=ends[-1])
+    inside = torch.arange(ends[-1], device=device) - end + height * width
+    block, inside_block = inside // merge_size**2, inside % merge_size**2
+    blocks_per_row = width // merge_size
+    return Places(
+        row=block // blocks_per_row * merge_size + inside_block // merge_size,
+        column=block % blocks_per_row * merge_size + inside_block % merge_size,
+        height=height,
+        width=width,
+    )
+
+
+def rope_table(places: Places, head_dim: int) -> RopeTable:
+    """Cosines and sines [P, 1, 1, D] in fp32: the first half of the frequencies turns with the row, then the column."""
+    exponents = torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=places.row.device) / (head_dim // 2)
+    frequencies = 1.0 / ROPE_THETA**exponents
+    angles = torch.cat([axis.float()[:, None] * frequencies for axis in (places.row, places.column)], dim=-1)
+    angles = torch.cat((angles, angles), dim=-1)[:, None, None]
+    return angles.cos(), angles.sin()
+
+
+class PatchProjection(torch.nn.Module):
+    """A convolution whose kernel is a whole patch: one product. Replicated: a thousandth of the tower."""
+
+    def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        patch = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.weight = torch.nn.Parameter(torch.empty(config.hidden_size, config.num_channels, *patch, dtype=dtype))
+        self.bias = torch.nn.Parameter(torch.empty(config.hidden_size, dtype=dtype))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[P, patch features] to [P, H]."""
+        return linear(pixel_values.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+class PositionTable(torch.nn.Module):
+    """A square table of learned positions, stretched over each frame. Replicated: half a percent of the tower."""
+
+    def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.side = config.num_positions_per_side
+        self.weight = torch.nn.Parameter(torch.empty(self.side**2, config.hidden_size, dtype=dtype))
+
+    def forward(self, places: Places) -> torch.Tensor:
+        """Bilinear samples [P, H] in fp32; corners of the frame lie on corners of the table."""
+        rows, row_weights = self._neighbours(places.row, places.height)
+        columns, column_weights = self._neighbours(places.column, places.width)
+        index_P4 = (rows[:, :, None] * self.side + columns[:, None]).flatten(1)
+        weights_P4 = (row_weights[:, :, None] * column_weights[:, None]).flatten(1)
+        return embedding_bag(index_P4, self.weight.float(), mode="sum", per_sample_weights=weights_P4)
+
+    def _neighbours(self, place: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two table lines around each place and their weights, [P, 2] each."""
+        # Multiplied first, so that a place that lies on a line is exactly there.
+        source = place * (self.side - 1) / (size - 1).clamp(min=1)
+        before = source.floor()
+        share = (source - before).float()
+        lines = torch.stack((before, (before + 1).clamp(max=self.side - 1)), dim=1).long()
+        return lines, torch.stack((1 - share, share), dim=1)
+
+
+class VisionAttention(torch.nn.Module):
+    """Attention over the patches of a frame; heads split over the tensor ranks."""
+
+    def __init__(self, config: VisionConfig, engine: TransformerConfig, group: Group) -> None:
+        super().__init__()
+        self.group, self.head_dim = group, config.hidden_size // config.num_attention_heads
+        self.qkv = SectionedColumnParallelLinear(config.hidden_size, config.hidden_size, 3, engine, group)
+        self.proj = RowParallelLinear(config.hidden_size, config.hidden_size, engine, group, bias=True)
+
+    def forward(self, x_PH: torch.Tensor, rope: RopeTable, frames: Segments) -> torch.Tensor:
+        """[P, H] to the same."""
+        (projected,) = column_parallel(x_PH, (self.qkv,), self.group, False)
+        qkv_P3ND = projected.unflatten(-1, (3, -1, self.head_dim))
+        rotated = apply_rope(qkv_P3ND[:, :2].float(), rope).to(projected.dtype)
+        q, k, v = (tensor.transpose(0, 1) for tensor in (*rotated.unbind(1), qkv_P3ND[:, 2]))
+        attended_NPD = packed_attention(q, k, v, frames, self.head_dim**-0.5)
+        return self.proj(attended_NPD.transpose(0, 1).flatten(1))
+
+
+class FeedForward(torch.nn.Module):
+    """linear_fc2(gelu(linear_fc1(x))), split over the tensor ranks.
+
+    Args:
+        sizes: of the input, between, and of the output.
+        approximate: of the GELU: "tanh" in the layers of the tower, "none" (exact) in mergers.
+        engine: megatron-core settings without sequence parallelism.
+        group: tensor ranks.
+    """
+
+    def __init__(
+        self,
+        sizes: tuple[int, int, int],
+        approximate: Literal["none", "tanh"],
+        engine: TransformerConfig,
+        group: Group,
+    ) -> None:
+        super().__init__()
+        self.group, self.approximate = group, approximate
+        in_size, hidden_size, out_size = sizes
+        self.linear_fc1 = ColumnParallelLinear(in_size, hidden_size, engine, group, bias=True)
+        self.linear_fc2 = RowParallelLinear(hidden_size, out_size, engine, group, bias=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] to [..., out]."""
+        (hidden,) = column_parallel(x, (self.linear_fc1,), self.group, False)
+        return self.linear_fc2(gelu(hidden, approximate=self.approximate))
+
+
+class VisionBlock(torch.nn.Module):
+    """A pre-norm layer; its norms act on whole activations, so they are replicas with whole gradients."""
+
+    def __init__(self, config: VisionConfig, engine: TransformerConfig, group: Group) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.norm1, self.norm2 = (
+            torch.nn.LayerNorm(size, config.norm_eps, dtype=engine.params_dtype) for _ in range(2)
+        )
+        self.attn = VisionAttention(config, engine, group)
+        self.mlp = FeedForward((size, config.intermediate_size, size), "tanh", engine, group)
+
+    def forward(self, x_PH: torch.Tensor, rope: RopeTable, frames: Segments) -> torch.Tensor:
+        """[P, H] to the same."""
+        x_PH = x_PH + self.attn(self.norm1(x_PH), rope, frames)
+        return x_PH + self.mlp(self.norm2(x_PH))
+
+
+class VisionTower(torch.nn.Module):
+    """Heads and feed-forward columns split over `group`, which is one rank when frames are divided instead.
+
+    Patch projection, positions and norms are whole on every rank: they are 2 % of the tower, and their outputs, which
+    every rank needs whole, would have to be gathered.
+
+    Args:
+        config: the tower.
+        engine: megatron-core settings without sequence parallelism.
+        group: ranks that share each layer.
+        recompute: compute each layer again in the backward pass.
+    """
+
+    def __init__(self, config: VisionConfig, engine: TransformerConfig, group: Group, recompute: bool) -> None:
+        super().__init__()
+        self.config, self.recompute = config, recompute
+        self.patch_embed = torch.nn.Module()
+        self.patch_embed.proj = PatchProjection(config, engine.params_dtype)
+        self.pos_embed = PositionTable(config, engine.params_dtype)
+        self.blocks = torch.nn.ModuleList(VisionBlock(config, engine, group) for _ in range(config.num_hidden_layers))
+
+    def forward(self, pixel_values: torch.Tensor, grids: Sequence[Grid]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Encode packed patches.
+
+        Args:
+            pixel_values: [P, patch features], in blocks of merge x merge patches.
+            grids: (frames, height, width) in patches of each image or video, known on the host.
+
+        Returns:
+            Output of the last layer [P, H], and those of `deepstack_layers`.
+        """
+        config, frames = self.config, split_frames(grids)
+        places = patch_places(frames, config.spatial_merge_size, pixel_values.device)
+        segments = Segments(tuple(height * width for _, height, width in frames), pixel_values.device)
+        rope = rope_table(places, config.hidden_size // config.num_attention_heads)
+        patches = self.patch_embed.proj(pixel_values)  # type: ignore[operator]
+        x_PH = patches + self.pos_embed(places).to(patches.dtype)
+        taps = []
+        for index, block in enumerate(self.blocks):
+            if self.recompute and self.training:
+                x_PH = checkpoint(block, x_PH, rope, segments, use_reentrant=False)
+            else:
+                x_PH = block(x_PH, rope, segments)
+            if index in config.deepstack_layers:
+                taps.append(x_PH)
+        return x_PH, taps
+
+
+class Merger(FeedForward):
+    """Makes one vector of each block of patches and maps it to the language model's width.
+
+    Args:
+        config: the tower.
+        norm_after: normalise the joined vector, not each patch.
+        engine: megatron-core settings without sequence parallelism.
+        group: tensor ranks.
+    """
+
+    def __init__(self, config: VisionConfig, norm_after: bool, engine: TransformerConfig, group: Group) -> None:
+        self.joined_size = config.hidden_size * config.spatial_merge_size**2
+        super().__init__((self.joined_size, self.joined_size, config.out_hidden_size), "none", engine, group)
+        norm_size = self.joined_size if norm_after else config.hidden_size
+        self.norm = torch.nn.LayerNorm(norm_size, config.norm_eps, dtype=engine.params_dtype)
+
+    def forward(self, x_PH: torch.Tensor) -> torch.Tensor:
+        """[P, H] to [P / patches per block, text hidden]."""
+        normed = self.norm(x_PH.reshape(-1, *self.norm.normalized_shape))
+        return super().forward(normed.reshape(-1, self.joined_size))
+
+
+class Projector(torch.nn.Module):
+    """The mergers: one of the tower's output, one of each tap (DeepStack), which norms the joined vector.
+
+    Args:
+        config: the tower.
+        engine: megatron-core settings without sequence parallelism.
+        group: ranks that share each merger.
+    """
+
+    def __init__(self, config: VisionConfig, engine: TransformerConfig, group: Group) -> None:
+        super().__init__()
+        self.merger = Merger(config, norm_after=False, engine=engine, group=group)
+        self.deepstack_merger_list = torch.nn.ModuleList(
+            Merger(config, norm_after=True, engine=engine, group=group) for _ in config.deepstack_layers
+        )
+
+    def forward(self, last: torch.Tensor, taps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The tower's two results to features [P / patches per block, text hidden]: main, then one per tap."""
+        return [
+            self.merger(last),
+            *(merger(tap) for merger, tap in zip(self.deepstack_merger_list, taps, strict=True)),
+        ]
