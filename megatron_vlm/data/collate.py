@@ -1,6 +1,6 @@
 """Samples into one padded micro-batch with the span metadata that attention works from.
 
-Shapes: B rows, S padded length in tokens, I images of the micro-batch.
+Shapes: B rows, S padded length in tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_vlm.data.prompts import PromptRules, Sample
+from megatron_vlm.data.prompts import PositionFunction, PromptRules, Sample, VisionGrid
 
 NO_LOSS = -100
 """Label of a position without a target, as in torch's cross entropy."""
@@ -41,7 +41,8 @@ class MicroBatch:
     labels: torch.Tensor
     """[B, S] int64: labels[b, s] is the target of position s; -100 has no loss."""
     position_ids: torch.Tensor
-    """[B, S] int64: 0 .. S-1 in every row."""
+    """int64: [B, S], 0 .. S-1 in every row; or [3, B, S], time, height and width, where the family has positions on
+    three axes (0 on padding)."""
     document_ids: torch.Tensor
     """[B, S] int32: 0 on text and images, -1 on padding."""
     span_low: torch.Tensor
@@ -51,13 +52,18 @@ class MicroBatch:
     feature_index: torch.Tensor
     """[B, S] int32: row of the micro-batch's vision features that replaces this token; -1 on text."""
     vision_inputs: dict[str, torch.Tensor]
-    """Inputs of the vision tower, images along the first dimension; empty without images."""
+    """Inputs of the vision tower, images along the first dimension; of images that vary in size the patches of all
+    images and videos in reading order. Empty without images."""
     source_ids: torch.Tensor
     """[B] int32: index of each row's data source."""
+    vision_grids: list[VisionGrid] = field(default_factory=list)
+    """Frames, height and width in patches of each image or video in reading order, also without `vision_inputs`; empty
+    for families whose images have one size."""
     row_names: list[str] = field(default_factory=list)
     """File and line of each row."""
     counters: dict[str, int] = field(default_factory=dict)
-    """bad_rows, too_long_rows, truncated_rows, images, and tokens: real_tokens, label_tokens, padded_tokens."""
+    """bad_rows, too_long_rows, truncated_rows, images, videos, and tokens: real_tokens, label_tokens, padded_tokens,
+    vision_tokens."""
     problems: list[str] = field(default_factory=list)
     """One line for each bad or too long row."""
 
@@ -103,32 +109,32 @@ def collate(
         input_ids[number, : len(ids)] = torch.from_numpy(ids)
         targets = np.where(trained, ids, NO_LOSS)
         labels[number, : len(ids) - 1] = torch.from_numpy(targets[1:])
-    positions = torch.arange(padded_length).expand(len(rows), -1)
-    is_real = positions < lengths[:, None]
-    is_image = torch.zeros_like(is_real)
-    if rules.image_token_id is not None:
-        is_image = is_real & (input_ids == rules.image_token_id)
-    span_low, span_high = spans(is_real, is_image if rules.bidirectional_images else torch.zeros_like(is_image))
-    feature_index = torch.where(is_image, is_image.flatten().cumsum(0).view_as(is_image) - 1, -1)
+    is_real = torch.arange(padded_length) < lengths[:, None]
+    is_vision = is_real & torch.isin(input_ids, torch.tensor(rules.vision_token_ids, dtype=torch.int64))
+    span_low, span_high = spans(is_real, is_vision if rules.bidirectional_images else torch.zeros_like(is_vision))
+    feature_index = torch.where(is_vision, is_vision.flatten().cumsum(0).view_as(is_vision) - 1, -1)
     return MicroBatch(
         input_ids=input_ids,
         labels=labels,
-        position_ids=positions.contiguous(),
+        position_ids=_positions(rows, rules.position_ids, padded_length),
         document_ids=torch.where(is_real, 0, -1).int(),
         span_low=span_low,
         span_high=span_high,
         feature_index=feature_index.int(),
         vision_inputs=_join_vision_inputs(rows) if with_pixels else {},
         source_ids=torch.tensor([row.source for row in rows], dtype=torch.int32),
+        vision_grids=[grid for row in rows for grid in row.sample.vision_grids],
         row_names=[row.row_name for row in rows],
         counters={
             "bad_rows": sum(row.bad for row in rows),
             "too_long_rows": sum(row.too_long for row in rows),
             "truncated_rows": sum(row.truncated for row in rows),
             "images": sum(row.sample.num_images for row in rows),
+            "videos": sum(row.sample.num_videos for row in rows),
             "real_tokens": int(lengths.sum()),
             "label_tokens": int((labels != NO_LOSS).sum()),
             "padded_tokens": labels.numel() - int(lengths.sum()),
+            "vision_tokens": int(is_vision.sum()),
         },
         problems=[row.problem for row in rows if row.problem],
     )
@@ -158,6 +164,16 @@ def spans(is_real: torch.Tensor, is_image: torch.Tensor) -> tuple[torch.Tensor, 
     block_end = block_end.flip(1).cummin(1).values.flip(1)
     high = torch.where(is_image, block_end, positions)
     return low.int(), high.int()
+
+
+def _positions(rows: Sequence[PlacedSample], position_ids: PositionFunction | None, length: int) -> torch.Tensor:
+    if position_ids is None:
+        return torch.arange(length).expand(len(rows), -1).contiguous()
+    padded = []
+    for row in rows:
+        of_row = position_ids(row.sample.input_ids, row.sample.vision_grids)
+        padded.append(np.pad(of_row, ((0, 0), (0, length - of_row.shape[1]))))
+    return torch.from_numpy(np.stack(padded, axis=1))
 
 
 def _join_vision_inputs(rows: Sequence[PlacedSample]) -> dict[str, torch.Tensor]:

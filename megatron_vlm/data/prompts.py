@@ -11,6 +11,7 @@ are trained is decided in this order:
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,8 @@ from transformers import AutoProcessor, AutoTokenizer
 from megatron_vlm.data.formats import Conversation, ImagePart, ImageSource, Message, TextPart
 from megatron_vlm.errors import ConfigError, DataError
 
+VisionGrid = tuple[int, int, int]
+PositionFunction = Callable[[np.ndarray, Sequence[VisionGrid]], np.ndarray]
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -46,19 +49,32 @@ class PromptRules:
     """Tokens of one image see each other in both directions."""
     vision_keys: tuple[str, ...]
     """Processor outputs that the vision tower takes."""
+    video_token_id: int | None = None
+    """Id of the token that stands for one feature of a video; None where the model takes none."""
+    position_ids: PositionFunction | None = None
+    """Gives positions on several axes, [axes, S] int64, from (input_ids, vision_grids); None counts tokens."""
+
+    @property
+    def vision_token_ids(self) -> list[int]:
+        """Ids of all tokens that stand for vision features."""
+        return [token for token in (self.image_token_id, self.video_token_id) if token is not None]
 
 
 @dataclass
 class Sample:
-    """One row as the model sees it: S tokens, I images."""
+    """One row as the model sees it: S tokens, I images (and videos)."""
 
     input_ids: np.ndarray
     """[S] int64."""
     trained: np.ndarray
     """[S] bool: the token at this place is a target."""
     vision_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Processor outputs by name, images along the first dimension."""
+    """Processor outputs by name, images along the first dimension; of images that vary in size the patches of all
+    images and videos, in reading order."""
     num_images: int = 0
+    num_videos: int = 0
+    vision_grids: list[VisionGrid] = field(default_factory=list)
+    """Frames, height and width in patches of each image or video in reading order; empty for images of one size."""
 
 
 class PromptBuilder:

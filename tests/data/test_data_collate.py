@@ -45,9 +45,11 @@ def test_shapes_types_and_counters(reader: RowReader) -> None:
         "too_long_rows": 0,
         "truncated_rows": 0,
         "images": 3,
+        "videos": 0,
         "real_tokens": real,
         "label_tokens": sum(int(sample.trained.sum()) for sample in samples),
         "padded_tokens": batch.input_ids.numel() - real,
+        "vision_tokens": 12,
     }
     assert [name.rpartition(":")[2] for name in batch.row_names] == ["1", "2", "3", "4"]
     assert len(batch.problems) == 1 and "rows.jsonl:4" in batch.problems[0]

@@ -197,7 +197,7 @@ QWEN_SPECIAL_TOKENS = (
 
 
 def build_qwen_tokenizer(chat_template: str | None = QWEN3_VL_TEMPLATE) -> Qwen2Tokenizer:
-    """A Qwen tokenizer of about 400 ids with Qwen3-VL's control tokens; like the published one it names no image token."""
+    """A Qwen tokenizer of about 400 ids with Qwen3-VL's control tokens, none of them named as the image token."""
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Sequence(
         [
