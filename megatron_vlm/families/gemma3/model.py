@@ -29,7 +29,7 @@ from megatron_vlm.layers.norm import RMSNorm
 from megatron_vlm.layers.rope import rope_table
 from megatron_vlm.parallel.chunk import ChunkSettings
 from megatron_vlm.parallel.gradients import mark_partial
-from megatron_vlm.parallel.images import divide_images, gather_image_features
+from megatron_vlm.parallel.images import ImageDivision
 
 RopeTables = Mapping[tuple[int, float, float], tuple[torch.Tensor, torch.Tensor]]
 
@@ -198,10 +198,9 @@ class Gemma3Chunk(MegatronModule):
 
     def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Soft tokens of all images in a row, [I * tokens per image, H], whole on every tensor rank."""
-        num_images = pixels.shape[0]
-        if self.divides_images:
-            pixels = divide_images(pixels, self.groups.tp)
-        features = self.projector(self.vision_tower(pixels))
-        if self.divides_images:
-            features = gather_image_features(features, num_images, self.groups.tp)
-        return features.flatten(0, 1)
+        if not self.divides_images:
+            return self.projector(self.vision_tower(pixels)).flatten(0, 1)
+        ones = [1] * pixels.shape[0]
+        division = ImageDivision(rows=ones, costs=ones, group=self.groups.tp)
+        features = self.projector(self.vision_tower(division.take(pixels, blank_rows=1)))
+        return division.gather(features).flatten(0, 1)

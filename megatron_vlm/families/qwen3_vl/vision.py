@@ -29,6 +29,7 @@ from megatron_vlm.layers.linear import (
     column_parallel,
 )
 from megatron_vlm.layers.rope import apply_rope
+from megatron_vlm.parallel.images import ImageDivision
 
 Grid = tuple[int, int, int]
 RopeTable = tuple[torch.Tensor, torch.Tensor]
@@ -288,3 +289,30 @@ class Projector(torch.nn.Module):
             self.merger(last),
             *(merger(tap) for merger, tap in zip(self.deepstack_merger_list, taps, strict=True)),
         ]
+
+
+def encode_divided(
+    tower: VisionTower, projector: Projector, pixel_values: torch.Tensor, grids: Sequence[Grid], group: Group
+) -> list[torch.Tensor]:
+    """`projector(*tower(pixel_values, grids))` by ranks that each hold both whole and encode a share of the frames.
+
+    Args:
+        tower: of one rank.
+        projector: of one rank.
+        pixel_values: [P, patch features], the same on every rank of `group`.
+        grids: of at least one image or video.
+        group: ranks that divide the frames.
+
+    Returns:
+        Features of all frames on every rank.
+    """
+    config, frames = tower.config, split_frames(grids)
+    patches = [height * width for _, height, width in frames]
+    # Linear layers work in proportion to patches, attention to their square; it overtakes them at some 6,600 patches.
+    costs = [count * (2 * config.hidden_size + config.intermediate_size + count) for count in patches]
+    division = ImageDivision(patches, costs, group)
+    merge = config.spatial_merge_size
+    own_frames = [frames[index] for index in division.own] or [(1, merge, merge)]
+    features = projector(*tower(division.take(pixel_values, merge**2), own_frames))
+    # One exchange for all levels.
+    return list(division.gather(torch.cat(features, dim=1), merge**2).chunk(len(features), dim=1))
