@@ -51,7 +51,7 @@ def build_loggers(config: Config, run_dir: str | os.PathLike, resume_step: int) 
 
 
 class Console:
-    """One thin line per logged step."""
+    """One thin line per logged step; tokens per expert are the fewest, the mean and the most."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
@@ -62,6 +62,7 @@ class Console:
         parts = [
             f"step {metrics.step:>{width}}/{metrics.train_iters}",
             f"loss {metrics.loss:.4f}",
+            *_expert_figures(metrics),
             f"grad-norm {metrics.grad_norm:.3f}",
             f"lr {metrics.lr:.2e}",
             f"{metrics.tokens_per_second:,.0f} tokens/s",
@@ -91,6 +92,17 @@ class Console:
 
     def close(self) -> None:
         """Nothing is buffered."""
+
+
+def _expert_figures(metrics: StepMetrics) -> list[str]:
+    """What the console shows of experts; nothing for models without."""
+    parts = [] if metrics.load_balancing_loss is None else [f"load-balancing {metrics.load_balancing_loss:.4f}"]
+    experts = metrics.experts
+    if experts is not None:
+        tokens = f"{experts.expert_tokens_min}/{experts.expert_tokens_mean:.0f}/{experts.expert_tokens_max}"
+        dead = f" ({experts.dead_experts} dead)" if experts.dead_experts else ""
+        parts.append(f"expert tokens {tokens}{dead}")
+    return parts
 
 
 class JsonLines:

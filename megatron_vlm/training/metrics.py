@@ -6,7 +6,45 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from megatron_vlm import platform
+
+
+@dataclass(frozen=True)
+class ExpertStatistics:
+    """How evenly the experts were used since the last logged step.
+
+    Attributes:
+        expert_tokens_min: tokens of the expert that got fewest, in any layer.
+        expert_tokens_mean: mean over all experts and layers.
+        expert_tokens_max: tokens of the expert that got most, in any layer.
+        dead_experts: experts that got none, in the layer that has most of them.
+    """
+
+    expert_tokens_min: int
+    expert_tokens_mean: float
+    expert_tokens_max: int
+    dead_experts: int
+
+    @property
+    def expert_imbalance(self) -> float:
+        """The busiest expert's tokens over the mean; 1 when all get the same."""
+        return self.expert_tokens_max / self.expert_tokens_mean if self.expert_tokens_mean else 1.0
+
+
+def expert_statistics(tokens: torch.Tensor) -> ExpertStatistics:
+    """Summarise tokens per expert.
+
+    Args:
+        tokens: [layers with experts, experts], counted over the global batches since the last logged step.
+    """
+    return ExpertStatistics(
+        expert_tokens_min=int(tokens.min()),
+        expert_tokens_mean=float(tokens.double().mean()),
+        expert_tokens_max=int(tokens.max()),
+        dead_experts=int((tokens == 0).sum(-1).max()),
+    )
 
 
 @dataclass(frozen=True)
@@ -34,6 +72,9 @@ class StepMetrics:
         model_flops: operations that the model needs for the batch, forward and backward (`Family.flops`).
         world_size: devices.
         skipped: the update was left out, because loss or gradient norm was not finite or leapt up.
+        load_balancing_loss: without its coefficient, mean over the micro-batches weighted by their label tokens; None
+            where there is none. `loss` does not contain it.
+        experts: how evenly experts were used; None where there are none.
     """
 
     step: int
@@ -56,6 +97,8 @@ class StepMetrics:
     model_flops: float
     world_size: int
     skipped: bool
+    load_balancing_loss: float | None = None
+    experts: ExpertStatistics | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -100,8 +143,17 @@ class StepMetrics:
 
 
 def to_record(metrics: StepMetrics) -> dict[str, Any]:
-    """The step as one JSON object: every field and derived figure; numbers that are not finite become null."""
-    record = asdict(metrics) | {
+    """The step as one JSON object: every field and derived figure; numbers that are not finite become null.
+
+    What only models with experts have is left out of other models' records.
+    """
+    fields = asdict(metrics)
+    experts = fields.pop("experts")
+    if metrics.experts is not None:
+        fields |= experts | {"expert_imbalance": metrics.experts.expert_imbalance}
+    if metrics.load_balancing_loss is None:
+        del fields["load_balancing_loss"]
+    record = fields | {
         "tokens_per_second": metrics.tokens_per_second,
         "images_per_second": metrics.images_per_second,
         "flops_per_second_per_device": metrics.flops_per_second,

@@ -27,6 +27,12 @@ _SMALL_CHARTS = {
     "step_seconds": "Seconds per step",
 }
 _MAX_SMALL_CHARTS = 3
+# A row of its own for models with experts.
+_EXPERT_CHARTS = {
+    "expert_imbalance": "Tokens of the busiest expert over the mean",
+    "dead_experts": "Experts without tokens, worst layer",
+    "load_balancing_loss": "Load-balancing loss",
+}
 
 
 @dataclass(frozen=True)
@@ -147,7 +153,7 @@ def _figure_cards(figures: Sequence[Figure]) -> str:
 
 
 def _charts(metrics: Sequence[Mapping], evaluations: Sequence[Mapping], marks: Mapping[int, str]) -> str:
-    """The loss curve at full width, and up to three small charts of what else was logged."""
+    """The loss curve at full width, up to three small charts of what else was logged, and those of experts."""
     steps = [row["step"] for row in metrics]
     losses = [float(row["loss"]) for row in metrics]
     smoothing = max(1, len(losses) // 40)
@@ -157,13 +163,20 @@ def _charts(metrics: Sequence[Mapping], evaluations: Sequence[Mapping], marks: M
     caption += ", moving average over measured values" if smoothing > 1 else ""
     caption += "; dots: held-out data" if dots else ""
     figures = [f'<figure class="wide">{loss}<figcaption>{caption}</figcaption></figure>']
-    for key, heading in _SMALL_CHARTS.items():
+    figures += _small_charts(metrics, _SMALL_CHARTS)[:_MAX_SMALL_CHARTS] + _small_charts(metrics, _EXPERT_CHARTS)
+    return f'<div class="charts">{"".join(figures)}</div>'
+
+
+def _small_charts(metrics: Sequence[Mapping], headings: Mapping[str, str]) -> list[str]:
+    """One figure for each key that at least two steps logged."""
+    figures = []
+    for key, heading in headings.items():
         rows = [row for row in metrics if isinstance(row.get(key), int | float)]
-        if len(rows) > 1 and len(figures) <= _MAX_SMALL_CHARTS:
+        if len(rows) > 1:
             steps, values = [row["step"] for row in rows], [float(row[key]) for row in rows]
             chart = line_chart(steps, values, heading, 320, 170, smoothing_points=max(1, len(values) // 40))
             figures.append(f"<figure>{chart}<figcaption>{escape(heading)}</figcaption></figure>")
-    return f'<div class="charts">{"".join(figures)}</div>'
+    return figures
 
 
 def _table(rows: Sequence[Mapping[str, object]]) -> str:

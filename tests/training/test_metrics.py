@@ -20,9 +20,9 @@ from megatron_vlm import platform
 from megatron_vlm.config import Config, DataSettings, DataSource, LoggingSettings, ModelSettings, TrainSettings
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.training.loggers import Console, JsonLines, TensorBoard, WandB, build_loggers
-from megatron_vlm.training.metrics import StepMetrics, to_record
+from megatron_vlm.training.metrics import ExpertStatistics, StepMetrics, expert_statistics, to_record
 from megatron_vlm.training.profiling import ProfileWindow
-from megatron_vlm.training.report import read_metrics
+from megatron_vlm.training.report import read_metrics, write_report
 
 METRICS = StepMetrics(
     step=7,
@@ -84,6 +84,45 @@ def test_record_has_the_promised_keys_and_is_json() -> None:
     assert {"step", "loss", "grad_norm", "lr", "tokens", "label_tokens", "step_seconds"} <= record.keys()
     assert record["loss"] is None and record["grad_norm"] is None and record["source_losses"] == {"a.jsonl": None}
     json.dumps(record, allow_nan=False)  # strict JSON, unlike Python's default
+
+
+def test_expert_statistics_take_the_worst_layer() -> None:
+    tokens = torch.tensor([[4, 0, 8, 0], [1, 3, 4, 4]], dtype=torch.float64)
+    statistics = expert_statistics(tokens)
+    assert statistics == ExpertStatistics(
+        expert_tokens_min=0, expert_tokens_mean=3.0, expert_tokens_max=8, dead_experts=2
+    )
+    assert statistics.expert_imbalance == 8 / 3
+    assert expert_statistics(tokens[1:]).dead_experts == 0
+    assert expert_statistics(torch.zeros(2, 4)).expert_imbalance == 1
+
+
+def test_figures_of_experts_are_there_only_for_models_with_experts() -> None:
+    experts = ExpertStatistics(1, 8.0, 20, 3)
+    record = to_record(replace(METRICS, experts=experts, load_balancing_loss=2.125))
+    assert record["expert_tokens_min"] == 1 and record["expert_tokens_mean"] == 8 and record["expert_tokens_max"] == 20
+    assert record["dead_experts"] == 3 and record["expert_imbalance"] == 2.5 and record["load_balancing_loss"] == 2.125
+    assert "experts" not in record
+    assert not any("expert" in name or "balancing" in name for name in to_record(METRICS))
+    stream = io.StringIO()
+    Console(stream).on_step(replace(METRICS, experts=experts, load_balancing_loss=2.125))
+    Console(stream).on_step(replace(METRICS, experts=replace(experts, dead_experts=0)))
+    both, no_loss = stream.getvalue().splitlines()
+    assert "| loss 2.5000 | load-balancing 2.1250 | expert tokens 1/8/20 (3 dead) | grad-norm 1.250 |" in both
+    assert "| loss 2.5000 | expert tokens 1/8/20 | grad-norm 1.250 |" in no_loss
+
+
+def test_report_has_a_row_of_charts_for_experts(tmp_path: Path) -> None:
+    def charts(**figures: Any) -> int:
+        logger = JsonLines(tmp_path, resume_step=0)
+        for step in (1, 2, 3):
+            logger.on_step(replace(METRICS, step=step, **figures))
+        logger.close()
+        write_report(tmp_path / "report.html", "Title", tmp_path / "metrics.jsonl", "", [])
+        return (tmp_path / "report.html").read_text().count("<svg")
+
+    dense = charts()
+    assert charts(experts=ExpertStatistics(1, 8.0, 20, 3), load_balancing_loss=2.0) == dense + 3
 
 
 def test_console_shows_each_figure_and_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
