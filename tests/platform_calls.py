@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 from megatron.core.tensor_parallel import random
+from megatron.core.transformer.moe import token_dispatcher
 
 from megatron_vlm.platform import megatron_cpu
 
@@ -22,7 +23,10 @@ _TENSOR_METHODS = {
     megatron_cpu._tensor_cuda_for_megatron.__name__: "Tensor.cuda",
     megatron_cpu._tensor_type_for_megatron.__name__: "Tensor.type",
 }
-_RANDOM_FUNCTIONS = ("_get_cuda_rng_state", "_set_cuda_rng_state")
+_FUNCTIONS = {
+    random: ("_get_cuda_rng_state", "_set_cuda_rng_state"),
+    token_dispatcher: ("maybe_move_tensor_to_cpu",),
+}
 
 
 def replacements() -> dict[str, tuple[ModuleType, str]]:
@@ -34,7 +38,9 @@ def replacements() -> dict[str, tuple[ModuleType, str]]:
         for name, value in vars(namespace).items()
         if name not in own and not isinstance(value, ModuleType)
     }
-    return found | {f"{random.__name__}.{name}": (random, name) for name in _RANDOM_FUNCTIONS}
+    return found | {
+        f"{module.__name__}.{name}": (module, name) for module, names in _FUNCTIONS.items() for name in names
+    }
 
 
 def _changes_something(name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
@@ -88,20 +94,23 @@ def without(name: str) -> Iterator[None]:
         return
     namespace, attribute = replacements()[name]
     # A proxy falls back to torch's own; megatron-core's module has its own function back.
-    original = _ORIGINAL_RANDOM[attribute] if namespace is random else getattr(vars(namespace)["_original"], attribute)
+    original = _ORIGINALS.get(name) or getattr(vars(namespace)["_original"], attribute)
     with mock.patch.dict(vars(namespace), {attribute: original}):
         yield
 
 
-def _original_random_functions() -> dict[str, Callable[..., Any]]:
-    """The two functions as megatron-core defines them, from a second copy of their module."""
+def _original_functions() -> dict[str, Callable[..., Any]]:
+    """The functions as megatron-core defines them, from second copies of their modules."""
     import importlib.util
 
-    spec = importlib.util.find_spec(random.__name__)
-    assert spec is not None and spec.loader is not None
-    copy = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(copy)
-    return {name: vars(copy)[name] for name in _RANDOM_FUNCTIONS}
+    found = {}
+    for module, names in _FUNCTIONS.items():
+        spec = importlib.util.find_spec(module.__name__)
+        assert spec is not None and spec.loader is not None
+        copy = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(copy)
+        found |= {f"{module.__name__}.{name}": vars(copy)[name] for name in names}
+    return found
 
 
-_ORIGINAL_RANDOM = _original_random_functions()
+_ORIGINALS = _original_functions()

@@ -67,7 +67,10 @@ class Family:
         return getattr(import_module(f"megatron_vlm.families.{self.name}.{module}"), name)
 
 
-FAMILIES = (Family("gemma3", ("gemma3", "gemma3_text"), "Gemma3Chunk"),)
+FAMILIES = (
+    Family("gemma3", ("gemma3", "gemma3_text"), "Gemma3Chunk"),
+    Family("qwen3_vl", ("qwen3_vl", "qwen3_vl_moe"), "Qwen3VLChunk"),
+)
 
 
 def load_hf_config(directory: str | os.PathLike) -> PretrainedConfig:

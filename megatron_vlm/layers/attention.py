@@ -52,11 +52,18 @@ class SelfAttention(torch.nn.Module):
         layer: this layer's record.
         engine: megatron-core settings.
         group: tensor ranks.
+        zero_centered_norms: query and key norms multiply by one plus their weight.
         recompute_core: compute the attention product again in the backward pass.
     """
 
     def __init__(
-        self, hidden_size: int, layer: AttentionRecord, engine: TransformerConfig, group: Group, recompute_core: bool
+        self,
+        hidden_size: int,
+        layer: AttentionRecord,
+        engine: TransformerConfig,
+        group: Group,
+        zero_centered_norms: bool,
+        recompute_core: bool,
     ) -> None:
         super().__init__()
         self.layer, self.group, self.recompute_core = layer, group, recompute_core
@@ -73,7 +80,7 @@ class SelfAttention(torch.nn.Module):
         )
         self.o_proj = RowParallelLinear(query_size, hidden_size, engine, group)
         self.q_norm, self.k_norm = (
-            RMSNorm(layer.head_dim, layer.norm_eps, zero_centered=True, dtype=engine.params_dtype) for _ in range(2)
+            RMSNorm(layer.head_dim, layer.norm_eps, zero_centered_norms, dtype=engine.params_dtype) for _ in range(2)
         )
         # These act on this rank's heads only.
         mark_partial([self.q_norm.weight, self.k_norm.weight])

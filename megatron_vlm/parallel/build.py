@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_vlm import platform
 from megatron_vlm.families.registry import Family
-from megatron_vlm.parallel.chunk import ChunkSettings
+from megatron_vlm.parallel.chunk import ChunkSettings, MoESettings
 from megatron_vlm.parallel.engine import engine_config
 from megatron_vlm.parallel.gradients import finalize_gradients
 
@@ -34,6 +34,7 @@ class BuildSettings:
     vision_parallelism: Literal["tensor", "data"] = "tensor"
     deterministic: bool = False
     overlapped: bool = False
+    moe: MoESettings = field(default_factory=MoESettings)
 
 
 def build_chunks(
@@ -72,12 +73,14 @@ def build_chunks(
         index = stage * pipeline_size + groups.pp.rank()
         chunk = ChunkSettings(
             layers=tuple(settings.chunk_layers[index]),
+            num_layers_before=sum(len(layers) for layers in settings.chunk_layers[:index]),
             is_first=index == 0,
             is_last=index == last,
             virtual_stage=stage if virtual_size > 1 else None,
             engine=engine,
             recompute=settings.recompute,
             vision_parallelism=settings.vision_parallelism,
+            moe=settings.moe,
             overlapped=settings.overlapped,
         )
         with device or platform.current().device:

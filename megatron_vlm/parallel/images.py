@@ -73,14 +73,8 @@ class ImageDivision:
         own = features[: totals[self.group.rank()]]
         padded = pad(own, (0, 0) * (features.dim() - 1) + (0, largest - own.shape[0]))
         gathered = gather_from_sequence_parallel_region(padded, tensor_parallel_output_grad=False, group=self.group)
-        # Each rank's features, then its padding.
-        pieces = gathered.split(
-            [
-                size
-                for share, total in zip(self.shares, totals, strict=True)
-                for size in (*(sizes[image] for image in share), largest - total)
-            ]
-        )
-        order = [place for share in self.shares for place in (*share, None)]
-        by_image = {image: piece for image, piece in zip(order, pieces, strict=True) if image is not None}
+        by_image: dict[int, torch.Tensor] = {}
+        for share, total, part in zip(self.shares, totals, gathered.split(largest), strict=True):
+            *found, _padding = part.split([*(sizes[image] for image in share), largest - total])
+            by_image.update(zip(share, found, strict=True))
         return torch.cat([by_image[image] for image in range(len(sizes))])

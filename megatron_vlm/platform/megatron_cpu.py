@@ -12,6 +12,7 @@ are listed there. The layer goes when megatron-core runs on CPU by itself (0.19.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.abc
 import importlib.machinery
 import logging
@@ -81,11 +82,26 @@ def _all_gather(
     return work
 
 
+class _Stream:
+    """Stands for a stream and for its events: everything has happened already."""
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def record_event(self) -> _Stream:
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+
 _cuda = _Proxy(
     torch.cuda,
     {
         "current_device": _constant(_CPU),
         "current_stream": _constant(None),
+        "Stream": _Stream,
+        "stream": contextlib.nullcontext,
         "synchronize": _constant(None),
         "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
         "manual_seed": torch.manual_seed,
@@ -138,6 +154,11 @@ def _tensor_cuda_for_megatron(self: torch.Tensor, *args: Any, **kwargs: Any) -> 
     return self if _is_megatron(sys._getframe(1)) else _tensor_cuda(self, *args, **kwargs)
 
 
+def _split_sizes_for_megatron(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """A host tensor as an array where one is asked for; megatron-core converts only what it brings from a GPU."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 def install() -> None:
     """Make megatron-core run on CPU in this process; call once."""
     sys.meta_path.insert(0, _SubstituteOnImport())
@@ -147,8 +168,11 @@ def install() -> None:
     torch.Tensor.cuda = _tensor_cuda_for_megatron  # type: ignore[method-assign]
     torch.Tensor.type = _tensor_type_for_megatron  # type: ignore[method-assign]
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import token_dispatcher
 
     # These two import torch's private CUDA helpers by name, past the substitution.
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    # Sizes of an exchange, which gloo takes as numbers only.
+    token_dispatcher.maybe_move_tensor_to_cpu = _split_sizes_for_megatron
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)

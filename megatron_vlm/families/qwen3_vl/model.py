@@ -1,0 +1,174 @@
+"""Qwen3-VL as one chunk of a pipeline: embedding and eyes on the first, decoder layers, head and loss on the last.
+
+Features of the vision tower enter twice: in place of placeholder tokens, and, tapped at other depths ("DeepStack"),
+added to the hidden states after each of the first decoder layers, wherever in the pipeline those are.
+
+Source: transformers models/qwen3_vl and models/qwen3_vl_moe (`Qwen3VLModel`, `Qwen3VLMoeModel`).
+Shapes: B batch, S sequence (hidden states hold a shard of it under sequence parallelism), H hidden, T tokens of a rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.nn.functional import silu
+
+from kernels.span_attention import Spans
+from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.families.qwen3_vl.config import LayerConfig, ModelConfig, TextConfig
+from megatron_vlm.families.qwen3_vl.vision import Projector, VisionTower, encode_divided
+from megatron_vlm.layers.attention import SelfAttention
+from megatron_vlm.layers.embedding import IGNORED_LABEL, place_features, token_losses
+from megatron_vlm.layers.expert_use import ExpertUse
+from megatron_vlm.layers.language_model import LanguageModelChunk, residual_norm
+from megatron_vlm.layers.mlp import GatedMLP
+from megatron_vlm.layers.moe import MoE, Routing, TokenShare
+from megatron_vlm.layers.rope import mrope_table
+from megatron_vlm.parallel.chunk import ChunkSettings
+from megatron_vlm.parallel.model_chunk import ModelChunk
+from megatron_vlm.parallel.wire import StageState, pack, unpack
+
+RopeTable = tuple[torch.Tensor, torch.Tensor]
+
+
+class DecoderLayer(torch.nn.Module):
+    """Pre-norm attention and feed-forward; the latter is dense or made of experts."""
+
+    def __init__(
+        self, text: TextConfig, layer: LayerConfig, chunk: ChunkSettings, groups: ProcessGroupCollection
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = residual_norm(text, chunk, zero_centered=False)
+        self.self_attn = SelfAttention(
+            text.hidden_size,
+            layer,
+            chunk.engine,
+            groups.tp,
+            zero_centered_norms=False,
+            recompute_core=chunk.recompute == "selective",
+        )
+        self.post_attention_layernorm = residual_norm(text, chunk, zero_centered=False)
+        self.mlp: MoE | GatedMLP = (
+            GatedMLP(text.hidden_size, layer.intermediate_size, silu, chunk.engine, groups.tp)
+            if layer.moe is None
+            else MoE(text.hidden_size, layer.moe, chunk, groups)
+        )
+
+    def forward(
+        self, x_SBH: torch.Tensor, rope: RopeTable, spans: Spans, share: TokenShare | None
+    ) -> tuple[torch.Tensor, Routing | None]:
+        """[S, B, H] to the same, and where experts' tokens went."""
+        x_SBH = x_SBH + self.self_attn(self.input_layernorm(x_SBH), rope, spans)
+        normed = self.post_attention_layernorm(x_SBH)
+        if isinstance(self.mlp, MoE):
+            fed, routing = self.mlp(normed, share)
+            return x_SBH + fed, routing
+        return x_SBH + self.mlp(normed), None
+
+
+class Qwen3VLLanguageModel(LanguageModelChunk):
+    """The decoder of one chunk."""
+
+    def __init__(self, text: TextConfig, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
+        super().__init__(
+            text,
+            chunk,
+            groups.tp,
+            make_layer=lambda index: DecoderLayer(text, text.layers[index], chunk, groups),
+            zero_centered_norm=False,
+        )
+        self.chunk, self.groups = chunk, groups
+        self.rope = (text.layers[0].head_dim, text.rope_theta, text.mrope_section)
+        has_experts = any(layer.moe is not None for layer in text.layers)
+        self.expert_use = ExpertUse(text.layers, chunk, groups.tp) if has_experts else None
+
+    def decode(self, state: StageState, batch: MicroBatch) -> StageState:
+        """Run this chunk's layers.
+
+        Args:
+            state: its sequences are the DeepStack levels that layers from this chunk's first on add, one each.
+            batch: the micro-batch.
+
+        Returns:
+            Hidden states, levels that are left for later chunks, and the load-balancing sum so far.
+        """
+        rope = mrope_table(batch.position_ids, *self.rope, state.hidden.dtype)
+        spans = Spans(batch.span_low, batch.span_high)
+        share = TokenShare.of(batch.document_ids, self.chunk, self.groups) if self.expert_use else None
+        x_SBH, levels, balance = state.hidden, state.sequences, state.numbers
+        for index, layer in zip(self.chunk.layers, self.layers.values(), strict=True):
+            x_SBH, routing = self.run_layer(layer, x_SBH, rope, spans, share)
+            if routing is not None:
+                balance = self.expert_use.add(index, routing, share, balance)
+            if levels:
+                x_SBH, levels = x_SBH + levels[0], levels[1:]
+        return StageState(x_SBH, levels, balance)
+
+
+class Qwen3VLChunk(ModelChunk):
+    """One pipeline chunk of Qwen3-VL, called by megatron-core's schedules.
+
+    Args:
+        config: the model.
+        chunk: which part of it, and how it is held.
+        groups: process groups; those of tensor ranks, context ranks (one) and experts are read.
+    """
+
+    def __init__(self, config: ModelConfig, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
+        super().__init__(chunk, groups, config.text.tie_word_embeddings)
+        self.num_levels_before = 0
+        if config.vision is not None:
+            self.num_levels_before = max(0, len(config.vision.deepstack_layers) - chunk.num_layers_before)
+        self.language_model = Qwen3VLLanguageModel(config.text, chunk, groups)
+        if chunk.is_first and config.vision is not None:
+            engine = chunk.tower_engine
+            # A micro-batch without images skips the tower, or gives it one whose features nobody reads.
+            self.must_encode, self.vision = chunk.overlapped, config.vision
+            self.vision_tower = VisionTower(config.vision, engine, self.tower_group, chunk.recompute == "full")
+            self.projector = Projector(config.vision, engine, self.tower_group)
+            self.mark_tower(self.vision_tower, self.projector)
+
+    def forward(self, batch: MicroBatch) -> torch.Tensor:
+        """What the next chunk needs, or on the last chunk the fp32 loss of every token [B, S]."""
+        state = self.language_model.decode(self._input(batch), batch)
+        if not self.post_process:
+            return pack(state, self.input_tensor)
+        losses_BS = token_losses(self.language_model.logits(state.hidden), batch.labels, self.groups.tp)
+        if state.numbers is not None:
+            has_label = batch.labels != IGNORED_LABEL
+            losses_BS = self.language_model.expert_use.with_balancing(losses_BS, has_label, state.numbers)
+        return losses_BS
+
+    def _input(self, batch: MicroBatch) -> StageState:
+        """Hidden states before this chunk's first layer, DeepStack levels that are left, load-balancing sum so far."""
+        if self.pre_process:
+            return self._embed(batch)
+        assert self.input_tensor is not None
+        length = batch.input_ids.shape[1]
+        if self.config.sequence_parallel:
+            length //= self.groups.tp.size()
+        use = self.language_model.expert_use
+        num_levels = self.num_levels_before if batch.vision_grids else 0
+        return unpack(self.input_tensor, length, num_levels, use.num_carried if use else 0)
+
+    def _embed(self, batch: MicroBatch) -> StageState:
+        """Tokens and visual features as one sequence, and the DeepStack levels, zero on text."""
+        is_visual = batch.feature_index >= 0
+        x_BSH = self.language_model.embed(batch.input_ids.masked_fill(is_visual, 0))
+        levels: list[torch.Tensor] = []
+        if batch.vision_grids or (hasattr(self, "vision_tower") and self.must_encode):
+            main, *levels = self._features(batch)
+            x_BSH = place_features(x_BSH, main, batch.feature_index)
+            levels = [place_features(torch.zeros_like(x_BSH), level, batch.feature_index) for level in levels]
+        return StageState(self.to_sequence_first(x_BSH), [self.to_sequence_first(level) for level in levels])
+
+    def _features(self, batch: MicroBatch) -> list[torch.Tensor]:
+        """Features of all images and videos in a row, [features, H]: main, then DeepStack levels."""
+        grids, pixels = batch.vision_grids, batch.vision_inputs.get("pixel_values")
+        if pixels is None:
+            side = self.vision.spatial_merge_size
+            grids = [(1, side, side)]
+            pixels = torch.zeros((side**2, self.vision.patch_features), device=batch.input_ids.device)
+        if self.divides_images:
+            return encode_divided(self.vision_tower, self.projector, pixels, grids, self.groups.tp)
+        return self.projector(*self.vision_tower(pixels, grids))

@@ -1,0 +1,122 @@
+"""How the experts of a pipeline chunk are used: counts for the metrics, and the load-balancing loss.
+
+Shapes: E experts, B batch, S sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
+
+from megatron_vlm.layers.load_balancing import LoadBalancing
+from megatron_vlm.layers.moe import MoERecord, Routing, TokenShare
+from megatron_vlm.parallel.chunk import ChunkSettings
+
+
+class LayerRecord(Protocol):
+    """What a decoder layer's record says about experts."""
+
+    @property
+    def moe(self) -> MoERecord | None: ...
+
+
+class ExpertUse:
+    """Adds up what the layers with experts report, over the micro-batches of a step.
+
+    Args:
+        layers: records of all decoder layers of the model, at least one of which has experts; all alike.
+        chunk: how the chunk is held.
+        group: tensor ranks, which share the tokens under sequence parallelism.
+    """
+
+    def __init__(
+        self, layers: Sequence[LayerRecord], chunk: ChunkSettings, group: torch.distributed.ProcessGroup
+    ) -> None:
+        experts = {index: layer.moe for index, layer in enumerate(layers) if layer.moe is not None}
+        (moe,) = set(experts.values())
+        self.num_experts, self.rows = moe.num_experts, {layer: row for row, layer in enumerate(experts)}
+        self.balancing = (
+            None
+            if chunk.moe.load_balancing == "none"
+            else LoadBalancing(
+                chunk.moe.load_balancing,
+                chunk.moe.aux_loss_coeff,
+                len(experts),
+                moe.num_experts,
+                moe.top_k,
+                group,
+            )
+        )
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all counts."""
+        self.tokens: dict[int, torch.Tensor] = {}
+        self.balance: torch.Tensor | None = None
+
+    @property
+    def num_carried(self) -> int:
+        """Numbers that a stage sends to the next."""
+        return 0 if self.balancing is None else self.balancing.size
+
+    def add(self, layer: int, routing: Routing, share: TokenShare, carried: torch.Tensor | None) -> torch.Tensor | None:
+        """Count one layer's tokens of a micro-batch; returns the load-balancing sum with it, to be carried on."""
+        counted = self.tokens.get(layer)
+        # In fp64: fp32 would stop counting at 16 million.
+        tokens = routing.tokens.double()
+        self.tokens[layer] = tokens if counted is None else counted + tokens
+        if self.balancing is None:
+            return None
+        added = self.balancing.of_layer(routing, share.num_real)
+        return added if carried is None else carried + added
+
+    def with_balancing(
+        self, losses_BS: torch.Tensor, has_label_BS: torch.Tensor, carried: torch.Tensor
+    ) -> torch.Tensor:
+        """Token losses with the same values, through which the load-balancing loss sends its gradient.
+
+        Every label token has the weight of the micro-batch's load-balancing loss, so that a global batch weights its
+        micro-batches by their label tokens, as it does their mean losses.
+        """
+        assert self.balancing is not None
+        loss = self.balancing.loss(carried)
+        balance = loss.detach().double() * has_label_BS.sum()
+        self.balance = balance if self.balance is None else self.balance + balance
+        return losses_BS + has_label_BS * (self.balancing.coefficient * (loss - loss.detach()))
+
+
+def collect_expert_use(
+    chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollection
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What was counted since the last call over all ranks, on every rank, which all call it; None without experts.
+
+    Args:
+        chunks: this rank's pipeline chunks, wrapped for data parallelism or not.
+        groups: process groups.
+
+    Returns:
+        Tokens that chose each expert [layers with experts, E], and the sum of load-balancing losses times label tokens,
+        both float64.
+    """
+    uses = [chunk.language_model.expert_use for chunk in unwrap_model(list(chunks))]
+    if uses[0] is None:
+        return None
+    device = next(chunks[0].parameters()).device
+    tokens = torch.zeros((len(uses[0].rows), uses[0].num_experts), dtype=torch.float64, device=device)
+    balance = torch.zeros((), dtype=torch.float64, device=device)
+    for use in uses:
+        for layer, counted in use.tokens.items():
+            tokens[use.rows[layer]] += counted
+        if use.balance is not None:
+            # Equal on all tensor ranks, which are summed below.
+            balance += use.balance / groups.tp.size()
+        use.reset()
+    packed = torch.cat((tokens.flatten(), balance.view(1)))
+    for group in (groups.tp, groups.dp_cp, groups.pp):
+        torch.distributed.all_reduce(packed, group=group)
+    return packed[:-1].view_as(tokens), packed[-1]

@@ -1,0 +1,76 @@
+"""The auxiliary loss that keeps experts evenly used, in both definitions in use.
+
+f_e is the share of real tokens that chose expert e, P_e the mean of its probability before the choice.
+
+- "transformers": one value over all layers, E * sum_e f_e P_e, with f and P averaged over the layers first. A balanced
+  model has the value top_k. Source: `load_balancing_loss_func` of transformers' mixture-of-experts models.
+- "megatron": E / top_k * sum_e f_e P_e for every layer, added up. A balanced layer has the value 1. Source:
+  `switch_load_balancing_loss_func` of megatron-core.
+
+Both are taken over a micro-batch, and a global batch weights its micro-batches by their label tokens. What later
+pipeline stages need of earlier ones travels with the hidden states as a sum of a few numbers, in their type.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+
+from megatron_vlm.layers.moe import Routing
+
+
+@dataclass(frozen=True)
+class LoadBalancing:
+    """How a model's load-balancing loss is added up.
+
+    Attributes:
+        definition: see the module.
+        coefficient: its weight beside the language modelling loss.
+        num_layers: layers with experts in the whole model.
+        num_experts: of each layer.
+        top_k: experts per token.
+        group: tensor ranks, each of which has a share of the tokens (sequence parallelism) or all (one rank).
+    """
+
+    definition: str
+    coefficient: float
+    num_layers: int
+    num_experts: int
+    top_k: int
+    group: torch.distributed.ProcessGroup
+
+    @property
+    def size(self) -> int:
+        """Numbers of a sum over layers."""
+        return 2 * self.num_experts if self.definition == "transformers" else 1
+
+    def of_layer(self, routing: Routing, num_real: torch.Tensor) -> torch.Tensor:
+        """What a layer adds to the sum, [size] fp32; a tensor rank's part of it.
+
+        Args:
+            routing: of this rank's tokens.
+            num_real: tokens of the micro-batch that are not padding, over all tensor ranks.
+        """
+        count = num_real.clamp(min=1)
+        if self.definition == "transformers":
+            return torch.cat((routing.tokens, routing.probabilities)) / count
+        tokens = routing.tokens
+        if self.group.size() > 1:
+            tokens = tokens.clone()
+            torch.distributed.all_reduce(tokens, group=self.group)
+        return self._product(tokens / count, routing.probabilities / count) / self.top_k
+
+    def loss(self, total: torch.Tensor) -> torch.Tensor:
+        """The loss, without its coefficient, from the sum over all layers."""
+        if self.group.size() > 1:
+            total = reduce_from_tensor_model_parallel_region(total, group=self.group)
+        if self.definition == "megatron":
+            return total.squeeze(0)
+        shares, probabilities = (total / self.num_layers).chunk(2)
+        return self._product(shares.detach(), probabilities).squeeze(0)
+
+    def _product(self, shares: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+        return self.num_experts * (shares * probabilities).sum(0, keepdim=True)

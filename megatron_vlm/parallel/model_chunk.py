@@ -1,0 +1,58 @@
+"""What megatron-core's schedules ask of every family's pipeline chunk."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_vlm.parallel.chunk import ChunkSettings
+from megatron_vlm.parallel.gradients import mark_partial
+
+
+class ModelChunk(MegatronModule):
+    """One pipeline chunk of a model; a family adds `language_model`, its towers and `forward`.
+
+    Args:
+        chunk: which part of the model, and how it is held.
+        groups: process groups.
+        tied: embedding and head share their weight.
+    """
+
+    model_type = ModelType.encoder_or_decoder
+    language_model: torch.nn.Module
+
+    def __init__(self, chunk: ChunkSettings, groups: ProcessGroupCollection, tied: bool) -> None:
+        super().__init__(chunk.engine)
+        self.groups = groups
+        self.pre_process, self.post_process, self.vp_stage = chunk.is_first, chunk.is_last, chunk.virtual_stage
+        self.share_embeddings_and_output_weights = tied
+        self.divides_images = chunk.vision_parallelism == "data" and groups.tp.size() > 1
+        # Ranks that share each layer of a tower.
+        self.tower_group = groups.cp if self.divides_images else groups.tp
+        self.input_tensor: torch.Tensor | None = None
+
+    def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
+        """Receive what the previous chunk sent (called by the schedule)."""
+        self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor:
+        """The tied embedding, whose gradients megatron-core sums over the first and last stage."""
+        weight: torch.Tensor = self.language_model.embed_tokens.weight  # type: ignore[union-attr,assignment]
+        return weight
+
+    def to_sequence_first(self, x_BSH: torch.Tensor) -> torch.Tensor:
+        """[B, S, H] as [S, B, H], this rank's shard of S under sequence parallelism."""
+        x_SBH = x_BSH.transpose(0, 1).contiguous()
+        if self.config.sequence_parallel:
+            x_SBH = scatter_to_sequence_parallel_region(x_SBH, group=self.groups.tp)
+        return x_SBH
+
+    def mark_tower(self, *towers: torch.nn.Module) -> None:
+        """Declare whole towers on every tensor rank, each fed a share of the images, where images are divided."""
+        if self.divides_images:
+            for parameter in (parameter for tower in towers for parameter in tower.parameters()):
+                parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
+                mark_partial([parameter])
