@@ -68,15 +68,30 @@ def sharded_state(
         is_loading: allocate what a first step would allocate.
 
     Returns:
-        By number of the optimizer in the chain, what megatron-core describes it by.
+        Trees of sharded tensors, by number of the optimizer in the chain.
     """
     state = {}
     for index, member in enumerate(_chained(optimizer)):
         if member.init_state_fn is None:  # SGD without momentum has no state, and megatron-core calls the None
             member.init_state_fn = lambda *_: None
         with padding_kept(member) if isinstance(member, DistributedOptimizer) else nullcontext():
-            state[index] = member.sharded_state_dict(model_state, is_loading=is_loading, metadata=_METADATA)
+            described = member.sharded_state_dict(model_state, is_loading=is_loading, metadata=_METADATA)
+        state[index] = _tensors(member, described)
     return state
+
+
+def _tensors(member: Any, described: dict[str, Any]) -> dict[Any, Any]:
+    """Of what megatron-core stores, the tensors alone, in dictionaries: the rest is in the manifest.
+
+    What is no sharded tensor is stored once, as on the first rank. Lists and settings among it do not fit a rank that
+    has more or fewer parameters or groups.
+    """
+    if isinstance(member, DistributedOptimizer):
+        return described["param_state"]
+    if isinstance(member, Float16OptimizerWithFloat16Params):
+        mains = (main for group in described["fp32_from_fp16_params"] for main in group)
+        return {"state": described["optimizer"]["state"], "main_parameters": dict(enumerate(mains))}
+    return {"state": described["state"]}
 
 
 def redirect_main_parameters(state: Any, optimizer: MegatronOptimizer, saved: Mapping[str, Any]) -> None:
@@ -108,30 +123,29 @@ def load_state(optimizer: MegatronOptimizer, loaded: Mapping[int, Any], saved: M
     """
     groups = iter(match_groups(optimizer, saved, where))
     for index, member in enumerate(_chained(optimizer)):
-        # megatron-core leaves out what is empty on this rank: a stage may train nothing, or no parameter of some group.
+        # megatron-core leaves out what is empty on this rank: a stage may train nothing, or no experts.
         _load_member(member, loaded.get(index, {}), list(islice(groups, len(member.param_groups))))
 
 
-def _load_member(member: Any, loaded: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+def _load_member(member: Any, tensors: dict[Any, Any], groups: list[dict[str, Any]]) -> None:
     if isinstance(member, DistributedOptimizer):
-        loaded = {
+        state = {
             "optimizer": {"param_groups": groups},
-            "param_state": loaded.get("param_state", {}),
+            "param_state": tensors,
             "param_state_sharding_type": _SHARDING_TYPE,
         }
     else:
-        is_nested = isinstance(member, Float16OptimizerWithFloat16Params)
         local_groups = member.optimizer.state_dict()["param_groups"]
-        torch_state = {
-            "state": (loaded.get("optimizer", {}) if is_nested else loaded).get("state", {}),
+        state = {
+            "state": tensors.get("state", {}),
             "param_groups": [
                 {**group, "params": local["params"]} for group, local in zip(groups, local_groups, strict=True)
             ],
         }
-        loaded = torch_state
-        if is_nested:  # its main parameters were loaded in place; they are copied onto themselves
-            loaded = {"optimizer": torch_state, "fp32_from_fp16_params": member.fp32_from_float16_groups}
-    member.load_state_dict(loaded)
+        if isinstance(member, Float16OptimizerWithFloat16Params):
+            # Its main parameters were loaded in place; they are copied onto themselves.
+            state = {"optimizer": state, "fp32_from_fp16_params": member.fp32_from_float16_groups}
+    member.load_state_dict(state)
 
 
 def match_groups(optimizer: MegatronOptimizer, saved: Mapping[str, Any], where: str) -> list[dict[str, Any]]:

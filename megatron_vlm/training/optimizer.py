@@ -9,7 +9,7 @@ import torch
 from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
-from megatron.core.optimizer.optimizer_config import ParamPredicate, ParamWithNamePredicate
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -27,7 +27,9 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """AdamW or SGD over the trainable parameters of this rank's chunks.
 
-    One-dimensional parameters have no weight decay; parts named in `lr_multipliers` have groups of their own.
+    One-dimensional parameters and biases (that of queries, keys and values in one has two dimensions) have no weight
+    decay; parts named in `lr_multipliers` have groups of their own. Experts have an optimizer of their own in the
+    chain, because their replicas are other ranks.
 
     Args:
         model: chunks wrapped for data parallelism.
@@ -37,7 +39,7 @@ def build_optimizer(
         groups: process groups.
     """
     overrides = {
-        ParamKey(predicate=ParamPredicate("one_dimensional", lambda parameter: parameter.dim() == 1)): (
+        ParamKey(with_name_predicate=ParamWithNamePredicate("without_decay", _has_no_decay)): (
             ParamGroupOverride(wd_mult=0.0)
         )
     }
@@ -59,6 +61,10 @@ def build_optimizer(
         use_distributed_optimizer=use_distributed_optimizer,
     )
     return get_megatron_optimizer(config, list(model), overrides, use_gloo_process_groups=False, pg_collection=groups)
+
+
+def _has_no_decay(parameter: torch.nn.Parameter, name: str) -> bool:
+    return parameter.dim() == 1 or name.endswith(".bias")
 
 
 def _is_in(part: str) -> Callable[[torch.nn.Parameter, str], bool]:

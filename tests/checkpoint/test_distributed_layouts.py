@@ -36,12 +36,13 @@ from tests.checkpoint.tiny_run import (
     Run,
     Settings,
     gradient,
+    gradient_norm_at,
     initial_value,
     parameter_shapes,
 )
 from tests.ranks import run_ranks
 
-SOURCE = Layout(tensor=2, pipeline=2)
+SOURCE = Layout(tensor=2, pipeline=2, expert=2)
 STEPS, MORE_STEPS = 3, 2
 
 
@@ -69,12 +70,12 @@ def train_and_save(settings: Settings, folder: str) -> list:
     return pieces(run)
 
 
-def load_and_continue(settings: Settings, folder: str) -> tuple[list, list, object]:
+def load_and_continue(settings: Settings, folder: str) -> tuple[list, list, object, list[float]]:
     run = Run(settings, folder)
     resumed = run.load()
     loaded = pieces(run)
     run.train(MORE_STEPS)
-    return loaded, pieces(run), resumed
+    return loaded, pieces(run), resumed, run.norms
 
 
 def straight_and_resumed(settings: Settings, folder: str) -> tuple[dict, dict]:
@@ -160,16 +161,16 @@ def learning_rate(step: int) -> float:
 def reference(num_steps: int) -> dict[str, torch.Tensor]:
     """Parameters and AdamW's moments after `num_steps`, from torch, on whole tensors, under the checkpoint's keys."""
     result = {}
-    for name, (shape, _) in parameter_shapes().items():
-        parameter = torch.nn.Parameter(initial_value(name, shape))
+    for name, shape in parameter_shapes().items():
+        parameter = torch.nn.Parameter(initial_value(name, shape.sizes))
         result[name] = parameter.detach()
         if name == FROZEN:
             continue
-        decay = WEIGHT_DECAY if len(shape) > 1 else 0.0
+        decay = WEIGHT_DECAY if len(shape.sizes) > 1 and not name.endswith(".bias") else 0.0
         optimizer = torch.optim.AdamW([parameter], betas=BETAS, eps=EPS, weight_decay=decay)
         for step in range(num_steps):
             optimizer.param_groups[0]["lr"] = learning_rate(step)
-            parameter.grad = gradient(name, shape, step)
+            parameter.grad = gradient(name, shape.sizes, step)
             optimizer.step()
         for kind in ("exp_avg", "exp_avg_sq"):
             result[f"optimizer.state.{kind}.{name}"] = optimizer.state[parameter][kind]
@@ -206,25 +207,33 @@ def test_saved_state_follows_torch_adamw(source):
         Layout(data=2, tensor=2),
         Layout(pipeline=2, virtual=2),
         Layout(data=4),
+        Layout(data=4, expert=4),
+        Layout(data=4, expert=2),
+        Layout(tensor=2, expert=2),
+        Layout(tensor=2, expert_tensor=2),
+        Layout(tensor=2, data=2, expert=2, expert_tensor=2),
+        Layout(pipeline=2, data=2, expert=2),
     ],
     ids=str,
 )
 def test_continues_in_another_layout(source, layout):
     folder, saved = source
     results = run_ranks(layout.world_size, load_and_continue, Settings(layout), folder)
-    assert_same(saved, assemble([loaded for loaded, _, _ in results]))
-    assert_follows_reference(assemble([after for _, after, _ in results]), STEPS + MORE_STEPS)
-    for _, _, resumed in results:
+    assert_same(saved, assemble([loaded for loaded, *_ in results]))
+    assert_follows_reference(assemble([after for _, after, *_ in results]), STEPS + MORE_STEPS)
+    for _, _, resumed, norms in results:
+        # A parameter left out or counted twice moves it by 1e-2 or more; sums of squares in another order by 1e-7.
+        assert norms == pytest.approx([gradient_norm_at(STEPS + step) for step in range(MORE_STEPS)], rel=1e-6)
         assert (resumed.step, dict(resumed.data), resumed.same_layout) == (STEPS, {"seed": 1, "step": STEPS}, False)
 
 
 @pytest.mark.parametrize(
     ("layout", "bf16"),
     [
-        (Layout(tensor=2), False),
+        (Layout(tensor=2, expert_tensor=2), False),
         (Layout(pipeline=2), True),
-        (Layout(data=2), False),
-        (Layout(tensor=2, data=2), True),
+        (Layout(data=2, expert=2), False),
+        (Layout(tensor=2, data=2, expert=2), True),
     ],
     ids=str,
 )
@@ -235,9 +244,9 @@ def test_same_layout_continues_bit_for_bit(tmp_path, layout, bf16):
         assert_same(straight, resumed)
 
 
-@pytest.mark.parametrize(("optimizer", "bf16"), [("adam", False), ("adam", True), ("sgd", False)])
+@pytest.mark.parametrize(("optimizer", "bf16"), [("adamw", False), ("adamw", True), ("sgd", False)])
 def test_plain_optimizers_continue_bit_for_bit(tmp_path, optimizer, bf16):
-    settings = Settings(Layout(tensor=2), optimizer=optimizer, distributed_optimizer=False, bf16=bf16)
+    settings = Settings(Layout(tensor=2, expert=2), optimizer=optimizer, distributed_optimizer=False, bf16=bf16)
     for straight, resumed in run_ranks(2, straight_and_resumed, settings, str(tmp_path)):
         assert_same(straight, resumed)
 
@@ -246,9 +255,10 @@ def test_plain_optimizers_continue_bit_for_bit(tmp_path, optimizer, bf16):
 @pytest.mark.parametrize(
     ("freeze", "trained_tensors_by_stage"),
     [
-        ("language_model|vision_tower", [1, 0]),
-        # The second stage trains norms and biases only: its first parameter group is empty, its second is not.
-        (r"vision_tower|.*embed_tokens|.*layers\.[23]\..*proj\.weight", [9, 5]),
+        ("language_model|vision_tower", [2, 0]),
+        # The second stage trains norms, biases and experts: of its dense groups the first is empty. The first
+        # stage has no experts.
+        (r"vision_tower|.*embed_tokens|.*layers\.[23]\..*proj\.weight", [10, 9]),
     ],
     ids=["no parameter", "no parameter of a group"],
 )
@@ -263,11 +273,11 @@ def test_partly_frozen_stages_continue_bit_for_bit(tmp_path, freeze, trained_ten
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("distributed_first", [False, True])
 def test_distributed_optimizer_can_be_switched(tmp_path, bf16, distributed_first):
-    first = Settings(Layout(tensor=2), bf16=bf16, distributed_optimizer=distributed_first)
+    first = Settings(Layout(tensor=2, expert=2), bf16=bf16, distributed_optimizer=distributed_first)
     second = Settings(Layout(data=2), bf16=bf16, distributed_optimizer=not distributed_first)
     saved = assemble(run_ranks(2, train_and_save, first, str(tmp_path)))
     results = run_ranks(2, load_and_continue, second, str(tmp_path))
-    loaded = assemble([before for before, _, _ in results])
+    loaded = assemble([before for before, *_ in results])
 
     def canonical(whole: dict) -> dict:
         whole = {key.replace(".fp32_param.", ".param."): value for key, value in whole.items()}
@@ -275,19 +285,19 @@ def test_distributed_optimizer_can_be_switched(tmp_path, bf16, distributed_first
 
     assert_same(canonical(saved), canonical(loaded))
     if not bf16:
-        assert_follows_reference(assemble([after for _, after, _ in results]), STEPS + MORE_STEPS)
+        assert_follows_reference(assemble([after for _, after, *_ in results]), STEPS + MORE_STEPS)
 
 
 def test_step_is_saved_for_a_group_without_parameters_on_the_first_rank(tmp_path):
     run_ranks(2, save_without_step, Settings(Layout(pipeline=2), distributed_optimizer=False), str(tmp_path))
     description = Manifest.read(tmp_path / f"step_{STEPS:08d}").optimizer
-    assert [group["step"] for group in description["groups"]] == [STEPS, STEPS]
+    assert [group["step"] for group in description["groups"]] == [STEPS] * 3
 
 
 def test_parameters_still_to_be_gathered_are_saved_up_to_date(tmp_path):
-    settings = Settings(Layout(data=2), overlap_param_gather=True)
+    settings = Settings(Layout(data=2, expert=2), overlap_param_gather=True)
     assert_follows_reference(assemble(run_ranks(2, train_and_save, settings, str(tmp_path))), STEPS)
-    ((loaded, _, _),) = run_ranks(1, load_and_continue, Settings(), str(tmp_path))
+    ((loaded, *_),) = run_ranks(1, load_and_continue, Settings(), str(tmp_path))
     assert_follows_reference(assemble([loaded]), STEPS)
 
 
@@ -314,7 +324,7 @@ def test_model_with_fewer_layers_is_refused(source):
 
 def test_weights_come_from_a_checkpoint_of_weights_only(tmp_path):
     """In bf16, as torch writes it in one process, with a part that the model does not have."""
-    names = {name: shape for name, (shape, _) in parameter_shapes().items()} | {"audio_tower.conv.weight": (4, 4)}
+    names = {name: shape.sizes for name, shape in parameter_shapes().items()} | {"audio_tower.conv.weight": (4, 4)}
     values = {name: initial_value(name + "/imported", shape).bfloat16() for name, shape in names.items()}
     torch.distributed.checkpoint.save(values, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
     save_config(CheckpointingConfig("torch_dist", 1), str(tmp_path))

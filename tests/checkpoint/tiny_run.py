@@ -2,22 +2,23 @@
 
 What is saved, resharded and resumed are parameters, optimizer and schedule; how gradients arise does not matter. Each
 gradient is a pure function of (parameter name, step), the same in every layout, so that `torch.optim` on whole tensors
-in one process is a reference for every layout.
+in one process is a reference for every layout. Each rank's backward pass is taken to have left a share of it, as one
+over other tokens would; the rest is the training loop's own.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
+import math
 import multiprocessing
 import re
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
@@ -25,15 +26,23 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlm.checkpoint.distributed import CheckpointManager
 from megatron_vlm.checkpoint.run_folder import ModelIdentity
+from megatron_vlm.config import OptimizerSettings
+from megatron_vlm.parallel.gradients import finalize_gradients, is_partial, mark_partial
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
+from megatron_vlm.parallel.sharding import mark_expert, replica_group, splits
+from megatron_vlm.training.optimizer import apply_gradients, build_optimizer, gradient_norm
 
 NUM_LAYERS = 4
+FIRST_MOE_LAYER = 2  # so that some stages have experts and some have none
 HIDDEN = 16
+NUM_EXPERTS, EXPERT_HIDDEN = 4, 6
 VOCABULARY = 64
+LABEL_TOKENS = 8  # of the global batch; gradients are divided by it, without rounding
 FROZEN = "vision_tower.embeddings.patch_embedding.weight"
 # On the first stage, the layers' bucket ends between multiples of 128 elements because of it: padding follows.
 PROJECTOR = "projector.mm_soft_emb_norm.weight"
 EMBEDDING = "language_model.embed_tokens.weight"
+FUSED_BIAS = "projector.qkv.bias"
 IDENTITY = ModelIdentity("gemma3", "gemma3", text_only=False, tied=True, hf_config={"hidden_size": HIDDEN})
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 1e-2, (0.9, 0.95), 1e-8, 0.1
 
@@ -44,41 +53,72 @@ class Layout:
     pipeline: int = 1
     virtual: int = 1
     data: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
 
     @property
     def world_size(self) -> int:
         return self.tensor * self.pipeline * self.data
 
     def sizes(self) -> dict[str, int]:
-        return {"tensor": self.tensor, "pipeline": self.pipeline, "virtual": self.virtual, "data": self.data}
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return " ".join(f"{name} {size}" for name, size in self.sizes().items() if size > 1) or "one rank"
 
 
 @dataclass
 class Settings:
     layout: Layout = field(default_factory=Layout)
-    optimizer: str = "adam"
+    optimizer: str = "adamw"
     distributed_optimizer: bool = True
     bf16: bool = False
     overlap_param_gather: bool = False
     freeze: str = FROZEN  # regular expression
     learning_rate: float = LEARNING_RATE
+    clip_grad: float = 0.0
     num_layers: int = NUM_LAYERS
+    experts: bool = True
 
 
-def parameter_shapes(num_layers: int = NUM_LAYERS) -> dict[str, tuple[tuple[int, ...], int | None]]:
-    """Name -> (global shape, dimension split over tensor ranks)."""
-    shapes: dict[str, tuple[tuple[int, ...], int | None]] = {
-        EMBEDDING: ((VOCABULARY, HIDDEN), 0),
-        FROZEN: ((8, 3, 2, 2), None),
-        PROJECTOR: ((HIDDEN,), None),
+@dataclass(frozen=True)
+class Shape:
+    """Of a whole parameter, and how it is divided."""
+
+    sizes: tuple[int, ...]
+    tensor_dim: int | None = None
+    expert: bool = False
+    partial: bool = False
+
+    def mark(self, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+        if self.expert:
+            mark_expert(parameter, 2)
+        else:
+            dim = self.tensor_dim
+            set_tensor_model_parallel_attributes(parameter, dim is not None, 0 if dim is None else dim, 1)
+        mark_partial([parameter], self.partial)
+        return parameter
+
+
+def parameter_shapes(num_layers: int = NUM_LAYERS, experts: bool = True) -> dict[str, Shape]:
+    """Of all parameters, by name."""
+    shapes = {
+        EMBEDDING: Shape((VOCABULARY, HIDDEN), 0),
+        FROZEN: Shape((8, 3, 2, 2)),
+        PROJECTOR: Shape((HIDDEN,)),
+        FUSED_BIAS: Shape((3, 8), 1),
     }
     for layer in range(num_layers):
         prefix = f"language_model.layers.{layer}"
-        shapes[f"{prefix}.self_attn.q_proj.weight"] = ((HIDDEN, HIDDEN), 0)
-        shapes[f"{prefix}.self_attn.o_proj.weight"] = ((HIDDEN, HIDDEN), 1)
-        shapes[f"{prefix}.self_attn.q_norm.weight"] = ((HIDDEN,), None)
-        shapes[f"{prefix}.mlp.up_proj.bias"] = ((2 * HIDDEN,), 0)
-    shapes["language_model.norm.weight"] = ((HIDDEN,), None)
+        shapes[f"{prefix}.self_attn.q_proj.weight"] = Shape((HIDDEN, HIDDEN), 0)
+        shapes[f"{prefix}.self_attn.o_proj.weight"] = Shape((HIDDEN, HIDDEN), 1)
+        shapes[f"{prefix}.self_attn.q_norm.weight"] = Shape((HIDDEN,), partial=True)
+        shapes[f"{prefix}.mlp.up_proj.bias"] = Shape((2 * HIDDEN,), 0)
+        if experts and layer >= FIRST_MOE_LAYER:
+            up = (NUM_EXPERTS, 2, EXPERT_HIDDEN, HIDDEN)
+            shapes[f"{prefix}.mlp.experts.gate_up_proj"] = Shape(up, expert=True)
+            shapes[f"{prefix}.mlp.experts.down_proj"] = Shape((NUM_EXPERTS, HIDDEN, EXPERT_HIDDEN), expert=True)
+    shapes["language_model.norm.weight"] = Shape((HIDDEN,))
     return shapes
 
 
@@ -90,23 +130,36 @@ def gradient(name: str, shape: tuple[int, ...], step: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(f"{name}@{step}".encode())))
 
 
+def gradient_norm_at(step: int) -> float:
+    """Over all trained parameters, each counted once."""
+    squares = [gradient(name, shape.sizes, step).double().square().sum() for name, shape in parameter_shapes().items()]
+    frozen = gradient(FROZEN, parameter_shapes()[FROZEN].sizes, step).double().square().sum()
+    return float((sum(squares) - frozen).sqrt())
+
+
+def share(rank: int, size: int) -> float:
+    """What rank's part of a sum over a group is: 1/2, 1/4, 1/8, 1/8."""
+    return 0.5 ** min(rank + 1, size - 1)
+
+
 class Stage(MegatronModule):
     """The parameters of one pipeline chunk."""
 
     def __init__(self, config: TransformerConfig, names: list[str], settings: Settings, groups, copy: bool) -> None:
         super().__init__(config)
-        self.names = names
+        self.pre_process, self.post_process = EMBEDDING in names and not copy, "language_model.norm.weight" in names
+        self.share_embeddings_and_output_weights = settings.layout.pipeline > 1
         for name in names:
-            shape, dim = parameter_shapes(settings.num_layers)[name]
-            value = initial_value(name, shape)
-            if dim is not None:
-                value = value.chunk(groups.tp.size(), dim)[groups.tp.rank()].contiguous()
-            parameter = torch.nn.Parameter(value.to(torch.bfloat16 if settings.bf16 else torch.float32))
-            set_tensor_model_parallel_attributes(parameter, dim is not None, 0 if dim is None else dim, 1)
+            shape = parameter_shapes(settings.num_layers, settings.experts)[name]
+            value = own_part(initial_value(name, shape.sizes), shape, groups).contiguous()
+            parameter = shape.mark(torch.nn.Parameter(value.to(torch.bfloat16 if settings.bf16 else torch.float32)))
             parameter.requires_grad_(not re.match(settings.freeze, name))
             if name == EMBEDDING and settings.layout.pipeline > 1:  # as megatron-core's pipelines mark it
                 parameter.shared, parameter.shared_embedding = copy, True
             self._place(name, parameter)
+
+    def shared_embedding_or_output_weight(self) -> torch.nn.Parameter:
+        return self.language_model.embed_tokens.weight
 
     def _place(self, name: str, parameter: torch.nn.Parameter) -> None:
         *path, last = name.split(".")
@@ -116,6 +169,13 @@ class Stage(MegatronModule):
                 module.add_module(part, torch.nn.Module())
             module = getattr(module, part)
         module.register_parameter(last, parameter)
+
+
+def own_part(whole: torch.Tensor, shape: Shape, groups) -> torch.Tensor:
+    """This rank's part, before there is a parameter."""
+    for split in splits(shape.mark(torch.nn.Parameter(torch.empty(shape.sizes, device="meta"))), groups):
+        whole = whole.chunk(split.group.size(), split.dim)[split.group.rank()]
+    return whole
 
 
 @functools.cache
@@ -135,11 +195,14 @@ class Run:
         self.settings = settings
         layout = settings.layout
         assert dist.get_world_size() == layout.world_size
-        self.groups = build_groups(layout.tensor, layout.pipeline)
+        self.groups = build_groups(layout.tensor, layout.pipeline, layout.expert, layout.expert_tensor)
         initialize_megatron(1234, self.groups)
-        config = TransformerConfig(num_layers=NUM_LAYERS, hidden_size=HIDDEN, num_attention_heads=4)
+        config = TransformerConfig(
+            num_layers=NUM_LAYERS, hidden_size=HIDDEN, num_attention_heads=4, calculate_per_token_loss=True
+        )
         chunks = [Stage(config, names, settings, self.groups, copy) for names, copy in self._chunk_names()]
         ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
             use_distributed_optimizer=settings.distributed_optimizer,
             overlap_grad_reduce=settings.overlap_param_gather,
             overlap_param_gather=settings.overlap_param_gather,
@@ -148,24 +211,12 @@ class Run:
         self.chunks = [
             DistributedDataParallel(config, ddp_config, chunk, pg_collection=self.groups) for chunk in chunks
         ]
-        self.optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer=settings.optimizer,
-                lr=settings.learning_rate,
-                min_lr=0.0,
-                weight_decay=WEIGHT_DECAY,
-                adam_beta1=BETAS[0],
-                adam_beta2=BETAS[1],
-                adam_eps=EPS,
-                sgd_momentum=0.0,
-                clip_grad=0.0,
-                bf16=settings.bf16,
-                use_distributed_optimizer=settings.distributed_optimizer,
-                overlap_param_gather=settings.overlap_param_gather,
-            ),
+        self.optimizer = build_optimizer(
             self.chunks,
-            use_gloo_process_groups=False,
-            pg_collection=self.groups,
+            OptimizerSettings(settings.optimizer, settings.learning_rate, weight_decay=WEIGHT_DECAY, betas=BETAS),
+            torch.bfloat16 if settings.bf16 else torch.float32,
+            settings.distributed_optimizer,
+            self.groups,
         )
         self.scheduler = OptimizerParamScheduler(
             self.optimizer, init_lr=0.0, max_lr=settings.learning_rate, min_lr=0.0, lr_warmup_steps=2,
@@ -173,6 +224,7 @@ class Run:
             wd_incr_style="constant",
         )  # fmt: skip
         self.step = 0
+        self.norms: list[float] = []
         self.manager = CheckpointManager(
             folder, self.groups, IDENTITY, layout.sizes(), "bf16" if settings.bf16 else "fp32",
             **{"async_save": False, **manager_arguments},
@@ -183,37 +235,44 @@ class Run:
         layout, rank = self.settings.layout, self.groups.pp.rank()
         num_chunks = layout.pipeline * layout.virtual
         per_chunk = self.settings.num_layers // num_chunks
-        shapes = parameter_shapes(self.settings.num_layers)
+        shapes = parameter_shapes(self.settings.num_layers, self.settings.experts)
         chunks = []
         for chunk in range(rank, num_chunks, layout.pipeline):
             layers = {str(layer) for layer in range(chunk * per_chunk, (chunk + 1) * per_chunk)}
             names = [name for name in shapes if ".layers." in name and name.split(".")[2] in layers]
             first, last = chunk == 0, chunk == num_chunks - 1
-            names = [EMBEDDING, FROZEN, PROJECTOR] * first + names + ["language_model.norm.weight"] * last
+            names = [EMBEDDING, FROZEN, PROJECTOR, FUSED_BIAS] * first + names + ["language_model.norm.weight"] * last
             names = names + [EMBEDDING] * (last and not first)
             chunks.append((names, last and not first))
         return chunks
 
     def train(self, num_steps: int) -> None:
         for _ in range(num_steps):
-            for chunk in self.chunks:
-                chunk.zero_grad_buffer()
-            self.optimizer.zero_grad()
-            for chunk in self.chunks:
-                for name, parameter in chunk.module.named_parameters():
-                    if parameter.requires_grad:
-                        self._set_gradient(name, parameter)
-                chunk.finish_grad_sync()
-            self.optimizer.step()
+            self.compute_gradients()
+            self.norms.append(gradient_norm(self.optimizer))
+            apply_gradients(self.optimizer, self.norms[-1], self.settings.clip_grad)
             self.scheduler.step(increment=1)
             self.step += 1
 
-    def _set_gradient(self, name: str, parameter: torch.nn.Parameter) -> None:
-        shape, dim = parameter_shapes(self.settings.num_layers)[name]
-        value = gradient(name, shape, self.step)
-        if dim is not None:
-            value = value.chunk(self.groups.tp.size(), dim)[self.groups.tp.rank()]
-        parameter.main_grad.copy_(value)
+    def compute_gradients(self) -> None:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        for chunk in self.chunks:
+            for name, parameter in chunk.module.named_parameters():
+                if parameter.requires_grad:
+                    parameter.main_grad.copy_(self._own_gradient(name, parameter))
+        num_tokens = torch.tensor(LABEL_TOKENS // self.settings.layout.data, dtype=torch.int)
+        finalize_gradients(self.chunks, num_tokens, self.groups)
+
+    def _own_gradient(self, name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """What this rank's tokens add to the sum over all label tokens."""
+        shape = parameter_shapes(self.settings.num_layers, self.settings.experts)[name]
+        groups = [replica_group(parameter, self.groups)] + [self.groups.tp] * is_partial(parameter)
+        if getattr(parameter, "shared_embedding", False):
+            groups.append(self.groups.embd)
+        factor = math.prod([share(group.rank(), group.size()) for group in groups], start=float(LABEL_TOKENS))
+        return own_part(gradient(name, shape.sizes, self.step), shape, self.groups) * factor
 
     def save(self, **arguments) -> bool:
         data = {"seed": 1, "step": self.step}
@@ -233,12 +292,13 @@ class Run:
         for number, chunk in enumerate(self.chunks):
             for name, parameter in chunk.module.named_parameters():
                 state[f"parameter.{number}.{name}"] = parameter.detach().clone()
-        inner = self.optimizer.chained_optimizers[0].optimizer
-        for number, group in enumerate(inner.param_groups):
+        states = [member.optimizer.state for member in self.optimizer.chained_optimizers]
+        tensors = {parameter: values for state_of_member in states for parameter, values in state_of_member.items()}
+        for number, group in enumerate(self.optimizer.param_groups):
             state |= {f"group.{number}.{key}": value for key, value in group.items() if isinstance(value, (int, float))}
             for index, parameter in enumerate(group["params"]):
                 state[f"main.{number}.{index}"] = parameter.detach().clone()
-                for key, value in inner.state.get(parameter, {}).items():
+                for key, value in tensors.get(parameter, {}).items():
                     state[f"{key}.{number}.{index}"] = value.clone()
         state["num_steps"] = self.scheduler.num_steps
         return state
