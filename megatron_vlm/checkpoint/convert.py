@@ -1,14 +1,16 @@
 """Conversion between Hugging Face directories and distributed checkpoints: streaming, one process, no GPU.
 
-Tensors go by in small blocks of rows, so that neither direction ever holds a large tensor, let alone the model. Every
-tensor keeps its exact bits; only vocabulary rows are padded with zeros on import and cut off again on export.
+Tensors go by in small blocks of rows, experts one at a time, so that neither direction ever holds a large tensor, let
+alone the model. Every tensor keeps its exact bits; only vocabulary rows are padded with zeros on import and cut off
+again on export.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +25,10 @@ from megatron_vlm.checkpoint.hf import (
     has_weights,
 )
 from megatron_vlm.checkpoint.run_folder import Manifest, ModelIdentity, find_checkpoint
-from megatron_vlm.checkpoint.safetensors_files import BLOCK_BYTES, StoredTensor, WeightFiles, row_blocks
+from megatron_vlm.checkpoint.safetensors_files import BLOCK_BYTES, WeightFiles, row_blocks
 from megatron_vlm.checkpoint.staging import check_export_target, staged_directory, write_durably
 from megatron_vlm.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
-from megatron_vlm.checkpoint.weight_map import WeightMap
+from megatron_vlm.checkpoint.weight_map import HfWeight, WeightMap
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.families import registry
 
@@ -60,14 +62,14 @@ class ExportPlan:
     Args:
         source: the Hugging Face directory whose configuration and tokenizer are copied.
         files: weight files, in the order of writing.
-        names: our name for each name in `files`.
+        weights: by each name in `files`.
         weight_map: of the model that is exported.
         config: replaces `config.json`; None copies it.
     """
 
     source: Path
     files: WeightFiles
-    names: dict[str, str]
+    weights: dict[str, HfWeight]
     weight_map: WeightMap
     config: bytes | None
 
@@ -96,27 +98,26 @@ def import_checkpoint(hf_dir: str | os.PathLike, out_dir: str | os.PathLike, pro
     model_config = family.config_from_hf(hf_config, text_only=False)
     weight_map: WeightMap = family.weight_map(model_config)
     with SafetensorsReader(hf_dir) as reader:
-        names = weight_map.match(reader)
-        check_tied_copies(weight_map, reader, names)
+        weights = weight_map.match(reader)
+        check_tied_copies(weight_map, reader, weights)
         with staged_directory(out_dir) as staging:
-            _import_weights(reader, names, weight_map, staging, progress)
+            _import_weights(reader, weights, staging, progress)
             Manifest(identity=identity_of(hf_dir, family.name, model_config)).write(staging)
 
 
 def _import_weights(
-    reader: SafetensorsReader, names: dict[str, str], weight_map: WeightMap, staging: Path, progress: Progress | None
+    reader: SafetensorsReader, weights: dict[str, HfWeight], staging: Path, progress: Progress | None
 ) -> None:
-    weights = dict(weight_map.items())
-    hf_names = {name: hf_name for hf_name, name in names.items()}  # one of each, where a file repeats a tied weight
-    done_bytes, total_bytes = 0, sum(reader.tensors[hf_name].num_bytes for hf_name in hf_names.values())
-    buffer = _new_buffer()
+    wanted = {entry.name: entry for entry in weights.values()}  # one of each, where a file repeats a tied weight
+    done_bytes, total_bytes = 0, sum(reader.tensors[entry.hf_name].num_bytes for entry in wanted.values())
+    buffer = _new_buffer(weights.values(), max(stored.dtype.itemsize for stored in reader.files))
     writer = TorchDistWriter(staging)
     try:
         for stored in reader.files:
-            name = names.get(stored.name, "")
-            if hf_names.get(name) != stored.name:
+            entry = weights.get(stored.name)
+            if entry is None or wanted[entry.name] is not entry:
                 continue
-            writer.write(name, weights[name].padded_shape, stored.dtype, _padded_rows(reader, stored, buffer))
+            writer.write(entry.name, entry.weight.padded_shape, stored.dtype, _padded_rows(reader, entry, buffer))
             done_bytes += stored.num_bytes
             if progress is not None:
                 progress(done_bytes, total_bytes)
@@ -125,24 +126,25 @@ def _import_weights(
         writer.abort()
 
 
-def _new_buffer() -> torch.Tensor:
+def _new_buffer(weights: Iterable[HfWeight], itemsize: int) -> torch.Tensor:
     """Memory for one block, used again for all blocks: new pages for each would cost as much as the copying."""
-    return torch.empty(BLOCK_BYTES, dtype=torch.uint8)
+    row_bytes = max(math.prod(entry.weight.own_shape[1:]) * itemsize for entry in weights)
+    return torch.empty(max(BLOCK_BYTES, row_bytes), dtype=torch.uint8)
 
 
 def _padded_rows(
-    reader: SafetensorsReader, stored: StoredTensor, buffer: torch.Tensor
+    reader: SafetensorsReader, entry: HfWeight, buffer: torch.Tensor
 ) -> Callable[[int, int], torch.Tensor]:
-    """Reads rows of a stored tensor into `buffer`; beyond its end come zeros."""
+    """Reads rows of our tensor into `buffer`, possibly as a strided view; beyond the file's end come zeros."""
+    shape = entry.weight.own_shape
+    num_rows = shape[0] if shape else 1
 
     def read(first_row: int, end_row: int) -> torch.Tensor:
-        num_rows = stored.shape[0] if stored.shape else 1
-        if end_row <= num_rows:
-            return reader.read_rows(stored.name, first_row, end_row, buffer)
-        rows = torch.zeros((end_row - first_row, *stored.shape[1:]), dtype=stored.dtype)
-        if first_row < num_rows:
-            rows[: num_rows - first_row] = reader.read_rows(stored.name, first_row, num_rows)
-        return rows
+        first_read, end_read = min(first_row, num_rows), min(end_row, num_rows)
+        rows = reader.read_rows(entry.hf_name, entry.file_row(first_read), entry.file_row(end_read), buffer)
+        rows = entry.from_file(rows)
+        padding_rows = end_row - first_row - (end_read - first_read)
+        return torch.cat([rows, rows.new_zeros(padding_rows, *shape[1:])]) if padding_rows else rows
 
     return read
 
@@ -173,13 +175,15 @@ def export_checkpoint(
 
 def _export_weights(reader: TorchDistReader, plan: ExportPlan, staging: Path, progress: Progress | None) -> None:
     done_bytes, total_bytes = 0, plan.files.num_bytes
-    buffer = _new_buffer()
+    itemsize = max(tensor.properties.dtype.itemsize for tensor in reader.tensors.values())
+    buffer = _new_buffer(plan.weights.values(), itemsize)
     writer = SafetensorsWriter(staging, plan.files)
     try:
         for stored in plan.files:
-            for first_row, end_row in row_blocks(stored.shape, stored.dtype):
-                rows = reader.read_rows(plan.names[stored.name], first_row, end_row, buffer)
-                writer.write(stored.name, first_row, rows.to(stored.dtype))
+            entry = plan.weights[stored.name]
+            for first_row, end_row in row_blocks(entry.weight.own_shape, stored.dtype):
+                rows = reader.read_rows(entry.name, first_row, end_row, buffer).to(stored.dtype)
+                writer.write(stored.name, entry.file_row(first_row), entry.to_file(rows))
             done_bytes += stored.num_bytes
             if progress is not None:
                 progress(done_bytes, total_bytes)
@@ -207,27 +211,27 @@ def verify_checkpoint(
     stored_checkpoint, plan = open_for_export(checkpoint, hf_dir)
     differences = []
     with SafetensorsReader(hf_dir) as reader:
-        names = plan.weight_map.match(reader)
-        total_bytes = sum(reader.tensors[hf_name].num_bytes for hf_name in names)
+        weights = plan.weight_map.match(reader)
+        total_bytes = sum(reader.tensors[hf_name].num_bytes for hf_name in weights)
         done_bytes = 0
-        for hf_name, name in names.items():
-            reason = _compare(reader, hf_name, stored_checkpoint, name)
+        for hf_name, entry in weights.items():
+            reason = _compare(reader, entry, stored_checkpoint)
             if reason is not None:
                 differences.append(Difference(hf_name, reason))
             done_bytes += reader.tensors[hf_name].num_bytes
             if progress is not None:
                 progress(done_bytes, total_bytes)
-    return Comparison(len(names), total_bytes, tuple(differences))
+    return Comparison(len(weights), total_bytes, tuple(differences))
 
 
-def _compare(reader: SafetensorsReader, hf_name: str, checkpoint: TorchDistReader, name: str) -> str | None:
+def _compare(reader: SafetensorsReader, entry: HfWeight, checkpoint: TorchDistReader) -> str | None:
     """Why a tensor differs, or None."""
-    stored, saved = reader.tensors[hf_name], checkpoint.tensors[name]
-    read_expected = _padded_rows(reader, stored, _new_buffer())
+    stored, saved = reader.tensors[entry.hf_name], checkpoint.tensors[entry.name]
+    read_expected = _padded_rows(reader, entry, _new_buffer([entry], stored.dtype.itemsize))
     num_different, largest = 0, 0.0
     for first_row, end_row in row_blocks(tuple(saved.size), saved.properties.dtype):
         expected = read_expected(first_row, end_row)
-        actual = checkpoint.read_rows(name, first_row, end_row).to(stored.dtype)
+        actual = checkpoint.read_rows(entry.name, first_row, end_row).to(stored.dtype)
         if not torch.equal(_bits(actual), _bits(expected)):
             num_different += int((_bits(actual) != _bits(expected)).sum())
             largest = max(largest, float((actual.double() - expected.double()).abs().max()))
@@ -286,19 +290,18 @@ def plan_export(
         dtypes: by our name, of the model to be exported.
     """
     source = Path(hf_dir).expanduser().absolute()
-    weights = dict(weight_map.items())
-    config = _language_model_config(source, weight_map) if _is_alone(hf_config, weight_map) else None
+    config = _language_model_config(source, hf_config, weight_map) if _is_alone(hf_config, weight_map) else None
     default_dtype = _config_dtype(hf_config)
     file_dtypes = {name: default_dtype or dtype for name, dtype in dtypes.items()}
     if has_weights(source):
         with SafetensorsReader(source) as reader:
-            names = weight_map.match(reader)
+            weights = weight_map.match(reader)
             if config is None:
-                return ExportPlan(source, reader.files, names, weight_map, config)
-            file_dtypes = {name: reader.tensors[hf_name].dtype for hf_name, name in names.items()}
-    names = weight_map.hf_names()
-    files = WeightFiles.plan((hf_name, file_dtypes[name], weights[name].shape) for hf_name, name in names.items())
-    return ExportPlan(source, files, names, weight_map, config)
+                return ExportPlan(source, reader.files, weights, weight_map, config)
+            file_dtypes = {entry.name: reader.tensors[hf_name].dtype for hf_name, entry in weights.items()}
+    weights = weight_map.as_written()
+    files = WeightFiles.plan((entry.hf_name, file_dtypes[entry.name], entry.shape) for entry in weights.values())
+    return ExportPlan(source, files, weights, weight_map, config)
 
 
 def _is_alone(hf_config: PretrainedConfig, weight_map: WeightMap) -> bool:
@@ -317,12 +320,13 @@ def _config_dtype(hf_config: PretrainedConfig) -> torch.dtype | None:
     return None
 
 
-def _language_model_config(source: Path, weight_map: WeightMap) -> bytes:
+def _language_model_config(source: Path, hf_config: PretrainedConfig, weight_map: WeightMap) -> bytes:
     """`config.json` of the language model alone, from a multimodal model's: its text part and what both share."""
     assert weight_map.text_only_class is not None
     architecture, model_type = weight_map.text_only_class
     whole: dict[str, Any] = json.loads((source / "config.json").read_bytes())
-    config = dict(whole["text_config"])
+    # With all defaults filled in: another class may have others.
+    config = {**hf_config.get_text_config().to_diff_dict(), **weight_map.text_only_settings}
     shared = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
     config |= {key: whole[key] for key in shared if key in whole and key not in config}
     config |= {"architectures": [architecture], "model_type": model_type}
@@ -342,7 +346,7 @@ def identity_of(hf_dir: str | os.PathLike, family: str, model_config: Any) -> Mo
     )
 
 
-def check_tied_copies(weight_map: WeightMap, reader: SafetensorsReader, names: dict[str, str]) -> None:
+def check_tied_copies(weight_map: WeightMap, reader: SafetensorsReader, weights: dict[str, HfWeight]) -> None:
     """Where a file repeats a tied weight, both must hold the same bits: transformers would train them apart otherwise.
 
     Raises:
@@ -350,7 +354,7 @@ def check_tied_copies(weight_map: WeightMap, reader: SafetensorsReader, names: d
     """
     sources = {source for _, source in weight_map.tied_groups}
     for source in sources:
-        first, *copies = sorted(hf_name for hf_name, name in names.items() if name == source)
+        first, *copies = sorted(hf_name for hf_name, entry in weights.items() if entry.name == source)
         for copy in copies:
             for first_row, end_row in row_blocks(reader.tensors[first].shape, reader.tensors[first].dtype):
                 left, right = (reader.read_rows(name, first_row, end_row) for name in (first, copy))

@@ -11,14 +11,16 @@ file behind that name may be a link, because hub caches link every file to a blo
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
 import torch
 
 from megatron_vlm.checkpoint.safetensors_files import (
+    BLOCK_BYTES,
     INDEX_FILE,
     SINGLE_FILE,
     StoredTensor,
@@ -111,27 +113,36 @@ class SafetensorsReader:
         stored = self.tensors[name]
         return self._read_range(stored, 0, stored.num_bytes).view(stored.shape)
 
-    def read_slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop` along `dim`, without ever holding the whole tensor.
+    def read_part(
+        self,
+        name: str,
+        target: torch.Tensor,
+        shape: Sequence[int],
+        part: Sequence[tuple[int, int]],
+        first_element: int = 0,
+    ) -> None:
+        """Fill `target` with a part of the tensor, block by block, and read little else.
 
         Args:
             name: the tensor.
-            dim: the dimension to cut.
-            start: first index.
-            stop: one past the last index.
-
-        Returns:
-            A tensor of the stored dtype whose size along `dim` is `stop - start`.
+            target: of the part's shape; values are converted to its type.
+            shape: in which the tensor (from `first_element` on) is looked at; any with the same order of elements.
+            part: first index and one past the last, for every dimension of `shape`.
+            first_element: where `shape` begins in the tensor.
         """
         stored = self.tensors[name]
-        if dim == 0:
-            return self.read_rows(name, start, stop)
-        shape = list(stored.shape)
-        shape[dim] = stop - start
-        result = torch.empty(shape, dtype=stored.dtype)
-        for first_row, end_row in row_blocks(stored.shape, stored.dtype):
-            result[first_row:end_row] = self.read_rows(name, first_row, end_row).narrow(dim, start, stop - start)
-        return result
+        (start, stop), *inner = part
+        row_elements = math.prod(shape[1:])
+        whole_rows = all(stop - start == size for (start, stop), size in zip(inner, shape[1:], strict=True))
+        if not whole_rows and row_elements * stored.dtype.itemsize > BLOCK_BYTES:
+            for row in range(start, stop):
+                self.read_part(name, target[row - start], shape[1:], inner, first_element + row * row_elements)
+            return
+        for first_row, end_row in row_blocks((stop - start, *shape[1:]), stored.dtype):
+            begin, end = (first_element + (start + row) * row_elements for row in (first_row, end_row))
+            values = self._read_range(stored, begin * stored.dtype.itemsize, end * stored.dtype.itemsize)
+            rows = values.view(end_row - first_row, *shape[1:])
+            target[first_row:end_row].copy_(rows[(slice(None), *(slice(*bounds) for bounds in inner))])
 
     def read_rows(self, name: str, first_row: int, end_row: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
         """Consecutive rows (for a scalar its value), read with one request; see `read_bytes` for `buffer`."""

@@ -1,8 +1,7 @@
 """A running model's weights from and to a Hugging Face directory, in any layout.
 
-Loading: each rank reads its own slices and nothing else. Exporting: one tensor at a time goes to the first rank, which
-writes it; no rank ever holds more than one gathered tensor. How a parameter is split stands on the parameter
-(megatron-core's `tensor_model_parallel` and `partition_dim`); any other parameter is a replica on every tensor rank.
+Loading: each rank reads its own parts and little else. Exporting: a few rows of one tensor at a time (of experts at
+least one, all of it) go to the first rank, which writes them; no rank ever holds more than that.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
@@ -23,8 +22,12 @@ from megatron_vlm.checkpoint.distributed import on_first_rank
 from megatron_vlm.checkpoint.hf import SafetensorsReader, SafetensorsWriter
 from megatron_vlm.checkpoint.safetensors_files import row_blocks
 from megatron_vlm.checkpoint.staging import check_export_target, staged_directory
+from megatron_vlm.checkpoint.weight_map import HfWeight
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.families import registry
+from megatron_vlm.parallel.sharding import Group, is_expert, replica_group, splits, whole_shape
+
+GATHERED_BYTES = 16 * 2**20  # what goes to the writing rank at a time: enough that starting a transfer costs little
 
 Chunks = Sequence[torch.nn.Module]
 
@@ -45,36 +48,41 @@ def load_hf_into_model(
         hf_dir: a directory with safetensors.
         family: of the model.
         model_config: of the model; a text-only one takes the language model out of a multimodal directory.
-        groups: process groups; `tp` is read.
+        groups: process groups.
 
     Raises:
         CheckpointError: the files are missing, damaged, or do not fit the model; every rank raises the same.
     """
     weight_map = family.weight_map(model_config)
     with SafetensorsReader(hf_dir) as reader, torch.no_grad():
-        names = weight_map.match(reader)
-        check_tied_copies(weight_map, reader, names)
-        hf_names = {name: hf_name for hf_name, name in names.items()}
+        weights = weight_map.match(reader)
+        check_tied_copies(weight_map, reader, weights)
+        by_name = {entry.name: entry for entry in weights.values()}
         for name, parameter in _named_parameters(model_chunks):
-            _load_parameter(parameter, reader, hf_names[name], groups)
+            _load_parameter(parameter, reader, by_name[name], groups)
 
 
 def _load_parameter(
-    parameter: torch.nn.Parameter, reader: SafetensorsReader, hf_name: str, groups: ProcessGroupCollection
+    parameter: torch.nn.Parameter, reader: SafetensorsReader, entry: HfWeight, groups: ProcessGroupCollection
 ) -> None:
-    shape = reader.tensors[hf_name].shape
-    dim = _split_dim(parameter)
-    if dim is None:
-        dim, start = 0, 0
-    else:
-        start = groups.tp.rank() * parameter.shape[dim]
-    if not shape:
-        parameter.copy_(reader.read(hf_name))
+    if not entry.shape:
+        parameter.copy_(reader.read(entry.hf_name))
         return
+    part = [(0, size) for size in parameter.shape]
+    for split in splits(parameter, groups):
+        size = parameter.shape[split.dim]
+        part[split.dim] = (split.group.rank() * size, (split.group.rank() + 1) * size)
     # Rows past the file's are vocabulary padding; whole ranks may hold nothing else.
-    count = max(0, min(parameter.shape[dim], shape[dim] - start))
-    parameter.narrow(dim, 0, count).copy_(reader.read_slice(hf_name, dim, min(start, shape[dim]), start + count))
-    parameter.narrow(dim, count, parameter.shape[dim] - count).zero_()
+    num_rows = entry.weight.own_shape[0]
+    part[0] = (min(part[0][0], num_rows), min(part[0][1], num_rows))
+    count = part[0][1] - part[0][0]
+    parameter[count:].zero_()
+    if not entry.is_transposed:
+        reader.read_part(entry.hf_name, parameter[:count], entry.weight.own_shape, part)
+        return
+    own = tuple(slice(*bounds) for bounds in part[1:])
+    for place, row in enumerate(range(*part[0])):
+        parameter[place].copy_(entry.from_file(reader.read_rows(entry.hf_name, row, row + 1))[0][own])
 
 
 def export_hf_from_model(
@@ -95,7 +103,7 @@ def export_hf_from_model(
         out_dir: the new directory; missing or empty. Only the first rank needs to reach it.
         family: of the model.
         model_config: of the model.
-        groups: process groups; `tp`, `pp` and `dp_cp` are read.
+        groups: process groups.
 
     Raises:
         CheckpointError: the target is not empty or cannot be written; every rank raises the same.
@@ -108,16 +116,15 @@ def export_hf_from_model(
     weight_map = family.weight_map(model_config)
     plan = on_first_rank(lambda: plan_export(hf_dir, registry.load_hf_config(hf_dir), weight_map, source.dtypes()))
     failure: CheckpointError | None = None
-    if groups.dp_cp.rank() == 0:
-        gathered = (source.gather(plan.names[stored.name]) for stored in plan.files)
-        try:
-            if source.is_writer:
-                _write(plan, gathered, out_dir)
-        except CheckpointError as error:
-            failure = error
-        finally:
-            for _ in gathered:  # ranks that do not write, and the writer after a full disk: the others are sending
-                pass
+    gathered = source.gather(plan)
+    try:
+        if source.is_writer:
+            _write(plan, gathered, out_dir)
+    except CheckpointError as error:
+        failure = error
+    finally:
+        for _ in gathered:  # ranks that do not write, and the writer after a full disk: the others are sending
+            pass
     on_first_rank(lambda: _raise(failure))
 
 
@@ -126,18 +133,24 @@ def _raise(error: Exception | None) -> None:
         raise error
 
 
-def _write(plan: ExportPlan, gathered: Iterator[torch.Tensor | None], out_dir: str | os.PathLike) -> None:
+class _Rows(NamedTuple):
+    """Some rows of a weight on their way into a file; `rows` is None except on the writing rank."""
+
+    entry: HfWeight
+    file_dtype: torch.dtype
+    first_row: int
+    rows: torch.Tensor | None
+
+
+def _write(plan: ExportPlan, gathered: Iterator[_Rows], out_dir: str | os.PathLike) -> None:
     with staged_directory(out_dir) as staging:
         writer = SafetensorsWriter(staging, plan.files)
         try:
-            for stored, tensor in zip(plan.files, gathered, strict=False):
-                assert tensor is not None
-                # Block by block: parameters may live on another device and in another precision. Rows past the
-                # file's are vocabulary padding.
-                for first_row, end_row in row_blocks(stored.shape, stored.dtype):
-                    rows = tensor[first_row:end_row] if stored.shape else tensor
-                    host_rows = torch.empty(rows.shape, dtype=stored.dtype)
-                    writer.write(stored.name, first_row, host_rows.copy_(rows))
+            for entry, dtype, first_row, rows in gathered:
+                assert rows is not None
+                # Parameters may live on another device and in another precision.
+                host_rows = torch.empty(rows.shape, dtype=dtype).copy_(rows)
+                writer.write(entry.hf_name, entry.file_row(first_row), entry.to_file(host_rows))
             writer.close()
         finally:
             writer.abort()
@@ -146,87 +159,97 @@ def _write(plan: ExportPlan, gathered: Iterator[torch.Tensor | None], out_dir: s
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a parameter is: pipeline rank, dtype, shape of a tensor rank's part, and the split dimension."""
+    """Where a parameter is: its pipeline rank, dtype, shape over all ranks, and how many of its rows one rank holds."""
 
     pipeline_rank: int
     dtype: torch.dtype
     shape: tuple[int, ...]
-    split_dim: int | None
+    rows_per_rank: int
 
 
 class _Gatherer:
-    """Brings single parameters to the writing rank (first of the tensor, pipeline and data groups)."""
+    """Brings rows of single parameters to the writing rank: the first rank of the first stage."""
 
     def __init__(self, model_chunks: Chunks, groups: ProcessGroupCollection) -> None:
         self._groups = groups
-        self._parameters = dict(_named_parameters(model_chunks))
+        self._parameters = {name: torch.atleast_1d(parameter) for name, parameter in _named_parameters(model_chunks)}
         mine = {
-            name: _Place(groups.pp.rank(), parameter.dtype, tuple(parameter.shape), _split_dim(parameter))
+            name: _Place(groups.pp.rank(), parameter.dtype, whole_shape(parameter, groups), len(parameter))
             for name, parameter in self._parameters.items()
         }
         stages: list[dict[str, _Place]] = [{} for _ in range(groups.pp.size())]
         torch.distributed.all_gather_object(stages, mine, group=groups.pp)
         # The first stage that has a parameter owns it: the last stage's tied embedding is a copy.
         self._places = {name: place for stage in reversed(stages) for name, place in stage.items()}
-        self.is_writer = groups.tp.rank() == 0 and groups.pp.rank() == 0
+        self._is_first_of_stage = groups.tp.rank() == 0 and groups.dp_cp.rank() == 0
+        self.is_writer = self._is_first_of_stage and groups.pp.rank() == 0
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """Of all parameters of all stages."""
         return {name: place.dtype for name, place in self._places.items()}
 
-    def gather(self, name: str) -> torch.Tensor | None:
-        """The whole tensor on the writing rank, None elsewhere; every rank calls it with the same name."""
-        place, tensor_group, pipeline_group = self._places[name], self._groups.tp, self._groups.pp
-        tensor: torch.Tensor | None = None
-        if pipeline_group.rank() == place.pipeline_rank:
-            tensor = self._gather_over_tensor_ranks(self._parameters[name].detach(), place)
-        if place.pipeline_rank == 0 or tensor_group.rank() != 0:
-            return tensor if self.is_writer else None
-        if tensor is not None:
-            writer = torch.distributed.get_global_rank(pipeline_group, 0)
-            torch.distributed.send(tensor.contiguous(), writer, group=pipeline_group)
-        elif self.is_writer:
-            owner = torch.distributed.get_global_rank(pipeline_group, place.pipeline_rank)
-            received = self._like_parameters(self._whole_shape(place), place.dtype)
-            torch.distributed.recv(received, owner, group=pipeline_group)
-            return received
-        return None
+    def gather(self, plan: ExportPlan) -> Iterator[_Rows]:
+        """Every weight in the order of the plan's files, a few rows at a time; every rank goes through all of them."""
+        for stored in plan.files:
+            entry = plan.weights[stored.name]
+            place = self._places[entry.name]
+            num_rows = entry.weight.own_shape[0] if entry.shape else 1  # without vocabulary padding
+            for start in range(0, num_rows, place.rows_per_rank):  # so that all of a block's rows are on one rank
+                count = min(place.rows_per_rank, num_rows - start)
+                for first, end in row_blocks((count, *place.shape[1:]), place.dtype, GATHERED_BYTES):
+                    rows = self._rows(entry.name, place, start + first, end - first)
+                    yield _Rows(entry, stored.dtype, start + first, rows)
 
-    def _gather_over_tensor_ranks(self, part: torch.Tensor, place: _Place) -> torch.Tensor | None:
-        """The whole tensor on tensor rank 0."""
-        group = self._groups.tp
-        if place.split_dim is None or group.size() == 1:
-            return part if group.rank() == 0 else None
-        first = torch.distributed.get_global_rank(group, 0)
-        if group.rank() != 0:
-            torch.distributed.gather(part.contiguous(), None, dst=first, group=group)
+    def _rows(self, name: str, place: _Place, first_row: int, count: int) -> torch.Tensor | None:
+        """Rows of a parameter on the writing rank, None elsewhere."""
+        rows, shape = None, (count, *place.shape[1:])
+        if self._groups.pp.rank() == place.pipeline_rank:
+            rows = self._rows_of_stage(self._parameters[name], first_row, shape)
+        if self._is_first_of_stage:
+            rows = self._send_to_first(rows, place.pipeline_rank, self._groups.pp, shape, place.dtype)
+        return rows
+
+    def _rows_of_stage(
+        self, parameter: torch.nn.Parameter, first_row: int, shape: tuple[int, ...]
+    ) -> torch.Tensor | None:
+        """Rows of a parameter of this stage on its first rank, None elsewhere."""
+        divided = {split.dim: split.group for split in splits(parameter, self._groups)}
+        is_replica_over_tensor_ranks = not divided and not is_expert(parameter)
+        if replica_group(parameter, self._groups).rank() or (is_replica_over_tensor_ranks and self._groups.tp.rank()):
             return None
-        # Row blocks of one tensor need no concatenation, and the largest tensors are split by rows.
-        whole = torch.empty(self._whole_shape(place), dtype=part.dtype, device=part.device)
-        parts = list(whole.chunk(group.size(), dim=place.split_dim))
-        buffers = [target if target.is_contiguous() else torch.empty_like(part) for target in parts]
-        torch.distributed.gather(part.contiguous(), buffers, dst=first, group=group)
-        for target, buffer in zip(parts, buffers, strict=True):
-            if target is not buffer:
-                target.copy_(buffer)
-        return whole
+        row_group, rows = divided.pop(0, None), None
+        owner, start = divmod(first_row, len(parameter))
+        if row_group is None or row_group.rank() == owner:
+            rows = parameter.detach()[start : start + shape[0]]
+            for dim, group in divided.items():
+                rows = None if rows is None else _gather_to_first(rows, dim, group)
+        if row_group is not None and all(group.rank() == 0 for group in divided.values()):
+            rows = self._send_to_first(rows, owner, row_group, shape, parameter.dtype)
+        return rows
 
-    def _whole_shape(self, place: _Place) -> list[int]:
-        shape = list(place.shape)
-        if place.split_dim is not None:
-            shape[place.split_dim] *= self._groups.tp.size()
-        return shape
+    def _send_to_first(
+        self, rows: torch.Tensor | None, owner: int, group: Group, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        """Move what the group's `owner` has to its first rank."""
+        if owner == 0:
+            return rows
+        if group.rank() == owner:
+            assert rows is not None
+            torch.distributed.send(rows.contiguous(), torch.distributed.get_global_rank(group, 0), group=group)
+        if group.rank() != 0:
+            return None
+        received = torch.empty(shape, dtype=dtype, device=next(iter(self._parameters.values())).device)
+        torch.distributed.recv(received, torch.distributed.get_global_rank(group, owner), group=group)
+        return received
 
-    def _like_parameters(self, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
-        """Uninitialised, on the device of this rank's parameters."""
-        device = next(iter(self._parameters.values())).device
-        return torch.empty(shape, dtype=dtype, device=device)
+
+def _gather_to_first(part: torch.Tensor, dim: int, group: Group) -> torch.Tensor | None:
+    """Put the parts of a group's ranks together on its first rank."""
+    first = torch.distributed.get_global_rank(group, 0)
+    parts = [torch.empty_like(part) for _ in range(group.size())] if group.rank() == 0 else None
+    torch.distributed.gather(part.contiguous(), parts, dst=first, group=group)
+    return None if parts is None else torch.cat(parts, dim=dim)
 
 
 def _named_parameters(model_chunks: Chunks) -> list[tuple[str, torch.nn.Parameter]]:
     return [pair for chunk in unwrap_model(list(model_chunks)) for pair in chunk.named_parameters()]
-
-
-def _split_dim(parameter: Any) -> int | None:
-    """The dimension that is divided over the tensor ranks; None for a replica."""
-    return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None

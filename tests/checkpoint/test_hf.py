@@ -61,14 +61,23 @@ def test_every_dtype_and_shape_reads_as_the_library_reads(tmp_path: Path) -> Non
             assert actual.reshape(-1).view(torch.uint8).equal(expected.reshape(-1).view(torch.uint8)), name
 
 
-def test_slices_along_every_dimension(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf, "row_blocks", lambda shape, dtype: row_blocks(shape, dtype, block_bytes=200))
+@pytest.mark.parametrize("block_bytes", [40, 200, 2**20])
+def test_parts_cut_along_several_dimensions_and_in_another_shape(
+    sharded: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
+) -> None:
+    monkeypatch.setattr(hf, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(hf, "row_blocks", lambda shape, dtype: row_blocks(shape, dtype, block_bytes))
     expected = gemma3_files.load_tensors(sharded)
     with SafetensorsReader(sharded) as reader:
         for name, tensor in expected.items():
-            for dim in range(tensor.dim()):
-                start, stop = tensor.shape[dim] // 3, tensor.shape[dim] // 3 * 2 + 1
-                assert reader.read_slice(name, dim, start, stop).equal(tensor.narrow(dim, start, stop - start)), name
+            rows = tensor.shape[0]
+            divided = tensor.view(2, rows // 2, *tensor.shape[1:]) if rows % 2 == 0 else tensor
+            for whole in (tensor, divided):
+                part = [(size // 3, size // 3 * 2 + 1) for size in whole.shape]
+                own = whole[tuple(slice(*bounds) for bounds in part)]
+                target = torch.empty_like(own, memory_format=torch.contiguous_format)
+                reader.read_part(name, target, whole.shape, part)
+                assert target.equal(own), name
 
 
 def test_written_files_are_byte_for_byte_those_of_transformers(sharded: Path, tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def bytes_read(source: Path) -> tuple[int, int]:
     read_range = SafetensorsReader._read_range
 
     def counted(
-        reader: SafetensorsReader, stored: StoredTensor, begin_byte: int, end_byte: int, buffer: object
+        reader: SafetensorsReader, stored: StoredTensor, begin_byte: int, end_byte: int, buffer: object = None
     ) -> torch.Tensor:
         nonlocal num_read
         num_read += end_byte - begin_byte

@@ -6,9 +6,9 @@ head is tied to the embedding in all published sizes; some files carry it nevert
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
-from megatron_vlm.checkpoint.weight_map import Weight, WeightGroup, WeightMap
+from megatron_vlm.checkpoint.weight_map import Weight, WeightGroup, WeightMap, resolve
 from megatron_vlm.families.gemma3.config import ModelConfig
 
 # Prefixes in files: published and re-saved, in memory, text only; the vision tower has one more when freshly saved.
@@ -101,7 +101,7 @@ def _language_model(config: ModelConfig) -> Iterator[Weight]:
             "head": layer.head_dim,
             "ffn": layer.intermediate_size,
         }
-        yield from _resolve(TEXT_LAYER, f"layers.{index}.", sizes)
+        yield from resolve(TEXT_LAYER, sizes, f"layers.{index}.")
     yield Weight("norm.weight", (hidden_size,))
 
 
@@ -115,12 +115,7 @@ def _vision_tower(config: ModelConfig) -> Iterator[Weight]:
         "patch": vision.patch_size,
         "positions": (vision.image_size // vision.patch_size) ** 2,
     }
-    yield from _resolve(VISION_EMBEDDINGS, "", sizes)
+    yield from resolve(VISION_EMBEDDINGS, sizes)
     for index in range(vision.num_hidden_layers):
-        yield from _resolve(VISION_LAYER, f"encoder.layers.{index}.", sizes)
-    yield from _resolve({"post_layernorm.weight": "hidden", "post_layernorm.bias": "hidden"}, "", sizes)
-
-
-def _resolve(table: Mapping[str, str], prefix: str, sizes: Mapping[str, int]) -> Iterator[Weight]:
-    for suffix, dimensions in table.items():
-        yield Weight(prefix + suffix, tuple(sizes[dimension] for dimension in dimensions.split()))
+        yield from resolve(VISION_LAYER, sizes, f"encoder.layers.{index}.")
+    yield from resolve({"post_layernorm.weight": "hidden", "post_layernorm.bias": "hidden"}, sizes)

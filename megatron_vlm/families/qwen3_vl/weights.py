@@ -1,0 +1,155 @@
+"""Qwen3-VL's weights, dense and mixture of experts: names in Hugging Face files, our names, shapes.
+
+Source: transformers models/qwen3_vl and models/qwen3_vl_moe; the two layouts of experts in its `conversion_mapping`.
+Published files hold every expert's matrices transposed ([experts, hidden, 2 ffn] and [experts, ffn, hidden]), what
+transformers saves does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_vlm.checkpoint.weight_map import Weight, WeightGroup, WeightMap, resolve
+from megatron_vlm.families.qwen3_vl.config import ModelConfig, MoEConfig, TextConfig, VisionConfig
+
+# Prefixes in files: of the published files and of all that transformers saves; of a model saved without its head.
+LANGUAGE_MODEL = ("model.language_model.", "language_model.")
+LANGUAGE_MODEL_ALONE = ("model.",)
+HEAD = ("lm_head.",)
+VISION = ("model.visual.", "visual.")
+
+TEXT_LAYER = {
+    "input_layernorm.weight": "hidden",
+    "self_attn.q_proj.weight": "query hidden",
+    "self_attn.k_proj.weight": "key hidden",
+    "self_attn.v_proj.weight": "key hidden",
+    "self_attn.o_proj.weight": "hidden query",
+    "self_attn.q_norm.weight": "head",
+    "self_attn.k_norm.weight": "head",
+    "post_attention_layernorm.weight": "hidden",
+}
+DENSE = {
+    "mlp.gate_proj.weight": "ffn hidden",
+    "mlp.up_proj.weight": "ffn hidden",
+    "mlp.down_proj.weight": "hidden ffn",
+}
+ROUTER = {"mlp.gate.weight": "experts hidden"}
+EXPERTS = {
+    "gate_up_proj": "experts (2 ffn) hidden",
+    "down_proj": "experts hidden ffn",
+}
+VISION_EMBEDDINGS = {
+    "patch_embed.proj.weight": "hidden channels frames patch patch",
+    "patch_embed.proj.bias": "hidden",
+    "pos_embed.weight": "positions hidden",
+}
+VISION_BLOCK = {
+    "norm1.weight": "hidden",
+    "norm1.bias": "hidden",
+    "attn.qkv.weight": "(3 hidden) hidden",
+    "attn.qkv.bias": "(3 hidden)",
+    "attn.proj.weight": "hidden hidden",
+    "attn.proj.bias": "hidden",
+    "norm2.weight": "hidden",
+    "norm2.bias": "hidden",
+    "mlp.linear_fc1.weight": "ffn hidden",
+    "mlp.linear_fc1.bias": "ffn",
+    "mlp.linear_fc2.weight": "hidden ffn",
+    "mlp.linear_fc2.bias": "hidden",
+}
+MERGER = {
+    "norm.weight": "normalised",
+    "norm.bias": "normalised",
+    "linear_fc1.weight": "merged merged",
+    "linear_fc1.bias": "merged",
+    "linear_fc2.weight": "text merged",
+    "linear_fc2.bias": "text",
+}
+
+
+def weight_map(config: ModelConfig) -> WeightMap:
+    """The weights of a Qwen3-VL model, multimodal or its language model alone.
+
+    The language model alone is a Qwen3 model: with equal positions on all axes, the interleaved rotation is the plain
+    one.
+    """
+    text, vision = config.text, config.vision
+    vocabulary = (text.vocab_size, text.hidden_size)
+    head = WeightGroup("language_model.lm_head.", HEAD, (Weight("weight", vocabulary, has_vocabulary_rows=True),))
+    language_prefixes = (*LANGUAGE_MODEL_ALONE, *LANGUAGE_MODEL) if vision is None else LANGUAGE_MODEL
+    groups = [WeightGroup("language_model.", language_prefixes, tuple(_language_model(text)))]
+    for index, layer in enumerate(text.layers):
+        if layer.moe is not None:
+            groups.append(_experts(index, layer.moe, text.hidden_size, language_prefixes))
+    if not text.tie_word_embeddings:
+        groups.append(head)
+    if vision is not None:
+        groups.append(WeightGroup("vision_tower.", VISION, tuple(_vision_tower(vision))))
+        groups.append(WeightGroup("projector.", VISION, tuple(_projector(vision))))
+    has_experts = any(layer.moe for layer in text.layers)
+    return WeightMap(
+        groups=tuple(groups),
+        tied_groups=((head, "language_model.embed_tokens.weight"),) if text.tie_word_embeddings else (),
+        unread_hf_prefixes=VISION if vision is None else (),
+        text_only_class=("Qwen3MoeForCausalLM", "qwen3_moe") if has_experts else ("Qwen3ForCausalLM", "qwen3"),
+        text_only_settings={
+            "rope_parameters": {"rope_type": "default", "rope_theta": text.rope_theta},
+            **({"norm_topk_prob": True} if has_experts else {}),
+        },
+    )
+
+
+def _language_model(text: TextConfig) -> Iterator[Weight]:
+    """All but the head and the experts."""
+    yield Weight("embed_tokens.weight", (text.vocab_size, text.hidden_size), has_vocabulary_rows=True)
+    for index, layer in enumerate(text.layers):
+        sizes = {
+            "hidden": text.hidden_size,
+            "query": layer.num_attention_heads * layer.head_dim,
+            "key": layer.num_key_value_heads * layer.head_dim,
+            "head": layer.head_dim,
+            "ffn": layer.intermediate_size,
+            "experts": layer.moe.num_experts if layer.moe else 0,
+        }
+        yield from resolve(TEXT_LAYER | (ROUTER if layer.moe else DENSE), sizes, f"layers.{index}.")
+    yield Weight("norm.weight", (text.hidden_size,))
+
+
+def _experts(index: int, moe: MoEConfig, hidden_size: int, language_prefixes: tuple[str, ...]) -> WeightGroup:
+    """One layer's experts.
+
+    Without an example they are written as published, where transformers can see that: it compares the shape of each
+    tensor with its own, so where that is square it takes the values as they are. A Qwen3 model never looks.
+    """
+    sizes = {"experts": moe.num_experts, "ffn": moe.intermediate_size, "hidden": hidden_size}
+    is_square = hidden_size in (moe.intermediate_size, 2 * moe.intermediate_size)
+    return WeightGroup(
+        f"language_model.layers.{index}.mlp.experts.",
+        tuple(f"{prefix}layers.{index}.mlp.experts." for prefix in language_prefixes),
+        tuple(resolve(EXPERTS, sizes)),
+        transposable=True,
+        written_transposed=language_prefixes == LANGUAGE_MODEL and not is_square,
+    )
+
+
+def _vision_tower(vision: VisionConfig) -> Iterator[Weight]:
+    sizes = {
+        "hidden": vision.hidden_size,
+        "ffn": vision.intermediate_size,
+        "channels": vision.num_channels,
+        "frames": vision.temporal_patch_size,
+        "patch": vision.patch_size,
+        "positions": vision.num_positions_per_side**2,
+    }
+    yield from resolve(VISION_EMBEDDINGS, sizes)
+    for index in range(vision.num_hidden_layers):
+        yield from resolve(VISION_BLOCK, sizes, f"blocks.{index}.")
+
+
+def _projector(vision: VisionConfig) -> Iterator[Weight]:
+    """The mergers: the main one normalises patches, those of DeepStack what they have merged."""
+    merged = vision.hidden_size * vision.spatial_merge_size**2
+    sizes = {"merged": merged, "text": vision.out_hidden_size}
+    yield from resolve(MERGER, sizes | {"normalised": vision.hidden_size}, "merger.")
+    for level in range(len(vision.deepstack_layers)):
+        yield from resolve(MERGER, sizes | {"normalised": merged}, f"deepstack_merger_list.{level}.")
