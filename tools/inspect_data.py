@@ -32,7 +32,7 @@ def main() -> int:
             print(describe_sample(reader.read(0, row), builder), end="\n\n")
         if arguments.check:
             found = check_rows(reader)
-            print(f"{found.rows} rows, {found.images} images, {found.bad_rows} bad rows", *found.problems, sep="\n")
+            print(found, *found.problems, sep="\n")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -47,7 +47,9 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--first", type=int, default=0, help="row to begin with (default: 0)")
     parser.add_argument("--seq_length", type=int, default=2**30, help="most tokens of a row (default: no limit)")
     parser.add_argument("--text_only", action="store_true", help="use only the language model of a directory")
-    parser.add_argument("--check", action="store_true", help="also parse every row and look for every image file")
+    parser.add_argument(
+        "--check", action="store_true", help="also parse every row and look for every image and video file"
+    )
     return parser.parse_args()
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_vlm.data.prompts import PositionFunction, PromptRules, Sample, VisionGrid
+from megatron_vlm.data.prompts import PositionFunction, PromptRules, Sample
+from megatron_vlm.data.visuals import VisionGrid
 
 NO_LOSS = -100
 """Label of a position without a target, as in torch's cross entropy."""

@@ -13,6 +13,7 @@ from megatron_vlm.data.images import read_bytes
 from megatron_vlm.data.plan import SamplePlan
 from megatron_vlm.data.prompts import PromptBuilder, PromptRules
 from megatron_vlm.data.rows import RowReader, reader_for
+from megatron_vlm.data.videos import check_video_file
 from megatron_vlm.errors import DataError
 
 TRAINED_OPEN, TRAINED_CLOSE = "[[", "]]"
@@ -43,24 +44,25 @@ def describe_sample(placed: PlacedSample, builder: PromptBuilder) -> str:
         return f"{placed.row_name}\n{placed.problem}"
     sample = placed.sample
     figures = [f"{len(sample.input_ids)} tokens", f"{int(sample.trained.sum())} trained"]
-    if sample.num_images:
+    if sample.vision_inputs:
         shapes = [f"{name} {'x'.join(map(str, value.shape))}" for name, value in sample.vision_inputs.items()]
-        figures.append(f"{sample.num_images} images ({', '.join(shapes)})")
+        videos = f" and {sample.num_videos} videos" if sample.num_videos else ""
+        figures.append(f"{sample.num_images} images{videos} ({', '.join(shapes)})")
     if placed.truncated:
         figures.append("cut at a turn boundary")
     return f"{placed.row_name} ({', '.join(figures)})\n{marked_text(sample.input_ids, sample.trained, builder)}"
 
 
 def marked_text(input_ids: np.ndarray, trained: np.ndarray, builder: PromptBuilder) -> str:
-    """Decoded tokens with the trained text between [[ and ]]; runs of image tokens are counted, not repeated."""
+    """Decoded tokens with the trained text between [[ and ]]; runs of placeholders are counted, not repeated."""
     pieces = []
-    image_token_id = builder.rules.image_token_id
-    for (is_trained, is_image), run in groupby(
-        zip(input_ids.tolist(), trained.tolist(), strict=True), key=lambda pair: (pair[1], pair[0] == image_token_id)
+    placeholders = builder.rules.vision_token_ids
+    for (is_trained, is_visual), run in groupby(
+        zip(input_ids.tolist(), trained.tolist(), strict=True), key=lambda pair: (pair[1], pair[0] in placeholders)
     ):
         tokens = [token for token, _ in run]
-        text = builder.tokenizer.decode(tokens[:1] if is_image else tokens, clean_up_tokenization_spaces=False)
-        text = f"{text} x {len(tokens)} " if is_image else text
+        text = builder.tokenizer.decode(tokens[:1] if is_visual else tokens, clean_up_tokenization_spaces=False)
+        text = f"{text} x {len(tokens)} " if is_visual else text
         pieces.append(f"{TRAINED_OPEN}{text}{TRAINED_CLOSE}" if is_trained else text)
     return "".join(pieces)
 
@@ -71,9 +73,14 @@ class RowCheck:
 
     rows: int = 0
     images: int = 0
+    videos: int = 0
     bad_rows: int = 0
     problems: list[str] = field(default_factory=list)
     """The first problems, one line each."""
+
+    def __str__(self) -> str:
+        videos = f"{self.videos} videos, " if self.videos else ""
+        return f"{self.rows} rows, {self.images} images, {videos}{self.bad_rows} bad rows"
 
     def note(self, error: DataError) -> None:
         self.bad_rows += 1
@@ -82,13 +89,14 @@ class RowCheck:
 
 
 def check_rows(reader: RowReader) -> RowCheck:
-    """Parse every row and look for every image file (not decoding it).
+    """Parse every row and look for every image and video file (not decoding it).
 
     Args:
         reader: rows of the sources.
 
     Raises:
         DataError: `strict` is set and a row is bad, or more than `max_bad_fraction` of all rows are.
+        ConfigError: there are video files, and the package that decodes them is not installed.
     """
     check = RowCheck()
     for source, file in enumerate(reader.files):
@@ -96,8 +104,13 @@ def check_rows(reader: RowReader) -> RowCheck:
             check.rows += 1
             try:
                 conversation = reader.conversation(source, row)
-                for image in conversation.images:
-                    check.images += 1
+                check.images += len(conversation.images)
+                check.videos += len(conversation.videos)
+                for video in conversation.videos:
+                    if video.path is not None:
+                        check_video_file(video, conversation.row_name)
+                frames = [frame for video in conversation.videos for frame in video.frames]
+                for image in conversation.images + frames:
                     if image.url is not None and reader.settings.allow_urls:
                         continue
                     if image.path is None or not image.path.is_file():

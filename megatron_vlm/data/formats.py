@@ -4,8 +4,10 @@ Accepted rows:
     {"messages": [{"role": ..., "content": "text" or [parts]}, ...]}                       OpenAI style
     {"messages": [... "<image> in the text" ...], "images": [...]}                         images listed beside the text
     {"conversations": [{"from": "human", "value": "<image>\\n..."}, ...], "image": ...}     LLaVA / ShareGPT style
+`video` or `videos` beside the messages, with "<video>" in the text, likewise.
 Image parts: {"type": "image", "image" | "url" | "path" | "base64": X}, {"type": "image_url", "image_url": {"url": X}}.
 An image X: a path (relative to the JSONL file, or absolute), a data URI, an http(s) URL, base64 text, {"bytes": ...}.
+Video parts: {"type": "video", "video": path of a file or [X, X, ...], "fps": optional}.
 """
 
 from __future__ import annotations
@@ -14,14 +16,15 @@ import base64
 import binascii
 import dataclasses
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_vlm.errors import DataError
 
-IMAGE_MARKER = "<image>"
+IMAGE_MARKER, VIDEO_MARKER = "<image>", "<video>"
 ROLES = {
     "system": "system",
     "user": "user",
@@ -31,6 +34,7 @@ ROLES = {
     "model": "assistant",
 }
 IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
+VIDEO_KEYS = ("video", "url", "path", "video_url")
 # How base64 text of JPEG, PNG, GIF and WebP begins: tells a bare base64 string from a path without touching the disk.
 BASE64_IMAGE_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
 SHORTEST_BASE64_IMAGE = 64
@@ -64,7 +68,27 @@ class ImagePart:
     source: ImageSource | None
 
 
-Part = TextPart | ImagePart
+@dataclass(frozen=True)
+class VideoSource:
+    """Where one video comes from: a file, or its frames."""
+
+    path: Path | None = None
+    frames: tuple[ImageSource, ...] = ()
+    frames_per_second: float | None = None
+    """Of a list of frames: how many are shown in a second. Of a file: how many are taken from a second."""
+
+    def __str__(self) -> str:
+        return str(self.path) if self.path is not None else f"of {len(self.frames)} frames"
+
+
+@dataclass(frozen=True)
+class VideoPart:
+    """A video inside a message; `source` is None only while a row is being parsed."""
+
+    source: VideoSource | None
+
+
+Part = TextPart | ImagePart | VideoPart
 
 
 @dataclass(frozen=True)
@@ -100,6 +124,16 @@ class Conversation:
         ]
 
     @property
+    def videos(self) -> list[VideoSource]:
+        """Sources of all videos in reading order."""
+        return [
+            part.source
+            for message in self.messages
+            for part in message.parts
+            if isinstance(part, VideoPart) and part.source is not None
+        ]
+
+    @property
     def num_assistant_turns(self) -> int:
         """How many messages the assistant speaks."""
         return sum(message.role == "assistant" for message in self.messages)
@@ -108,25 +142,29 @@ class Conversation:
         """The conversation up to and including its `count`-th message."""
         return dataclasses.replace(self, messages=self.messages[:count])
 
-    def template_messages(self, images: list[Any]) -> list[dict[str, Any]]:
+    def template_messages(self, images: Sequence[Any], videos: Sequence[Any] = ()) -> list[dict[str, Any]]:
         """Messages as chat templates and processors take them.
 
         Args:
             images: one decoded image per image part, in reading order.
+            videos: the frames of each video part, in reading order.
         """
-        remaining = iter(images)
+        remaining_images, remaining_videos = iter(images), iter(videos)
+
+        def rendered_part(part: Part) -> dict[str, Any]:
+            if isinstance(part, TextPart):
+                return {"type": "text", "text": part.text}
+            if isinstance(part, VideoPart):
+                return {"type": "video", "video": next(remaining_videos)}
+            return {"type": "image", "image": next(remaining_images)}
+
         rendered = []
         for message in self.messages:
             content: str | list[dict[str, Any]]
             if isinstance(message.content, str):
                 content = message.content
             else:
-                content = [
-                    {"type": "text", "text": part.text}
-                    if isinstance(part, TextPart)
-                    else {"type": "image", "image": next(remaining)}
-                    for part in message.content
-                ]
+                content = [rendered_part(part) for part in message.content]
             rendered.append({**message.fields, "role": message.role, "content": content})
         return rendered
 
@@ -163,7 +201,7 @@ class _RowParser:
     def parse(self, row: dict[str, Any]) -> Conversation:
         if row.get("tools"):
             raise self.error("the row lists tools, which are not built yet", "remove the key, or the row")
-        for key in ("video", "videos", "audio", "audios"):
+        for key in ("audio", "audios"):
             if row.get(key):
                 raise self.error(f"the row lists {key}, which is not built yet for this family", "remove the row")
         is_llava = "messages" not in row and "conversations" in row
@@ -172,13 +210,18 @@ class _RowParser:
             raise self.error(
                 f"no list of messages; the row's keys are {sorted(row)}", "give `messages` or `conversations`"
             )
-        listed = self.listed_images(row)
-        # A marker stands for an image only where the row says so; elsewhere "<image>" is ordinary text.
-        markers = is_llava or bool(listed)
+        images, videos = self.listed_images(row), self.listed_videos(row)
+        # A marker stands for an image or video only where the row says so; elsewhere "<image>" is ordinary text.
+        markers: dict[str, Part] = {VIDEO_MARKER: VideoPart(None)} if videos else {}
+        if is_llava or images:
+            # LLaVA's video rows write "<image>" for a video.
+            markers[IMAGE_MARKER] = ImagePart(None) if images or not videos else VideoPart(None)
         messages = [self.message(turn, markers) for turn in turns]
         if isinstance(row.get("system"), str) and messages[0].role != "system":
             messages.insert(0, Message("system", row["system"]))
-        return Conversation(self.fill_placeholders(messages, listed), self.row_name)
+        messages = self.fill_placeholders(messages, [ImagePart(image) for image in images], "image")
+        messages = self.fill_placeholders(messages, [VideoPart(video) for video in videos], "video")
+        return Conversation(tuple(messages), self.row_name)
 
     def error(self, what: str, fix: str | None = None) -> DataError:
         return DataError(what, self.row_name, fix)
@@ -190,7 +233,14 @@ class _RowParser:
             return []
         return [self.image(item) for item in (listed if isinstance(listed, list) else [listed])]
 
-    def message(self, turn: Any, markers: bool) -> Message:
+    def listed_videos(self, row: dict[str, Any]) -> list[VideoSource]:
+        """Videos that a row lists beside its messages; a list under `video` is one video's frames."""
+        if row.get("videos") is not None:
+            listed = row["videos"]
+            return [self.video(item) for item in (listed if isinstance(listed, list) else [listed])]
+        return [] if row.get("video") is None else [self.video(row["video"])]
+
+    def message(self, turn: Any, markers: Mapping[str, Part]) -> Message:
         if not isinstance(turn, dict):
             raise self.error(f"a message is a JSON {type(turn).__name__}, not an object")
         role = turn.get("role", turn.get("from"))
@@ -204,25 +254,28 @@ class _RowParser:
         fields = {key: value for key, value in turn.items() if key not in used and value is not None}
         return Message(ROLES[role], self.content(content, markers), loss, fields)
 
-    def content(self, content: Any, markers: bool) -> str | tuple[Part, ...]:
+    def content(self, content: Any, markers: Mapping[str, Part]) -> str | tuple[Part, ...]:
         if isinstance(content, str):
-            return tuple(self.split_markers(content)) if markers and IMAGE_MARKER in content else content
+            if not any(marker in content for marker in markers):
+                return content
+            return tuple(self.split_markers(content, markers))
         if not isinstance(content, list):
             raise self.error(f"a message's content is {content!r}", "give a string or a list of parts")
         parts: list[Part] = []
         for item in content:
             part = self.part(item)
-            parts.extend(self.split_markers(part.text) if markers and isinstance(part, TextPart) else [part])
+            parts.extend(self.split_markers(part.text, markers) if markers and isinstance(part, TextPart) else [part])
         return tuple(parts)
 
-    def split_markers(self, text: str) -> Iterator[Part]:
-        """Text and image parts of a text with markers; line breaks beside a marker belong to the marker."""
-        for number, piece in enumerate(text.split(IMAGE_MARKER)):
-            if number:
-                yield ImagePart(None)
-            piece = piece.strip("\n") if IMAGE_MARKER in text else piece
-            if piece:
-                yield TextPart(piece)
+    def split_markers(self, text: str, markers: Mapping[str, Part]) -> Iterator[Part]:
+        """Parts of a text with markers; line breaks beside a marker belong to the marker."""
+        pieces = re.split("|".join(f"({re.escape(marker)})" for marker in markers), text)
+        has_markers = len(pieces) > 1
+        for piece in pieces:
+            if piece in markers:
+                yield markers[piece]
+            elif piece and (words := piece.strip("\n") if has_markers else piece):
+                yield TextPart(words)
 
     def part(self, item: Any) -> Part:
         kind = item.get("type") if isinstance(item, dict) else None
@@ -235,9 +288,35 @@ class _RowParser:
             if given and item.get("base64") is not None:
                 return ImagePart(ImageSource(data=self.decode_base64(given[0])))
             return ImagePart(self.image(given[0]) if given else None)
-        if kind in ("video", "audio", "video_url", "input_audio"):
+        if kind in ("video", "video_url"):
+            return self.video_part(item)
+        if kind in ("audio", "input_audio"):
             raise self.error(f"a part of type {kind!r} is not built yet for this family", "remove the part or the row")
-        raise self.error(f"not a content part: {str(item)[:80]}", "give {'type': 'text' | 'image', ...}")
+        raise self.error(f"not a content part: {str(item)[:80]}", "give {'type': 'text' | 'image' | 'video', ...}")
+
+    def video_part(self, item: dict[str, Any]) -> VideoPart:
+        given = [item[key] for key in VIDEO_KEYS if item.get(key) is not None]
+        if len(given) > 1:
+            raise self.error("a video part names more than one video", f"keep one of {', '.join(VIDEO_KEYS)}")
+        unknown = sorted(set(item) - {"type", "fps", *VIDEO_KEYS})
+        if unknown:
+            raise self.error(f"a video part has the keys {', '.join(unknown)}", "keep only the video and `fps`")
+        return VideoPart(self.video(given[0], item.get("fps")) if given else None)
+
+    def video(self, given: Any, rate: Any = None) -> VideoSource:
+        if isinstance(given, dict):
+            given, rate = given.get("video") or given.get("path") or given.get("url"), given.get("fps", rate)
+        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < 1e6):
+            raise self.error(f"a video's fps is {rate!r}", "give frames per second, or leave it out")
+        if isinstance(given, list):
+            if not given:
+                raise self.error("a video has no frames", "remove the part or the row")
+            return VideoSource(frames=tuple(self.image(frame) for frame in given), frames_per_second=rate)
+        if not isinstance(given, str) or not given:
+            raise self.error(f"not a video: {str(given)[:80]!r}", "give the path of a file, or a list of frames")
+        if given.startswith(("http://", "https://", "data:")):
+            raise self.error(f"a video is not a file: {given[:80]!r}", "write it to a file")
+        return VideoSource(path=self.directory / given.removeprefix("file://"), frames_per_second=rate)
 
     def image(self, given: Any) -> ImageSource:
         if isinstance(given, dict):
@@ -268,19 +347,20 @@ class _RowParser:
         except (AttributeError, ValueError, binascii.Error) as error:
             raise self.error(f"an image's bytes are not base64 ({error})") from None
 
-    def fill_placeholders(self, messages: list[Message], listed: list[ImageSource]) -> tuple[Message, ...]:
-        """Give the row's listed images to its placeholders, in order."""
-        empty = [part for message in messages for part in message.parts if part == ImagePart(None)]
-        if len(empty) != len(listed):
+    def fill_placeholders(self, messages: list[Message], listed: Sequence[Part], kind: str) -> list[Message]:
+        """Give the row's listed images, or its listed videos, to their placeholders in order."""
+        placeholder: Part = ImagePart(None) if kind == "image" else VideoPart(None)
+        found = sum(part == placeholder for message in messages for part in message.parts)
+        if found != len(listed):
             raise self.error(
-                f"{len(empty)} image placeholders but {len(listed)} images",
-                "write one placeholder per image, in the same order",
+                f"{found} {kind} placeholders but {len(listed)} {kind}s",
+                "write one placeholder per image or video, in the same order",
             )
         remaining = iter(listed)
         filled = []
         for message in messages:
             if not isinstance(message.content, str):
-                parts = [ImagePart(next(remaining)) if part == ImagePart(None) else part for part in message.content]
+                parts = [next(remaining) if part == placeholder else part for part in message.content]
                 message = dataclasses.replace(message, content=tuple(parts))
             filled.append(message)
-        return tuple(filled)
+        return filled

@@ -22,11 +22,14 @@ import torch
 from jinja2.exceptions import TemplateError
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
+from transformers.image_utils import SizeDict
+from transformers.video_utils import VideoMetadata
 
 from megatron_vlm.data.formats import Conversation, ImagePart, ImageSource, Message, TextPart
+from megatron_vlm.data.videos import Video
+from megatron_vlm.data.visuals import PatchSizes, VisionGrid, pack_in_reading_order
 from megatron_vlm.errors import ConfigError, DataError
 
-VisionGrid = tuple[int, int, int]
 PositionFunction = Callable[[np.ndarray, Sequence[VisionGrid]], np.ndarray]
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -51,6 +54,8 @@ class PromptRules:
     """Processor outputs that the vision tower takes."""
     video_token_id: int | None = None
     """Id of the token that stands for one feature of a video; None where the model takes none."""
+    patch_sizes: PatchSizes | None = None
+    """How images that vary in size are cut; None where all have one size."""
     position_ids: PositionFunction | None = None
     """Gives positions on several axes, [axes, S] int64, from (input_ids, vision_grids); None counts tokens."""
 
@@ -83,8 +88,9 @@ class PromptBuilder:
     Args:
         hf_path: directory with tokenizer, processor and chat template files.
         rules: the family's rules.
-        min_pixels: fewest pixels of an image; None keeps the processor's own value.
-        max_pixels: most pixels of an image; None keeps the processor's own value.
+        min_pixels: fewest pixels of an image, or of all frames of a video together; None keeps the processor's own
+            values.
+        max_pixels: most pixels, likewise.
 
     Raises:
         ConfigError: the directory cannot be loaded, has no chat template, or does not fit the model or the options.
@@ -98,6 +104,8 @@ class PromptBuilder:
         _check_pixel_limits(rules, min_pixels, max_pixels)
         self.processor = _load_processor(self.hf_path, has_images=rules.image_token_id is not None)
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        self._check_tokens_and_patches()
+        _set_pixel_limits(self.processor, min_pixels, max_pixels)
         template = self.processor.chat_template
         template = template.get("default") if isinstance(template, dict) else template
         if not template:
@@ -109,31 +117,28 @@ class PromptBuilder:
                 "model.hf_path",
                 "put {% generation %} ... {% endgeneration %} around the assistant's text in the template",
             )
-        own_id = getattr(self.tokenizer, "image_token_id", None)
-        if rules.image_token_id is not None and own_id != rules.image_token_id:
-            raise ConfigError(
-                f"the tokenizer's image token is {own_id}, config.json says {rules.image_token_id}", str(hf_path)
-            )
         self._control_token = _control_token_pattern(self.tokenizer, rules)
 
-    def encode(self, conversation: Conversation, images: list[Image.Image]) -> Sample:
+    def encode(self, conversation: Conversation, images: Sequence[Image.Image], videos: Sequence[Video] = ()) -> Sample:
         """Tokens, trained mask and vision inputs of one conversation.
 
         Args:
             conversation: the row.
             images: its decoded images in reading order.
+            videos: its decoded videos in reading order.
 
         Raises:
             DataError: the row cannot be rendered, has a control token in its text, or trains nothing.
         """
         assert not images or self.rules.image_token_id is not None
+        assert not videos or self.rules.video_token_id is not None
         self._refuse_control_tokens(conversation)
-        messages = conversation.template_messages(images)
+        messages = conversation.template_messages(images, [video.frames for video in videos])
         try:
-            output = self._apply_template(messages)
+            output = self._apply_template(messages, videos)
         # What templates and processors raise on a conversation they do not accept.
         except (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            raise DataError(f"the chat template refuses the row: {error}", conversation.row_name) from None
+            raise DataError(f"the chat template or processor refuses the row: {error}", conversation.row_name) from None
         input_ids = np.array(output["input_ids"], np.int64)
         if self.has_generation_tags:
             trained = np.array(output["assistant_masks"], bool)
@@ -142,11 +147,17 @@ class PromptBuilder:
         trained = _drop_untrained_turns(trained, conversation)
         if not trained.any():
             raise DataError("no token of the row is trained", conversation.row_name, "add an assistant message")
-        vision_inputs = {
-            key: torch.stack(list(output[key])) for key in self.rules.vision_keys if images and key in output
-        }
-        self._check_image_tokens(input_ids, vision_inputs, conversation)
-        return Sample(input_ids, trained, vision_inputs, len(images))
+        vision_inputs, grids = self._vision_inputs(input_ids, output if images or videos else {}, conversation)
+        return Sample(input_ids, trained, vision_inputs, len(images), len(videos), grids)
+
+    def sample_frames(self, metadata: VideoMetadata, frames_per_second: float | None) -> np.ndarray:
+        """Indices of the frames that the video processor takes of a file; see `videos.Sampler`."""
+        processor = self.processor.video_processor
+        if frames_per_second is not None:
+            return processor.sample_frames(metadata=metadata, fps=frames_per_second)
+        if not processor.do_sample_frames:
+            return np.arange(metadata.total_num_frames)
+        return processor.sample_frames(metadata=metadata, num_frames=processor.num_frames, fps=processor.fps)
 
     @property
     def filler_token_id(self) -> int:
@@ -155,12 +166,12 @@ class PromptBuilder:
 
     @cached_property
     def shortest_image_row_tokens(self) -> int:
-        """Tokens of a conversation of one image and one empty answer."""
+        """Tokens of a conversation of the smallest image and one empty answer."""
         blank = ImagePart(ImageSource(data=b""))
         conversation = Conversation((Message("user", (blank,)), Message("assistant", "")), "a blank image")
-        return len(self.encode(conversation, [Image.new("RGB", (64, 64))]).input_ids)
+        return len(self.encode(conversation, [Image.new("RGB", (1, 1))]).input_ids)
 
-    def _apply_template(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
+    def _apply_template(self, messages: list[dict[str, Any]], videos: Sequence[Video]) -> dict[str, Any]:
         """Processor output of one conversation, without the batch dimension on text."""
         options: dict[str, Any] = {"tokenize": True, "return_dict": True}
         if self.has_generation_tags:
@@ -170,11 +181,12 @@ class PromptBuilder:
                 messages, tokenizer_kwargs={"return_offsets_mapping": True}, **options
             )
             return dict(output)
-        output = self.processor.apply_chat_template(
-            messages,
-            processor_kwargs={"return_offsets_mapping": True, "return_text_replacement_offsets": True},
-            **options,
-        )
+        processor_options = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
+        if videos:
+            # Files were sampled when they were read; lists of frames are taken whole.
+            metadata = [video.metadata for video in videos]
+            processor_options.update(do_sample_frames=False, video_metadata=metadata)
+        output = self.processor.apply_chat_template(messages, processor_kwargs=processor_options, **options)
         per_text = ("input_ids", "assistant_masks", "offset_mapping", "text_replacement_offsets")
         return {key: value[0] if key in per_text else value for key, value in output.items()}
 
@@ -194,8 +206,9 @@ class PromptBuilder:
 
     @cached_property
     def _image_tokens(self) -> set[str]:
-        names = ("boi_token", "eoi_token", "image_token")
-        return {getattr(self.tokenizer, name) for name in names if getattr(self.tokenizer, name, None)}
+        names = ("boi_token", "eoi_token", "image_token", "video_token", "vision_start_token", "vision_end_token")
+        owners = (self.tokenizer, self.processor)
+        return {getattr(owner, name) for owner in owners for name in names if getattr(owner, name, None)}
 
     def _mask_by_markers(
         self, messages: list[dict[str, Any]], output: dict[str, Any], conversation: Conversation
@@ -220,13 +233,43 @@ class PromptBuilder:
             start, end = (position + _characters_gained(position, replacements) for position in span)
             trained |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])
         # Features of an image inside an answer are inputs, never targets.
-        if self.rules.image_token_id is not None:
-            trained &= np.array(output["input_ids"]) != self.rules.image_token_id
-        return trained
+        return trained & ~np.isin(output["input_ids"], self.rules.vision_token_ids)
 
-    def _check_image_tokens(
-        self, input_ids: np.ndarray, vision_inputs: dict[str, torch.Tensor], conversation: Conversation
-    ) -> None:
+    def _check_tokens_and_patches(self) -> None:
+        """The processor's placeholders and patches must be those that the model was configured with."""
+        for kind, expected in (("image", self.rules.image_token_id), ("video", self.rules.video_token_id)):
+            # Some processors call the mark that they expand their image token; some tokenizers name none.
+            own_ids = [getattr(owner, f"{kind}_token_id", None) for owner in (self.tokenizer, self.processor)]
+            own_id = next((token for token in own_ids if token is not None), None)
+            if expected is not None and own_id != expected:
+                raise ConfigError(
+                    f"the tokenizer's {kind} token is {own_id}, config.json says {expected}", self.hf_path
+                )
+        for kind in ("image", "video") if self.rules.patch_sizes is not None else ():
+            for name, expected in vars(self.rules.patch_sizes).items():
+                own = getattr(getattr(self.processor, f"{kind}_processor"), name)
+                if own != expected:
+                    raise ConfigError(
+                        f"the {kind} processor's {name} is {own}, config.json says {expected}",
+                        self.hf_path,
+                        "take config.json and the processor's files from one model",
+                    )
+
+    def _vision_inputs(
+        self, input_ids: np.ndarray, output: dict[str, Any], conversation: Conversation
+    ) -> tuple[dict[str, torch.Tensor], list[VisionGrid]]:
+        """What the vision tower takes, checked against the placeholders; and the grids of images that vary in size."""
+        rules, name = self.rules, conversation.row_name
+        if rules.patch_sizes is not None:
+            pixels, grids = pack_in_reading_order(
+                output, input_ids, rules.image_token_id, rules.video_token_id, rules.patch_sizes.merge_size, name
+            )
+            return ({} if pixels is None else {"pixel_values": pixels}), grids
+        vision_inputs = {key: torch.stack(list(output[key])) for key in rules.vision_keys if key in output}
+        self._check_image_tokens(input_ids, vision_inputs, name)
+        return vision_inputs, []
+
+    def _check_image_tokens(self, input_ids: np.ndarray, vision_inputs: dict[str, torch.Tensor], row_name: str) -> None:
         """With a fixed number of tokens per image, placeholders and images must agree."""
         if self.rules.tokens_per_image is None or self.rules.image_token_id is None:
             return
@@ -235,7 +278,7 @@ class PromptBuilder:
         if found != pictures * self.rules.tokens_per_image:
             raise DataError(
                 f"{found} image tokens for {pictures} images of {self.rules.tokens_per_image} tokens",
-                conversation.row_name,
+                row_name,
                 "check that the processor's image_seq_length is config.json's mm_tokens_per_image",
             )
 
@@ -280,6 +323,23 @@ def _check_pixel_limits(rules: PromptRules, min_pixels: int | None, max_pixels: 
             raise ConfigError(f"{key} is {value}, but this model {reason}", key, "set it to null")
 
 
+def _set_pixel_limits(processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
+    """Give the limits to the image and the video processor; what is not given keeps their own values."""
+    for kind in ("image", "video") if min_pixels is not None or max_pixels is not None else ():
+        part = getattr(processor, f"{kind}_processor", None)
+        if part is None:
+            continue
+        fewest = part.size["shortest_edge"] if min_pixels is None else min_pixels
+        most = part.size["longest_edge"] if max_pixels is None else max_pixels
+        if not 0 < fewest <= most:
+            raise ConfigError(
+                f"{kind}s would have at least {fewest} and at most {most} pixels",
+                "data.min_pixels" if min_pixels is not None else "data.max_pixels",
+                "set both, the second no smaller",
+            )
+        part.size = SizeDict(shortest_edge=fewest, longest_edge=most)
+
+
 def _load_processor(hf_path: str, has_images: bool) -> Any:
     loader = AutoProcessor if has_images else AutoTokenizer
     try:
@@ -297,6 +357,10 @@ def _load_processor(hf_path: str, has_images: bool) -> Any:
             "model.hf_path",
             "add processor_config.json or preprocessor_config.json, or set model.text_only to true",
         )
+    video_processor = getattr(processor, "video_processor", None)
+    if getattr(video_processor, "cap_pixels_per_frame", False) is None:
+        # What leaving it unset means, without the warning that transformers gives for that.
+        video_processor.cap_pixels_per_frame = False
     return processor
 
 

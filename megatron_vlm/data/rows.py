@@ -15,6 +15,7 @@ from megatron_vlm.data.images import load_image
 from megatron_vlm.data.index import JsonlRows, build_index
 from megatron_vlm.data.plan import PlannedSource
 from megatron_vlm.data.prompts import PromptBuilder, PromptRules, Sample, turn_ends
+from megatron_vlm.data.videos import load_video
 from megatron_vlm.errors import ConfigError, DataError
 
 ROWS_PEEKED_FOR_IMAGES = 256
@@ -61,13 +62,18 @@ class RowReader:
         """The parsed row.
 
         Raises:
-            DataError: the row has none of the known formats, or images for a text-only model.
+            DataError: the row has none of the known formats, or images or videos that the model does not take.
         """
         file = self.files[source]
         conversation = parse_row(*self._line(file, row), file.directory)
-        if conversation.images and self.builder.rules.image_token_id is None:
+        rules = self.builder.rules
+        if conversation.images and rules.image_token_id is None:
             raise DataError(
                 "the row has images but the model is text-only", file.name(row), "remove the images or the row"
+            )
+        if conversation.videos and rules.video_token_id is None:
+            raise DataError(
+                "the row has videos, which this model does not take", file.name(row), "remove the videos or the row"
             )
         return conversation
 
@@ -98,8 +104,10 @@ class RowReader:
         return file.read(row), file.name(row)
 
     def _encode(self, conversation: Conversation) -> Sample:
-        images = [load_image(source, conversation.row_name, self.settings.allow_urls) for source in conversation.images]
-        return self.builder.encode(conversation, images)
+        name, allow_urls = conversation.row_name, self.settings.allow_urls
+        images = [load_image(source, name, allow_urls) for source in conversation.images]
+        videos = [load_video(source, name, allow_urls, self.builder.sample_frames) for source in conversation.videos]
+        return self.builder.encode(conversation, images, videos)
 
     def _filler(self) -> Sample:
         """One token that trains nothing."""

@@ -1,0 +1,153 @@
+"""Videos from files and lists of frames, with the times that their frames stand for.
+
+A file is sampled as the model's video processor says, and decoded by the optional package `av`; a list of frames is
+taken as it is.
+
+Source: `read_video_pyav` in transformers/video_utils.py, which also reads no count from containers that store none and
+does not turn videos that a phone took upright; a test compares the frames.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.video_utils import VideoMetadata
+
+from megatron_vlm.data.formats import VideoSource
+from megatron_vlm.data.images import load_image
+from megatron_vlm.errors import ConfigError, DataError
+
+DEFAULT_FRAMES_PER_SECOND = 24.0
+"""Of frames whose rate is not known: what transformers assumes."""
+MAX_VIDEO_PIXELS = 2**29
+"""Most pixels of all frames that are kept of a video; 1.6 GB of memory."""
+# Containers of one file; none that names other files, as playlists do.
+CONTAINERS = "mov,mp4,matroska,webm,avi,mpeg,mpegts,flv,ogg,asf,gif"
+
+Sampler = Callable[[VideoMetadata, float | None], np.ndarray]
+"""Indices of the frames to take of a file, from what it says about itself and the rate that the row asks for."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """Decoded frames of one video: [frames, 3, height, width] uint8, their numbers in it, and its rate."""
+
+    frames: torch.Tensor
+    frames_indices: list[int]
+    frames_per_second: float
+    total_num_frames: int
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the video processor calculates times from."""
+        return {
+            "total_num_frames": self.total_num_frames,
+            "fps": self.frames_per_second,
+            "frames_indices": list(self.frames_indices),
+        }
+
+
+def load_video(source: VideoSource, row_name: str, allow_urls: bool, sample_frames: Sampler) -> Video:
+    """Read and decode one video.
+
+    Args:
+        source: a file, or frames.
+        row_name: file and line of the row, for error messages.
+        allow_urls: fetch frames from http(s) URLs instead of refusing them.
+        sample_frames: which frames of a file are taken.
+
+    Raises:
+        DataError: the video is missing, damaged or too large, or its frames differ in size.
+        ConfigError: the package that decodes files is not installed.
+    """
+    if source.path is None:
+        frames = [np.asarray(load_image(frame, row_name, allow_urls)) for frame in source.frames]
+        if len({frame.shape for frame in frames}) > 1:
+            sizes = sorted({f"{frame.shape[1]} x {frame.shape[0]}" for frame in frames})
+            raise DataError(f"the frames of a video differ in size: {', '.join(sizes)}", row_name, "scale them alike")
+        _check_size(len(frames), *frames[0].shape[:2], source, row_name)
+        rate = source.frames_per_second or DEFAULT_FRAMES_PER_SECOND
+        return Video(_stack(frames), list(range(len(frames))), rate, len(frames))
+    check_video_file(source, row_name)
+    try:
+        return _decode(source, row_name, sample_frames)
+    except DataError:
+        raise
+    # Decoders raise whatever a damaged file makes them stumble over; every such failure means the same for the row.
+    except Exception as error:
+        raise DataError(
+            f"video {source} cannot be decoded ({type(error).__name__}: {error})", row_name, "repair or remove it"
+        ) from None
+
+
+def check_video_file(source: VideoSource, row_name: str) -> None:
+    """Look for the file and for the package that decodes it.
+
+    Raises:
+        DataError, ConfigError: see `load_video`.
+    """
+    if importlib.util.find_spec("av") is None:
+        raise ConfigError(
+            "video files need the package av, which is not installed",
+            row_name,
+            "install the extra: pip install -c constraints.txt -e '.[video]'; or give lists of frames",
+        )
+    assert source.path is not None
+    if not source.path.is_file():
+        raise DataError(f"video {source.path} does not exist", row_name, "restore the file or remove the row")
+
+
+def _decode(source: VideoSource, row_name: str, sample_frames: Sampler) -> Video:
+    import av  # an optional package
+
+    # Nothing but the file itself is opened, whatever it says.
+    options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
+    with av.open(str(source.path), options=options) as container:
+        if not container.streams.video:
+            raise DataError(f"video {source} has no picture", row_name, "remove the row")
+        stream = container.streams.video[0]
+        total = stream.frames or _count_frames(source.path, options)
+        rate = float(stream.average_rate or DEFAULT_FRAMES_PER_SECOND)
+        if total == 0:
+            raise DataError(f"video {source} has no frames", row_name, "remove the row")
+        metadata = VideoMetadata(total_num_frames=total, fps=rate)
+        indices = sample_frames(metadata, source.frames_per_second).tolist()
+        _check_size(len(indices), stream.height, stream.width, source, row_name)
+        wanted, frames = set(indices), []
+        for number, frame in enumerate(container.decode(stream)):
+            if number in wanted:
+                # A phone held upright stores frames lying and the angle to turn them by.
+                frames.append(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
+            if number == indices[-1]:
+                break
+    if len(frames) != len(indices):
+        raise DataError(f"video {source} ends before its last frame", row_name, "repair or remove it")
+    return Video(_stack(frames), indices, rate, total)
+
+
+def _count_frames(path: Path | None, options: dict[str, str]) -> int:
+    """Frames of a file whose container does not say how many it has."""
+    import av  # an optional package
+
+    with av.open(str(path), options=options) as container:
+        return sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
+
+
+def _check_size(num_frames: int, height: int, width: int, source: VideoSource, row_name: str) -> None:
+    if num_frames * height * width > MAX_VIDEO_PIXELS:
+        raise DataError(
+            f"video {source} has {num_frames} frames of {width} x {height} pixels, more than {MAX_VIDEO_PIXELS} in all",
+            row_name,
+            "scale it down, or give a lower fps",
+        )
+
+
+def _stack(frames: list[np.ndarray]) -> torch.Tensor:
+    """Channels first, which the processor recognises whatever the height; [frames, 3, height, width]."""
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)

@@ -1,0 +1,99 @@
+"""Images and videos of any size as one sequence of patches, in the order in which their placeholders are read.
+
+Shapes: S tokens, P patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_vlm.errors import DataError
+
+VisionGrid = tuple[int, int, int]
+"""Frames, height and width of an image or video, in patches; "frames" are patches in time."""
+
+
+@dataclass(frozen=True)
+class PatchSizes:
+    """How images are cut: a patch is `temporal_patch_size` frames of `patch_size` squared pixels, and a token stands
+    for `merge_size` squared patches. Named as in transformers' processors."""
+
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+
+
+def pack_in_reading_order(
+    output: Mapping[str, Any],
+    input_ids: np.ndarray,
+    image_token_id: int | None,
+    video_token_id: int | None,
+    merge_size: int,
+    row_name: str,
+) -> tuple[torch.Tensor | None, list[VisionGrid]]:
+    """Patches of a row's images and videos, interleaved as their placeholders are.
+
+    Args:
+        output: the processor's: images and videos apart, with the grids of each.
+        input_ids: [S] int64. Every image and every frame of a video is one run of placeholders.
+        image_token_id: placeholder of images.
+        video_token_id: placeholder of videos.
+        merge_size: patches on each side of what one token stands for.
+        row_name: file and line of the row, for error messages.
+
+    Returns:
+        [P, patch features] float32, or None where the row has neither; and the grids in the same order.
+
+    Raises:
+        DataError: the runs of placeholders are not those of the images and videos.
+    """
+    images, videos = _pieces(output, "pixel_values", "image"), _pieces(output, "pixel_values_videos", "video")
+    patches: list[torch.Tensor] = []
+    grids: list[VisionGrid] = []
+    frames_left = 0
+    for token, length in _runs(input_ids, image_token_id, video_token_id):
+        if frames_left == 0 or token != video_token_id:
+            pixels, grid = next(videos if token == video_token_id else images, (None, (0, 0, 0)))
+            if pixels is None or frames_left:
+                raise _mismatch("more runs of placeholders than images and frames", row_name)
+            patches.append(pixels)
+            grids.append(grid)
+            frames_left = grid[0]
+        frames_left -= 1
+        expected = grids[-1][1] * grids[-1][2] // merge_size**2
+        if length != expected:
+            raise _mismatch(f"{length} placeholders in a run where {expected} features belong", row_name)
+    if frames_left or next(images, None) or next(videos, None):
+        raise _mismatch("fewer runs of placeholders than images and frames", row_name)
+    return (torch.cat(patches) if patches else None), grids
+
+
+def _pieces(output: Mapping[str, Any], pixels: str, kind: str) -> Iterator[tuple[torch.Tensor, VisionGrid]]:
+    """Patches and grid of each image, or of each video."""
+    if pixels not in output:
+        return iter(())
+    grids = [tuple(grid) for grid in output[f"{kind}_grid_thw"].tolist()]
+    sizes = [frames * height * width for frames, height, width in grids]
+    return zip(output[pixels].split(sizes), grids, strict=True)
+
+
+def _runs(input_ids: np.ndarray, image_token_id: int | None, video_token_id: int | None) -> Iterator[tuple[int, int]]:
+    """Token and length of each run of the same placeholder."""
+    is_vision = np.isin(input_ids, [token for token in (image_token_id, video_token_id) if token is not None])
+    starts = np.flatnonzero(np.diff(input_ids, prepend=-1))
+    lengths = np.diff(starts, append=len(input_ids))
+    runs = starts[is_vision[starts]]
+    return zip(input_ids[runs].tolist(), lengths[is_vision[starts]].tolist(), strict=True)
+
+
+def _mismatch(what: str, row_name: str) -> DataError:
+    return DataError(
+        what,
+        row_name,
+        "the chat template must put every image between vision markers, and the processor must use config.json's sizes",
+    )
