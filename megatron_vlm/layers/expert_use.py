@@ -64,16 +64,19 @@ class ExpertUse:
         """Numbers that a stage sends to the next."""
         return 0 if self.balancing is None else self.balancing.size
 
+    def start(self, device: torch.device) -> torch.Tensor | None:
+        """The load-balancing sum before the first layer; None where there is no such loss."""
+        return None if self.balancing is None else torch.zeros(self.num_carried, device=device)
+
     def add(self, layer: int, routing: Routing, share: TokenShare, carried: torch.Tensor | None) -> torch.Tensor | None:
-        """Count one layer's tokens of a micro-batch; returns the load-balancing sum with it, to be carried on."""
+        """Count one layer's tokens of a micro-batch; returns the load-balancing sum with it."""
         counted = self.tokens.get(layer)
         # In fp64: fp32 would stop counting at 16 million.
         tokens = routing.tokens.double()
         self.tokens[layer] = tokens if counted is None else counted + tokens
-        if self.balancing is None:
+        if self.balancing is None or carried is None:
             return None
-        added = self.balancing.of_layer(routing, share.num_real)
-        return added if carried is None else carried + added
+        return carried + self.balancing.of_layer(routing, share.num_real)
 
     def with_balancing(
         self, losses_BS: torch.Tensor, has_label_BS: torch.Tensor, carried: torch.Tensor

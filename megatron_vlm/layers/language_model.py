@@ -12,6 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from megatron_vlm.layers.embedding import TokenEmbedding, padded_vocab_size, vocab_parallel_logits
+from megatron_vlm.layers.expert_use import ExpertUse
 from megatron_vlm.layers.linear import ColumnParallelLinear, Group
 from megatron_vlm.layers.norm import RMSNorm
 from megatron_vlm.parallel.chunk import ChunkSettings
@@ -60,6 +61,7 @@ class LanguageModelChunk(torch.nn.Module):
         self.text, self.group, self.softcap = text, group, softcap
         self.sequence_parallel = chunk.engine.sequence_parallel
         self.recompute_layers = chunk.recompute == "full"
+        self.expert_use: ExpertUse | None = None
         if chunk.is_first or (chunk.is_last and text.tie_word_embeddings):
             self.embed_tokens = TokenEmbedding(
                 text.vocab_size, text.hidden_size, text.pad_token_id, chunk.engine, group

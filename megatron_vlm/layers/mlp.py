@@ -1,11 +1,13 @@
-"""Gated feed-forward layer."""
+"""Feed-forward layers, with a gate and without."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, cast
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.functional import gelu
 
 from megatron_vlm.layers.linear import ColumnParallelLinear, Group, RowParallelLinear, column_parallel
 
@@ -31,3 +33,35 @@ class GatedMLP(torch.nn.Module):
         """[S, B, H] to the same, shards of the sequence under sequence parallelism."""
         gate, up = column_parallel(x, (self.gate_proj, self.up_proj), self.group, self.sequence_parallel)
         return self.down_proj(self.activation(gate) * up)
+
+
+class MLP(torch.nn.Module):
+    """second(gelu(first(x))) with biases, columns of the first and rows of the second split over the tensor ranks.
+
+    Args:
+        sizes: of the input, between, and of the output.
+        names: of the two layers, as checkpoints of the family have them.
+        approximate: of the GELU: "none" or "tanh".
+        engine: megatron-core settings without sequence parallelism.
+        group: tensor ranks.
+    """
+
+    def __init__(
+        self,
+        sizes: tuple[int, int, int],
+        names: tuple[str, str],
+        approximate: Literal["none", "tanh"],
+        engine: TransformerConfig,
+        group: Group,
+    ) -> None:
+        super().__init__()
+        self.names, self.approximate, self.group = names, approximate, group
+        in_size, hidden_size, out_size = sizes
+        self.add_module(names[0], ColumnParallelLinear(in_size, hidden_size, engine, group, bias=True))
+        self.add_module(names[1], RowParallelLinear(hidden_size, out_size, engine, group, bias=True))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] to [..., out]."""
+        first, second = (self.get_submodule(name) for name in self.names)
+        (hidden,) = column_parallel(x, (cast(ColumnParallelLinear, first),), self.group, False)
+        return second(gelu(hidden, approximate=self.approximate))

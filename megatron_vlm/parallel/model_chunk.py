@@ -8,6 +8,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_vlm.layers.language_model import LanguageModelChunk
 from megatron_vlm.parallel.chunk import ChunkSettings
 from megatron_vlm.parallel.gradients import mark_partial
 
@@ -22,7 +23,7 @@ class ModelChunk(MegatronModule):
     """
 
     model_type = ModelType.encoder_or_decoder
-    language_model: torch.nn.Module
+    language_model: LanguageModelChunk
 
     def __init__(self, chunk: ChunkSettings, groups: ProcessGroupCollection, tied: bool) -> None:
         super().__init__(chunk.engine)
@@ -40,8 +41,7 @@ class ModelChunk(MegatronModule):
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor:
         """The tied embedding, whose gradients megatron-core sums over the first and last stage."""
-        weight: torch.Tensor = self.language_model.embed_tokens.weight  # type: ignore[union-attr,assignment]
-        return weight
+        return self.language_model.embed_tokens.weight
 
     def to_sequence_first(self, x_BSH: torch.Tensor) -> torch.Tensor:
         """[B, S, H] as [S, B, H], this rank's shard of S under sequence parallelism."""

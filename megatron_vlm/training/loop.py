@@ -21,9 +21,10 @@ from megatron_vlm.config import Config, changed_settings, to_dict, to_yaml
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.data.rows import BadRowTracker
 from megatron_vlm.errors import ConfigError, DataError, DivergenceError
+from megatron_vlm.layers.expert_use import collect_expert_use
 from megatron_vlm.training.guard import StepGuard
 from megatron_vlm.training.loggers import Callback, build_loggers
-from megatron_vlm.training.metrics import StepMetrics
+from megatron_vlm.training.metrics import StepMetrics, expert_statistics
 from megatron_vlm.training.optimizer import apply_gradients, gradient_norm, learning_rates
 from megatron_vlm.training.preflight import record_export
 from megatron_vlm.training.profiling import ProfileWindow
@@ -134,6 +135,7 @@ class Trainer:
             chunk.zero_grad_buffer()
         run.optimizer.zero_grad()
         sums = run_global_batch(run.model, self._to_device(batches), run.groups, len(run.train_loader.source_names))
+        expert_use = collect_expert_use(run.model, run.groups)
         norm = gradient_norm(run.optimizer)
         losses = sums.tolist()  # waits for the device: the loss and the norm decide whether the step is applied
         loss = sum(total for total, _ in losses) / max(1.0, sum(count for _, count in losses))
@@ -148,7 +150,7 @@ class Trainer:
         counts = self._sum_over_data_ranks([*(sum(b.counters[name] for b in batches) for name in COUNTERS), flops])
         # Bringing these figures to the host waits for the update too, so that the step's time is honest.
         request, wait, peak = self._largest([self.requests.number, waited, platform.current().peak_memory_bytes()])
-        self._log(losses, loss, norm, counts, time.perf_counter() - began, wait, peak, problem is not None)
+        self._log(losses, loss, norm, counts, expert_use, time.perf_counter() - began, wait, peak, problem is not None)
         problems = [problem for batch in batches for problem in batch.problems]
         try:
             self.bad_rows.update(int(counts[0]), self.config.train.global_batch_size, problems)
@@ -163,6 +165,7 @@ class Trainer:
         loss: float,
         norm: float,
         counts: Sequence[float],
+        expert_use: tuple[torch.Tensor, torch.Tensor] | None,
         seconds: float,
         wait_seconds: float,
         peak_bytes: float,
@@ -174,6 +177,9 @@ class Trainer:
         names = run.train_loader.source_names
         lr, lr_by_part = learning_rates(run.optimizer, self.config.optimizer)
         counters = dict(zip(COUNTERS, map(int, counts), strict=False))
+        balance = None
+        if expert_use is not None and self.config.model.moe_load_balancing != "none":
+            balance = expert_use[1].item() / max(1, counters["label_tokens"])
         metrics = StepMetrics(
             step=self.step,
             train_iters=train.train_iters,
@@ -195,6 +201,8 @@ class Trainer:
             model_flops=counts[-1],
             world_size=torch.distributed.get_world_size(),
             skipped=skipped,
+            experts=None if expert_use is None else expert_statistics(expert_use[0]),
+            load_balancing_loss=balance,
         )
         if skipped or self.step % train.log_interval == 0 or self.step == train.train_iters:
             for logger in self.loggers:
@@ -216,6 +224,7 @@ class Trainer:
                 request = int(self._largest([self.requests.number])[0])
                 if request:
                     break
+        collect_expert_use(run.model, run.groups)  # what was counted here is not part of the next step
         loader.seek(0)
         totals = sums.tolist()
         label_tokens = sum(count for _, count in totals)

@@ -25,6 +25,7 @@ from megatron_vlm.data.loader import MicroBatchLoader, Share, build_train_loader
 from megatron_vlm.data.prompts import PromptRules
 from megatron_vlm.families import registry
 from megatron_vlm.parallel.build import BuildSettings, build_chunks, wrap_data_parallel
+from megatron_vlm.parallel.chunk import MoESettings
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.initialize import initialize_weights
 from megatron_vlm.training.optimizer import build_optimizer, build_scheduler
@@ -86,7 +87,9 @@ def set_up(config: Config) -> Run:
     check_run_dir(config)
     due_export = check_export(config)
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
-    groups = build_groups(layout.tensor_size, layout.pipeline_size, timeout=timeout)
+    groups = build_groups(
+        layout.tensor_size, layout.pipeline_size, layout.expert_size, layout.expert_tensor_size, timeout
+    )
     initialize_megatron(config.train.seed, groups)
     if config.train.deterministic:
         platform.current().use_deterministic_algorithms()
@@ -165,6 +168,8 @@ def _layout_sizes(config: Config, layout: Layout) -> dict[str, int]:
         "pipeline": layout.pipeline_size,
         "virtual": config.parallel.virtual_pipeline_model_parallel_size,
         "data": layout.data_size,
+        "expert": layout.expert_size,
+        "expert_tensor": layout.expert_tensor_size,
         "sequence_parallel": int(config.parallel.sequence_parallel),
     }
 
@@ -179,6 +184,9 @@ def build_settings(config: Config, layout: Layout) -> BuildSettings:
         config.model.vision_parallelism,
         config.train.deterministic,
         config.parallel.overlap_grad_reduce or config.parallel.overlap_param_gather,
+        MoESettings(
+            config.parallel.moe_token_dispatcher_type, config.model.moe_load_balancing, config.model.moe_aux_loss_coeff
+        ),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,9 @@ from megatron_vlm.checkpoint.hf_model import load_hf_into_model
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families import registry
 from megatron_vlm.parallel.build import BuildSettings, build_chunks, wrap_data_parallel
+from megatron_vlm.parallel.chunk import MoESettings
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
+from megatron_vlm.parallel.sharding import gather_whole
 from megatron_vlm.parallel.stages import assign_layers
 from megatron_vlm.training.step import run_global_batch
 
@@ -37,6 +39,9 @@ class TestLayout:
     recompute: Literal["none", "selective", "full"] = "none"
     pipeline_layout: tuple[int, ...] | None = None
     overlap: bool = False
+    expert: int = 1
+    expert_tensor: int = 1
+    moe: MoESettings = field(default_factory=MoESettings)
 
 
 LAYOUTS = {
@@ -67,14 +72,20 @@ def set_up(
     hf_dir: str, layout: TestLayout, dtype: torch.dtype = torch.float32
 ) -> tuple[list[torch.nn.Module], ProcessGroupCollection]:
     """A model loaded from a Hugging Face directory, wrapped for data parallelism, in this rank's place."""
-    groups = build_groups(layout.tensor, layout.pipeline)
+    groups = build_groups(layout.tensor, layout.pipeline, layout.expert, layout.expert_tensor)
     initialize_megatron(1, groups)
     hf_config = registry.load_hf_config(hf_dir)
     family = registry.detect(hf_config)
     model_config = family.config_from_hf(hf_config, text_only=False)
     layers = assign_layers(len(model_config.text.layers), layout.pipeline, layout.virtual, layout.pipeline_layout)
     settings = BuildSettings(
-        layers, dtype, layout.sequence_parallel, layout.recompute, layout.vision, overlapped=layout.overlap
+        layers,
+        dtype,
+        layout.sequence_parallel,
+        layout.recompute,
+        layout.vision,
+        overlapped=layout.overlap,
+        moe=layout.moe,
     )
     chunks = build_chunks(family, model_config, settings, groups)
     load_hf_into_model(chunks, hf_dir, family, model_config, groups)
@@ -87,7 +98,7 @@ def own_micro_batches(
     """This data rank's share, its sequence padded for sequence parallelism, without pixels past the first stage."""
     mine = [batch.to(platform.current().device) for batch in micro_batches[groups.dp.rank() :: groups.dp.size()]]
     assert not layout.sequence_parallel or mine[0].input_ids.shape[1] % layout.tensor == 0
-    return mine
+    return mine if groups.pp.rank() == 0 else [replace(batch, vision_inputs={}) for batch in mine]
 
 
 @dataclass
@@ -135,14 +146,14 @@ def _record_logits(model: Sequence[torch.nn.Module], groups: ProcessGroupCollect
 
 
 def whole_gradients(model: Sequence[torch.nn.Module], groups: ProcessGroupCollection) -> dict[str, torch.Tensor]:
-    """Main gradients by name, gathered over tensor ranks and, with the distributed optimizer, over data ranks."""
+    """Main gradients by name, gathered over all splits and, with the distributed optimizer, over data ranks."""
     gradients: dict[str, torch.Tensor] = {}
     for chunk in model:
         if chunk.ddp_config.use_distributed_optimizer:
-            for buffer in chunk.buffers:
-                for bucket in buffer.buckets:
-                    shard = bucket.grad_data.chunk(groups.dp_cp.size())[groups.dp_cp.rank()].clone()
-                    torch.distributed.all_gather_into_tensor(bucket.grad_data, shard, group=groups.dp_cp)
+            for buffers, group in ((chunk.buffers, groups.dp_cp), (chunk.expert_parallel_buffers, groups.expt_dp)):
+                for bucket in (bucket for buffer in buffers for bucket in buffer.buckets):
+                    shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                    torch.distributed.all_gather_into_tensor(bucket.grad_data, shard, group=group)
         for name, parameter in chunk.module.named_parameters():
             gradients[name] = gather_parameter(parameter, parameter.main_grad, groups)
     return gradients
@@ -151,12 +162,8 @@ def whole_gradients(model: Sequence[torch.nn.Module], groups: ProcessGroupCollec
 def gather_parameter(
     parameter: torch.nn.Parameter, values: torch.Tensor, groups: ProcessGroupCollection
 ) -> torch.Tensor:
-    """Whole values of a parameter-shaped tensor."""
-    if not getattr(parameter, "tensor_model_parallel", False) or groups.tp.size() == 1:
-        return values.detach().cpu().clone()
-    parts = [torch.empty_like(values) for _ in range(groups.tp.size())]
-    torch.distributed.all_gather(parts, values.detach().contiguous(), group=groups.tp)
-    return torch.cat(parts, dim=parameter.partition_dim).cpu()
+    """Whole values of a parameter-shaped tensor, as a copy on the host."""
+    return gather_whole(values.detach(), parameter, groups).cpu().clone()
 
 
 def hf_gradients(model: Any) -> dict[str, torch.Tensor]:
@@ -167,6 +174,17 @@ def hf_gradients(model: Any) -> dict[str, torch.Tensor]:
 def our_name(name: str) -> str:
     """Our name of a parameter in transformers' memory (not in its files)."""
     name = name.removeprefix("model.").replace("vision_model.", "")
-    if name.startswith("multi_modal_projector."):
-        return name.replace("multi_modal_projector.", "projector.")
-    return name if name.startswith(("language_model.", "vision_tower.")) else f"language_model.{name}"
+    for theirs, ours in OUR_PREFIXES.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return f"language_model.{name}"
+
+
+OUR_PREFIXES = {
+    "multi_modal_projector.": "projector.",
+    "visual.merger.": "projector.merger.",
+    "visual.deepstack_merger_list.": "projector.deepstack_merger_list.",
+    "visual.": "vision_tower.",
+    "language_model.": "language_model.",
+    "vision_tower.": "vision_tower.",
+}

@@ -99,6 +99,8 @@ class Gemma3Chunk(ModelChunk):
         groups: process groups; `tp` and `cp` (of one rank) are read.
     """
 
+    language_model: Gemma3LanguageModel
+
     def __init__(self, config: ModelConfig, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
         super().__init__(chunk, groups, config.text.tie_word_embeddings)
         self.language_model = Gemma3LanguageModel(config.text, chunk, groups.tp)

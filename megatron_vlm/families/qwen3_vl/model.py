@@ -94,12 +94,13 @@ class Qwen3VLLanguageModel(LanguageModelChunk):
         """
         rope = mrope_table(batch.position_ids, *self.rope, state.hidden.dtype)
         spans = Spans(batch.span_low, batch.span_high)
-        share = TokenShare.of(batch.document_ids, self.chunk, self.groups) if self.expert_use else None
+        use = self.expert_use
+        share = None if use is None else TokenShare.of(batch.document_ids, self.chunk, self.groups)
         x_SBH, levels, balance = state.hidden, state.sequences, state.numbers
         for index, layer in zip(self.chunk.layers, self.layers.values(), strict=True):
             x_SBH, routing = self.run_layer(layer, x_SBH, rope, spans, share)
-            if routing is not None:
-                balance = self.expert_use.add(index, routing, share, balance)
+            if use is not None and share is not None and routing is not None:
+                balance = use.add(index, routing, share, balance)
             if levels:
                 x_SBH, levels = x_SBH + levels[0], levels[1:]
         return StageState(x_SBH, levels, balance)
@@ -113,6 +114,8 @@ class Qwen3VLChunk(ModelChunk):
         chunk: which part of it, and how it is held.
         groups: process groups; those of tensor ranks, context ranks (one) and experts are read.
     """
+
+    language_model: Qwen3VLLanguageModel
 
     def __init__(self, config: ModelConfig, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
         super().__init__(chunk, groups, config.text.tie_word_embeddings)
@@ -134,9 +137,9 @@ class Qwen3VLChunk(ModelChunk):
         if not self.post_process:
             return pack(state, self.input_tensor)
         losses_BS = token_losses(self.language_model.logits(state.hidden), batch.labels, self.groups.tp)
-        if state.numbers is not None:
-            has_label = batch.labels != IGNORED_LABEL
-            losses_BS = self.language_model.expert_use.with_balancing(losses_BS, has_label, state.numbers)
+        use = self.language_model.expert_use
+        if use is not None and state.numbers is not None:
+            losses_BS = use.with_balancing(losses_BS, batch.labels != IGNORED_LABEL, state.numbers)
         return losses_BS
 
     def _input(self, batch: MicroBatch) -> StageState:
@@ -149,7 +152,7 @@ class Qwen3VLChunk(ModelChunk):
             length //= self.groups.tp.size()
         use = self.language_model.expert_use
         num_levels = self.num_levels_before if batch.vision_grids else 0
-        return unpack(self.input_tensor, length, num_levels, use.num_carried if use else 0)
+        return unpack(self.input_tensor, length, num_levels, use.num_carried if use is not None else 0)
 
     def _embed(self, batch: MicroBatch) -> StageState:
         """Tokens and visual features as one sequence, and the DeepStack levels, zero on text."""
@@ -160,7 +163,12 @@ class Qwen3VLChunk(ModelChunk):
             main, *levels = self._features(batch)
             x_BSH = place_features(x_BSH, main, batch.feature_index)
             levels = [place_features(torch.zeros_like(x_BSH), level, batch.feature_index) for level in levels]
-        return StageState(self.to_sequence_first(x_BSH), [self.to_sequence_first(level) for level in levels])
+        use = self.language_model.expert_use
+        return StageState(
+            self.to_sequence_first(x_BSH),
+            [self.to_sequence_first(level) for level in levels],
+            use.start(x_BSH.device) if use is not None else None,
+        )
 
     def _features(self, batch: MicroBatch) -> list[torch.Tensor]:
         """Features of all images and videos in a row, [features, H]: main, then DeepStack levels."""

@@ -1,0 +1,103 @@
+"""Compares what the ranks of a layout computed with what transformers computed, for any family."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vlm.data.collate import MicroBatch
+from tests.parity.layouts import RankResult, TestLayout, run_case
+from tests.ranks import run_ranks
+
+# fp32 sums in another order: one product of 32 to 250 terms differs by about 1e-7 relative, a network of 4 layers
+# amplifies that to 1e-6 .. 1e-5. The largest error seen over all layouts is printed by `pytest -s`.
+LOGITS_TOLERANCE = 1e-4
+GRADIENT_TOLERANCE = 1e-4
+LOSS_TOLERANCE = 1e-6
+
+# Softmax does not change when one number is added to all scores of a query: a key bias has no gradient.
+ZERO_GRADIENT = "k_proj.bias"
+VOCABULARY_WEIGHTS = ("embed_tokens.weight", "lm_head.weight")
+
+
+@dataclass
+class Expected:
+    """What transformers computes for a global batch.
+
+    Attributes:
+        micro_batches: the global batch.
+        gradients: of the mean loss over all label tokens, by our names.
+        logits: of each micro-batch, [B, S, V].
+        lengths: of the rows of each micro-batch, without padding.
+        loss_sum: over all label tokens.
+        label_tokens: how many.
+    """
+
+    micro_batches: list[MicroBatch]
+    gradients: dict[str, torch.Tensor]
+    logits: list[torch.Tensor]
+    lengths: list[list[int]]
+    loss_sum: float
+    label_tokens: int
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Largest difference relative to the largest value of the tensor."""
+    return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item()
+
+
+def check_layout(
+    layout: TestLayout, directory: str, cases: dict[str, Expected], vocabulary: int
+) -> tuple[float, float]:
+    """Run all cases in a layout and compare; returns the worst errors of logits and gradients."""
+    batches = {name: case.micro_batches for name, case in cases.items()}
+    ranks = run_ranks(layout.world_size, run_case, directory, layout, batches)
+    worst = [_check_case([rank[name] for rank in ranks], case, vocabulary) for name, case in cases.items()]
+    return max(logits for logits, _ in worst), max(gradient for _, gradient in worst)
+
+
+def _check_case(ranks: Sequence[RankResult], expected: Expected, vocabulary: int) -> tuple[float, float]:
+    seen: dict[str, float] = {}
+    worst_logits = 0.0
+    data_size = 1 + max(result.data_rank for result in ranks)
+    for result in ranks:
+        assert result.label_tokens == expected.label_tokens
+        assert result.loss_sum == pytest.approx(expected.loss_sum, rel=LOSS_TOLERANCE)
+        for name, ours in result.gradients.items():
+            seen[name] = max(seen.get(name, 0.0), _gradient_error(name, ours, expected.gradients[name], vocabulary))
+        micro_batches = range(result.data_rank, len(expected.micro_batches), data_size)
+        for index, ours in zip(micro_batches, result.logits, strict=False):
+            for row, count in enumerate(expected.lengths[index]):
+                error = relative_error(ours[row, :count, :vocabulary], expected.logits[index][row, :count])
+                assert error <= LOGITS_TOLERANCE, f"logits of row {row} of micro-batch {index}: {error}"
+                worst_logits = max(worst_logits, error)
+    assert set(seen) == set(expected.gradients), f"no rank holds {set(expected.gradients) - set(seen)}"
+    assert any(result.logits for result in ranks)
+    return worst_logits, max(seen.values())
+
+
+def _gradient_error(name: str, ours: torch.Tensor, theirs: torch.Tensor, vocabulary: int) -> float:
+    if name.endswith(VOCABULARY_WEIGHTS):
+        assert not ours[vocabulary:].any(), f"gradient in the padding of {name}"
+        ours = ours[:vocabulary]
+    if not theirs.any() or name.endswith(ZERO_GRADIENT):
+        assert ours.abs().max() <= 1e-6, name
+        return 0.0
+    # Some of ours have one more dimension than transformers', over the same numbers.
+    error = relative_error(ours.reshape(theirs.shape), theirs)
+    assert error <= GRADIENT_TOLERANCE, f"{name}: {error}"
+    return error
+
+
+def record(name: str, logits: float, gradient: float) -> None:
+    """Print, and append to the file that PARITY_REPORT names."""
+    print(f"\n{name}: worst logits {logits:.1e}, worst gradient {gradient:.1e}")
+    if report := os.environ.get("PARITY_REPORT"):
+        with Path(report).open("a") as file:
+            file.write(json.dumps({"layout": name, "logits": logits, "gradient": gradient}) + "\n")
