@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -60,7 +60,12 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=use_distributed_optimizer,
     )
-    return get_megatron_optimizer(config, list(model), overrides, use_gloo_process_groups=False, pg_collection=groups)
+    chain = get_megatron_optimizer(config, list(model), overrides, use_gloo_process_groups=False, pg_collection=groups)
+    assert isinstance(chain, ChainedOptimizer)
+    for member in chain.chained_optimizers[:-1]:
+        # A distributed optimizer's step ends with gathering all parameters, the other's too: only the last one does.
+        member._defer_param_sync = True
+    return chain
 
 
 def _has_no_decay(parameter: torch.nn.Parameter, name: str) -> bool:

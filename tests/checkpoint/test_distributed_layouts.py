@@ -158,7 +158,7 @@ def learning_rate(step: int) -> float:
     return LEARNING_RATE * 0.5 * (math.cos(math.pi * (step - 2) / 98) + 1)
 
 
-def reference(num_steps: int) -> dict[str, torch.Tensor]:
+def reference(num_steps: int, clip_grad: float = math.inf) -> dict[str, torch.Tensor]:
     """Parameters and AdamW's moments after `num_steps`, from torch, on whole tensors, under the checkpoint's keys."""
     result = {}
     for name, shape in parameter_shapes().items():
@@ -170,15 +170,15 @@ def reference(num_steps: int) -> dict[str, torch.Tensor]:
         optimizer = torch.optim.AdamW([parameter], betas=BETAS, eps=EPS, weight_decay=decay)
         for step in range(num_steps):
             optimizer.param_groups[0]["lr"] = learning_rate(step)
-            parameter.grad = gradient(name, shape.sizes, step)
+            parameter.grad = gradient(name, shape.sizes, step) * min(1.0, clip_grad / gradient_norm_at(step))
             optimizer.step()
         for kind in ("exp_avg", "exp_avg_sq"):
             result[f"optimizer.state.{kind}.{name}"] = optimizer.state[parameter][kind]
     return result
 
 
-def assert_follows_reference(whole: dict[str, torch.Tensor], num_steps: int) -> None:
-    expected = reference(num_steps)
+def assert_follows_reference(whole: dict[str, torch.Tensor], num_steps: int, clip_grad: float = math.inf) -> None:
+    expected = reference(num_steps, clip_grad)
     assert expected.keys() == {key for key in whole if ".param." not in key and ".fp32_param." not in key}
     for key, value in expected.items():
         # The same formula in fp32, but evaluated on shards of other lengths and in other order of operations than

@@ -78,7 +78,6 @@ class Settings:
     learning_rate: float = LEARNING_RATE
     clip_grad: float = 0.0
     num_layers: int = NUM_LAYERS
-    experts: bool = True
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ class Shape:
         return parameter
 
 
-def parameter_shapes(num_layers: int = NUM_LAYERS, experts: bool = True) -> dict[str, Shape]:
+def parameter_shapes(num_layers: int = NUM_LAYERS) -> dict[str, Shape]:
     """Of all parameters, by name."""
     shapes = {
         EMBEDDING: Shape((VOCABULARY, HIDDEN), 0),
@@ -114,7 +113,7 @@ def parameter_shapes(num_layers: int = NUM_LAYERS, experts: bool = True) -> dict
         shapes[f"{prefix}.self_attn.o_proj.weight"] = Shape((HIDDEN, HIDDEN), 1)
         shapes[f"{prefix}.self_attn.q_norm.weight"] = Shape((HIDDEN,), partial=True)
         shapes[f"{prefix}.mlp.up_proj.bias"] = Shape((2 * HIDDEN,), 0)
-        if experts and layer >= FIRST_MOE_LAYER:
+        if layer >= FIRST_MOE_LAYER:
             up = (NUM_EXPERTS, 2, EXPERT_HIDDEN, HIDDEN)
             shapes[f"{prefix}.mlp.experts.gate_up_proj"] = Shape(up, expert=True)
             shapes[f"{prefix}.mlp.experts.down_proj"] = Shape((NUM_EXPERTS, HIDDEN, EXPERT_HIDDEN), expert=True)
@@ -150,7 +149,7 @@ class Stage(MegatronModule):
         self.pre_process, self.post_process = EMBEDDING in names and not copy, "language_model.norm.weight" in names
         self.share_embeddings_and_output_weights = settings.layout.pipeline > 1
         for name in names:
-            shape = parameter_shapes(settings.num_layers, settings.experts)[name]
+            shape = parameter_shapes(settings.num_layers)[name]
             value = own_part(initial_value(name, shape.sizes), shape, groups).contiguous()
             parameter = shape.mark(torch.nn.Parameter(value.to(torch.bfloat16 if settings.bf16 else torch.float32)))
             parameter.requires_grad_(not re.match(settings.freeze, name))
@@ -206,7 +205,7 @@ class Run:
             use_distributed_optimizer=settings.distributed_optimizer,
             overlap_grad_reduce=settings.overlap_param_gather,
             overlap_param_gather=settings.overlap_param_gather,
-            bucket_size=600 if settings.overlap_param_gather else None,  # elements: several buckets
+            bucket_size=500 if settings.overlap_param_gather else None,  # elements: several buckets, padded ones too
         )
         self.chunks = [
             DistributedDataParallel(config, ddp_config, chunk, pg_collection=self.groups) for chunk in chunks
@@ -235,7 +234,7 @@ class Run:
         layout, rank = self.settings.layout, self.groups.pp.rank()
         num_chunks = layout.pipeline * layout.virtual
         per_chunk = self.settings.num_layers // num_chunks
-        shapes = parameter_shapes(self.settings.num_layers, self.settings.experts)
+        shapes = parameter_shapes(self.settings.num_layers)
         chunks = []
         for chunk in range(rank, num_chunks, layout.pipeline):
             layers = {str(layer) for layer in range(chunk * per_chunk, (chunk + 1) * per_chunk)}
@@ -267,7 +266,7 @@ class Run:
 
     def _own_gradient(self, name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
         """What this rank's tokens add to the sum over all label tokens."""
-        shape = parameter_shapes(self.settings.num_layers, self.settings.experts)[name]
+        shape = parameter_shapes(self.settings.num_layers)[name]
         groups = [replica_group(parameter, self.groups)] + [self.groups.tp] * is_partial(parameter)
         if getattr(parameter, "shared_embedding", False):
             groups.append(self.groups.embd)

@@ -1,0 +1,68 @@
+"""Norm, clipping and update of a model with experts in every layout, against torch.optim on whole tensors.
+
+Each rank starts from its share of a gradient (tests/checkpoint/tiny_run.py): what follows, from the sums over replicas
+to the update, is the training loop's own.
+"""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import pytest
+from megatron.core.distributed import DistributedDataParallel
+
+from tests.checkpoint.test_distributed_layouts import assemble, assert_follows_reference, pieces
+from tests.checkpoint.tiny_run import Layout, Run, Settings, gradient_norm_at
+from tests.ranks import run_ranks
+
+STEPS = 2
+CLIP = 1.0  # norms are above 40
+
+LAYOUTS = [
+    Layout(),
+    Layout(data=4, expert=2),
+    Layout(data=4, expert=2, expert_tensor=2),
+    Layout(tensor=2, data=2),
+    Layout(tensor=2, data=2, expert=4),
+    Layout(tensor=2, data=2, expert=2, expert_tensor=2),
+    Layout(pipeline=2, data=2, expert=2),
+    Layout(pipeline=2, tensor=2, expert_tensor=2),
+    Layout(pipeline=4),
+]
+
+
+def train(layout: Layout) -> list[tuple[list[float], list]]:
+    """With the optimizer whole on each rank, and distributed: norms and tensors."""
+    results = []
+    for distributed in (False, True):
+        run = Run(Settings(layout, distributed_optimizer=distributed, clip_grad=CLIP), "unused")
+        run.train(STEPS)
+        results.append((run.norms, pieces(run)))
+    return results
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_norm_and_clipped_update(layout: Layout) -> None:
+    for results in zip(*run_ranks(layout.world_size, train, layout), strict=True):
+        for norms, _ in results:
+            # A replica counted twice, or a share left out, moves it by 1e-3 or more.
+            assert norms == pytest.approx([gradient_norm_at(step) for step in range(STEPS)], rel=1e-6)
+        assert_follows_reference(assemble([found for _, found in results]), STEPS, CLIP)
+
+
+def gathers_in_a_step(settings: Settings) -> tuple[int, int]:
+    """(gathers of parameters in one step, groups of buckets to gather)."""
+    run = Run(settings, "unused")
+    groups = [group for chunk in run.chunks for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups]
+    gather = DistributedDataParallel._start_bucket_group_param_sync
+    with patch.object(
+        DistributedDataParallel, "_start_bucket_group_param_sync", autospec=True, side_effect=gather
+    ) as spy:
+        run.train(1)
+    return spy.call_count, len(groups)
+
+
+def test_parameters_are_gathered_once() -> None:
+    """Each of megatron-core's two optimizers would gather the parameters of both."""
+    for calls, groups in run_ranks(2, gathers_in_a_step, Settings(Layout(data=2, expert=2))):
+        assert calls == groups > 1
