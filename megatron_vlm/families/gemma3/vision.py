@@ -13,11 +13,12 @@ from megatron.core.tensor_parallel import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.nn.functional import avg_pool2d, gelu, scaled_dot_product_attention
+from torch.nn.functional import avg_pool2d, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from megatron_vlm.families.gemma3.config import VisionConfig
 from megatron_vlm.layers.linear import ColumnParallelLinear, Group, RowParallelLinear, column_parallel
+from megatron_vlm.layers.mlp import MLP
 from megatron_vlm.layers.norm import RMSNorm
 
 
@@ -57,31 +58,17 @@ class VisionAttention(torch.nn.Module):
         return self.out_proj(attended_INPD.transpose(1, 2).flatten(2))
 
 
-class VisionMLP(torch.nn.Module):
-    """fc2(gelu_tanh(fc1(x))), split over the tensor ranks."""
-
-    def __init__(self, config: VisionConfig, engine: TransformerConfig, group: Group) -> None:
-        super().__init__()
-        self.group = group
-        self.fc1 = ColumnParallelLinear(config.hidden_size, config.intermediate_size, engine, group, bias=True)
-        self.fc2 = RowParallelLinear(config.intermediate_size, config.hidden_size, engine, group, bias=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[I, P, H] to the same."""
-        (hidden,) = column_parallel(x, (self.fc1,), self.group, False)
-        return self.fc2(gelu(hidden, approximate="tanh"))
-
-
 class VisionLayer(torch.nn.Module):
     """A pre-norm encoder layer."""
 
     def __init__(self, config: VisionConfig, engine: TransformerConfig, group: Group) -> None:
         super().__init__()
+        size = config.hidden_size
         self.layer_norm1, self.layer_norm2 = (
-            torch.nn.LayerNorm(config.hidden_size, config.norm_eps, dtype=engine.params_dtype) for _ in range(2)
+            torch.nn.LayerNorm(size, config.norm_eps, dtype=engine.params_dtype) for _ in range(2)
         )
         self.self_attn = VisionAttention(config, engine, group)
-        self.mlp = VisionMLP(config, engine, group)
+        self.mlp = MLP((size, config.intermediate_size, size), ("fc1", "fc2"), "tanh", engine, group)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[I, P, H] to the same."""

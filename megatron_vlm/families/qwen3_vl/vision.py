@@ -12,28 +12,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.nn.functional import embedding_bag, gelu, linear
+from torch.nn.functional import embedding_bag, linear
 from torch.utils.checkpoint import checkpoint
 
 from kernels.packed_attention import Segments, packed_attention
 from megatron_vlm.families.qwen3_vl.config import VisionConfig
-from megatron_vlm.layers.linear import (
-    ColumnParallelLinear,
-    Group,
-    RowParallelLinear,
-    SectionedColumnParallelLinear,
-    column_parallel,
-)
+from megatron_vlm.layers.linear import Group, RowParallelLinear, SectionedColumnParallelLinear, column_parallel
+from megatron_vlm.layers.mlp import MLP
 from megatron_vlm.layers.rope import apply_rope
 from megatron_vlm.parallel.images import ImageDivision
 
 Grid = tuple[int, int, int]
 RopeTable = tuple[torch.Tensor, torch.Tensor]
 ROPE_THETA = 10_000.0
+MLP_NAMES = ("linear_fc1", "linear_fc2")
 
 
 def split_frames(grids: Sequence[Grid]) -> list[Grid]:
@@ -92,7 +87,7 @@ def rope_table(places: Places, head_dim: int) -> RopeTable:
 
 
 class PatchProjection(torch.nn.Module):
-    """A convolution whose kernel is a whole patch: one product. Replicated: a thousandth of the tower."""
+    """A convolution whose kernel is a whole patch: one product. Replicated: half a percent of the tower."""
 
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -106,7 +101,7 @@ class PatchProjection(torch.nn.Module):
 
 
 class PositionTable(torch.nn.Module):
-    """A square table of learned positions, stretched over each frame. Replicated: half a percent of the tower."""
+    """A square table of learned positions, stretched over each frame. Replicated: under one percent of the tower."""
 
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -150,35 +145,6 @@ class VisionAttention(torch.nn.Module):
         return self.proj(attended_NPD.transpose(0, 1).flatten(1))
 
 
-class FeedForward(torch.nn.Module):
-    """linear_fc2(gelu(linear_fc1(x))), split over the tensor ranks.
-
-    Args:
-        sizes: of the input, between, and of the output.
-        approximate: of the GELU: "tanh" in the layers of the tower, "none" (exact) in mergers.
-        engine: megatron-core settings without sequence parallelism.
-        group: tensor ranks.
-    """
-
-    def __init__(
-        self,
-        sizes: tuple[int, int, int],
-        approximate: Literal["none", "tanh"],
-        engine: TransformerConfig,
-        group: Group,
-    ) -> None:
-        super().__init__()
-        self.group, self.approximate = group, approximate
-        in_size, hidden_size, out_size = sizes
-        self.linear_fc1 = ColumnParallelLinear(in_size, hidden_size, engine, group, bias=True)
-        self.linear_fc2 = RowParallelLinear(hidden_size, out_size, engine, group, bias=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in] to [..., out]."""
-        (hidden,) = column_parallel(x, (self.linear_fc1,), self.group, False)
-        return self.linear_fc2(gelu(hidden, approximate=self.approximate))
-
-
 class VisionBlock(torch.nn.Module):
     """A pre-norm layer; its norms act on whole activations, so they are replicas with whole gradients."""
 
@@ -189,7 +155,7 @@ class VisionBlock(torch.nn.Module):
             torch.nn.LayerNorm(size, config.norm_eps, dtype=engine.params_dtype) for _ in range(2)
         )
         self.attn = VisionAttention(config, engine, group)
-        self.mlp = FeedForward((size, config.intermediate_size, size), "tanh", engine, group)
+        self.mlp = MLP((size, config.intermediate_size, size), MLP_NAMES, "tanh", engine, group)
 
     def forward(self, x_PH: torch.Tensor, rope: RopeTable, frames: Segments) -> torch.Tensor:
         """[P, H] to the same."""
@@ -200,8 +166,8 @@ class VisionBlock(torch.nn.Module):
 class VisionTower(torch.nn.Module):
     """Heads and feed-forward columns split over `group`, which is one rank when frames are divided instead.
 
-    Patch projection, positions and norms are whole on every rank: they are 2 % of the tower, and their outputs, which
-    every rank needs whole, would have to be gathered.
+    Patch projection, positions and norms are whole on every rank: they are about 1 % of the tower, and every rank
+    needs their outputs whole, so that shards would have to be gathered.
 
     Args:
         config: the tower.
@@ -245,7 +211,7 @@ class VisionTower(torch.nn.Module):
         return x_PH, taps
 
 
-class Merger(FeedForward):
+class Merger(MLP):
     """Makes one vector of each block of patches and maps it to the language model's width.
 
     Args:
@@ -256,9 +222,9 @@ class Merger(FeedForward):
     """
 
     def __init__(self, config: VisionConfig, norm_after: bool, engine: TransformerConfig, group: Group) -> None:
-        self.joined_size = config.hidden_size * config.spatial_merge_size**2
-        super().__init__((self.joined_size, self.joined_size, config.out_hidden_size), "none", engine, group)
-        norm_size = self.joined_size if norm_after else config.hidden_size
+        joined_size = config.hidden_size * config.spatial_merge_size**2
+        super().__init__((joined_size, joined_size, config.out_hidden_size), MLP_NAMES, "none", engine, group)
+        self.joined_size, norm_size = joined_size, joined_size if norm_after else config.hidden_size
         self.norm = torch.nn.LayerNorm(norm_size, config.norm_eps, dtype=engine.params_dtype)
 
     def forward(self, x_PH: torch.Tensor) -> torch.Tensor:
