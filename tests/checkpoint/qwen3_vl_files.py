@@ -1,0 +1,53 @@
+"""Tiny randomised Qwen3-VL checkpoints, written by transformers itself, and rewritten as the published ones are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tests.checkpoint import gemma3_files
+from tests.parity import qwen3_vl_tiny
+
+# Experts as wide as the model, or half as wide: one of the two matrices is square, and its shape tells nothing.
+SQUARE_DOWN = {"moe_intermediate_size": qwen3_vl_tiny.TEXT["hidden_size"]}
+SQUARE_GATE_UP = {"moe_intermediate_size": qwen3_vl_tiny.TEXT["hidden_size"] // 2}
+
+Tensors = dict[str, torch.Tensor]
+
+
+def saved(directory: Path, moe: bool = True, dtype: torch.dtype = torch.bfloat16, **settings: object) -> Path:
+    """What transformers saves."""
+    return gemma3_files.save(qwen3_vl_tiny.build(moe, dtype=dtype, **settings).eval(), directory)
+
+
+def transpose_experts(tensors: Tensors) -> Tensors:
+    """From what transformers saves to what is published, or back."""
+    return {
+        name: tensor.transpose(1, 2).contiguous() if ".experts." in name else tensor for name, tensor in tensors.items()
+    }
+
+
+def published(source: Path, target: Path) -> Path:
+    """The same model as published files hold it."""
+    return gemma3_files.rewrite(source, target, transpose_experts)
+
+
+def ours(tensors: Tensors) -> Tensors:
+    """The tensors that transformers saves under our names and in our shapes, independently of the weight map."""
+    prefixes = {
+        "model.language_model.": "language_model.",
+        "lm_head.": "language_model.lm_head.",
+        "model.visual.merger.": "projector.merger.",
+        "model.visual.deepstack_merger_list.": "projector.deepstack_merger_list.",
+        "model.visual.": "vision_tower.",
+    }
+    result = gemma3_files.rename(prefixes)(tensors)
+    for name, tensor in result.items():
+        if name.endswith("gate_up_proj"):
+            result[name] = torch.stack(tensor.chunk(2, dim=1), dim=1)
+        elif ".attn.qkv." in name:
+            result[name] = torch.stack(tensor.chunk(3))
+        elif name in ("language_model.embed_tokens.weight", "language_model.lm_head.weight"):
+            result[name] = torch.cat([tensor, tensor.new_zeros(192 - len(tensor), tensor.shape[1])])
+    return result
