@@ -14,7 +14,7 @@ from megatron_vlm.config import Config, load_config
 from megatron_vlm.errors import CheckpointError, ConfigError, LaunchError, UserError
 from megatron_vlm.families import registry
 from megatron_vlm.parallel.stages import assign_layers
-from megatron_vlm.training.memory import count_parameters, estimate_memory, format_memory
+from megatron_vlm.training.memory import HeldParameter, estimate_memory, format_memory, held_parameters
 from megatron_vlm.training.preflight import Layout, check_export, check_layout, check_run_dir, record_export
 from tests.published_gemma3 import TEXT_ONLY, TEXT_SIZES, published_config
 
@@ -160,16 +160,21 @@ def test_parameters_of_published_sizes(name: str) -> None:
     assert sum(map(math.prod, shapes.values())) == sum(parameter.numel() for parameter in reference.parameters())
 
 
+def count(held: dict[str, HeldParameter]) -> int:
+    return sum(math.prod(entry.shape) for entry in held.values())
+
+
 def test_counts_per_rank_add_up() -> None:
     """Over a pipeline every parameter is held once, but for the tied embedding, which both ends hold."""
     model_config, shapes = model_record("4b")
     config = run_config(f"{PIPELINE}=4", f"{STAGES}=[0,17,17,0]")
-    counts = count_parameters(config, FAMILY, model_config, check_layout(config, model_config, 4))
-    total = sum(sum(by_part.values()) for by_part in counts)
+    held = held_parameters(config, FAMILY, model_config, check_layout(config, model_config, 4))
+    total = sum(map(count, held))
     embedding = math.prod(shapes["language_model.embed_tokens.weight"])
     assert total == sum(map(math.prod, shapes.values())) + embedding
-    assert set(counts[0]) == set(PARTS) and set(counts[1]) == {"language_model"}
-    assert counts[3]["language_model"] == embedding + model_config.text.hidden_size  # the head and the final norm
+    parts = [{name.partition(".")[0] for name in parameters} for parameters in held]
+    assert parts[0] == set(PARTS) and parts[1] == {"language_model"}
+    assert count(held[3]) == embedding + model_config.text.hidden_size  # the head and the final norm
 
 
 def test_counts_per_rank_over_tensor_ranks() -> None:
@@ -179,8 +184,8 @@ def test_counts_per_rank_over_tensor_ranks() -> None:
     rest = re.compile(r"norm|(out_proj|fc2)\.bias|patch_embedding|position")
     replicated = sum(math.prod(shape) for name, shape in shapes.items() if rest.search(name))
     total = sum(map(math.prod, shapes.values()))
-    (held,) = count_parameters(config, FAMILY, model_config, check_layout(config, model_config, 4))
-    assert sum(held.values()) == (total - replicated) / 4 + replicated
+    (held,) = held_parameters(config, FAMILY, model_config, check_layout(config, model_config, 4))
+    assert count(held) == (total - replicated) / 4 + replicated
     assert replicated < 0.0025 * total
 
 

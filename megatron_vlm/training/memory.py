@@ -1,14 +1,14 @@
 """Memory that a run will need on each pipeline rank, from shapes alone.
 
-Parameters, gradients and optimizer state are counted exactly. Activations are an estimate: bytes that autograd keeps
-per layer and token, times the micro-batches that the pipeline schedule keeps alive. Not counted: the runtime itself
-(about 1 GiB per GPU), communication buffers, and what the allocator loses to fragmentation.
+Parameters, gradients and optimizer state are counted exactly, those of experts over the ranks that hold them.
+Activations are an estimate (see `activations`). Not counted: the runtime itself (about 1 GiB per GPU), communication
+buffers, and what the allocator loses to fragmentation.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +18,18 @@ from megatron_vlm.config import Config
 from megatron_vlm.families.registry import Family
 from megatron_vlm.layers.embedding import padded_vocab_size
 from megatron_vlm.parallel.build import build_chunks
+from megatron_vlm.parallel.sharding import is_expert
 from megatron_vlm.parallel.simulate import simulated_rank
+from megatron_vlm.training.activations import FP32_BYTES, activation_bytes, value_bytes
 from megatron_vlm.training.preflight import Layout
 from megatron_vlm.training.setup import build_settings
 
-FP32_BYTES = 4
 ADAM_MOMENT_BYTES = 2 * FP32_BYTES
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """One tensor-parallel rank of one pipeline rank; all fields but the first two are in bytes."""
+    """One rank of one pipeline stage; all fields but the first two are in bytes."""
 
     pipeline_rank: int
     num_parameters: int
@@ -69,55 +70,80 @@ def estimate_memory(
     Returns:
         One entry per pipeline rank.
     """
-    value_bytes = _value_bytes(config)
-    counts = count_parameters(config, family, model_config, layout)
+    held = held_parameters(config, family, model_config, layout)
+    norms = _residual_norms(held, model_config.text.hidden_size)
     memory = []
-    for rank, by_part in enumerate(counts):
-        trainable = sum(count for part, count in by_part.items() if part not in config.model.freeze)
-        total = sum(by_part.values())
+    for rank, parameters in enumerate(held):
+        total, dense, experts = (
+            sum(math.prod(entry.shape) for entry in chosen)
+            for chosen in (
+                parameters.values(),
+                (entry for entry in _trainable(config, parameters) if not entry.is_expert),
+                (entry for entry in _trainable(config, parameters) if entry.is_expert),
+            )
+        )
         memory.append(
             RankMemory(
                 pipeline_rank=rank,
                 num_parameters=total,
-                parameter_bytes=total * value_bytes,
-                gradient_bytes=trainable * FP32_BYTES,
-                optimizer_bytes=_optimizer_bytes(config, layout, trainable),
-                activation_bytes=_activation_bytes(config, model_config, layout, rank, images_per_row),
+                parameter_bytes=total * value_bytes(config),
+                gradient_bytes=(dense + experts) * FP32_BYTES,
+                optimizer_bytes=_optimizer_bytes(config, dense, layout.data_size)
+                + _optimizer_bytes(config, experts, layout.expert_data_size),
+                activation_bytes=activation_bytes(config, model_config, layout, rank, norms, images_per_row),
                 logits_bytes=_logits_bytes(config, model_config, layout, rank),
             )
         )
     return memory
 
 
-def count_parameters(config: Config, family: Family, model_config: Any, layout: Layout) -> list[dict[str, int]]:
-    """Parameters per part that one tensor-parallel rank holds, for every pipeline rank.
+def _trainable(config: Config, parameters: Mapping[str, HeldParameter]) -> list[HeldParameter]:
+    return [entry for name, entry in parameters.items() if name.partition(".")[0] not in config.model.freeze]
+
+
+def _residual_norms(held: Sequence[Mapping[str, HeldParameter]], hidden_size: int) -> int:
+    """Norms of a decoder layer that are as wide as the residual stream."""
+    first = "language_model.layers.0."
+    return sum(
+        name.startswith(first) and entry.shape == (hidden_size,)
+        for parameters in held
+        for name, entry in parameters.items()
+    )
+
+
+@dataclass(frozen=True)
+class HeldParameter:
+    """A parameter as one rank holds it."""
+
+    shape: tuple[int, ...]
+    is_expert: bool
+
+
+def held_parameters(
+    config: Config, family: Family, model_config: Any, layout: Layout
+) -> list[dict[str, HeldParameter]]:
+    """Parameters by name that one rank of every pipeline stage holds; the other ranks' are of the same shapes.
 
     The model's own code builds each stage on torch's meta device, so nothing is allocated and nothing told twice.
     torch.distributed must not be initialised.
     """
-    counts: list[dict[str, int]] = []
-    ranks_per_stage = layout.world_size // layout.pipeline_size
+    held: list[dict[str, HeldParameter]] = []
+    settings = build_settings(config, layout)
     for stage in range(layout.pipeline_size):
-        counts.append({})
-        rank = (stage * ranks_per_stage, layout.world_size)
-        with simulated_rank(*rank, layout.tensor_size, layout.pipeline_size) as groups:
-            chunks = build_chunks(family, model_config, build_settings(config, layout), groups, torch.device("meta"))
-        for chunk in chunks:
-            for name, parameter in chunk.named_parameters():
-                part = name.partition(".")[0]
-                counts[-1][part] = counts[-1].get(part, 0) + parameter.numel()
-    return counts
+        rank = stage * (layout.world_size // layout.pipeline_size)
+        sizes = (layout.tensor_size, layout.pipeline_size, layout.expert_size, layout.expert_tensor_size)
+        with simulated_rank(rank, layout.world_size, *sizes) as groups:
+            chunks = build_chunks(family, model_config, settings, groups, torch.device("meta"))
+        parameters = (named for chunk in chunks for named in chunk.named_parameters())
+        held.append({name: HeldParameter(tuple(entry.shape), is_expert(entry)) for name, entry in parameters})
+    return held
 
 
-def _value_bytes(config: Config) -> int:
-    return FP32_BYTES if config.train.precision == "fp32" else 2
-
-
-def _optimizer_bytes(config: Config, layout: Layout, trainable: int) -> int:
-    """Main weights (unless the parameters are fp32 themselves) and moments."""
+def _optimizer_bytes(config: Config, trainable: int, copies: int) -> int:
+    """Main weights (unless the parameters are fp32 themselves) and moments, which `copies` data ranks may divide."""
     main_bytes = 0 if config.train.precision == "fp32" else FP32_BYTES
     moment_bytes = ADAM_MOMENT_BYTES if config.optimizer.name == "adamw" else 0
-    shards = layout.data_size if config.parallel.use_distributed_optimizer else 1
+    shards = copies if config.parallel.use_distributed_optimizer else 1
     return math.ceil(trainable / shards) * (main_bytes + moment_bytes)
 
 
@@ -127,72 +153,7 @@ def _logits_bytes(config: Config, model_config: Any, layout: Layout, pipeline_ra
         return 0
     vocabulary_rows = padded_vocab_size(model_config.text.vocab_size)
     tokens = config.train.micro_batch_size * config.data.seq_length
-    return tokens * vocabulary_rows // layout.tensor_size * (_value_bytes(config) + 2 * FP32_BYTES)
-
-
-def _activation_bytes(
-    config: Config, model_config: Any, layout: Layout, pipeline_rank: int, images_per_row: float
-) -> int:
-    """What one pipeline rank keeps between forward and backward passes, over all micro-batches alive."""
-    recompute = config.model.recompute
-    tokens = config.train.micro_batch_size * config.data.seq_length
-    kept_per_chunk, largest_recomputed = [], 0.0
-    for chunk in layout.chunks_of(pipeline_rank):
-        layers = [model_config.text.layers[index] for index in layout.chunks[chunk]]
-        kept = [_text_layer_bytes(config, model_config, layer, recompute) * tokens for layer in layers]
-        whole = [_text_layer_bytes(config, model_config, layer, "none") * tokens for layer in layers]
-        if chunk == 0 and model_config.vision is not None:
-            images = config.train.micro_batch_size * images_per_row
-            kept += _vision_bytes(config, model_config.vision, images, recompute)
-            whole += _vision_bytes(config, model_config.vision, images, "none")
-        kept_per_chunk.append(sum(kept))
-        largest_recomputed = max([largest_recomputed, *whole])
-    alive = _chunk_passes_alive(layout, pipeline_rank)
-    average = sum(kept_per_chunk) / len(kept_per_chunk)
-    return math.ceil(alive * average + (0 if recompute == "none" else largest_recomputed))
-
-
-def _chunk_passes_alive(layout: Layout, pipeline_rank: int) -> int:
-    """Forward passes of one chunk whose backward pass has not run, at most (1F1B; megatron-core's warm-up rule)."""
-    virtual_size = len(layout.chunks) // layout.pipeline_size
-    passes = layout.num_micro_batches * virtual_size
-    ahead = layout.pipeline_size - pipeline_rank - 1
-    warm_up = ahead if virtual_size == 1 else 2 * ahead + (virtual_size - 1) * layout.pipeline_size
-    return min(passes, warm_up + 1)
-
-
-def _text_layer_bytes(config: Config, model_config: Any, layer: Any, recompute: str) -> float:
-    """Bytes per token that one decoder layer keeps."""
-    value, size = _value_bytes(config), config.parallel.tensor_model_parallel_size
-    sequence_share = size if config.parallel.sequence_parallel else 1
-    hidden = model_config.text.hidden_size / sequence_share
-    if recompute == "full":
-        return hidden * value
-    queries = layer.num_attention_heads * layer.head_dim / size
-    keys = max(1, layer.num_key_value_heads / size) * layer.head_dim  # one head where there are more ranks than heads
-    # Residual stream and the input and output of both halves; the four norms keep their fp32 input and result.
-    kept = hidden * (6 * value + 4 * 2 * FP32_BYTES)
-    kept += 4 * layer.intermediate_size / size * value  # gate, up, activation, product
-    kept += queries * value  # the attention's result
-    if recompute == "none":
-        kept += (queries + 2 * keys) * value  # projections
-        kept += (queries + keys) * (2 * FP32_BYTES + value)  # q/k norms in fp32, and after the rotation
-    return kept
-
-
-def _vision_bytes(config: Config, vision: Any, images: float, recompute: str) -> list[float]:
-    """Bytes that each layer of the vision tower keeps for a micro-batch; nothing when the tower does not train."""
-    if "vision_tower" in config.model.freeze:
-        return []
-    value, size = _value_bytes(config), config.parallel.tensor_model_parallel_size
-    width_share, image_share = (size, 1) if config.model.vision_parallelism == "tensor" else (1, size)
-    patches = math.ceil(images / image_share) * (vision.image_size // vision.patch_size) ** 2
-    hidden = vision.hidden_size
-    kept = hidden * value
-    if recompute != "full":
-        kept += hidden * (3 * value + 2 * 2 * FP32_BYTES) + 2 * vision.intermediate_size / width_share * value
-        kept += (1 if recompute == "selective" else 4) * hidden / width_share * value
-    return [patches * kept] * vision.num_hidden_layers
+    return tokens * vocabulary_rows // layout.tensor_size * (value_bytes(config) + 2 * FP32_BYTES)
 
 
 def format_memory(memory: list[RankMemory]) -> Iterator[str]:

@@ -1,0 +1,180 @@
+"""Activations that a pipeline rank keeps between forward and backward passes: an estimate from shapes.
+
+It adds up what autograd saves per layer and token, for rows of `data.seq_length` tokens, times the micro-batches that
+the pipeline schedule keeps alive, and the pixels of a step. Attention is taken to save its inputs and its result, as
+FlexAttention does; experts to get equally many tokens; images of varying size to be as large as `data.max_pixels` and
+the row allow. tests/training/test_memory.py compares with what autograd saves.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from megatron_vlm.config import Config
+from megatron_vlm.training.expert_checks import experts_of
+from megatron_vlm.training.preflight import Layout
+
+FP32_BYTES, INDEX_BYTES = 4, 8
+
+
+def value_bytes(config: Config) -> int:
+    """Bytes of a parameter or an activation."""
+    return FP32_BYTES if config.train.precision == "fp32" else 2
+
+
+def activation_bytes(
+    config: Config, model_config: Any, layout: Layout, pipeline_rank: int, norms: int, images_per_row: float
+) -> int:
+    """What one pipeline rank keeps, at most.
+
+    Args:
+        config: a validated configuration.
+        model_config: the family's record of the model.
+        layout: from `check_layout`.
+        pipeline_rank: of the rank.
+        norms: of a decoder layer, as wide as the residual stream.
+        images_per_row: images in an average row.
+    """
+    recompute, vision = config.model.recompute, model_config.vision
+    kept, recomputed = [], [0.0]
+    for chunk in layout.chunks_of(pipeline_rank):
+        parts, whole = (
+            chunk_bytes(config, model_config, layout, chunk, norms, images_per_row, kind)
+            for kind in (recompute, "none")
+        )
+        kept.append(sum(parts))
+        recomputed += [after - before for before, after in zip(parts, whole, strict=True)]
+    total = _chunk_passes_alive(layout, pipeline_rank) * sum(kept) / len(kept) + max(recomputed)
+    if pipeline_rank == 0 and vision is not None:
+        # Pixels of the whole step are on the device before it begins.
+        patches = config.train.micro_batch_size * patches_per_row(config, vision, images_per_row)
+        total += layout.num_micro_batches * patches * _patch_features(vision) * FP32_BYTES
+    return math.ceil(total)
+
+
+def chunk_bytes(
+    config: Config,
+    model_config: Any,
+    layout: Layout,
+    chunk: int,
+    norms: int,
+    images_per_row: float,
+    recompute: str,
+) -> list[float]:
+    """What each part of a global chunk keeps of one micro-batch; parameters as in `activation_bytes`."""
+    text, vision, rows = model_config.text, model_config.vision, config.train.micro_batch_size
+    tokens = rows * config.data.seq_length
+    layers = [text.layers[index] for index in layout.chunks[chunk]]
+    kept = [tokens * _text_layer_bytes(config, layout, text.hidden_size, layer, norms, recompute) for layer in layers]
+    if chunk == 0 and vision is not None:
+        patches = rows * patches_per_row(config, vision, images_per_row)
+        kept += _vision_bytes(config, layout, vision, patches, recompute)
+    if chunk > 0:
+        kept.append(tokens * _received_bytes(config, layout, text.hidden_size, vision, chunk))
+    if chunk == len(layout.chunks) - 1:
+        # The final norm's input and result, and the head's input.
+        head = 2 * FP32_BYTES + value_bytes(config)
+        kept.append(tokens * text.hidden_size / _sequence_share(config, layout) * head)
+    return kept
+
+
+def patches_per_row(config: Config, vision: Any, images_per_row: float) -> float:
+    """Patches of all images of a row: exact for towers of one image size, else the most that can be."""
+    image_size = getattr(vision, "image_size", None)
+    if image_size is not None:
+        return images_per_row * (image_size // vision.patch_size) ** 2
+    most = config.data.seq_length * vision.spatial_merge_size**2 if images_per_row else 0
+    if config.data.max_pixels is None:
+        return most
+    return min(most, images_per_row * config.data.max_pixels / vision.patch_size**2)
+
+
+def _chunk_passes_alive(layout: Layout, pipeline_rank: int) -> int:
+    """Forward passes of one chunk whose backward pass has not run, at most (1F1B; megatron-core's warm-up rule)."""
+    virtual_size = len(layout.chunks) // layout.pipeline_size
+    passes = layout.num_micro_batches * virtual_size
+    ahead = layout.pipeline_size - pipeline_rank - 1
+    warm_up = ahead if virtual_size == 1 else 2 * ahead + (virtual_size - 1) * layout.pipeline_size
+    return min(passes, warm_up + 1)
+
+
+def _sequence_share(config: Config, layout: Layout) -> int:
+    """Ranks over which residual stream and norms are divided."""
+    return layout.tensor_size if config.parallel.sequence_parallel else 1
+
+
+def _text_layer_bytes(
+    config: Config, layout: Layout, hidden_size: int, layer: Any, norms: int, recompute: str
+) -> float:
+    """Bytes per token of a micro-batch that one decoder layer keeps."""
+    value, size = value_bytes(config), layout.tensor_size
+    hidden = hidden_size / _sequence_share(config, layout)
+    if recompute == "full":
+        return hidden * value
+    # Every norm keeps its fp32 input and result; attention and feed-forward layer keep what they are given.
+    kept = hidden * (norms * 2 * FP32_BYTES + 2 * value)
+    queries = layer.num_attention_heads * layer.head_dim / size
+    keys = max(1, layer.num_key_value_heads / size) * layer.head_dim  # one head where there are more ranks than heads
+    kept += (queries + keys) * 2 * FP32_BYTES  # norms of queries and keys
+    kept += (queries + 2 * keys) * value + queries * value  # inputs of attention, and its result as the output's input
+    if recompute == "none":
+        kept += queries * (value + FP32_BYTES / layer.head_dim)  # its result and log-sum-exp
+    moe = experts_of(layer)
+    if moe is None:
+        return kept + 4 * layer.intermediate_size / size * value  # gate, up, activation, product
+    return kept + _experts_bytes(moe, hidden_size, layout.expert_tensor_size, value) / _sequence_share(config, layout)
+
+
+def _experts_bytes(moe: Any, hidden_size: int, expert_tensor_size: int, value: int) -> float:
+    """Bytes that each token which a rank routes makes ranks keep, when all experts get equally many."""
+    router = (0 if value == FP32_BYTES else hidden_size * FP32_BYTES) + moe.num_experts * FP32_BYTES
+    # Ranks that share an expert all get its tokens. Gate and up, activation, product, weighted product.
+    row = hidden_size * expert_tensor_size + 5 * moe.intermediate_size
+    return router + moe.top_k * (row * value + 4 * INDEX_BYTES)
+
+
+def _received_bytes(config: Config, layout: Layout, hidden_size: int, vision: Any, chunk: int) -> float:
+    """Bytes per token of what a chunk receives: hidden states, and features that layers from here on add."""
+    layers_before = sum(map(len, layout.chunks[:chunk]))
+    levels = max(0, _deepstack_levels(vision) - layers_before)
+    return (1 + levels) * hidden_size / _sequence_share(config, layout) * value_bytes(config)
+
+
+def _deepstack_levels(vision: Any) -> int:
+    """Features that are added to hidden states inside the language model."""
+    return len(getattr(vision, "deepstack_layers", ()))
+
+
+def _patch_features(vision: Any) -> int:
+    """Numbers in one flattened patch."""
+    return vision.num_channels * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
+
+
+def _vision_bytes(config: Config, layout: Layout, vision: Any, patches: float, recompute: str) -> list[float]:
+    """Bytes that each layer of tower and projector keeps for a micro-batch; none of what needs no gradient."""
+    value, size, hidden = value_bytes(config), layout.tensor_size, vision.hidden_size
+    width_share, image_share = (size, 1) if config.model.vision_parallelism == "tensor" else (1, size)
+    patches /= image_share
+    trains_tower = "vision_tower" not in config.model.freeze
+    layers: list[float] = []
+    if trains_tower:
+        kept = hidden * value
+        if recompute != "full":
+            # Norms: input and result. Queries, keys, values (once more where rotated), result, the output's input.
+            kept = (
+                hidden * 4 * value
+                + 7 * hidden / width_share * value
+                + 2 * vision.intermediate_size / width_share * value
+            )
+        layers += [patches * kept] * vision.num_hidden_layers
+        if not hasattr(vision, "spatial_merge_size"):
+            layers.append(patches * 2 * hidden * value)  # a norm after the last layer
+        if value != FP32_BYTES:
+            layers.append(patches * _patch_features(vision) * value)  # pixels in the tower's type
+    if hasattr(vision, "spatial_merge_size") and (trains_tower or "projector" not in config.model.freeze):
+        merger = (
+            hidden * 2 * value + 2 * hidden / width_share * value
+        )  # norm's input and result, both sides of the GELU
+        layers += [patches * merger] * (1 + _deepstack_levels(vision))
+    return layers
