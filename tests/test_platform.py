@@ -11,6 +11,7 @@ import re
 import sys
 import tokenize
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,21 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.core.timers import Timer
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from megatron_vlm import platform
 from megatron_vlm.checkpoint import optimizer_state
 from megatron_vlm.checkpoint.distributed import CheckpointManager, sharded_model_state
 from megatron_vlm.checkpoint.run_folder import ModelIdentity
+from megatron_vlm.layers.moe import MoE, TokenShare
+from megatron_vlm.parallel.chunk import ChunkSettings
 from megatron_vlm.parallel.engine import engine_config
 from megatron_vlm.parallel.groups import build_groups
 from megatron_vlm.platform import megatron_cpu
 from megatron_vlm.platform.fused_adam import FusedLayoutAdam
 from megatron_vlm.training.step import run_global_batch
 from tests.checkpoint.tiny_run import prepare_process
-from tests.parity import gemma3_tiny
+from tests.parity import gemma3_tiny, qwen3_vl_tiny
 from tests.parity.layouts import TestLayout, own_micro_batches, set_up
 from tests.platform_calls import recorded, replacements, without
 from tests.ranks import run_ranks
@@ -188,6 +192,28 @@ def _gather_uneven() -> None:
     assert gathered[:, 0].tolist() == [0.0, 1.0, 1.0]
 
 
+@dataclass(frozen=True)
+class _Experts:
+    num_experts: int = 4
+    top_k: int = 2
+    intermediate_size: int = 8
+
+
+def _exchange_tokens() -> None:
+    """Two ranks send each other's experts their tokens, and get them back."""
+    groups = build_groups(expert_size=2)
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = None  # one for all dispatchers, made by the first
+    chunk = ChunkSettings((0,), 0, True, True, None, engine_config(8, 1, 1, torch.float32))
+    layer = MoE(8, _Experts(), chunk, groups)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    x_SBH = torch.randn(3 + groups.ep.rank(), 1, 8)
+    is_real = torch.ones(x_SBH.shape[0], dtype=torch.bool)
+    output, routing = layer(x_SBH, TokenShare(is_real, is_real.sum(), None))
+    assert output.shape == x_SBH.shape
+    assert routing.tokens.sum() == 2 * x_SBH.shape[0]
+
+
 SINGLE: dict[str, Callable[[], None]] = {
     "torch.tensor": _norm_of_gradients,
     "torch.zeros": _clip,
@@ -203,6 +229,8 @@ ON_RANKS: dict[str, tuple[int, Callable[[], None]]] = {
     "torch.cuda.current_stream": (1, _reduce_gradients),
     "Tensor.cuda": (1, _gather_optimizer_state),
     "torch.distributed.all_gather": (2, _gather_uneven),
+    "torch.cuda.Stream": (2, _exchange_tokens),
+    "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu": (2, _exchange_tokens),
 }
 
 
@@ -235,10 +263,15 @@ def test_every_replacement_is_tested() -> None:
 # What a training step with a checkpoint meets
 
 
-def _train_and_save(hf_dir: str, folder: str) -> set[str]:
+def _train_and_save(hf_dir: str, experts_dir: str, folder: str) -> set[str]:
     prepare_process()
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = None
     layout = TestLayout(4, tensor=2, pipeline=2, sequence_parallel=True, distributed_optimizer=True)
     with recorded() as sites:
+        for experts in ({"expert": 2}, {"expert_tensor": 2}):
+            model, groups = set_up(experts_dir, replace(layout, **experts))
+            batches = [qwen3_vl_tiny.make_batch(rows).batch for rows in qwen3_vl_tiny.CASES["mixed"][:2]]
+            run_global_batch(model, own_micro_batches(batches, groups, layout), groups)
         model, groups = set_up(hf_dir, layout)
         optimizer = get_megatron_optimizer(
             OptimizerConfig(optimizer="adam", lr=1e-3, clip_grad=1.0, use_distributed_optimizer=True),
@@ -264,7 +297,9 @@ def test_places_in_megatron_that_meet_a_replacement(tmp_path: Path) -> None:
     """
     hf_dir = str(tmp_path / "hf")
     gemma3_tiny.build(with_vision=True).save_pretrained(hf_dir)
-    found = set().union(*run_ranks(4, _train_and_save, hf_dir, str(tmp_path / "run")))
+    experts_dir = str(tmp_path / "experts")
+    qwen3_vl_tiny.build(moe=True).save_pretrained(experts_dir)
+    found = set().union(*run_ranks(4, _train_and_save, hf_dir, experts_dir, str(tmp_path / "run")))
     expected = {line for line in CALL_SITES.read_text().splitlines() if not line.startswith("#")}
     assert not found - expected, "new places:\n" + "\n".join(sorted(found - expected))
     assert not expected - found, "places that are gone:\n" + "\n".join(sorted(expected - found))

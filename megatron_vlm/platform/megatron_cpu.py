@@ -12,7 +12,6 @@ are listed there. The layer goes when megatron-core runs on CPU by itself (0.19.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.abc
 import importlib.machinery
 import logging
@@ -101,7 +100,6 @@ _cuda = _Proxy(
         "current_device": _constant(_CPU),
         "current_stream": _constant(None),
         "Stream": _Stream,
-        "stream": contextlib.nullcontext,
         "synchronize": _constant(None),
         "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
         "manual_seed": torch.manual_seed,
