@@ -15,13 +15,10 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed.checkpoint
-from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.dict_utils import nested_values
 from torch.distributed.checkpoint import FileSystemWriter
 
-from megatron_vlm.checkpoint import optimizer_state
-from megatron_vlm.checkpoint.distributed import load_weights, sharded_model_state
+from megatron_vlm.checkpoint.distributed import Resumed, load_weights
 from megatron_vlm.checkpoint.run_folder import Manifest
 from megatron_vlm.errors import CheckpointError
 from tests.checkpoint.tiny_run import (
@@ -40,6 +37,7 @@ from tests.checkpoint.tiny_run import (
     initial_value,
     parameter_shapes,
 )
+from tests.checkpoint.whole_state import Pieces, assemble, assert_same
 from tests.ranks import run_ranks
 
 SOURCE = Layout(tensor=2, pipeline=2, expert=2)
@@ -49,33 +47,19 @@ STEPS, MORE_STEPS = 3, 2
 # Functions that run on ranks.
 
 
-def pieces(run: Run) -> list[tuple[str, tuple[int, ...], tuple[slice, ...], torch.Tensor]]:
-    """(key, global shape, place, values) of every tensor this rank would save, replicas included."""
-    model = sharded_model_state(run.chunks, run.groups)
-    tree = [model, optimizer_state.sharded_state(run.optimizer, model, is_loading=False)]
-    found = [leaf for leaf in nested_values(tree) if isinstance(leaf, ShardedTensor)]
-    places = [
-        tuple(slice(o, o + n) for o, n in zip(leaf.global_offset, leaf.local_shape, strict=True)) for leaf in found
-    ]
-    return [
-        (leaf.key, tuple(leaf.global_shape), place, leaf.data.detach().clone())
-        for leaf, place in zip(found, places, strict=True)
-    ]
-
-
-def train_and_save(settings: Settings, folder: str) -> list:
+def train_and_save(settings: Settings, folder: str) -> Pieces:
     run = Run(settings, folder)
     run.train(STEPS)
     run.save()
-    return pieces(run)
+    return run.pieces()
 
 
-def load_and_continue(settings: Settings, folder: str) -> tuple[list, list, object, list[float]]:
+def load_and_continue(settings: Settings, folder: str) -> tuple[Pieces, Pieces, Resumed, list[float]]:
     run = Run(settings, folder)
     resumed = run.load()
-    loaded = pieces(run)
+    loaded = run.pieces()
     run.train(MORE_STEPS)
-    return loaded, pieces(run), resumed, run.norms
+    return loaded, run.pieces(), resumed, run.norms
 
 
 def straight_and_resumed(settings: Settings, folder: str) -> tuple[dict, dict]:
@@ -129,26 +113,6 @@ def load_weights_fails(settings: Settings, folder: str, identity) -> str:
 
 
 # Comparing.
-
-
-def assemble(pieces_of_ranks: list[list]) -> dict[str, torch.Tensor]:
-    """Whole tensors by key; every element is covered, and replicas agree bit for bit."""
-    whole: dict[str, torch.Tensor] = {}
-    for key, shape, place, values in (piece for rank in pieces_of_ranks for piece in rank):
-        tensor = whole.setdefault(key, torch.full(shape, math.nan, dtype=values.dtype))
-        covered = ~tensor[place].isnan()
-        assert torch.equal(tensor[place][covered], values[covered]), f"replicas of {key} differ"
-        tensor[place] = values
-    for key, tensor in whole.items():
-        assert not tensor.isnan().any(), f"{key} is not covered"
-    return whole
-
-
-def assert_same(left: dict, right: dict) -> None:
-    assert left.keys() == right.keys()
-    for key, value in left.items():
-        same = torch.equal(value, right[key]) if isinstance(value, torch.Tensor) else value == right[key]
-        assert same, key
 
 
 def learning_rate(step: int) -> float:

@@ -31,6 +31,7 @@ from megatron_vlm.parallel.gradients import finalize_gradients, is_partial, mark
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.sharding import mark_expert, replica_group, splits
 from megatron_vlm.training.optimizer import apply_gradients, build_optimizer, gradient_norm
+from tests.checkpoint.whole_state import Pieces, pieces
 
 NUM_LAYERS = 4
 FIRST_MOE_LAYER = 2  # so that some stages have experts and some have none
@@ -272,6 +273,9 @@ class Run:
             groups.append(self.groups.embd)
         factor = math.prod([share(group.rank(), group.size()) for group in groups], start=float(LABEL_TOKENS))
         return own_part(gradient(name, shape.sizes, self.step), shape, self.groups) * factor
+
+    def pieces(self) -> Pieces:
+        return pieces(self.chunks, self.optimizer, self.groups)
 
     def save(self, **arguments) -> bool:
         data = {"seed": 1, "step": self.step}

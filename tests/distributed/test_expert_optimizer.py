@@ -11,8 +11,9 @@ from unittest.mock import patch
 import pytest
 from megatron.core.distributed import DistributedDataParallel
 
-from tests.checkpoint.test_distributed_layouts import assemble, assert_follows_reference, pieces
+from tests.checkpoint.test_distributed_layouts import assert_follows_reference
 from tests.checkpoint.tiny_run import Layout, Run, Settings, gradient_norm_at
+from tests.checkpoint.whole_state import Pieces, assemble
 from tests.ranks import run_ranks
 
 STEPS = 2
@@ -31,13 +32,13 @@ LAYOUTS = [
 ]
 
 
-def train(layout: Layout) -> list[tuple[list[float], list]]:
+def train(layout: Layout) -> list[tuple[list[float], Pieces]]:
     """With the optimizer whole on each rank, and distributed: norms and tensors."""
     results = []
     for distributed in (False, True):
         run = Run(Settings(layout, distributed_optimizer=distributed, clip_grad=CLIP), "unused")
         run.train(STEPS)
-        results.append((run.norms, pieces(run)))
+        results.append((run.norms, run.pieces()))
     return results
 
 
