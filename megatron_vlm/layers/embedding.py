@@ -56,10 +56,15 @@ class TokenEmbedding(tensor_parallel.VocabParallelEmbedding):
 
 def place_features(x_BSH: torch.Tensor, features_TH: torch.Tensor, feature_index_BS: torch.Tensor) -> torch.Tensor:
     """`x` with rows of `features` where the index is not -1."""
-    # Row 0 is for text, whose gradients an embedding leaves out; indexing would sum them all in one row.
-    table = torch.nn.functional.pad(features_TH, (0, 0, 1, 0)).to(x_BSH.dtype)
-    placed = torch.nn.functional.embedding(feature_index_BS + 1, table, padding_idx=0)
+    placed = spread_features(features_TH.to(x_BSH.dtype), feature_index_BS)
     return torch.where((feature_index_BS >= 0).unsqueeze(-1), placed, x_BSH)
+
+
+def spread_features(features_TH: torch.Tensor, feature_index_BS: torch.Tensor) -> torch.Tensor:
+    """Rows of `features` by index, zero where it is -1, [B, S, H]."""
+    # Row 0 is for text, whose gradients an embedding leaves out; indexing would sum them all in one row.
+    table = torch.nn.functional.pad(features_TH, (0, 0, 1, 0))
+    return torch.nn.functional.embedding(feature_index_BS + 1, table, padding_idx=0)
 
 
 def vocab_parallel_logits(

@@ -51,7 +51,7 @@ def gradients(hf_dir: str, layout: TestLayout) -> dict[str, torch.Tensor]:
         for chunk in model:
             chunk.zero_grad_buffer()
         mine = own_micro_batches(of_step, groups, layout)
-        assert all(bool(batch.vision_inputs) == (groups.dp.rank() == rank_with_images) for batch in mine)
+        assert all(bool((batch.feature_index >= 0).any()) == (groups.dp.rank() == rank_with_images) for batch in mine)
         run_global_batch(model, mine, groups)
     return whole_gradients(model, groups)
 

@@ -25,6 +25,9 @@ DEEPSTACK_LAYOUTS = {
     "TP2xPP2+SP, vision alone": TestLayout(
         4, tensor=2, pipeline=2, sequence_parallel=True, pipeline_layout=(0, 4), vision="data"
     ),
+    "DP2xPP2, overlapped, DeepStack crossing": TestLayout(
+        4, pipeline=2, pipeline_layout=(1, 3), distributed_optimizer=True, overlap=True
+    ),
     "DP2, overlapped, full recompute": TestLayout(2, distributed_optimizer=True, overlap=True, recompute="full"),
 }
 DENSE_LAYOUTS = LAYOUTS | DEEPSTACK_LAYOUTS

@@ -18,7 +18,7 @@ from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families.qwen3_vl.config import LayerConfig, ModelConfig, TextConfig
 from megatron_vlm.families.qwen3_vl.vision import Projector, VisionTower, encode_divided
 from megatron_vlm.layers.attention import SelfAttention
-from megatron_vlm.layers.embedding import IGNORED_LABEL, place_features, token_losses
+from megatron_vlm.layers.embedding import IGNORED_LABEL, place_features, spread_features, token_losses
 from megatron_vlm.layers.expert_use import ExpertUse
 from megatron_vlm.layers.language_model import LanguageModelChunk, residual_norm
 from megatron_vlm.layers.mlp import GatedMLP
@@ -119,14 +119,15 @@ class Qwen3VLChunk(ModelChunk):
 
     def __init__(self, config: ModelConfig, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
         super().__init__(chunk, groups, config.text.tie_word_embeddings)
+        # A micro-batch without images skips the tower, or gives it one whose features nobody reads.
+        self.always_encodes = chunk.overlapped and config.vision is not None
         self.num_levels_before = 0
         if config.vision is not None:
             self.num_levels_before = max(0, len(config.vision.deepstack_layers) - chunk.num_layers_before)
         self.language_model = Qwen3VLLanguageModel(config.text, chunk, groups)
         if chunk.is_first and config.vision is not None:
             engine = chunk.tower_engine
-            # A micro-batch without images skips the tower, or gives it one whose features nobody reads.
-            self.must_encode, self.vision = chunk.overlapped, config.vision
+            self.vision = config.vision
             self.vision_tower = VisionTower(config.vision, engine, self.tower_group, chunk.recompute == "full")
             self.projector = Projector(config.vision, engine, self.tower_group)
             self.mark_tower(self.vision_tower, self.projector)
@@ -151,7 +152,7 @@ class Qwen3VLChunk(ModelChunk):
         if self.config.sequence_parallel:
             length //= self.groups.tp.size()
         use = self.language_model.expert_use
-        num_levels = self.num_levels_before if batch.vision_grids else 0
+        num_levels = self.num_levels_before if batch.vision_grids or self.always_encodes else 0
         return unpack(self.input_tensor, length, num_levels, use.num_carried if use is not None else 0)
 
     def _embed(self, batch: MicroBatch) -> StageState:
@@ -159,10 +160,10 @@ class Qwen3VLChunk(ModelChunk):
         is_visual = batch.feature_index >= 0
         x_BSH = self.language_model.embed(batch.input_ids.masked_fill(is_visual, 0))
         levels: list[torch.Tensor] = []
-        if batch.vision_grids or (hasattr(self, "vision_tower") and self.must_encode):
+        if batch.vision_grids or self.always_encodes:
             main, *levels = self._features(batch)
             x_BSH = place_features(x_BSH, main, batch.feature_index)
-            levels = [place_features(torch.zeros_like(x_BSH), level, batch.feature_index) for level in levels]
+            levels = [spread_features(level.to(x_BSH.dtype), batch.feature_index) for level in levels]
         use = self.language_model.expert_use
         return StageState(
             self.to_sequence_first(x_BSH),
