@@ -33,6 +33,11 @@ def published(source: Path, target: Path) -> Path:
     return gemma3_files.rewrite(source, target, transpose_experts)
 
 
+def files(directory: Path) -> dict[str, bytes]:
+    """Every file of a checkpoint that an export writes."""
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "README.md"}
+
+
 def ours(tensors: Tensors) -> Tensors:
     """The tensors that transformers saves under our names and in our shapes, independently of the weight map."""
     prefixes = {
