@@ -298,9 +298,10 @@ class _RowParser:
         given = [item[key] for key in VIDEO_KEYS if item.get(key) is not None]
         if len(given) > 1:
             raise self.error("a video part names more than one video", f"keep one of {', '.join(VIDEO_KEYS)}")
-        unknown = sorted(set(item) - {"type", "fps", *VIDEO_KEYS})
+        # Other tools' settings of one video; trained without them it would be another video.
+        unknown = [key for key in sorted(item) if item[key] is not None and key not in ("type", "fps", *VIDEO_KEYS)]
         if unknown:
-            raise self.error(f"a video part has the keys {', '.join(unknown)}", "keep only the video and `fps`")
+            raise self.error(f"a video part also has {', '.join(unknown)}", "keep only the video and `fps`")
         return VideoPart(self.video(given[0], item.get("fps")) if given else None)
 
     def video(self, given: Any, rate: Any = None) -> VideoSource:

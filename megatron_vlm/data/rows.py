@@ -15,7 +15,7 @@ from megatron_vlm.data.images import load_image
 from megatron_vlm.data.index import JsonlRows, build_index
 from megatron_vlm.data.plan import PlannedSource
 from megatron_vlm.data.prompts import PromptBuilder, PromptRules, Sample, turn_ends
-from megatron_vlm.data.videos import load_video
+from megatron_vlm.data.videos import load_video, require_decoder
 from megatron_vlm.errors import ConfigError, DataError
 
 ROWS_PEEKED_FOR_IMAGES = 256
@@ -32,7 +32,8 @@ class RowReader:
 
     Raises:
         DataError: a file is missing or empty, or (strict) has a line that is no JSON object.
-        ConfigError: seq_length is too short for one image and the data have images.
+        ConfigError: seq_length is too short for one image and the data have images, or they have video files and the
+            package that decodes them is not installed.
     """
 
     def __init__(self, sources: Sequence[DataSource], settings: DataSettings, builder: PromptBuilder) -> None:
@@ -153,7 +154,7 @@ class RowReader:
             )
 
     def _check_image_fits(self) -> None:
-        """Refuse at once when the first rows have images that no row could hold."""
+        """Refuse at once when the first rows have images that no row could hold, or videos that cannot be decoded."""
         if self.builder.rules.image_token_id is None:
             return
         for source, file in enumerate(self.files):
@@ -162,6 +163,8 @@ class RowReader:
                     conversation = self.conversation(source, row)
                 except DataError:
                     continue
+                if any(video.path is not None for video in conversation.videos):
+                    require_decoder(conversation.row_name)
                 if conversation.images:
                     self._refuse_short_sequences(conversation.row_name)
                     break

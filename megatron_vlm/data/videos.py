@@ -92,15 +92,24 @@ def check_video_file(source: VideoSource, row_name: str) -> None:
     Raises:
         DataError, ConfigError: see `load_video`.
     """
+    require_decoder(row_name)
+    assert source.path is not None
+    if not source.path.is_file():
+        raise DataError(f"video {source.path} does not exist", row_name, "restore the file or remove the row")
+
+
+def require_decoder(row_name: str) -> None:
+    """Refuse to go on without the optional package: every video file would be a bad row.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     if importlib.util.find_spec("av") is None:
         raise ConfigError(
             "video files need the package av, which is not installed",
             row_name,
             "install the extra: pip install -c constraints.txt -e '.[video]'; or give lists of frames",
         )
-    assert source.path is not None
-    if not source.path.is_file():
-        raise DataError(f"video {source.path} does not exist", row_name, "restore the file or remove the row")
 
 
 def _decode(source: VideoSource, row_name: str, sample_frames: Sampler) -> Video:
@@ -110,8 +119,10 @@ def _decode(source: VideoSource, row_name: str, sample_frames: Sampler) -> Video
     options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
     with av.open(str(source.path), options=options) as container:
         if not container.streams.video:
-            raise DataError(f"video {source} has no picture", row_name, "remove the row")
+            raise DataError(f"video {source} has no picture", row_name, "repair or remove it")
         stream = container.streams.video[0]
+        # Reading ahead is done by several workers, each of which would take all cores.
+        stream.codec_context.thread_count = 1
         total = stream.frames or _count_frames(source.path, options)
         rate = float(stream.average_rate or DEFAULT_FRAMES_PER_SECOND)
         if total == 0:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
+from transformers import AutoTokenizer
 
 from megatron_vlm.config import Config, DataSettings, DataSource, ModelSettings, TrainSettings
 from megatron_vlm.data.prompts import PromptBuilder, PromptRules
 from megatron_vlm.data.rows import RowReader
 from megatron_vlm.families.gemma3.prompt import prompt_rules
+from megatron_vlm.families.qwen3_vl import prompt as qwen3_vl
 from tests.data.rows import write_jsonl
-from tests.data.tiny_processor import GEMMA3_GENERATION_TEMPLATE, build_processor
+from tests.data.tiny_processor import (
+    GEMMA3_GENERATION_TEMPLATE,
+    QWEN3_VL_GENERATION_TEMPLATE,
+    build_processor,
+    build_qwen_processor,
+)
 
 SOFT_TOKENS = 4
 
@@ -57,6 +65,40 @@ def tagged_builder(tagged_hf_path: Path, rules: PromptRules) -> PromptBuilder:
     return PromptBuilder(tagged_hf_path, rules)
 
 
+@pytest.fixture(scope="session")
+def qwen_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3-VL directory whose template has no generation tags, as published."""
+    path = tmp_path_factory.mktemp("qwen3_vl")
+    build_qwen_processor(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tagged_qwen_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("qwen3_vl_tagged")
+    build_qwen_processor(path, chat_template=QWEN3_VL_GENERATION_TEMPLATE)
+    return path
+
+
+@pytest.fixture(scope="session")
+def qwen_rules(qwen_path: Path) -> PromptRules:
+    """Qwen3-VL's rules for the tiny processor."""
+    tokenizer = AutoTokenizer.from_pretrained(qwen_path, local_files_only=True)
+    image, video = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+    vision = SimpleNamespace(patch_size=4, temporal_patch_size=2, spatial_merge_size=2)
+    return qwen3_vl.prompt_rules(SimpleNamespace(vision=vision, image_token_id=image, video_token_id=video))
+
+
+@pytest.fixture(scope="session")
+def qwen_builder(qwen_path: Path, qwen_rules: PromptRules) -> PromptBuilder:
+    return PromptBuilder(qwen_path, qwen_rules)
+
+
+@pytest.fixture(scope="session")
+def tagged_qwen_builder(tagged_qwen_path: Path, qwen_rules: PromptRules) -> PromptBuilder:
+    return PromptBuilder(tagged_qwen_path, qwen_rules)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A data folder with eight images of different sizes and colours."""
@@ -68,12 +110,18 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def make_reader(builder: PromptBuilder, folder: Path) -> Callable[..., RowReader]:
     """Makes a reader of rows written to one file, with data settings as keywords."""
+    return partial(read_rows, builder, folder)
 
-    def make(rows: list[Any], **settings: Any) -> RowReader:
-        source = DataSource(write_jsonl(folder / "rows.jsonl", rows))
-        return RowReader([source], DataSettings(train=[source], **{"seq_length": 128, **settings}), builder)
 
-    return make
+@pytest.fixture
+def make_qwen_reader(qwen_builder: PromptBuilder, folder: Path) -> Callable[..., RowReader]:
+    """The same with the Qwen3-VL processor."""
+    return partial(read_rows, qwen_builder, folder)
+
+
+def read_rows(builder: PromptBuilder, folder: Path, rows: list[Any], **settings: Any) -> RowReader:
+    source = DataSource(write_jsonl(folder / "rows.jsonl", rows))
+    return RowReader([source], DataSettings(train=[source], **{"seq_length": 128, **settings}), builder)
 
 
 @pytest.fixture
