@@ -133,7 +133,7 @@ def test_files_that_are_no_videos(make_qwen_reader: Make, folder: Path, monkeypa
         silence.sample_rate = 8000
         container.mux(stream.encode(silence))
     names = {
-        "cut.avi": "ends before its last frame",
+        "cut.avi": "cannot be decoded",
         "cut.mp4": "has no picture",
         "text.mp4": "cannot be decoded",
         "list.m3u8": "cannot be decoded",
@@ -146,6 +146,9 @@ def test_files_that_are_no_videos(make_qwen_reader: Make, folder: Path, monkeypa
         placed = reader.read(0, number)
         assert placed.bad and placed.problem and reason in placed.problem and "\n" not in placed.problem
     assert not reader.read(0, 6).bad
+    # A container that promises more than it holds.
+    with pytest.raises(DataError, match=r"good.mp4 ends before its last frame \[row\]"):
+        load_video(VideoSource(folder / "good.mp4"), "row", False, lambda metadata, fps: np.array([0, 9]))
     found = check_rows(reader)
     assert (found.videos, found.bad_rows) == (7, 1)
     monkeypatch.setattr(videos, "MAX_VIDEO_PIXELS", 4 * 32 * 48 - 1)
