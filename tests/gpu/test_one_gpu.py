@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from kernels.span_attention import Spans, reference, span_attention
 from megatron_vlm import platform
 from megatron_vlm.data.collate import spans
 from megatron_vlm.training.setup import initialize_distributed
-from tests.parity import gemma3_tiny
+from tests.parity import gemma3_tiny, qwen3_vl_tiny, test_gemma3, test_qwen3_vl
+from tests.parity.battery import Expected, check_case
 from tests.parity.layouts import LAYOUTS, run_case
-from tests.parity.test_gemma3 import check, reference_case
 
 
 def _spans(length: int) -> Spans:
@@ -41,15 +43,30 @@ def test_compiled_attention_equals_the_reference(head_dim: int, window: int | No
         torch.testing.assert_close(a, b, rtol=0, atol=2e-2)
 
 
-def test_a_step_equals_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _gemma3() -> tuple[PreTrainedModel, dict[str, Expected], int]:
+    cases = {case: test_gemma3.expected(True, True, case) for case in ("mixed", "text")}
+    return gemma3_tiny.build(with_vision=True), cases, gemma3_tiny.VOCABULARY
+
+
+def _qwen3_vl(moe: bool) -> tuple[PreTrainedModel, dict[str, Expected], int]:
+    cases = {case: test_qwen3_vl.expected(moe, False, case) for case in ("image and video", "mixed", "text")}
+    return qwen3_vl_tiny.build(moe), cases, qwen3_vl_tiny.VOCABULARY
+
+
+MODELS = {"gemma3": _gemma3, "qwen3_vl": partial(_qwen3_vl, False), "qwen3_vl_moe": partial(_qwen3_vl, True)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_equals_transformers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # fp32 throughout: the reference attention here, the compiled one above.
     monkeypatch.setattr("kernels.span_attention._flex", reference)
-    gemma3_tiny.build(with_vision=True).save_pretrained(tmp_path)
-    cases = {"mixed": reference_case(True, True, "mixed")[0], "text": reference_case(True, True, "text")[0]}
+    model, cases, vocabulary = MODELS[name]()
+    model.save_pretrained(tmp_path)
     initialize_distributed(timeout_minutes=2)
     try:
-        result = run_case(str(tmp_path), LAYOUTS["TP1"], cases)
+        batches = {case: expected.micro_batches for case, expected in cases.items()}
+        results = run_case(str(tmp_path), LAYOUTS["TP1"], batches)
     finally:
         platform.current().leave_process_group(failed=False)
-    for case in cases:
-        check([result], case, with_vision=True, tied=True)
+    for case, expected in cases.items():
+        check_case([results[case]], expected, vocabulary)

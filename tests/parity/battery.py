@@ -58,11 +58,12 @@ def check_layout(
     """Run all cases in a layout and compare; returns the worst errors of logits and gradients."""
     batches = {name: case.micro_batches for name, case in cases.items()}
     ranks = run_ranks(layout.world_size, run_case, directory, layout, batches)
-    worst = [_check_case([rank[name] for rank in ranks], case, vocabulary) for name, case in cases.items()]
+    worst = [check_case([rank[name] for rank in ranks], case, vocabulary) for name, case in cases.items()]
     return max(logits for logits, _ in worst), max(gradient for _, gradient in worst)
 
 
-def _check_case(ranks: Sequence[RankResult], expected: Expected, vocabulary: int) -> tuple[float, float]:
+def check_case(ranks: Sequence[RankResult], expected: Expected, vocabulary: int) -> tuple[float, float]:
+    """Compare what all ranks computed of one case; returns the worst errors of logits and gradients."""
     seen: dict[str, float] = {}
     worst_logits = 0.0
     data_size = 1 + max(result.data_rank for result in ranks)

@@ -123,6 +123,21 @@ def make_batch(rows: Sequence[Row], seed: int = 0, length: int = LENGTH) -> Micr
     )
 
 
+def split_rows(whole: MicroBatch) -> list[MicroBatch]:
+    """One micro-batch per row, with its own images."""
+    micro_batches = []
+    for row in range(whole.input_ids.shape[0]):
+        index = whole.feature_index[row : row + 1]
+        images = torch.unique(index[index >= 0] // TOKENS_PER_IMAGE).long()
+        fields = {name: value[row : row + 1] for name, value in vars(whole).items() if isinstance(value, torch.Tensor)}
+        if len(images):
+            offset = int(images[0]) * TOKENS_PER_IMAGE
+            fields["feature_index"] = torch.where(index >= 0, index - offset, -1)
+        pixels = {"pixel_values": whole.vision_inputs["pixel_values"][images]} if len(images) else {}
+        micro_batches.append(MicroBatch(**fields, vision_inputs=pixels))
+    return micro_batches
+
+
 def reference(model: PreTrainedModel, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [B, S, V] and the loss, the mean over label tokens, by transformers."""
     is_image = batch.feature_index >= 0

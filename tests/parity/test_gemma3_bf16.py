@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.training.step import run_global_batch
 from tests.parity import gemma3_tiny
-from tests.parity.gemma3_tiny import ROWS, make_batch
+from tests.parity.battery import ZERO_GRADIENT
+from tests.parity.gemma3_tiny import ROWS, make_batch, split_rows
 from tests.parity.layouts import LAYOUTS, TestLayout, hf_gradients, own_micro_batches, set_up, whole_gradients
-from tests.parity.test_gemma3 import ZERO_GRADIENT, split_rows
 from tests.ranks import run_ranks
 
 # bf16 keeps 8 bits: rounding every activation costs transformers 2 % of each gradient here. We round at the same places

@@ -14,9 +14,8 @@ from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.training.optimizer import apply_gradients, build_optimizer, gradient_norm
 from megatron_vlm.training.step import run_global_batch
 from tests.parity import gemma3_tiny
-from tests.parity.gemma3_tiny import LENGTH, ROWS, make_batch
+from tests.parity.gemma3_tiny import LENGTH, ROWS, make_batch, split_rows
 from tests.parity.layouts import TestLayout, gather_parameter, hf_gradients, own_micro_batches, set_up
-from tests.parity.test_gemma3 import split_rows
 from tests.ranks import run_ranks
 
 # A replica counted twice, or a share left out, moves the norm by 1e-3 or more; sums in another order by 4e-7 at most.
