@@ -5,7 +5,9 @@ The checks do not depend on one another where they need not, and their problems 
 
 from __future__ import annotations
 
+import math
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +22,7 @@ from megatron_vlm.data.prompts import PromptRules
 from megatron_vlm.data.rows import reader_for
 from megatron_vlm.errors import ConfigError, UserError, combine
 from megatron_vlm.families import registry
-from megatron_vlm.training.expert_checks import fewest_ranks
+from megatron_vlm.training.expert_checks import experts_of, fewest_ranks
 from megatron_vlm.training.memory import estimate_memory, format_memory
 from megatron_vlm.training.preflight import Layout, check_export, check_layout, check_run_dir
 
@@ -75,9 +77,8 @@ def dry_run(config: Config, say: Callable[[str], None] = print) -> int:
     rules = family.prompt_rules(model_config)
     report.attempt(lambda: _check_data(config, rules, checks))
     if layouts:
-        rows = checks[0].rows if checks else 0
-        images_per_row = checks[0].images / rows if rows else 1.0
         say("memory")
+        images_per_row = _images_per_row(checks[0]) if checks else 1.0
         for line in format_memory(estimate_memory(config, family, model_config, layouts[0], images_per_row)):
             say(f"  {line}")
     if checks:
@@ -89,14 +90,15 @@ def dry_run(config: Config, say: Callable[[str], None] = print) -> int:
     return 0
 
 
+def _images_per_row(check: RowCheck) -> float:
+    """Images in an average row; without end where there are videos, each of which may fill its row."""
+    if check.videos:
+        return math.inf
+    return check.images / check.rows if check.rows else 1.0
+
+
 def _millions(shapes: dict[str, tuple[int, ...]]) -> str:
-    total = 0
-    for shape in shapes.values():
-        count = 1
-        for size in shape:
-            count *= size
-        total += count
-    return f"{total / 1e6:,.1f} M"
+    return f"{sum(map(math.prod, shapes.values())) / 1e6:,.1f} M"
 
 
 def world_size_to_check(config: Config) -> int:
@@ -118,6 +120,7 @@ def _describe_layout(
         f"batch     {config.train.global_batch_size} rows = {layout.num_micro_batches} micro-batches "
         f"x {config.train.micro_batch_size} rows x {layout.data_size} data-parallel ranks",
     ]
+    lines += _describe_experts(config, model_config, layout)
     towers = [part for part in parts if part != "language_model"]
     last = len(layout.chunks) - 1
     for chunk, layers in enumerate(layout.chunks):
@@ -125,6 +128,18 @@ def _describe_layout(
         held = ([*towers, "embedding"] if chunk == 0 else []) + held + (["head"] if chunk == last else [])
         lines.append(f"  chunk {chunk} on pipeline rank {chunk % layout.pipeline_size}: {', '.join(held)}")
     return "\n".join(lines)
+
+
+def _describe_experts(config: Config, model_config: Any, layout: Layout) -> list[str]:
+    """One line for each kind of layer with experts."""
+    kinds = Counter(moe for layer in model_config.text.layers if (moe := experts_of(layer)) is not None)
+    return [
+        f"experts   {moe.num_experts} in each of {count} layers, {moe.top_k} per token; a rank holds "
+        f"{moe.num_experts // layout.expert_size} of them, {moe.intermediate_size // layout.expert_tensor_size} of "
+        f"{moe.intermediate_size} wide; dispatcher {config.parallel.moe_token_dispatcher_type}, load balancing "
+        f"{config.model.moe_load_balancing}"
+        for moe, count in kinds.items()
+    ]
 
 
 def _check_weights(config: Config, family: registry.Family, model_config: Any) -> str:
@@ -170,7 +185,7 @@ def _check_data(config: Config, rules: PromptRules, checks: list[RowCheck]) -> s
             continue
         check = check_rows(reader_for(config, sources, rules))
         checks.append(check)
-        lines.append(f"data      {key}: {check.rows} rows, {check.images} images, {check.bad_rows} bad rows")
+        lines.append(f"data      {key}: {check}")
         lines += [f"  {problem}" for problem in check.problems]
     passes = config.train.train_iters * config.train.global_batch_size / max(1, checks[0].rows)
     lines.append(f"length    {config.train.train_iters} steps = {passes:.2f} passes over the training rows")

@@ -13,7 +13,7 @@ from megatron_vlm import platform
 
 @dataclass(frozen=True)
 class ExpertStatistics:
-    """How evenly the experts were used since the last logged step.
+    """How evenly the experts were used in a step; padding is not counted.
 
     Attributes:
         expert_tokens_min: tokens of the expert that got fewest, in any layer.
@@ -37,7 +37,7 @@ def expert_statistics(tokens: torch.Tensor) -> ExpertStatistics:
     """Summarise tokens per expert.
 
     Args:
-        tokens: [layers with experts, experts], counted over the global batches since the last logged step.
+        tokens: [layers with experts, experts], tokens of the global batch that chose each.
     """
     return ExpertStatistics(
         expert_tokens_min=int(tokens.min()),
