@@ -54,5 +54,5 @@ def ours(tensors: Tensors) -> Tensors:
         elif ".attn.qkv." in name:
             result[name] = torch.stack(tensor.chunk(3))
         elif name in ("language_model.embed_tokens.weight", "language_model.lm_head.weight"):
-            result[name] = torch.cat([tensor, tensor.new_zeros(192 - len(tensor), tensor.shape[1])])
+            result[name] = torch.cat([tensor, tensor.new_zeros(-len(tensor) % 64, tensor.shape[1])])
     return result
