@@ -181,4 +181,6 @@ def _join_vision_inputs(rows: Sequence[PlacedSample]) -> dict[str, torch.Tensor]
     with_images = [row.sample.vision_inputs for row in rows if row.sample.vision_inputs]
     if not with_images:
         return {}
+    if len(with_images) == 1:
+        return dict(with_images[0])
     return {name: torch.cat([inputs[name] for inputs in with_images]) for name in with_images[0]}

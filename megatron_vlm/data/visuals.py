@@ -70,7 +70,11 @@ def pack_in_reading_order(
             raise _mismatch(f"{length} placeholders in a run where {expected} features belong", row_name)
     if frames_left or next(images, None) or next(videos, None):
         raise _mismatch("fewer runs of placeholders than images and frames", row_name)
-    return (torch.cat(patches) if patches else None), grids
+    # One kind alone is in order already; patches are large, so they are not copied without need.
+    whole = [output[key] for key in ("pixel_values", "pixel_values_videos") if key in output]
+    if len(whole) < 2:
+        return (whole[0] if whole else None), grids
+    return torch.cat(patches), grids
 
 
 def _pieces(output: Mapping[str, Any], pixels: str, kind: str) -> Iterator[tuple[torch.Tensor, VisionGrid]]:
@@ -87,8 +91,8 @@ def _runs(input_ids: np.ndarray, image_token_id: int | None, video_token_id: int
     is_vision = np.isin(input_ids, [token for token in (image_token_id, video_token_id) if token is not None])
     starts = np.flatnonzero(np.diff(input_ids, prepend=-1))
     lengths = np.diff(starts, append=len(input_ids))
-    runs = starts[is_vision[starts]]
-    return zip(input_ids[runs].tolist(), lengths[is_vision[starts]].tolist(), strict=True)
+    kept = is_vision[starts]
+    return zip(input_ids[starts[kept]].tolist(), lengths[kept].tolist(), strict=True)
 
 
 def _mismatch(what: str, row_name: str) -> DataError:
