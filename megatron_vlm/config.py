@@ -32,10 +32,10 @@ class ModelSettings:
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass: none, attention only (selective), or whole layers (full)."""
     moe_load_balancing: Literal["none", "transformers", "megatron"] = "none"
-    """Loss that keeps experts evenly used. transformers: one value over all layers, E * sum_e f_e P_e, with f_e the
-    assignments to expert e per token (they sum to top_k) and P_e the mean router probability; top_k when balanced.
-    megatron: such a value of every layer divided by its top_k, 1 when balanced, summed over the layers. Both per
-    micro-batch over its real tokens, weighted by its label tokens. none is how published models are fine-tuned."""
+    """Loss that keeps experts evenly used. transformers: E * sum_e f_e P_e, with f_e the times per token that expert e
+    is chosen (their sum is top_k) and P_e its mean softmax probability, both over all layers together. megatron: that
+    value of every layer, divided by top_k, summed over the layers. Both per micro-batch, weighted by its label tokens;
+    none is how published models are fine-tuned."""
     moe_aux_loss_coeff: float = 0.001
     """Factor on the load-balancing loss before it is added to the loss; unused when moe_load_balancing is none."""
 
