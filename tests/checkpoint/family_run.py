@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from megatron.core.distributed import DistributedDataParallelConfig
 from transformers import PretrainedConfig
 
 from megatron_vlm.checkpoint.distributed import CheckpointManager
@@ -14,6 +17,7 @@ from megatron_vlm.checkpoint.run_folder import ModelIdentity
 from megatron_vlm.config import OptimizerSettings
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families import registry
+from megatron_vlm.parallel import build
 from megatron_vlm.parallel.build import BuildSettings, build_chunks, wrap_data_parallel
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.initialize import initialize_weights
@@ -26,6 +30,7 @@ from tests.parity.layouts import TestLayout, own_micro_batches
 
 STEPS, MORE_STEPS = 2, 2
 CLIP = 1.0
+BUCKET_ELEMENTS = 4000  # several buckets in a tiny model, where gradients or parameters are exchanged bucket by bucket
 
 Figures = list[tuple[float, float]]
 """Loss and gradient norm of each step."""
@@ -56,10 +61,17 @@ class FamilyRun:
             dtype,
             layout.sequence_parallel,
             vision_parallelism=layout.vision,
+            overlapped=layout.overlap,
         )
         chunks = build_chunks(family, model_config, settings, self.groups)
         initialize_weights(chunks, 1, 0.2, model_config.text.vocab_size, self.groups)
-        self.model = wrap_data_parallel(chunks, self.groups, layout.distributed_optimizer)
+        small_buckets = partial(DistributedDataParallelConfig, bucket_size=BUCKET_ELEMENTS)
+        with patch.object(build, "DistributedDataParallelConfig", small_buckets):
+            self.model = wrap_data_parallel(
+                chunks, self.groups, layout.distributed_optimizer, layout.overlap, layout.overlap
+            )
+        gradients = [parameter.main_grad for chunk in self.model for parameter in chunk.parameters()]
+        assert {gradient.dtype for gradient in gradients} == {torch.float32}
         self.optimizer = build_optimizer(
             self.model, OptimizerSettings(lr=1e-2), dtype, layout.distributed_optimizer, self.groups
         )

@@ -275,6 +275,19 @@ def test_weights_only_converts_the_type(source):
     assert any(value.numel() and value.abs().sum() > 0 for value in mains), "main parameters still hold the old values"
 
 
+def test_experts_may_be_frozen_but_not_thawed(source, tmp_path):
+    frozen = Settings(Layout(data=2), freeze=rf"{FROZEN}|.*\.experts\.")
+    results = run_ranks(2, load_and_continue, frozen, source[0])
+    loaded = assemble([found for found, *_ in results])
+    assert_same({key: source[1][key] for key in loaded}, loaded)
+    assert source[1].keys() - loaded.keys() == {
+        key for key in source[1] if ".experts." in key and key.startswith("optimizer.")
+    }
+    run_ranks(2, train_and_save, frozen, str(tmp_path))
+    message = run_ranks(1, load_fails, Settings(), str(tmp_path))[0]
+    assert "is_expert_parallel" in message and "checkpoint.load" in message
+
+
 def test_model_of_other_shape_is_refused(source):
     message = run_ranks(2, load_fails, Settings(Layout(tensor=2), num_layers=8), source[0])[1]
     assert "language_model.layers.4.mlp.up_proj.bias is missing" in message and " more" in message
@@ -294,6 +307,8 @@ def test_weights_come_from_a_checkpoint_of_weights_only(tmp_path):
     save_config(CheckpointingConfig("torch_dist", 1), str(tmp_path))
     Manifest(IDENTITY).write(tmp_path)
     states = run_ranks(4, load_only_weights, Settings(SOURCE), str(tmp_path))
+    experts = "language_model.layers.3.mlp.experts.down_proj"
+    assert torch.equal(torch.cat([states[rank][f"parameter.0.{experts}"] for rank in (2, 3)]), values[experts].float())
     first, last_copy = values[EMBEDDING].float().chunk(2)
     assert torch.equal(states[0][f"parameter.0.{EMBEDDING}"], first)
     assert torch.equal(states[-1][f"parameter.0.{EMBEDDING}"], last_copy), "the last stage's copy"

@@ -42,10 +42,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[tuple[Pi
     [
         TestLayout(distributed_optimizer=True),
         TestLayout(4, expert=4, distributed_optimizer=True),
+        TestLayout(4, expert=2, distributed_optimizer=True, overlap=True),
         TestLayout(2, tensor=2, sequence_parallel=True, expert_tensor=2),
         TestLayout(4, tensor=2, pipeline=2, sequence_parallel=True, expert=2, distributed_optimizer=True),
     ],
-    ids=["one rank", "EP4", "TP2 ETP2, whole optimizer", "TP2 PP2 EP2"],
+    ids=["one rank", "EP4", "DP4 EP2, overlapped", "TP2 ETP2, whole optimizer", "TP2 PP2 EP2"],
 )
 def test_training_continues_in_another_layout(
     source: tuple[str, list[tuple[Pieces, Figures, Pieces]]], layout: TestLayout
