@@ -162,19 +162,15 @@ def _vision_bytes(config: Config, layout: Layout, vision: Any, patches: float, r
         kept = hidden * value
         if recompute != "full":
             # Norms: input and result. Queries, keys, values (once more where rotated), result, the output's input.
-            kept = (
-                hidden * 4 * value
-                + 7 * hidden / width_share * value
-                + 2 * vision.intermediate_size / width_share * value
-            )
+            divided = 7 * hidden + 2 * vision.intermediate_size
+            kept = (4 * hidden + divided / width_share) * value
         layers += [patches * kept] * vision.num_hidden_layers
         if not hasattr(vision, "spatial_merge_size"):
             layers.append(patches * 2 * hidden * value)  # a norm after the last layer
         if value != FP32_BYTES:
             layers.append(patches * _patch_features(vision) * value)  # pixels in the tower's type
     if hasattr(vision, "spatial_merge_size") and (trains_tower or "projector" not in config.model.freeze):
-        merger = (
-            hidden * 2 * value + 2 * hidden / width_share * value
-        )  # norm's input and result, both sides of the GELU
+        # Each merger's norm keeps its input and result, its GELU the same.
+        merger = (2 * hidden + 2 * hidden / width_share) * value
         layers += [patches * merger] * (1 + _deepstack_levels(vision))
     return layers
