@@ -14,14 +14,15 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install demo test lint gpu bench clean
+.PHONY: help install demo demo_moe test lint gpu bench clean
 
 help:
-	@echo "make demo   train a tiny Gemma 3 on drawn images, resume it in another layout, export and check it"
-	@echo "make test   the test suite"
-	@echo "make lint   ruff and mypy"
-	@echo "make gpu    GPU tests and benchmarks (needs a GPU)"
-	@echo "make bench  benchmarks that need no GPU"
+	@echo "make demo      train a tiny Gemma 3 on drawn images, resume it in another layout, export and check it"
+	@echo "make demo_moe  the same with a tiny Qwen3-VL-MoE and expert parallelism"
+	@echo "make test      the test suite"
+	@echo "make lint      ruff and mypy"
+	@echo "make gpu       GPU tests and benchmarks (needs a GPU)"
+	@echo "make bench     benchmarks that need no GPU"
 
 install: $(STAMP)
 
@@ -35,6 +36,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/python -m demo.run
+
+demo_moe: $(STAMP)
+	$(BIN)/python -m demo.run --model qwen3_vl_moe
 
 test: $(STAMP)
 	$(BIN)/python -m pytest tests

@@ -1,1 +1,1 @@
-"""The demonstration: a tiny Gemma 3 learns to answer questions about images, from nothing to a report."""
+"""The demonstration: a tiny model learns to answer questions about images, from nothing to a report."""

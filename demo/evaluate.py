@@ -86,7 +86,7 @@ def answer_questions(
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"padding": True},
+            processor_kwargs={"padding": True, "padding_side": "left"},
         )
         with torch.inference_mode():
             output = model.generate(**inputs, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)

@@ -1,6 +1,6 @@
-"""`make demo`: draw images, build a tiny Gemma 3, train, stop, resume in another layout, export, ask, report.
+"""`make demo`: draw images, build a tiny model, train, stop, resume in another layout, export, ask, report.
 
-    python -m demo.run [--output FOLDER] [--train_iters N] [--seed N]
+    python -m demo.run [--model gemma3 | qwen3_vl_moe] [--output FOLDER] [--train_iters N] [--seed N]
 
 Exits with 0 only if the exported model answers from the image: at least 90 % exact match on held-out questions, and
 at most 40 % once the images are swapped between them.
@@ -9,6 +9,7 @@ at most 40 % once the images are swapped between them.
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -18,40 +19,36 @@ from demo.console import Phases, show_progress
 from demo.draw import QUESTIONS, all_scenes, draw_dataset
 from demo.evaluate import HeldoutSample, answer_questions, load_samples, swap_images
 from demo.launch import RANKS, launch_training
-from demo.model import IMAGE_SIZE_PIXELS, SOFT_TOKENS_PER_IMAGE, build_model_directory
+from demo.recipes import RECIPES, Recipe, Stage
 from demo.summary import Answers, Scores, print_summary, write_demo_report
-from demo.tokenizer import build_processor, train_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-CONFIG = REPOSITORY / "configs" / "demo_gemma3.yaml"
 TRAIN_SAMPLES, HELDOUT_SAMPLES = 32 * 96, 288  # whole rounds through all combinations
-LEARNED_TOKENS = 192
-PIPELINE_MICRO_BATCH_SIZE = 16  # two micro-batches per step, so that both stages have work at once
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo and returns the exit code."""
     options = _parse(arguments)
-    folder = options.output or _next_folder(REPOSITORY / "demo_out")
-    stop_after = options.train_iters // 2
+    recipe = RECIPES[options.model]
+    folder = options.output or _next_folder(REPOSITORY / recipe.folder)
     torch.set_num_threads(RANKS)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    phases = Phases(total=6)
+    phases = Phases(total=4 + len(recipe.stages))
 
     with phases.section("Draw the data set"):
         samples = _draw(folder / "data", options.seed)
-    with phases.section("Build a tiny Gemma 3 with a tokenizer of its own"):
-        _build_model(folder / "model", options.seed)
+    with phases.section(f"Build a tiny {recipe.title} with a tokenizer of its own"):
+        print("      " + recipe.build(folder / "model", _texts(), options.seed))
     with phases.section("Ask the untrained model"):
         before = answer_questions(folder / "model", samples, progress=show_progress)
-    with phases.section(f"Train with tensor_model_parallel_size=2, stop after step {stop_after}"):
-        tensor = ["--parallel.tensor_model_parallel_size", RANKS, "--train.exit_interval", stop_after]
-        launch_training(CONFIG, _overrides(folder, options.train_iters) + tensor, REPOSITORY)
-    with phases.section("Resume with pipeline_model_parallel_size=2, export to Hugging Face format"):
-        pipeline = ["--parallel.tensor_model_parallel_size", 1, "--parallel.pipeline_model_parallel_size", RANKS]
-        pipeline += ["--train.micro_batch_size", PIPELINE_MICRO_BATCH_SIZE]
-        launch_training(CONFIG, _overrides(folder, options.train_iters) + pipeline, REPOSITORY)
+    stops = _stops(recipe, options.train_iters)
+    for stage, (first, last) in zip(recipe.stages, pairwise(stops), strict=True):
+        with phases.section(_heading(stage, first, last, options.train_iters)):
+            overrides = [*_overrides(folder, options.train_iters), *stage.arguments()]
+            if last < options.train_iters:
+                overrides += ["--train.exit_interval", last - first]
+            launch_training(REPOSITORY / "configs" / recipe.config, overrides, REPOSITORY)
     with phases.section("Ask the export with plain transformers, then again with swapped images"):
         swapped = swap_images(samples)
         after = answer_questions(folder / "export", samples, progress=show_progress)
@@ -60,20 +57,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     answers = Answers(samples, swapped, before, after, after_swap)
     scores = Scores.of(answers)
     report = folder / "report.html"
-    layout_rows = _layout_rows(options.train_iters, stop_after)
-    write_demo_report(report, folder / "run", answers, scores, phases, layout_rows, stop_after)
+    write_demo_report(
+        report, recipe.title, folder / "run", answers, scores, phases, _layout_rows(recipe, stops), stops[1:-1]
+    )
     print_summary(scores, phases, len(samples), report, folder / "export")
     return 0 if scores.passed else 1
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m demo.run", description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--output", type=Path, help="empty or new folder (default: the next free demo_out/NUMBER)")
-    parser.add_argument("--train_iters", type=int, default=400, help="optimizer steps (default: 400)")
+    parser.add_argument("--model", choices=RECIPES, default="gemma3", help="what to train (default: gemma3)")
+    parser.add_argument("--output", type=Path, help="empty or new folder (default: the next free number in demo_out)")
+    parser.add_argument("--train_iters", type=int, help="optimizer steps (default: enough to learn it)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the images and initial weights (default: 1)")
     options = parser.parse_args(arguments)
-    if options.train_iters < 2:
-        parser.error(f"--train_iters {options.train_iters} must be at least 2, since training stops half-way")
+    recipe = RECIPES[options.model]
+    options.train_iters = recipe.train_iters if options.train_iters is None else options.train_iters
+    if options.train_iters < len(recipe.stages):
+        parser.error(f"--train_iters {options.train_iters} must be at least {len(recipe.stages)}, a step per layout")
     if options.output:
         options.output = options.output.resolve()
         if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
@@ -113,20 +114,30 @@ def _draw(folder: Path, seed: int) -> list[HeldoutSample]:
     return samples
 
 
-def _build_model(folder: Path, seed: int) -> None:
+def _texts() -> list[str]:
+    """What the tokenizer learns from: every question, and every answer as often as it is given."""
     texts = [question for questions in QUESTIONS.values() for question in questions]
-    texts += [scene.answer(kind) for scene in all_scenes() for kind in QUESTIONS]
-    tokenizer = train_tokenizer(texts, LEARNED_TOKENS)
-    parameters = build_model_directory(
-        folder, build_processor(tokenizer, IMAGE_SIZE_PIXELS, SOFT_TOKENS_PER_IMAGE), seed
-    )
-    print(f"      {parameters:,} parameters, {len(tokenizer)} tokens, {SOFT_TOKENS_PER_IMAGE} tokens per image")
+    return texts + [scene.answer(kind) for scene in all_scenes() for kind in QUESTIONS]
 
 
-def _layout_rows(train_iters: int, stop_after: int) -> list[dict]:
-    tensor = {"steps": f"1 to {stop_after}", "processes": RANKS, "tensor parallel": RANKS, "pipeline parallel": 1}
-    pipeline = {"steps": f"{stop_after + 1} to {train_iters}", "processes": RANKS}
-    return [tensor, {**pipeline, "tensor parallel": 1, "pipeline parallel": RANKS}]
+def _stops(recipe: Recipe, train_iters: int) -> list[int]:
+    """Steps between which the stages train, from 0 to the last."""
+    return [train_iters * stage // len(recipe.stages) for stage in range(len(recipe.stages) + 1)]
+
+
+def _heading(stage: Stage, first: int, last: int, train_iters: int) -> str:
+    begin = "Resume" if first else "Train"
+    end = "export to Hugging Face format" if last == train_iters else f"stop after step {last}"
+    return f"{begin} with {stage.name}, {end}"
+
+
+def _layout_rows(recipe: Recipe, stops: Sequence[int]) -> list[dict]:
+    """One row per stage."""
+    return [
+        {"steps": f"{first + 1} to {last}", "processes": RANKS}
+        | {key.replace("_model_parallel_size", " parallel"): size for key, size in stage.layout.items()}
+        for stage, (first, last) in zip(recipe.stages, pairwise(stops), strict=True)
+    ]
 
 
 if __name__ == "__main__":

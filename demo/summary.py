@@ -81,14 +81,16 @@ def print_summary(scores: Scores, phases: Phases, heldout_samples: int, report: 
 
 def write_demo_report(
     path: Path,
+    title: str,
     run_folder: Path,
     answers: Answers,
     scores: Scores,
     phases: Phases,
     layout_rows: Sequence[dict],
-    stop_after: int,
+    stops: Sequence[int],
 ) -> None:
     """Writes the report of the demo from the run's own files (metrics, evaluations, resolved configuration)."""
+    resumed = "stopped and resumed in another layout, " if stops else ""
     figures = [
         Figure(
             "Exact match, held out",
@@ -107,17 +109,17 @@ def write_demo_report(
     ]
     write_report(
         path,
-        "A tiny Gemma 3 learns to look",
+        f"A tiny {title} learns to look",
         run_folder / "metrics.jsonl",
         (run_folder / "config.yaml").read_text(encoding="utf-8"),
         layout_rows,
         samples_to_show(answers),
         figures,
         subtitle=(
-            f"Trained from random weights on drawn images, stopped and resumed in another layout, exported, and asked "
-            f"{len(answers.samples)} held-out questions through plain transformers."
+            f"Trained from random weights on drawn images, {resumed}exported, and asked {len(answers.samples)} "
+            f"held-out questions through plain transformers."
         ),
-        marks={stop_after: "stopped, resumed in another layout"},
+        marks=dict.fromkeys(stops, "stopped, resumed in another layout"),
         evaluations_jsonl=run_folder / "evaluations.jsonl",
         tables={"Exact match": _table_by_kind(answers), "Time": _table_of_seconds(phases)},
     )

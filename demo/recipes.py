@@ -1,0 +1,98 @@
+"""What the demos differ in: model, layouts and length; everything else is the same for each of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from demo import model as gemma3
+from demo import qwen3_vl
+from demo import tokenizer as gemma3_tokenizer
+from demo.launch import RANKS
+
+LEARNED_TOKENS = 192
+PIPELINE_MICRO_BATCH_SIZE = 16  # two micro-batches per step, so that both stages have work at once
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One start of the training command.
+
+    Attributes:
+        layout: keys of the configuration's `parallel`.
+        overrides: what else differs from the configuration file.
+    """
+
+    layout: dict[str, int]
+    overrides: tuple[object, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The parallel sizes that are not one."""
+        return ", ".join(f"{key}={size}" for key, size in self.layout.items() if size > 1)
+
+    def arguments(self) -> list[object]:
+        """For the training command."""
+        sizes = [part for key, size in self.layout.items() for part in (f"--parallel.{key}", size)]
+        return [*sizes, *self.overrides]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A demo.
+
+    Attributes:
+        title: name of the model.
+        config: file under `configs`.
+        folder: where runs go, below the repository.
+        train_iters: optimizer steps.
+        build: writes a model directory for texts and a seed, and returns a line about it.
+        stages: each has an equal part of the steps and resumes where the one before has stopped.
+    """
+
+    title: str
+    config: str
+    folder: str
+    train_iters: int
+    build: Callable[[Path, Sequence[str], int], str]
+    stages: tuple[Stage, ...]
+
+
+def _build_gemma3(folder: Path, texts: Sequence[str], seed: int) -> str:
+    tokenizer = gemma3_tokenizer.train_tokenizer(texts, LEARNED_TOKENS)
+    tokens_per_image = gemma3.SOFT_TOKENS_PER_IMAGE
+    processor = gemma3_tokenizer.build_processor(tokenizer, gemma3.IMAGE_SIZE_PIXELS, tokens_per_image)
+    parameters = gemma3.build_model_directory(folder, processor, seed)
+    return f"{parameters:,} parameters, {len(tokenizer)} tokens, {tokens_per_image} tokens per image"
+
+
+def _build_qwen3_vl_moe(folder: Path, texts: Sequence[str], seed: int) -> str:
+    processor = qwen3_vl.build_processor(qwen3_vl.train_tokenizer(texts, LEARNED_TOKENS))
+    parameters = qwen3_vl.build_model_directory(folder, processor, seed)
+    experts = f"{qwen3_vl.NUM_EXPERTS} experts per layer, {qwen3_vl.EXPERTS_PER_TOKEN} per token"
+    return f"{parameters:,} parameters, {experts}, {len(processor.tokenizer)} tokens"
+
+
+RECIPES = {
+    "gemma3": Recipe(
+        title="Gemma 3",
+        config="demo_gemma3.yaml",
+        folder="demo_out",
+        train_iters=400,
+        build=_build_gemma3,
+        stages=(
+            Stage({"tensor_model_parallel_size": RANKS, "pipeline_model_parallel_size": 1}),
+            Stage(
+                {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": RANKS},
+                ("--train.micro_batch_size", PIPELINE_MICRO_BATCH_SIZE),
+            ),
+        ),
+    ),
+    "qwen3_vl_moe": Recipe(
+        title="Qwen3-VL-MoE",
+        config="demo_qwen3_vl_moe.yaml",
+        folder="demo_out/moe",
+        train_iters=300,
+        build=_build_qwen3_vl_moe,
+        stages=(Stage({"expert_model_parallel_size": RANKS}),),
+    ),
+}
