@@ -23,6 +23,7 @@ from megatron_vlm.training.setup import Run, set_up
 from megatron_vlm.training.signals import StopRequests
 from tests.checkpoint.tiny_run import prepare_process
 from tests.data.rows import assistant, image, row, user, write_jsonl
+from tests.training.tiny_families import GEMMA3
 from tests.training.tiny_run_config import build_multimodal
 
 ROOT = Path(__file__).parent.parent.parent
@@ -64,7 +65,7 @@ def build_place(folder: Path) -> Place:
         Image.new("RGB", (32, 32), colour).save(data / f"{name}.png")
     write_jsonl(data / "train.jsonl", sample_rows())
     write_jsonl(data / "text.jsonl", text_rows())
-    return Place(build_multimodal(folder).model, data)
+    return Place(build_multimodal(folder, GEMMA3).model, data)
 
 
 def sample_rows() -> list[Any]:

@@ -6,6 +6,7 @@ The whole path is under test: JSONL, processor, labels, collation, layout, accum
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,11 +17,11 @@ import torch
 from safetensors import safe_open
 
 from tests.ranks import run_ranks
-from tests.training.tiny_run_config import GLOBAL_BATCH, TinyFiles, read_metrics, tiny_config, train_on_rank
+from tests.training.tiny_families import FAMILIES, GEMMA3, GLOBAL_BATCH
+from tests.training.tiny_run_config import TinyFiles, read_metrics, tiny_config, train_on_rank
 from tests.training.transformers_reference import (
     NO_LOSS,
     Batch,
-    language_model_of,
     load_multimodal,
     load_text,
     mean_loss,
@@ -42,13 +43,16 @@ CONTRACT = {
 GRADIENT_TOLERANCE = 1e-5
 ROUNDING = 2.0**-23
 LOSS_TOLERANCE = 1e-6
+NORM_TOLERANCE = 5e-6  # a replica counted twice, or a share left out, moves it by 1e-3 or more
 # Softmax does not change when one number is added to all scores of a query: a key bias has no gradient.
 ZERO_GRADIENT = "k_proj.bias"
 
 TENSOR, PIPELINE = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
 VIRTUAL, SEQUENCE = "parallel.virtual_pipeline_model_parallel_size", "parallel.sequence_parallel"
 MICRO_BATCH, VISION = "train.micro_batch_size", "model.vision_parallelism"
-OVERLAP = "parallel.overlap_grad_reduce"
+OVERLAP, STAGES = "parallel.overlap_grad_reduce", "parallel.pipeline_layout"
+EXPERT, EXPERT_TENSOR = "parallel.expert_model_parallel_size", "parallel.expert_tensor_parallel_size"
+DISPATCHER, RECOMPUTE = "parallel.moe_token_dispatcher_type", "model.recompute"
 
 # Ranks, and settings. Micro-batches of two rows hold padding, and in file order rows with and without images.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -58,6 +62,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2+SP": (2, {TENSOR: 2, SEQUENCE: True, MICRO_BATCH: 2}),
     "TP4": (4, {TENSOR: 4, MICRO_BATCH: 4}),
     "PP2": (2, {PIPELINE: 2, MICRO_BATCH: 1}),
+    "PP2 uneven": (2, {PIPELINE: 2, STAGES: [1, 3], MICRO_BATCH: 2}),
     "PP4": (4, {PIPELINE: 4, MICRO_BATCH: 2}),
     "PP2xVPP2": (2, {PIPELINE: 2, VIRTUAL: 2, MICRO_BATCH: 1}),
     "TP2xPP2+SP": (4, {TENSOR: 2, PIPELINE: 2, SEQUENCE: True, MICRO_BATCH: 2}),
@@ -67,9 +72,27 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "DP2xTP2": (4, {TENSOR: 2, MICRO_BATCH: 1}),
     "TP2, vision DP": (2, {TENSOR: 2, VISION: "data", MICRO_BATCH: 2}),
     "TP2+SP, vision DP": (2, {TENSOR: 2, SEQUENCE: True, VISION: "data", MICRO_BATCH: 1}),
+    "EP2": (2, {EXPERT: 2, MICRO_BATCH: 1}),
+    "EP2, overlapped": (2, {EXPERT: 2, MICRO_BATCH: 1, OVERLAP: True, RECOMPUTE: "full"}),
+    "EP4": (4, {EXPERT: 4, MICRO_BATCH: 2}),
+    "EP2xTP2+SP": (4, {TENSOR: 2, SEQUENCE: True, EXPERT: 2, MICRO_BATCH: 2}),
+    "EP2xPP2": (4, {PIPELINE: 2, EXPERT: 2, MICRO_BATCH: 1}),
+    "ETP2": (2, {TENSOR: 2, SEQUENCE: True, EXPERT_TENSOR: 2, MICRO_BATCH: 2}),
+    "ETP2 of data ranks, all-gather": (4, {EXPERT: 2, EXPERT_TENSOR: 2, DISPATCHER: "allgather", MICRO_BATCH: 1}),
 }
+WITHOUT_EXPERTS = [name for name in LAYOUTS if "EP" not in name and "ETP" not in name]
+OF_FAMILY = {
+    "gemma3": WITHOUT_EXPERTS,
+    "qwen3_vl": [name for name in WITHOUT_EXPERTS if name not in ("DP2xTP2", "TP1, one micro-batch")],
+    "qwen3_vl_moe": [
+        *("TP1", "TP2+SP", "PP2xVPP2", "DP2, overlapped", "TP2+SP, vision DP"),
+        *(name for name in LAYOUTS if name not in WITHOUT_EXPERTS),
+    ],
+}
+CASES = [(family, layout) for family, layouts in OF_FAMILY.items() for layout in layouts]
 TEXT_LAYOUTS = ["TP1", "TP2xPP2+SP"]
 
+FilesOf = Callable[[str], TinyFiles]
 Step = tuple[float, int, dict[str, torch.Tensor], dict[str, torch.Tensor]]
 
 
@@ -84,7 +107,7 @@ def take_step(model: torch.nn.Module, batch: Batch) -> Step:
 
 @cache
 def multimodal_step(files: TinyFiles) -> Step:
-    return take_step(load_multimodal(files.model), multimodal_batch(files, files.rows))
+    return take_step(load_multimodal(files.family, files.model), multimodal_batch(files, files.rows))
 
 
 def train_one_step(files: TinyFiles, folder: Path, layout: str, **settings: Any) -> Path:
@@ -101,6 +124,8 @@ def check_step(folder: Path, exported: torch.nn.Module, step: Step) -> None:
     (record,) = read_metrics(folder / "run")
     assert record["label_tokens"] == label_tokens
     assert record["loss"] == pytest.approx(loss, rel=LOSS_TOLERANCE)
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
+    assert record["grad_norm"] == pytest.approx(norm, rel=NORM_TOLERANCE)
     after = {name: parameter.detach() for name, parameter in exported.named_parameters()}
     assert after.keys() == before.keys()
     worst = 0.0
@@ -117,37 +142,41 @@ def check_step(folder: Path, exported: torch.nn.Module, step: Step) -> None:
     print(f"worst gradient error beyond rounding: {worst:.1e}")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_step_of_vision_language_model(layout: str, multimodal: TinyFiles, tmp_path: Path) -> None:
-    export = train_one_step(multimodal, tmp_path, layout)
-    check_step(tmp_path, load_multimodal(export), multimodal_step(multimodal))
-    check_files(export, multimodal.model)
+@pytest.mark.parametrize(("family", "layout"), CASES)
+def test_step_of_vision_language_model(family: str, layout: str, multimodal_of: FilesOf, tmp_path: Path) -> None:
+    files = multimodal_of(family)
+    export = train_one_step(files, tmp_path, layout)
+    check_step(tmp_path, load_multimodal(files.family, export), multimodal_step(files))
+    check_files(export, files.model)
 
 
 @pytest.mark.parametrize("layout", TEXT_LAYOUTS)
 def test_step_of_text_model(layout: str, text_model: TinyFiles, tmp_path: Path) -> None:
     export = train_one_step(text_model, tmp_path, layout)
-    step = take_step(load_text(text_model.model), text_batch(text_model, text_model.rows))
-    check_step(tmp_path, load_text(export), step)
+    step = take_step(load_text(GEMMA3, text_model.model), text_batch(text_model, text_model.rows))
+    check_step(tmp_path, load_text(GEMMA3, export), step)
     check_files(export, text_model.model)
 
 
 @pytest.mark.parametrize("layout", TEXT_LAYOUTS)
-def test_step_of_language_model_taken_out(layout: str, multimodal: TinyFiles, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_step_of_language_model_taken_out(family: str, layout: str, multimodal_of: FilesOf, tmp_path: Path) -> None:
     """`model.text_only` trains the language model of a multimodal directory, and exports it as a text model."""
-    files = replace(multimodal, data=multimodal.data.with_name("text.jsonl"))
+    files = multimodal_of(family)
+    files = replace(files, data=files.data.with_name("text.jsonl"))
     export = train_one_step(files, tmp_path, layout, **{"model.text_only": True})
-    model = language_model_of(load_multimodal(multimodal.model))
-    check_step(tmp_path, load_text(export), take_step(model, text_batch(files, files.rows)))
+    model = files.family.language_model_of(load_multimodal(files.family, files.model))
+    check_step(tmp_path, load_text(files.family, export), take_step(model, text_batch(files, files.rows)))
 
 
 def test_export_has_dtype_of_source(multimodal_bf16: TinyFiles, tmp_path: Path) -> None:
     """A bf16 directory is trained in fp32 and written in bf16, rounded once."""
-    export = train_one_step(multimodal_bf16, tmp_path, "TP2")
-    check_files(export, multimodal_bf16.model)
-    model = load_multimodal(multimodal_bf16.model, torch.float32)
-    _, _, before, gradients = take_step(model, multimodal_batch(multimodal_bf16, multimodal_bf16.rows))
-    for name, parameter in load_multimodal(export).named_parameters():
+    files = multimodal_bf16
+    export = train_one_step(files, tmp_path, "TP2")
+    check_files(export, files.model)
+    model = load_multimodal(files.family, files.model, torch.float32)
+    _, _, before, gradients = take_step(model, multimodal_batch(files, files.rows))
+    for name, parameter in load_multimodal(files.family, export).named_parameters():
         expected = before[name] - gradients[name]
         # Half a unit in the last of bf16's eight places, and what fp32 leaves open.
         assert parameter.dtype == torch.bfloat16

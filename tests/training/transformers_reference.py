@@ -6,32 +6,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
-    Gemma3ForCausalLM,
-    Gemma3ForConditionalGeneration,
     PreTrainedModel,
 )
 
+from tests.training.tiny_families import TinyFamily
 from tests.training.tiny_run_config import TinyFiles
 
 NO_LOSS = -100
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
-def load_multimodal(folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+def load_multimodal(family: TinyFamily, folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """The vision-language model in a directory, with attention as it is written in its source."""
-    return _load(AutoModelForImageTextToText, Gemma3ForConditionalGeneration, folder, dtype)
+    return _load(AutoModelForImageTextToText, family.model_class, folder, dtype)
 
 
-def load_text(folder: Path) -> PreTrainedModel:
+def load_text(family: TinyFamily, folder: Path) -> PreTrainedModel:
     """The language model in a text-only directory."""
-    return _load(AutoModelForCausalLM, Gemma3ForCausalLM, folder, "auto")
+    return _load(AutoModelForCausalLM, family.text_class, folder, "auto")
 
 
 def _load(auto_class: Any, expected: type[PreTrainedModel], folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
@@ -43,29 +41,46 @@ def _load(auto_class: Any, expected: type[PreTrainedModel], folder: Path, dtype:
     return model.train()
 
 
-def language_model_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The language model of a vision-language model, alone."""
-    alone = Gemma3ForCausalLM(model.config.text_config)
-    alone.model.load_state_dict(model.model.language_model.state_dict())
-    alone.tie_weights()
-    return alone.train()
-
-
 def multimodal_batch(files: TinyFiles, rows: list[dict[str, Any]]) -> Batch:
     """Rows through `processor.apply_chat_template`, padded on the right to one batch; and labels."""
     processor = AutoProcessor.from_pretrained(files.model, local_files_only=True)
-    encoded = [
-        processor.apply_chat_template(
-            _with_images(row["messages"], files.data.parent), tokenize=True, return_dict=True, return_tensors="pt"
+    encoded = [_encode(processor, row["messages"], files.data.parent) for row in rows]
+    ids = [output["input_ids"][0] for output in encoded]
+    inputs, labels = _pad(ids, processor.tokenizer, files.family.turn)
+    for name in {name for output in encoded for name in output} - inputs.keys():
+        values = [output[name] for output in encoded if name in output]
+        per_token = all(
+            output.get(name, torch.empty(0)).shape[:2] == output["input_ids"].shape[:2] for output in encoded
         )
-        for row in rows
-    ]
-    inputs, labels = _pad([output["input_ids"][0] for output in encoded], processor.tokenizer)
-    inputs["token_type_ids"] = _stack([output["token_type_ids"][0] for output in encoded], 0)
-    pixels = [output["pixel_values"] for output in encoded if "pixel_values" in output]
-    if pixels:
-        inputs["pixel_values"] = torch.cat(pixels)
+        # Kinds of tokens, or images, videos and their sizes, in a row.
+        inputs[name] = _stack([value[0] for value in values], 0) if per_token else torch.cat(values)
     return inputs, labels
+
+
+def _encode(processor: Any, messages: list[dict[str, Any]], folder: Path) -> dict[str, torch.Tensor]:
+    """Images as paths; videos as lists of frames, all of which are taken, at the row's rate where it names one."""
+    rates: list[tuple[int, float | None]] = []
+    rendered = []
+    for message in messages:
+        parts = message["content"]
+        content = []
+        for part in [{"type": "text", "text": parts}] if isinstance(parts, str) else parts:
+            if part["type"] == "image":
+                part = {"type": "image", "image": str(folder / part["image"])}
+            elif part["type"] == "video":
+                rates.append((len(part["video"]), part.get("fps")))
+                part = {"type": "video", "video": [str(folder / frame) for frame in part["video"]]}
+            content.append(part)
+        rendered.append(message | {"content": content})
+    options: dict[str, Any] = {}
+    if rates:
+        metadata = [
+            {"total_num_frames": count, "fps": rate or 24.0, "frames_indices": list(range(count))}
+            for count, rate in rates
+        ]
+        options["processor_kwargs"] = {"do_sample_frames": False, "video_metadata": metadata}
+    output = processor.apply_chat_template(rendered, tokenize=True, return_dict=True, return_tensors="pt", **options)
+    return dict(output)
 
 
 def text_batch(files: TinyFiles, rows: list[dict[str, Any]]) -> Batch:
@@ -75,7 +90,7 @@ def text_batch(files: TinyFiles, rows: list[dict[str, Any]]) -> Batch:
         tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=True, return_tensors="pt")
         for row in rows
     ]
-    return _pad([output["input_ids"][0] for output in ids], tokenizer)
+    return _pad([output["input_ids"][0] for output in ids], tokenizer, files.family.turn)
 
 
 def mean_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
@@ -85,33 +100,39 @@ def mean_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     return cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=NO_LOSS)
 
 
-def _with_images(messages: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    def part(item: dict[str, Any]) -> dict[str, Any]:
-        return {"type": "image", "image": Image.open(folder / item["image"])} if item["type"] == "image" else item
+def without_key_bias(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter, or what belongs to it, without what no loss depends on.
 
-    return [message | {"content": _parts(message["content"], part)} for message in messages]
+    Softmax does not change when one number is added to all scores of a query, so a key bias has no gradient but
+    rounding noise, out of which Adam makes steps of full length. Some towers have it in one with those of queries and
+    values.
+    """
+    if "k_proj.bias" in name:
+        return tensor[:0]
+    if "attn.qkv.bias" in name:
+        query, _, value = tensor.flatten().chunk(3)
+        return torch.cat((query, value))
+    return tensor
 
 
-def _parts(content: Any, part: Any) -> list[dict[str, Any]]:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else [part(item) for item in content]
-
-
-def _pad(rows: list[torch.Tensor], tokenizer: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def _pad(
+    rows: list[torch.Tensor], tokenizer: Any, turn: tuple[str, str]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     inputs = {
         "input_ids": _stack(rows, tokenizer.pad_token_id),
         "attention_mask": _stack([torch.ones_like(ids) for ids in rows], 0),
     }
-    return inputs, _stack([answers(ids, tokenizer) for ids in rows], NO_LOSS)
+    return inputs, _stack([answers(ids, tokenizer, turn) for ids in rows], NO_LOSS)
 
 
 def _stack(rows: list[torch.Tensor], value: int) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 
-def answers(ids: torch.Tensor, tokenizer: Any) -> torch.Tensor:
+def answers(ids: torch.Tensor, tokenizer: Any, turn: tuple[str, str]) -> torch.Tensor:
     """`ids` where an assistant speaks, its end-of-turn token included, else -100: read off the token ids alone."""
-    opening = tokenizer("<start_of_turn>model\n", add_special_tokens=False)["input_ids"]
-    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    opening = tokenizer(turn[0], add_special_tokens=False)["input_ids"]
+    end = tokenizer.convert_tokens_to_ids(turn[1])
     labels = torch.full_like(ids, NO_LOSS)
     inside = False
     for place, token in enumerate(ids.tolist()):
