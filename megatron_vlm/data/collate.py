@@ -69,8 +69,12 @@ class MicroBatch:
     """One line for each bad or too long row."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MicroBatch:
-        """The micro-batch with its tensors on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """The micro-batch with its tensors on `device`, except `vision_inputs`.
+
+        Pixels are most of a step's data; the model moves those of one micro-batch when it encodes them.
+        """
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return dataclasses.replace(moved, vision_inputs=self.vision_inputs)
 
     def pin_memory(self) -> MicroBatch:
         """The micro-batch in page-locked memory; torch's loader calls this."""

@@ -39,7 +39,7 @@ class Video:
     """Decoded frames of one video: [frames, 3, height, width] uint8, their numbers in it, and its rate."""
 
     frames: torch.Tensor
-    frames_indices: list[int]
+    frames_indices: tuple[int, ...]
     frames_per_second: float
     total_num_frames: int
 
@@ -49,6 +49,7 @@ class Video:
         return {
             "total_num_frames": self.total_num_frames,
             "fps": self.frames_per_second,
+            # A new list each time: the processor appends to it where the number of frames is odd.
             "frames_indices": list(self.frames_indices),
         }
 
@@ -73,7 +74,7 @@ def load_video(source: VideoSource, row_name: str, allow_urls: bool, sample_fram
             raise DataError(f"the frames of a video differ in size: {', '.join(sizes)}", row_name, "scale them alike")
         _check_size(len(frames), *frames[0].shape[:2], source, row_name)
         rate = source.frames_per_second or DEFAULT_FRAMES_PER_SECOND
-        return Video(_stack(frames), list(range(len(frames))), rate, len(frames))
+        return Video(_stack(frames), tuple(range(len(frames))), rate, len(frames))
     check_video_file(source, row_name)
     try:
         return _decode(source, row_name, sample_frames)
@@ -139,7 +140,7 @@ def _decode(source: VideoSource, row_name: str, sample_frames: Sampler) -> Video
                 break
     if len(frames) != len(indices):
         raise DataError(f"video {source} ends before its last frame", row_name, "repair or remove it")
-    return Video(_stack(frames), indices, rate, total)
+    return Video(_stack(frames), tuple(indices), rate, total)
 
 
 def _count_frames(path: Path | None, options: dict[str, str]) -> int:

@@ -301,6 +301,7 @@ def test_placeholders_must_match_the_features() -> None:
         (1, 1, 0, 2, 2): "2 placeholders in a run where 1 features belong",
         (1, 1, 0, 2): "fewer runs of placeholders",
         (0, 0): "fewer runs of placeholders",
+        (0, 1, 1): "fewer runs of placeholders",
         (2, 0, 2): "fewer runs of placeholders",
         (2, 1, 1, 2): "more runs of placeholders",
         (1, 1, 2, 0, 2, 0, 1, 1): "more runs of placeholders",

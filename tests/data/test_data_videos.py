@@ -72,7 +72,9 @@ def test_files_give_the_frames_of_transformers(
     )
     assert len(frames) == wanted == len(read.frames)
     assert torch.equal(read.frames, torch.from_numpy(frames).permute(0, 3, 1, 2))
-    assert read.frames_indices == metadata.frames_indices.tolist() and read.frames_per_second == metadata.fps == 10
+    assert (
+        list(read.frames_indices) == metadata.frames_indices.tolist() and read.frames_per_second == metadata.fps == 10
+    )
     messages = [user({"type": "video", "video": frames}, "What?"), assistant("A bar.")]
     options = {"do_sample_frames": False, "video_metadata": [dict(metadata)]}
     theirs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, processor_kwargs=options)
@@ -89,7 +91,7 @@ def test_containers_that_store_no_count(qwen_builder: PromptBuilder, tmp_path: P
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     read = load_video(VideoSource(tmp_path / "a.mkv"), "row", False, qwen_builder.sample_frames)
     assert read.total_num_frames == len(frames) == 45
-    assert read.frames_indices == np.linspace(0, 44, 9).round().astype(int).tolist()
+    assert list(read.frames_indices) == np.linspace(0, 44, 9).round().astype(int).tolist()
     expected = np.stack([frames[index] for index in read.frames_indices])
     assert np.array_equal(read.frames.permute(0, 2, 3, 1).numpy(), expected)
 
