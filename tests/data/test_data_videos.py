@@ -72,9 +72,8 @@ def test_files_give_the_frames_of_transformers(
     )
     assert len(frames) == wanted == len(read.frames)
     assert torch.equal(read.frames, torch.from_numpy(frames).permute(0, 3, 1, 2))
-    assert (
-        list(read.frames_indices) == metadata.frames_indices.tolist() and read.frames_per_second == metadata.fps == 10
-    )
+    assert list(read.frames_indices) == metadata.frames_indices.tolist()
+    assert read.frames_per_second == metadata.fps == 10
     messages = [user({"type": "video", "video": frames}, "What?"), assistant("A bar.")]
     options = {"do_sample_frames": False, "video_metadata": [dict(metadata)]}
     theirs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, processor_kwargs=options)
