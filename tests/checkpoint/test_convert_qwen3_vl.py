@@ -143,7 +143,8 @@ def test_transformers_still_misreads_published_square_experts(tmp_path: Path, sq
 @pytest.mark.parametrize("has_example", [True, False], ids=["example", "no example"])
 @pytest.mark.parametrize(("moe", "tied"), [(True, False), (False, True)], ids=["experts", "dense"])
 def test_the_language_model_alone_is_a_qwen3_model(tmp_path: Path, moe: bool, tied: bool, has_example: bool) -> None:
-    source = qwen3_vl_files.saved(tmp_path / "saved", moe, tied=tied)
+    rope = {"rope_type": "default", "rope_theta": 5_000.0, "mrope_section": [4, 2, 2]}  # no class has this by default
+    source = qwen3_vl_files.saved(tmp_path / "saved", moe, tied=tied, rope_parameters=rope)
     if moe:
         source = qwen3_vl_files.published(source, tmp_path / "hf")
     import_checkpoint(source, tmp_path / "checkpoint")
