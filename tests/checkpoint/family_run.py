@@ -10,9 +10,9 @@ from unittest.mock import patch
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
-from transformers import PretrainedConfig
 
 from megatron_vlm.checkpoint.distributed import CheckpointManager
+from megatron_vlm.checkpoint.hf_model import load_hf_into_model
 from megatron_vlm.checkpoint.run_folder import ModelIdentity
 from megatron_vlm.config import OptimizerSettings
 from megatron_vlm.data.collate import MicroBatch
@@ -20,7 +20,6 @@ from megatron_vlm.families import registry
 from megatron_vlm.parallel import build
 from megatron_vlm.parallel.build import BuildSettings, build_chunks, wrap_data_parallel
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
-from megatron_vlm.parallel.initialize import initialize_weights
 from megatron_vlm.parallel.stages import assign_layers
 from megatron_vlm.training.optimizer import apply_gradients, build_optimizer, gradient_norm
 from megatron_vlm.training.step import run_global_batch
@@ -29,7 +28,9 @@ from tests.checkpoint.whole_state import Pieces, pieces
 from tests.parity.layouts import TestLayout, own_micro_batches
 
 STEPS, MORE_STEPS = 2, 2
-CLIP = 1.0
+# Without a schedule nothing would be exempt from weight decay; tiny_run has both. A small eps would make full steps out
+# of gradients that are rounding noise.
+SETTINGS = OptimizerSettings(lr=1e-2, weight_decay=0.0, eps=1e-4, clip_grad=1.0)
 BUCKET_ELEMENTS = 4000  # several buckets in a tiny model, where gradients or parameters are exchanged bucket by bucket
 
 Figures = list[tuple[float, float]]
@@ -40,11 +41,11 @@ BatchesOfStep = Callable[[int], Sequence[MicroBatch]]
 
 
 class FamilyRun:
-    """Model, AdamW and checkpoints of one rank; the model starts with the same random weights in every layout."""
+    """Model, AdamW and checkpoints of one rank; the model starts from a Hugging Face directory."""
 
     def __init__(
         self,
-        hf_config: PretrainedConfig,
+        hf_dir: str,
         batches_of_step: BatchesOfStep,
         layout: TestLayout,
         folder: str,
@@ -54,6 +55,7 @@ class FamilyRun:
         self.batches_of_step, self.layout = batches_of_step, layout
         self.groups = build_groups(layout.tensor, layout.pipeline, layout.expert, layout.expert_tensor)
         initialize_megatron(1, self.groups)
+        hf_config = registry.load_hf_config(hf_dir)
         family = registry.detect(hf_config)
         model_config = family.config_from_hf(hf_config, text_only=False)
         settings = BuildSettings(
@@ -64,7 +66,7 @@ class FamilyRun:
             overlapped=layout.overlap,
         )
         chunks = build_chunks(family, model_config, settings, self.groups)
-        initialize_weights(chunks, 1, 0.2, model_config.text.vocab_size, self.groups)
+        load_hf_into_model(chunks, hf_dir, family, model_config, self.groups)
         small_buckets = partial(DistributedDataParallelConfig, bucket_size=BUCKET_ELEMENTS)
         with patch.object(build, "DistributedDataParallelConfig", small_buckets):
             self.model = wrap_data_parallel(
@@ -72,9 +74,7 @@ class FamilyRun:
             )
         gradients = [parameter.main_grad for chunk in self.model for parameter in chunk.parameters()]
         assert {gradient.dtype for gradient in gradients} == {torch.float32}
-        self.optimizer = build_optimizer(
-            self.model, OptimizerSettings(lr=1e-2), dtype, layout.distributed_optimizer, self.groups
-        )
+        self.optimizer = build_optimizer(self.model, SETTINGS, dtype, layout.distributed_optimizer, self.groups)
         self.step = 0
         identity = ModelIdentity(family.name, hf_config.model_type, text_only=False, tied=True)
         sizes = {name: value for name, value in asdict(layout).items() if isinstance(value, int)}
@@ -90,7 +90,7 @@ class FamilyRun:
             mine = own_micro_batches(list(self.batches_of_step(self.step)), self.groups, self.layout)
             loss_sum, num_labels = run_global_batch(self.model, mine, self.groups)[0].tolist()
             norm = gradient_norm(self.optimizer)
-            apply_gradients(self.optimizer, norm, CLIP)
+            apply_gradients(self.optimizer, norm, SETTINGS.clip_grad)
             figures.append((loss_sum / num_labels, norm))
             self.step += 1
             self.manager.finalize()
