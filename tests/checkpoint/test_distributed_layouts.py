@@ -172,7 +172,6 @@ def test_saved_state_follows_torch_adamw(source):
         Layout(pipeline=2, virtual=2),
         Layout(data=4),
         Layout(data=4, expert=4),
-        Layout(data=4, expert=2),
         Layout(tensor=2, expert=2),
         Layout(tensor=2, expert_tensor=2),
         Layout(tensor=2, data=2, expert=2, expert_tensor=2),
