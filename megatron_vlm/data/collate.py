@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -73,19 +72,16 @@ class MicroBatch:
 
         Pixels are most of a step's data; the model moves those of one micro-batch when it encodes them.
         """
-        moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-        return dataclasses.replace(moved, vision_inputs=self.vision_inputs)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> MicroBatch:
         """The micro-batch in page-locked memory; torch's loader calls this."""
-        return self._map(torch.Tensor.pin_memory)
+        pixels = {name: value.pin_memory() for name, value in self.vision_inputs.items()}
+        return dataclasses.replace(self._map(torch.Tensor.pin_memory), vision_inputs=pixels)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
-        changed: dict[str, Any] = {
-            name: function(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
-        }
-        changed["vision_inputs"] = {name: function(value) for name, value in self.vision_inputs.items()}
-        return dataclasses.replace(self, **changed)
+        fields = {name: function(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return dataclasses.replace(self, **fields)  # type: ignore[arg-type]
 
 
 def collate(

@@ -164,6 +164,7 @@ class MoE(torch.nn.Module):
             num_moe_experts=moe.num_experts,
             moe_router_topk=moe.top_k,
             moe_ffn_hidden_size=moe.intermediate_size,
+            moe_router_dtype="fp32",  # says what our router does
             expert_model_parallel_size=groups.ep.size(),
             expert_tensor_parallel_size=groups.expt_tp.size(),
             moe_token_dispatcher_type=chunk.moe.token_dispatcher_type,

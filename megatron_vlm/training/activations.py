@@ -1,9 +1,9 @@
 """Activations that a pipeline rank keeps between forward and backward passes: an estimate from shapes.
 
 It adds up what autograd saves per layer and token, for rows of `data.seq_length` tokens, times the micro-batches that
-the pipeline schedule keeps alive, and the pixels of a step. Attention is taken to save its inputs and its result, as
-FlexAttention does; experts to get equally many tokens; images of varying size to be as large as `data.max_pixels` and
-the row allow. tests/training/test_memory.py compares with what autograd saves.
+the pipeline schedule keeps alive. Attention is taken to save its inputs and its result, as FlexAttention does; experts
+to get equally many tokens; images of varying size to be as large as `data.max_pixels` and the row allow.
+tests/training/test_memory.py compares with what autograd saves.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def activation_bytes(
         norms: of a decoder layer, as wide as the residual stream.
         images_per_row: images in an average row.
     """
-    recompute, vision = config.model.recompute, model_config.vision
+    recompute = config.model.recompute
     kept, recomputed = [], [0.0]
     for chunk in layout.chunks_of(pipeline_rank):
         parts, whole = (
@@ -45,12 +45,7 @@ def activation_bytes(
         )
         kept.append(sum(parts))
         recomputed += [after - before for before, after in zip(parts, whole, strict=True)]
-    total = _chunk_passes_alive(layout, pipeline_rank) * sum(kept) / len(kept) + max(recomputed)
-    if pipeline_rank == 0 and vision is not None:
-        # Pixels of the whole step are on the device before it begins.
-        patches = config.train.micro_batch_size * patches_per_row(config, vision, images_per_row)
-        total += layout.num_micro_batches * patches * _patch_features(vision) * FP32_BYTES
-    return math.ceil(total)
+    return math.ceil(_chunk_passes_alive(layout, pipeline_rank) * sum(kept) / len(kept) + max(recomputed))
 
 
 def chunk_bytes(
@@ -167,8 +162,7 @@ def _vision_bytes(config: Config, layout: Layout, vision: Any, patches: float, r
         layers += [patches * kept] * vision.num_hidden_layers
         if not hasattr(vision, "spatial_merge_size"):
             layers.append(patches * 2 * hidden * value)  # a norm after the last layer
-        if value != FP32_BYTES:
-            layers.append(patches * _patch_features(vision) * value)  # pixels in the tower's type
+        layers.append(patches * _patch_features(vision) * value)  # pixels in the tower's type
     if hasattr(vision, "spatial_merge_size") and (trains_tower or "projector" not in config.model.freeze):
         # Each merger's norm keeps its input and result, its GELU the same.
         merger = (2 * hidden + 2 * hidden / width_share) * value

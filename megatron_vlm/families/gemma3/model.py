@@ -143,7 +143,8 @@ class Gemma3Chunk(ModelChunk):
             if pixels is None and self.unread_pixels_shape is not None:
                 pixels = x_BSH.new_zeros(self.unread_pixels_shape)
             if pixels is not None:
-                x_BSH = place_features(x_BSH, self._image_features(pixels), batch.feature_index)
+                features = self._image_features(pixels.to(x_BSH.device, non_blocking=True))
+                x_BSH = place_features(x_BSH, features, batch.feature_index)
         return self.to_sequence_first(x_BSH)
 
     def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -176,8 +176,8 @@ class Qwen3VLChunk(ModelChunk):
         grids, pixels = batch.vision_grids, batch.vision_inputs.get("pixel_values")
         if pixels is None:
             side = self.vision.spatial_merge_size
-            grids = [(1, side, side)]
-            pixels = torch.zeros((side**2, self.vision.patch_features), device=batch.input_ids.device)
+            grids, pixels = [(1, side, side)], torch.zeros((side**2, self.vision.patch_features))
+        pixels = pixels.to(batch.input_ids.device, non_blocking=True)
         if self.divides_images:
             return encode_divided(self.vision_tower, self.projector, pixels, grids, self.groups.tp)
         return self.projector(*self.vision_tower(pixels, grids))
