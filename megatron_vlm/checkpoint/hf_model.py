@@ -17,6 +17,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
+from megatron_vlm import platform
 from megatron_vlm.checkpoint.convert import ExportPlan, check_tied_copies, plan_export
 from megatron_vlm.checkpoint.distributed import on_first_rank
 from megatron_vlm.checkpoint.hf import SafetensorsReader, SafetensorsWriter
@@ -206,7 +207,7 @@ class _Gatherer:
         if self._groups.pp.rank() == place.pipeline_rank:
             rows = self._rows_of_stage(self._parameters[name], first_row, shape)
         if self._is_first_of_stage:
-            rows = self._send_to_first(rows, place.pipeline_rank, self._groups.pp, shape, place.dtype)
+            rows = self._bring_to_first(rows, place.pipeline_rank, self._groups.pp, shape, place.dtype)
         return rows
 
     def _rows_of_stage(
@@ -220,34 +221,34 @@ class _Gatherer:
         row_group, rows = divided.pop(0, None), None
         owner, start = divmod(first_row, len(parameter))
         if row_group is None or row_group.rank() == owner:
-            rows = parameter.detach()[start : start + shape[0]]
+            rows = parameter.detach()[start : start + shape[0]].contiguous()
             for dim, group in divided.items():
                 rows = None if rows is None else _gather_to_first(rows, dim, group)
         if row_group is not None and all(group.rank() == 0 for group in divided.values()):
-            rows = self._send_to_first(rows, owner, row_group, shape, parameter.dtype)
+            rows = self._bring_to_first(rows, owner, row_group, shape, parameter.dtype)
         return rows
 
-    def _send_to_first(
+    def _bring_to_first(
         self, rows: torch.Tensor | None, owner: int, group: Group, shape: tuple[int, ...], dtype: torch.dtype
     ) -> torch.Tensor | None:
-        """Move what the group's `owner` has to its first rank."""
+        """Give what the group's `owner` has to its first rank.
+
+        By a broadcast, for which the group's ranks are connected already: on a device, a transfer between two ranks
+        would take memory for a connection of their own, from every rank of the group to the first.
+        """
         if owner == 0:
             return rows
-        if group.rank() == owner:
-            assert rows is not None
-            torch.distributed.send(rows.contiguous(), torch.distributed.get_global_rank(group, 0), group=group)
-        if group.rank() != 0:
-            return None
-        received = torch.empty(shape, dtype=dtype, device=next(iter(self._parameters.values())).device)
-        torch.distributed.recv(received, torch.distributed.get_global_rank(group, owner), group=group)
-        return received
+        if rows is None:
+            rows = torch.empty(shape, dtype=dtype, device=platform.current().device)
+        torch.distributed.broadcast(rows, torch.distributed.get_global_rank(group, owner), group=group)
+        return rows if group.rank() == 0 else None
 
 
 def _gather_to_first(part: torch.Tensor, dim: int, group: Group) -> torch.Tensor | None:
     """Put the parts of a group's ranks together on its first rank."""
     first = torch.distributed.get_global_rank(group, 0)
     parts = [torch.empty_like(part) for _ in range(group.size())] if group.rank() == 0 else None
-    torch.distributed.gather(part.contiguous(), parts, dst=first, group=group)
+    torch.distributed.gather(part, parts, dst=first, group=group)
     return None if parts is None else torch.cat(parts, dim=dim)
 
 

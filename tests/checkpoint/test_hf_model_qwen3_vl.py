@@ -32,6 +32,7 @@ LAYOUTS = {
     "tp2 ep2": (2, (2, 1, 2, 1)),
     "tp2 ep2 etp2": (4, (2, 1, 2, 2)),
     "pp2 ep2": (4, (1, 2, 2, 1)),
+    "pp4 with empty stages": (4, (1, 4, 1, 1)),
     "tp2 dp2": (4, (2, 1, 1, 1)),
 }
 Sizes = tuple[int, int, int, int]
@@ -45,7 +46,8 @@ def build(
     initialize_megatron(0, groups)
     family = registry.detect(source)
     config = family.config_from_hf(registry.load_hf_config(source), text_only)
-    settings = BuildSettings(assign_layers(4, groups.pp.size()), dtype=dtype, sequence_parallel=groups.tp.size() > 1)
+    layers = assign_layers(4, groups.pp.size(), layout=[2, 0, 0, 2] if groups.pp.size() == 4 else None)
+    settings = BuildSettings(layers, dtype=dtype, sequence_parallel=groups.tp.size() > 1)
     chunks = build_chunks(family, config, settings, groups)
     for chunk in chunks:
         for parameter in chunk.parameters():
