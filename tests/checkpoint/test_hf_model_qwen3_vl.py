@@ -11,6 +11,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_vlm.checkpoint import hf, hf_model
+from megatron_vlm.checkpoint.convert import export_checkpoint, identity_of, verify_checkpoint
+from megatron_vlm.checkpoint.distributed import CheckpointManager
 from megatron_vlm.checkpoint.hf import SafetensorsReader
 from megatron_vlm.checkpoint.hf_model import export_hf_from_model, load_hf_into_model
 from megatron_vlm.checkpoint.safetensors_files import StoredTensor
@@ -106,6 +108,27 @@ def test_a_text_only_run_exports_a_qwen3_model(saved: Path, published: Path, tmp
     assert set(actual) == set(expected)
     for name, tensor in expected.items():
         assert actual[name].dtype == tensor.dtype and actual[name].equal(tensor), name
+
+
+def load_and_save(source: Path, directory: Path, sizes: Sizes) -> None:
+    """One rank: load, save a checkpoint as a run does, with megatron-core."""
+    chunks, groups = build(source, sizes, torch.float32)
+    family = registry.detect(source)
+    config = family.config_from_hf(registry.load_hf_config(source), False)
+    load_hf_into_model(chunks, source, family, config, groups)
+    manager = CheckpointManager(
+        directory, groups, identity_of(source, family.name, config), {}, "fp32", async_save=False
+    )
+    manager.save(3, chunks, None, None, data_state={}, config_yaml="")
+
+
+@pytest.mark.parametrize("name", ["tp2 ep2 etp2", "pp2 ep2"])
+def test_a_checkpoint_of_divided_experts_is_exported_without_ranks(published: Path, tmp_path: Path, name: str) -> None:
+    ranks, sizes = LAYOUTS[name]
+    run_ranks(ranks, load_and_save, published, tmp_path / "run" / "checkpoints", sizes)
+    assert verify_checkpoint(published, tmp_path / "run").differences == ()
+    export_checkpoint(tmp_path / "run", published, tmp_path / "out")
+    assert qwen3_vl_files.files(tmp_path / "out") == qwen3_vl_files.files(published)
 
 
 def numbers_read(source: Path, sizes: Sizes) -> tuple[int, int]:
