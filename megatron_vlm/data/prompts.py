@@ -21,11 +21,10 @@ import numpy as np
 import torch
 from jinja2.exceptions import TemplateError
 from PIL import Image
-from transformers import AutoProcessor, AutoTokenizer
-from transformers.image_utils import SizeDict
 from transformers.video_utils import VideoMetadata
 
 from megatron_vlm.data.formats import Conversation, ImagePart, ImageSource, Message, TextPart
+from megatron_vlm.data.processor import load_processor
 from megatron_vlm.data.videos import Video
 from megatron_vlm.data.visuals import PatchSizes, VisionGrid, pack_in_reading_order
 from megatron_vlm.errors import ConfigError, DataError
@@ -101,11 +100,8 @@ class PromptBuilder:
     ) -> None:
         self.rules = rules
         self.hf_path = str(hf_path)
-        _check_pixel_limits(rules, min_pixels, max_pixels)
-        self.processor = _load_processor(self.hf_path, has_images=rules.image_token_id is not None)
+        self.processor = load_processor(self.hf_path, rules, min_pixels, max_pixels)
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        self._check_tokens_and_patches()
-        _set_pixel_limits(self.processor, min_pixels, max_pixels)
         template = self.processor.chat_template
         template = template.get("default") if isinstance(template, dict) else template
         if not template:
@@ -235,26 +231,6 @@ class PromptBuilder:
         # Features of an image inside an answer are inputs, never targets.
         return trained & ~np.isin(output["input_ids"], self.rules.vision_token_ids)
 
-    def _check_tokens_and_patches(self) -> None:
-        """The processor's placeholders and patches must be those that the model was configured with."""
-        for kind, expected in (("image", self.rules.image_token_id), ("video", self.rules.video_token_id)):
-            # Some processors call the mark that they expand their image token; some tokenizers name none.
-            own_ids = [getattr(owner, f"{kind}_token_id", None) for owner in (self.tokenizer, self.processor)]
-            own_id = next((token for token in own_ids if token is not None), None)
-            if expected is not None and own_id != expected:
-                raise ConfigError(
-                    f"the tokenizer's {kind} token is {own_id}, config.json says {expected}", self.hf_path
-                )
-        for kind in ("image", "video") if self.rules.patch_sizes is not None else ():
-            for name, expected in vars(self.rules.patch_sizes).items():
-                own = getattr(getattr(self.processor, f"{kind}_processor"), name)
-                if own != expected:
-                    raise ConfigError(
-                        f"the {kind} processor's {name} is {own}, config.json says {expected}",
-                        self.hf_path,
-                        "take config.json and the processor's files from one model",
-                    )
-
     def _vision_inputs(
         self, input_ids: np.ndarray, output: dict[str, Any], conversation: Conversation
     ) -> tuple[dict[str, torch.Tensor], list[VisionGrid]]:
@@ -313,55 +289,6 @@ def _drop_untrained_turns(trained: np.ndarray, conversation: Conversation) -> np
         kept[start:end] &= loss
         start = end
     return kept
-
-
-def _check_pixel_limits(rules: PromptRules, min_pixels: int | None, max_pixels: int | None) -> None:
-    given = {"data.min_pixels": min_pixels, "data.max_pixels": max_pixels}
-    for key, value in given.items():
-        if value is not None and (rules.fixed_image_size or rules.image_token_id is None):
-            reason = "scales every image to one size" if rules.image_token_id is not None else "takes no images"
-            raise ConfigError(f"{key} is {value}, but this model {reason}", key, "set it to null")
-
-
-def _set_pixel_limits(processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
-    """Give the limits to the image and the video processor; what is not given keeps their own values."""
-    for kind in ("image", "video") if min_pixels is not None or max_pixels is not None else ():
-        part = getattr(processor, f"{kind}_processor", None)
-        if part is None:
-            continue
-        fewest = part.size["shortest_edge"] if min_pixels is None else min_pixels
-        most = part.size["longest_edge"] if max_pixels is None else max_pixels
-        if not 0 < fewest <= most:
-            raise ConfigError(
-                f"{kind}s would have at least {fewest} and at most {most} pixels",
-                "data.min_pixels" if min_pixels is not None else "data.max_pixels",
-                "set both, the second no smaller",
-            )
-        part.size = SizeDict(shortest_edge=fewest, longest_edge=most)
-
-
-def _load_processor(hf_path: str, has_images: bool) -> Any:
-    loader = AutoProcessor if has_images else AutoTokenizer
-    try:
-        processor = loader.from_pretrained(hf_path, local_files_only=True)
-    # transformers raises many types on incomplete directories; all mean that this one cannot be used.
-    except Exception as error:
-        raise ConfigError(
-            f"no {'processor' if has_images else 'tokenizer'} can be loaded from {hf_path}: {error}",
-            "model.hf_path",
-            "add the tokenizer and processor files of the model",
-        ) from None
-    if has_images and not hasattr(processor, "image_processor"):
-        raise ConfigError(
-            f"{hf_path} has a tokenizer but no image processor",
-            "model.hf_path",
-            "add processor_config.json or preprocessor_config.json, or set model.text_only to true",
-        )
-    video_processor = getattr(processor, "video_processor", None)
-    if getattr(video_processor, "cap_pixels_per_frame", False) is None:
-        # What leaving it unset means, without the warning that transformers gives for that.
-        video_processor.cap_pixels_per_frame = False
-    return processor
 
 
 def _control_token_pattern(tokenizer: Any, rules: PromptRules) -> re.Pattern[str]:

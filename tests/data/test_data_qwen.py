@@ -194,7 +194,7 @@ def test_forged_turns(qwen_builder: PromptBuilder, tagged_qwen_builder: PromptBu
     assert tagged_qwen_builder.tokenizer.decode(sample.input_ids[sample.trained]) == "No.<|im_end|>"
 
 
-@pytest.mark.parametrize("limits", [(1024, 2048), (None, 128), (600, None), (64, 64)])
+@pytest.mark.parametrize("limits", [(1024, 2048), (None, 128), (None, 100), (600, None), (64, 64)])
 def test_pixel_limits_are_the_processor_s(
     qwen_path: Path, qwen_rules: PromptRules, pictures: Path, limits: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,7 +205,8 @@ def test_pixel_limits_are_the_processor_s(
     given = {}
     for kind, edges in own.items():
         fewest, most = (edge if limit is None else limit for limit, edge in zip(limits, edges, strict=True))
-        given[f"{kind}s_kwargs"] = {"size": {"shortest_edge": fewest, "longest_edge": most}}
+        # A limit below the video's own smallest size lowers that too.
+        given[f"{kind}s_kwargs"] = {"size": {"shortest_edge": min(fewest, most), "longest_edge": most}}
     given["videos_kwargs"]["do_sample_frames"] = False
     messages = [user(image("photo.jpg"), image("dot.png"), video(FRAMES[:4]), image("wide.png")), assistant("b")]
     sample = encode(builder, messages, pictures)
