@@ -19,15 +19,7 @@ from megatron_vlm.checkpoint.distributed import sharded_model_state
 from megatron_vlm.parallel.engine import engine_config
 from megatron_vlm.training import step
 from megatron_vlm.training.step import LossSums, run_global_batch
-from tests.distributed.reference import (
-    TOLERANCE,
-    ZERO_GRADIENT,
-    label_tokens,
-    loss_sum_gradients,
-    micro_batches,
-    relative_error,
-    write_model,
-)
+from tests.distributed.reference import GEMMA3, TOLERANCE, ZERO_GRADIENT, label_tokens, relative_error
 from tests.parity import gemma3_tiny
 from tests.parity.layouts import LAYOUTS, gather_parameter, set_up
 from tests.ranks import run_ranks
@@ -37,17 +29,17 @@ CASES = ("mixed", "text", "one image", "several images")
 
 @pytest.fixture(scope="module")
 def hf_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_model(Path(tmp_path_factory.mktemp("model")))
+    return GEMMA3.write(Path(tmp_path_factory.mktemp("model")))
 
 
 def worst_errors(ranks: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     """Of every parameter's mean gradient, over ranks."""
-    reference = loss_sum_gradients(CASES)
+    reference = GEMMA3.loss_sum_gradients(CASES)
     worst: dict[str, float] = {}
     for gradients in ranks:
         for name, gradient in gradients.items():
             if not name.endswith(ZERO_GRADIENT):
-                error = relative_error(gradient * label_tokens(CASES), reference[name])
+                error = relative_error(gradient * label_tokens(GEMMA3, CASES), reference[name])
                 worst[name] = max(worst.get(name, 0.0), error)
     assert set(worst) == {name for name in reference if not name.endswith(ZERO_GRADIENT)}
     return worst
@@ -62,7 +54,7 @@ def gradients(hf_dir: str, layout: str, engine: dict[str, Any]) -> dict[str, tor
         setattr(config, name, value)
     for chunk in model:
         chunk.zero_grad_buffer()
-    run_global_batch(model, micro_batches(CASES), groups)
+    run_global_batch(model, GEMMA3.micro_batches(CASES), groups)
     return {
         name: gather_parameter(parameter, parameter.main_grad, groups)
         for chunk in model
@@ -161,7 +153,7 @@ def kinds_of_output(hf_dir: str) -> list[type]:
     model, groups = set_up(hf_dir, LAYOUTS["PP2"])
     kinds = []
     model[0].register_forward_hook(lambda module, arguments, output: kinds.append(type(output)))
-    run_global_batch(model, micro_batches(CASES[:1]), groups, forward_only=True)
+    run_global_batch(model, GEMMA3.micro_batches(CASES[:1]), groups, forward_only=True)
     return kinds
 
 

@@ -17,63 +17,70 @@ from megatron_vlm.parallel.initialize import initialize_weights
 from megatron_vlm.parallel.stages import assign_layers
 from megatron_vlm.training.step import run_global_batch
 from tests.distributed.reference import (
+    GEMMA3,
+    QWEN3_VL_MOE,
     TOLERANCE,
     ZERO_GRADIENT,
+    Gemma3,
+    Subject,
     label_tokens,
-    loss_sum_gradients,
-    micro_batches,
     relative_error,
-    write_model,
 )
-from tests.parity import gemma3_tiny
+from tests.parity import gemma3_tiny, qwen3_vl_tiny
 from tests.parity.layouts import LAYOUTS, TestLayout, gather_parameter, own_micro_batches, set_up, whole_gradients
 from tests.ranks import run_ranks
 
-
-@pytest.fixture(scope="module")
-def hf_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_model(Path(tmp_path_factory.mktemp("model")))
-
-
 # Data rank 0 takes the even ones: it never sees an image.
-TEXT_ON_ONE_RANK = ("text", "several images", "text", "one image")
+TEXT_ON_ONE_RANK: dict[Subject, tuple[str, ...]] = {
+    GEMMA3: ("text", "several images", "text", "one image"),
+    QWEN3_VL_MOE: ("text", "two images", "text", "mixed"),
+}
 
 
-def gradients(hf_dir: str, layout: TestLayout) -> dict[str, torch.Tensor]:
+def gradients(hf_dir: str, layout: TestLayout, subject: Subject) -> dict[str, torch.Tensor]:
     # Far below megatron-core's 40 million elements, so that a chunk has several buckets, as real models do.
     small = partial(build.DistributedDataParallelConfig, bucket_size=4000)
     with mock.patch.object(build, "DistributedDataParallelConfig", small):
         model, groups = set_up(hf_dir, layout)
-    assert len(model[0].buffers[0].buckets) > 1
-    batches = micro_batches(TEXT_ON_ONE_RANK)
+    for buffers in (model[0].buffers, model[0].expert_parallel_buffers):
+        assert all(len(buffer.buckets) > 1 for buffer in buffers)
+    batches = subject.micro_batches(TEXT_ON_ONE_RANK[subject])
     # megatron-core overlaps from the second step on, in the order of the first, in which the other rank has the images.
     for rank_with_images, of_step in ((0, batches[::-1]), (1, batches)):
         for chunk in model:
             chunk.zero_grad_buffer()
         mine = own_micro_batches(of_step, groups, layout)
-        assert all(bool((batch.feature_index >= 0).any()) == (groups.dp.rank() == rank_with_images) for batch in mine)
+        assert all((batch.feature_index >= 0).any() == (groups.dp.rank() == rank_with_images) for batch in mine)
         run_global_batch(model, mine, groups)
     return whole_gradients(model, groups)
 
 
 @pytest.mark.parametrize(
-    "layout",
+    ("subject", "layout"),
     [
-        TestLayout(2, distributed_optimizer=True, overlap=True),
-        TestLayout(4, tensor=2, distributed_optimizer=True, overlap=True, vision="data"),
-        TestLayout(4, pipeline=2, distributed_optimizer=True, overlap=True),
+        (GEMMA3, TestLayout(2, distributed_optimizer=True, overlap=True)),
+        (GEMMA3, TestLayout(4, tensor=2, distributed_optimizer=True, overlap=True, vision="data")),
+        (GEMMA3, TestLayout(4, pipeline=2, distributed_optimizer=True, overlap=True)),
+        (QWEN3_VL_MOE, TestLayout(2, expert=2, distributed_optimizer=True, overlap=True)),
+        (
+            QWEN3_VL_MOE,
+            TestLayout(
+                4, tensor=2, expert=2, sequence_parallel=True, distributed_optimizer=True, overlap=True, vision="data"
+            ),
+        ),
     ],
-    ids=["DP2", "DP2xTP2, vision DP", "DP2xPP2"],
+    ids=["DP2", "DP2xTP2, vision DP", "DP2xPP2", "experts EP2", "experts EP2xTP2+SP, vision DP"],
 )
-def test_a_data_rank_without_images(hf_dir: str, layout: TestLayout) -> None:
+def test_a_data_rank_without_images(tmp_path: Path, subject: Subject, layout: TestLayout) -> None:
     """Overlapped exchanges begin as gradients are ready: every rank must have them in the same order."""
-    reference = loss_sum_gradients(TEXT_ON_ONE_RANK)
+    cases = TEXT_ON_ONE_RANK[subject]
+    reference = subject.loss_sum_gradients(cases)
     seen = set()
-    for found in run_ranks(layout.world_size, gradients, hf_dir, layout):
+    for found in run_ranks(layout.world_size, gradients, subject.write(tmp_path), layout, subject):
         for name, gradient in found.items():
             seen.add(name)
             if not name.endswith(ZERO_GRADIENT):
-                assert relative_error(gradient * label_tokens(TEXT_ON_ONE_RANK), reference[name]) <= TOLERANCE, name
+                assert relative_error(gradient * label_tokens(subject, cases), reference[name]) <= TOLERANCE, name
     assert seen == set(reference)
 
 
@@ -84,7 +91,7 @@ def tensors_kept_by_eyes(frozen: tuple[str, ...]) -> tuple[dict[str, int], set[s
     """Bytes kept for the backward pass inside the tower and the projector, and names with gradients."""
     groups = build_groups()
     initialize_megatron(1, groups)
-    hf_config = gemma3_tiny.build(with_vision=True).config
+    hf_config = GEMMA3.config
     family = registry.detect(hf_config)
     model_config = family.config_from_hf(hf_config, text_only=False)
     chunks = build_chunks(family, model_config, BuildSettings([range(4)]), groups)
@@ -96,7 +103,7 @@ def tensors_kept_by_eyes(frozen: tuple[str, ...]) -> tuple[dict[str, int], set[s
         _count_kept(chunks[0].get_submodule(part), part, kept)
     model = wrap_data_parallel(chunks, groups, use_distributed_optimizer=False)
     model[0].zero_grad_buffer()
-    run_global_batch(model, micro_batches(["mixed"]), groups)
+    run_global_batch(model, GEMMA3.micro_batches(["mixed"]), groups)
     with_gradient = {
         name
         for name, parameter in chunks[0].named_parameters()
@@ -143,16 +150,20 @@ def test_nothing_is_kept_for_frozen_eyes(frozen: tuple[str, ...], nothing_kept_i
 
 # First weights
 
+UNTIED = Gemma3(tied=False)
+STD = 0.02
+VOCABULARY = {UNTIED: gemma3_tiny.VOCABULARY, QWEN3_VL_MOE: qwen3_vl_tiny.VOCABULARY}
 
-def first_weights(layout: TestLayout) -> dict[str, torch.Tensor]:
-    groups = build_groups(layout.tensor, layout.pipeline)
-    hf_config = gemma3_tiny.build(with_vision=True, tied=False).config
+
+def first_weights(subject: Subject, layout: TestLayout) -> dict[str, torch.Tensor]:
+    groups = build_groups(layout.tensor, layout.pipeline, layout.expert, layout.expert_tensor)
+    hf_config = subject.config
     family = registry.detect(hf_config)
     model_config = family.config_from_hf(hf_config, text_only=False)
     layers = assign_layers(4, layout.pipeline, layout.virtual)
-    settings = BuildSettings(layers, vision_parallelism=layout.vision)
+    settings = BuildSettings(layers, sequence_parallel=layout.sequence_parallel, vision_parallelism=layout.vision)
     chunks = build_chunks(family, model_config, settings, groups)
-    initialize_weights(chunks, 11, 0.02, gemma3_tiny.VOCABULARY, groups)
+    initialize_weights(chunks, 11, STD, VOCABULARY[subject], groups)
     return {
         name: gather_parameter(parameter, parameter, groups)
         for chunk in chunks
@@ -160,30 +171,46 @@ def first_weights(layout: TestLayout) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("layout", ["TP2", "TP4", "PP2xVPP2", "TP2xPP2+SP", "TP2, vision DP"])
-def test_first_weights_do_not_depend_on_the_layout(layout: str) -> None:
-    (alone,) = run_ranks(1, first_weights, LAYOUTS["TP1"])
-    ranks = run_ranks(LAYOUTS[layout].world_size, first_weights, LAYOUTS[layout])
+@pytest.mark.parametrize(
+    ("subject", "layout"),
+    [
+        *((UNTIED, LAYOUTS[name]) for name in ("TP2", "TP4", "PP2xVPP2", "TP2xPP2+SP", "TP2, vision DP")),
+        (QWEN3_VL_MOE, TestLayout(4, tensor=2, sequence_parallel=True, expert=2, expert_tensor=2)),
+        (QWEN3_VL_MOE, TestLayout(4, pipeline=2, expert=2)),
+    ],
+    ids=str,
+)
+def test_first_weights_do_not_depend_on_the_layout(subject: Subject, layout: TestLayout) -> None:
+    (alone,) = run_ranks(1, first_weights, subject, LAYOUTS["TP1"])
+    ranks = run_ranks(layout.world_size, first_weights, subject, layout)
     assert set().union(*ranks) == set(alone)
     for found in ranks:
         for name, value in found.items():
             assert torch.equal(value, alone[name]), name
 
 
-def test_first_weights_are_what_they_should_be() -> None:
-    (weights,) = run_ranks(1, first_weights, LAYOUTS["TP1"])
-    matrices = {name: weight for name, weight in weights.items() if weight.dim() >= 2}
+@pytest.mark.parametrize("subject", [UNTIED, QWEN3_VL_MOE], ids=str)
+def test_first_weights_are_what_they_should_be(subject: Subject) -> None:
+    (weights,) = run_ranks(1, first_weights, subject, LAYOUTS["TP1"])
+    matrices = {name: weight for name, weight in weights.items() if weight.dim() >= 2 and not name.endswith(".bias")}
     for name, weight in matrices.items():
         real = weight
         if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-            real, padding = weight[: gemma3_tiny.VOCABULARY], weight[gemma3_tiny.VOCABULARY :]
+            real, padding = weight[: VOCABULARY[subject]], weight[VOCABULARY[subject] :]
             assert not padding.any()
         # Five deviations of the mean and of the deviation of that many draws.
-        assert abs(real.mean()) < 5 * 0.02 / real.numel() ** 0.5, name
-        assert abs(real.std() - 0.02) < 5 * 0.02 / (2 * real.numel()) ** 0.5, name
-    firsts = {weight.flatten()[0].item() for weight in matrices.values()}
-    assert len(firsts) == len(matrices), "two parameters have the same numbers"
+        assert abs(real.mean()) < 5 * STD / real.numel() ** 0.5, name
+        assert abs(real.std() - STD) < 5 * STD / (2 * real.numel()) ** 0.5, name
+    # Experts are drawn one by one.
+    firsts = [
+        value
+        for name, weight in matrices.items()
+        for value in (weight.flatten(1)[:, 0].tolist() if ".experts." in name else [weight.flatten()[0].item()])
+    ]
+    assert len(set(firsts)) == len(firsts), "two parameters have the same numbers"
     for name in set(weights) - set(matrices):
-        is_layer_norm = "layer_norm" in name or "post_layernorm" in name
-        expected = 1.0 if is_layer_norm and name.startswith("vision_tower") and name.endswith("weight") else 0.0
+        starts_at_one = name.endswith("weight") and (
+            "layer_norm" in name or "post_layernorm" in name if subject == UNTIED else "norm" in name
+        )
+        expected = 1.0 if starts_at_one and (name.startswith("vision_tower") or subject != UNTIED) else 0.0
         assert (weights[name] == expected).all(), name
