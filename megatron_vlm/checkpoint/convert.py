@@ -135,7 +135,7 @@ def _new_buffer(weights: Iterable[HfWeight], itemsize: int) -> torch.Tensor:
 def _padded_rows(
     reader: SafetensorsReader, entry: HfWeight, buffer: torch.Tensor
 ) -> Callable[[int, int], torch.Tensor]:
-    """Reads rows of our tensor into `buffer`, possibly as a strided view; beyond the file's end come zeros."""
+    """Reads rows of our tensor by way of `buffer`; beyond the file's end come zeros."""
     shape = entry.weight.own_shape
     num_rows = shape[0] if shape else 1
 

@@ -117,14 +117,22 @@ class HfWeight:
         return row * self.shape[0] // self.weight.own_shape[0] if self.shape else row
 
     def from_file(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of the file in our shape; a view."""
-        rows = rows.transpose(-2, -1) if self.is_transposed else rows
+        """Rows of the file in our shape; a view, unless they are transposed."""
+        rows = _transpose(rows) if self.is_transposed else rows
         return rows.view(-1, *self.weight.own_shape[1:]) if self.shape else rows
 
     def to_file(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of ours in the file's shape; a view."""
+        """Rows of ours in the file's shape; a view, unless they are transposed."""
         rows = rows.view(-1, *self.weight.shape[1:]) if self.shape else rows
-        return rows.transpose(-2, -1) if self.is_transposed else rows
+        return _transpose(rows) if self.is_transposed else rows
+
+
+def _transpose(matrices: torch.Tensor) -> torch.Tensor:
+    """Each in memory of the result, one at a time: torch copies a single transposed matrix three times as fast."""
+    result = matrices.new_empty(matrices.transpose(-2, -1).shape)
+    for target, matrix in zip(result, matrices, strict=True):
+        target.copy_(matrix.t())
+    return result
 
 
 class _Shaped(Protocol):
