@@ -154,7 +154,7 @@ class OptimizerSettings:
     min_lr: float = 0.0
     """Learning rate that a decaying schedule reaches one step after the last."""
     weight_decay: float = 0.01
-    """Decoupled weight decay; one-dimensional parameters (norms, biases) have none."""
+    """Decoupled weight decay; norms and biases have none."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of AdamW's two moments."""
     eps: float = 1e-8
