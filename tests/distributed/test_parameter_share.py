@@ -1,10 +1,12 @@
-"""Every rank holds its share: each tensor is 1 / TP of the whole, but for a list of small ones that says why.
+"""Every rank holds its share: each tensor is 1 / TP of the whole (experts 1 / (EP x ETP)), but for a list of small ones
+that says why.
 
-Real sizes are built on the meta device, which has shapes and no storage.
+Real sizes are built on the meta device, which has shapes and no storage, and one rank of each stage at a time.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -15,19 +17,22 @@ from transformers import PretrainedConfig
 
 from megatron_vlm.families import registry
 from megatron_vlm.parallel.build import BuildSettings, build_chunks
-from megatron_vlm.parallel.groups import build_groups
+from megatron_vlm.parallel.sharding import is_expert, splits
+from megatron_vlm.parallel.simulate import simulated_rank
 from megatron_vlm.parallel.stages import assign_layers
-from tests.parity import gemma3_tiny
-from tests.published_gemma3 import published_config
-from tests.ranks import run_ranks
+from tests import published_gemma3, published_qwen3_vl
+from tests.distributed.reference import GEMMA3, QWEN3_VL, QWEN3_VL_MOE, Subject
 
 # Names of the tensors that every tensor rank holds whole, and why.
-REPLICATED = {
-    r"language_model\.layers\.\d+\.(input|post_attention|pre_feedforward|post_feedforward)_layernorm\.weight": (
+DECODER = {
+    r"language_model\.layers\.\d+\.(input|post_attention)_layernorm\.weight": (
         "one vector; activations are whole, or a share of the sequence with all channels"
     ),
     r"language_model\.norm\.weight": "one vector",
     r"language_model\.layers\.\d+\.self_attn\.[qk]_norm\.weight": "one vector as long as a head, shared by all heads",
+}
+GEMMA3_REPLICATED = DECODER | {
+    r"language_model\.layers\.\d+\.(pre|post)_feedforward_layernorm\.weight": "one vector",
     r"vision_tower\.embeddings\.(patch_embedding\.(weight|bias)|position_embedding\.weight)": (
         "1 % of the tower; dividing it would need a gather of all patches"
     ),
@@ -36,7 +41,22 @@ REPLICATED = {
     r"vision_tower\.post_layernorm\.(weight|bias)": "one vector",
     r"projector\.mm_soft_emb_norm\.weight": "one vector",
 }
-# Beyond this share of a whole stage (in bytes), "small" is no longer true. Measured: 0.21 % at most (4B, TP2 x PP2).
+QWEN3_VL_REPLICATED = DECODER | {
+    r"vision_tower\.(patch_embed\.proj\.(weight|bias)|pos_embed\.weight)": (
+        "1 % of the tower; dividing it would need a gather of all patches"
+    ),
+    r"vision_tower\.blocks\.\d+\.norm[12]\.(weight|bias)": "one vector",
+    r"vision_tower\.blocks\.\d+\.(attn\.proj|mlp\.linear_fc2)\.bias": "one vector, added to the whole sum",
+    r"projector\.(merger|deepstack_merger_list\.\d+)\.(norm\.(weight|bias)|linear_fc2\.bias)": "one vector",
+}
+ROUTER = {r"language_model\.layers\.\d+\.mlp\.gate\.weight": "a token is scored against all experts where it is"}
+REPLICATED = {
+    "gemma3": GEMMA3_REPLICATED,
+    "qwen3_vl": QWEN3_VL_REPLICATED,
+    "qwen3_vl_moe": QWEN3_VL_REPLICATED | ROUTER,
+}
+# Beyond this share of a whole stage (in bytes), "small" is no longer true. Measured: 0.21 % at most (Gemma 3 4B,
+# TP2 x PP2), of Qwen3-VL 0.06 % (8B, TP8).
 SMALL = 0.005
 REPLICATED_KEYS = {
     r"language_model\.layers\.\d+\.self_attn\.[kv]_proj\.weight": (
@@ -54,15 +74,23 @@ class Case:
     virtual: int = 1
     vision: str = "tensor"
     sequence_parallel: bool = False
+    expert: int = 1
+    expert_tensor: int = 1
 
     @property
-    def world_size(self) -> int:
-        return self.tensor * self.pipeline
+    def stage_size(self) -> int:
+        """Ranks of a pipeline stage, which hold one copy at least."""
+        return math.lcm(self.tensor, self.expert * self.expert_tensor)
+
+    def __str__(self) -> str:
+        sizes = {"tp": self.tensor, "pp": self.pipeline, "vpp": self.virtual}
+        sizes |= {"ep": self.expert, "etp": self.expert_tensor}
+        words = [f"{name}{size}" for name, size in sizes.items() if size > 1]
+        return " ".join([*words, *(["vision data"] if self.vision == "data" else [])])
 
 
-def parameter_bytes(hf_config: PretrainedConfig, case: Case) -> dict[str, tuple[int, bool]]:
-    """Name -> (bytes on this rank, whether it is marked as a shard), over all chunks of this rank."""
-    groups = build_groups(case.tensor, case.pipeline)
+def held_by_stage(hf_config: PretrainedConfig, case: Case) -> list[dict[str, tuple[int, int, bool]]]:
+    """By name: bytes on one rank of each stage, how many ranks divide it by its marks, and whether it is an expert."""
     family, model_config = describe(hf_config)
     layers = assign_layers(len(model_config.text.layers), case.pipeline, case.virtual)
     settings = BuildSettings(
@@ -71,15 +99,21 @@ def parameter_bytes(hf_config: PretrainedConfig, case: Case) -> dict[str, tuple[
         sequence_parallel=case.sequence_parallel,
         vision_parallelism=case.vision,  # type: ignore[arg-type]
     )
-    chunks = build_chunks(family, model_config, settings, groups, device=torch.device("meta"))
-    found = {}
-    for chunk in chunks:
-        assert not list(chunk.buffers()), "a buffer would be memory that this test does not see"
-        for name, parameter in chunk.named_parameters():
-            assert parameter.device.type == "meta"
-            assert name not in found, f"{name} is on this rank twice"
-            found[name] = (parameter.nbytes, getattr(parameter, "tensor_model_parallel", False))
-    return found
+    stages = []
+    for stage in range(case.pipeline):
+        world_size = case.stage_size * case.pipeline
+        sizes = (case.tensor, case.pipeline, case.expert, case.expert_tensor)
+        found: dict[str, tuple[int, int, bool]] = {}
+        with simulated_rank(stage * case.stage_size, world_size, *sizes) as groups:
+            for chunk in build_chunks(family, model_config, settings, groups, device=torch.device("meta")):
+                assert not list(chunk.buffers()), "a buffer would be memory that this test does not see"
+                for name, parameter in chunk.named_parameters():
+                    assert parameter.device.type == "meta"
+                    assert name not in found, f"{name} is on this rank twice"
+                    divisor = math.prod(split.group.size() for split in splits(parameter, groups))
+                    found[name] = (parameter.nbytes, divisor, is_expert(parameter))
+        stages.append(found)
+    return stages
 
 
 def describe(hf_config: PretrainedConfig) -> tuple[registry.Family, Any]:
@@ -101,23 +135,31 @@ def matches(name: str, patterns: dict[str, str]) -> bool:
 
 def check(hf_config: PretrainedConfig, case: Case, extra: dict[str, str], small: float) -> None:
     whole = whole_bytes(hf_config)
-    ranks = run_ranks(case.world_size, parameter_bytes, hf_config, case)
+    replicated_names = REPLICATED[hf_config.model_type] | extra
+    stages = held_by_stage(hf_config, case)
     used = set()
-    for held in ranks:
+    for stage, held in enumerate(stages):
         stage_total = sum(whole[name] for name in held)
-        replicated = {name for name in held if matches(name, REPLICATED | extra)}
-        for name, (size, is_shard) in held.items():
+        replicated = {name for name in held if matches(name, replicated_names)}
+        divided_bytes = 0
+        for name, (size, divisor, expert) in held.items():
             if name in replicated:
-                used |= {pattern for pattern in REPLICATED | extra if re.fullmatch(pattern, name)}
-                assert size == whole[name] and not is_shard, name
+                used |= {pattern for pattern in replicated_names if re.fullmatch(pattern, name)}
+                assert size == whole[name] and divisor == 1, name
             else:
-                assert size * case.tensor == whole[name] and is_shard, f"{name} is not on the list and is not divided"
+                ranks = case.expert * case.expert_tensor if expert else case.tensor
+                assert size * ranks == whole[name] and divisor == ranks, f"{name} is not on the list and is not divided"
+                divided_bytes += size
         replicated_bytes = sum(whole[name] for name in replicated)
-        assert sum(size for size, _ in held.values()) <= stage_total / case.tensor + replicated_bytes
-        named = sum(whole[name] for name in held if matches(name, REPLICATED))
+        assert sum(size for size, _, _ in held.values()) == divided_bytes + replicated_bytes
+        named = sum(whole[name] for name in held if matches(name, REPLICATED[hf_config.model_type]))
+        print(
+            f"{case}, stage {stage}: {(divided_bytes + replicated_bytes) / 2**30:.2f} GiB per rank, replicated "
+            f"{named / stage_total:.3%} of the stage by list, {(replicated_bytes - named) / stage_total:.3%} by setting"
+        )
         assert named <= small * stage_total, f"{named / stage_total:.2%} of a stage is replicated"
-    assert set().union(*ranks) == set(whole), "no rank holds some tensor"
-    assert used == set(REPLICATED | extra), "a name on the list is held by nobody"
+    assert set().union(*stages) == set(whole), "no rank holds some tensor"
+    assert used == set(replicated_names), "a name on the list is held by nobody"
 
 
 @pytest.mark.parametrize(
@@ -133,22 +175,51 @@ def check(hf_config: PretrainedConfig, case: Case, extra: dict[str, str], small:
     ],
     ids=str,
 )
-def test_published_sizes(size: str, case: Case) -> None:
-    check(published_config(size), case, {}, SMALL)
+def test_published_sizes_of_gemma3(size: str, case: Case) -> None:
+    check(published_gemma3.published_config(size), case, {}, SMALL)
 
 
-def test_divided_images_replicate_the_tower_and_nothing_else() -> None:
-    hf_config = published_config("4b")
-    case = Case(4, vision="data")
-    check(hf_config, case, REPLICATED_VISION, 1.0)
+@pytest.mark.parametrize(
+    ("size", "case"),
+    [
+        ("8b", Case(8, sequence_parallel=True)),
+        ("30b_a3b", Case(4, sequence_parallel=True, expert=8)),
+        ("235b_a22b", Case(8, pipeline=8, sequence_parallel=True, expert=8)),
+        ("235b_a22b", Case(4, pipeline=4, sequence_parallel=True, expert=8, expert_tensor=2)),
+    ],
+    ids=str,
+)
+def test_published_sizes_of_qwen3_vl(size: str, case: Case) -> None:
+    hf_config = published_qwen3_vl.published_config(size)
+    key_heads = hf_config.text_config.num_key_value_heads
+    check(hf_config, case, REPLICATED_KEYS if case.tensor > key_heads else {}, SMALL)
+
+
+@pytest.mark.parametrize(
+    "hf_config",
+    [published_gemma3.published_config("4b"), published_qwen3_vl.published_config("8b")],
+    ids=lambda config: config.model_type,
+)
+def test_divided_images_replicate_the_tower_and_nothing_else(hf_config: PretrainedConfig) -> None:
+    check(hf_config, Case(4, vision="data"), REPLICATED_VISION, 1.0)
 
 
 def test_more_tensor_ranks_than_key_heads() -> None:
     """The tiny model has two: 4 ranks hold keys and values whole. Its vectors are not small beside its matrices."""
-    check(gemma3_tiny.build(with_vision=True).config, Case(4), REPLICATED_KEYS, 0.2)
+    check(GEMMA3.config, Case(4), REPLICATED_KEYS, 0.2)
 
 
-@pytest.mark.parametrize("case", [Case(2), Case(2, pipeline=2), Case(2, vision="data")], ids=str)
-def test_tiny(case: Case) -> None:
+@pytest.mark.parametrize(
+    ("subject", "case"),
+    [
+        (GEMMA3, Case(2)),
+        (GEMMA3, Case(2, pipeline=2)),
+        (GEMMA3, Case(2, vision="data")),
+        (QWEN3_VL, Case(2, pipeline=2)),
+        (QWEN3_VL_MOE, Case(2, pipeline=2, sequence_parallel=True, expert=4)),
+    ],
+    ids=str,
+)
+def test_tiny(subject: Subject, case: Case) -> None:
     extra = REPLICATED_VISION if case.vision == "data" else {}
-    check(gemma3_tiny.build(with_vision=True).config, case, extra, 1.0 if extra else 0.2)
+    check(subject.config, case, extra, 1.0 if extra else 0.2)
