@@ -168,7 +168,9 @@ class MoE(torch.nn.Module):
             expert_model_parallel_size=groups.ep.size(),
             expert_tensor_parallel_size=groups.expt_tp.size(),
             moe_token_dispatcher_type=chunk.moe.token_dispatcher_type,
-            variable_seq_lengths=chunk.moe.token_dispatcher_type == "alltoall",  # asserted; the layer does not read it
+            # Both are asserted only: the layer reads neither.
+            variable_seq_lengths=chunk.moe.token_dispatcher_type == "alltoall",
+            moe_router_pre_softmax=moe.top_k == 1,
         )
         count = self.experts.down_proj.shape[0]
         first = groups.ep.rank() * count
