@@ -325,7 +325,7 @@ def test_fused_layout_adam_is_torchs(adam_w_mode: bool, dtype: torch.dtype) -> N
     settings: dict[str, Any] = {"lr": 0.02, "betas": (0.8, 0.9), "eps": 1e-6}
     optimizers = (
         FusedLayoutAdam(groups(ours), adam_w_mode=adam_w_mode, **settings),
-        reference(groups(theirs), foreach=True, **settings),
+        reference(groups(theirs), fused=True, **settings),
     )
     for step in range(6):
         generator = torch.Generator().manual_seed(step)

@@ -62,9 +62,9 @@ class FusedLayoutAdam(torch.optim.Optimizer):
                 [self.state[parameter]["exp_avg"] for parameter in parameters],
                 [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
                 [],
-                # torch counts the step itself, from host tensors.
-                [torch.tensor(float(group["step"] - 1)) for _ in parameters],
-                foreach=True,
+                # torch counts the step itself, from a tensor of each parameter.
+                [torch.full((), group["step"] - 1.0, device=parameter.device) for parameter in parameters],
+                fused=True,  # reads and writes everything once
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
