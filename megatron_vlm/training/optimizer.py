@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
@@ -129,6 +128,8 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
 @torch.no_grad()
 def apply_gradients(optimizer: MegatronOptimizer, norm: float, clip_grad: float) -> None:
     """Clip by the norm that `gradient_norm` returned (0: not), and update."""
-    if clip_grad > 0:
-        clip_grad_by_total_norm_fp32(optimizer.get_parameters(), clip_grad, norm)
+    # In place; without apex, megatron-core's own clipping makes a copy of all gradients first.
+    factor = clip_grad / (norm + 1e-6)
+    if 0 < factor < 1:
+        torch._foreach_mul_([p.grad for p in optimizer.get_parameters() if p.grad is not None], factor)
     optimizer.step_with_ready_grads()
