@@ -64,6 +64,11 @@ def packed_spans() -> Spans:
     return Spans(low[None].int(), high[None].int())
 
 
+def causal_spans() -> Spans:
+    """Whole rows of text, which need no mask."""
+    return make_spans((Row(LENGTH), Row(LENGTH)))
+
+
 def make_tensors(
     batch: int, dtype: torch.dtype = torch.float64, heads: int = 4, key_heads: int = 2, length: int = LENGTH
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -116,7 +121,7 @@ def flex(monkeypatch: pytest.MonkeyPatch) -> Iterator[Attention]:
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("make", [make_spans, packed_spans])
+@pytest.mark.parametrize("make", [make_spans, packed_spans, causal_spans])
 def test_reference_is_the_definition(make: Callable[[], Spans], window: int | None) -> None:
     spans = make()
     ours, theirs = results(reference, spans, window), results(by_query, spans, window)
@@ -152,6 +157,12 @@ def test_flex_attention_over_several_blocks(flex: Attention, heads: int, key_hea
             torch.testing.assert_close(mine, other, **FLEX)
     # The window leaves out whole blocks: that is what the block mask is for.
     assert spans.block_mask(60).sparsity() > spans.block_mask(None).sparsity()
+
+
+def test_only_whole_rows_of_one_text_need_no_mask() -> None:
+    assert causal_spans().all_causal
+    assert not packed_spans().all_causal
+    assert not any(make_spans((row,)).all_causal for row in ROWS if row != Row(LENGTH))
 
 
 def test_block_masks_are_kept_one_per_window() -> None:
