@@ -148,8 +148,11 @@ class _SharedInputLinear(torch.autograd.Function):
             whole, gathering = _gather_sequence(x, ctx.group, async_op=True)
         grad_x, reducing = None, None
         if needs_x:
-            # One product for all weights sums in fp32; adding bf16 products would round each.
-            grad_x = torch.matmul(torch.cat(gradients, dim=-1), torch.cat(weights, dim=0))
+            gradient, weight = gradients[0], weights[0]
+            if len(weights) > 1:
+                # One product for all weights sums in fp32; adding bf16 products would round each.
+                gradient, weight = torch.cat(gradients, dim=-1), torch.cat(weights)
+            grad_x = torch.matmul(gradient, weight)
             grad_x, reducing = _reduce_input_gradient(grad_x, ctx.group, ctx.sequence_parallel)
         if gathering is not None:
             gathering.wait()
