@@ -136,7 +136,10 @@ def _data(config: Config) -> Iterator[UserError]:
             if not (source.weight > 0 and math.isfinite(source.weight)):
                 yield ConfigError(f"{key}: the weight of {source.path} is {source.weight}", fix="give a number above 0")
     if data.min_pixels and data.max_pixels and data.min_pixels > data.max_pixels:
-        yield ConfigError(f"data.min_pixels {data.min_pixels} is above data.max_pixels {data.max_pixels}")
+        yield ConfigError(
+            f"data.min_pixels {data.min_pixels} is above data.max_pixels {data.max_pixels}",
+            fix="exchange them, or leave one out for the processor's own value",
+        )
     if not 0 <= data.max_bad_fraction <= 1:
         yield ConfigError(f"data.max_bad_fraction is {data.max_bad_fraction}", fix="give a share between 0 and 1")
 
@@ -156,7 +159,9 @@ def _train(config: Config) -> Iterator[UserError]:
 def _optimizer(config: Config) -> Iterator[UserError]:
     optimizer, iters = config.optimizer, config.train.train_iters
     if optimizer.min_lr > optimizer.lr:
-        yield ConfigError(f"optimizer.min_lr {optimizer.min_lr} is above optimizer.lr {optimizer.lr}")
+        yield ConfigError(
+            f"optimizer.min_lr {optimizer.min_lr} is above optimizer.lr {optimizer.lr}", fix="lower min_lr"
+        )
     if optimizer.warmup_iters >= iters > 0:  # megatron-core's schedule asserts this
         yield ConfigError(
             f"optimizer.warmup_iters {optimizer.warmup_iters} is not less than train.train_iters {iters}",

@@ -64,7 +64,11 @@ def _check_tokens_and_patches(processor: Any, hf_path: str, rules: PromptRules) 
         own_ids = [getattr(owner, f"{kind}_token_id", None) for owner in (tokenizer, processor)]
         own_id = next((token for token in own_ids if token is not None), None)
         if expected is not None and own_id != expected:
-            raise ConfigError(f"the tokenizer's {kind} token is {own_id}, config.json says {expected}", hf_path)
+            raise ConfigError(
+                f"the tokenizer's {kind} token is {own_id}, config.json says {expected}",
+                hf_path,
+                "take config.json and the tokenizer's files from one model",
+            )
     for kind in ("image", "video") if rules.patch_sizes is not None else ():
         for name, expected in vars(rules.patch_sizes).items():
             own = getattr(getattr(processor, f"{kind}_processor"), name)

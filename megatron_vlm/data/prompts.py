@@ -134,7 +134,11 @@ class PromptBuilder:
             output = self._apply_template(messages, videos)
         # What templates and processors raise on a conversation they do not accept.
         except (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            raise DataError(f"the chat template or processor refuses the row: {error}", conversation.row_name) from None
+            raise DataError(
+                f"the chat template or processor refuses the row: {error}",
+                conversation.row_name,
+                "correct or remove the row",
+            ) from None
         input_ids = np.array(output["input_ids"], np.int64)
         if self.has_generation_tags:
             trained = np.array(output["assistant_masks"], bool)
