@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from megatron.core.utils import unwrap_model
 from PIL import Image
 
+import pretrain_vlm
 from megatron_vlm.config import load_config
 from megatron_vlm.errors import UserError
 from megatron_vlm.training.loop import Trainer
@@ -23,7 +25,7 @@ from megatron_vlm.training.setup import Run, set_up
 from megatron_vlm.training.signals import StopRequests
 from tests.checkpoint.tiny_run import prepare_process
 from tests.data.rows import assistant, image, row, user, write_jsonl
-from tests.training.tiny_families import GEMMA3
+from tests.training.tiny_families import GEMMA3, TinyFamily
 from tests.training.tiny_run_config import build_multimodal
 
 ROOT = Path(__file__).parent.parent.parent
@@ -57,15 +59,15 @@ class Place:
         return [f"--{setting}" for setting in [*settings, *overrides]]
 
 
-def build_place(folder: Path) -> Place:
-    """Draw four images, write eight rows (text and image in turn) and a random tiny Gemma 3 with its processor."""
+def build_place(folder: Path, family: TinyFamily = GEMMA3) -> Place:
+    """Draw four images, write eight rows (text and image in turn) and a random tiny model with its processor."""
     data = folder / "data"
     data.mkdir()
     for name, colour in COLOURS.items():
         Image.new("RGB", (32, 32), colour).save(data / f"{name}.png")
     write_jsonl(data / "train.jsonl", sample_rows())
     write_jsonl(data / "text.jsonl", text_rows())
-    return Place(build_multimodal(folder, GEMMA3).model, data)
+    return Place(build_multimodal(folder, family).model, data)
 
 
 def sample_rows() -> list[Any]:
@@ -152,6 +154,16 @@ def _optimizer_elements(run: Run) -> int:
         for state in part.optimizer.state.values() if part.optimizer is not None else ():
             total += sum(value.numel() for value in state.values() if torch.is_tensor(value) and value.dim() > 0)
     return total
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr with which the entry point, in this process, must refuse a start with exit code 2."""
+    capsys.readouterr()
+    assert pretrain_vlm.main(arguments) == 2
+    lines = [line for line in capsys.readouterr().err.strip().splitlines() if not line.startswith("[transformers]")]
+    assert len(lines) == 1, lines
+    assert " -- " in lines[0], f"no remedy: {lines[0]}"
+    return lines[0]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -15,10 +15,17 @@ from pathlib import Path
 
 import pytest
 
-import pretrain_vlm
 from tests.data.rows import assistant, image, row, user, write_jsonl
 from tests.ranks import run_ranks
-from tests.training.loop_run import Place, build_place, checkpoint_names, read_lines, start_torchrun, train_here
+from tests.training.loop_run import (
+    Place,
+    build_place,
+    checkpoint_names,
+    read_lines,
+    refused,
+    start_torchrun,
+    train_here,
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +53,7 @@ def refusal(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     """Starts a run that must end with exit code 2 and gives its one line on stderr."""
 
     def start(*overrides: str, run_dir: Path | None = None) -> str:
-        capsys.readouterr()
-        assert pretrain_vlm.main(place.arguments(run_dir or tmp_path / "new", *overrides)) == 2
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert len(lines) == 1, lines
-        assert " -- " in lines[0], f"no remedy: {lines[0]}"
-        return lines[0]
+        return refused(place.arguments(run_dir or tmp_path / "new", *overrides), capsys)
 
     return start
 
