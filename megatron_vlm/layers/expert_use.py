@@ -13,6 +13,7 @@ import torch.distributed
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
+from megatron_vlm import platform
 from megatron_vlm.layers.load_balancing import LoadBalancing
 from megatron_vlm.layers.moe import MoERecord, Routing, TokenShare
 from megatron_vlm.parallel.chunk import ChunkSettings
@@ -109,7 +110,7 @@ def collect_expert_use(
     uses = [chunk.language_model.expert_use for chunk in unwrap_model(list(chunks))]
     if uses[0] is None:
         return None
-    device = next(chunks[0].parameters()).device
+    device = platform.current().device
     tokens = torch.zeros((len(uses[0].rows), uses[0].num_experts), dtype=torch.float64, device=device)
     balance = torch.zeros((), dtype=torch.float64, device=device)
     for use in uses:

@@ -8,7 +8,8 @@ f_e is the share of real tokens that chose expert e, P_e the mean of its probabi
   `switch_load_balancing_loss_func` of megatron-core.
 
 Both are taken over a micro-batch, and a global batch weights its micro-batches by their label tokens. What later
-pipeline stages need of earlier ones travels with the hidden states as a sum of a few numbers, in their type.
+pipeline stages need of earlier ones travels with the hidden states as a sum of a few numbers. In bf16 the gradient that
+comes back to earlier stages has the precision of bf16.
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ from typing import Protocol
 import torch
 import torch.distributed
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
+from megatron.core.transformer.moe.moe_utils import router_gating_linear, topk_routing_with_score_function
 from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.nn.functional import grouped_mm, linear, pad, silu
+from torch.nn.functional import grouped_mm, pad, silu
 
 from megatron_vlm.parallel.chunk import ChunkSettings
 from megatron_vlm.parallel.gradients import mark_partial
@@ -99,7 +99,7 @@ class Router(torch.nn.Module):
 
     def forward(self, x_TH: torch.Tensor, is_real_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Routing]:
         """Weights [T, E] fp32 (zero where not chosen), choices [T, E] bool, and their sums over real tokens."""
-        logits = linear(x_TH.float(), self.weight.float())
+        logits = router_gating_linear(x_TH, self.weight, None, torch.float32)  # keeps its input as it is
         weights, chosen = topk_routing_with_score_function(logits, self.top_k)
         real = is_real_T.float()
         # Vector-matrix products, which read [T, E] once.
@@ -148,6 +148,9 @@ class Experts(torch.nn.Module):
 class MoE(torch.nn.Module):
     """A feed-forward layer of experts.
 
+    The host waits once in every call: sizes of the exchange, and of what is kept for the backward pass, are counts of
+    tokens that only the device knows.
+
     Args:
         hidden_size: H.
         moe: the layer's record.
@@ -192,12 +195,14 @@ class MoE(torch.nn.Module):
             missing = (0, 0, 0, share.common_length - x_TH.shape[0])
             x_TH, weights, chosen = pad(x_TH, missing), pad(weights, missing), pad(chosen, missing)
         dispatcher = self.dispatcher
-        rows, weights = dispatcher.dispatch_preprocess(x_TH, chosen, weights)
-        rows, weights = dispatcher.token_dispatch(rows, weights)
-        rows, tokens_per_expert, weights = dispatcher.dispatch_postprocess(rows, weights)
-        rows = self.experts(rows, tokens_per_expert, weights)
-        rows = dispatcher.combine_preprocess(rows)
-        output = dispatcher.combine_postprocess(dispatcher.token_combine(rows))
-        # The dispatcher would keep this micro-batch's graph alive until the next.
-        dispatcher.probs = dispatcher.routing_map = dispatcher.local_probs = dispatcher.local_map = None
+        try:
+            rows, weights = dispatcher.dispatch_preprocess(x_TH, chosen, weights)
+            rows, weights = dispatcher.token_dispatch(rows, weights)
+            rows, tokens_per_expert, weights = dispatcher.dispatch_postprocess(rows, weights)
+            rows = self.experts(rows, tokens_per_expert, weights)
+            rows = dispatcher.combine_preprocess(rows)
+            output = dispatcher.combine_postprocess(dispatcher.token_combine(rows))
+        finally:
+            # The dispatcher would keep this graph alive. Recomputation ends by an exception, once nothing more is read.
+            dispatcher.probs = dispatcher.routing_map = dispatcher.local_probs = dispatcher.local_map = None
         return output[: x_SBH.shape[0] * x_SBH.shape[1]].view_as(x_SBH), routing

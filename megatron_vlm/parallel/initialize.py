@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_vlm.layers.embedding import TokenEmbedding
 from megatron_vlm.layers.norm import RMSNorm
 from megatron_vlm.parallel.sharding import is_expert, own_part, splits, whole_shape
 
@@ -18,7 +19,7 @@ def initialize_weights(
     """Set every parameter from a generator of its own, by seed and name: every layout starts from the same model.
 
     Matrices are normal with deviation `std`; biases and zero-centred norms are zero; other norms' weights are one;
-    vocabulary padding is zero.
+    vocabulary padding and the embedding of the padding token are zero.
 
     Args:
         chunks: this rank's pipeline chunks.
@@ -28,6 +29,7 @@ def initialize_weights(
         groups: process groups.
     """
     for chunk in chunks:
+        padding_ids = {id(module.weight): [module.padding_id] for module in chunk.modules() if _has_padding_id(module)}
         ones = {id(module.weight) for module in chunk.modules() if _starts_at_one(module)}
         for name, parameter in chunk.named_parameters():
             with torch.no_grad():
@@ -41,7 +43,12 @@ def initialize_weights(
                     whole = _normal(name, whole_shape(parameter, groups), seed, std)
                     if name.endswith(("embed_tokens.weight", "lm_head.weight")):
                         whole[vocab_size:] = 0
+                        whole[padding_ids.get(id(parameter), [])] = 0
                     parameter.copy_(own_part(whole, parameter, groups))
+
+
+def _has_padding_id(module: torch.nn.Module) -> bool:
+    return isinstance(module, TokenEmbedding) and module.padding_id is not None
 
 
 def _starts_at_one(module: torch.nn.Module) -> bool:

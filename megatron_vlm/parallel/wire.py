@@ -40,8 +40,11 @@ def pack(state: StageState, received: torch.Tensor | None) -> torch.Tensor:
     parts = [state.hidden, *state.sequences]
     if state.numbers is not None:
         batch, hidden = state.hidden.shape[1:]
-        numbers = pad(state.numbers, (0, -state.numbers.numel() % (batch * hidden)))
-        parts.append(numbers.view(-1, batch, hidden).to(state.hidden.dtype))
+        # Each as a rounded number and what the rounding left out; gradients pass through the first alone.
+        rounded = state.numbers.to(state.hidden.dtype)
+        rest = (state.numbers.detach() - rounded.detach().float()).to(state.hidden.dtype)
+        numbers = torch.cat((rounded, rest))
+        parts.append(pad(numbers, (0, -numbers.numel() % (batch * hidden))).view(-1, batch, hidden))
     if len(parts) > 1:
         return torch.cat(parts)
     is_own = state.hidden._base is None and state.hidden is not received
@@ -58,5 +61,8 @@ def unpack(wire: torch.Tensor, length: int, num_sequences: int, num_numbers: int
         num_numbers: of the state; 0 for None.
     """
     hidden, *sequences = wire[: (1 + num_sequences) * length].split(length) if num_sequences else [wire[:length]]
-    numbers = wire[(1 + num_sequences) * length :].flatten()[:num_numbers].float() if num_numbers else None
+    numbers = None
+    if num_numbers:
+        rounded, rest = wire[(1 + num_sequences) * length :].flatten()[: 2 * num_numbers].float().chunk(2)
+        numbers = rounded + rest
     return StageState(hidden if num_sequences or num_numbers else wire, sequences, numbers)

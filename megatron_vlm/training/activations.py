@@ -123,7 +123,7 @@ def _text_layer_bytes(
 
 def _experts_bytes(moe: Any, hidden_size: int, expert_tensor_size: int, value: int) -> float:
     """Bytes that each token which a rank routes makes ranks keep, when all experts get equally many."""
-    router = (0 if value == FP32_BYTES else hidden_size * FP32_BYTES) + moe.num_experts * FP32_BYTES
+    router = moe.num_experts * FP32_BYTES
     # Ranks that share an expert all get its tokens. Gate and up, activation, product, weighted product.
     row = hidden_size * expert_tensor_size + 5 * moe.intermediate_size
     return router + moe.top_k * (row * value + 4 * INDEX_BYTES)

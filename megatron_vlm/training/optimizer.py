@@ -130,6 +130,7 @@ def apply_gradients(optimizer: MegatronOptimizer, norm: float, clip_grad: float)
     """Clip by the norm that `gradient_norm` returned (0: not), and update."""
     # In place; without apex, megatron-core's own clipping makes a copy of all gradients first.
     factor = clip_grad / (norm + 1e-6)
-    if 0 < factor < 1:
-        torch._foreach_mul_([p.grad for p in optimizer.get_parameters() if p.grad is not None], factor)
+    gradients = [parameter.grad for parameter in optimizer.get_parameters() if parameter.grad is not None]
+    if 0 < factor < 1 and gradients:
+        torch._foreach_mul_(gradients, factor)
     optimizer.step_with_ready_grads()

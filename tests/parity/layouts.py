@@ -15,6 +15,7 @@ from megatron_vlm import platform
 from megatron_vlm.checkpoint.hf_model import load_hf_into_model
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families import registry
+from megatron_vlm.layers.expert_use import collect_expert_use
 from megatron_vlm.parallel.build import BuildSettings, build_chunks, wrap_data_parallel
 from megatron_vlm.parallel.chunk import MoESettings
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
@@ -42,6 +43,7 @@ class TestLayout:
     expert: int = 1
     expert_tensor: int = 1
     moe: MoESettings = field(default_factory=MoESettings)
+    freeze: tuple[str, ...] = ()
 
 
 LAYOUTS = {
@@ -89,6 +91,8 @@ def set_up(
     )
     chunks = build_chunks(family, model_config, settings, groups)
     load_hf_into_model(chunks, hf_dir, family, model_config, groups)
+    for name, parameter in (pair for chunk in chunks for pair in chunk.named_parameters()):
+        parameter.requires_grad_(name.partition(".")[0] not in layout.freeze)
     return wrap_data_parallel(chunks, groups, layout.distributed_optimizer, layout.overlap), groups
 
 
@@ -122,6 +126,7 @@ def run_case(hf_dir: str, layout: TestLayout, cases: dict[str, list[MicroBatch]]
             chunk.zero_grad_buffer()
         logits.clear()
         sums = run_global_batch(model, own_micro_batches(micro_batches, groups, layout), groups)[0]
+        collect_expert_use(model, groups)
         gradients = whole_gradients(model, groups)
         results[name] = RankResult(gradients, sums[0].item(), sums[1].item(), list(logits), groups.dp.rank())
     return results
@@ -155,7 +160,8 @@ def whole_gradients(model: Sequence[torch.nn.Module], groups: ProcessGroupCollec
                     shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
                     torch.distributed.all_gather_into_tensor(bucket.grad_data, shard, group=group)
         for name, parameter in chunk.module.named_parameters():
-            gradients[name] = gather_parameter(parameter, parameter.main_grad, groups)
+            if parameter.requires_grad:
+                gradients[name] = gather_parameter(parameter, parameter.main_grad, groups)
     return gradients
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Literal
 
@@ -40,6 +41,7 @@ MOE_LAYOUTS = {
     "PP2": TestLayout(2, pipeline=2),
     "PP2 uneven": TestLayout(2, pipeline=2, pipeline_layout=(1, 3)),
     "PP4": TestLayout(4, pipeline=4),
+    "PP4, stages without layers between": TestLayout(4, pipeline=4, pipeline_layout=(2, 0, 0, 2)),
     "PP2xVPP2": TestLayout(2, pipeline=2, virtual=2),
     "TP2xPP2+SP": TestLayout(4, tensor=2, pipeline=2, sequence_parallel=True),
     "DP2, distributed optimizer": TestLayout(2, distributed_optimizer=True),
@@ -139,11 +141,21 @@ def test_expert_parity(name: str, hf_directories: dict[tuple[bool, bool], str]) 
     record(f"Qwen3-VL-MoE, {name}", *check_layout(MOE_LAYOUTS[name], hf_directories[True, False], cases, VOCABULARY))
 
 
+@pytest.mark.parametrize("name", ["EP2", "EP2, all-gather", "EP2xPP2", "ETP2, TP1"])
+@pytest.mark.parametrize("frozen", [("language_model",), ("language_model", "vision_tower")])
+def test_frozen_parts_with_experts(
+    name: str, frozen: tuple[str, ...], hf_directories: dict[tuple[bool, bool], str]
+) -> None:
+    """A data rank's micro-batch without images trains nothing, and yet its experts take part in the backward pass."""
+    layout = replace(MOE_LAYOUTS[name], freeze=frozen)
+    check_layout(layout, hf_directories[True, False], {"mixed": expected(True, False, "mixed")}, VOCABULARY)
+
+
 @pytest.mark.parametrize("definition", ["transformers", "megatron"])
 @pytest.mark.parametrize("name", BALANCING_LAYOUTS)
 def test_load_balancing_parity(name: str, definition: Balancing, hf_directories: dict[tuple[bool, bool], str]) -> None:
     moe = MoESettings(load_balancing=definition, aux_loss_coeff=MOE["router_aux_loss_coef"])
-    layout = TestLayout(**(vars(MOE_LAYOUTS[name]) | {"moe": moe}))
+    layout = replace(MOE_LAYOUTS[name], moe=moe)
     cases = {"mixed": expected(True, False, "mixed", definition)}
     record(
         f"Qwen3-VL-MoE, {name}, balanced ({definition})",

@@ -181,6 +181,15 @@ def _layer(hf: Narrowed, head_dim: int, index: int) -> LayerConfig:
 
 def _vision(hf: Narrowed) -> VisionConfig:
     _require(hf.hidden_act == "gelu_pytorch_tanh", f"vision hidden_act {hf.hidden_act!r}")
+    # transformers' tower follows these; no published model has others.
+    rope = hf.rope_parameters
+    _require(rope["rope_type"] == "axial" and rope["rope_theta"] == 10_000, f"vision rope_parameters {dict(rope)}")
+    head_dim = getattr(hf, "head_dim", None)
+    _require(head_dim in (None, hf.hidden_size // hf.num_heads), f"vision head_dim {head_dim}")
+    _require(
+        isinstance(hf.patch_size, int) and isinstance(hf.temporal_patch_size, int),
+        f"vision patch_size {hf.patch_size}, temporal_patch_size {hf.temporal_patch_size}",
+    )
     _require(hf.hidden_size % (4 * hf.num_heads) == 0, f"vision hidden_size {hf.hidden_size}, {hf.num_heads} heads")
     side = round(hf.num_position_embeddings**0.5)
     _require(side**2 == hf.num_position_embeddings, f"num_position_embeddings {hf.num_position_embeddings}, no square")

@@ -165,8 +165,12 @@ class Qwen3VLChunk(ModelChunk):
             x_BSH = place_features(x_BSH, main, batch.feature_index)
             levels = [spread_features(level.to(x_BSH.dtype), batch.feature_index) for level in levels]
         use = self.language_model.expert_use
+        x_SBH = self.to_sequence_first(x_BSH)
+        if use is not None and self.groups.tp_ep.size() > 1 and torch.is_grad_enabled() and not x_SBH.requires_grad:
+            # Nothing trains below the experts here; another rank's image may, and its backward pass exchanges tokens.
+            x_SBH.requires_grad_()
         return StageState(
-            self.to_sequence_first(x_BSH),
+            x_SBH,
             [self.to_sequence_first(level) for level in levels],
             use.start(x_BSH.device) if use is not None else None,
         )
