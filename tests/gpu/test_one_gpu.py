@@ -13,6 +13,7 @@ from kernels.span_attention import Spans, reference, span_attention
 from megatron_vlm import platform
 from megatron_vlm.data.collate import spans
 from megatron_vlm.training.setup import initialize_distributed
+from tests import test_experts
 from tests.parity import gemma3_tiny, qwen3_vl_tiny, test_gemma3, test_qwen3_vl
 from tests.parity.battery import Expected, check_case
 from tests.parity.layouts import LAYOUTS, run_case
@@ -41,6 +42,12 @@ def test_compiled_attention_equals_the_reference(head_dim: int, window: int | No
         torch.autograd.grad(ours, inputs, weights), torch.autograd.grad(theirs, inputs, weights), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("counts", test_experts.COUNTS.values(), ids=test_experts.COUNTS)
+def test_grouped_experts(counts: list[int]) -> None:
+    """torch's grouped product has left gradients of experts without tokens unwritten on some GPUs."""
+    test_experts.check_experts(counts, "cuda", torch.bfloat16, test_experts.TOLERANCES[torch.bfloat16])
 
 
 def _gemma3() -> tuple[PreTrainedModel, dict[str, Expected], int]:

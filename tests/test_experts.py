@@ -1,0 +1,73 @@
+"""A rank's experts by grouped products equal a loop over experts in fp64, experts without tokens included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn.functional import silu
+
+from megatron_vlm.layers.moe import Experts
+from megatron_vlm.parallel.engine import engine_config
+
+HIDDEN, WIDTH = 48, 32
+
+
+@dataclass(frozen=True)
+class Record:
+    num_experts: int
+    top_k: int = 2
+    intermediate_size: int = WIDTH
+
+
+COUNTS = {
+    "some empty": [5, 0, 9, 0],
+    "all to one": [0, 0, 0, 17],
+    "first has none": [0, 3, 4, 1],
+    "no tokens at all": [0, 0, 0, 0],
+}
+
+
+def check_experts(counts: list[int], device: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Outputs and all gradients, relative to the largest value of each."""
+    generator = torch.Generator().manual_seed(3)
+    alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    groups = SimpleNamespace(ep=alone, expt_tp=alone)
+    experts = Experts(HIDDEN, Record(len(counts)), engine_config(HIDDEN, 1, 1, dtype), groups).to(device)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+    x = torch.randn(sum(counts), HIDDEN, generator=generator).to(device, dtype).requires_grad_()
+    weights = torch.rand(sum(counts), generator=generator).to(device).requires_grad_()
+    gradient = torch.randn(sum(counts), HIDDEN, generator=generator).to(device, dtype)
+    output = experts(x, torch.tensor(counts), weights)
+    inputs = [x, weights, experts.gate_up_proj, experts.down_proj]
+    ours = [output, *torch.autograd.grad(output, inputs, gradient)]
+
+    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    parts = []
+    for expert, (rows, factors) in enumerate(zip(wide[0].split(counts), wide[1].split(counts), strict=True)):
+        gate, up = (rows @ section.T for section in wide[2][expert])
+        parts.append(factors[:, None] * (silu(gate) * up @ wide[3][expert].T))
+    expected = torch.cat(parts)
+    theirs = [expected, *torch.autograd.grad(expected, wide, gradient.double())]
+    for own, other in zip(ours, theirs, strict=True):
+        assert torch.isfinite(own).all()
+        if other.numel():
+            assert (own.double() - other).abs().max() <= tolerance * other.abs().max().clamp(min=1e-12)
+    for expert, count in enumerate(counts):
+        assert count or not ours[3][expert].any() and not ours[4][expert].any(), (
+            "an expert without tokens has gradients"
+        )
+
+
+# fp32 products of 48 terms; bf16 keeps 8 bits, and three roundings lie between input and output.
+TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_experts(counts: list[int], dtype: torch.dtype) -> None:
+    check_experts(counts, "cpu", dtype, TOLERANCES[dtype])
