@@ -20,7 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import router_gating_linear, topk_routing_with_score_function
 from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.nn.functional import grouped_mm, pad, silu
+from torch.nn.functional import grouped_mm, linear, pad, silu
 
 from megatron_vlm.parallel.chunk import ChunkSettings
 from megatron_vlm.parallel.gradients import mark_partial
@@ -99,7 +99,10 @@ class Router(torch.nn.Module):
 
     def forward(self, x_TH: torch.Tensor, is_real_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Routing]:
         """Weights [T, E] fp32 (zero where not chosen), choices [T, E] bool, and their sums over real tokens."""
-        logits = router_gating_linear(x_TH, self.weight, None, torch.float32)  # keeps its input as it is
+        if len(x_TH):
+            logits = router_gating_linear(x_TH, self.weight, None, torch.float32)  # keeps its input as it is
+        else:  # which it cannot reshape
+            logits = linear(x_TH.float(), self.weight.float())
         weights, chosen = topk_routing_with_score_function(logits, self.top_k)
         real = is_real_T.float()
         # Vector-matrix products, which read [T, E] once.
