@@ -148,11 +148,7 @@ class _SharedInputLinear(torch.autograd.Function):
             whole, gathering = _gather_sequence(x, ctx.group, async_op=True)
         grad_x, reducing = None, None
         if needs_x:
-            gradient, weight = gradients[0], weights[0]
-            if len(weights) > 1:
-                # One product for all weights sums in fp32; adding bf16 products would round each.
-                gradient, weight = torch.cat(gradients, dim=-1), torch.cat(weights)
-            grad_x = torch.matmul(gradient, weight)
+            grad_x = _sum_of_products(gradients, weights)
             grad_x, reducing = _reduce_input_gradient(grad_x, ctx.group, ctx.sequence_parallel)
         if gathering is not None:
             gathering.wait()
@@ -164,6 +160,17 @@ class _SharedInputLinear(torch.autograd.Function):
         if reducing is not None:
             reducing.wait()
         return grad_x, None, None, *grad_weights
+
+
+def _sum_of_products(inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum of inputs_i weights_i, added up in fp32 whatever the dtype."""
+    if inputs[0].dtype is not torch.float32 and len(inputs) > 1:
+        # One product sums in fp32; adding bf16 products would round each.
+        return torch.matmul(torch.cat(inputs, dim=-1), torch.cat(weights))
+    total = torch.matmul(inputs[0], weights[0])
+    for rows, weight in zip(inputs[1:], weights[1:], strict=True):
+        total.flatten(0, -2).addmm_(rows.flatten(0, -2), weight)
+    return total
 
 
 def _gather_sequence(x: torch.Tensor, group: Group, async_op: bool = False) -> tuple[torch.Tensor, Any]:
