@@ -6,6 +6,7 @@ Workers are forked after the heavy imports, so four of them are ready in 0.2 s (
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import gc
 import multiprocessing
 import multiprocessing.connection
@@ -58,14 +59,15 @@ class _Pool:
             results: dict[int, Any] = {}
             while len(results) < world_size:
                 # Whichever rank answers: the others of a failed one may be waiting for it.
-                for rank in self._answered([rank for rank in range(world_size) if rank not in results]):
+                for rank in self._answered([rank for rank in range(world_size) if rank not in results], Path(folder)):
                     results[rank] = self._result(rank)
             return [results[rank] for rank in range(world_size)]
 
-    def _answered(self, ranks: list[int]) -> list[int]:
+    def _answered(self, ranks: list[int], folder: Path) -> list[int]:
         ready = multiprocessing.connection.wait([self.pipes[rank] for rank in ranks], TIMEOUT_SECONDS)
         if not ready:
-            raise RankFailure(f"ranks {ranks} did not answer in {TIMEOUT_SECONDS} s")
+            stacks = "\n".join(path.read_text() for path in sorted(folder.glob("*.stack")))
+            raise RankFailure(f"ranks {ranks} did not answer in {TIMEOUT_SECONDS} s\n{stacks}")
         return [rank for rank in ranks if self.pipes[rank] in ready]
 
     def _result(self, rank: int) -> Any:
@@ -93,20 +95,32 @@ def _work(rank: int, pipe: multiprocessing.connection.Connection) -> None:
     filesystem_async._results_queue = None
     while True:
         world_size, rendezvous, function, arguments = pickle.loads(pipe.recv_bytes())
-        try:
-            torch.distributed.init_process_group(
-                "gloo",
-                init_method=f"file://{rendezvous}",
-                rank=rank,
-                world_size=world_size,
-                timeout=timedelta(seconds=TIMEOUT_SECONDS),
-            )
-            answer = (False, function(*arguments))
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
-        except BaseException:
-            answer = (True, traceback.format_exc())
+        with Path(f"{rendezvous}.{rank}.stack").open("w") as stack:
+            # Where this rank is just before the caller gives up.
+            faulthandler.dump_traceback_later(TIMEOUT_SECONDS - 1, file=stack)
+            answer = _answer(rank, world_size, rendezvous, function, arguments)
+            faulthandler.cancel_dump_traceback_later()
         pipe.send_bytes(pickle.dumps(answer))
+
+
+def _answer(
+    rank: int, world_size: int, rendezvous: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> tuple[bool, Any]:
+    """(whether it failed, result or traceback) of one function as one of `world_size` ranks."""
+    try:
+        torch.distributed.init_process_group(
+            "gloo",
+            init_method=f"file://{rendezvous}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=TIMEOUT_SECONDS),
+        )
+        result = function(*arguments)
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    except BaseException:
+        return True, traceback.format_exc()
+    return False, result
 
 
 _pool: _Pool | None = None
