@@ -70,6 +70,7 @@ class Family:
 FAMILIES = (
     Family("gemma3", ("gemma3", "gemma3_text"), "Gemma3Chunk"),
     Family("qwen3_vl", ("qwen3_vl", "qwen3_vl_moe"), "Qwen3VLChunk"),
+    Family("mistral3", ("mistral3", "mistral", "ministral3"), "Mistral3Chunk"),
 )
 
 
