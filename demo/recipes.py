@@ -4,9 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo import model as gemma3
-from demo import qwen3_vl
-from demo import tokenizer as gemma3_tokenizer
+from demo import gemma3, qwen3_vl
 from demo.launch import RANKS
 
 LEARNED_TOKENS = 192
@@ -58,11 +56,10 @@ class Recipe:
 
 
 def _build_gemma3(folder: Path, texts: Sequence[str], seed: int) -> str:
-    tokenizer = gemma3_tokenizer.train_tokenizer(texts, LEARNED_TOKENS)
-    tokens_per_image = gemma3.SOFT_TOKENS_PER_IMAGE
-    processor = gemma3_tokenizer.build_processor(tokenizer, gemma3.IMAGE_SIZE_PIXELS, tokens_per_image)
+    processor = gemma3.build_processor(gemma3.train_tokenizer(texts, LEARNED_TOKENS))
     parameters = gemma3.build_model_directory(folder, processor, seed)
-    return f"{parameters:,} parameters, {len(tokenizer)} tokens, {tokens_per_image} tokens per image"
+    tokens_per_image = f"{gemma3.SOFT_TOKENS_PER_IMAGE} tokens per image"
+    return f"{parameters:,} parameters, {len(processor.tokenizer)} tokens, {tokens_per_image}"
 
 
 def _build_qwen3_vl_moe(folder: Path, texts: Sequence[str], seed: int) -> str:

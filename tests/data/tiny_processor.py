@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Gemma3ImageProcessor,
     Gemma3Processor,
@@ -16,9 +15,10 @@ from transformers import (
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from demo.tokenizer import CHAT_TEMPLATE
+from demo.gemma3 import CHAT_TEMPLATE
+from demo.qwen3_vl import CHAT_TEMPLATE as QWEN3_VL_TEMPLATE
+from demo.qwen3_vl import train_tokenizer
 
 # The demo's prompt with generation tags around an assistant's text and its end-of-turn token, so that transformers'
 # own assistant mask can judge ours.
@@ -142,82 +142,18 @@ def build_processor(
     return processor
 
 
-# Qwen3-VL's chat format: only a user's message may hold images and videos, parts are joined as they are, and there are
-# no generation tags. Roles are free.
-QWEN3_VL_TEMPLATE = """\
-{%- macro words(content) -%}
-    {%- if content is string -%}
-        {{- content -}}
-    {%- else -%}
-        {%- for item in content -%}
-            {{- item.text if 'text' in item else '' -}}
-        {%- endfor -%}
-    {%- endif -%}
-{%- endmacro -%}
-{%- for message in messages -%}
-    {{- '<|im_start|>' + message.role + '\\n' -}}
-    {%- if message.role == 'assistant' -%}
-        {{- words(message.content) + '<|im_end|>' -}}
-    {%- elif message.role == 'user' and message.content is not string -%}
-        {%- for item in message.content -%}
-            {%- if item.type == 'image' -%}
-                {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
-            {%- elif item.type == 'video' -%}
-                {{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
-            {%- else -%}
-                {{- item.text -}}
-            {%- endif -%}
-        {%- endfor -%}
-        {{- '<|im_end|>' -}}
-    {%- else -%}
-        {{- words(message.content) + '<|im_end|>' -}}
-    {%- endif -%}
-    {{- '\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
+# Tags as in GEMMA3_GENERATION_TEMPLATE.
 QWEN3_VL_GENERATION_TEMPLATE = QWEN3_VL_TEMPLATE.replace(
     "{{- words(message.content) + '<|im_end|>' -}}",
     "{%- generation -%}{{- words(message.content) + '<|im_end|>' -}}{%- endgeneration -%}",
     1,
 )
 
-# Their ids come after all learned ones, as in the published tokenizer.
-QWEN_SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-
 
 def build_qwen_tokenizer(chat_template: str | None = QWEN3_VL_TEMPLATE) -> Qwen2Tokenizer:
-    """A Qwen tokenizer of about 400 ids with Qwen3-VL's control tokens, none of them named as the image token."""
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    learner.train_from_iterator(CORPUS, trainer)
-    learned = json.loads(learner.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(
-        vocab=learned["vocab"],
-        merges=[tuple(pair) for pair in learned["merges"]],
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        chat_template=chat_template,
-    )
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in QWEN_SPECIAL_TOKENS])
+    """A Qwen tokenizer of about 400 ids with Qwen3-VL's control tokens."""
+    tokenizer = train_tokenizer(CORPUS, max_learned_tokens=144)
+    tokenizer.chat_template = chat_template
     return tokenizer
 
 

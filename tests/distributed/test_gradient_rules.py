@@ -145,7 +145,7 @@ VISION_LAYOUTS = ("TP2", "TP2+SP", "TP4", "TP4+SP", "TP2, vision DP", "TP2+SP, v
 DENSE_CASES = [
     *((GEMMA3, name) for name in VISION_LAYOUTS),
     *((GEMMA3_TEXT, name) for name in ("TP2", "TP2+SP", "TP4")),
-    *((QWEN3_VL, name) for name in ("TP2", "TP4+SP", "TP4, vision DP")),
+    *((QWEN3_VL, name) for name in ("TP4+SP", "TP4, vision DP")),
 ]
 
 

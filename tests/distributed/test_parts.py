@@ -74,13 +74,13 @@ def gradients(hf_dir: str, layout: TestLayout, subject: Subject) -> dict[str, to
 def test_a_data_rank_without_images(tmp_path: Path, subject: Subject, layout: TestLayout) -> None:
     """Overlapped exchanges begin as gradients are ready: every rank must have them in the same order."""
     cases = TEXT_ON_ONE_RANK[subject]
-    reference = subject.loss_sum_gradients(cases)
+    reference, count = subject.loss_sum_gradients(cases), label_tokens(subject, cases)
     seen = set()
     for found in run_ranks(layout.world_size, gradients, subject.write(tmp_path), layout, subject):
         for name, gradient in found.items():
             seen.add(name)
             if not name.endswith(ZERO_GRADIENT):
-                assert relative_error(gradient * label_tokens(subject, cases), reference[name]) <= TOLERANCE, name
+                assert relative_error(gradient * count, reference[name]) <= TOLERANCE, name
     assert seen == set(reference)
 
 
@@ -176,7 +176,6 @@ def first_weights(subject: Subject, layout: TestLayout) -> dict[str, torch.Tenso
     [
         *((UNTIED, LAYOUTS[name]) for name in ("TP2", "TP4", "PP2xVPP2", "TP2xPP2+SP", "TP2, vision DP")),
         (QWEN3_VL_MOE, TestLayout(4, tensor=2, sequence_parallel=True, expert=2, expert_tensor=2)),
-        (QWEN3_VL_MOE, TestLayout(4, pipeline=2, expert=2)),
     ],
     ids=str,
 )

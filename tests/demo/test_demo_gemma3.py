@@ -9,20 +9,18 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Gemma3Processor
 
 from demo.draw import COLOURS, PLACES, QUESTIONS, SHAPES
-from demo.evaluate import HeldoutSample, answer_questions
-from demo.model import IMAGE_SIZE_PIXELS, SOFT_TOKENS_PER_IMAGE, build_model_directory
-from demo.tokenizer import build_processor, train_tokenizer
+from demo.gemma3 import IMAGE_SIZE_PIXELS, SOFT_TOKENS_PER_IMAGE
+from demo.recipes import RECIPES
+from demo.run import _texts
 
 QUESTION = QUESTIONS["colour"][0]
-ANSWERS = [*COLOURS, *SHAPES, *PLACES] * 16  # as often as the demo shows each to the tokenizer
+ANSWERS = [*COLOURS, *SHAPES, *PLACES]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("demo_model")
-    texts = [question for questions in QUESTIONS.values() for question in questions]
-    tokenizer = train_tokenizer([*texts, *ANSWERS], max_learned_tokens=192)
-    build_model_directory(path, build_processor(tokenizer, IMAGE_SIZE_PIXELS, SOFT_TOKENS_PER_IMAGE), seed=3)
+    RECIPES["gemma3"].build(path, _texts(), 3)
     return path
 
 
@@ -38,18 +36,6 @@ def render(processor: Gemma3Processor, messages: list[dict], **options) -> str:
 def test_auto_processor_is_gemma3s_own(processor):
     assert isinstance(processor, Gemma3Processor)
     assert type(processor.tokenizer).__name__ == "GemmaTokenizer"
-
-
-@pytest.mark.parametrize("text", ["red", "top left", QUESTION, "héllo wörld, 12 €\n\nsecond  line", "<0x41>"])
-def test_any_text_survives_the_tokenizer(processor, text):
-    ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert processor.tokenizer.decode(ids) == text
-    assert processor.tokenizer.unk_token_id not in ids
-
-
-def test_answers_are_one_token_per_word(processor):
-    for answer in ANSWERS:
-        assert len(processor.tokenizer.tokenize(answer)) == len(answer.split())
 
 
 def test_chat_format(processor):
@@ -106,15 +92,3 @@ def test_model_has_every_part_of_gemma3(folder):
 def test_generation_stops_at_the_end_of_a_turn(folder, processor):
     generation = AutoModelForImageTextToText.from_pretrained(folder).generation_config
     assert generation.eos_token_id == processor.tokenizer.convert_tokens_to_ids(["<eos>", "<end_of_turn>"])
-
-
-def test_answers_do_not_depend_on_the_batch(folder, tmp_path):
-    """Questions of different lengths are padded on the left; each must get the answer it gets alone."""
-    samples = []
-    for index, questions in enumerate(QUESTIONS.values()):
-        path = tmp_path / f"{index}.png"
-        Image.new("RGB", (96, 96), (80 * index, 40, 200 - 60 * index)).save(path)
-        samples += [HeldoutSample(path, question, "", "", "") for question in questions]
-    together = answer_questions(folder, samples, batch_size=4)
-    assert together == answer_questions(folder, samples, batch_size=1)
-    assert len(together) == len(samples)

@@ -1,0 +1,73 @@
+"""What holds for the model directory and the stages of every demo."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from demo.draw import COLOURS, PLACES, QUESTIONS, SHAPES
+from demo.evaluate import HeldoutSample, answer_questions
+from demo.recipes import RECIPES, Recipe
+from demo.run import _heading, _layout_rows, _stops, _texts
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def recipe(request) -> Recipe:
+    return RECIPES[request.param]
+
+
+@pytest.fixture(scope="module")
+def folder(recipe, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("demo_model")
+    recipe.build(path, _texts(), 3)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return AutoProcessor.from_pretrained(folder).tokenizer
+
+
+TEXTS = ["red", "top left", QUESTIONS["colour"][0], "héllo wörld, 12 €\n\nsecond  line", "<0x41>", "\x07"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_any_text_survives_the_tokenizer(tokenizer, text):
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    assert not {*ids} & {tokenizer.unk_token_id, *tokenizer.all_special_ids}
+
+
+def test_answers_are_one_token_per_word(tokenizer):
+    for answer in [*COLOURS, *SHAPES, *PLACES]:
+        assert len(tokenizer.tokenize(answer)) == len(answer.split())
+
+
+def test_answers_do_not_depend_on_the_batch(folder, tmp_path):
+    """Questions of different lengths are padded on the left; each must get the answer it gets alone."""
+    samples = []
+    for index, questions in enumerate(QUESTIONS.values()):
+        path = tmp_path / f"{index}.png"
+        Image.new("RGB", (96, 96), (80 * index, 40, 200 - 60 * index)).save(path)
+        samples += [HeldoutSample(path, question, "", "", "") for question in questions]
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # or an untrained model would give everything the same answer
+    model.save_pretrained(tmp_path)
+    AutoProcessor.from_pretrained(folder).save_pretrained(tmp_path)
+    together = answer_questions(tmp_path, samples, batch_size=4)
+    assert together == answer_questions(tmp_path, samples, batch_size=1)
+    assert len(set(together)) > 1
+
+
+def test_stages_cover_all_steps(recipe):
+    stops = _stops(recipe, 301)
+    assert (stops[0], stops[-1], len(stops)) == (0, 301, len(recipe.stages) + 1)
+    assert all(first < last for first, last in pairwise(stops))
+    rows = _layout_rows(recipe, stops)
+    assert all(row.keys() == rows[0].keys() for row in rows), "the report shows them in one table"
+    assert _heading(recipe.stages[-1], stops[-2], 301, 301).endswith("export to Hugging Face format")
