@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.layers.linear import Group
 from megatron_vlm.parallel.images import ImageDivision
 
@@ -90,26 +89,28 @@ class PatchProjection(torch.nn.Module):
         return linear(pixel_values.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
-def encode_packed(tower: Any, projector: Any, batch: MicroBatch, divided_over: Group | None) -> list[torch.Tensor]:
+def encode_packed(
+    tower: Any, projector: Any, pixels: torch.Tensor | None, grids: Sequence[Grid], divided_over: Group | None
+) -> list[torch.Tensor]:
     """`projector(*tower(pixels, grids))` of a micro-batch's images and videos.
-
-    A micro-batch without any is given a blank one, whose features nobody reads.
 
     Args:
         tower: takes packed patches and grids; its `config` has sizes.
         projector: takes what the tower returns, and returns one or more tensors [features, H].
-        batch: the same on every tensor rank; its pixels may be on the host.
+        pixels: [P, patch features], the same on every tensor rank; they may be on the host. None encodes one blank
+            image, whose features nobody reads.
+        grids: frames, rows and columns of patches of each image or video.
         divided_over: ranks that each hold both whole and encode a share of the frames; None encodes all here.
 
     Returns:
         Features of all frames on every rank.
     """
-    config, grids, pixels = tower.config, batch.vision_grids, batch.vision_inputs.get("pixel_values")
+    config = tower.config
     merge = config.spatial_merge_size
     blank = [(1, merge, merge)]
     if pixels is None:
         grids, pixels = blank, torch.zeros((merge**2, config.patch_features))
-    pixels = pixels.to(batch.input_ids.device, non_blocking=True)
+    pixels = pixels.to(next(tower.parameters()).device, non_blocking=True)
     if divided_over is None:
         return projector(*tower(pixels, grids))
     frames = split_frames(grids)

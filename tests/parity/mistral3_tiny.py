@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import Ministral3Config, Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig
-from transformers import PixtralVisionConfig, PreTrainedModel
+from transformers import (
+    Ministral3Config,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+    PixtralVisionConfig,
+    PreTrainedModel,
+)
 
-from tests.parity.tiny_batches import Random, Reference, RowWriter, Rows, TinyRow, collate_rows, randomise
+from tests.parity.tiny_batches import Random, Reference, Rows, RowWriter, collate_rows, randomise
 
 VOCABULARY = 152  # rows are padded to 192: the last of four tensor ranks holds padding alone
 IMAGE, BREAK, END = 140, 141, 142
@@ -102,26 +107,23 @@ def make_batch(rows: Rows, seed: int = 0, pad_to_multiple_of: int = 4, config: A
         "input_ids": batch.input_ids,
         "attention_mask": (torch.arange(batch.input_ids.shape[1]) < torch.tensor(lengths)[:, None]).long(),
     }
-    pixels = [image for row in written for image in _images(row)]
+    pixels = [
+        _image(patches, height, width) for row in written for (_, height, width), patches in row.pieces(is_video=False)
+    ]
     if pixels:
         height, width = (max(image.shape[side] for image in pixels) for side in (1, 2))
         inputs["image_sizes"] = torch.tensor([image.shape[1:] for image in pixels])
         inputs["pixel_values"] = torch.stack(
-            [torch.nn.functional.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in pixels]
+            [
+                torch.nn.functional.pad(image, (0, width - image.shape[2], 0, height - image.shape[1]))
+                for image in pixels
+            ]
         )
     return Reference(batch, inputs, lengths)
 
 
-def _images(row: TinyRow) -> list[torch.Tensor]:
-    """The row's images as pixels, [channels, height, width]."""
-    if not row.sample.vision_grids:
-        return []
-    sizes = [math.prod(grid) for grid in row.sample.vision_grids]
+def _image(patches: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Pixels [channels, height, width] of patches in blocks of 2 x 2, raster order inside and out."""
     size = VISION["patch_size"]
-    images = []
-    parts = row.sample.vision_inputs["pixel_values"].split(sizes)
-    for (_, height, width), patches in zip(row.sample.vision_grids, parts, strict=True):
-        # Blocks of 2 x 2 patches in raster order, raster order inside each.
-        blocks = patches.view(height // 2, width // 2, 2, 2, 3, size, size)
-        images.append(blocks.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, height * size, width * size))
-    return images
+    blocks = patches.view(height // 2, width // 2, 2, 2, 3, size, size)
+    return blocks.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, height * size, width * size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from megatron_vlm.data.collate import MicroBatch, PlacedSample, collate
 from megatron_vlm.data.prompts import Sample
+from megatron_vlm.data.visuals import VisionGrid
 from megatron_vlm.families import registry
 
 Part = int | tuple[int, int] | tuple[int, int, int]
@@ -26,6 +28,16 @@ class TinyRow:
 
     sample: Sample
     is_video: list[bool] = field(default_factory=list)
+
+    def pieces(self, is_video: bool) -> list[tuple[VisionGrid, torch.Tensor]]:
+        """Grid and patches of each image, or of each video."""
+        grids = self.sample.vision_grids
+        if not grids:
+            return []
+        patches = self.sample.vision_inputs["pixel_values"].split([math.prod(grid) for grid in grids])
+        return [
+            (grid, part) for grid, part, kind in zip(grids, patches, self.is_video, strict=True) if kind == is_video
+        ]
 
 
 @dataclass(frozen=True)

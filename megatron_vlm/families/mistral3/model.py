@@ -126,7 +126,8 @@ class Mistral3Chunk(ModelChunk):
         """Tokens and images as one sequence, [S, B, H]."""
         x_BSH = self.language_model.embed(batch.input_ids.masked_fill(batch.feature_index >= 0, 0))
         if batch.vision_grids or self.always_encodes:
+            pixels = batch.vision_inputs.get("pixel_values")
             divided_over = self.groups.tp if self.divides_images else None
-            (features,) = encode_packed(self.vision_tower, self.projector, batch, divided_over)
+            (features,) = encode_packed(self.vision_tower, self.projector, pixels, batch.vision_grids, divided_over)
             x_BSH = place_features(x_BSH, features, batch.feature_index)
         return self.to_sequence_first(x_BSH)

@@ -161,8 +161,9 @@ class Qwen3VLChunk(ModelChunk):
         x_BSH = self.language_model.embed(batch.input_ids.masked_fill(is_visual, 0))
         levels: list[torch.Tensor] = []
         if batch.vision_grids or self.always_encodes:
+            pixels = batch.vision_inputs.get("pixel_values")
             divided_over = self.groups.tp if self.divides_images else None
-            main, *levels = encode_packed(self.vision_tower, self.projector, batch, divided_over)
+            main, *levels = encode_packed(self.vision_tower, self.projector, pixels, batch.vision_grids, divided_over)
             x_BSH = place_features(x_BSH, main, batch.feature_index)
             levels = [spread_features(level.to(x_BSH.dtype), batch.feature_index) for level in levels]
         use = self.language_model.expert_use
