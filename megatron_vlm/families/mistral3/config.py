@@ -81,6 +81,11 @@ class VisionConfig:
         """Numbers in one flattened patch."""
         return self.num_channels * self.patch_size**2
 
+    @property
+    def projector_hidden_size(self) -> int:
+        """Between the projector's two linear layers."""
+        return self.out_hidden_size
+
 
 @dataclass(frozen=True)
 class ModelConfig:

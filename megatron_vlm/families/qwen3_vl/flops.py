@@ -47,7 +47,7 @@ def vision_flops(vision: VisionConfig, grids: Sequence[tuple[int, int, int]]) ->
     embedding, layers = tower_flops(vision, grids, 2 * vision.hidden_size * vision.intermediate_size)
     patches_per_feature = vision.spatial_merge_size**2
     num_features = sum(frames * height * width for frames, height, width in grids) // patches_per_feature
-    joined_size = vision.hidden_size * patches_per_feature
+    joined_size = vision.projector_hidden_size  # also what goes in
     merger = 2 * num_features * joined_size * (joined_size + vision.out_hidden_size)
     mergers = 1 + len(vision.deepstack_layers)
     return embedding, layers, mergers * merger
