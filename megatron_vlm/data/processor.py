@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoProcessor, AutoTokenizer
-from transformers.image_utils import SizeDict
 
 from megatron_vlm.errors import ConfigError
 
@@ -28,7 +28,8 @@ def load_processor(hf_path: str, rules: PromptRules, min_pixels: int | None, max
     _check_pixel_limits(rules, min_pixels, max_pixels)
     processor = _load(hf_path, has_images=rules.image_token_id is not None)
     _check_tokens_and_patches(processor, hf_path, rules)
-    _set_pixel_limits(processor, min_pixels, max_pixels)
+    if rules.visuals is not None and (min_pixels, max_pixels) != (None, None):
+        rules.visuals.limit_pixels(processor, min_pixels, max_pixels)
     return processor
 
 
@@ -69,40 +70,19 @@ def _check_tokens_and_patches(processor: Any, hf_path: str, rules: PromptRules) 
                 hf_path,
                 "take config.json and the tokenizer's files from one model",
             )
-    for kind in ("image", "video") if rules.patch_sizes is not None else ():
-        for name, expected in vars(rules.patch_sizes).items():
-            own = getattr(getattr(processor, f"{kind}_processor"), name)
-            if own != expected:
-                raise ConfigError(
-                    f"the {kind} processor's {name} is {own}, config.json says {expected}",
-                    hf_path,
-                    "take config.json and the processor's files from one model",
-                )
+    for name, expected in rules.visuals.sizes.items() if rules.visuals is not None else ():
+        own = attrgetter(name)(processor)
+        if own != expected:
+            raise ConfigError(
+                f"the processor's {name} is {own}, config.json says {expected}",
+                hf_path,
+                "take config.json and the processor's files from one model",
+            )
 
 
 def _check_pixel_limits(rules: PromptRules, min_pixels: int | None, max_pixels: int | None) -> None:
     given = {"data.min_pixels": min_pixels, "data.max_pixels": max_pixels}
     for key, value in given.items():
-        if value is not None and (rules.fixed_image_size or rules.image_token_id is None):
+        if value is not None and rules.visuals is None:
             reason = "scales every image to one size" if rules.image_token_id is not None else "takes no images"
             raise ConfigError(f"{key} is {value}, but this model {reason}", key, "set it to null")
-
-
-def _set_pixel_limits(processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
-    """Give the limits to the image and the video processor; what is not given keeps their own values."""
-    for kind in ("image", "video") if min_pixels is not None or max_pixels is not None else ():
-        part = getattr(processor, f"{kind}_processor", None)
-        if part is None:
-            continue
-        fewest = part.size["shortest_edge"] if min_pixels is None else min_pixels
-        most = part.size["longest_edge"] if max_pixels is None else max_pixels
-        if kind == "video":
-            # Limits set with images in mind need not lie between a video's own, which yield.
-            fewest, most = (min(fewest, most), most) if min_pixels is None else (fewest, max(fewest, most))
-        if not 0 < fewest <= most:
-            raise ConfigError(
-                f"{kind}s would have at least {fewest} and at most {most} pixels",
-                "data.min_pixels" if min_pixels is not None else "data.max_pixels",
-                "set both, the second no smaller",
-            )
-        part.size = SizeDict(shortest_edge=fewest, longest_edge=most)
