@@ -72,9 +72,10 @@ def weight_map(config: ModelConfig) -> WeightMap:
         groups=tuple(groups),
         tied_groups=((head, "language_model.embed_tokens.weight"),) if text.tie_word_embeddings else (),
         unread_hf_prefixes=(*VISION_TOWER, *PROJECTOR) if vision is None else (),
-        text_only_class=("MistralForCausalLM", "mistral")
-        if text.query_scaling is None and text.yarn is None
-        else ("Ministral3ForCausalLM", "ministral3"),
+        # They differ in the scaling of queries only.
+        text_only_class=("Ministral3ForCausalLM", "ministral3")
+        if text.query_scaling
+        else ("MistralForCausalLM", "mistral"),
     )
 
 
