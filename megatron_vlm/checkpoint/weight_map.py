@@ -245,7 +245,7 @@ def _is_transposed(group: WeightGroup, prefix: str, reader: SafetensorsReader) -
 
 
 def _refuse_quantized(reader: SafetensorsReader) -> None:
-    """Refuse what is not a weight's value: converted to another type, it would be one without the scale's knowledge."""
+    """Refuse numbers that are values only times their scales: they would be converted, and trained on, as they are."""
     found = [f"{name} {tensor.dtype}" for name, tensor in reader.tensors.items() if tensor.dtype not in VALUE_DTYPES]
     if found:
         raise CheckpointError(
