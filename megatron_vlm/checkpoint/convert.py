@@ -170,7 +170,7 @@ def export_checkpoint(
         CheckpointError: the checkpoint is unreadable or of another model, or the target is not empty.
     """
     check_export_target(out_dir)
-    reader, plan = open_for_export(checkpoint, hf_dir)
+    reader, plan = open_for_export(checkpoint, hf_dir, tie_follows_checkpoint=True)
     with staged_directory(out_dir) as staging:
         _export_weights(reader, plan, staging, progress)
         plan.write_companions(staging)
@@ -245,8 +245,16 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def open_for_export(checkpoint: str | os.PathLike, hf_dir: str | os.PathLike) -> tuple[TorchDistReader, ExportPlan]:
+def open_for_export(
+    checkpoint: str | os.PathLike, hf_dir: str | os.PathLike, tie_follows_checkpoint: bool = False
+) -> tuple[TorchDistReader, ExportPlan]:
     """Open a checkpoint, make sure that it belongs to the model of `hf_dir`, and plan its export.
+
+    Args:
+        checkpoint: see `export_checkpoint`.
+        hf_dir: the model's Hugging Face directory.
+        tie_follows_checkpoint: where files would tell whether embedding and head are tied and `hf_dir` has none, take
+            the checkpoint's word, not config.json's.
 
     Raises:
         CheckpointError: it is unreadable, of another family or kind, or its tensors do not fit.
@@ -263,7 +271,7 @@ def open_for_export(checkpoint: str | os.PathLike, hf_dir: str | os.PathLike) ->
             str(directory),
             "give the Hugging Face directory that the checkpoint was trained from",
         )
-    if family.head_tells_tie and not has_weights(Path(hf_dir)):
+    if tie_follows_checkpoint and family.head_tells_tie and not has_weights(Path(hf_dir).expanduser()):
         registry.set_tie(hf_config, identity.tied)
     model_config = family.config_from_hf(hf_config, text_only=identity.text_only)
     weight_map: WeightMap = family.weight_map(model_config)
