@@ -158,7 +158,13 @@ def test_mistral3_problems_name_what_it_has() -> None:
     wrong = run_config(f"{TENSOR}=3", "parallel.expert_model_parallel_size=2", "model.freeze=[audio_tower]")
     with pytest.raises(ConfigError) as caught:
         check_layout(wrong, model_config, 3, parts)
-    for text in ("attention heads 32", "feed-forward size 32768", "vision attention heads 16", "has no experts"):
+    for text in (
+        "attention heads 32",
+        "feed-forward size 32768",
+        "vision attention heads 16",
+        "vision projector size 5120",
+        "has no experts",
+    ):
         assert text in str(caught.value)
     assert "model.freeze names audio_tower" in str(caught.value)
 

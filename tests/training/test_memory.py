@@ -76,6 +76,7 @@ MISTRAL3 = {
     "text_config": TEXT
     | {
         "model_type": "ministral3",
+        "max_position_embeddings": LENGTH,
         "rope_parameters": {
             "rope_type": "yarn",
             "rope_theta": 1e6,
