@@ -99,7 +99,9 @@ def test_text_only(place: Place, tmp_path: Path) -> None:
     whole = train(place, tmp_path / "whole", *rows)
     text = train(place, tmp_path / "text", *rows, "model.text_only=true")
     assert {name.partition(".")[0] for name in text.after} == {"language_model"}
-    assert losses(text) == losses(whole)  # nothing of the tower takes part, so bit for bit
+    # Of the tower only zeros take part, in the norm by which gradients are clipped: they group its sum otherwise.
+    assert losses(text)[0] == losses(whole)[0]
+    assert losses(text) == pytest.approx(losses(whole), rel=1e-6)
     assert all(record["images"] == 0 for record in text.metrics)
 
 

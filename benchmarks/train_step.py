@@ -1,0 +1,290 @@
+"""Time of one training step (forward, backward, clip, AdamW) on one CPU process, against plain transformers.
+
+    python benchmarks/train_step.py [--models dense moe] [--rounds 9] [--threads 2] [--profile] [--output FILE.json]
+
+A mid-size Qwen3-VL, dense and with experts, in fp32: the same weights, the same row (one image and text, 1,024 tokens,
+no padding), the same number of threads, in one process. Losses are compared first. Then the two sides take turns, and
+the turn that begins changes from round to round; the ratio is that of the median seconds. Both train: weights move.
+
+transformers: `from_pretrained`, its default attention and grouped experts, the loss of its own forward pass,
+`clip_grad_norm_`, `torch.optim.AdamW(fused=True)`, `zero_grad(set_to_none=True)`. Ours: what a rank of a run with the
+default settings does in a step (distributed optimizer, fp32 main gradients). Neither side's data loading counts.
+
+Limit: both ratios at most 1; the exit code is 1 beyond it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform as machine
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+import transformers
+from transformers import AutoModelForImageTextToText, Qwen3VLConfig, Qwen3VLMoeConfig
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from megatron_vlm import platform  # noqa: E402
+from megatron_vlm.checkpoint.hf_model import load_hf_into_model  # noqa: E402
+from megatron_vlm.config import OptimizerSettings  # noqa: E402
+from megatron_vlm.data.collate import MicroBatch, PlacedSample, collate  # noqa: E402
+from megatron_vlm.data.prompts import PromptRules, Sample  # noqa: E402
+from megatron_vlm.families import registry  # noqa: E402
+from megatron_vlm.parallel.build import BuildSettings, build_chunks, wrap_data_parallel  # noqa: E402
+from megatron_vlm.parallel.groups import build_groups, initialize_megatron  # noqa: E402
+from megatron_vlm.training.optimizer import apply_gradients, build_optimizer, gradient_norm  # noqa: E402
+from megatron_vlm.training.step import run_global_batch  # noqa: E402
+
+MAX_RATIO = 1.0
+MAX_LOSS_DIFFERENCE = 1e-5
+# After an update: Adam's first step is the sign of a gradient, also of one that is rounding noise.
+MAX_LATER_LOSS_DIFFERENCE = 1e-3
+SEQUENCE_TOKENS = 1024
+IMAGE_PATCHES = (32, 32)  # 512 x 512 pixels, 256 tokens
+IMAGE_ID, VIDEO_ID, START_ID, END_ID = 31995, 31996, 31997, 31998
+LEARNING_RATE, CLIP_GRAD = 1e-4, 1.0
+SETTINGS = OptimizerSettings(lr=LEARNING_RATE, min_lr=0.0, weight_decay=0.1, clip_grad=CLIP_GRAD)
+
+VISION = {
+    "depth": 6,
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "num_heads": 6,
+    "patch_size": 16,
+    "num_position_embeddings": 2304,
+    "deepstack_visual_indexes": [1, 3],
+}
+TEXT = {
+    "vocab_size": 32000,
+    "num_hidden_layers": 8,
+    "head_dim": 64,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [12, 10, 10]},
+}
+DENSE = {"hidden_size": 768, "intermediate_size": 2304, "num_attention_heads": 12, "num_key_value_heads": 4}
+MOE = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 384,
+}
+
+
+@dataclass
+class Side:
+    """One of the two trainers: `step` does one training step and returns its loss."""
+
+    name: str
+    step: Callable[[], float]
+
+
+def main() -> int:
+    """Run the benchmark and return the exit code."""
+    options = _parse()
+    torch.set_num_threads(options.threads)
+    transformers.utils.logging.disable_progress_bar()
+    backend = platform.initialize().backend
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    results = {}
+    with tempfile.TemporaryDirectory(prefix="train-step-benchmark-") as work:
+        for name in options.models:
+            sides = build_sides(name == "moe", Path(work) / name)
+            results[name] = measure(sides, options.rounds, options.profile)
+            print(_line(name, results[name]), flush=True)
+            del sides
+            gc.collect()
+    torch.distributed.destroy_process_group()
+    figures = {"models": results, "limit": MAX_RATIO, "tokens": SEQUENCE_TOKENS, "dtype": "float32"} | environment()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(figures, indent=1) + "\n")
+    return 0 if all(result["ratio"] <= MAX_RATIO for result in results.values()) else 1
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=["dense", "moe"], default=["dense", "moe"])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--profile", action="store_true", help="print where the time of one step of each side goes")
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks" / "results" / "train_step.json")
+    return parser.parse_args()
+
+
+def build_sides(moe: bool, folder: Path) -> list[Side]:
+    """transformers' trainer and ours, from the same weights on the same batch."""
+    torch.manual_seed(1)
+    text = TEXT | (MOE if moe else DENSE)
+    config_class: Any = Qwen3VLMoeConfig if moe else Qwen3VLConfig
+    config = config_class(
+        text_config=text,
+        vision_config=VISION | {"out_hidden_size": text["hidden_size"]},
+        image_token_id=IMAGE_ID,
+        video_token_id=VIDEO_ID,
+        vision_start_token_id=START_ID,
+        vision_end_token_id=END_ID,
+        tie_word_embeddings=not moe,
+    )
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    family = registry.detect(config)
+    model_config = family.config_from_hf(config, text_only=False)
+    batch = build_batch(family.prompt_rules(model_config))
+    return [transformers_side(folder, batch), own_side(folder, family, model_config, batch)]
+
+
+def build_batch(rules: PromptRules) -> MicroBatch:
+    """One row: an image, then text whose second half is trained."""
+    generator = np.random.default_rng(0)
+    rows, columns = IMAGE_PATCHES
+    ids = generator.integers(1, 31_900, SEQUENCE_TOKENS)
+    num_visual = rows * columns // 4
+    ids[8], ids[9 : 9 + num_visual], ids[9 + num_visual] = START_ID, IMAGE_ID, END_ID
+    patch_features = 3 * 2 * VISION["patch_size"] ** 2
+    pixels = torch.from_numpy(generator.standard_normal((rows * columns, patch_features), dtype=np.float32))
+    sample = Sample(
+        input_ids=ids,
+        trained=np.arange(SEQUENCE_TOKENS) >= SEQUENCE_TOKENS // 2,
+        vision_inputs={"pixel_values": pixels},
+        num_images=1,
+        vision_grids=[(1, rows, columns)],
+    )
+    return collate([PlacedSample(sample, 0, "row 0")], rules, filler_token_id=0)
+
+
+def transformers_side(folder: Path, batch: MicroBatch) -> Side:
+    """A plain loop around transformers' model."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=LEARNING_RATE,
+        betas=SETTINGS.betas,
+        eps=SETTINGS.eps,
+        weight_decay=SETTINGS.weight_decay,
+        fused=True,
+    )
+    # transformers shifts labels itself.
+    labels = torch.nn.functional.pad(batch.labels[:, :-1], (1, 0), value=-100)
+    inputs = {
+        "input_ids": batch.input_ids,
+        "attention_mask": torch.ones_like(batch.input_ids),
+        "mm_token_type_ids": (batch.input_ids == IMAGE_ID).int(),
+        "labels": labels,
+        "pixel_values": batch.vision_inputs["pixel_values"],
+        "image_grid_thw": torch.tensor(batch.vision_grids),
+    }
+
+    def step() -> float:
+        loss = model(**inputs).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return Side("transformers", step)
+
+
+def own_side(folder: Path, family: registry.Family, model_config: Any, batch: MicroBatch) -> Side:
+    """What a run with one rank and default settings does in a step, but for reading data and logging."""
+    groups = build_groups()
+    initialize_megatron(1, groups)
+    layers = [tuple(range(len(model_config.text.layers)))]
+    chunks = build_chunks(family, model_config, BuildSettings(layers), groups)
+    load_hf_into_model(chunks, str(folder), family, model_config, groups)
+    model = wrap_data_parallel(chunks, groups, use_distributed_optimizer=True)
+    optimizer = build_optimizer(model, SETTINGS, torch.float32, True, groups)
+    for group in optimizer.param_groups:
+        group["lr"] = LEARNING_RATE
+
+    def step() -> float:
+        for chunk in model:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        sums = run_global_batch(model, [batch], groups)
+        norm = gradient_norm(optimizer)
+        (total, count), *_ = sums.tolist()
+        apply_gradients(optimizer, norm, CLIP_GRAD)
+        return total / count
+
+    return Side("megatron_vlm", step)
+
+
+def measure(sides: list[Side], rounds: int, profile: bool) -> dict[str, Any]:
+    """Steps of both sides in turn; seconds, their ratio, and the losses of the first steps."""
+    first_losses = [[side.step() for _ in range(2)] for side in sides]
+    difference, later = (abs(ours - theirs) for theirs, ours in zip(*first_losses, strict=True))
+    if difference > MAX_LOSS_DIFFERENCE or later > MAX_LATER_LOSS_DIFFERENCE:
+        raise SystemExit(f"losses differ by {difference:.1e}, after an update by {later:.1e}: {first_losses}")
+    seconds: dict[str, list[float]] = {side.name: [] for side in sides}
+    for number in range(rounds):
+        for side in sides if number % 2 == 0 else reversed(sides):
+            began = time.perf_counter()
+            side.step()
+            seconds[side.name].append(time.perf_counter() - began)
+    if profile:
+        for side in sides:
+            print_profile(side)
+    theirs, ours = (statistics.median(seconds[side.name]) for side in sides)
+    return {
+        "ratio": ours / theirs,
+        "ratios_by_round": [b / a for a, b in zip(*seconds.values(), strict=True)],
+        "seconds": seconds,
+        "first_losses": dict(zip(seconds, first_losses, strict=True)),
+        "loss_difference": difference,
+    }
+
+
+def print_profile(side: Side) -> None:
+    """Operations of one step by their own time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+        side.step()
+    print(f"\n{side.name}")
+    print(recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=24, max_name_column_width=50))
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
+    processor = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        machine.processor(),
+    )
+    return {
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "processor": processor,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit.stdout.strip(),
+    }
+
+
+def _line(name: str, result: dict[str, Any]) -> str:
+    (their_name, theirs), (own_name, ours) = result["seconds"].items()
+    spread = sorted(result["ratios_by_round"])
+    return (
+        f"{name}: {own_name} {statistics.median(ours):.2f} s, {their_name} {statistics.median(theirs):.2f} s: "
+        f"{result['ratio']:.3f} times (by round {spread[0]:.3f} to {spread[-1]:.3f}; limit {MAX_RATIO}); "
+        f"losses differ by {result['loss_difference']:.1e}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
