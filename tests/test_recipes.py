@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def recipe(name: str, *overrides: str) -> tuple[Config, Layout, str]:
     return config, check_layout(config, model_config, int(started[1]) * int(started[2]), parts), path.read_text()
 
 
+@cache
 def memory(name: str, images_per_row: float) -> list[RankMemory]:
     family, model_config, _ = record(name)
     config, layout, _ = recipe(name)
