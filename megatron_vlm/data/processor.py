@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from operator import attrgetter
+from functools import reduce
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoProcessor, AutoTokenizer
@@ -11,6 +12,13 @@ from megatron_vlm.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_vlm.data.prompts import PromptRules
+
+# What processors call the tokens that they write around and instead of an image or video.
+IMAGE_TOKEN_NAMES = (
+    "boi_token eoi_token image_token video_token vision_start_token vision_end_token image_break_token image_end_token"
+).split()
+# A tekken.json has these tokens but no names for them; transformers' converter of single files gives them the same.
+TEKKEN_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 
 
 def load_processor(hf_path: str, rules: PromptRules, min_pixels: int | None, max_pixels: int | None) -> Any:
@@ -34,9 +42,13 @@ def load_processor(hf_path: str, rules: PromptRules, min_pixels: int | None, max
 
 
 def _load(hf_path: str, has_images: bool) -> Any:
-    loader = AutoProcessor if has_images else AutoTokenizer
     try:
-        processor = loader.from_pretrained(hf_path, local_files_only=True)
+        if has_images:
+            processor = AutoProcessor.from_pretrained(hf_path, local_files_only=True)
+        else:
+            # Not mistral-common's tokenizer, where that package happens to be installed: it renders no template and
+            # does not say which text a token stands for. Processors never use it.
+            processor = AutoTokenizer.from_pretrained(hf_path, local_files_only=True, mistral_format=False)
     # transformers raises many types on incomplete directories; all mean that this one cannot be used.
     except Exception as error:
         raise ConfigError(
@@ -50,6 +62,10 @@ def _load(hf_path: str, has_images: bool) -> Any:
             "model.hf_path",
             "add processor_config.json or preprocessor_config.json, or set model.text_only to true",
         )
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if tokenizer.eos_token is None and Path(hf_path, "tekken.json").is_file():
+        for name, token in TEKKEN_TOKENS.items():
+            setattr(tokenizer, name, token)
     video_processor = getattr(processor, "video_processor", None)
     if getattr(video_processor, "cap_pixels_per_frame", False) is None:
         # What leaving it unset means, without the warning that transformers gives for that.
@@ -70,8 +86,16 @@ def _check_tokens_and_patches(processor: Any, hf_path: str, rules: PromptRules) 
                 hf_path,
                 "take config.json and the tokenizer's files from one model",
             )
+    for name in IMAGE_TOKEN_NAMES:
+        token = getattr(processor, name, None)
+        if token is not None and tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
+            raise ConfigError(
+                f"the processor writes {token}, which is no token of the tokenizer",
+                hf_path,
+                "take the tokenizer's and the processor's files from one model",
+            )
     for name, expected in rules.visuals.sizes.items() if rules.visuals is not None else ():
-        own = attrgetter(name)(processor)
+        own = reduce(lambda part, attribute: getattr(part, attribute, None), name.split("."), processor)
         if own != expected:
             raise ConfigError(
                 f"the processor's {name} is {own}, config.json says {expected}",

@@ -24,7 +24,7 @@ from PIL import Image
 from transformers.video_utils import VideoMetadata
 
 from megatron_vlm.data.formats import Conversation, ImagePart, ImageSource, Message, TextPart
-from megatron_vlm.data.processor import load_processor
+from megatron_vlm.data.processor import IMAGE_TOKEN_NAMES, load_processor
 from megatron_vlm.data.videos import Video
 from megatron_vlm.data.visuals import VisionGrid, VisualRules
 from megatron_vlm.errors import ConfigError, DataError
@@ -162,10 +162,10 @@ class PromptBuilder:
 
     @cached_property
     def shortest_image_row_tokens(self) -> int:
-        """Tokens of a conversation of the smallest image and one empty answer."""
+        """Tokens of a conversation of the smallest image and an answer of one letter; some templates refuse none."""
         blank = ImagePart(ImageSource(data=b""))
-        conversation = Conversation((Message("user", (blank,)), Message("assistant", "")), "a blank image")
-        return len(self.encode(conversation, [Image.new("RGB", (1, 1))]).input_ids)
+        conversation = Conversation((Message("user", (blank,)), Message("assistant", "a")), "a blank image")
+        return len(self.encode(conversation, [Image.new("RGB", (2, 2))]).input_ids)
 
     def _apply_template(self, messages: list[dict[str, Any]], videos: Sequence[Video]) -> dict[str, Any]:
         """Processor output of one conversation, without the batch dimension on text."""
@@ -177,7 +177,12 @@ class PromptBuilder:
                 messages, tokenizer_kwargs={"return_offsets_mapping": True}, **options
             )
             return dict(output)
-        processor_options = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
+        processor_options: dict[str, Any] = {
+            "return_offsets_mapping": True,
+            "return_text_replacement_offsets": True,
+            # Lists, also where a processor would make tensors, through which transformers walks slowly for its masks.
+            "text_kwargs": {"return_tensors": None},
+        }
         if videos:
             # Files were sampled when they were read; lists of frames are taken whole.
             metadata = [video.metadata for video in videos]
@@ -202,9 +207,8 @@ class PromptBuilder:
 
     @cached_property
     def _image_tokens(self) -> set[str]:
-        names = ("boi_token", "eoi_token", "image_token", "video_token", "vision_start_token", "vision_end_token")
-        owners = (self.tokenizer, self.processor)
-        return {getattr(owner, name) for owner in owners for name in names if getattr(owner, name, None)}
+        named = [getattr(owner, name, None) for owner in (self.tokenizer, self.processor) for name in IMAGE_TOKEN_NAMES]
+        return {token for token in named if token}
 
     def _mask_by_markers(
         self, messages: list[dict[str, Any]], output: dict[str, Any], conversation: Conversation
@@ -297,7 +301,7 @@ def _control_token_pattern(tokenizer: Any, rules: PromptRules) -> re.Pattern[str
     names = {
         token.content
         for token in tokenizer.added_tokens_decoder.values()
-        if token.special or (token.content in markers and token.content.startswith("<"))
+        if token.special or (token.content in markers and token.content.startswith(("<", "[")))
     }
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
 
