@@ -296,14 +296,18 @@ def _drop_untrained_turns(trained: np.ndarray, conversation: Conversation) -> np
 
 
 def _control_token_pattern(tokenizer: Any, rules: PromptRules) -> re.Pattern[str]:
-    """Matches every token that is special, or that a turn marker is made of (some tokenizers leave those unspecial)."""
-    markers = rules.assistant_start + rules.assistant_end
+    """Matches every special token and every turn marker, and tokens that markers are made of.
+
+    Some tokenizers do not call those special, and to some a marker is text like any other.
+    """
+    markers = rules.assistant_start.strip(), rules.assistant_end
     names = {
         token.content
         for token in tokenizer.added_tokens_decoder.values()
-        if token.special or (token.content in markers and token.content.startswith(("<", "[")))
+        if token.special or (token.content in "".join(markers) and token.content.startswith("<"))
     }
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
+    names.update(markers)
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
 
 
 def _probe_prompt(processor: Any, rules: PromptRules) -> str:
