@@ -68,14 +68,14 @@ CASES: dict[str, list[Rows]] = {
 }
 
 
-def build(ministral: bool, tied: bool = False, **settings: Any) -> PreTrainedModel:
-    """A tiny model with every parameter random; `settings` go to the text configuration."""
+def build_config(ministral: bool, tied: bool = False, **settings: Any) -> Mistral3Config:
+    """The configuration of `build`, without a model."""
     text: Any = (
         Ministral3Config(**(TEXT | settings), rope_parameters=dict(YARN))
         if ministral
         else MistralConfig(**(TEXT | settings), rope_parameters={"rope_type": "default", "rope_theta": 1e4})
     )
-    config = Mistral3Config(
+    return Mistral3Config(
         text_config=text,
         vision_config=PixtralVisionConfig(**VISION),
         image_token_index=IMAGE,
@@ -83,7 +83,11 @@ def build(ministral: bool, tied: bool = False, **settings: Any) -> PreTrainedMod
         tie_word_embeddings=tied,
         attn_implementation="eager",
     )
-    model: PreTrainedModel = Mistral3ForConditionalGeneration(config)
+
+
+def build(ministral: bool, tied: bool = False, **settings: Any) -> PreTrainedModel:
+    """A tiny model with every parameter random; `settings` go to the text configuration."""
+    model: PreTrainedModel = Mistral3ForConditionalGeneration(build_config(ministral, tied, **settings))
     randomise(model)
     return model
 
@@ -101,7 +105,7 @@ def make_batch(rows: Rows, seed: int = 0, pad_to_multiple_of: int = 4, config: A
     """A micro-batch of random tokens and pixels."""
     generator = np.random.default_rng(seed)
     written = [WRITER.row(parts, generator) for parts in rows]
-    batch = collate_rows(written, config or build(False).config, pad_to_multiple_of)
+    batch = collate_rows(written, config or build_config(ministral=False), pad_to_multiple_of)
     lengths = [len(row.sample.input_ids) for row in written]
     inputs = {
         "input_ids": batch.input_ids,
