@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Gemma3ImageProcessor,
     Gemma3Processor,
@@ -23,6 +23,10 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from demo.gemma3 import CHAT_TEMPLATE
+from demo.mistral3 import CHAT_TEMPLATE as MISTRAL_TEMPLATE
+from demo.mistral3 import PRETOKENIZE_REGEX as TEKKEN_PATTERN
+from demo.mistral3 import SPECIAL_TOKENS as MISTRAL_SPECIAL_TOKENS
+from demo.mistral3 import train_tokenizer as train_mistral_tokenizer
 from demo.qwen3_vl import CHAT_TEMPLATE as QWEN3_VL_TEMPLATE
 from demo.qwen3_vl import train_tokenizer
 
@@ -194,97 +198,20 @@ def build_qwen_processor(
     return processor
 
 
-# Mistral's chat format: no line breaks; a system prompt anywhere; one image beside one text comes first, whichever was
-# written first; an answer without words is refused.
-MISTRAL_TEMPLATE = """\
-{%- macro words(content) -%}
-    {%- if content is string -%}
-        {{- content -}}
-    {%- else -%}
-        {%- for item in content -%}
-            {{- item.text -}}
-        {%- endfor -%}
-    {%- endif -%}
-{%- endmacro -%}
-{{- bos_token -}}
-{%- for message in messages -%}
-    {%- if message.role == 'system' -%}
-        {{- '[SYSTEM_PROMPT]' + words(message.content) + '[/SYSTEM_PROMPT]' -}}
-    {%- elif message.role == 'assistant' -%}
-        {%- if loop.first or loop.previtem.role == 'assistant' -%}
-            {{- raise_exception('an assistant answers a user') -}}
-        {%- elif not message.content -%}
-            {{- raise_exception('an assistant says something') -}}
-        {%- endif -%}
-        {{- words(message.content) + eos_token -}}
-    {%- elif message.role != 'user' -%}
-        {{- raise_exception('only system, user and assistant speak') -}}
-    {%- elif message.content is string -%}
-        {{- '[INST]' + message.content + '[/INST]' -}}
-    {%- else -%}
-        {%- set parts = message.content -%}
-        {%- if parts | map(attribute='type') | list == ['text', 'image'] -%}
-            {%- set parts = parts | reverse -%}
-        {%- endif -%}
-        {{- '[INST]' -}}
-        {%- for item in parts -%}
-            {{- '[IMG]' if item.type == 'image' else item.text -}}
-        {%- endfor -%}
-        {{- '[/INST]' -}}
-    {%- endif -%}
-{%- endfor -%}
-"""
 MISTRAL_GENERATION_TEMPLATE = MISTRAL_TEMPLATE.replace(
     "{{- words(message.content) + eos_token -}}",
     "{%- generation -%}{{- words(message.content) + eos_token -}}{%- endgeneration -%}",
 )
 
-# The published ids: [IMG] is 10, the break 12, the end 13.
-MISTRAL_SPECIAL_TOKENS = (
-    "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS] "
-    "[IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]"
-).split()
-TEKKEN_PATTERN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 # How byte-level tokenizers write bytes in their vocabularies.
 BYTE_OF_CHARACTER = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def build_mistral_tokenizer(chat_template: str | None = MISTRAL_TEMPLATE) -> PreTrainedTokenizerFast:
-    """A Mistral tokenizer of 400 ids, which puts "<s>" before a text that does not begin with it."""
-    pieces = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(TEKKEN_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pieces
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    count = 400 - len(MISTRAL_SPECIAL_TOKENS)
-    trainer = trainers.BpeTrainer(vocab_size=count, initial_alphabet=alphabet, show_progress=False)
-    learner.train_from_iterator(CORPUS, trainer)
-    learned = json.loads(learner.to_str())["model"]
-    # Single bytes come first and in their own order, as tekken.json must have them.
-    learned_words = sorted((word for word in learned["vocab"] if len(word) > 1), key=learned["vocab"].get)
-    ordered = [*MISTRAL_SPECIAL_TOKENS, *sorted(BYTE_OF_CHARACTER, key=BYTE_OF_CHARACTER.get), *learned_words]
-    vocab = {word: number for number, word in enumerate(ordered)}
-    tokenizer = Tokenizer(models.BPE(vocab, [tuple(pair) for pair in learned["merges"]]))
-    tokenizer.pre_tokenizer = pieces
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in MISTRAL_SPECIAL_TOKENS])
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        chat_template=chat_template,
-    )
+    """The demo's Mistral tokenizer with 400 ids, learnt from other texts."""
+    tokenizer = train_mistral_tokenizer(CORPUS, 400 - 256 - len(MISTRAL_SPECIAL_TOKENS))
+    tokenizer.chat_template = chat_template
+    return tokenizer
 
 
 def build_mistral_processor(
