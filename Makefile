@@ -14,15 +14,16 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install demo demo_moe test lint gpu bench clean
+.PHONY: help install demo demo_moe demo_mistral3 test lint gpu bench clean
 
 help:
-	@echo "make demo      train a tiny Gemma 3 on drawn images, resume it in another layout, export and check it"
-	@echo "make demo_moe  the same with a tiny Qwen3-VL-MoE and expert parallelism"
-	@echo "make test      the test suite"
-	@echo "make lint      ruff and mypy"
-	@echo "make gpu       GPU tests and benchmarks (needs a GPU)"
-	@echo "make bench     benchmarks that need no GPU"
+	@echo "make demo           train a tiny Gemma 3 on drawn images, resume it in another layout, export and check it"
+	@echo "make demo_moe       the same with a tiny Qwen3-VL-MoE and expert parallelism"
+	@echo "make demo_mistral3  the first one with a tiny Mistral3 (Ministral 3's text)"
+	@echo "make test           the test suite"
+	@echo "make lint           ruff and mypy"
+	@echo "make gpu            GPU tests and benchmarks (needs a GPU)"
+	@echo "make bench          benchmarks that need no GPU"
 
 install: $(STAMP)
 
@@ -39,6 +40,9 @@ demo: $(STAMP)
 
 demo_moe: $(STAMP)
 	$(BIN)/python -m demo.run --model qwen3_vl_moe
+
+demo_mistral3: $(STAMP)
+	$(BIN)/python -m demo.run --model mistral3
 
 test: $(STAMP)
 	$(BIN)/python -m pytest tests

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo import gemma3, qwen3_vl
+from demo import gemma3, mistral3, qwen3_vl
 from demo.launch import RANKS
 
 LEARNED_TOKENS = 192
@@ -69,6 +69,13 @@ def _build_qwen3_vl_moe(folder: Path, texts: Sequence[str], seed: int) -> str:
     return f"{parameters:,} parameters, {experts}, {len(processor.tokenizer)} tokens"
 
 
+def _build_mistral3(folder: Path, texts: Sequence[str], seed: int) -> str:
+    processor = mistral3.build_processor(mistral3.train_tokenizer(texts, LEARNED_TOKENS))
+    parameters = mistral3.build_model_directory(folder, processor, seed)
+    tokens_per_image = f"{mistral3.TOKENS_PER_IMAGE} tokens per image"
+    return f"{parameters:,} parameters, {len(processor.tokenizer)} tokens, {tokens_per_image}"
+
+
 RECIPES = {
     "gemma3": Recipe(
         title="Gemma 3",
@@ -91,5 +98,19 @@ RECIPES = {
         train_iters=300,
         build=_build_qwen3_vl_moe,
         stages=(Stage({"expert_model_parallel_size": RANKS}),),
+    ),
+    "mistral3": Recipe(
+        title="Mistral3",
+        config="demo_mistral3.yaml",
+        folder="demo_out/mistral3",
+        train_iters=300,
+        build=_build_mistral3,
+        stages=(
+            Stage({"tensor_model_parallel_size": RANKS, "pipeline_model_parallel_size": 1}),
+            Stage(
+                {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": RANKS},
+                ("--train.micro_batch_size", PIPELINE_MICRO_BATCH_SIZE),
+            ),
+        ),
     ),
 }

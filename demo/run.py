@@ -1,6 +1,6 @@
 """`make demo`: draw images, build a tiny model, train, stop, resume in another layout, export, ask, report.
 
-    python -m demo.run [--model gemma3 | qwen3_vl_moe] [--output FOLDER] [--train_iters N] [--seed N]
+    python -m demo.run [--model gemma3 | qwen3_vl_moe | mistral3] [--output FOLDER] [--train_iters N] [--seed N]
 
 Exits with 0 only if the exported model answers from the image: at least 90 % exact match on held-out questions, and
 at most 40 % once the images are swapped between them.

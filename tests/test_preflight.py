@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PretrainedConfig
 
 from megatron_vlm.config import Config, load_config
 from megatron_vlm.errors import CheckpointError, ConfigError, LaunchError, UserError
@@ -15,6 +16,7 @@ from megatron_vlm.families import registry
 from megatron_vlm.parallel.stages import assign_layers
 from megatron_vlm.training.memory import HeldParameter, estimate_memory, format_memory, held_parameters
 from megatron_vlm.training.preflight import Layout, check_export, check_layout, check_run_dir, record_export
+from tests import published_mistral3
 from tests.published_gemma3 import TEXT_ONLY, published_config
 
 FAMILY = registry.FAMILIES[0]
@@ -132,10 +134,39 @@ def test_key_value_heads_may_be_replicated_but_not_split_unevenly() -> None:
         check_layout(run_config(f"{TENSOR}=12"), model_config, 12)
 
 
-def test_vision_heads_matter_only_when_the_tower_is_split() -> None:
+@pytest.mark.parametrize(
+    "hf_config",
+    [published_config("27b"), published_mistral3.published_config("ministral3_3b")],
+    ids=["gemma3", "mistral3"],
+)
+def test_vision_heads_matter_only_when_the_tower_is_split(hf_config: PretrainedConfig) -> None:
+    model_config = registry.detect(hf_config).config_from_hf(hf_config, text_only=False)
     with pytest.raises(ConfigError, match=r"vision attention heads 16 .* or model.vision_parallelism data"):
-        layout_of("27b", 32, f"{TENSOR}=32")
-    layout_of("27b", 32, f"{TENSOR}=32", "model.vision_parallelism=data")
+        check_layout(run_config(f"{TENSOR}=32"), model_config, 32, PARTS)
+    check_layout(run_config(f"{TENSOR}=32", "model.vision_parallelism=data"), model_config, 32, PARTS)
+
+
+def test_mistral3_problems_name_what_it_has() -> None:
+    """More ranks than key-value heads divide it; experts and audio are not its."""
+    hf_config = published_mistral3.published_config("mistral3_24b")
+    family = registry.detect(hf_config)
+    model_config = family.config_from_hf(hf_config, text_only=False)
+    parts = {name.partition(".")[0] for name, _ in family.weight_map(model_config).items()}
+    assert parts == set(PARTS)
+    layout = check_layout(run_config(f"{TENSOR}=16", f"{PIPELINE}=2"), model_config, 32, parts)
+    assert [len(chunk) for chunk in layout.chunks] == [20, 20]
+    wrong = run_config(f"{TENSOR}=3", "parallel.expert_model_parallel_size=2", "model.freeze=[audio_tower]")
+    with pytest.raises(ConfigError) as caught:
+        check_layout(wrong, model_config, 3, parts)
+    for text in (
+        "attention heads 32",
+        "feed-forward size 32768",
+        "vision attention heads 16",
+        "vision projector size 5120",
+        "has no experts",
+    ):
+        assert text in str(caught.value)
+    assert "model.freeze names audio_tower" in str(caught.value)
 
 
 def test_all_layout_problems_are_reported_together() -> None:

@@ -88,8 +88,10 @@ def test_every_recipe_is_listed() -> None:
 
 def test_make_targets_exist() -> None:
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
-    targets = {*re.findall(r"^([a-z_]+):", makefile, re.MULTILINE)}
-    named = {target for document in DOCUMENTS for target in re.findall(r"(?:`|^ {4})make ([a-z_]+)", text_of(document))}
+    targets = {*re.findall(r"^([a-z_0-9]+):", makefile, re.MULTILINE)}
+    named = {
+        target for document in DOCUMENTS for target in re.findall(r"(?:`|^ {4})make ([a-z_0-9]+)", text_of(document))
+    }
     assert {"demo", "test", "lint"} <= named <= targets
 
 

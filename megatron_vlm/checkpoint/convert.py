@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron_vlm.checkpoint.fp8 import find_quantization, open_weights
 from megatron_vlm.checkpoint.hf import (
     PROCESSOR_PATTERNS,
     SafetensorsReader,
@@ -65,6 +66,7 @@ class ExportPlan:
         weights: by each name in `files`.
         weight_map: of the model that is exported.
         config: replaces `config.json`; None copies it.
+        is_alone: the language model of a multimodal directory; it has no use for an image processor.
     """
 
     source: Path
@@ -72,10 +74,11 @@ class ExportPlan:
     weights: dict[str, HfWeight]
     weight_map: WeightMap
     config: bytes | None
+    is_alone: bool
 
     def write_companions(self, directory: Path) -> None:
-        """Copy configuration, tokenizer and the like; a language model alone has no use for an image processor."""
-        skip = () if self.config is None else ("config.json", *PROCESSOR_PATTERNS)
+        """Copy or write configuration, tokenizer and the like."""
+        skip = (*(PROCESSOR_PATTERNS if self.is_alone else ()), *(() if self.config is None else ("config.json",)))
         copy_companion_files(self.source, directory, skip)
         if self.config is not None:
             write_durably(directory / "config.json", self.config)
@@ -97,7 +100,7 @@ def import_checkpoint(hf_dir: str | os.PathLike, out_dir: str | os.PathLike, pro
     family = registry.detect(hf_config)
     model_config = family.config_from_hf(hf_config, text_only=False)
     weight_map: WeightMap = family.weight_map(model_config)
-    with SafetensorsReader(hf_dir) as reader:
+    with open_weights(hf_dir) as reader:
         weights = weight_map.match(reader)
         check_tied_copies(weight_map, reader, weights)
         with staged_directory(out_dir) as staging:
@@ -167,7 +170,7 @@ def export_checkpoint(
         CheckpointError: the checkpoint is unreadable or of another model, or the target is not empty.
     """
     check_export_target(out_dir)
-    reader, plan = open_for_export(checkpoint, hf_dir)
+    reader, plan = open_for_export(checkpoint, hf_dir, tie_follows_checkpoint=True)
     with staged_directory(out_dir) as staging:
         _export_weights(reader, plan, staging, progress)
         plan.write_companions(staging)
@@ -210,7 +213,7 @@ def verify_checkpoint(
     """
     stored_checkpoint, plan = open_for_export(checkpoint, hf_dir)
     differences = []
-    with SafetensorsReader(hf_dir) as reader:
+    with open_weights(hf_dir) as reader:
         weights = plan.weight_map.match(reader)
         total_bytes = sum(reader.tensors[hf_name].num_bytes for hf_name in weights)
         done_bytes = 0
@@ -242,8 +245,16 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def open_for_export(checkpoint: str | os.PathLike, hf_dir: str | os.PathLike) -> tuple[TorchDistReader, ExportPlan]:
+def open_for_export(
+    checkpoint: str | os.PathLike, hf_dir: str | os.PathLike, tie_follows_checkpoint: bool = False
+) -> tuple[TorchDistReader, ExportPlan]:
     """Open a checkpoint, make sure that it belongs to the model of `hf_dir`, and plan its export.
+
+    Args:
+        checkpoint: see `export_checkpoint`.
+        hf_dir: the model's Hugging Face directory.
+        tie_follows_checkpoint: where files would tell whether embedding and head are tied and `hf_dir` has none, take
+            the checkpoint's word, not config.json's.
 
     Raises:
         CheckpointError: it is unreadable, of another family or kind, or its tensors do not fit.
@@ -260,6 +271,8 @@ def open_for_export(checkpoint: str | os.PathLike, hf_dir: str | os.PathLike) ->
             str(directory),
             "give the Hugging Face directory that the checkpoint was trained from",
         )
+    if tie_follows_checkpoint and family.head_tells_tie and not has_weights(Path(hf_dir).expanduser()):
+        registry.set_tie(hf_config, identity.tied)
     model_config = family.config_from_hf(hf_config, text_only=identity.text_only)
     weight_map: WeightMap = family.weight_map(model_config)
     reader = TorchDistReader(directory)
@@ -290,25 +303,26 @@ def plan_export(
         dtypes: by our name, of the model to be exported.
     """
     source = Path(hf_dir).expanduser().absolute()
-    config = _language_model_config(source, hf_config, weight_map) if _is_alone(hf_config, weight_map) else None
+    is_alone = _is_alone(hf_config, weight_map)
+    new_config = _language_model_config if is_alone else _changed_config
+    config = new_config(source, hf_config, weight_map)
     default_dtype = _config_dtype(hf_config)
     file_dtypes = {name: default_dtype or dtype for name, dtype in dtypes.items()}
     if has_weights(source):
-        with SafetensorsReader(source) as reader:
+        with open_weights(source) as reader:
             weights = weight_map.match(reader)
-            if config is None:
-                return ExportPlan(source, reader.files, weights, weight_map, config)
+            if not is_alone:
+                return ExportPlan(source, reader.files, weights, weight_map, config, is_alone)
             file_dtypes = {entry.name: reader.tensors[hf_name].dtype for hf_name, entry in weights.items()}
     weights = weight_map.as_written()
     files = WeightFiles.plan((entry.hf_name, file_dtypes[entry.name], entry.shape) for entry in weights.values())
-    return ExportPlan(source, files, weights, weight_map, config)
+    return ExportPlan(source, files, weights, weight_map, config, is_alone)
 
 
 def _is_alone(hf_config: PretrainedConfig, weight_map: WeightMap) -> bool:
     """Whether the map is of the language model only while the configuration describes a multimodal model."""
-    text_only_class = weight_map.text_only_class
     is_text = {name.split(".")[0] for name, _ in weight_map.items()} == {"language_model"}
-    return is_text and text_only_class is not None and hf_config.model_type != text_only_class[1]
+    return is_text and hf_config.get_text_config() is not hf_config
 
 
 def _config_dtype(hf_config: PretrainedConfig) -> torch.dtype | None:
@@ -331,7 +345,23 @@ def _language_model_config(source: Path, hf_config: PretrainedConfig, weight_map
     config |= {key: whole[key] for key in shared if key in whole and key not in config}
     config |= {"architectures": [architecture], "model_type": model_type}
     config["tie_word_embeddings"] = bool(weight_map.tied_groups)
+    config.pop("quantization_config", None)
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _changed_config(source: Path, hf_config: PretrainedConfig, weight_map: WeightMap) -> bytes | None:
+    """`config.json` where it would not be true of what is exported: plain values, tied or not; None where it is."""
+    content: dict[str, Any] = json.loads((source / "config.json").read_bytes())
+    parts = [content, *([content["text_config"]] if isinstance(content.get("text_config"), dict) else [])]
+    changes: dict[str, Any] = {}
+    if registry.detect(hf_config).head_tells_tie:
+        changes["tie_word_embeddings"] = bool(weight_map.tied_groups)
+    if find_quantization(content) is None and all(changes.items() <= part.items() for part in parts):
+        return None
+    for part in parts:
+        part.pop("quantization_config", None)
+        part.update(changes)
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def identity_of(hf_dir: str | os.PathLike, family: str, model_config: Any) -> ModelIdentity:

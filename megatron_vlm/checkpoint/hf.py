@@ -38,6 +38,7 @@ COMPANION_PATTERNS = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
+    "tekken.json",
     "vocab.*",
     "merges.txt",
     "*.model",
@@ -81,8 +82,7 @@ class SafetensorsReader:
             self._descriptors[shard.file] = os.open(self.directory / shard.file, os.O_RDONLY)
 
     def _open_index(self, path: Path) -> WeightFiles:
-        content = path.read_bytes()
-        listed = _parse_index(content, path)
+        content, listed = _read_index(path)
         shards = tuple(read_shard_header(self.directory / file) for file in sorted(set(listed.values())))
         actual = {(tensor.name, shard.file) for shard in shards for tensor in shard.tensors}
         missing = sorted(set(listed.items()) - actual)
@@ -169,9 +169,26 @@ def has_weights(directory: Path) -> bool:
     return any(os.path.lexists(directory / file) for file in (SINGLE_FILE, INDEX_FILE))
 
 
-def _parse_index(content: bytes, path: Path) -> dict[str, str]:
-    """Tensor name to file name; refuses names that could point outside the directory."""
+def stored_names(directory: Path) -> frozenset[str] | None:
+    """Names of a directory's tensors, None without weights; shards that an index lists are not looked at.
+
+    Raises:
+        CheckpointError: the index or the only weight file is damaged.
+    """
+    if os.path.lexists(directory / SINGLE_FILE):
+        return frozenset(tensor.name for tensor in read_shard_header(directory / SINGLE_FILE).tensors)
+    if os.path.lexists(directory / INDEX_FILE):
+        return frozenset(_read_index(directory / INDEX_FILE)[1])
+    return None
+
+
+def _read_index(path: Path) -> tuple[bytes, dict[str, str]]:
+    """The index, and tensor name to file name; refuses names that could point outside the directory."""
     fix = "download or save the checkpoint again"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read the index: {error.strerror}", str(path), fix) from error
     try:
         weight_map = json.loads(content)["weight_map"]
         valid = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
@@ -184,7 +201,7 @@ def _parse_index(content: bytes, path: Path) -> dict[str, str]:
             raise CheckpointError(
                 f"the index names {file!r}, which is not a plain safetensors file name", str(path), "do not trust it"
             )
-    return weight_map
+    return content, weight_map
 
 
 class SafetensorsWriter:

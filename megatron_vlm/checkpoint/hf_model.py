@@ -20,6 +20,7 @@ from megatron.core.utils import unwrap_model
 from megatron_vlm import platform
 from megatron_vlm.checkpoint.convert import ExportPlan, check_tied_copies, plan_export
 from megatron_vlm.checkpoint.distributed import on_first_rank
+from megatron_vlm.checkpoint.fp8 import open_weights
 from megatron_vlm.checkpoint.hf import SafetensorsReader, SafetensorsWriter
 from megatron_vlm.checkpoint.safetensors_files import row_blocks
 from megatron_vlm.checkpoint.staging import check_export_target, staged_directory
@@ -55,7 +56,7 @@ def load_hf_into_model(
         CheckpointError: the files are missing, damaged, or do not fit the model; every rank raises the same.
     """
     weight_map = family.weight_map(model_config)
-    with SafetensorsReader(hf_dir) as reader, torch.no_grad():
+    with open_weights(hf_dir) as reader, torch.no_grad():
         weights = weight_map.match(reader)
         check_tied_copies(weight_map, reader, weights)
         by_name = {entry.name: entry for entry in weights.values()}

@@ -24,6 +24,7 @@ from megatron_vlm.errors import CheckpointError
 
 VOCABULARY_ROWS_MULTIPLE = 64
 NAMES_SHOWN = 4
+VALUE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -181,9 +182,10 @@ class WeightMap:
             Each weight by its name in the file, tied copies included; unread parts are left out.
 
         Raises:
-            CheckpointError: lists all missing, unexpected and wrongly shaped tensors together; or experts are held in
-                another way than in either of the two that are read.
+            CheckpointError: lists all missing, unexpected and wrongly shaped tensors together; or there are quantised
+                weights; or experts are held in another way than in either of the two that are read.
         """
+        _refuse_quantized(reader)
         expected: dict[str, HfWeight] = {}
         for group in self.groups:
             prefix = _used_prefix(group, reader.tensors)
@@ -240,6 +242,18 @@ def _is_transposed(group: WeightGroup, prefix: str, reader: SafetensorsReader) -
         str(reader.directory),
         "use the published files, or load and save the model with a current transformers",
     )
+
+
+def _refuse_quantized(reader: SafetensorsReader) -> None:
+    """Refuse numbers that are values only times their scales: they would be converted, and trained on, as they are."""
+    found = [f"{name} {tensor.dtype}" for name, tensor in reader.tensors.items() if tensor.dtype not in VALUE_DTYPES]
+    if found:
+        raise CheckpointError(
+            f"{len(found)} quantised tensors without the scales that give their values ({_abbreviate(found)})",
+            str(reader.directory),
+            'float8 weights are read where config.json has a quantization_config with quant_method "fp8" and each has '
+            "its weight_scale_inv beside it; otherwise use the unquantised weights of this model",
+        )
 
 
 def _refuse_differences(expected: Mapping[str, Sequence[int]], actual: Mapping[str, _Shaped], where: str) -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoProcessor, AutoTokenizer
-from transformers.image_utils import SizeDict
 
 from megatron_vlm.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_vlm.data.prompts import PromptRules
+
+# What processors call the tokens that they write around and instead of an image or video.
+IMAGE_TOKEN_NAMES = (
+    "boi_token eoi_token image_token video_token vision_start_token vision_end_token image_break_token image_end_token"
+).split()
+# A tekken.json has these tokens but no names for them; transformers' converter of single files gives them the same.
+TEKKEN_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 
 
 def load_processor(hf_path: str, rules: PromptRules, min_pixels: int | None, max_pixels: int | None) -> Any:
@@ -28,14 +36,19 @@ def load_processor(hf_path: str, rules: PromptRules, min_pixels: int | None, max
     _check_pixel_limits(rules, min_pixels, max_pixels)
     processor = _load(hf_path, has_images=rules.image_token_id is not None)
     _check_tokens_and_patches(processor, hf_path, rules)
-    _set_pixel_limits(processor, min_pixels, max_pixels)
+    if rules.visuals is not None and (min_pixels, max_pixels) != (None, None):
+        rules.visuals.limit_pixels(processor, min_pixels, max_pixels)
     return processor
 
 
 def _load(hf_path: str, has_images: bool) -> Any:
-    loader = AutoProcessor if has_images else AutoTokenizer
     try:
-        processor = loader.from_pretrained(hf_path, local_files_only=True)
+        if has_images:
+            processor = AutoProcessor.from_pretrained(hf_path, local_files_only=True)
+        else:
+            # Not mistral-common's tokenizer, where that package happens to be installed: it renders no template and
+            # does not say which text a token stands for. Processors never use it.
+            processor = AutoTokenizer.from_pretrained(hf_path, local_files_only=True, mistral_format=False)
     # transformers raises many types on incomplete directories; all mean that this one cannot be used.
     except Exception as error:
         raise ConfigError(
@@ -49,6 +62,10 @@ def _load(hf_path: str, has_images: bool) -> Any:
             "model.hf_path",
             "add processor_config.json or preprocessor_config.json, or set model.text_only to true",
         )
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if tokenizer.eos_token is None and Path(hf_path, "tekken.json").is_file():
+        for name, token in TEKKEN_TOKENS.items():
+            setattr(tokenizer, name, token)
     video_processor = getattr(processor, "video_processor", None)
     if getattr(video_processor, "cap_pixels_per_frame", False) is None:
         # What leaving it unset means, without the warning that transformers gives for that.
@@ -69,40 +86,27 @@ def _check_tokens_and_patches(processor: Any, hf_path: str, rules: PromptRules) 
                 hf_path,
                 "take config.json and the tokenizer's files from one model",
             )
-    for kind in ("image", "video") if rules.patch_sizes is not None else ():
-        for name, expected in vars(rules.patch_sizes).items():
-            own = getattr(getattr(processor, f"{kind}_processor"), name)
-            if own != expected:
-                raise ConfigError(
-                    f"the {kind} processor's {name} is {own}, config.json says {expected}",
-                    hf_path,
-                    "take config.json and the processor's files from one model",
-                )
+    for name in IMAGE_TOKEN_NAMES:
+        token = getattr(processor, name, None)
+        if token is not None and tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
+            raise ConfigError(
+                f"the processor writes {token}, which is no token of the tokenizer",
+                hf_path,
+                "take the tokenizer's and the processor's files from one model",
+            )
+    for name, expected in rules.visuals.sizes.items() if rules.visuals is not None else ():
+        own = reduce(lambda part, attribute: getattr(part, attribute, None), name.split("."), processor)
+        if own != expected:
+            raise ConfigError(
+                f"the processor's {name} is {own}, config.json says {expected}",
+                hf_path,
+                "take config.json and the processor's files from one model",
+            )
 
 
 def _check_pixel_limits(rules: PromptRules, min_pixels: int | None, max_pixels: int | None) -> None:
     given = {"data.min_pixels": min_pixels, "data.max_pixels": max_pixels}
     for key, value in given.items():
-        if value is not None and (rules.fixed_image_size or rules.image_token_id is None):
+        if value is not None and rules.visuals is None:
             reason = "scales every image to one size" if rules.image_token_id is not None else "takes no images"
             raise ConfigError(f"{key} is {value}, but this model {reason}", key, "set it to null")
-
-
-def _set_pixel_limits(processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
-    """Give the limits to the image and the video processor; what is not given keeps their own values."""
-    for kind in ("image", "video") if min_pixels is not None or max_pixels is not None else ():
-        part = getattr(processor, f"{kind}_processor", None)
-        if part is None:
-            continue
-        fewest = part.size["shortest_edge"] if min_pixels is None else min_pixels
-        most = part.size["longest_edge"] if max_pixels is None else max_pixels
-        if kind == "video":
-            # Limits set with images in mind need not lie between a video's own, which yield.
-            fewest, most = (min(fewest, most), most) if min_pixels is None else (fewest, max(fewest, most))
-        if not 0 < fewest <= most:
-            raise ConfigError(
-                f"{kind}s would have at least {fewest} and at most {most} pixels",
-                "data.min_pixels" if min_pixels is not None else "data.max_pixels",
-                "set both, the second no smaller",
-            )
-        part.size = SizeDict(shortest_edge=fewest, longest_edge=most)

@@ -24,9 +24,9 @@ from PIL import Image
 from transformers.video_utils import VideoMetadata
 
 from megatron_vlm.data.formats import Conversation, ImagePart, ImageSource, Message, TextPart
-from megatron_vlm.data.processor import load_processor
+from megatron_vlm.data.processor import IMAGE_TOKEN_NAMES, load_processor
 from megatron_vlm.data.videos import Video
-from megatron_vlm.data.visuals import PatchSizes, VisionGrid, pack_in_reading_order
+from megatron_vlm.data.visuals import VisionGrid, VisualRules
 from megatron_vlm.errors import ConfigError, DataError
 
 PositionFunction = Callable[[np.ndarray, Sequence[VisionGrid]], np.ndarray]
@@ -43,18 +43,14 @@ class PromptRules:
     """End-of-turn token, which the template puts after them; it is trained."""
     image_token_id: int | None
     """Id of the token that stands for one vision feature; None for a text-only model."""
-    tokens_per_image: int | None
-    """Features of one image; None if it varies with the image's size."""
-    fixed_image_size: bool
-    """The processor scales every image to one size, so min_pixels and max_pixels mean nothing."""
-    bidirectional_images: bool
+    tokens_per_image: int | None = None
+    """Features of one image where all are scaled to one size."""
+    bidirectional_images: bool = False
     """Tokens of one image see each other in both directions."""
-    vision_keys: tuple[str, ...]
-    """Processor outputs that the vision tower takes."""
     video_token_id: int | None = None
     """Id of the token that stands for one feature of a video; None where the model takes none."""
-    patch_sizes: PatchSizes | None = None
-    """How images that vary in size are cut; None where all have one size."""
+    visuals: VisualRules | None = None
+    """What is done with images that vary in size; None where all are scaled to one, or there are none."""
     position_ids: PositionFunction | None = None
     """Gives positions on several axes, [axes, S] int64, from (input_ids, vision_grids); None counts tokens."""
 
@@ -166,10 +162,10 @@ class PromptBuilder:
 
     @cached_property
     def shortest_image_row_tokens(self) -> int:
-        """Tokens of a conversation of the smallest image and one empty answer."""
+        """Tokens of a conversation of the smallest image and an answer of one letter; some templates refuse none."""
         blank = ImagePart(ImageSource(data=b""))
-        conversation = Conversation((Message("user", (blank,)), Message("assistant", "")), "a blank image")
-        return len(self.encode(conversation, [Image.new("RGB", (1, 1))]).input_ids)
+        conversation = Conversation((Message("user", (blank,)), Message("assistant", "a")), "a blank image")
+        return len(self.encode(conversation, [Image.new("RGB", (2, 2))]).input_ids)
 
     def _apply_template(self, messages: list[dict[str, Any]], videos: Sequence[Video]) -> dict[str, Any]:
         """Processor output of one conversation, without the batch dimension on text."""
@@ -181,7 +177,12 @@ class PromptBuilder:
                 messages, tokenizer_kwargs={"return_offsets_mapping": True}, **options
             )
             return dict(output)
-        processor_options = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
+        processor_options: dict[str, Any] = {
+            "return_offsets_mapping": True,
+            "return_text_replacement_offsets": True,
+            # Lists, also where a processor would make tensors, through which transformers walks slowly for its masks.
+            "text_kwargs": {"return_tensors": None},
+        }
         if videos:
             # Files were sampled when they were read; lists of frames are taken whole.
             metadata = [video.metadata for video in videos]
@@ -206,9 +207,8 @@ class PromptBuilder:
 
     @cached_property
     def _image_tokens(self) -> set[str]:
-        names = ("boi_token", "eoi_token", "image_token", "video_token", "vision_start_token", "vision_end_token")
-        owners = (self.tokenizer, self.processor)
-        return {getattr(owner, name) for owner in owners for name in names if getattr(owner, name, None)}
+        named = [getattr(owner, name, None) for owner in (self.tokenizer, self.processor) for name in IMAGE_TOKEN_NAMES]
+        return {token for token in named if token}
 
     def _mask_by_markers(
         self, messages: list[dict[str, Any]], output: dict[str, Any], conversation: Conversation
@@ -239,28 +239,28 @@ class PromptBuilder:
         self, input_ids: np.ndarray, output: dict[str, Any], conversation: Conversation
     ) -> tuple[dict[str, torch.Tensor], list[VisionGrid]]:
         """What the vision tower takes, checked against the placeholders; and the grids of images that vary in size."""
-        rules, name = self.rules, conversation.row_name
-        if rules.patch_sizes is not None:
-            pixels, grids = pack_in_reading_order(
-                output, input_ids, rules.image_token_id, rules.video_token_id, rules.patch_sizes.merge_size, name
-            )
-            return ({} if pixels is None else {"pixel_values": pixels}), grids
-        vision_inputs = {key: torch.stack(list(output[key])) for key in rules.vision_keys if key in output}
-        self._check_image_tokens(input_ids, vision_inputs, name)
-        return vision_inputs, []
+        name = conversation.row_name
+        if self.rules.visuals is not None:
+            pixels, grids = self.rules.visuals.pack(output, input_ids, name)
+        else:
+            pixels, grids = self._images_of_one_size(input_ids, output, name), []
+        return ({} if pixels is None else {"pixel_values": pixels}), grids
 
-    def _check_image_tokens(self, input_ids: np.ndarray, vision_inputs: dict[str, torch.Tensor], row_name: str) -> None:
-        """With a fixed number of tokens per image, placeholders and images must agree."""
-        if self.rules.tokens_per_image is None or self.rules.image_token_id is None:
-            return
+    def _images_of_one_size(self, input_ids: np.ndarray, output: dict[str, Any], row_name: str) -> torch.Tensor | None:
+        """[I, channels, height, width]; with a fixed number of tokens each, placeholders and images must agree."""
+        pixels = torch.stack(list(output["pixel_values"])) if "pixel_values" in output else None
+        tokens = self.rules.tokens_per_image
+        if tokens is None:
+            return pixels
         found = int((input_ids == self.rules.image_token_id).sum())
-        pictures = len(vision_inputs[self.rules.vision_keys[0]]) if vision_inputs else 0
-        if found != pictures * self.rules.tokens_per_image:
+        pictures = 0 if pixels is None else len(pixels)
+        if found != pictures * tokens:
             raise DataError(
-                f"{found} image tokens for {pictures} images of {self.rules.tokens_per_image} tokens",
+                f"{found} image tokens for {pictures} images of {tokens} tokens",
                 row_name,
                 "check that the processor's image_seq_length is config.json's mm_tokens_per_image",
             )
+        return pixels
 
 
 def turn_ends(trained: np.ndarray) -> np.ndarray:
@@ -296,14 +296,18 @@ def _drop_untrained_turns(trained: np.ndarray, conversation: Conversation) -> np
 
 
 def _control_token_pattern(tokenizer: Any, rules: PromptRules) -> re.Pattern[str]:
-    """Matches every token that is special, or that a turn marker is made of (some tokenizers leave those unspecial)."""
-    markers = rules.assistant_start + rules.assistant_end
+    """Matches every special token and every turn marker, and tokens that markers are made of.
+
+    Some tokenizers do not call those special, and to some a marker is text like any other.
+    """
+    markers = rules.assistant_start.strip(), rules.assistant_end
     names = {
         token.content
         for token in tokenizer.added_tokens_decoder.values()
-        if token.special or (token.content in markers and token.content.startswith("<"))
+        if token.special or (token.content in "".join(markers) and token.content.startswith("<"))
     }
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
+    names.update(markers)
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
 
 
 def _probe_prompt(processor: Any, rules: PromptRules) -> str:

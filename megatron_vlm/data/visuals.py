@@ -5,49 +5,54 @@ Shapes: S tokens, P patches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from transformers.image_utils import SizeDict
 
-from megatron_vlm.errors import DataError
+from megatron_vlm.errors import ConfigError, DataError
 
 VisionGrid = tuple[int, int, int]
 """Frames, height and width of an image or video, in patches; "frames" are patches in time."""
+Packed = tuple[torch.Tensor | None, list[VisionGrid]]
+"""[P, patch features] float32 of all images and videos in reading order, or None without any; and their grids."""
 
 
 @dataclass(frozen=True)
-class PatchSizes:
-    """How images are cut: a patch is `temporal_patch_size` frames of `patch_size` squared pixels, and a token stands
-    for `merge_size` squared patches. Named as in transformers' processors."""
+class VisualRules:
+    """What a family's processor does with images and videos of any size."""
 
-    patch_size: int
-    temporal_patch_size: int
-    merge_size: int
+    sizes: Mapping[str, int]
+    """How config.json cuts images, by the attribute of the processor that must say the same."""
+    pack: Callable[[Mapping[str, Any], np.ndarray, str], Packed]
+    """Patches from (the processor's output, token ids [S], file and line of the row); DataError where the placeholders
+    are not those of the images."""
+    limit_pixels: Callable[[Any, int | None, int | None], None]
+    """Sets data.min_pixels and data.max_pixels, at least one of them given, on a processor; ConfigError where it cannot
+    keep to them."""
 
 
 def pack_in_reading_order(
     output: Mapping[str, Any],
     input_ids: np.ndarray,
+    row_name: str,
+    *,
     image_token_id: int | None,
     video_token_id: int | None,
     merge_size: int,
-    row_name: str,
-) -> tuple[torch.Tensor | None, list[VisionGrid]]:
+) -> Packed:
     """Patches of a row's images and videos, interleaved as their placeholders are.
 
     Args:
-        output: the processor's: images and videos apart, with the grids of each.
+        output: the processor's: patches of images and of videos apart, with the grids of each.
         input_ids: [S] int64. Every image and every frame of a video is one run of placeholders.
+        row_name: file and line of the row, for error messages.
         image_token_id: placeholder of images.
         video_token_id: placeholder of videos.
         merge_size: patches on each side of what one token stands for.
-        row_name: file and line of the row, for error messages.
-
-    Returns:
-        [P, patch features] float32, or None where the row has neither; and the grids in the same order.
 
     Raises:
         DataError: the runs of placeholders are not those of the images and videos.
@@ -101,3 +106,32 @@ def _mismatch(what: str, row_name: str) -> DataError:
         row_name,
         "the chat template must put every image between vision markers, and the processor must use config.json's sizes",
     )
+
+
+def limit_areas(processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
+    """Give the limits to the image and the video processor; what is not given keeps their own values.
+
+    Args:
+        processor: one whose parts call the area of the smallest and largest image "shortest_edge" and "longest_edge".
+        min_pixels: see `PromptBuilder`.
+        max_pixels: see `PromptBuilder`.
+
+    Raises:
+        ConfigError: there is nothing between the limits.
+    """
+    for kind in ("image", "video"):
+        part = getattr(processor, f"{kind}_processor", None)
+        if part is None:
+            continue
+        fewest = part.size["shortest_edge"] if min_pixels is None else min_pixels
+        most = part.size["longest_edge"] if max_pixels is None else max_pixels
+        if kind == "video":
+            # Limits set with images in mind need not lie between a video's own, which yield.
+            fewest, most = (min(fewest, most), most) if min_pixels is None else (fewest, max(fewest, most))
+        if not 0 < fewest <= most:
+            raise ConfigError(
+                f"{kind}s would have at least {fewest} and at most {most} pixels",
+                "data.min_pixels" if min_pixels is not None else "data.max_pixels",
+                "set both, the second no smaller",
+            )
+        part.size = SizeDict(shortest_edge=fewest, longest_edge=most)

@@ -14,7 +14,7 @@ computed from trains. Hence, in units of the forward count:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,21 @@ def text_flops(text: Any, batch: MicroBatch, feed_forward_weights: Callable[[Any
         # Scores and the sum of values: two products of head_dim multiply-adds per visible pair.
         attention += 2 * 2 * layer.num_attention_heads * layer.head_dim * keys[layer.window]
     return 2 * weights * int(is_real.sum()), attention
+
+
+def tower_flops(vision: Any, grids: Sequence[tuple[int, int, int]], feed_forward_weights: int) -> tuple[int, int]:
+    """Forward operations of a vision tower: its patch embedding, and its layers, where a frame attends to itself alone.
+
+    Args:
+        vision: the family's record.
+        grids: frames, height and width in patches of each image or video.
+        feed_forward_weights: numbers of a layer's feed-forward weights that each patch is multiplied with.
+    """
+    num_patches = sum(frames * height * width for frames, height, width in grids)
+    patch_pairs = sum(frames * (height * width) ** 2 for frames, height, width in grids)
+    weights = 4 * vision.hidden_size**2 + feed_forward_weights
+    layer = 2 * num_patches * weights + 2 * 2 * patch_pairs * vision.hidden_size
+    return 2 * num_patches * vision.patch_features * vision.hidden_size, vision.num_hidden_layers * layer
 
 
 def visible_keys(batch: MicroBatch, is_real: torch.Tensor, window: int | None) -> int:

@@ -36,11 +36,14 @@ class Family:
         name: of the folder.
         model_types: values of `model_type` in config.json.
         chunk_class: of `model.py`, called with (model configuration, chunk settings, process groups).
+        head_tells_tie: embedding and head are tied if and only if the weight files hold no head, whatever config.json
+            says: published ones do not say it, or not where transformers looks.
     """
 
     name: str
     model_types: tuple[str, ...]
     chunk_class: str
+    head_tells_tie: bool = False
 
     def config_from_hf(self, hf_config: PretrainedConfig, text_only: bool) -> Any:
         """The family's frozen model configuration; ConfigError where its modules cannot compute what is asked."""
@@ -70,14 +73,18 @@ class Family:
 FAMILIES = (
     Family("gemma3", ("gemma3", "gemma3_text"), "Gemma3Chunk"),
     Family("qwen3_vl", ("qwen3_vl", "qwen3_vl_moe"), "Qwen3VLChunk"),
+    Family("mistral3", ("mistral3", "mistral", "ministral3"), "Mistral3Chunk", head_tells_tie=True),
 )
 
 
 def load_hf_config(directory: str | os.PathLike) -> PretrainedConfig:
     """Read config.json of a local directory through transformers; no code from it is run.
 
+    `tie_word_embeddings` is corrected where the family's weight files tell it (`Family.head_tells_tie`).
+
     Raises:
         ConfigError: the directory or its config.json is missing, is not JSON, or names no architecture built here.
+        CheckpointError: the weight files have to tell and are damaged.
     """
     path = Path(directory) / "config.json"
     try:
@@ -86,11 +93,27 @@ def load_hf_config(directory: str | os.PathLike) -> PretrainedConfig:
         raise ConfigError("no config.json", str(directory), "give a directory in Hugging Face format") from None
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"config.json cannot be read: {error}", str(path), "download or export it again") from None
-    _find(content.get("model_type"), str(path))
+    family = _find(content.get("model_type"), str(path))
     try:
-        return AutoConfig.from_pretrained(str(directory), local_files_only=True)
+        hf_config = AutoConfig.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:  # whatever transformers' validation raises
         raise ConfigError(f"transformers refuses config.json: {error}", str(path), "correct the key") from None
+    if family.head_tells_tie:
+        # Imported when asked for: it imports torch.
+        from megatron_vlm.checkpoint.hf import stored_names
+
+        names = stored_names(Path(directory))
+        if names is not None:
+            set_tie(hf_config, not any(name.endswith("lm_head.weight") for name in names))
+        elif "tie_word_embeddings" not in content:
+            # The class's default, tied, is right for the smallest published size only; the text part is for all.
+            set_tie(hf_config, bool(hf_config.get_text_config().tie_word_embeddings))
+    return hf_config
+
+
+def set_tie(hf_config: PretrainedConfig, is_tied: bool) -> None:
+    """Say whether embedding and head are tied, for the whole model and for its text part."""
+    hf_config.tie_word_embeddings = hf_config.get_text_config().tie_word_embeddings = is_tied
 
 
 def detect(hf_config_or_dir: PretrainedConfig | str | os.PathLike) -> Family:

@@ -5,7 +5,7 @@ Shapes: S sequence (whole inside attention, also under sequence parallelism), B 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -52,7 +52,7 @@ class SelfAttention(torch.nn.Module):
         layer: this layer's record.
         engine: megatron-core settings.
         group: tensor ranks.
-        zero_centered_norms: query and key norms multiply by one plus their weight.
+        norms: of queries and keys before they are rotated: none, by their weight, or by one plus their weight.
         recompute_core: compute the attention product again in the backward pass.
     """
 
@@ -62,7 +62,7 @@ class SelfAttention(torch.nn.Module):
         layer: AttentionRecord,
         engine: TransformerConfig,
         group: Group,
-        zero_centered_norms: bool,
+        norms: Literal["none", "plain", "zero_centered"],
         recompute_core: bool,
     ) -> None:
         super().__init__()
@@ -79,22 +79,44 @@ class SelfAttention(torch.nn.Module):
             for _ in range(2)
         )
         self.o_proj = RowParallelLinear(query_size, hidden_size, engine, group)
-        self.q_norm, self.k_norm = (
-            RMSNorm(layer.head_dim, layer.norm_eps, zero_centered_norms, dtype=engine.params_dtype) for _ in range(2)
-        )
-        # These act on this rank's heads only.
-        mark_partial([self.q_norm.weight, self.k_norm.weight])
+        self.has_norms = norms != "none"
+        if self.has_norms:
+            self.q_norm, self.k_norm = (
+                RMSNorm(layer.head_dim, layer.norm_eps, norms == "zero_centered", engine.params_dtype) for _ in range(2)
+            )
+            # These act on this rank's heads only.
+            mark_partial([self.q_norm.weight, self.k_norm.weight])
         if self.replicated_keys:
             mark_partial([self.k_proj.weight, self.v_proj.weight])
 
-    def forward(self, x_SBH: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], spans: Spans) -> torch.Tensor:
-        """Attend; input and output are [S, B, H], shards of the sequence under sequence parallelism."""
+    def forward(
+        self,
+        x_SBH: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        spans: Spans,
+        query_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            x_SBH: a shard of the sequence under sequence parallelism.
+            rope: cosines and sines [S, B, 1, D] of the whole sequence.
+            spans: visible ranges.
+            query_scale: [S, B, 1, 1], factor on rotated queries that depends on their place.
+
+        Returns:
+            Like `x_SBH`.
+        """
         weights = (self.q_proj()[0], *self._key_value_weights())
         q, k, v = (
             projected.unflatten(-1, (-1, self.layer.head_dim))
             for projected in column_parallel_weights(x_SBH, weights, self.group, self.sequence_parallel)
         )
-        q, k = apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope)
+        if self.has_norms:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        if query_scale is not None:
+            q = q * query_scale
         attended = (
             checkpoint(self._core, q, k, v, spans, use_reentrant=False)
             if self.recompute_core and self.training

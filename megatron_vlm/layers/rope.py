@@ -5,6 +5,9 @@ Shapes: S sequence, B batch, N heads, D head dim.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 
 
@@ -25,11 +28,82 @@ def rope_table(
 
     Source: "default" and "linear" of transformers' modeling_rope_utils.
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BS.device) / head_dim
-    frequencies = 1.0 / theta**exponents / scaling_factor
-    angles = positions_BS.t().float()[..., None] * frequencies
+    frequencies = _frequencies(head_dim, theta, positions_BS.device) / scaling_factor
+    return _table(positions_BS.t().float()[..., None] * frequencies, dtype)
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """How YaRN stretches positions: slow frequencies are divided by `factor`, fast ones stay, a ramp lies between.
+
+    Attributes:
+        factor: longest sequence over `original_length`.
+        original_length: tokens of the sequences that the unscaled frequencies were trained on.
+        beta_fast: frequencies that turn more often in `original_length` stay.
+        beta_slow: frequencies that turn less often are divided.
+        mscale: with `mscale_all_dim`, the scale of cosines and sines.
+        mscale_all_dim: see `mscale`.
+        attention_factor: that scale itself, where it is given.
+        truncate: the ramp begins and ends at whole frequencies, as in all published models.
+    """
+
+    factor: float
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    @property
+    def scale(self) -> float:
+        """Factor on cosines and sines."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return self._mscale(self.mscale) / self._mscale(self.mscale_all_dim)
+        return self._mscale(1.0)
+
+    def ramp(self, head_dim: int, theta: float) -> tuple[float, float]:
+        """Frequencies between which stretching sets in."""
+        first, last = (
+            head_dim * math.log(self.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+            for turns in (self.beta_fast, self.beta_slow)
+        )
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, head_dim - 1)
+        return first, last + 0.001 if first == last else last
+
+    def _mscale(self, scale: float) -> float:
+        return 0.1 * scale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+
+def yarn_table(
+    positions_BS: torch.Tensor, head_dim: int, theta: float, yarn: YarnScaling, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rope_table` with frequencies stretched by YaRN.
+
+    Source: `_compute_yarn_parameters` of transformers' modeling_rope_utils; arXiv 2309.00071.
+    """
+    frequencies = _frequencies(head_dim, theta, positions_BS.device)
+    first, last = yarn.ramp(head_dim, theta)
+    places = torch.arange(head_dim // 2, dtype=torch.float32, device=positions_BS.device)
+    stretched = ((places - first) / (last - first)).clamp(0, 1)
+    frequencies = frequencies * (stretched / yarn.factor + 1 - stretched)
+    return _table(positions_BS.t().float()[..., None] * frequencies, dtype, yarn.scale)
+
+
+def _frequencies(head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
+    """The geometric series of D / 2 frequencies."""
+    return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+
+
+def _table(angles: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [S, B, 1, D] of angles [S, B, D / 2]."""
     angles = torch.cat((angles, angles), dim=-1).unsqueeze(2)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
 def mrope_table(
@@ -57,10 +131,8 @@ def mrope_table(
     axis = torch.zeros_like(place)
     for number, section in enumerate(sections[1:], start=1):
         axis[number : num_axes * section : num_axes] = number
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    angles = positions_ABS.permute(2, 1, 0).float()[..., axis] * frequencies
-    angles = torch.cat((angles, angles), dim=-1).unsqueeze(2)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    frequencies = _frequencies(head_dim, theta, device)
+    return _table(positions_ABS.permute(2, 1, 0).float()[..., axis] * frequencies, dtype)
 
 
 def apply_rope(x_SBND: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

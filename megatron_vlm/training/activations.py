@@ -9,6 +9,8 @@ tests/training/test_memory.py compares with what autograd saves.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_vlm.config import Config
@@ -23,8 +25,63 @@ def value_bytes(config: Config) -> int:
     return FP32_BYTES if config.train.precision == "fp32" else 2
 
 
+@dataclass(frozen=True)
+class Structure:
+    """What decides how much a layer keeps, told by names and shapes of the model's parameters.
+
+    Attributes:
+        decoder_norms: of a decoder layer, as wide as the residual stream.
+        has_query_norms: decoder layers norm queries and keys.
+        tower_norms: of the whole tower.
+        tower_norms_in_fp32: they are root-mean-square norms.
+        tower_has_gates: its feed-forward layers have.
+        tower_joins_queries: queries, keys and values of the tower are one product.
+        projector_norms_in_fp32: as in the tower.
+    """
+
+    decoder_norms: int
+    has_query_norms: bool
+    tower_norms: int
+    tower_norms_in_fp32: bool
+    tower_has_gates: bool
+    tower_joins_queries: bool
+    projector_norms_in_fp32: bool
+
+
+def structure_of(shapes: Mapping[str, tuple[int, ...]], hidden_size: int) -> Structure:
+    """Read it off the model's parameters.
+
+    Args:
+        shapes: whole, by our names.
+        hidden_size: of the language model.
+    """
+    layer = [name for name in shapes if name.startswith("language_model.layers.0.")]
+    tower, projector = ([name for name in shapes if name.startswith(part)] for part in ("vision_tower.", "projector."))
+    norms, projector_norms = (
+        [name for name in names if name.endswith(".weight") and len(shapes[name]) == 1] for names in (tower, projector)
+    )
+    return Structure(
+        decoder_norms=sum(shapes[name] == (hidden_size,) for name in layer),
+        has_query_norms=any(".q_norm." in name for name in layer),
+        tower_norms=len(norms),
+        tower_norms_in_fp32=_without_biases(norms, shapes),
+        tower_has_gates=any(".gate_proj." in name for name in tower),
+        tower_joins_queries=any(".qkv." in name for name in tower),
+        projector_norms_in_fp32=_without_biases(projector_norms, shapes),
+    )
+
+
+def _without_biases(norms: Collection[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    return not any(name.removesuffix("weight") + "bias" in shapes for name in norms)
+
+
 def activation_bytes(
-    config: Config, model_config: Any, layout: Layout, pipeline_rank: int, norms: int, images_per_row: float
+    config: Config,
+    model_config: Any,
+    layout: Layout,
+    pipeline_rank: int,
+    structure: Structure,
+    images_per_row: float,
 ) -> int:
     """What one pipeline rank keeps, at most.
 
@@ -33,14 +90,14 @@ def activation_bytes(
         model_config: the family's record of the model.
         layout: from `check_layout`.
         pipeline_rank: of the rank.
-        norms: of a decoder layer, as wide as the residual stream.
+        structure: from `structure_of`.
         images_per_row: images in an average row.
     """
     recompute = config.model.recompute
     kept, recomputed = [], [0.0]
     for chunk in layout.chunks_of(pipeline_rank):
         parts, whole = (
-            chunk_bytes(config, model_config, layout, chunk, norms, images_per_row, kind)
+            chunk_bytes(config, model_config, layout, chunk, structure, images_per_row, kind)
             for kind in (recompute, "none")
         )
         kept.append(sum(parts))
@@ -53,7 +110,7 @@ def chunk_bytes(
     model_config: Any,
     layout: Layout,
     chunk: int,
-    norms: int,
+    structure: Structure,
     images_per_row: float,
     recompute: str,
 ) -> list[float]:
@@ -61,10 +118,12 @@ def chunk_bytes(
     text, vision, rows = model_config.text, model_config.vision, config.train.micro_batch_size
     tokens = rows * config.data.seq_length
     layers = [text.layers[index] for index in layout.chunks[chunk]]
-    kept = [tokens * _text_layer_bytes(config, layout, text.hidden_size, layer, norms, recompute) for layer in layers]
+    kept = [
+        tokens * _text_layer_bytes(config, layout, text.hidden_size, layer, structure, recompute) for layer in layers
+    ]
     if chunk == 0 and vision is not None:
         patches = rows * patches_per_row(config, vision, images_per_row)
-        kept += _vision_bytes(config, layout, vision, patches, recompute)
+        kept += _vision_bytes(config, layout, vision, structure, patches, recompute)
     if chunk > 0:
         kept.append(tokens * _received_bytes(config, layout, text.hidden_size, vision, chunk))
     if chunk == len(layout.chunks) - 1:
@@ -100,7 +159,7 @@ def _sequence_share(config: Config, layout: Layout) -> int:
 
 
 def _text_layer_bytes(
-    config: Config, layout: Layout, hidden_size: int, layer: Any, norms: int, recompute: str
+    config: Config, layout: Layout, hidden_size: int, layer: Any, structure: Structure, recompute: str
 ) -> float:
     """Bytes per token of a micro-batch that one decoder layer keeps."""
     value, size = value_bytes(config), layout.tensor_size
@@ -108,10 +167,10 @@ def _text_layer_bytes(
     if recompute == "full":
         return hidden * value
     # Every norm keeps its fp32 input and result; attention and feed-forward layer keep what they are given.
-    kept = hidden * (norms * 2 * FP32_BYTES + 2 * value)
+    kept = hidden * (structure.decoder_norms * 2 * FP32_BYTES + 2 * value)
     queries = layer.num_attention_heads * layer.head_dim / size
     keys = max(1, layer.num_key_value_heads / size) * layer.head_dim  # one head where there are more ranks than heads
-    kept += (queries + keys) * 2 * FP32_BYTES  # norms of queries and keys
+    kept += (queries + keys) * 2 * FP32_BYTES * structure.has_query_norms
     kept += (queries + 2 * keys) * value + queries * value  # inputs of attention, and its result as the output's input
     if recompute == "none":
         kept += queries * (value + FP32_BYTES / layer.head_dim)  # its result and log-sum-exp
@@ -141,12 +200,9 @@ def _deepstack_levels(vision: Any) -> int:
     return len(getattr(vision, "deepstack_layers", ()))
 
 
-def _patch_features(vision: Any) -> int:
-    """Numbers in one flattened patch."""
-    return vision.num_channels * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
-
-
-def _vision_bytes(config: Config, layout: Layout, vision: Any, patches: float, recompute: str) -> list[float]:
+def _vision_bytes(
+    config: Config, layout: Layout, vision: Any, structure: Structure, patches: float, recompute: str
+) -> list[float]:
     """Bytes that each layer of tower and projector keeps for a micro-batch; none of what needs no gradient."""
     value, size, hidden = value_bytes(config), layout.tensor_size, vision.hidden_size
     width_share, image_share = (size, 1) if config.model.vision_parallelism == "tensor" else (1, size)
@@ -154,17 +210,26 @@ def _vision_bytes(config: Config, layout: Layout, vision: Any, patches: float, r
     trains_tower = "vision_tower" not in config.model.freeze
     layers: list[float] = []
     if trains_tower:
+        norm = hidden * _norm_bytes(structure.tower_norms_in_fp32, value)
         kept = hidden * value
         if recompute != "full":
-            # Norms: input and result. Queries, keys, values (once more where rotated), result, the output's input.
-            divided = 7 * hidden + 2 * vision.intermediate_size
-            kept = (4 * hidden + divided / width_share) * value
+            # Queries, keys, values (once more what one product made), the result, and it as the output's input; what
+            # the feed-forward layer's products make, and what follows from each.
+            attention = (7 if structure.tower_joins_queries else 5) * hidden
+            feed_forward = (4 if structure.tower_has_gates else 2) * vision.intermediate_size
+            kept = 2 * norm + (attention + feed_forward) / width_share * value
         layers += [patches * kept] * vision.num_hidden_layers
-        if not hasattr(vision, "spatial_merge_size"):
-            layers.append(patches * 2 * hidden * value)  # a norm after the last layer
-        layers.append(patches * _patch_features(vision) * value)  # pixels in the tower's type
+        # Norms before the first layer or after the last, and pixels in the tower's type.
+        outside = structure.tower_norms - 2 * vision.num_hidden_layers
+        layers += [patches * outside * norm, patches * vision.patch_features * value]
     if hasattr(vision, "spatial_merge_size") and (trains_tower or "projector" not in config.model.freeze):
-        # Each merger's norm keeps its input and result, its GELU the same.
-        merger = (2 * hidden + 2 * hidden / width_share) * value
+        # Each merger's norm and its GELU keep their input and result.
+        widened = vision.projector_hidden_size / vision.spatial_merge_size**2 / width_share
+        merger = hidden * _norm_bytes(structure.projector_norms_in_fp32, value) + 2 * widened * value
         layers += [patches * merger] * (1 + _deepstack_levels(vision))
     return layers
+
+
+def _norm_bytes(in_fp32: bool, value: int) -> int:
+    """Bytes per number: input and result, besides in fp32 what a root-mean-square norm computes between them."""
+    return 2 * FP32_BYTES + value if in_fp32 else 2 * value

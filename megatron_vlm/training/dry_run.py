@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_vlm import platform
 from megatron_vlm.checkpoint.convert import check_tied_copies, open_for_export
-from megatron_vlm.checkpoint.hf import SafetensorsReader
+from megatron_vlm.checkpoint.fp8 import open_weights
 from megatron_vlm.checkpoint.run_folder import Manifest, find_checkpoint
 from megatron_vlm.config import Config
 from megatron_vlm.data.describe import RowCheck, check_rows, describe_samples
@@ -147,7 +147,7 @@ def _check_weights(config: Config, family: registry.Family, model_config: Any) -
     if not config.model.load_weights:
         return "weights   random (model.load_weights is false)"
     weight_map = family.weight_map(model_config)
-    with SafetensorsReader(config.model.hf_path) as reader:
+    with open_weights(config.model.hf_path) as reader:
         names = weight_map.match(reader)
         check_tied_copies(weight_map, reader, names)
         num_bytes = sum(reader.tensors[name].num_bytes for name in names)

@@ -8,7 +8,7 @@ buffers, and what the allocator loses to fragmentation.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from megatron_vlm.layers.embedding import padded_vocab_size
 from megatron_vlm.parallel.build import build_chunks
 from megatron_vlm.parallel.sharding import is_expert
 from megatron_vlm.parallel.simulate import simulated_rank
-from megatron_vlm.training.activations import FP32_BYTES, activation_bytes, value_bytes
+from megatron_vlm.training.activations import FP32_BYTES, activation_bytes, structure_of, value_bytes
 from megatron_vlm.training.preflight import Layout
 from megatron_vlm.training.setup import build_settings
 
@@ -71,7 +71,8 @@ def estimate_memory(
         One entry per pipeline rank.
     """
     held = held_parameters(config, family, model_config, layout)
-    norms = _residual_norms(held, model_config.text.hidden_size)
+    shapes = {name: weight.shape for name, weight in family.weight_map(model_config).items()}
+    structure = structure_of(shapes, model_config.text.hidden_size)
     memory = []
     for rank, parameters in enumerate(held):
         total, dense, experts = (
@@ -90,7 +91,7 @@ def estimate_memory(
                 gradient_bytes=(dense + experts) * FP32_BYTES,
                 optimizer_bytes=_optimizer_bytes(config, dense, layout.data_size)
                 + _optimizer_bytes(config, experts, layout.expert_data_size),
-                activation_bytes=activation_bytes(config, model_config, layout, rank, norms, images_per_row),
+                activation_bytes=activation_bytes(config, model_config, layout, rank, structure, images_per_row),
                 logits_bytes=_logits_bytes(config, model_config, layout, rank),
             )
         )
@@ -99,16 +100,6 @@ def estimate_memory(
 
 def _trainable(config: Config, parameters: Mapping[str, HeldParameter]) -> list[HeldParameter]:
     return [entry for name, entry in parameters.items() if name.partition(".")[0] not in config.model.freeze]
-
-
-def _residual_norms(held: Sequence[Mapping[str, HeldParameter]], hidden_size: int) -> int:
-    """Norms of a decoder layer that are as wide as the residual stream."""
-    first = "language_model.layers.0."
-    return sum(
-        name.startswith(first) and entry.shape == (hidden_size,)
-        for parameters in held
-        for name, entry in parameters.items()
-    )
 
 
 @dataclass(frozen=True)

@@ -172,6 +172,9 @@ def _tensor_problems(config: Config, model_config: Any) -> Iterator[UserError]:
     if vision is not None and config.model.vision_parallelism == "tensor":
         divided[("vision attention heads", vision.num_attention_heads)] = None
         divided[("vision feed-forward size", vision.intermediate_size)] = None
+        # A projector of a single linear layer divides what the language model takes.
+        projector_size = getattr(vision, "projector_hidden_size", model_config.text.hidden_size)
+        divided[("vision projector size", projector_size)] = None
     for name, number in divided:
         if number % size:
             remedy = f"use {divisors(number, LARGEST_TENSOR_SIZE)}"

@@ -16,11 +16,14 @@ from megatron_vlm.config import Config, DataSettings, DataSource, ModelSettings,
 from megatron_vlm.data.prompts import PromptBuilder, PromptRules
 from megatron_vlm.data.rows import RowReader
 from megatron_vlm.families.gemma3.prompt import prompt_rules
+from megatron_vlm.families.mistral3 import prompt as mistral3
 from megatron_vlm.families.qwen3_vl import prompt as qwen3_vl
 from tests.data.rows import write_jsonl
 from tests.data.tiny_processor import (
     GEMMA3_GENERATION_TEMPLATE,
+    MISTRAL_GENERATION_TEMPLATE,
     QWEN3_VL_GENERATION_TEMPLATE,
+    build_mistral_processor,
     build_processor,
     build_qwen_processor,
 )
@@ -99,6 +102,38 @@ def tagged_qwen_builder(tagged_qwen_path: Path, qwen_rules: PromptRules) -> Prom
     return PromptBuilder(tagged_qwen_path, qwen_rules)
 
 
+@pytest.fixture(scope="session")
+def mistral_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Mistral3 directory whose template has no generation tags, as published."""
+    path = tmp_path_factory.mktemp("mistral3")
+    build_mistral_processor(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tagged_mistral_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mistral3_tagged")
+    build_mistral_processor(path, chat_template=MISTRAL_GENERATION_TEMPLATE)
+    return path
+
+
+@pytest.fixture(scope="session")
+def mistral_rules() -> PromptRules:
+    """Mistral3's rules for the tiny processor, with the published image token."""
+    vision = SimpleNamespace(patch_size=4, spatial_merge_size=2)
+    return mistral3.prompt_rules(SimpleNamespace(vision=vision, image_token_id=10))
+
+
+@pytest.fixture(scope="session")
+def mistral_builder(mistral_path: Path, mistral_rules: PromptRules) -> PromptBuilder:
+    return PromptBuilder(mistral_path, mistral_rules)
+
+
+@pytest.fixture(scope="session")
+def tagged_mistral_builder(tagged_mistral_path: Path, mistral_rules: PromptRules) -> PromptBuilder:
+    return PromptBuilder(tagged_mistral_path, mistral_rules)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A data folder with eight images of different sizes and colours."""
@@ -117,6 +152,12 @@ def make_reader(builder: PromptBuilder, folder: Path) -> Callable[..., RowReader
 def make_qwen_reader(qwen_builder: PromptBuilder, folder: Path) -> Callable[..., RowReader]:
     """The same with the Qwen3-VL processor."""
     return partial(read_rows, qwen_builder, folder)
+
+
+@pytest.fixture
+def make_mistral_reader(mistral_builder: PromptBuilder, folder: Path) -> Callable[..., RowReader]:
+    """The same with the Pixtral processor."""
+    return partial(read_rows, mistral_builder, folder)
 
 
 def read_rows(builder: PromptBuilder, folder: Path, rows: list[Any], **settings: Any) -> RowReader:

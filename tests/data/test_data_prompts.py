@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoTokenizer
 
-from megatron_vlm.data.formats import parse_row
-from megatron_vlm.data.images import load_image
-from megatron_vlm.data.prompts import PromptBuilder, PromptRules, Sample
+from megatron_vlm.data.prompts import PromptBuilder, PromptRules
 from megatron_vlm.errors import ConfigError, DataError
-from tests.data.rows import assistant, image, row, text, user
+from tests.data.references import encode, reference, trained_text
+from tests.data.rows import assistant, image, text, user
 from tests.data.tiny_processor import CHAT_TEMPLATE, build_processor, build_tokenizer
 
 CONVERSATIONS = {
@@ -44,33 +42,6 @@ def pictures(folder: Path) -> Path:
     Image.fromarray(noise[..., :3]).save(folder / "photo.jpg")
     Image.fromarray(noise).save(folder / "glass.png")
     return folder
-
-
-def encode(builder: PromptBuilder, messages: list[dict[str, Any]], folder: Path) -> Sample:
-    import json
-
-    conversation = parse_row(json.dumps(row(*messages)), "rows.jsonl:7", folder)
-    return builder.encode(conversation, [load_image(source, "rows.jsonl:7", False) for source in conversation.images])
-
-
-def trained_text(builder: PromptBuilder, sample: Sample) -> list[str]:
-    """Decoded runs of trained tokens."""
-    edges = np.flatnonzero(np.diff(np.concatenate(([0], sample.trained.astype(int), [0]))))
-    return [
-        builder.tokenizer.decode(sample.input_ids[start:end])
-        for start, end in zip(edges[::2], edges[1::2], strict=True)
-    ]
-
-
-def reference(path: Path, messages: list[dict[str, Any]], folder: Path, **options: Any) -> dict[str, Any]:
-    """The processor's own output for messages as a user would pass them: with paths of images."""
-    messages = copy.deepcopy(messages)
-    for message in messages:
-        for part in message["content"] if isinstance(message["content"], list) else ():
-            if part["type"] == "image":
-                part["image"] = str(folder / part["image"])
-    processor = AutoProcessor.from_pretrained(path, local_files_only=True)
-    return dict(processor.apply_chat_template(messages, tokenize=True, return_dict=True, **options))
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)

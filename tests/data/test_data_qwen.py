@@ -228,8 +228,8 @@ def test_directories_that_do_not_serve(tmp_path: Path, qwen_path: Path, qwen_rul
 
     build_qwen_processor(tmp_path / "large", patch_size=8)
     build_qwen_processor(tmp_path / "merged", merge_size=4)
-    assert "the image processor's patch_size is 8, config.json says 4" in refusal(tmp_path / "large")
-    assert "the image processor's merge_size is 4, config.json says 2" in refusal(tmp_path / "merged")
+    assert "the processor's image_processor.patch_size is 8, config.json says 4" in refusal(tmp_path / "large")
+    assert "the processor's image_processor.merge_size is 4, config.json says 2" in refusal(tmp_path / "merged")
     other = dataclasses.replace(qwen_rules, video_token_id=7)
     assert f"video token is {qwen_rules.video_token_id}, config.json says 7" in refusal(qwen_path, other)
     assert "images would have at least 2048 and at most 1024 pixels" in refusal(qwen_path, min_pixels=2048)
@@ -292,7 +292,9 @@ def test_placeholders_must_match_the_features() -> None:
     }
 
     def pack(*ids: int) -> tuple[torch.Tensor | None, list[tuple[int, int, int]]]:
-        return pack_in_reading_order(output, np.array(ids), 1, 2, 2, "rows.jsonl:7")
+        return pack_in_reading_order(
+            output, np.array(ids), "rows.jsonl:7", image_token_id=1, video_token_id=2, merge_size=2
+        )
 
     pixels, grids = pack(0, 2, 0, 2, 1, 1)
     assert grids == [(2, 2, 2), (1, 2, 4)]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Gemma3ImageProcessor,
     Gemma3Processor,
+    PixtralImageProcessor,
+    PixtralProcessor,
     PreTrainedTokenizerFast,
     ProcessorMixin,
     Qwen2Tokenizer,
@@ -15,8 +20,13 @@ from transformers import (
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from demo.gemma3 import CHAT_TEMPLATE
+from demo.mistral3 import CHAT_TEMPLATE as MISTRAL_TEMPLATE
+from demo.mistral3 import PRETOKENIZE_REGEX as TEKKEN_PATTERN
+from demo.mistral3 import SPECIAL_TOKENS as MISTRAL_SPECIAL_TOKENS
+from demo.mistral3 import train_tokenizer as train_mistral_tokenizer
 from demo.qwen3_vl import CHAT_TEMPLATE as QWEN3_VL_TEMPLATE
 from demo.qwen3_vl import train_tokenizer
 
@@ -186,3 +196,76 @@ def build_qwen_processor(
     )
     processor.save_pretrained(directory)
     return processor
+
+
+MISTRAL_GENERATION_TEMPLATE = MISTRAL_TEMPLATE.replace(
+    "{{- words(message.content) + eos_token -}}",
+    "{%- generation -%}{{- words(message.content) + eos_token -}}{%- endgeneration -%}",
+)
+
+# How byte-level tokenizers write bytes in their vocabularies.
+BYTE_OF_CHARACTER = {character: byte for byte, character in bytes_to_unicode().items()}
+
+
+def build_mistral_tokenizer(chat_template: str | None = MISTRAL_TEMPLATE) -> PreTrainedTokenizerFast:
+    """The demo's Mistral tokenizer with 400 ids, learnt from other texts."""
+    tokenizer = train_mistral_tokenizer(CORPUS, 400 - 256 - len(MISTRAL_SPECIAL_TOKENS))
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def build_mistral_processor(
+    directory: str | Path,
+    patch_size: int = 4,
+    merge_size: int = 2,
+    longest_edge: int = 48,
+    chat_template: str | None = MISTRAL_TEMPLATE,
+) -> ProcessorMixin:
+    """Write a Pixtral processor into `directory` and return it.
+
+    Args:
+        directory: receives tokenizer, processor and chat template files.
+        patch_size: height and width of a patch, in pixels.
+        merge_size: patches on each side of what one token stands for.
+        longest_edge: largest height and width to which the image processor resizes, in pixels.
+        chat_template: template to store; None stores none.
+    """
+    processor = PixtralProcessor(
+        image_processor=PixtralImageProcessor(
+            patch_size={"height": patch_size, "width": patch_size}, size={"longest_edge": longest_edge}
+        ),
+        tokenizer=build_mistral_tokenizer(chat_template),
+        patch_size=patch_size,
+        spatial_merge_size=merge_size,
+        chat_template=chat_template,
+    )
+    processor.save_pretrained(directory)
+    return processor
+
+
+def keep_tekken_alone(directory: str | Path) -> dict[str, Any]:
+    """Replace the Mistral tokenizer in `directory` by a tekken.json of the same vocabulary; returns what it says."""
+    tokenizer = json.loads(Path(directory, "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    words = sorted(vocab, key=vocab.get)[len(MISTRAL_SPECIAL_TOKENS) :]
+    as_bytes = [bytes(BYTE_OF_CHARACTER[character] for character in word) for word in words]
+    tekken = {
+        "config": {
+            "pattern": TEKKEN_PATTERN,
+            "num_vocab_tokens": len(words),
+            "default_vocab_size": len(vocab),
+            "default_num_special_tokens": len(MISTRAL_SPECIAL_TOKENS),
+            "version": "v7",
+        },
+        "vocab": [
+            {"rank": rank, "token_bytes": base64.b64encode(word).decode(), "token_str": word.decode(errors="replace")}
+            for rank, word in enumerate(as_bytes)
+        ],
+        "special_tokens": [
+            {"rank": rank, "token_str": token, "is_control": True} for rank, token in enumerate(MISTRAL_SPECIAL_TOKENS)
+        ],
+    }
+    Path(directory, "tekken.json").write_text(json.dumps(tekken))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        Path(directory, name).unlink()
+    return tekken

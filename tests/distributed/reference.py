@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
 from megatron_vlm.data.collate import MicroBatch
-from tests.parity import gemma3_tiny, qwen3_vl_tiny
+from tests.parity import gemma3_tiny, mistral3_tiny, qwen3_vl_tiny
+from tests.parity.battery import expected
+from tests.parity.families import FAMILIES, TinyModel
 from tests.parity.layouts import hf_gradients
+from tests.parity.tiny_batches import Reference
 
 # Softmax does not change when one number is added to all scores of a query: a key bias has no gradient.
 ZERO_GRADIENT = "k_proj.bias"
@@ -29,6 +33,7 @@ class Gemma3:
 
     with_vision: bool = True
     tied: bool = True
+    vocabulary = gemma3_tiny.VOCABULARY
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -55,26 +60,41 @@ class Gemma3:
 
 
 @dataclass(frozen=True)
-class Qwen3VL:
-    """A tiny Qwen3-VL."""
+class PackedPatches:
+    """A tiny model of a family that packs patches.
 
-    moe: bool
+    Attributes:
+        name: of its entry in tests/parity/families.py; ranks find it again by that.
+        cases: global batches of rows, by name.
+    """
+
+    name: str
+    cases: Mapping[str, Sequence[Any]] = field(compare=False, repr=False)
+
+    @property
+    def tiny(self) -> TinyModel:
+        """The entry."""
+        (tiny,) = (entry for entry in FAMILIES if entry.name == self.name)
+        return tiny
 
     @property
     def config(self) -> PreTrainedConfig:
         """Of transformers."""
-        return qwen3_vl_tiny.build_config(self.moe)
+        return self.tiny.model().config
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows without padding."""
+        return self.tiny.vocabulary
 
     def write(self, folder: Path) -> str:
         """The model as a Hugging Face directory."""
-        qwen3_vl_tiny.build(self.moe).save_pretrained(folder)
-        return str(folder)
+        return self.tiny.write(folder)
 
-    def references(self, cases: Sequence[str]) -> list[qwen3_vl_tiny.Reference]:
+    def references(self, cases: Sequence[str]) -> list[Reference]:
         """One micro-batch of two rows per case, another one for each time that a case is named."""
         return [
-            qwen3_vl_tiny.make_batch(qwen3_vl_tiny.CASES[case][cases[:seed].count(case)], seed, moe=self.moe)
-            for seed, case in enumerate(cases)
+            self.tiny.make_batch(self.cases[case][cases[:seed].count(case)], seed) for seed, case in enumerate(cases)
         ]
 
     def micro_batches(self, cases: Sequence[str]) -> list[MicroBatch]:
@@ -84,16 +104,16 @@ class Qwen3VL:
     @cache  # noqa: B019
     def loss_sum_gradients(self, cases: tuple[str, ...]) -> Gradients:
         """Gradients of the sum of all token losses, under our names."""
-        model = qwen3_vl_tiny.build(self.moe).train()
-        for reference in self.references(cases):
-            qwen3_vl_tiny.reference(model, reference)[1].backward()
-        return {name: gradient for name, gradient in hf_gradients(model).items() if gradient is not None}
+        of_mean = expected(self.tiny.model(), self.references(cases))
+        return {name: gradient * of_mean.label_tokens for name, gradient in of_mean.gradients.items()}
 
 
 GEMMA3 = Gemma3()
 GEMMA3_TEXT = Gemma3(with_vision=False, tied=False)
-QWEN3_VL, QWEN3_VL_MOE = Qwen3VL(moe=False), Qwen3VL(moe=True)
-Subject = Gemma3 | Qwen3VL
+QWEN3_VL = PackedPatches("Qwen3-VL", qwen3_vl_tiny.CASES)
+QWEN3_VL_MOE = PackedPatches("Qwen3-VL-MoE", qwen3_vl_tiny.CASES)
+MISTRAL3 = PackedPatches("Ministral3", mistral3_tiny.CASES)
+Subject = Gemma3 | PackedPatches
 
 
 def label_tokens(subject: Subject, cases: Sequence[str]) -> int:

@@ -22,6 +22,7 @@ from megatron_vlm.training.step import run_global_batch
 from tests.distributed.reference import (
     GEMMA3,
     GEMMA3_TEXT,
+    MISTRAL3,
     QWEN3_VL,
     QWEN3_VL_MOE,
     TOLERANCE,
@@ -37,6 +38,7 @@ CASES: dict[Subject, tuple[str, ...]] = {
     GEMMA3: ("several images", "text", "mixed"),
     GEMMA3_TEXT: ("text",),
     QWEN3_VL: ("image and video", "text", "mixed"),
+    MISTRAL3: ("images", "text", "mixed"),
     # Evenly over two data ranks, which have lengths of their own.
     QWEN3_VL_MOE: ("image and video", "text", "mixed", "two images"),
 }
@@ -145,7 +147,7 @@ VISION_LAYOUTS = ("TP2", "TP2+SP", "TP4", "TP4+SP", "TP2, vision DP", "TP2+SP, v
 DENSE_CASES = [
     *((GEMMA3, name) for name in VISION_LAYOUTS),
     *((GEMMA3_TEXT, name) for name in ("TP2", "TP2+SP", "TP4")),
-    *((QWEN3_VL, name) for name in ("TP4+SP", "TP4, vision DP")),
+    *((subject, name) for subject in (QWEN3_VL, MISTRAL3) for name in ("TP4+SP", "TP4, vision DP")),
 ]
 
 

@@ -20,15 +20,17 @@ from megatron_vlm.parallel.build import BuildSettings, build_chunks
 from megatron_vlm.parallel.sharding import is_expert, splits
 from megatron_vlm.parallel.simulate import simulated_rank
 from megatron_vlm.parallel.stages import assign_layers
-from tests import published_gemma3, published_qwen3_vl
-from tests.distributed.reference import GEMMA3, QWEN3_VL, QWEN3_VL_MOE, Subject
+from tests import published_gemma3, published_mistral3, published_qwen3_vl
+from tests.distributed.reference import GEMMA3, MISTRAL3, QWEN3_VL, QWEN3_VL_MOE, Subject
 
 # Names of the tensors that every tensor rank holds whole, and why.
-DECODER = {
+PLAIN_DECODER = {
     r"language_model\.layers\.\d+\.(input|post_attention)_layernorm\.weight": (
         "one vector; activations are whole, or a share of the sequence with all channels"
     ),
     r"language_model\.norm\.weight": "one vector",
+}
+DECODER = PLAIN_DECODER | {
     r"language_model\.layers\.\d+\.self_attn\.[qk]_norm\.weight": "one vector as long as a head, shared by all heads",
 }
 GEMMA3_REPLICATED = DECODER | {
@@ -49,14 +51,23 @@ QWEN3_VL_REPLICATED = DECODER | {
     r"vision_tower\.blocks\.\d+\.(attn\.proj|mlp\.linear_fc2)\.bias": "one vector, added to the whole sum",
     r"projector\.(merger|deepstack_merger_list\.\d+)\.(norm\.(weight|bias)|linear_fc2\.bias)": "one vector",
 }
+MISTRAL3_REPLICATED = PLAIN_DECODER | {
+    r"vision_tower\.patch_conv\.weight": "a thousandth of the tower; dividing it would need a gather of all patches",
+    r"vision_tower\.(ln_pre|transformer\.layers\.\d+\.(attention|ffn)_norm)\.weight": "one vector",
+    r"projector\.norm\.weight": "one vector",
+    r"projector\.patch_merger\.merging_layer\.weight": (
+        "a thousandth of the model; its input and output are whole, for the column-parallel layer behind it"
+    ),
+}
 ROUTER = {r"language_model\.layers\.\d+\.mlp\.gate\.weight": "a token is scored against all experts where it is"}
 REPLICATED = {
     "gemma3": GEMMA3_REPLICATED,
     "qwen3_vl": QWEN3_VL_REPLICATED,
     "qwen3_vl_moe": QWEN3_VL_REPLICATED | ROUTER,
+    "mistral3": MISTRAL3_REPLICATED,
 }
 # Beyond this share of a whole stage (in bytes), "small" is no longer true. Measured: 0.21 % at most (Gemma 3 4B,
-# TP2 x PP2), of Qwen3-VL 0.06 % (8B, TP8).
+# TP2 x PP2), of Qwen3-VL 0.06 % (8B, TP8), of Mistral3 0.21 % (3B, TP2 x PP2).
 SMALL = 0.005
 REPLICATED_KEYS = {
     r"language_model\.layers\.\d+\.self_attn\.[kv]_proj\.weight": (
@@ -196,8 +207,25 @@ def test_published_sizes_of_qwen3_vl(size: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize(
+    ("size", "case"),
+    [
+        ("ministral3_3b", Case(2, pipeline=2)),
+        ("ministral3_14b", Case(8, sequence_parallel=True)),
+        ("mistral3_24b", Case(4, pipeline=2, sequence_parallel=True)),
+    ],
+    ids=str,
+)
+def test_published_sizes_of_mistral3(size: str, case: Case) -> None:
+    check(published_mistral3.published_config(size), case, {}, SMALL)
+
+
+@pytest.mark.parametrize(
     "hf_config",
-    [published_gemma3.published_config("4b"), published_qwen3_vl.published_config("8b")],
+    [
+        published_gemma3.published_config("4b"),
+        published_qwen3_vl.published_config("8b"),
+        published_mistral3.published_config("ministral3_8b"),
+    ],
     ids=lambda config: config.model_type,
 )
 def test_divided_images_replicate_the_tower_and_nothing_else(hf_config: PretrainedConfig) -> None:
@@ -216,6 +244,7 @@ def test_more_tensor_ranks_than_key_heads() -> None:
         (GEMMA3, Case(2, pipeline=2)),
         (GEMMA3, Case(2, vision="data")),
         (QWEN3_VL, Case(2, pipeline=2)),
+        (MISTRAL3, Case(2, pipeline=2)),
         (QWEN3_VL_MOE, Case(2, pipeline=2, sequence_parallel=True, expert=4)),
     ],
     ids=str,

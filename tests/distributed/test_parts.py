@@ -18,6 +18,7 @@ from megatron_vlm.parallel.stages import assign_layers
 from megatron_vlm.training.step import run_global_batch
 from tests.distributed.reference import (
     GEMMA3,
+    MISTRAL3,
     QWEN3_VL_MOE,
     TOLERANCE,
     ZERO_GRADIENT,
@@ -26,7 +27,7 @@ from tests.distributed.reference import (
     label_tokens,
     relative_error,
 )
-from tests.parity import gemma3_tiny, qwen3_vl_tiny
+from tests.parity import gemma3_tiny
 from tests.parity.layouts import LAYOUTS, TestLayout, gather_parameter, own_micro_batches, set_up, whole_gradients
 from tests.ranks import run_ranks
 
@@ -34,6 +35,7 @@ from tests.ranks import run_ranks
 TEXT_ON_ONE_RANK: dict[Subject, tuple[str, ...]] = {
     GEMMA3: ("text", "several images", "text", "one image"),
     QWEN3_VL_MOE: ("text", "two images", "text", "mixed"),
+    MISTRAL3: ("text", "images", "text", "mixed"),
 }
 
 
@@ -68,8 +70,18 @@ def gradients(hf_dir: str, layout: TestLayout, subject: Subject) -> dict[str, to
                 4, tensor=2, expert=2, sequence_parallel=True, distributed_optimizer=True, overlap=True, vision="data"
             ),
         ),
+        (MISTRAL3, TestLayout(2, distributed_optimizer=True, overlap=True)),
+        (MISTRAL3, TestLayout(4, tensor=2, distributed_optimizer=True, overlap=True, vision="data")),
     ],
-    ids=["DP2", "DP2xTP2, vision DP", "DP2xPP2", "experts EP2", "experts EP2xTP2+SP, vision DP"],
+    ids=[
+        "DP2",
+        "DP2xTP2, vision DP",
+        "DP2xPP2",
+        "experts EP2",
+        "experts EP2xTP2+SP, vision DP",
+        "Mistral3 DP2",
+        "Mistral3 DP2xTP2, vision DP",
+    ],
 )
 def test_a_data_rank_without_images(tmp_path: Path, subject: Subject, layout: TestLayout) -> None:
     """Overlapped exchanges begin as gradients are ready: every rank must have them in the same order."""
@@ -152,7 +164,6 @@ def test_nothing_is_kept_for_frozen_eyes(frozen: tuple[str, ...], nothing_kept_i
 
 UNTIED = Gemma3(tied=False)
 STD = 0.02
-VOCABULARY = {UNTIED: gemma3_tiny.VOCABULARY, QWEN3_VL_MOE: qwen3_vl_tiny.VOCABULARY}
 
 
 def first_weights(subject: Subject, layout: TestLayout) -> dict[str, torch.Tensor]:
@@ -163,7 +174,7 @@ def first_weights(subject: Subject, layout: TestLayout) -> dict[str, torch.Tenso
     layers = assign_layers(4, layout.pipeline, layout.virtual)
     settings = BuildSettings(layers, sequence_parallel=layout.sequence_parallel, vision_parallelism=layout.vision)
     chunks = build_chunks(family, model_config, settings, groups)
-    initialize_weights(chunks, 11, STD, VOCABULARY[subject], groups)
+    initialize_weights(chunks, 11, STD, subject.vocabulary, groups)
     return {
         name: gather_parameter(parameter, parameter, groups)
         for chunk in chunks
@@ -176,6 +187,7 @@ def first_weights(subject: Subject, layout: TestLayout) -> dict[str, torch.Tenso
     [
         *((UNTIED, LAYOUTS[name]) for name in ("TP2", "TP4", "PP2xVPP2", "TP2xPP2+SP", "TP2, vision DP")),
         (QWEN3_VL_MOE, TestLayout(4, tensor=2, sequence_parallel=True, expert=2, expert_tensor=2)),
+        (MISTRAL3, LAYOUTS["TP2xPP2+SP"]),
     ],
     ids=str,
 )
@@ -188,14 +200,14 @@ def test_first_weights_do_not_depend_on_the_layout(subject: Subject, layout: Tes
             assert torch.equal(value, alone[name]), name
 
 
-@pytest.mark.parametrize("subject", [UNTIED, QWEN3_VL_MOE], ids=str)
+@pytest.mark.parametrize("subject", [UNTIED, QWEN3_VL_MOE, MISTRAL3], ids=str)
 def test_first_weights_are_what_they_should_be(subject: Subject) -> None:
     (weights,) = run_ranks(1, first_weights, subject, LAYOUTS["TP1"])
     matrices = {name: weight for name, weight in weights.items() if weight.dim() >= 2 and not name.endswith(".bias")}
     for name, weight in matrices.items():
         real = weight
         if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-            real, padding = weight[: VOCABULARY[subject]], weight[VOCABULARY[subject] :]
+            real, padding = weight[: subject.vocabulary], weight[subject.vocabulary :]
             assert not padding.any()
         # Five deviations of the mean and of the deviation of that many draws.
         assert abs(real.mean()) < 5 * STD / real.numel() ** 0.5, name
@@ -209,7 +221,9 @@ def test_first_weights_are_what_they_should_be(subject: Subject) -> None:
     assert len(set(firsts)) == len(firsts), "two parameters have the same numbers"
     for name in set(weights) - set(matrices):
         starts_at_one = name.endswith("weight") and (
-            "layer_norm" in name or "post_layernorm" in name if subject == UNTIED else "norm" in name
+            "layer_norm" in name or "post_layernorm" in name
+            if subject == UNTIED
+            else "norm" in name or "ln_pre" in name
         )
         expected = 1.0 if starts_at_one and (name.startswith("vision_tower") or subject != UNTIED) else 0.0
         assert (weights[name] == expected).all(), name

@@ -20,7 +20,8 @@ from transformers.vision_utils import get_vision_position_ids
 
 from megatron_vlm.families.qwen3_vl import vision
 from megatron_vlm.families.qwen3_vl.config import VisionConfig
-from megatron_vlm.families.qwen3_vl.vision import Grid, Projector, VisionTower, encode_divided
+from megatron_vlm.families.qwen3_vl.vision import Grid, Projector, VisionTower
+from megatron_vlm.layers.patches import encode_packed
 from megatron_vlm.parallel.engine import engine_config
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.images import assign_images
@@ -135,7 +136,7 @@ def encode(weights: dict[str, torch.Tensor], tensor_size: int, divided: bool, re
     initialize_megatron(1, groups)
     tower, projector = build(weights, groups, divided, recompute)
     if divided:
-        features = encode_divided(tower, projector, pixels_of(grids), grids, groups.tp)
+        features = encode_packed(tower, projector, pixels_of(grids), grids, groups.tp)
     else:
         features = projector(*tower(pixels_of(grids), grids))
     loss_of(features).backward()

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from kernels.span_attention import Spans, reference, span_attention
 from megatron_vlm import platform
 from megatron_vlm.data.collate import spans
 from megatron_vlm.training.setup import initialize_distributed
 from tests import test_experts
-from tests.parity import gemma3_tiny, qwen3_vl_tiny, test_gemma3, test_qwen3_vl
-from tests.parity.battery import Expected, check_case
-from tests.parity.layouts import LAYOUTS, run_case
+from tests.parity.battery import check_case
+from tests.parity.families import FAMILIES, TinyModel
+from tests.parity.layouts import run_case
 
 
 def _spans(length: int) -> Spans:
@@ -50,30 +48,17 @@ def test_grouped_experts(counts: list[int]) -> None:
     test_experts.check_experts(counts, "cuda", torch.bfloat16, test_experts.TOLERANCES[torch.bfloat16])
 
 
-def _gemma3() -> tuple[PreTrainedModel, dict[str, Expected], int]:
-    cases = {case: test_gemma3.expected(True, True, case) for case in ("mixed", "text")}
-    return gemma3_tiny.build(with_vision=True), cases, gemma3_tiny.VOCABULARY
-
-
-def _qwen3_vl(moe: bool) -> tuple[PreTrainedModel, dict[str, Expected], int]:
-    cases = {case: test_qwen3_vl.expected(moe, False, case) for case in ("image and video", "mixed", "text")}
-    return qwen3_vl_tiny.build(moe), cases, qwen3_vl_tiny.VOCABULARY
-
-
-MODELS = {"gemma3": _gemma3, "qwen3_vl": partial(_qwen3_vl, False), "qwen3_vl_moe": partial(_qwen3_vl, True)}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_a_step_equals_transformers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_step_equals_transformers(family: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # fp32 throughout: the reference attention here, the compiled one above.
     monkeypatch.setattr("kernels.span_attention._flex", reference)
-    model, cases, vocabulary = MODELS[name]()
-    model.save_pretrained(tmp_path)
+    cases = {case: family.expected(case) for case in family.cases}
+    hf_directory = family.write(tmp_path)
     initialize_distributed(timeout_minutes=2)
     try:
         batches = {case: expected.micro_batches for case, expected in cases.items()}
-        results = run_case(str(tmp_path), LAYOUTS["TP1"], batches)
+        results = run_case(hf_directory, family.layouts["TP1"], batches)
     finally:
         platform.current().leave_process_group(failed=False)
     for case, expected in cases.items():
-        check_case([results[case]], expected, vocabulary)
+        check_case([results[case]], expected, family.vocabulary)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from megatron_vlm.data.collate import MicroBatch
-from tests.parity.layouts import RankResult, TestLayout, run_case
+from tests.parity.layouts import RankResult, TestLayout, hf_gradients, run_case
+from tests.parity.tiny_batches import Reference, reference
 from tests.ranks import run_ranks
 
 # fp32 sums in another order: one product of 32 to 250 terms differs by about 1e-7 relative, a network of 4 layers
@@ -23,6 +25,7 @@ LOSS_TOLERANCE = 1e-6
 
 # Softmax does not change when one number is added to all scores of a query: a key bias has no gradient.
 ZERO_GRADIENT = "k_proj.bias"
+ExtraLoss = Callable[[Reference], torch.Tensor] | None
 VOCABULARY_WEIGHTS = ("embed_tokens.weight", "lm_head.weight")
 
 
@@ -45,6 +48,31 @@ class Expected:
     lengths: list[list[int]]
     loss_sum: float
     label_tokens: int
+
+
+def expected(model: PreTrainedModel, micro_batches: Sequence[Reference], extra_loss: ExtraLoss = None) -> Expected:
+    """Run transformers, micro-batch by micro-batch.
+
+    Args:
+        model: of transformers.
+        micro_batches: a global batch.
+        extra_loss: added to the sum of a micro-batch's token losses before the backward pass.
+    """
+    model.zero_grad()
+    label_tokens = int(sum((each.batch.labels != -100).sum() for each in micro_batches))
+    logits, loss_sum = [], 0.0
+    for each in micro_batches:
+        computed, loss = reference(model, each)
+        loss_sum += loss.item()
+        if extra_loss is not None:
+            loss = loss + extra_loss(each)
+        (loss / label_tokens).backward()
+        logits.append(computed.detach())
+    gradients = {
+        name: torch.zeros(1) if gradient is None else gradient.clone() for name, gradient in hf_gradients(model).items()
+    }
+    batches, lengths = [each.batch for each in micro_batches], [each.lengths for each in micro_batches]
+    return Expected(batches, gradients, logits, lengths, loss_sum, label_tokens)
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -138,14 +138,17 @@ def split_rows(whole: MicroBatch) -> list[MicroBatch]:
     return micro_batches
 
 
+def transformers_inputs(batch: MicroBatch, with_vision: bool) -> dict[str, torch.Tensor]:
+    """What transformers' model takes for a micro-batch."""
+    inputs = {"input_ids": batch.input_ids, "attention_mask": (batch.document_ids >= 0).long()}
+    if with_vision:
+        inputs["token_type_ids"] = (batch.feature_index >= 0).long()
+        inputs |= batch.vision_inputs
+    return inputs
+
+
 def reference(model: PreTrainedModel, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [B, S, V] and the loss, the mean over label tokens, by transformers."""
-    is_image = batch.feature_index >= 0
-    inputs = {"input_ids": batch.input_ids, "attention_mask": (batch.document_ids >= 0).long()}
-    if hasattr(model.config, "vision_config"):
-        inputs["token_type_ids"] = is_image.long()
-        if batch.vision_inputs:
-            inputs["pixel_values"] = batch.vision_inputs["pixel_values"]
-    logits = model(**inputs).logits
+    logits = model(**transformers_inputs(batch, hasattr(model.config, "vision_config"))).logits
     loss = cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=-100)
     return logits, loss

@@ -166,6 +166,17 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
+def edit_config(change: Callable[[Any], None]) -> Callable[[Path], None]:
+    """Changes config.json of a model directory."""
+
+    def edit(folder: Path) -> None:
+        content = json.loads((folder / "config.json").read_text())
+        change(content)
+        (folder / "config.json").write_text(json.dumps(content))
+
+    return edit
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON lines file; none when there is no file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

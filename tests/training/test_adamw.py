@@ -70,6 +70,7 @@ OF_FAMILY = {
     "gemma3": [name for name in LAYOUTS if "EP" not in name and "ETP" not in name and name != "TP2xPP2+SP"],
     "qwen3_vl": ["TP2xPP2+SP", "DP2xTP2, vision DP, overlapped"],
     "qwen3_vl_moe": ["TP2xPP2+SP", "DP2, overlapped", *(name for name in LAYOUTS if "EP" in name or "ETP" in name)],
+    "mistral3": ["DP2xTP2, vision DP, overlapped"],
 }
 CASES = [(family, layout) for family, layouts in OF_FAMILY.items() for layout in layouts]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.data.rows import assistant, image, row, user, video, write_jsonl
-from tests.training.loop_run import Place, build_place, refused
+from tests.training.loop_run import Place, build_place, edit_config, refused
 from tests.training.tiny_families import QWEN3_VL_MOE
 
 TENSOR, PIPELINE = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
@@ -74,17 +73,6 @@ def test_rows(refusal: Refusal, place: Place, content: list[Any], expected: str)
     assert line.startswith("DataError: ") and expected in line and "bad.jsonl:1" in line
 
 
-def _edit(name: str, change: Callable[[Any], None]) -> Callable[[Path], None]:
-    """Change a JSON file of the model directory."""
-
-    def edit(folder: Path) -> None:
-        content = json.loads((folder / name).read_text())
-        change(content)
-        (folder / name).write_text(json.dumps(content))
-
-    return edit
-
-
 def _experts(change: Callable[[str, torch.Tensor], Tensors]) -> Callable[[Path], None]:
     """Rewrite the experts of all layers."""
 
@@ -107,15 +95,13 @@ def _without_markers(folder: Path) -> None:
     ("change", "expected"),
     [
         (_without_markers, "placeholders in a run where"),
-        (_edit("config.json", lambda config: config["vision_config"].update(spatial_merge_size=4)), "merge_size"),
-        (_edit("config.json", lambda config: config.update(image_token_id=5)), "config.json says 5"),
+        (edit_config(lambda config: config["vision_config"].update(spatial_merge_size=4)), "merge_size"),
+        (edit_config(lambda config: config.update(image_token_id=5)), "config.json says 5"),
         (
-            _edit(
-                "config.json", lambda config: config["text_config"]["rope_parameters"].update(mrope_section=[2, 2, 4])
-            ),
+            edit_config(lambda config: config["text_config"]["rope_parameters"].update(mrope_section=[2, 2, 4])),
             "mrope_section",
         ),
-        (_edit("config.json", lambda config: config["text_config"].update(num_experts_per_tok=9)), "9 of 8 experts"),
+        (edit_config(lambda config: config["text_config"].update(num_experts_per_tok=9)), "9 of 8 experts"),
         (_experts(lambda name, value: {name: value.transpose(0, 1)}), "experts in a layout that is not read"),
         (
             _experts(lambda name, value: {name: value.transpose(1, 2) if name.endswith(DOWN) else value}),

@@ -14,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import Gemma3Config, PretrainedConfig, Qwen3VLConfig, Qwen3VLMoeConfig
+from transformers import Gemma3Config, Mistral3Config, PretrainedConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 
 from megatron_vlm import platform
 from megatron_vlm.config import Config, load_config
@@ -23,7 +23,7 @@ from megatron_vlm.families import registry
 from megatron_vlm.parallel.build import build_chunks
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.simulate import simulated_rank
-from megatron_vlm.training.activations import chunk_bytes
+from megatron_vlm.training.activations import chunk_bytes, structure_of
 from megatron_vlm.training.memory import estimate_memory
 from megatron_vlm.training.preflight import check_layout
 from megatron_vlm.training.setup import build_settings
@@ -72,8 +72,36 @@ GEMMA3 = {
     "mm_tokens_per_image": 16,
     "image_token_index": 60,
 }
+MISTRAL3 = {
+    "text_config": TEXT
+    | {
+        "model_type": "ministral3",
+        "max_position_embeddings": LENGTH,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
+    "vision_config": {
+        "model_type": "pixtral",
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "image_size": 512,
+        "patch_size": 16,
+    },
+    "image_token_index": 60,
+    "tie_word_embeddings": False,
+}
 MODELS: dict[str, PretrainedConfig] = {
     "gemma3": Gemma3Config(**GEMMA3),
+    "mistral3": Mistral3Config(**MISTRAL3),
     "qwen3_vl": Qwen3VLConfig(**QWEN3_VL),
     "qwen3_vl_moe": Qwen3VLMoeConfig(**(QWEN3_VL | {"text_config": QWEN3_VL["text_config"] | EXPERTS})),
 }
@@ -123,6 +151,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: 
 ATTENTION = (
     "megatron_vlm.layers.attention.span_attention",
     "megatron_vlm.families.qwen3_vl.vision.packed_attention",
+    "megatron_vlm.families.mistral3.vision.packed_attention",
     "megatron_vlm.families.gemma3.vision.scaled_dot_product_attention",
 )
 
@@ -142,7 +171,7 @@ def make_batch(vision: Any) -> MicroBatch:
     return MicroBatch(
         input_ids=torch.ones_like(places),
         labels=torch.ones_like(places),
-        position_ids=places.expand(3, 1, -1) if varying else places,
+        position_ids=places.expand(3, 1, -1) if hasattr(vision, "deepstack_layers") else places,
         document_ids=torch.zeros_like(places).int(),
         span_low=torch.zeros_like(places).int(),
         span_high=places.int(),
@@ -159,8 +188,9 @@ def kept_bytes(name: str, config: Config, groups: ProcessGroupCollection, with_b
     layout = check_layout(config, model_config, torch.distributed.get_world_size())
     initialize_megatron(1, groups)
     (chunk,) = build_chunks(family, model_config, build_settings(config, layout), groups)
-    for parameter in chunk.parameters():
+    for parameter_name, parameter in chunk.named_parameters():
         torch.nn.init.constant_(parameter, 0.01)
+        parameter.requires_grad_(parameter_name.partition(".")[0] not in config.model.freeze)
     with ExitStack() as patches:
         for place in ATTENTION:
             patches.enter_context(mock.patch(place, attention))
@@ -182,8 +212,9 @@ def estimate(name: str, config: Config, world_size: int) -> float:
     family, model_config = registry.detect(MODELS[name]), record(name)
     layout = check_layout(config, model_config, world_size)
     (memory,) = estimate_memory(config, family, model_config, layout)
-    norms = 4 if name == "gemma3" else 2
-    parts = chunk_bytes(config, model_config, layout, 0, norms, 1, config.model.recompute)
+    shapes = {name: weight.shape for name, weight in family.weight_map(model_config).items()}
+    structure = structure_of(shapes, model_config.text.hidden_size)
+    parts = chunk_bytes(config, model_config, layout, 0, structure, 1, config.model.recompute)
     if config.model.recompute == "none":
         assert memory.activation_bytes == pytest.approx(sum(parts))
     return sum(parts) + memory.logits_bytes
@@ -203,6 +234,18 @@ def test_estimate_on_one_rank(name: str, recompute: str, precision: str) -> None
     assert kept == pytest.approx(expected, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("frozen", ["vision_tower", "vision_tower,projector"])
+@pytest.mark.parametrize("name", ["mistral3", "qwen3_vl"])
+def test_estimate_with_frozen_parts(name: str, frozen: str) -> None:
+    platform.initialize()
+    config = run_config(f"model.freeze=[{frozen}]")
+    expected = estimate(name, config, 1)
+    with simulated_rank(0, 1, 1, 1) as groups:
+        kept = kept_bytes(name, config, groups)
+    print(f"{name} without {frozen}: {kept / expected:.3f} of the estimate")
+    assert kept == pytest.approx(expected, rel=TOLERANCE)
+
+
 def test_nothing_outlives_the_backward_pass() -> None:
     """Recomputation must not leave the graph that it rebuilds with anything that lives on, such as a dispatcher."""
     platform.initialize()
@@ -215,6 +258,7 @@ def test_nothing_outlives_the_backward_pass() -> None:
 
 
 DIVIDED = {
+    "mistral3": ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
     "qwen3_vl": ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
     "qwen3_vl_moe": [
         "parallel.tensor_model_parallel_size=2",

@@ -93,6 +93,7 @@ OF_FAMILY = {
     "gemma3": WITHOUT_EXPERTS,
     "qwen3_vl": [name for name in WITHOUT_EXPERTS if name not in LEFT_OUT],
     "qwen3_vl_moe": ["DP2, overlapped", *(name for name in LAYOUTS if name not in WITHOUT_EXPERTS)],
+    "mistral3": [name for name in WITHOUT_EXPERTS if name not in LEFT_OUT],
 }
 CASES = [(family, layout) for family, layouts in OF_FAMILY.items() for layout in layouts]
 TEXT_LAYOUTS = ["TP1", "TP2xPP2+SP"]

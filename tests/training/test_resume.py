@@ -36,6 +36,7 @@ SAME_LAYOUT: dict[str, tuple[str, int, dict[str, Any]]] = {
     "TP2xDP2, bf16": ("gemma3", 4, {TENSOR: 2} | BF16),
     "PP2, fp32": ("gemma3", 2, {PIPELINE: 2}),
     "EP2, bf16": ("qwen3_vl_moe", 2, {EXPERT: 2, "parallel.overlap_grad_reduce": True} | BF16),
+    "TP2+SP, bf16": ("mistral3", 2, {TENSOR: 2, SEQUENCE: True} | BF16),
 }
 # Ranks, settings, and steps of each start.
 LAYOUTS_IN_TURN: dict[str, list[tuple[int, dict[str, Any], int]]] = {

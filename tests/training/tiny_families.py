@@ -16,6 +16,11 @@ from transformers import (
     Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    Ministral3Config,
+    Ministral3ForCausalLM,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PixtralVisionConfig,
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -31,8 +36,8 @@ from transformers import (
 )
 
 from tests.data.rows import assistant, image, row, user, video
-from tests.data.tiny_processor import build_processor, build_qwen_processor
-from tests.parity import gemma3_tiny, qwen3_vl_tiny
+from tests.data.tiny_processor import build_mistral_processor, build_processor, build_qwen_processor
+from tests.parity import gemma3_tiny, mistral3_tiny, qwen3_vl_tiny
 
 GLOBAL_BATCH = 8
 # Height and width of "0.png", "1.png", ...
@@ -229,4 +234,32 @@ QWEN3_VL_MOE = TinyFamily(
     _QWEN3_VL_PARTS,
     VIDEO_ROWS,
 )
-FAMILIES = {family.name: family for family in (GEMMA3, QWEN3_VL, QWEN3_VL_MOE)}
+
+# Mistral3
+
+
+def _mistral3_config(processor: ProcessorMixin) -> PreTrainedConfig:
+    tokenizer = processor.tokenizer
+    text = mistral3_tiny.TEXT | {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    return Mistral3Config(
+        # Rows are longer than YaRN's original length: queries grow.
+        text_config=Ministral3Config(**text, rope_parameters=dict(mistral3_tiny.YARN), tie_word_embeddings=False),
+        vision_config=PixtralVisionConfig(**mistral3_tiny.VISION),
+        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+        spatial_merge_size=2,
+        tie_word_embeddings=False,
+    )
+
+
+MISTRAL3 = TinyFamily(
+    "mistral3",
+    build_mistral_processor,
+    Mistral3ForConditionalGeneration,
+    _mistral3_config,
+    Ministral3ForCausalLM,
+    lambda config: config.text_config,
+    ("[/INST]", "</s>"),
+    (("model.vision_tower.", "vision_tower"), ("model.multi_modal_projector.", "projector")),
+    MIXED_ROWS,
+)
+FAMILIES = {family.name: family for family in (GEMMA3, QWEN3_VL, QWEN3_VL_MOE, MISTRAL3)}

@@ -53,7 +53,7 @@ def multimodal_batch(files: TinyFiles, rows: list[dict[str, Any]]) -> Batch:
             output.get(name, torch.empty(0)).shape[:2] == output["input_ids"].shape[:2] for output in encoded
         )
         # Kinds of tokens, or images, videos and their sizes, in a row.
-        inputs[name] = _stack([value[0] for value in values], 0) if per_token else torch.cat(values)
+        inputs[name] = _stack([value[0] for value in values], 0) if per_token else _join(values)
     return inputs, labels
 
 
@@ -123,6 +123,18 @@ def _pad(
         "attention_mask": _stack([torch.ones_like(ids) for ids in rows], 0),
     }
     return inputs, _stack([answers(ids, tokenizer, turn) for ids in rows], NO_LOSS)
+
+
+def _join(values: list[torch.Tensor]) -> torch.Tensor:
+    """One after another, padded with zeros to the largest: processors that pad images do it row by row here."""
+    sides = [max(value.shape[dim] for value in values) for dim in range(1, values[0].dim())]
+    padded = []
+    for value in values:
+        missing = [size - own for size, own in zip(sides, value.shape[1:], strict=True)]
+        # torch takes the last dimension first.
+        padding = [amount for size in reversed(missing) for amount in (0, size)]
+        padded.append(torch.nn.functional.pad(value, padding))
+    return torch.cat(padded)
 
 
 def _stack(rows: list[torch.Tensor], value: int) -> torch.Tensor:

@@ -62,6 +62,11 @@ class VisionConfig:
     patch_size: int
     norm_eps: float
 
+    @property
+    def patch_features(self) -> int:
+        """Numbers in one flattened patch."""
+        return self.num_channels * self.patch_size**2
+
 
 @dataclass(frozen=True)
 class ModelConfig:

@@ -44,7 +44,7 @@ class DecoderLayer(torch.nn.Module):
             layer,
             chunk.engine,
             group,
-            zero_centered_norms=True,
+            norms="zero_centered",
             recompute_core=chunk.recompute == "selective",
         )
         self.mlp = GatedMLP(text.hidden_size, layer.intermediate_size, gelu_tanh, chunk.engine, group)

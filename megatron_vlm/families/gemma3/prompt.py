@@ -24,7 +24,5 @@ def prompt_rules(config: ModelConfig) -> PromptRules:
         assistant_end="<end_of_turn>",
         image_token_id=None if config.text_only else config.image_token_id,
         tokens_per_image=None if config.text_only else config.mm_tokens_per_image,
-        fixed_image_size=True,
         bidirectional_images=not config.text_only,
-        vision_keys=() if config.text_only else ("pixel_values",),
     )

@@ -87,6 +87,11 @@ class VisionConfig:
         """Numbers in one flattened patch."""
         return self.num_channels * self.temporal_patch_size * self.patch_size**2
 
+    @property
+    def projector_hidden_size(self) -> int:
+        """Between the two linear layers of a merger."""
+        return self.hidden_size * self.spatial_merge_size**2
+
 
 @dataclass(frozen=True)
 class ModelConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 
 from megatron_vlm.data.collate import MicroBatch
-from megatron_vlm.families.flop_counts import ForwardFlops, text_flops
+from megatron_vlm.families.flop_counts import ForwardFlops, text_flops, tower_flops
 from megatron_vlm.families.qwen3_vl.config import LayerConfig, ModelConfig, VisionConfig
 
 
@@ -44,13 +44,10 @@ def vision_flops(vision: VisionConfig, grids: Sequence[tuple[int, int, int]]) ->
         vision: the tower.
         grids: frames, height and width in patches of each.
     """
-    num_patches = sum(frames * height * width for frames, height, width in grids)
-    patch_pairs = sum(frames * (height * width) ** 2 for frames, height, width in grids)
-    embedding = 2 * num_patches * vision.patch_features * vision.hidden_size
-    weights = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
-    layer = 2 * num_patches * weights + 2 * 2 * patch_pairs * vision.hidden_size
+    embedding, layers = tower_flops(vision, grids, 2 * vision.hidden_size * vision.intermediate_size)
     patches_per_feature = vision.spatial_merge_size**2
-    joined_size = vision.hidden_size * patches_per_feature
-    merger = 2 * (num_patches // patches_per_feature) * joined_size * (joined_size + vision.out_hidden_size)
+    num_features = sum(frames * height * width for frames, height, width in grids) // patches_per_feature
+    joined_size = vision.projector_hidden_size  # also what goes in
+    merger = 2 * num_features * joined_size * (joined_size + vision.out_hidden_size)
     mergers = 1 + len(vision.deepstack_layers)
-    return embedding, vision.num_hidden_layers * layer, mergers * merger
+    return embedding, layers, mergers * merger

@@ -16,13 +16,14 @@ from torch.nn.functional import silu
 from kernels.span_attention import Spans
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families.qwen3_vl.config import LayerConfig, ModelConfig, TextConfig
-from megatron_vlm.families.qwen3_vl.vision import Projector, VisionTower, encode_divided
+from megatron_vlm.families.qwen3_vl.vision import Projector, VisionTower
 from megatron_vlm.layers.attention import SelfAttention
 from megatron_vlm.layers.embedding import IGNORED_LABEL, place_features, spread_features, token_losses
 from megatron_vlm.layers.expert_use import ExpertUse
 from megatron_vlm.layers.language_model import LanguageModelChunk, residual_norm
 from megatron_vlm.layers.mlp import GatedMLP
 from megatron_vlm.layers.moe import MoE, Routing, TokenShare
+from megatron_vlm.layers.patches import encode_packed
 from megatron_vlm.layers.rope import mrope_table
 from megatron_vlm.parallel.chunk import ChunkSettings
 from megatron_vlm.parallel.model_chunk import ModelChunk
@@ -44,7 +45,7 @@ class DecoderLayer(torch.nn.Module):
             layer,
             chunk.engine,
             groups.tp,
-            zero_centered_norms=False,
+            norms="plain",
             recompute_core=chunk.recompute == "selective",
         )
         self.post_attention_layernorm = residual_norm(text, chunk, zero_centered=False)
@@ -127,7 +128,6 @@ class Qwen3VLChunk(ModelChunk):
         self.language_model = Qwen3VLLanguageModel(config.text, chunk, groups)
         if chunk.is_first and config.vision is not None:
             engine = chunk.tower_engine
-            self.vision = config.vision
             self.vision_tower = VisionTower(config.vision, engine, self.tower_group, chunk.recompute == "full")
             self.projector = Projector(config.vision, engine, self.tower_group)
             self.mark_tower(self.vision_tower, self.projector)
@@ -161,7 +161,9 @@ class Qwen3VLChunk(ModelChunk):
         x_BSH = self.language_model.embed(batch.input_ids.masked_fill(is_visual, 0))
         levels: list[torch.Tensor] = []
         if batch.vision_grids or self.always_encodes:
-            main, *levels = self._features(batch)
+            pixels = batch.vision_inputs.get("pixel_values")
+            divided_over = self.groups.tp if self.divides_images else None
+            main, *levels = encode_packed(self.vision_tower, self.projector, pixels, batch.vision_grids, divided_over)
             x_BSH = place_features(x_BSH, main, batch.feature_index)
             levels = [spread_features(level.to(x_BSH.dtype), batch.feature_index) for level in levels]
         use = self.language_model.expert_use
@@ -174,14 +176,3 @@ class Qwen3VLChunk(ModelChunk):
             [self.to_sequence_first(level) for level in levels],
             use.start(x_BSH.device) if use is not None else None,
         )
-
-    def _features(self, batch: MicroBatch) -> list[torch.Tensor]:
-        """Features of all images and videos in a row, [features, H]: main, then DeepStack levels."""
-        grids, pixels = batch.vision_grids, batch.vision_inputs.get("pixel_values")
-        if pixels is None:
-            side = self.vision.spatial_merge_size
-            grids, pixels = [(1, side, side)], torch.zeros((side**2, self.vision.patch_features))
-        pixels = pixels.to(batch.input_ids.device, non_blocking=True)
-        if self.divides_images:
-            return encode_divided(self.vision_tower, self.projector, pixels, grids, self.groups.tp)
-        return self.projector(*self.vision_tower(pixels, grids))

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_vlm.data.prompts import PromptRules
-from megatron_vlm.data.visuals import PatchSizes, VisionGrid
+from megatron_vlm.data.visuals import VisionGrid, VisualRules, limit_areas, pack_in_reading_order
 
 if TYPE_CHECKING:
-    from megatron_vlm.families.qwen3_vl.config import ModelConfig
+    from megatron_vlm.families.qwen3_vl.config import ModelConfig, VisionConfig
 
 
 def prompt_rules(config: ModelConfig) -> PromptRules:
@@ -27,24 +27,32 @@ def prompt_rules(config: ModelConfig) -> PromptRules:
     Args:
         config: the model's configuration; a text-only one takes no images and videos.
     """
-    vision, sizes = config.vision, None
-    if vision is not None:
-        sizes = PatchSizes(vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
     tokens = [token for token in (config.image_token_id, config.video_token_id) if token is not None]
+    merge_size = 1 if config.vision is None else config.vision.spatial_merge_size
     return PromptRules(
         assistant_start="<|im_start|>assistant\n",
         assistant_end="<|im_end|>",
         image_token_id=config.image_token_id,
-        tokens_per_image=None,
-        fixed_image_size=False,
-        bidirectional_images=False,
-        vision_keys=() if sizes is None else ("pixel_values",),
         video_token_id=config.video_token_id,
-        patch_sizes=sizes,
-        position_ids=partial(
-            position_ids, vision_token_ids=tokens, merge_size=1 if sizes is None else sizes.merge_size
-        ),
+        visuals=None if config.vision is None else _visual_rules(config, config.vision),
+        position_ids=partial(position_ids, vision_token_ids=tokens, merge_size=merge_size),
     )
+
+
+def _visual_rules(config: ModelConfig, vision: VisionConfig) -> VisualRules:
+    sizes = {
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.spatial_merge_size,
+    }
+    pack = partial(
+        pack_in_reading_order,
+        image_token_id=config.image_token_id,
+        video_token_id=config.video_token_id,
+        merge_size=vision.spatial_merge_size,
+    )
+    parts = ("image_processor", "video_processor")
+    return VisualRules({f"{part}.{name}": size for part in parts for name, size in sizes.items()}, pack, limit_areas)
 
 
 def position_ids(

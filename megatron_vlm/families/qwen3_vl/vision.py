@@ -10,71 +10,22 @@ Shapes: P patches, H vision hidden, N heads, D head dim, F frames.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.nn.functional import embedding_bag, linear
+from torch.nn.functional import embedding_bag
 from torch.utils.checkpoint import checkpoint
 
 from kernels.packed_attention import Segments, packed_attention
 from megatron_vlm.families.qwen3_vl.config import VisionConfig
 from megatron_vlm.layers.linear import Group, RowParallelLinear, SectionedColumnParallelLinear, column_parallel
 from megatron_vlm.layers.mlp import MLP
+from megatron_vlm.layers.patches import Grid, PatchProjection, Places, patch_places, split_frames
 from megatron_vlm.layers.rope import apply_rope
-from megatron_vlm.parallel.images import ImageDivision
 
-Grid = tuple[int, int, int]
 RopeTable = tuple[torch.Tensor, torch.Tensor]
 ROPE_THETA = 10_000.0
 MLP_NAMES = ("linear_fc1", "linear_fc2")
-
-
-def split_frames(grids: Sequence[Grid]) -> list[Grid]:
-    """The frames of images and videos as grids of their own: a frame attends to no other, of its video neither."""
-    return [(1, height, width) for frames, height, width in grids for _ in range(frames)]
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where each patch lies in its frame.
-
-    Attributes:
-        row: [P] int64.
-        column: [P] int64.
-        height: [P] int64, rows of the patch's frame.
-        width: [P] int64, columns of the patch's frame.
-    """
-
-    row: torch.Tensor
-    column: torch.Tensor
-    height: torch.Tensor
-    width: torch.Tensor
-
-
-def patch_places(frames: Sequence[Grid], merge_size: int, device: torch.device) -> Places:
-    """Places of packed patches: blocks of merge x merge in raster order, raster order inside each.
-
-    Args:
-        frames: (1, height, width) in patches.
-        merge_size: patches per side of a block.
-        device: of the result; the host sends one small table and waits for nothing.
-    """
-    _, heights, widths = zip(*frames, strict=True)
-    ends = tuple(accumulate(height * width for _, height, width in frames))
-    table_3F = torch.tensor((heights, widths, ends)).to(device, non_blocking=True)
-    lengths_F = table_3F[0] * table_3F[1]
-    height, width, end = torch.repeat_interleave(table_3F, lengths_F, dim=1, output_size=ends[-1])
-    inside = torch.arange(ends[-1], device=device) - end + height * width
-    block, inside_block = inside // merge_size**2, inside % merge_size**2
-    blocks_per_row = width // merge_size
-    return Places(
-        row=block // blocks_per_row * merge_size + inside_block // merge_size,
-        column=block % blocks_per_row * merge_size + inside_block % merge_size,
-        height=height,
-        width=width,
-    )
 
 
 def rope_table(places: Places, head_dim: int) -> RopeTable:
@@ -84,20 +35,6 @@ def rope_table(places: Places, head_dim: int) -> RopeTable:
     angles = torch.cat([axis.float()[:, None] * frequencies for axis in (places.row, places.column)], dim=-1)
     angles = torch.cat((angles, angles), dim=-1)[:, None, None]
     return angles.cos(), angles.sin()
-
-
-class PatchProjection(torch.nn.Module):
-    """A convolution whose kernel is a whole patch: one product. Replicated: half a percent of the tower."""
-
-    def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
-        super().__init__()
-        patch = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.weight = torch.nn.Parameter(torch.empty(config.hidden_size, config.num_channels, *patch, dtype=dtype))
-        self.bias = torch.nn.Parameter(torch.empty(config.hidden_size, dtype=dtype))
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[P, patch features] to [P, H]."""
-        return linear(pixel_values.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
 class PositionTable(torch.nn.Module):
@@ -180,7 +117,8 @@ class VisionTower(torch.nn.Module):
         super().__init__()
         self.config, self.recompute = config, recompute
         self.patch_embed = torch.nn.Module()
-        self.patch_embed.proj = PatchProjection(config, engine.params_dtype)
+        kernel = (config.num_channels, config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.patch_embed.proj = PatchProjection(kernel, config.hidden_size, engine.params_dtype, bias=True)
         self.pos_embed = PositionTable(config, engine.params_dtype)
         self.blocks = torch.nn.ModuleList(VisionBlock(config, engine, group) for _ in range(config.num_hidden_layers))
 
@@ -255,30 +193,3 @@ class Projector(torch.nn.Module):
             self.merger(last),
             *(merger(tap) for merger, tap in zip(self.deepstack_merger_list, taps, strict=True)),
         ]
-
-
-def encode_divided(
-    tower: VisionTower, projector: Projector, pixel_values: torch.Tensor, grids: Sequence[Grid], group: Group
-) -> list[torch.Tensor]:
-    """`projector(*tower(pixel_values, grids))` by ranks that each hold both whole and encode a share of the frames.
-
-    Args:
-        tower: of one rank.
-        projector: of one rank.
-        pixel_values: [P, patch features], the same on every rank of `group`.
-        grids: of at least one image or video.
-        group: ranks that divide the frames.
-
-    Returns:
-        Features of all frames on every rank.
-    """
-    config, frames = tower.config, split_frames(grids)
-    patches = [height * width for _, height, width in frames]
-    # Linear layers work in proportion to patches, attention to their square; it overtakes them at some 6,600 patches.
-    costs = [count * (2 * config.hidden_size + config.intermediate_size + count) for count in patches]
-    division = ImageDivision(patches, costs, group)
-    merge = config.spatial_merge_size
-    own_frames = [frames[index] for index in division.own] or [(1, merge, merge)]
-    features = projector(*tower(division.take(pixel_values, merge**2), own_frames))
-    # One exchange for all levels.
-    return list(division.gather(torch.cat(features, dim=1), merge**2).chunk(len(features), dim=1))

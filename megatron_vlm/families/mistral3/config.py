@@ -1,0 +1,206 @@
+"""Mistral3's architecture as frozen records, one per decoder layer, read from transformers' configuration.
+
+The language model is Mistral (Mistral-Small-3.1 and 3.2) or Ministral3, which has YaRN positions and scales queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import Ministral3Config, Mistral3Config, MistralConfig, PixtralVisionConfig, PretrainedConfig
+
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.layers.rope import YarnScaling
+
+# transformers declares its fields as unions (of None, dictionaries, pairs) that it narrows when it builds them.
+Narrowed = Any
+
+
+@dataclass(frozen=True)
+class QueryScaling:
+    """Queries grow with their position p: by 1 + beta * ln(1 + floor(p / original_length)), from Llama 4."""
+
+    beta: float
+    original_length: int
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One decoder layer.
+
+    Attributes:
+        window: keys visible on the past side, the token itself included; None is unlimited, as published.
+    """
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    window: int | None
+    softmax_scale: float
+    norm_eps: float
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The language model; `yarn` and `query_scaling` are None in Mistral."""
+
+    vocab_size: int
+    hidden_size: int
+    layers: tuple[LayerConfig, ...]
+    norm_eps: float
+    pad_token_id: int | None
+    tie_word_embeddings: bool
+    initializer_range: float
+    rope_theta: float
+    yarn: YarnScaling | None
+    query_scaling: QueryScaling | None
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The Pixtral tower and the projector that merges blocks of its patches."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_channels: int
+    patch_size: int
+    rope_theta: float
+    activation: str
+    spatial_merge_size: int
+    out_hidden_size: int
+    projector_norm_eps: float
+    projector_bias: bool
+    norm_eps: float = 1e-5  # fixed in transformers
+
+    @property
+    def patch_features(self) -> int:
+        """Numbers in one flattened patch."""
+        return self.num_channels * self.patch_size**2
+
+    @property
+    def projector_hidden_size(self) -> int:
+        """Between the projector's two linear layers."""
+        return self.out_hidden_size
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Mistral3 model; `vision` is None when it is text only."""
+
+    text: TextConfig
+    vision: VisionConfig | None
+    image_token_id: int | None
+
+    @property
+    def text_only(self) -> bool:
+        """No vision tower and no projector."""
+        return self.vision is None
+
+
+def config_from_hf(hf_config: PretrainedConfig, text_only: bool) -> ModelConfig:
+    """Read a `Mistral3Config`, or a `MistralConfig` or `Ministral3Config` of a language model alone.
+
+    Args:
+        hf_config: transformers' configuration.
+        text_only: take the language model alone.
+
+    Raises:
+        ConfigError: the configuration asks for something these modules do not compute.
+    """
+    if isinstance(hf_config, MistralConfig | Ministral3Config):
+        return ModelConfig(_text(hf_config, bool(hf_config.tie_word_embeddings)), None, None)
+    assert isinstance(hf_config, Mistral3Config)
+    # Only the top-level flag decides; the text configuration has one of its own, which transformers ignores.
+    text = _text(hf_config.text_config, bool(hf_config.tie_word_embeddings))
+    if text_only:
+        return ModelConfig(text, None, None)
+    return ModelConfig(text, _vision(hf_config, text), hf_config.image_token_index)
+
+
+def _text(hf: Narrowed, tied: bool) -> TextConfig:
+    _require(isinstance(hf, MistralConfig | Ministral3Config), f"a language model of type {hf.model_type!r}")
+    _require(hf.hidden_act == "silu", f"hidden_act {hf.hidden_act!r}")
+    _require(not hf.attention_dropout, f"attention_dropout {hf.attention_dropout}")
+    head_dim = hf.head_dim or hf.hidden_size // hf.num_attention_heads
+    rope = hf.rope_parameters
+    layer = LayerConfig(
+        num_attention_heads=hf.num_attention_heads,
+        num_key_value_heads=hf.num_key_value_heads,
+        head_dim=head_dim,
+        intermediate_size=hf.intermediate_size,
+        window=hf.sliding_window,
+        softmax_scale=head_dim**-0.5,
+        norm_eps=hf.rms_norm_eps,
+    )
+    return TextConfig(
+        vocab_size=hf.vocab_size,
+        hidden_size=hf.hidden_size,
+        layers=(layer,) * hf.num_hidden_layers,
+        norm_eps=hf.rms_norm_eps,
+        pad_token_id=hf.pad_token_id,
+        tie_word_embeddings=tied,
+        initializer_range=hf.initializer_range,
+        rope_theta=rope["rope_theta"],
+        yarn=_yarn(rope, hf.max_position_embeddings),
+        query_scaling=_query_scaling(rope) if isinstance(hf, Ministral3Config) else None,
+    )
+
+
+def _yarn(rope: Narrowed, max_position_embeddings: int) -> YarnScaling | None:
+    _require(rope.get("partial_rotary_factor", 1.0) == 1, "partial_rotary_factor")
+    if rope["rope_type"] == "default":
+        return None
+    _require(rope["rope_type"] == "yarn", f"rope_type {rope['rope_type']!r}")
+    return YarnScaling(
+        factor=rope["factor"] or max_position_embeddings / rope["original_max_position_embeddings"],
+        original_length=rope["original_max_position_embeddings"],
+        beta_fast=rope.get("beta_fast") or 32,
+        beta_slow=rope.get("beta_slow") or 1,
+        mscale=rope.get("mscale"),
+        mscale_all_dim=rope.get("mscale_all_dim"),
+        attention_factor=rope.get("attention_factor"),
+        truncate=rope.get("truncate", True),
+    )
+
+
+def _query_scaling(rope: Narrowed) -> QueryScaling | None:
+    beta = rope.get("llama_4_scaling_beta")
+    _require(beta is not None, "a Ministral3 without rope_parameters.llama_4_scaling_beta")
+    return QueryScaling(beta, rope["original_max_position_embeddings"]) if beta else None
+
+
+def _vision(hf: Narrowed, text: TextConfig) -> VisionConfig:
+    vision = hf.vision_config
+    _require(isinstance(vision, PixtralVisionConfig), f"a vision tower of type {vision.model_type!r}")
+    _require(hf.vision_feature_layer == -1, f"vision_feature_layer {hf.vision_feature_layer}")
+    _require(hf.projector_hidden_act == "gelu", f"projector_hidden_act {hf.projector_hidden_act!r}")
+    _require(vision.hidden_act in ("silu", "gelu"), f"vision hidden_act {vision.hidden_act!r}")
+    _require(not vision.attention_dropout, f"vision attention_dropout {vision.attention_dropout}")
+    _require(isinstance(vision.patch_size, int), f"vision patch_size {vision.patch_size}")
+    rope = vision.rope_parameters
+    _require(rope["rope_type"] == "axial", f"vision rope_type {rope['rope_type']!r}")
+    head_dim = vision.hidden_size // vision.num_attention_heads
+    _require(vision.head_dim in (None, head_dim) and head_dim % 4 == 0, f"vision head_dim {vision.head_dim}")
+    return VisionConfig(
+        hidden_size=vision.hidden_size,
+        intermediate_size=vision.intermediate_size,
+        num_hidden_layers=vision.num_hidden_layers,
+        num_attention_heads=vision.num_attention_heads,
+        num_channels=vision.num_channels,
+        patch_size=vision.patch_size,
+        rope_theta=rope["rope_theta"],
+        activation=vision.hidden_act,
+        spatial_merge_size=hf.spatial_merge_size,
+        out_hidden_size=text.hidden_size,
+        projector_norm_eps=text.norm_eps,
+        projector_bias=hf.multimodal_projector_bias,
+    )
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise ConfigError(f"{what} is not supported for Mistral3", "config.json", "use a published configuration")

@@ -1,0 +1,133 @@
+"""Mistral3 as one chunk of a pipeline: embedding and eyes on the first, decoder layers, head and loss on the last.
+
+Source: transformers models/mistral3, models/mistral and models/ministral3 (`Mistral3ForConditionalGeneration`).
+Shapes: B batch, S sequence (hidden states hold a shard of it under sequence parallelism), H hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.nn.functional import silu
+
+from kernels.span_attention import Spans
+from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.families.mistral3.config import LayerConfig, ModelConfig, TextConfig
+from megatron_vlm.families.mistral3.vision import Projector, VisionTower
+from megatron_vlm.layers.attention import SelfAttention
+from megatron_vlm.layers.embedding import place_features, token_losses
+from megatron_vlm.layers.language_model import LanguageModelChunk, residual_norm
+from megatron_vlm.layers.linear import Group
+from megatron_vlm.layers.mlp import GatedMLP
+from megatron_vlm.layers.patches import encode_packed
+from megatron_vlm.layers.rope import rope_table, yarn_table
+from megatron_vlm.parallel.chunk import ChunkSettings
+from megatron_vlm.parallel.model_chunk import ModelChunk
+from megatron_vlm.parallel.wire import StageState, pack
+
+RopeTable = tuple[torch.Tensor, torch.Tensor]
+
+
+class DecoderLayer(torch.nn.Module):
+    """Pre-norm attention and feed-forward."""
+
+    def __init__(self, text: TextConfig, layer: LayerConfig, chunk: ChunkSettings, group: Group) -> None:
+        super().__init__()
+        self.input_layernorm = residual_norm(text, chunk, zero_centered=False)
+        self.self_attn = SelfAttention(
+            text.hidden_size,
+            layer,
+            chunk.engine,
+            group,
+            norms="none",
+            recompute_core=chunk.recompute == "selective",
+        )
+        self.post_attention_layernorm = residual_norm(text, chunk, zero_centered=False)
+        self.mlp = GatedMLP(text.hidden_size, layer.intermediate_size, silu, chunk.engine, group)
+
+    def forward(
+        self, x_SBH: torch.Tensor, rope: RopeTable, spans: Spans, query_scale: torch.Tensor | None
+    ) -> torch.Tensor:
+        """[S, B, H] to the same."""
+        x_SBH = x_SBH + self.self_attn(self.input_layernorm(x_SBH), rope, spans, query_scale)
+        return x_SBH + self.mlp(self.post_attention_layernorm(x_SBH))
+
+
+class Mistral3LanguageModel(LanguageModelChunk):
+    """The decoder of one chunk."""
+
+    text: TextConfig
+
+    def __init__(self, text: TextConfig, chunk: ChunkSettings, group: Group) -> None:
+        super().__init__(
+            text,
+            chunk,
+            group,
+            make_layer=lambda index: DecoderLayer(text, text.layers[index], chunk, group),
+            zero_centered_norm=False,
+        )
+
+    def decode(self, x_SBH: torch.Tensor, positions_BS: torch.Tensor, spans: Spans) -> torch.Tensor:
+        """Run this chunk's layers."""
+        text, dtype = self.text, x_SBH.dtype
+        head_dim = text.layers[0].head_dim
+        rope = (
+            rope_table(positions_BS, head_dim, text.rope_theta, 1.0, dtype)
+            if text.yarn is None
+            else yarn_table(positions_BS, head_dim, text.rope_theta, text.yarn, dtype)
+        )
+        query_scale = self._query_scale(positions_BS, dtype)
+        for layer in self.layers.values():
+            x_SBH = self.run_layer(layer, x_SBH, rope, spans, query_scale)
+        return x_SBH
+
+    def _query_scale(self, positions_BS: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        """[S, B, 1, 1], from positions in the token's own document; 1 below `original_length`."""
+        scaling = self.text.query_scaling
+        if scaling is None:
+            return None
+        scale_SB = 1 + scaling.beta * torch.log(1 + (positions_BS.t() // scaling.original_length).float())
+        return scale_SB[..., None, None].to(dtype)
+
+
+class Mistral3Chunk(ModelChunk):
+    """One pipeline chunk of Mistral3, called by megatron-core's schedules.
+
+    Args:
+        config: the model.
+        chunk: which part of it, and how it is held.
+        groups: process groups; `tp` and `cp` (of one rank) are read.
+    """
+
+    language_model: Mistral3LanguageModel
+
+    def __init__(self, config: ModelConfig, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
+        super().__init__(chunk, groups, config.text.tie_word_embeddings)
+        # A micro-batch without images skips the tower, or gives it one whose features nobody reads.
+        self.always_encodes = chunk.overlapped and config.vision is not None
+        self.language_model = Mistral3LanguageModel(config.text, chunk, groups.tp)
+        if chunk.is_first and config.vision is not None:
+            engine = chunk.tower_engine
+            self.vision_tower = VisionTower(config.vision, engine, self.tower_group, chunk.recompute == "full")
+            self.projector = Projector(config.vision, engine, self.tower_group)
+            self.mark_tower(self.vision_tower, self.projector)
+
+    def forward(self, batch: MicroBatch) -> torch.Tensor:
+        """Hidden states [S, B, H] for the next chunk, or on the last chunk the fp32 loss of every token [B, S]."""
+        x_SBH = self._embed(batch) if self.pre_process else self.input_tensor
+        assert x_SBH is not None
+        spans = Spans(batch.span_low, batch.span_high)
+        x_SBH = self.language_model.decode(x_SBH, batch.position_ids, spans)
+        if not self.post_process:
+            return pack(StageState(x_SBH), self.input_tensor)
+        return token_losses(self.language_model.logits(x_SBH), batch.labels, self.groups.tp)
+
+    def _embed(self, batch: MicroBatch) -> torch.Tensor:
+        """Tokens and images as one sequence, [S, B, H]."""
+        x_BSH = self.language_model.embed(batch.input_ids.masked_fill(batch.feature_index >= 0, 0))
+        if batch.vision_grids or self.always_encodes:
+            pixels = batch.vision_inputs.get("pixel_values")
+            divided_over = self.groups.tp if self.divides_images else None
+            (features,) = encode_packed(self.vision_tower, self.projector, pixels, batch.vision_grids, divided_over)
+            x_BSH = place_features(x_BSH, features, batch.feature_index)
+        return self.to_sequence_first(x_BSH)

@@ -1,0 +1,164 @@
+"""Mistral3's eyes: the Pixtral tower over patches of images of any size, and the projector into the language model.
+
+Patches of all images lie in one packed sequence, in blocks that the projector merges; those of an image attend to each
+other. transformers encodes them in raster order, which is the same: only their places tell patches apart.
+
+Source: transformers models/pixtral (`PixtralVisionModel`) and `Mistral3MultiModalProjector`.
+Shapes: P patches, H vision hidden, N heads, D head dim, T tokens of the language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.functional import gelu, silu
+from torch.utils.checkpoint import checkpoint
+
+from kernels.packed_attention import Segments, packed_attention
+from megatron_vlm.families.mistral3.config import VisionConfig
+from megatron_vlm.layers.linear import ColumnParallelLinear, Group, RowParallelLinear, column_parallel
+from megatron_vlm.layers.mlp import GatedMLP
+from megatron_vlm.layers.norm import RMSNorm
+from megatron_vlm.layers.patches import Grid, PatchProjection, Places, patch_places, split_frames
+from megatron_vlm.layers.rope import apply_rope
+
+RopeTable = tuple[torch.Tensor, torch.Tensor]
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": silu, "gelu": gelu}
+
+
+def rope_table(places: Places, config: VisionConfig, dtype: torch.dtype) -> RopeTable:
+    """Cosines and sines [P, 1, D]: even frequencies turn with the row, odd ones with the column."""
+    head_dim = config.hidden_size // config.num_attention_heads
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=places.row.device) / head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    by_row, by_column = places.row[:, None] * frequencies[0::2], places.column[:, None] * frequencies[1::2]
+    angles = torch.cat((by_row, by_column, by_row, by_column), dim=-1).unsqueeze(1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+class VisionAttention(torch.nn.Module):
+    """Attention over the patches of an image; heads split over the tensor ranks."""
+
+    def __init__(self, config: VisionConfig, engine: TransformerConfig, group: Group) -> None:
+        super().__init__()
+        self.group, self.head_dim = group, config.hidden_size // config.num_attention_heads
+        size = config.hidden_size
+        self.q_proj, self.k_proj, self.v_proj = (ColumnParallelLinear(size, size, engine, group) for _ in range(3))
+        self.o_proj = RowParallelLinear(size, size, engine, group)
+
+    def forward(self, x_PH: torch.Tensor, rope: RopeTable, images: Segments) -> torch.Tensor:
+        """[P, H] to the same."""
+        projected = column_parallel(x_PH, (self.q_proj, self.k_proj, self.v_proj), self.group, False)
+        q, k, v = (tensor.unflatten(-1, (-1, self.head_dim)) for tensor in projected)
+        q, k, v = (tensor.transpose(0, 1) for tensor in (apply_rope(q, rope), apply_rope(k, rope), v))
+        attended_NPD = packed_attention(q, k, v, images, self.head_dim**-0.5)
+        return self.o_proj(attended_NPD.transpose(0, 1).flatten(1))
+
+
+class VisionLayer(torch.nn.Module):
+    """A pre-norm layer; its norms act on whole activations, so they are replicas with whole gradients."""
+
+    def __init__(self, config: VisionConfig, engine: TransformerConfig, group: Group) -> None:
+        super().__init__()
+        self.attention_norm, self.ffn_norm = (_norm(config, engine) for _ in range(2))
+        self.attention = VisionAttention(config, engine, group)
+        activation = ACTIVATIONS[config.activation]
+        self.feed_forward = GatedMLP(config.hidden_size, config.intermediate_size, activation, engine, group)
+
+    def forward(self, x_PH: torch.Tensor, rope: RopeTable, images: Segments) -> torch.Tensor:
+        """[P, H] to the same."""
+        x_PH = x_PH + self.attention(self.attention_norm(x_PH), rope, images)
+        return x_PH + self.feed_forward(self.ffn_norm(x_PH))
+
+
+def _norm(config: VisionConfig, engine: TransformerConfig) -> RMSNorm:
+    return RMSNorm(config.hidden_size, config.norm_eps, zero_centered=False, dtype=engine.params_dtype)
+
+
+class VisionTower(torch.nn.Module):
+    """Pixtral: heads and feed-forward columns split over `group`, which is one rank when images are divided instead.
+
+    The patch projection and norms are whole on every rank: they are a thousandth of the tower.
+
+    Args:
+        config: the tower.
+        engine: megatron-core settings without sequence parallelism.
+        group: ranks that share each layer.
+        recompute: compute each layer again in the backward pass.
+    """
+
+    def __init__(self, config: VisionConfig, engine: TransformerConfig, group: Group, recompute: bool) -> None:
+        super().__init__()
+        self.config, self.recompute = config, recompute
+        kernel = (config.num_channels, config.patch_size, config.patch_size)
+        self.patch_conv = PatchProjection(kernel, config.hidden_size, engine.params_dtype, bias=False)
+        self.ln_pre = _norm(config, engine)
+        self.transformer = torch.nn.Module()
+        self.transformer.layers = torch.nn.ModuleList(
+            VisionLayer(config, engine, group) for _ in range(config.num_hidden_layers)
+        )
+
+    def forward(self, pixel_values: torch.Tensor, grids: Sequence[Grid]) -> tuple[torch.Tensor]:
+        """Encode packed patches.
+
+        Args:
+            pixel_values: [P, patch features], in blocks of merge x merge patches.
+            grids: (1, height, width) in patches of each image, known on the host.
+
+        Returns:
+            Output of the last layer, [P, H].
+        """
+        config, images = self.config, split_frames(grids)
+        places = patch_places(images, config.spatial_merge_size, pixel_values.device)
+        segments = Segments(tuple(height * width for _, height, width in images), pixel_values.device)
+        x_PH = self.ln_pre(self.patch_conv(pixel_values))
+        rope = rope_table(places, config, x_PH.dtype)
+        for layer in self.transformer.layers:  # type: ignore[union-attr]
+            if self.recompute and self.training:
+                x_PH = checkpoint(layer, x_PH, rope, segments, use_reentrant=False)
+            else:
+                x_PH = layer(x_PH, rope, segments)
+        return (x_PH,)
+
+
+class PatchMerger(torch.nn.Module):
+    """One vector of each block of patches, back to the tower's width; replicated, a ten-thousandth of the model."""
+
+    def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.block = config.spatial_merge_size**2
+        joined = config.hidden_size * self.block
+        self.merging_layer = torch.nn.Linear(joined, config.hidden_size, bias=False, dtype=dtype)
+
+    def forward(self, x_PH: torch.Tensor) -> torch.Tensor:
+        """[P, H] to [T, H]; the numbers of one channel of all patches of a block lie together."""
+        channels_first = x_PH.unflatten(0, (-1, self.block)).transpose(1, 2)
+        return self.merging_layer(channels_first.flatten(1))
+
+
+class Projector(torch.nn.Module):
+    """Norm, merging of blocks, and two linear layers, the columns of the first and rows of the second split.
+
+    Args:
+        config: the tower.
+        engine: megatron-core settings without sequence parallelism.
+        group: ranks that share the linear layers.
+    """
+
+    def __init__(self, config: VisionConfig, engine: TransformerConfig, group: Group) -> None:
+        super().__init__()
+        self.group, out_size, bias = group, config.out_hidden_size, config.projector_bias
+        self.norm = RMSNorm(
+            config.hidden_size, config.projector_norm_eps, zero_centered=False, dtype=engine.params_dtype
+        )
+        self.patch_merger = PatchMerger(config, engine.params_dtype)
+        self.linear_1 = ColumnParallelLinear(config.hidden_size, out_size, engine, group, bias)
+        self.linear_2 = RowParallelLinear(out_size, out_size, engine, group, bias)
+
+    def forward(self, x_PH: torch.Tensor) -> list[torch.Tensor]:
+        """The tower's output to features [T, text hidden]."""
+        merged = self.patch_merger(self.norm(x_PH))
+        (hidden,) = column_parallel(merged, (self.linear_1,), self.group, False)
+        return [self.linear_2(gelu(hidden))]

@@ -1,0 +1,111 @@
+"""Mistral3's weights: names in Hugging Face files, our names, shapes.
+
+Source: transformers models/mistral3 and models/pixtral; name styles in its `conversion_mapping`. Whether embedding and
+head are tied is read off the files (`registry.load_hf_config`): published configurations do not say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_vlm.checkpoint.weight_map import Weight, WeightGroup, WeightMap, resolve
+from megatron_vlm.families.mistral3.config import ModelConfig, TextConfig, VisionConfig
+
+# Prefixes in files: published, then the names that modules have in memory; of a language model alone.
+LANGUAGE_MODEL = ("language_model.model.", "model.language_model.")
+LANGUAGE_MODEL_ALONE = ("model.",)
+HEAD = ("language_model.lm_head.", "lm_head.")
+VISION_TOWER = ("vision_tower.", "model.vision_tower.")
+PROJECTOR = ("multi_modal_projector.", "model.multi_modal_projector.")
+
+TEXT_LAYER = {
+    "input_layernorm.weight": "hidden",
+    "self_attn.q_proj.weight": "query hidden",
+    "self_attn.k_proj.weight": "key hidden",
+    "self_attn.v_proj.weight": "key hidden",
+    "self_attn.o_proj.weight": "hidden query",
+    "post_attention_layernorm.weight": "hidden",
+    "mlp.gate_proj.weight": "ffn hidden",
+    "mlp.up_proj.weight": "ffn hidden",
+    "mlp.down_proj.weight": "hidden ffn",
+}
+VISION_EMBEDDINGS = {
+    "patch_conv.weight": "hidden channels patch patch",
+    "ln_pre.weight": "hidden",
+}
+VISION_LAYER = {
+    "attention_norm.weight": "hidden",
+    "attention.q_proj.weight": "hidden hidden",
+    "attention.k_proj.weight": "hidden hidden",
+    "attention.v_proj.weight": "hidden hidden",
+    "attention.o_proj.weight": "hidden hidden",
+    "ffn_norm.weight": "hidden",
+    "feed_forward.gate_proj.weight": "ffn hidden",
+    "feed_forward.up_proj.weight": "ffn hidden",
+    "feed_forward.down_proj.weight": "hidden ffn",
+}
+PROJECTOR_WEIGHTS = {
+    "norm.weight": "hidden",
+    "patch_merger.merging_layer.weight": "hidden merged",
+    "linear_1.weight": "text hidden",
+    "linear_2.weight": "text text",
+}
+PROJECTOR_BIASES = {"linear_1.bias": "text", "linear_2.bias": "text"}
+
+
+def weight_map(config: ModelConfig) -> WeightMap:
+    """The weights of a Mistral3 model, multimodal or its language model alone."""
+    text, vision = config.text, config.vision
+    vocabulary = (text.vocab_size, text.hidden_size)
+    head_prefixes = HEAD[::-1] if vision is None else HEAD
+    head = WeightGroup(
+        "language_model.lm_head.", head_prefixes, (Weight("weight", vocabulary, has_vocabulary_rows=True),)
+    )
+    language_prefixes = (*LANGUAGE_MODEL_ALONE, *LANGUAGE_MODEL) if vision is None else LANGUAGE_MODEL
+    groups = [WeightGroup("language_model.", language_prefixes, tuple(_language_model(text)))]
+    if not text.tie_word_embeddings:
+        groups.append(head)
+    if vision is not None:
+        groups.append(WeightGroup("vision_tower.", VISION_TOWER, tuple(_vision_tower(vision))))
+        groups.append(WeightGroup("projector.", PROJECTOR, tuple(_projector(vision))))
+    return WeightMap(
+        groups=tuple(groups),
+        tied_groups=((head, "language_model.embed_tokens.weight"),) if text.tie_word_embeddings else (),
+        unread_hf_prefixes=(*VISION_TOWER, *PROJECTOR) if vision is None else (),
+        # They differ in the scaling of queries only.
+        text_only_class=("Ministral3ForCausalLM", "ministral3")
+        if text.query_scaling
+        else ("MistralForCausalLM", "mistral"),
+    )
+
+
+def _language_model(text: TextConfig) -> Iterator[Weight]:
+    """All but the head."""
+    yield Weight("embed_tokens.weight", (text.vocab_size, text.hidden_size), has_vocabulary_rows=True)
+    for index, layer in enumerate(text.layers):
+        sizes = {
+            "hidden": text.hidden_size,
+            "query": layer.num_attention_heads * layer.head_dim,
+            "key": layer.num_key_value_heads * layer.head_dim,
+            "ffn": layer.intermediate_size,
+        }
+        yield from resolve(TEXT_LAYER, sizes, f"layers.{index}.")
+    yield Weight("norm.weight", (text.hidden_size,))
+
+
+def _vision_tower(vision: VisionConfig) -> Iterator[Weight]:
+    sizes = {
+        "hidden": vision.hidden_size,
+        "ffn": vision.intermediate_size,
+        "channels": vision.num_channels,
+        "patch": vision.patch_size,
+    }
+    yield from resolve(VISION_EMBEDDINGS, sizes)
+    for index in range(vision.num_hidden_layers):
+        yield from resolve(VISION_LAYER, sizes, f"transformer.layers.{index}.")
+
+
+def _projector(vision: VisionConfig) -> Iterator[Weight]:
+    merged = vision.hidden_size * vision.spatial_merge_size**2
+    sizes = {"hidden": vision.hidden_size, "merged": merged, "text": vision.out_hidden_size}
+    yield from resolve(PROJECTOR_WEIGHTS | (PROJECTOR_BIASES if vision.projector_bias else {}), sizes)

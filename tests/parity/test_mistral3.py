@@ -1,0 +1,299 @@
+"""What only Mistral3 has: positions in packed rows, growing queries, YaRN, Pixtral's rotation; and what goes unseen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from functools import cache, partial
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from transformers.models.ministral3.modeling_ministral3 import Ministral3RotaryEmbedding, get_llama_4_attn_scale
+from transformers.models.pixtral.modeling_pixtral import PixtralVisionRotaryEmbedding
+
+from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.families.mistral3 import vision
+from megatron_vlm.families.mistral3.config import ModelConfig, QueryScaling, config_from_hf
+from megatron_vlm.families.mistral3.model import Mistral3LanguageModel
+from megatron_vlm.layers import rope
+from megatron_vlm.layers.patches import Places
+from tests.parity import mistral3_tiny
+from tests.parity.battery import Expected, check_layout, expected, record, relative_error
+from tests.parity.families import FAMILIES
+from tests.parity.layouts import LAYOUTS, RankResult, TestLayout, run_case
+from tests.parity.tiny_batches import Part
+from tests.published_mistral3 import published_config
+from tests.ranks import run_ranks
+
+(MINISTRAL,) = (family for family in FAMILIES if family.name == "Ministral3")
+# Two documents in each of two rows, of one length together; all but the first are past where queries begin to grow
+# before they begin.
+PACKED_ROWS: list[list[Sequence[Part]]] = [[[3, (4, 6), 5], [20]], [[21], [2, (4, 4), 7]]]
+# Three times what comparisons allow. The smallest below, of the approximate gelu, is 5.7e-4.
+CLEARLY_WRONG = 3e-4
+
+Mistake = Callable[[], AbstractContextManager[None]]
+
+
+@pytest.fixture(scope="module")
+def hf_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return MINISTRAL.write(tmp_path_factory.mktemp("hf"))
+
+
+# Several documents in one row
+
+
+def pack(rows: Sequence[Sequence[MicroBatch]]) -> MicroBatch:
+    """Documents one after another: positions begin again, and no document sees another."""
+    packed, num_features = [], 0
+    for documents in rows:
+        offset, parts = 0, []
+        for number, document in enumerate(documents):
+            index = document.feature_index
+            parts.append(
+                {
+                    "input_ids": document.input_ids,
+                    "labels": document.labels,
+                    "position_ids": document.position_ids,
+                    "document_ids": document.document_ids + number,
+                    "span_low": document.span_low + offset,
+                    "span_high": document.span_high + offset,
+                    "feature_index": torch.where(index >= 0, index + num_features, -1),
+                }
+            )
+            offset += index.shape[1]
+            num_features += int((index >= 0).sum())
+        packed.append({name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]})
+    everything = [document for documents in rows for document in documents]
+    pixels = [document.vision_inputs["pixel_values"] for document in everything if document.vision_inputs]
+    return MicroBatch(
+        **{name: torch.cat([row[name] for row in packed]) for name in packed[0]},
+        vision_inputs={"pixel_values": torch.cat(pixels)},
+        source_ids=torch.zeros(len(rows), dtype=torch.int32),
+        vision_grids=[grid for document in everything for grid in document.vision_grids],
+    )
+
+
+@cache
+def packed_expected() -> Expected:
+    """The packed rows, and what transformers computes of each document alone."""
+    documents = [
+        [mistral3_tiny.make_batch([parts], 10 * row + place, 1) for place, parts in enumerate(of_row)]
+        for row, of_row in enumerate(PACKED_ROWS)
+    ]
+    alone = expected(MINISTRAL.model(), [document for of_row in documents for document in of_row])
+    logits = iter(alone.logits)
+    rows = [torch.cat([next(logits) for _ in of_row], dim=1) for of_row in documents]
+    return replace(
+        alone,
+        micro_batches=[pack([[document.batch for document in of_row] for of_row in documents])],
+        logits=[torch.cat(rows)],
+        lengths=[[row.shape[1] for row in rows]],
+    )
+
+
+@pytest.mark.parametrize("layout", ["TP1", "TP2xPP2+SP"])
+def test_packed_documents_are_as_each_alone(layout: str, hf_directory: str) -> None:
+    cases = {"packed": packed_expected()}
+    worst = check_layout(LAYOUTS[layout], hf_directory, cases, MINISTRAL.vocabulary)
+    record(f"Ministral3 packed, {layout}", *worst)
+
+
+def logits_error(result: RankResult, truth: Expected) -> float:
+    """Of the worst row."""
+    rows = [
+        relative_error(ours[row, :count, : MINISTRAL.vocabulary], theirs[row, :count])
+        for ours, theirs, lengths in zip(result.logits, truth.logits, truth.lengths, strict=True)
+        for row, count in enumerate(lengths)
+    ]
+    return max(rows)
+
+
+@pytest.mark.parametrize("mistake", ["positions run on", "documents see each other"])
+def test_packing_wrongly_shows(mistake: str, hf_directory: str) -> None:
+    truth = packed_expected()
+    (right,) = truth.micro_batches
+    wrong = (
+        replace(right, position_ids=torch.arange(right.input_ids.shape[1]).expand_as(right.input_ids))
+        if mistake == "positions run on"
+        else replace(right, span_low=torch.zeros_like(right.span_low))
+    )
+    (found,) = run_ranks(1, run_case, hf_directory, TestLayout(), {"wrong": [wrong]})
+    assert logits_error(found["wrong"], truth) >= CLEARLY_WRONG
+
+
+# Positions
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_queries_grow_as_transformers_says(dtype: torch.dtype) -> None:
+    """At the published 16384 tokens, short of which the scale is one."""
+    positions = torch.tensor([[0, 1, 16383], [16384, 32767, 32768], [100_000, 131_072, 262_143]])
+    model = SimpleNamespace(text=SimpleNamespace(query_scaling=QueryScaling(0.1, 16384)))
+    ours = Mistral3LanguageModel._query_scale(model, positions, dtype)  # type: ignore[arg-type]
+    theirs = get_llama_4_attn_scale(positions, 0.1, 16384).to(dtype)  # [B, 1, S, 1]
+    assert torch.equal(ours[..., 0, 0].t(), theirs[:, 0, :, 0])
+    assert (ours[:, 0] == 1).all() and (ours[:, 1:] > 1).all()
+
+
+def our_frequencies(model: ModelConfig) -> tuple[torch.Tensor, float]:
+    """Angles at position one, and the scale of cosines and sines."""
+    text = model.text
+    assert text.yarn is not None
+    position = torch.ones((1, 1), dtype=torch.int64)
+    with mock.patch.object(rope, "_table", lambda angles, _, scale: (angles.flatten(), scale)):
+        found = rope.yarn_table(position, text.layers[0].head_dim, text.rope_theta, text.yarn, torch.float32)
+    return found  # type: ignore[return-value]
+
+
+YARN_SETTINGS: dict[str, dict[str, Any]] = {
+    "published": {},
+    "unrounded bounds": {"truncate": False},
+    "scale by the factor": {"mscale": None, "mscale_all_dim": None},
+    "scale by two factors": {"mscale_all_dim": 0.5},
+    "scale given": {"attention_factor": 1.5},
+}
+
+
+@pytest.mark.parametrize("settings", YARN_SETTINGS)
+@pytest.mark.parametrize("size", ["ministral3_8b", "ministral3_14b"])  # of bases 1e6 and 1e9
+def test_yarn_frequencies(size: str, settings: str) -> None:
+    hf_config = published_config(size)
+    hf_config.text_config.rope_parameters |= YARN_SETTINGS[settings]
+    ours, scale = our_frequencies(config_from_hf(hf_config, text_only=False))
+    theirs = Ministral3RotaryEmbedding(hf_config.text_config)
+    # Some five roundings of fp32 in another order, near the ramp's end of a difference that is small beside its terms.
+    assert ((ours - theirs.inv_freq).abs() <= (1e-6 * theirs.inv_freq).clamp(max=1e-7)).all()
+    assert scale == pytest.approx(theirs.attention_scaling, rel=1e-12)
+    assert (scale == 1) == (settings in ("published", "unrounded bounds"))
+    rounded, _ = our_frequencies(config_from_hf(published_config(size), text_only=False))
+    differs = ((ours - rounded) / rounded).abs().max() > 0.1
+    assert differs == (settings == "unrounded bounds")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_patches_turn_with_row_and_column_as_in_transformers(dtype: torch.dtype) -> None:
+    """All places of the largest published image, bit for bit."""
+    hf_config = published_config("mistral3_24b")
+    side = hf_config.vision_config.image_size // hf_config.vision_config.patch_size
+    row, column = torch.arange(side).repeat_interleave(side), torch.arange(side).repeat(side)
+    size = torch.full_like(row, side)
+    config = config_from_hf(hf_config, text_only=False).vision
+    assert config is not None
+    ours = vision.rope_table(Places(row, column, size, size), config, dtype)
+    rotary = PixtralVisionRotaryEmbedding(hf_config.vision_config)
+    theirs = rotary(torch.zeros(1, dtype=dtype), torch.stack((row, column), dim=-1))
+    for mine, its in zip(ours, theirs, strict=True):
+        assert mine.dtype == dtype
+        assert torch.equal(mine.squeeze(1), its)
+
+
+# Mistakes that train without an error: the battery of tests/parity must see them
+
+
+@contextmanager
+def blocks_patch_by_patch() -> Iterator[None]:
+    def forward(merger: vision.PatchMerger, x: torch.Tensor) -> torch.Tensor:
+        return merger.merging_layer(x.unflatten(0, (-1, merger.block)).flatten(1))
+
+    with mock.patch.object(vision.PatchMerger, "forward", forward):
+        yield
+
+
+@contextmanager
+def patches_in_raster_order() -> Iterator[None]:
+    places = vision.patch_places
+    with mock.patch.object(vision, "patch_places", lambda images, _, device: places(images, 1, device)):
+        yield
+
+
+@contextmanager
+def rows_and_columns_swapped() -> Iterator[None]:
+    table = vision.rope_table
+
+    def swapped(places: Places, *arguments: Any) -> vision.RopeTable:
+        return table(replace(places, row=places.column, column=places.row), *arguments)
+
+    with mock.patch.object(vision, "rope_table", swapped):
+        yield
+
+
+@contextmanager
+def columns_with_the_slow_half_of_the_frequencies() -> Iterator[None]:
+    def halves(places: Places, config: Any, dtype: torch.dtype) -> vision.RopeTable:
+        head_dim = config.hidden_size // config.num_attention_heads
+        frequencies = 1.0 / config.rope_theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        fast, slow = frequencies.chunk(2)
+        angles = torch.cat((places.row[:, None] * fast, places.column[:, None] * slow) * 2, dim=-1).unsqueeze(1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    with mock.patch.object(vision, "rope_table", halves):
+        yield
+
+
+@contextmanager
+def images_see_each_other() -> Iterator[None]:
+    segments = vision.Segments
+    with mock.patch.object(vision, "Segments", lambda lengths, device: segments((sum(lengths),), device)):
+        yield
+
+
+@contextmanager
+def approximate_gelu_in_the_projector() -> Iterator[None]:
+    with mock.patch.object(vision, "gelu", partial(vision.gelu, approximate="tanh")):
+        yield
+
+
+@contextmanager
+def eps_of_the_tower_in_the_projector() -> Iterator[None]:
+    build = vision.Projector.__init__
+
+    def with_eps(projector: vision.Projector, config: Any, *arguments: Any) -> None:
+        build(projector, replace(config, projector_norm_eps=config.norm_eps), *arguments)
+
+    with mock.patch.object(vision.Projector, "__init__", with_eps):
+        yield
+
+
+@contextmanager
+def queries_that_do_not_grow() -> Iterator[None]:
+    with mock.patch.object(Mistral3LanguageModel, "_query_scale", lambda *_: None):
+        yield
+
+
+@contextmanager
+def unrounded_bounds_of_yarn() -> Iterator[None]:
+    ramp = rope.YarnScaling.ramp
+    with mock.patch.object(rope.YarnScaling, "ramp", lambda yarn, *sizes: ramp(replace(yarn, truncate=False), *sizes)):
+        yield
+
+
+MISTAKES: tuple[Mistake, ...] = (
+    blocks_patch_by_patch,
+    patches_in_raster_order,
+    rows_and_columns_swapped,
+    columns_with_the_slow_half_of_the_frequencies,
+    images_see_each_other,
+    approximate_gelu_in_the_projector,
+    eps_of_the_tower_in_the_projector,
+    queries_that_do_not_grow,
+    unrounded_bounds_of_yarn,
+)
+
+
+def run_with(mistake: Mistake, hf_dir: str, batches: list[MicroBatch]) -> RankResult:
+    with mistake():
+        return run_case(hf_dir, TestLayout(), {"images": batches})["images"]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
+def test_the_battery_sees_a_mistake(mistake: Mistake, hf_directory: str) -> None:
+    truth = MINISTRAL.expected("images")
+    (found,) = run_ranks(1, run_with, mistake, hf_directory, truth.micro_batches)
+    error = logits_error(found, truth)
+    print(f"\n{mistake.__name__}: {error:.1e}")
+    assert error >= CLEARLY_WRONG
