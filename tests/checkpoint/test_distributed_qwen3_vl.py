@@ -17,7 +17,8 @@ from tests.checkpoint.family_run import MORE_STEPS, SETTINGS, STEPS, Figures, co
 from tests.checkpoint.whole_state import Pieces, assemble, assert_same
 from tests.parity import qwen3_vl_tiny
 from tests.parity.layouts import TestLayout
-from tests.parity.qwen3_vl_tiny import CASES, Reference
+from tests.parity.qwen3_vl_tiny import CASES
+from tests.parity.tiny_batches import Reference, reference
 from tests.ranks import run_ranks
 
 
@@ -69,7 +70,7 @@ def expected() -> Figures:
         optimizer.zero_grad(set_to_none=False)
         micro_batches = micro_batches_of_step(step)
         label_tokens = sum(int((each.batch.labels != IGNORED_LABEL).sum()) for each in micro_batches)
-        losses = [qwen3_vl_tiny.reference(model, each)[1] / label_tokens for each in micro_batches]
+        losses = [reference(model, each)[1] / label_tokens for each in micro_batches]
         loss = torch.stack(losses).sum()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), SETTINGS.clip_grad)
