@@ -6,10 +6,9 @@ Shapes: B batch, S sequence (hidden states hold a shard of it under sequence par
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from megatron_vlm.layers.embedding import TokenEmbedding, padded_vocab_size, vocab_parallel_logits
 from megatron_vlm.layers.expert_use import ExpertUse
@@ -77,12 +76,6 @@ class LanguageModelChunk(torch.nn.Module):
         """Embeddings [B, S, H]."""
         embedded: torch.Tensor = self.embed_tokens(ids_BS)
         return embedded
-
-    def run_layer(self, layer: torch.nn.Module, *inputs: Any) -> Any:
-        """Output of one layer, whose activations are computed again in the backward pass if so wanted."""
-        if self.recompute_layers and self.training:
-            return checkpoint(layer, *inputs, use_reentrant=False)
-        return layer(*inputs)
 
     def logits(self, x_SBH: torch.Tensor) -> torch.Tensor:
         """This rank's columns of the logits, [S, B, vocabulary / tensor ranks], S whole."""

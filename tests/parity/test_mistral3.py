@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cache, partial
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,7 +17,7 @@ from transformers.models.pixtral.modeling_pixtral import PixtralVisionRotaryEmbe
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families.mistral3 import vision
 from megatron_vlm.families.mistral3.config import ModelConfig, QueryScaling, config_from_hf
-from megatron_vlm.families.mistral3.model import Mistral3LanguageModel
+from megatron_vlm.families.mistral3.model import query_scale
 from megatron_vlm.layers import rope
 from megatron_vlm.layers.patches import Places
 from tests.parity import mistral3_tiny
@@ -133,8 +132,7 @@ def test_packing_wrongly_shows(mistake: str, hf_directory: str) -> None:
 def test_queries_grow_as_transformers_says(dtype: torch.dtype) -> None:
     """At the published 16384 tokens, short of which the scale is one."""
     positions = torch.tensor([[0, 1, 16383], [16384, 32767, 32768], [100_000, 131_072, 262_143]])
-    model = SimpleNamespace(text=SimpleNamespace(query_scaling=QueryScaling(0.1, 16384)))
-    ours = Mistral3LanguageModel._query_scale(model, positions, dtype)  # type: ignore[arg-type]
+    ours = query_scale(positions, QueryScaling(0.1, 16384), dtype)
     theirs = get_llama_4_attn_scale(positions, 0.1, 16384).to(dtype)  # [B, 1, S, 1]
     assert torch.equal(ours[..., 0, 0].t(), theirs[:, 0, :, 0])
     assert (ours[:, 0] == 1).all() and (ours[:, 1:] > 1).all()
@@ -261,7 +259,7 @@ def eps_of_the_tower_in_the_projector() -> Iterator[None]:
 
 @contextmanager
 def queries_that_do_not_grow() -> Iterator[None]:
-    with mock.patch.object(Mistral3LanguageModel, "_query_scale", lambda *_: None):
+    with mock.patch("megatron_vlm.families.mistral3.model.query_scale", lambda *_: None):
         yield
 
 

@@ -3,49 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 from transformers import Gemma3Config, Gemma3TextConfig, PretrainedConfig
 
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.families.records import DecoderConfig, DecoderLayerConfig, Narrowed, require
 
-# transformers declares its fields as unions (of None, dictionaries, pairs) that it narrows when it builds them.
-Narrowed = Any
+_require = partial(require, model="Gemma 3")
 
 
 @dataclass(frozen=True)
-class LayerConfig:
-    """One decoder layer.
+class LayerConfig(DecoderLayerConfig):
+    """One decoder layer: windows alternate with global attention; scores are scaled by query_pre_attn_scalar ** -0.5
+    (27B: 168, though its heads have 128).
 
     Attributes:
-        window: keys visible on the past side, the token itself included; None in global layers.
-        softmax_scale: query_pre_attn_scalar ** -0.5 (27B: 168, though its heads have 128).
         rope_theta: base of the rotary frequencies.
         rope_scaling_factor: linear scaling of positions (global layers from 4B on: 8).
     """
 
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    window: int | None
-    softmax_scale: float
     rope_theta: float
     rope_scaling_factor: float
-    norm_eps: float
 
 
 @dataclass(frozen=True)
-class TextConfig:
+class TextConfig(DecoderConfig):
     """The language model."""
 
-    vocab_size: int
-    hidden_size: int
     layers: tuple[LayerConfig, ...]
-    norm_eps: float
-    pad_token_id: int | None
-    tie_word_embeddings: bool
-    initializer_range: float
     final_logit_softcapping: float | None
 
 
@@ -161,8 +146,3 @@ def _check_projector(hf: Narrowed) -> None:
         side * side == hf.mm_tokens_per_image and patches % side == 0,
         f"mm_tokens_per_image {hf.mm_tokens_per_image} with {patches} x {patches} patches",
     )
-
-
-def _require(condition: bool, what: str) -> None:
-    if not condition:
-        raise ConfigError(f"Gemma 3 with {what} is not supported", "config.json", "use a published configuration")

@@ -23,6 +23,7 @@ from megatron_vlm.layers.embedding import place_features, token_losses
 from megatron_vlm.layers.language_model import LanguageModelChunk, residual_norm
 from megatron_vlm.layers.linear import Group
 from megatron_vlm.layers.mlp import GatedMLP
+from megatron_vlm.layers.recompute import run_layer
 from megatron_vlm.layers.rope import rope_table
 from megatron_vlm.parallel.chunk import ChunkSettings
 from megatron_vlm.parallel.images import ImageDivision
@@ -86,7 +87,7 @@ class Gemma3LanguageModel(LanguageModelChunk):
             for kind in dict.fromkeys(layer.rope_kind for layer in layers)
         }
         for layer in layers:
-            x_SBH = self.run_layer(layer, x_SBH, rope, spans)
+            x_SBH = run_layer(layer, x_SBH, rope, spans, recompute=self.recompute_layers)
         return x_SBH
 
 

@@ -14,12 +14,12 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import avg_pool2d, scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
 
 from megatron_vlm.families.gemma3.config import VisionConfig
 from megatron_vlm.layers.linear import ColumnParallelLinear, Group, RowParallelLinear, column_parallel
 from megatron_vlm.layers.mlp import MLP
 from megatron_vlm.layers.norm import RMSNorm
+from megatron_vlm.layers.recompute import run_layer
 
 
 class VisionEmbeddings(torch.nn.Module):
@@ -100,7 +100,7 @@ class VisionTower(torch.nn.Module):
         """[I, channels, height, width] to [I, P, H]."""
         x = self.embeddings(pixels)
         for layer in self.encoder.layers:  # type: ignore[union-attr]
-            x = checkpoint(layer, x, use_reentrant=False) if self.recompute and self.training else layer(x)
+            x = run_layer(layer, x, recompute=self.recompute)
         return self.post_layernorm(x)
 
 

@@ -9,11 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_vlm.checkpoint.weight_map import Weight, WeightGroup, WeightMap, resolve
+from megatron_vlm.families.decoder_weights import (
+    ATTENTION,
+    GATED_MLP,
+    LANGUAGE_MODEL_ALONE,
+    QUERY_KEY_NORMS,
+    decoder_weights,
+)
 from megatron_vlm.families.gemma3.config import ModelConfig
 
 # Prefixes in files: published and re-saved, in memory, text only; the vision tower has one more when freshly saved.
 LANGUAGE_MODEL = ("language_model.model.", "model.language_model.")
-LANGUAGE_MODEL_ALONE = ("model.",)
 HEAD = ("language_model.lm_head.", "lm_head.")
 VISION_TOWER = (
     "vision_tower.vision_model.",
@@ -25,18 +31,12 @@ PROJECTOR = ("multi_modal_projector.", "model.multi_modal_projector.")
 
 TEXT_LAYER = {
     "input_layernorm.weight": "hidden",
-    "self_attn.q_proj.weight": "query hidden",
-    "self_attn.k_proj.weight": "key hidden",
-    "self_attn.v_proj.weight": "key hidden",
-    "self_attn.o_proj.weight": "hidden query",
-    "self_attn.q_norm.weight": "head",
-    "self_attn.k_norm.weight": "head",
     "post_attention_layernorm.weight": "hidden",
     "pre_feedforward_layernorm.weight": "hidden",
-    "mlp.gate_proj.weight": "ffn hidden",
-    "mlp.up_proj.weight": "ffn hidden",
-    "mlp.down_proj.weight": "hidden ffn",
     "post_feedforward_layernorm.weight": "hidden",
+    **ATTENTION,
+    **QUERY_KEY_NORMS,
+    **GATED_MLP,
 }
 VISION_EMBEDDINGS = {
     "embeddings.patch_embedding.weight": "hidden channels patch patch",
@@ -67,13 +67,7 @@ def weight_map(config: ModelConfig) -> WeightMap:
     head = WeightGroup(
         "language_model.lm_head.", head_prefixes, (Weight("weight", vocabulary, has_vocabulary_rows=True),)
     )
-    groups = [
-        WeightGroup(
-            "language_model.",
-            language_prefixes,
-            (Weight("embed_tokens.weight", vocabulary, has_vocabulary_rows=True), *_language_model(config)),
-        )
-    ]
+    groups = [WeightGroup("language_model.", language_prefixes, tuple(decoder_weights(text, lambda _: TEXT_LAYER)))]
     if not text.tie_word_embeddings:
         groups.append(head)
     if vision is not None:
@@ -89,20 +83,6 @@ def weight_map(config: ModelConfig) -> WeightMap:
         unread_hf_prefixes=(*VISION_TOWER, *PROJECTOR) if alone else (),
         text_only_class=("Gemma3ForCausalLM", "gemma3_text"),
     )
-
-
-def _language_model(config: ModelConfig) -> Iterator[Weight]:
-    hidden_size = config.text.hidden_size
-    for index, layer in enumerate(config.text.layers):
-        sizes = {
-            "hidden": hidden_size,
-            "query": layer.num_attention_heads * layer.head_dim,
-            "key": layer.num_key_value_heads * layer.head_dim,
-            "head": layer.head_dim,
-            "ffn": layer.intermediate_size,
-        }
-        yield from resolve(TEXT_LAYER, sizes, f"layers.{index}.")
-    yield Weight("norm.weight", (hidden_size,))
 
 
 def _vision_tower(config: ModelConfig) -> Iterator[Weight]:

@@ -6,15 +6,14 @@ The language model is Mistral (Mistral-Small-3.1 and 3.2) or Ministral3, which h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 from transformers import Ministral3Config, Mistral3Config, MistralConfig, PixtralVisionConfig, PretrainedConfig
 
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.families.records import DecoderConfig, DecoderLayerConfig, Narrowed, require
 from megatron_vlm.layers.rope import YarnScaling
 
-# transformers declares its fields as unions (of None, dictionaries, pairs) that it narrows when it builds them.
-Narrowed = Any
+_require = partial(require, model="Mistral3")
 
 
 @dataclass(frozen=True)
@@ -26,33 +25,10 @@ class QueryScaling:
 
 
 @dataclass(frozen=True)
-class LayerConfig:
-    """One decoder layer.
-
-    Attributes:
-        window: keys visible on the past side, the token itself included; None is unlimited, as published.
-    """
-
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    window: int | None
-    softmax_scale: float
-    norm_eps: float
-
-
-@dataclass(frozen=True)
-class TextConfig:
+class TextConfig(DecoderConfig):
     """The language model; `yarn` and `query_scaling` are None in Mistral."""
 
-    vocab_size: int
-    hidden_size: int
-    layers: tuple[LayerConfig, ...]
-    norm_eps: float
-    pad_token_id: int | None
-    tie_word_embeddings: bool
-    initializer_range: float
+    layers: tuple[DecoderLayerConfig, ...]
     rope_theta: float
     yarn: YarnScaling | None
     query_scaling: QueryScaling | None
@@ -127,7 +103,7 @@ def _text(hf: Narrowed, tied: bool) -> TextConfig:
     _require(not hf.attention_dropout, f"attention_dropout {hf.attention_dropout}")
     head_dim = hf.head_dim or hf.hidden_size // hf.num_attention_heads
     rope = hf.rope_parameters
-    layer = LayerConfig(
+    layer = DecoderLayerConfig(
         num_attention_heads=hf.num_attention_heads,
         num_key_value_heads=hf.num_key_value_heads,
         head_dim=head_dim,
@@ -199,8 +175,3 @@ def _vision(hf: Narrowed, text: TextConfig) -> VisionConfig:
         projector_norm_eps=text.norm_eps,
         projector_bias=hf.multimodal_projector_bias,
     )
-
-
-def _require(condition: bool, what: str) -> None:
-    if not condition:
-        raise ConfigError(f"{what} is not supported for Mistral3", "config.json", "use a published configuration")

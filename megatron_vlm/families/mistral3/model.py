@@ -12,14 +12,16 @@ from torch.nn.functional import silu
 
 from kernels.span_attention import Spans
 from megatron_vlm.data.collate import MicroBatch
-from megatron_vlm.families.mistral3.config import LayerConfig, ModelConfig, TextConfig
+from megatron_vlm.families.mistral3.config import ModelConfig, QueryScaling, TextConfig
 from megatron_vlm.families.mistral3.vision import Projector, VisionTower
+from megatron_vlm.families.records import DecoderLayerConfig
 from megatron_vlm.layers.attention import SelfAttention
 from megatron_vlm.layers.embedding import place_features, token_losses
 from megatron_vlm.layers.language_model import LanguageModelChunk, residual_norm
 from megatron_vlm.layers.linear import Group
 from megatron_vlm.layers.mlp import GatedMLP
 from megatron_vlm.layers.patches import encode_packed
+from megatron_vlm.layers.recompute import run_layer
 from megatron_vlm.layers.rope import rope_table, yarn_table
 from megatron_vlm.parallel.chunk import ChunkSettings
 from megatron_vlm.parallel.model_chunk import ModelChunk
@@ -31,7 +33,7 @@ RopeTable = tuple[torch.Tensor, torch.Tensor]
 class DecoderLayer(torch.nn.Module):
     """Pre-norm attention and feed-forward."""
 
-    def __init__(self, text: TextConfig, layer: LayerConfig, chunk: ChunkSettings, group: Group) -> None:
+    def __init__(self, text: TextConfig, layer: DecoderLayerConfig, chunk: ChunkSettings, group: Group) -> None:
         super().__init__()
         self.input_layernorm = residual_norm(text, chunk, zero_centered=False)
         self.self_attn = SelfAttention(
@@ -76,18 +78,16 @@ class Mistral3LanguageModel(LanguageModelChunk):
             if text.yarn is None
             else yarn_table(positions_BS, head_dim, text.rope_theta, text.yarn, dtype)
         )
-        query_scale = self._query_scale(positions_BS, dtype)
+        scale = None if text.query_scaling is None else query_scale(positions_BS, text.query_scaling, dtype)
         for layer in self.layers.values():
-            x_SBH = self.run_layer(layer, x_SBH, rope, spans, query_scale)
+            x_SBH = run_layer(layer, x_SBH, rope, spans, scale, recompute=self.recompute_layers)
         return x_SBH
 
-    def _query_scale(self, positions_BS: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-        """[S, B, 1, 1], from positions in the token's own document; 1 below `original_length`."""
-        scaling = self.text.query_scaling
-        if scaling is None:
-            return None
-        scale_SB = 1 + scaling.beta * torch.log(1 + (positions_BS.t() // scaling.original_length).float())
-        return scale_SB[..., None, None].to(dtype)
+
+def query_scale(positions_BS: torch.Tensor, scaling: QueryScaling, dtype: torch.dtype) -> torch.Tensor:
+    """[S, B, 1, 1], from positions in the token's own document; 1 below `original_length`."""
+    steps_SB = (positions_BS.t() // scaling.original_length).float()
+    return (1 + scaling.beta * torch.log(1 + steps_SB))[..., None, None].to(dtype)
 
 
 class Mistral3Chunk(ModelChunk):

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import gelu, silu
-from torch.utils.checkpoint import checkpoint
 
 from kernels.packed_attention import Segments, packed_attention
 from megatron_vlm.families.mistral3.config import VisionConfig
@@ -22,6 +21,7 @@ from megatron_vlm.layers.linear import ColumnParallelLinear, Group, RowParallelL
 from megatron_vlm.layers.mlp import GatedMLP
 from megatron_vlm.layers.norm import RMSNorm
 from megatron_vlm.layers.patches import Grid, PatchProjection, Places, patch_places, split_frames
+from megatron_vlm.layers.recompute import run_layer
 from megatron_vlm.layers.rope import apply_rope
 
 RopeTable = tuple[torch.Tensor, torch.Tensor]
@@ -116,10 +116,7 @@ class VisionTower(torch.nn.Module):
         x_PH = self.ln_pre(self.patch_conv(pixel_values))
         rope = rope_table(places, config, x_PH.dtype)
         for layer in self.transformer.layers:  # type: ignore[union-attr]
-            if self.recompute and self.training:
-                x_PH = checkpoint(layer, x_PH, rope, segments, use_reentrant=False)
-            else:
-                x_PH = layer(x_PH, rope, segments)
+            x_PH = run_layer(layer, x_PH, rope, segments, recompute=self.recompute)
         return (x_PH,)
 
 

@@ -9,25 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_vlm.checkpoint.weight_map import Weight, WeightGroup, WeightMap, resolve
-from megatron_vlm.families.mistral3.config import ModelConfig, TextConfig, VisionConfig
+from megatron_vlm.families.decoder_weights import ATTENTION, GATED_MLP, LANGUAGE_MODEL_ALONE, decoder_weights
+from megatron_vlm.families.mistral3.config import ModelConfig, VisionConfig
 
 # Prefixes in files: published, then the names that modules have in memory; of a language model alone.
 LANGUAGE_MODEL = ("language_model.model.", "model.language_model.")
-LANGUAGE_MODEL_ALONE = ("model.",)
 HEAD = ("language_model.lm_head.", "lm_head.")
 VISION_TOWER = ("vision_tower.", "model.vision_tower.")
 PROJECTOR = ("multi_modal_projector.", "model.multi_modal_projector.")
 
 TEXT_LAYER = {
     "input_layernorm.weight": "hidden",
-    "self_attn.q_proj.weight": "query hidden",
-    "self_attn.k_proj.weight": "key hidden",
-    "self_attn.v_proj.weight": "key hidden",
-    "self_attn.o_proj.weight": "hidden query",
     "post_attention_layernorm.weight": "hidden",
-    "mlp.gate_proj.weight": "ffn hidden",
-    "mlp.up_proj.weight": "ffn hidden",
-    "mlp.down_proj.weight": "hidden ffn",
+    **ATTENTION,
+    **GATED_MLP,
 }
 VISION_EMBEDDINGS = {
     "patch_conv.weight": "hidden channels patch patch",
@@ -62,7 +57,7 @@ def weight_map(config: ModelConfig) -> WeightMap:
         "language_model.lm_head.", head_prefixes, (Weight("weight", vocabulary, has_vocabulary_rows=True),)
     )
     language_prefixes = (*LANGUAGE_MODEL_ALONE, *LANGUAGE_MODEL) if vision is None else LANGUAGE_MODEL
-    groups = [WeightGroup("language_model.", language_prefixes, tuple(_language_model(text)))]
+    groups = [WeightGroup("language_model.", language_prefixes, tuple(decoder_weights(text, lambda _: TEXT_LAYER)))]
     if not text.tie_word_embeddings:
         groups.append(head)
     if vision is not None:
@@ -77,20 +72,6 @@ def weight_map(config: ModelConfig) -> WeightMap:
         if text.query_scaling
         else ("MistralForCausalLM", "mistral"),
     )
-
-
-def _language_model(text: TextConfig) -> Iterator[Weight]:
-    """All but the head."""
-    yield Weight("embed_tokens.weight", (text.vocab_size, text.hidden_size), has_vocabulary_rows=True)
-    for index, layer in enumerate(text.layers):
-        sizes = {
-            "hidden": text.hidden_size,
-            "query": layer.num_attention_heads * layer.head_dim,
-            "key": layer.num_key_value_heads * layer.head_dim,
-            "ffn": layer.intermediate_size,
-        }
-        yield from resolve(TEXT_LAYER, sizes, f"layers.{index}.")
-    yield Weight("norm.weight", (text.hidden_size,))
 
 
 def _vision_tower(vision: VisionConfig) -> Iterator[Weight]:

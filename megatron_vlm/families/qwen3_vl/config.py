@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 from transformers import PretrainedConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.families.records import DecoderConfig, DecoderLayerConfig, Narrowed, require
 
-# transformers declares its fields as unions (of None, dictionaries, pairs) that it narrows when it builds them.
-Narrowed = Any
+_require = partial(require, model="Qwen3-VL")
 
 
 @dataclass(frozen=True)
@@ -28,34 +27,21 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
-class LayerConfig:
+class LayerConfig(DecoderLayerConfig):
     """One decoder layer; `moe` is None where the feed-forward layer is dense, of width `intermediate_size`."""
 
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
     moe: MoEConfig | None
-    softmax_scale: float
-    norm_eps: float
-    window: None = None
 
 
 @dataclass(frozen=True)
-class TextConfig:
+class TextConfig(DecoderConfig):
     """The language model.
 
     Attributes:
         mrope_section: frequencies of the time, height and width axes, interleaved; they sum to head_dim / 2.
     """
 
-    vocab_size: int
-    hidden_size: int
     layers: tuple[LayerConfig, ...]
-    norm_eps: float
-    pad_token_id: int | None
-    tie_word_embeddings: bool
-    initializer_range: float
     rope_theta: float
     mrope_section: tuple[int, int, int]
 
@@ -178,9 +164,10 @@ def _layer(hf: Narrowed, head_dim: int, index: int) -> LayerConfig:
         num_key_value_heads=hf.num_key_value_heads,
         head_dim=head_dim,
         intermediate_size=hf.intermediate_size,
-        moe=moe,
+        window=None,
         softmax_scale=head_dim**-0.5,
         norm_eps=hf.rms_norm_eps,
+        moe=moe,
     )
 
 
@@ -216,8 +203,3 @@ def _vision(hf: Narrowed) -> VisionConfig:
         out_hidden_size=hf.out_hidden_size,
         deepstack_layers=taps,
     )
-
-
-def _require(condition: bool, what: str) -> None:
-    if not condition:
-        raise ConfigError(f"{what} is not supported for Qwen3-VL", "config.json", "use a published configuration")

@@ -24,6 +24,7 @@ from megatron_vlm.layers.language_model import LanguageModelChunk, residual_norm
 from megatron_vlm.layers.mlp import GatedMLP
 from megatron_vlm.layers.moe import MoE, Routing, TokenShare
 from megatron_vlm.layers.patches import encode_packed
+from megatron_vlm.layers.recompute import run_layer
 from megatron_vlm.layers.rope import mrope_table
 from megatron_vlm.parallel.chunk import ChunkSettings
 from megatron_vlm.parallel.model_chunk import ModelChunk
@@ -99,7 +100,7 @@ class Qwen3VLLanguageModel(LanguageModelChunk):
         share = None if use is None else TokenShare.of(batch.document_ids, self.chunk, self.groups)
         x_SBH, levels, balance = state.hidden, state.sequences, state.numbers
         for index, layer in zip(self.chunk.layers, self.layers.values(), strict=True):
-            x_SBH, routing = self.run_layer(layer, x_SBH, rope, spans, share)
+            x_SBH, routing = run_layer(layer, x_SBH, rope, spans, share, recompute=self.recompute_layers)
             if use is not None and share is not None and routing is not None:
                 balance = use.add(index, routing, share, balance)
             if levels:

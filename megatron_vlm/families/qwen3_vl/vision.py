@@ -14,13 +14,13 @@ from collections.abc import Sequence
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import embedding_bag
-from torch.utils.checkpoint import checkpoint
 
 from kernels.packed_attention import Segments, packed_attention
 from megatron_vlm.families.qwen3_vl.config import VisionConfig
 from megatron_vlm.layers.linear import Group, RowParallelLinear, SectionedColumnParallelLinear, column_parallel
 from megatron_vlm.layers.mlp import MLP
 from megatron_vlm.layers.patches import Grid, PatchProjection, Places, patch_places, split_frames
+from megatron_vlm.layers.recompute import run_layer
 from megatron_vlm.layers.rope import apply_rope
 
 RopeTable = tuple[torch.Tensor, torch.Tensor]
@@ -140,10 +140,7 @@ class VisionTower(torch.nn.Module):
         x_PH = patches + self.pos_embed(places).to(patches.dtype)
         taps = []
         for index, block in enumerate(self.blocks):
-            if self.recompute and self.training:
-                x_PH = checkpoint(block, x_PH, rope, segments, use_reentrant=False)
-            else:
-                x_PH = block(x_PH, rope, segments)
+            x_PH = run_layer(block, x_PH, rope, segments, recompute=self.recompute)
             if index in config.deepstack_layers:
                 taps.append(x_PH)
         return x_PH, taps

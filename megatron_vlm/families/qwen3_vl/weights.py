@@ -10,30 +10,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_vlm.checkpoint.weight_map import Weight, WeightGroup, WeightMap, resolve
-from megatron_vlm.families.qwen3_vl.config import ModelConfig, MoEConfig, TextConfig, VisionConfig
+from megatron_vlm.families.decoder_weights import (
+    ATTENTION,
+    GATED_MLP,
+    LANGUAGE_MODEL_ALONE,
+    QUERY_KEY_NORMS,
+    decoder_weights,
+)
+from megatron_vlm.families.qwen3_vl.config import LayerConfig, ModelConfig, MoEConfig, VisionConfig
 
 # Prefixes in files: of the published files and of all that transformers saves; of a model saved without its head.
 LANGUAGE_MODEL = ("model.language_model.", "language_model.")
-LANGUAGE_MODEL_ALONE = ("model.",)
 HEAD = ("lm_head.",)
 VISION = ("model.visual.", "visual.")
 
 TEXT_LAYER = {
     "input_layernorm.weight": "hidden",
-    "self_attn.q_proj.weight": "query hidden",
-    "self_attn.k_proj.weight": "key hidden",
-    "self_attn.v_proj.weight": "key hidden",
-    "self_attn.o_proj.weight": "hidden query",
-    "self_attn.q_norm.weight": "head",
-    "self_attn.k_norm.weight": "head",
     "post_attention_layernorm.weight": "hidden",
+    **ATTENTION,
+    **QUERY_KEY_NORMS,
 }
-DENSE = {
-    "mlp.gate_proj.weight": "ffn hidden",
-    "mlp.up_proj.weight": "ffn hidden",
-    "mlp.down_proj.weight": "hidden ffn",
-}
-ROUTER = {"mlp.gate.weight": "experts hidden"}
 EXPERTS = {
     "gate_up_proj": "experts (2 ffn) hidden",
     "down_proj": "experts hidden ffn",
@@ -77,7 +73,7 @@ def weight_map(config: ModelConfig) -> WeightMap:
     vocabulary = (text.vocab_size, text.hidden_size)
     head = WeightGroup("language_model.lm_head.", HEAD, (Weight("weight", vocabulary, has_vocabulary_rows=True),))
     language_prefixes = (*LANGUAGE_MODEL_ALONE, *LANGUAGE_MODEL) if vision is None else LANGUAGE_MODEL
-    groups = [WeightGroup("language_model.", language_prefixes, tuple(_language_model(text)))]
+    groups = [WeightGroup("language_model.", language_prefixes, tuple(decoder_weights(text, _layer_table)))]
     for index, layer in enumerate(text.layers):
         if layer.moe is not None:
             groups.append(_experts(index, layer.moe, text.hidden_size, language_prefixes))
@@ -99,20 +95,9 @@ def weight_map(config: ModelConfig) -> WeightMap:
     )
 
 
-def _language_model(text: TextConfig) -> Iterator[Weight]:
-    """All but the head and the experts."""
-    yield Weight("embed_tokens.weight", (text.vocab_size, text.hidden_size), has_vocabulary_rows=True)
-    for index, layer in enumerate(text.layers):
-        sizes = {
-            "hidden": text.hidden_size,
-            "query": layer.num_attention_heads * layer.head_dim,
-            "key": layer.num_key_value_heads * layer.head_dim,
-            "head": layer.head_dim,
-            "ffn": layer.intermediate_size,
-            "experts": layer.moe.num_experts if layer.moe else 0,
-        }
-        yield from resolve(TEXT_LAYER | (ROUTER if layer.moe else DENSE), sizes, f"layers.{index}.")
-    yield Weight("norm.weight", (text.hidden_size,))
+def _layer_table(layer: LayerConfig) -> dict[str, str]:
+    """All but the experts."""
+    return TEXT_LAYER | (GATED_MLP if layer.moe is None else {"mlp.gate.weight": f"{layer.moe.num_experts} hidden"})
 
 
 def _experts(index: int, moe: MoEConfig, hidden_size: int, language_prefixes: tuple[str, ...]) -> WeightGroup:
