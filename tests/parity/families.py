@@ -42,6 +42,11 @@ class TinyModel:
         """Transformers' model, built once."""
         return self.build().train()
 
+    @property
+    def has_tower(self) -> bool:
+        """Not a language model alone."""
+        return hasattr(self.model().config, "vision_config")
+
     def micro_batches(self, case: str) -> list[Reference]:
         """The global batch of a case."""
         return [self.make_batch(rows, seed) for seed, rows in enumerate(self.cases[case])]
