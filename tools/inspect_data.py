@@ -25,7 +25,7 @@ def main() -> int:
         hf_config = load_hf_config(arguments.hf)
         family = detect(hf_config)
         rules = family.prompt_rules(family.config_from_hf(hf_config, arguments.text_only))
-        builder = PromptBuilder(arguments.hf, rules)
+        builder = PromptBuilder(arguments.hf, rules, arguments.min_pixels, arguments.max_pixels)
         source = DataSource(path=arguments.data)
         reader = RowReader([source], DataSettings(train=[source], seq_length=arguments.seq_length), builder)
         for row in range(arguments.first, min(arguments.first + arguments.num, reader.files[0].index.num_rows)):
@@ -46,6 +46,8 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num", type=int, default=3, help="rows to print (default: 3)")
     parser.add_argument("--first", type=int, default=0, help="row to begin with (default: 0)")
     parser.add_argument("--seq_length", type=int, default=2**30, help="most tokens of a row (default: no limit)")
+    parser.add_argument("--min_pixels", type=int, help="fewest pixels of an image (default: the processor's own value)")
+    parser.add_argument("--max_pixels", type=int, help="most pixels of an image (default: the processor's own value)")
     parser.add_argument("--text_only", action="store_true", help="use only the language model of a directory")
     parser.add_argument(
         "--check", action="store_true", help="also parse every row and look for every image and video file"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -113,7 +114,7 @@ def check_rows(reader: RowReader) -> RowCheck:
                 for image in conversation.images + frames:
                     if image.url is not None and reader.settings.allow_urls:
                         continue
-                    if image.path is None or not image.path.is_file():
+                    if image.path is None or not os.path.isfile(image.path):
                         read_bytes(image, conversation.row_name, reader.settings.allow_urls)
             except DataError as error:
                 if reader.settings.strict:

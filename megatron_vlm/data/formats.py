@@ -38,6 +38,13 @@ VIDEO_KEYS = ("video", "url", "path", "video_url")
 # How base64 text of JPEG, PNG, GIF and WebP begins: tells a bare base64 string from a path without touching the disk.
 BASE64_IMAGE_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
 SHORTEST_BASE64_IMAGE = 64
+LONGEST_PATH_SHOWN = 255
+
+
+def _shown(path: Path) -> str:
+    """A path for messages; one that is no path at all, such as base64 text of an unknown format, is cut."""
+    text = str(path)
+    return text if len(text) <= LONGEST_PATH_SHOWN else f"{text[:80]}..."
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class ImageSource:
     def __str__(self) -> str:
         if self.data is not None:
             return f"an inline image of {len(self.data)} bytes"
-        return str(self.path or self.url)
+        return _shown(self.path) if self.path is not None else str(self.url)
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ class VideoSource:
     """Of a list of frames: how many are shown in a second. Of a file: how many are taken from a second."""
 
     def __str__(self) -> str:
-        return str(self.path) if self.path is not None else f"of {len(self.frames)} frames"
+        return _shown(self.path) if self.path is not None else f"of {len(self.frames)} frames"
 
 
 @dataclass(frozen=True)
@@ -244,8 +251,8 @@ class _RowParser:
         if not isinstance(turn, dict):
             raise self.error(f"a message is a JSON {type(turn).__name__}, not an object")
         role = turn.get("role", turn.get("from"))
-        if role not in ROLES:
-            raise self.error(f"unknown role {role!r}", f"roles are {', '.join(ROLES)}")
+        if not isinstance(role, str) or role not in ROLES:
+            raise self.error(f"unknown role {str(role)[:80]!r}", f"roles are {', '.join(ROLES)}")
         content = turn.get("content", turn.get("value"))
         loss = turn.get("loss", True)
         if not isinstance(loss, bool):
@@ -289,12 +296,14 @@ class _RowParser:
                 return ImagePart(ImageSource(data=self.decode_base64(given[0])))
             return ImagePart(self.image(given[0]) if given else None)
         if kind in ("video", "video_url"):
-            return self.video_part(item)
+            given, rate = self.video_and_rate(item)
+            return VideoPart(None if given is None else self.video(given, rate))
         if kind in ("audio", "input_audio"):
             raise self.error(f"a part of type {kind!r} is not built yet for this family", "remove the part or the row")
         raise self.error(f"not a content part: {str(item)[:80]}", "give {'type': 'text' | 'image' | 'video', ...}")
 
-    def video_part(self, item: dict[str, Any]) -> VideoPart:
+    def video_and_rate(self, item: dict[str, Any]) -> tuple[Any, Any]:
+        """What a part, or an object that stands for a video, says: the video and its fps; None where it does not."""
         given = [item[key] for key in VIDEO_KEYS if item.get(key) is not None]
         if len(given) > 1:
             raise self.error("a video part names more than one video", f"keep one of {', '.join(VIDEO_KEYS)}")
@@ -302,11 +311,12 @@ class _RowParser:
         unknown = [key for key in sorted(item) if item[key] is not None and key not in ("type", "fps", *VIDEO_KEYS)]
         if unknown:
             raise self.error(f"a video part also has {', '.join(unknown)}", "keep only the video and `fps`")
-        return VideoPart(self.video(given[0], item.get("fps")) if given else None)
+        return (given[0] if given else None), item.get("fps")
 
     def video(self, given: Any, rate: Any = None) -> VideoSource:
         if isinstance(given, dict):
-            given, rate = given.get("video") or given.get("path") or given.get("url"), given.get("fps", rate)
+            given, own_rate = self.video_and_rate(given)
+            rate = rate if own_rate is None else own_rate
         if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < 1e6):
             raise self.error(f"a video's fps is {rate!r}", "give frames per second, or leave it out")
         if isinstance(given, list):

@@ -7,6 +7,7 @@ transformers uses when it opens a path itself, gives the same pixels (a test com
 from __future__ import annotations
 
 import io
+import os
 import urllib.error
 import urllib.request
 import warnings
@@ -87,13 +88,13 @@ def read_bytes(source: ImageSource, row_name: str, allow_urls: bool) -> bytes:
             )
         return _fetch(source.url, row_name)
     assert source.path is not None
-    if not source.path.is_file():
-        raise DataError(f"image {source.path} does not exist", row_name, "restore the file or remove the row")
+    if not os.path.isfile(source.path):  # Path.is_file raises where a name is too long
+        raise DataError(f"image {source} does not exist", row_name, "restore the file or remove the row")
     try:
         with source.path.open("rb") as file:
             return file.read(MAX_IMAGE_BYTES + 1)
     except OSError as error:
-        raise DataError(f"image {source.path} cannot be read ({error.strerror})", row_name) from None
+        raise DataError(f"image {source} cannot be read ({error.strerror})", row_name) from None
 
 
 def _fetch(url: str, row_name: str) -> bytes:

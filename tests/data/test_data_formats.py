@@ -118,6 +118,8 @@ def test_loss_flag_and_further_fields() -> None:
         ({"text": "a"}, "no list of messages"),
         ({"messages": []}, "no list of messages"),
         (row({"role": "narrator", "content": "a"}), "unknown role 'narrator'"),
+        (row({"role": ["user"], "content": "a"}), "unknown role \"['user']\""),
+        ({"conversations": [{"from": {}, "value": "a"}]}, "unknown role '{}'"),
         (row({"role": "user", "content": None}), "content is None"),
         (row({"role": "user", "content": ["a"]}), "not a content part"),
         (row({**assistant("a"), "loss": "no"}), "`loss` is 'no'"),

@@ -70,6 +70,9 @@ def refusal(source: ImageSource, allow_urls: bool = False) -> str:
 def test_missing_and_damaged_files(tmp_path: Path) -> None:
     assert "nothing.png does not exist" in refusal(ImageSource(path=tmp_path / "nothing.png"))
     assert "does not exist" in refusal(ImageSource(path=tmp_path))
+    # Base64 text of a format that is not recognised is taken for a path, longer than any file's name may be.
+    long = refusal(ImageSource(path=tmp_path / ("A" * 5000)))
+    assert "does not exist" in long and len(long) < 250
     for kind in ("PNG", "JPEG"):
         data = encoded(picture(), kind)
         assert "cannot be decoded" in refusal(ImageSource(data=data[: len(data) // 2]))

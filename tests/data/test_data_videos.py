@@ -140,20 +140,21 @@ def test_files_that_are_no_videos(make_qwen_reader: Make, folder: Path, monkeypa
         "list.m3u8": "cannot be decoded",
         "sound.mkv": "has no picture",
         "missing.mp4": "does not exist",
+        "A" * 5000: "AAA... does not exist",
     }
     rows = [row(user(video(name)), assistant("b")) for name in [*names, "good.mp4"]]
     reader = make_qwen_reader(rows, max_bad_fraction=0.5)
     for number, reason in enumerate(names.values()):
         placed = reader.read(0, number)
         assert placed.bad and placed.problem and reason in placed.problem and "\n" not in placed.problem
-    assert not reader.read(0, 6).bad
+    assert not reader.read(0, len(names)).bad
     # A container that promises more than it holds.
     with pytest.raises(DataError, match=r"good.mp4 ends before its last frame \[row\]"):
         load_video(VideoSource(folder / "good.mp4"), "row", False, lambda metadata, fps: np.array([0, 9]))
     found = check_rows(reader)
-    assert (found.videos, found.bad_rows) == (7, 1)
+    assert (found.videos, found.bad_rows) == (8, 2)
     monkeypatch.setattr(videos, "MAX_VIDEO_PIXELS", 4 * 32 * 48 - 1)
-    problem = reader.read(0, 6).problem
+    problem = reader.read(0, len(names)).problem
     assert problem and "good.mp4 has 4 frames of 48 x 32 pixels, more than 6143 in all" in problem
 
 
@@ -190,6 +191,9 @@ FILE = VideoPart(VideoSource(path=FOLDER / "a.mp4"))
         ({"type": "video", "path": "a.mp4", "image": None, "text": None}, FILE),
         ({"type": "video", "url": "file:///data/set/a.mp4"}, FILE),
         ({"type": "video_url", "video_url": {"url": "a.mp4"}}, FILE),
+        ({"type": "video", "video": {"path": "a.mp4", "bytes": None}}, FILE),
+        ({"type": "video", "video": {"video": ["0.png", "1.png"], "fps": 2}}, frames_at("0.png", "1.png", fps=2)),
+        ({"type": "video", "video": {"video": ["0.png"], "fps": None}, "fps": 2}, frames_at("0.png", fps=2)),
         ({"type": "video", "video": ["0.png", "/data/set/1.png"]}, frames_at("0.png", "1.png")),
         ({"type": "video", "video": ["0.png", {"path": "1.png"}], "fps": 2}, frames_at("0.png", "1.png", fps=2)),
     ],
@@ -237,6 +241,10 @@ def test_images_and_videos_beside_the_turns() -> None:
         ({"messages": [{"role": "user", "content": "Hi"}], "video": "a.mp4"}, "0 video placeholders but 1 videos"),
         ({"messages": [{"role": "user", "content": "<video><video>"}], "video": "a.mp4"}, "2 video placeholders but 1"),
         ({"messages": [{"role": "user", "content": "<video>"}], "video": []}, "a video has no frames"),
+        ({"messages": [{"role": "user", "content": "<video>"}], "videos": [{"path": "a", "nframes": 8}]}, "nframes"),
+        (row(user({"type": "video", "video": {"path": "a", "start": 3, "nframes": 8}})), "nframes, start"),
+        (row(user({"type": "video", "video": {"path": "a.mp4", "url": "b.mp4"}})), "more than one video"),
+        (row(user({"type": "video", "video": {"fps": 2}})), "not a video"),
         ({"messages": [{"role": "user", "content": "a"}], "audio": "a.wav"}, "lists audio, which is not built yet"),
     ],
 )
