@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
 import pretrain_vlm
 from megatron_vlm.checkpoint.convert import import_checkpoint
@@ -233,7 +233,24 @@ def test_checkpoint_of_another_family(
     content = json.loads(manifest.read_text())
     manifest.write_text(json.dumps(content | {"family": "another", "model_type": "another_one"}))
     line = refusal([*arguments, f"--checkpoint.load={checkpoint}"], capsys)
-    assert "another_one checkpoint of family another" in line and str(checkpoint) in line
+    assert "checkpoint of family another (another_one), this run trains gemma3" in line and str(checkpoint) in line
+
+
+def test_checkpoint_of_the_other_kind(
+    arguments: list[str], model_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As at the start: the language model comes out of a multimodal checkpoint, the towers out of none."""
+    text_dir = folder / "text"
+    Gemma3ForCausalLM(Gemma3Config.from_pretrained(model_dir).text_config).save_pretrained(text_dir)
+    whole, text = folder / "whole", folder / "language_model"
+    import_checkpoint(model_dir, whole)
+    import_checkpoint(text_dir, text)
+    capsys.readouterr()  # transformers shows its progress
+    line = refusal([*arguments, f"--checkpoint.load={text}"], capsys)
+    assert "missing (vision_tower." in line and str(text) in line
+    write_jsonl(folder / "train.jsonl", [row(user("a"), assistant("b"))])
+    for checkpoint in (whole, text):
+        assert pretrain_vlm.main([*arguments, "--model.text_only=true", f"--checkpoint.load={checkpoint}"]) == 0
 
 
 def test_text_only_takes_the_language_model_out(

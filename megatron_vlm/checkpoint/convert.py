@@ -162,7 +162,8 @@ def export_checkpoint(
 
     Args:
         checkpoint: an imported checkpoint, a checkpoint of a run, or a run folder (its newest checkpoint).
-        hf_dir: the model's Hugging Face directory. Names, dtypes and shards follow its weights, if it has any.
+        hf_dir: the model's Hugging Face directory. Names, dtypes and shards follow its weights, if it has any (see
+            `plan_export`); float8 weights are written as bfloat16.
         out_dir: the new directory; missing or empty.
         progress: called with (bytes done, bytes in all).
 
@@ -171,7 +172,7 @@ def export_checkpoint(
     """
     check_export_target(out_dir)
     reader, plan = open_for_export(checkpoint, hf_dir, tie_follows_checkpoint=True)
-    with staged_directory(out_dir) as staging:
+    with reader, staged_directory(out_dir) as staging:
         _export_weights(reader, plan, staging, progress)
         plan.write_companions(staging)
 
@@ -193,7 +194,6 @@ def _export_weights(reader: TorchDistReader, plan: ExportPlan, staging: Path, pr
         writer.close()
     finally:
         writer.abort()
-        reader.close()
 
 
 def verify_checkpoint(
@@ -213,7 +213,7 @@ def verify_checkpoint(
     """
     stored_checkpoint, plan = open_for_export(checkpoint, hf_dir)
     differences = []
-    with open_weights(hf_dir) as reader:
+    with stored_checkpoint, open_weights(hf_dir) as reader:
         weights = plan.weight_map.match(reader)
         total_bytes = sum(reader.tensors[hf_name].num_bytes for hf_name in weights)
         done_bytes = 0
@@ -276,15 +276,13 @@ def open_for_export(
     model_config = family.config_from_hf(hf_config, text_only=identity.text_only)
     weight_map: WeightMap = family.weight_map(model_config)
     reader = TorchDistReader(directory)
-    stored = {name: _Shape(tuple(tensor.size)) for name, tensor in reader.tensors.items()}
-    weight_map.check_stored(stored, str(directory))
-    dtypes = {name: tensor.properties.dtype for name, tensor in reader.tensors.items()}
-    return reader, plan_export(hf_dir, hf_config, weight_map, dtypes)
-
-
-@dataclass(frozen=True)
-class _Shape:
-    shape: tuple[int, ...]
+    try:
+        weight_map.check_stored(reader.shapes, str(directory))
+        dtypes = {name: tensor.properties.dtype for name, tensor in reader.tensors.items()}
+        return reader, plan_export(hf_dir, hf_config, weight_map, dtypes)
+    except CheckpointError:
+        reader.close()
+        raise
 
 
 def plan_export(
@@ -292,9 +290,10 @@ def plan_export(
 ) -> ExportPlan:
     """Decide names, dtypes and files of an export.
 
-    Everything follows the weights in `hf_dir`. Where they cannot be followed (there are none, or the language model of
-    a multimodal model is exported alone), names are those of published files, shards are of 5 GB, and dtypes those of
-    the weights in `hf_dir`, else of config.json, else of the model.
+    Everything follows the weights in `hf_dir`, but float8 weights are written as bfloat16 in shards of 5 GB. Where they
+    cannot be followed (there are none, or the language model of a multimodal model is exported alone), names are those
+    of published files, shards are of 5 GB, and dtypes those of the weights in `hf_dir`, else of config.json, else of
+    the model.
 
     Args:
         hf_dir: the model's Hugging Face directory.
@@ -350,7 +349,10 @@ def _language_model_config(source: Path, hf_config: PretrainedConfig, weight_map
 
 
 def _changed_config(source: Path, hf_config: PretrainedConfig, weight_map: WeightMap) -> bytes | None:
-    """`config.json` where it would not be true of what is exported: plain values, tied or not; None where it is."""
+    """`config.json` where it would not be true of what is exported; None where it is.
+
+    Exported are plain values, and a tied model or not, where it does not say so in both parts.
+    """
     content: dict[str, Any] = json.loads((source / "config.json").read_bytes())
     parts = [content, *([content["text_config"]] if isinstance(content.get("text_config"), dict) else [])]
     changes: dict[str, Any] = {}

@@ -115,7 +115,7 @@ def load_weights(
         CheckpointError: there is none, it is of another family, or tensors are missing or of another shape.
     """
     folder, manifest = on_first_rank(lambda: _find_and_read(Path(path)))
-    _check_family(manifest.identity, identity, folder)
+    manifest.identity.check_family(identity, folder)
     state = sharded_model_state(model_chunks, groups)
     _check_tensors(state, folder, groups)
     _read(lambda: TorchDistLoadShardedStrategy().load(state, folder), folder)
@@ -276,7 +276,7 @@ class CheckpointManager:
         if step is None:
             return None
         folder, manifest = on_first_rank(lambda: _find_and_read(run_folder.step_folder(self.directory, step)))
-        _check_family(manifest.identity, self.identity, folder)
+        manifest.identity.check_family(self.identity, folder)
         if manifest.identity.text_only != self.identity.text_only:
             raise CheckpointError(
                 f"saved with model.text_only {manifest.identity.text_only}, this run uses {self.identity.text_only}",
@@ -381,19 +381,9 @@ def _find_and_read(path: Path) -> tuple[Path, Manifest]:
     return folder, Manifest.read(folder)
 
 
-def _check_family(saved: ModelIdentity, wanted: ModelIdentity, folder: Path) -> None:
-    if saved.family != wanted.family:
-        raise CheckpointError(
-            f"checkpoint of family {saved.family} ({saved.model_type}), this run trains {wanted.family}"
-            f" ({wanted.model_type})",
-            str(folder),
-            "give a checkpoint of the same family, or another model.hf_path",
-        )
-
-
 def _check_tensors(state: dict[str, Any], folder: Path, groups: ProcessGroupCollection) -> None:
     """The model's tensors must be in the checkpoint, in the same global shapes, and its parts must have no others."""
-    stored = on_first_rank(lambda: {key: tuple(entry.size) for key, entry in TorchDistReader(folder).tensors.items()})
+    stored = on_first_rank(lambda: TorchDistReader(folder).shapes)
     local = {leaf.key: tuple(leaf.global_shape) for leaf in nested_values(state) if isinstance(leaf, ShardedTensor)}
     gathered: list[Any] = [None] * groups.pp.size()
     torch.distributed.all_gather_object(gathered, local, group=groups.pp)

@@ -45,21 +45,28 @@ def open_weights(directory: str | os.PathLike) -> SafetensorsReader:
     quantization = find_quantization(json.loads(path.read_bytes())) if path.is_file() else None
     if quantization is None:
         return SafetensorsReader(directory)
+    if not isinstance(quantization, Mapping):
+        what = f"quantization_config is a JSON {type(quantization).__name__}, not an object"
+        raise CheckpointError(what, str(path), USE_OTHER_WEIGHTS)
     method, scale_format = quantization.get("quant_method"), quantization.get("scale_fmt") or "float"
     if method != "fp8" or scale_format != "float":
         what = f"quant_method {method!r}" + (f" with scale_fmt {scale_format!r}" if method == "fp8" else "")
         raise CheckpointError(f"weights quantised by {what} are not read", str(path), USE_OTHER_WEIGHTS)
     block_size = quantization.get("weight_block_size", DEFAULT_BLOCK_SIZE)
-    valid = block_size is None or (len(block_size) == 2 and all(isinstance(n, int) and n > 0 for n in block_size))
+    if block_size is None:
+        return DequantizingReader(directory, None)
+    valid = isinstance(block_size, list) and len(block_size) == 2 and all(type(n) is int and n > 0 for n in block_size)
     if not valid:
-        raise CheckpointError(f"weight_block_size {block_size} is not a number of rows and columns", str(path))
-    return DequantizingReader(directory, block_size and tuple(block_size))
+        what = f"weight_block_size {block_size} is not a number of rows and columns"
+        raise CheckpointError(what, str(path), USE_OTHER_WEIGHTS)
+    return DequantizingReader(directory, (block_size[0], block_size[1]))
 
 
-def find_quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The `quantization_config` of a config.json, where transformers looks for it."""
-    text_config = config.get("text_config") or {}
-    return config.get("quantization_config") or text_config.get("quantization_config")
+def find_quantization(config: Mapping[str, Any]) -> Any:
+    """The `quantization_config` of a config.json, where transformers looks for it; None where there is none."""
+    text_config = config.get("text_config")
+    nested = text_config.get("quantization_config") if isinstance(text_config, Mapping) else None
+    return config.get("quantization_config") or nested
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,20 @@ class ModelIdentity:
     tied: bool
     hf_config: Mapping[str, Any] = field(default_factory=dict)
 
+    def check_family(self, wanted: ModelIdentity, folder: Path) -> None:
+        """Make sure that a checkpoint of this model in `folder` can fill the model `wanted`, or a part of it.
+
+        Raises:
+            CheckpointError: they are of different families.
+        """
+        if self.family != wanted.family:
+            raise CheckpointError(
+                f"checkpoint of family {self.family} ({self.model_type}), this run trains {wanted.family}"
+                f" ({wanted.model_type})",
+                str(folder),
+                "give a checkpoint of the same family, or another model.hf_path",
+            )
+
 
 @dataclass(frozen=True)
 class Manifest:

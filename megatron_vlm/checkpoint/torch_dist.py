@@ -23,7 +23,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Self, cast
 
 import torch
 from torch.distributed.checkpoint import FileSystemWriter
@@ -151,10 +151,20 @@ class TorchDistReader:
         self._pieces: dict[str, list[_Piece]] = {}
         self._streams: dict[str, io.FileIO] = {}
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Close the files."""
         while self._streams:
             self._streams.popitem()[1].close()
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.size) for name, tensor in self.tensors.items()}
 
     def read_rows(self, key: str, first_row: int, end_row: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
         """Rows of a tensor (a scalar's value), whatever pieces it was saved in; for `buffer` see `read_bytes`."""

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import torch
 
@@ -136,11 +135,6 @@ def _transpose(matrices: torch.Tensor) -> torch.Tensor:
     return result
 
 
-class _Shaped(Protocol):
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-
 @dataclass(frozen=True)
 class WeightMap:
     """All weights of one model.
@@ -185,7 +179,6 @@ class WeightMap:
             CheckpointError: lists all missing, unexpected and wrongly shaped tensors together; or there are quantised
                 weights; or experts are held in another way than in either of the two that are read.
         """
-        _refuse_quantized(reader)
         expected: dict[str, HfWeight] = {}
         for group in self.groups:
             prefix = _used_prefix(group, reader.tensors)
@@ -193,22 +186,23 @@ class WeightMap:
         for group, source in self.tied_groups:
             copies = _in_file(group, _used_prefix(group, reader.tensors), False)
             expected |= {name: replace(copy, name=source) for name, copy in copies.items() if name in reader.tensors}
+        _refuse_quantized(reader, expected)
         read = {name for name in reader.tensors if not name.startswith(self.unread_hf_prefixes)}
         _refuse_differences(
             {name: weight.shape for name, weight in expected.items()},
-            {name: reader.tensors[name] for name in sorted(read)},
+            {name: reader.tensors[name].shape for name in sorted(read)},
             str(reader.directory),
         )
         return expected
 
-    def check_stored(self, stored: Mapping[str, _Shaped], where: str) -> None:
-        """Compare with the tensors of a distributed checkpoint, which may hold more (the optimizer's state).
+    def check_stored(self, stored: Mapping[str, Sequence[int]], where: str) -> None:
+        """Compare with the shapes in a distributed checkpoint, which may hold more (the optimizer's state).
 
         Raises:
             CheckpointError: lists all missing and wrongly shaped tensors together, and surplus ones of the same parts.
         """
         parts = tuple({group.prefix.split(".")[0] + "." for group in self.groups})
-        relevant = {name: tensor for name, tensor in stored.items() if name.startswith(parts)}
+        relevant = {name: shape for name, shape in stored.items() if name.startswith(parts)}
         _refuse_differences({name: weight.padded_shape for name, weight in self.items()}, relevant, where)
 
 
@@ -244,9 +238,10 @@ def _is_transposed(group: WeightGroup, prefix: str, reader: SafetensorsReader) -
     )
 
 
-def _refuse_quantized(reader: SafetensorsReader) -> None:
+def _refuse_quantized(reader: SafetensorsReader, names: Iterable[str]) -> None:
     """Refuse numbers that are values only times their scales: they would be converted, and trained on, as they are."""
-    found = [f"{name} {tensor.dtype}" for name, tensor in reader.tensors.items() if tensor.dtype not in VALUE_DTYPES]
+    dtypes = {name: reader.tensors[name].dtype for name in names if name in reader.tensors}
+    found = [f"{name} {dtype}" for name, dtype in dtypes.items() if dtype not in VALUE_DTYPES]
     if found:
         raise CheckpointError(
             f"{len(found)} quantised tensors without the scales that give their values ({_abbreviate(found)})",
@@ -256,13 +251,13 @@ def _refuse_quantized(reader: SafetensorsReader) -> None:
         )
 
 
-def _refuse_differences(expected: Mapping[str, Sequence[int]], actual: Mapping[str, _Shaped], where: str) -> None:
+def _refuse_differences(expected: Mapping[str, Sequence[int]], actual: Mapping[str, Sequence[int]], where: str) -> None:
     missing = [name for name in expected if name not in actual]
     unexpected = [name for name in actual if name not in expected]
     misshapen = [
-        f"{name} {list(actual[name].shape)} instead of {list(shape)}"
+        f"{name} {list(actual[name])} instead of {list(shape)}"
         for name, shape in expected.items()
-        if name in actual and tuple(actual[name].shape) != tuple(shape)
+        if name in actual and tuple(actual[name]) != tuple(shape)
     ]
     found = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
     problems = [f"{len(names)} {kind} ({_abbreviate(names)})" for kind, names in found if names]

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_vlm import platform
-from megatron_vlm.checkpoint.convert import check_tied_copies, open_for_export
+from megatron_vlm.checkpoint.convert import check_tied_copies, identity_of
 from megatron_vlm.checkpoint.fp8 import open_weights
 from megatron_vlm.checkpoint.run_folder import Manifest, find_checkpoint
+from megatron_vlm.checkpoint.torch_dist import TorchDistReader
 from megatron_vlm.config import Config
 from megatron_vlm.data.describe import RowCheck, check_rows, describe_samples
 from megatron_vlm.data.prompts import PromptRules
@@ -72,15 +73,13 @@ def dry_run(config: Config, say: Callable[[str], None] = print) -> int:
     checks: list[RowCheck] = []
     report.attempt(lambda: _describe_layout(config, model_config, shapes, layouts))
     report.attempt(lambda: _check_weights(config, family, model_config))
-    report.attempt(lambda: _check_load(config))
+    report.attempt(lambda: _check_load(config, family, model_config))
     report.attempt(lambda: _check_places(config))
     rules = family.prompt_rules(model_config)
     report.attempt(lambda: _check_data(config, rules, checks))
     if layouts:
-        say("memory")
         images_per_row = _images_per_row(checks[0]) if checks else 1.0
-        for line in format_memory(estimate_memory(config, family, model_config, layouts[0], images_per_row)):
-            say(f"  {line}")
+        report.attempt(lambda: _describe_memory(config, family, model_config, layouts[0], images_per_row))
     if checks:
         report.attempt(lambda: describe_samples(config, rules, SAMPLES_SHOWN))
     if report.problems:
@@ -142,6 +141,13 @@ def _describe_experts(config: Config, model_config: Any, layout: Layout) -> list
     ]
 
 
+def _describe_memory(
+    config: Config, family: registry.Family, model_config: Any, layout: Layout, images_per_row: float
+) -> str:
+    estimate = estimate_memory(config, family, model_config, layout, images_per_row)
+    return "\n  ".join(["memory", *format_memory(estimate)])
+
+
 def _check_weights(config: Config, family: registry.Family, model_config: Any) -> str:
     """Names and shapes in the HF directory against the model."""
     if not config.model.load_weights:
@@ -154,12 +160,15 @@ def _check_weights(config: Config, family: registry.Family, model_config: Any) -
     return f"weights   {len(names)} tensors, {num_bytes / 2**30:.2f} GiB, names and shapes fit the model"
 
 
-def _check_load(config: Config) -> str:
-    """The checkpoint of `checkpoint.load` against the model."""
+def _check_load(config: Config, family: registry.Family, model_config: Any) -> str:
+    """The checkpoint of `checkpoint.load` against the model, as `load_weights` compares them."""
     if config.checkpoint.load is None:
         return "load      nothing (checkpoint.load is null)"
-    open_for_export(config.checkpoint.load, config.model.hf_path)
-    return f"load      {find_checkpoint(config.checkpoint.load)}, names and shapes fit the model"
+    folder = find_checkpoint(config.checkpoint.load)
+    Manifest.read(folder).identity.check_family(identity_of(config.model.hf_path, family.name, model_config), folder)
+    with TorchDistReader(folder) as reader:
+        family.weight_map(model_config).check_stored(reader.shapes, str(folder))
+    return f"load      {folder}, names and shapes fit the model"
 
 
 def _check_places(config: Config) -> str:

@@ -219,13 +219,24 @@ class TestRefusals:
             ({"quant_method": "compressed-tensors"}, "quant_method 'compressed-tensors'"),
             ({"quant_method": "fp8", "scale_fmt": "ue8m0"}, "quant_method 'fp8' with scale_fmt 'ue8m0'"),
             ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size \[128\]"),
+            ({"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size 128 is not"),
+            ({"quant_method": "fp8", "weight_block_size": [True, 128]}, r"weight_block_size \[True, 128\]"),
+            ({"quant_method": "fp8", "weight_block_size": [128, 0]}, r"weight_block_size \[128, 0\]"),
         ],
     )
     def test_another_scheme(self, published: Path, tmp_path: Path, scheme: dict[str, Any], message: str) -> None:
         source = rewrite(published, tmp_path / "hf", lambda tensors: tensors)
         write_config(source, read_config(source) | {"quantization_config": scheme})
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(CheckpointError, match=message) as caught:
             import_checkpoint(source, tmp_path / "checkpoint")
+        assert "unquantised weights" in str(caught.value)
+
+    def test_a_scheme_that_is_no_object(self, published: Path, tmp_path: Path) -> None:
+        """Read alone: `load_hf_config` asks transformers first, which has no words for it."""
+        source = rewrite(published, tmp_path / "hf", lambda tensors: tensors)
+        write_config(source, read_config(source) | {"quantization_config": ["fp8"]})
+        with pytest.raises(CheckpointError, match=r"quantization_config is a JSON list.*unquantised weights"):
+            open_weights(source)
 
     @pytest.mark.parametrize("dtype", fp8.FLOAT8)
     def test_float8_without_scales_in_every_family(self, tmp_path: Path, dtype: torch.dtype) -> None:
