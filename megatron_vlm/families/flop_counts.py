@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.data.visuals import VisionGrid
 
 
 @dataclass(frozen=True)
@@ -83,18 +84,16 @@ def text_flops(text: Any, batch: MicroBatch, feed_forward_weights: Callable[[Any
     return 2 * weights * int(is_real.sum()), attention
 
 
-def tower_flops(vision: Any, grids: Sequence[tuple[int, int, int]], feed_forward_weights: int) -> tuple[int, int]:
+def tower_flops(vision: Any, grids: Sequence[VisionGrid]) -> tuple[int, int]:
     """Forward operations of a vision tower: its patch embedding, and its layers, where a frame attends to itself alone.
 
     Args:
         vision: the family's record.
         grids: frames, height and width in patches of each image or video.
-        feed_forward_weights: numbers of a layer's feed-forward weights that each patch is multiplied with.
     """
     num_patches = sum(frames * height * width for frames, height, width in grids)
     patch_pairs = sum(frames * (height * width) ** 2 for frames, height, width in grids)
-    weights = 4 * vision.hidden_size**2 + feed_forward_weights
-    layer = 2 * num_patches * weights + 2 * 2 * patch_pairs * vision.hidden_size
+    layer = 2 * num_patches * vision.layer_weights + 2 * 2 * patch_pairs * vision.hidden_size
     return 2 * num_patches * vision.patch_features * vision.hidden_size, vision.num_hidden_layers * layer
 
 

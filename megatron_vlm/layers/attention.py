@@ -20,7 +20,7 @@ from megatron_vlm.layers.linear import (
     column_parallel_weights,
 )
 from megatron_vlm.layers.norm import RMSNorm
-from megatron_vlm.layers.rope import apply_rope
+from megatron_vlm.layers.rope import RopeTable, apply_rope
 from megatron_vlm.parallel.gradients import mark_partial
 
 
@@ -92,7 +92,7 @@ class SelfAttention(torch.nn.Module):
     def forward(
         self,
         x_SBH: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
+        rope: RopeTable,
         spans: Spans,
         query_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:

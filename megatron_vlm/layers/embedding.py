@@ -18,7 +18,7 @@ IGNORED_LABEL = -100
 def padded_vocab_size(vocab_size: int) -> int:
     """Vocabulary rows with padding: the next multiple of 64, in every layout, so that checkpoints do not depend on it.
 
-    The published Gemma vocabularies (262144, 262208) need none. Padding rows are zero and outside the softmax.
+    Published vocabularies (131072, 151936, 262144, 262208) need none. Padding rows are zero and outside the softmax.
     """
     return -(-vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
 

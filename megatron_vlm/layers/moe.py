@@ -4,8 +4,8 @@ Dropless: every token reaches its `top_k` experts, however unevenly they are loa
 divided anew for experts (`parallel.groups`): expert-parallel ranks hold different experts, expert-tensor ranks share
 each of them, and the rest are replicas.
 
-Shapes: S sequence (a shard of it under sequence parallelism), B batch, H hidden, E experts, T tokens sent to this
-rank's experts, I expert width.
+Shapes: S sequence (a shard of it under sequence parallelism), B batch, H hidden, E experts, I expert width,
+T tokens: of this rank in router and layer, sent to its experts in `Experts`.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def patch_places(frames: Sequence[Grid], merge_size: int, device: torch.device) 
 
 
 class PatchProjection(torch.nn.Module):
-    """A convolution whose kernel is a whole patch: one product. Replicated: a thousandth of a tower.
+    """A convolution whose kernel is a whole patch: one product. Replicated: at most half a percent of a tower.
 
     Args:
         kernel: channels, (frames,) rows and columns of a patch.
@@ -115,8 +115,8 @@ def encode_packed(
         return projector(*tower(pixels, grids))
     frames = split_frames(grids)
     patches = [math.prod(frame) for frame in frames]
-    # Linear layers work in proportion to patches, attention to their square; it overtakes them at some 6,600 patches.
-    costs = [count * (2 * config.hidden_size + config.intermediate_size + count) for count in patches]
+    # Multiply-adds of a layer: linear ones in proportion to patches, attention to their square.
+    costs = [count * (config.layer_weights + 2 * count * config.hidden_size) for count in patches]
     division = ImageDivision(patches, costs, divided_over)
     own_frames = [frames[index] for index in division.own] or blank
     features = projector(*tower(division.take(pixels, merge**2), own_frames))

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
+RopeTable = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines."""
+
 
 def rope_table(
     positions_BS: torch.Tensor, head_dim: int, theta: float, scaling_factor: float, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> RopeTable:
     """Cosines and sines of the rotation angles, computed in fp32.
 
     Args:
@@ -28,7 +31,7 @@ def rope_table(
 
     Source: "default" and "linear" of transformers' modeling_rope_utils.
     """
-    frequencies = _frequencies(head_dim, theta, positions_BS.device) / scaling_factor
+    frequencies = geometric_frequencies(head_dim, theta, positions_BS.device) / scaling_factor
     return _table(positions_BS.t().float()[..., None] * frequencies, dtype)
 
 
@@ -44,7 +47,7 @@ class YarnScaling:
         mscale: with `mscale_all_dim`, the scale of cosines and sines.
         mscale_all_dim: see `mscale`.
         attention_factor: that scale itself, where it is given.
-        truncate: the ramp begins and ends at whole frequencies, as in all published models.
+        truncate: the ramp begins and ends at whole frequencies.
     """
 
     factor: float
@@ -82,12 +85,12 @@ class YarnScaling:
 
 def yarn_table(
     positions_BS: torch.Tensor, head_dim: int, theta: float, yarn: YarnScaling, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> RopeTable:
     """`rope_table` with frequencies stretched by YaRN.
 
     Source: `_compute_yarn_parameters` of transformers' modeling_rope_utils; arXiv 2309.00071.
     """
-    frequencies = _frequencies(head_dim, theta, positions_BS.device)
+    frequencies = geometric_frequencies(head_dim, theta, positions_BS.device)
     first, last = yarn.ramp(head_dim, theta)
     places = torch.arange(head_dim // 2, dtype=torch.float32, device=positions_BS.device)
     stretched = ((places - first) / (last - first)).clamp(0, 1)
@@ -95,12 +98,12 @@ def yarn_table(
     return _table(positions_BS.t().float()[..., None] * frequencies, dtype, yarn.scale)
 
 
-def _frequencies(head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
+def geometric_frequencies(head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
     """The geometric series of D / 2 frequencies."""
     return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
 
 
-def _table(angles: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+def _table(angles: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> RopeTable:
     """Cosines and sines [S, B, 1, D] of angles [S, B, D / 2]."""
     angles = torch.cat((angles, angles), dim=-1).unsqueeze(2)
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
@@ -108,7 +111,7 @@ def _table(angles: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> tupl
 
 def mrope_table(
     positions_ABS: torch.Tensor, head_dim: int, theta: float, sections: tuple[int, ...], dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> RopeTable:
     """Cosines and sines where each frequency turns with one of several position axes, interleaved.
 
     Frequency i belongs to axis a = i % axes while i < axes * sections[a], and to axis 0 otherwise: with sections
@@ -131,11 +134,11 @@ def mrope_table(
     axis = torch.zeros_like(place)
     for number, section in enumerate(sections[1:], start=1):
         axis[number : num_axes * section : num_axes] = number
-    frequencies = _frequencies(head_dim, theta, device)
+    frequencies = geometric_frequencies(head_dim, theta, device)
     return _table(positions_ABS.permute(2, 1, 0).float()[..., axis] * frequencies, dtype)
 
 
-def apply_rope(x_SBND: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def apply_rope(x_SBND: torch.Tensor, table: RopeTable) -> torch.Tensor:
     """Rotate pairs (i, i + D/2) of the last dimension by the table's angles."""
     cosine, sine = table
     first, second = x_SBND.chunk(2, dim=-1)

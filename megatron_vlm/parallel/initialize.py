@@ -10,7 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_vlm.layers.embedding import TokenEmbedding
 from megatron_vlm.layers.norm import RMSNorm
-from megatron_vlm.parallel.sharding import is_expert, own_part, splits, whole_shape
+from megatron_vlm.parallel.sharding import is_expert, own_part, whole_shape
 
 
 def initialize_weights(
@@ -59,15 +59,11 @@ def _fill_experts(
     name: str, parameter: torch.nn.Parameter, seed: int, std: float, groups: ProcessGroupCollection
 ) -> None:
     """One expert at a time: all of them together may be larger than the host's memory."""
-    num_experts, *expert_shape = whole_shape(parameter, groups)
-    first = groups.ep.rank() * (num_experts // groups.ep.size())
+    first = groups.ep.rank() * parameter.shape[0]
+    expert_shape = whole_shape(parameter, groups)[1:]
     for place in range(parameter.shape[0]):
         whole = _normal(f"{name} {first + place}", (1, *expert_shape), seed, std)
-        for split in splits(parameter, groups):
-            if split.dim:
-                size = parameter.shape[split.dim]
-                whole = whole.narrow(split.dim, split.group.rank() * size, size)
-        parameter[place].copy_(whole[0])
+        parameter[place].copy_(own_part(whole, parameter, groups, first_dim=1)[0])
 
 
 def _normal(name: str, shape: Sequence[int], seed: int, std: float) -> torch.Tensor:

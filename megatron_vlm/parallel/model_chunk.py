@@ -8,7 +8,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.layers.language_model import LanguageModelChunk
+from megatron_vlm.layers.patches import encode_packed
 from megatron_vlm.parallel.chunk import ChunkSettings
 from megatron_vlm.parallel.gradients import mark_partial
 
@@ -20,19 +22,25 @@ class ModelChunk(MegatronModule):
         chunk: which part of the model, and how it is held.
         groups: process groups.
         tied: embedding and head share their weight.
+        has_vision: the model has a tower, wherever its first chunk is.
     """
 
     model_type = ModelType.encoder_or_decoder
     language_model: LanguageModelChunk
+    vision_tower: torch.nn.Module
+    projector: torch.nn.Module
 
-    def __init__(self, chunk: ChunkSettings, groups: ProcessGroupCollection, tied: bool) -> None:
+    def __init__(self, chunk: ChunkSettings, groups: ProcessGroupCollection, tied: bool, has_vision: bool) -> None:
         super().__init__(chunk.engine)
         self.groups = groups
         self.pre_process, self.post_process, self.vp_stage = chunk.is_first, chunk.is_last, chunk.virtual_stage
         self.share_embeddings_and_output_weights = tied
         self.divides_images = chunk.vision_parallelism == "data" and groups.tp.size() > 1
+        assert groups.cp.size() == 1, "context ranks stand for the group of one rank"
         # Ranks that share each layer of a tower.
         self.tower_group = groups.cp if self.divides_images else groups.tp
+        # A micro-batch without images skips the tower, or gives it a blank one whose features nobody reads.
+        self.always_encodes = chunk.overlapped and has_vision
         self.input_tensor: torch.Tensor | None = None
 
     def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
@@ -49,6 +57,15 @@ class ModelChunk(MegatronModule):
         if self.config.sequence_parallel:
             x_SBH = scatter_to_sequence_parallel_region(x_SBH, group=self.groups.tp)
         return x_SBH
+
+    def packed_features(self, batch: MicroBatch) -> list[torch.Tensor]:
+        """Features of a micro-batch's packed images and videos, as the projector returns them; empty if none is
+        encoded."""
+        if not (batch.vision_grids or self.always_encodes):
+            return []
+        pixels = batch.vision_inputs.get("pixel_values")
+        divided_over = self.groups.tp if self.divides_images else None
+        return encode_packed(self.vision_tower, self.projector, pixels, batch.vision_grids, divided_over)
 
     def mark_tower(self, *towers: torch.nn.Module) -> None:
         """Declare whole towers on every tensor rank, each fed a share of the images, where images are divided."""

@@ -67,9 +67,13 @@ def whole_shape(parameter: torch.nn.Parameter, groups: ProcessGroupCollection) -
     return tuple(shape)
 
 
-def own_part(whole: torch.Tensor, parameter: torch.nn.Parameter, groups: ProcessGroupCollection) -> torch.Tensor:
-    """This rank's part of a tensor of `whole_shape`, as a view."""
+def own_part(
+    whole: torch.Tensor, parameter: torch.nn.Parameter, groups: ProcessGroupCollection, first_dim: int = 0
+) -> torch.Tensor:
+    """This rank's part of a tensor of `whole_shape`, as a view; those before `first_dim` are this rank's already."""
     for split in splits(parameter, groups):
+        if split.dim < first_dim:
+            continue
         size = parameter.shape[split.dim]
         whole = whole.narrow(split.dim, split.group.rank() * size, size)
     return whole

@@ -60,9 +60,12 @@ def unpack(wire: torch.Tensor, length: int, num_sequences: int, num_numbers: int
         num_sequences: of the state.
         num_numbers: of the state; 0 for None.
     """
-    hidden, *sequences = wire[: (1 + num_sequences) * length].split(length) if num_sequences else [wire[:length]]
+    if not num_sequences and not num_numbers:
+        return StageState(wire)
+    end = (1 + num_sequences) * length
+    hidden, *sequences = wire[:end].split(length)
     numbers = None
     if num_numbers:
-        rounded, rest = wire[(1 + num_sequences) * length :].flatten()[: 2 * num_numbers].float().chunk(2)
+        rounded, rest = wire[end:].flatten()[: 2 * num_numbers].float().chunk(2)
         numbers = rounded + rest
-    return StageState(hidden if num_sequences or num_numbers else wire, sequences, numbers)
+    return StageState(hidden, sequences, numbers)

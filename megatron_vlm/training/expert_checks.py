@@ -45,7 +45,7 @@ def expert_problems(config: Config, model_config: Any) -> Iterator[UserError]:
         yield ConfigError(
             f"hidden size {text.hidden_size} is no multiple of {alignment}, which torch's grouped product needs for "
             f"experts in {config.train.precision}",
-            fix=_less_alignment(text.hidden_size),
+            fix=_alignment_remedy(config, text.hidden_size),
         )
 
 
@@ -75,12 +75,14 @@ def _width_problems(config: Config, width: int, alignment: int) -> Iterator[User
             f": {width // size} is no multiple of {alignment}, which torch's grouped product needs in "
             f"{config.train.precision}"
         )
-    yield ConfigError(what, fix=f"use {alternatives(fitting)}" if fitting else _less_alignment(width))
+    yield ConfigError(what, fix=f"use {alternatives(fitting)}" if fitting else _alignment_remedy(config, width))
 
 
-def _less_alignment(number: int) -> str | None:
+def _alignment_remedy(config: Config, number: int) -> str:
     """What helps a number of columns that does not suit the grouped product in any layout."""
-    return "set train.precision to fp32, which needs a multiple of 4" if number % 4 == 0 else None
+    if config.train.precision != "fp32" and number % 4 == 0:
+        return "set train.precision to fp32, which needs a multiple of 4"
+    return "use a model whose hidden size and expert width are multiples of 8 (bf16) or 4 (fp32)"
 
 
 def expert_rank_problems(config: Config, world_size: int) -> Iterator[UserError]:

@@ -62,7 +62,8 @@ def build_optimizer(
     chain = get_megatron_optimizer(config, list(model), overrides, use_gloo_process_groups=False, pg_collection=groups)
     assert isinstance(chain, ChainedOptimizer)
     for member in chain.chained_optimizers[:-1]:
-        # A distributed optimizer's step ends with gathering all parameters, the other's too: only the last one does.
+        # Each member's step would gather the parameters of all; only the last one's does, when all are updated. This
+        # goes when megatron-core's chain gathers once by itself (tests/distributed/test_expert_optimizer.py counts).
         member._defer_param_sync = True
     return chain
 

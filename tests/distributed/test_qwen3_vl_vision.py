@@ -316,7 +316,7 @@ def rotated_in_bf16(grid: Grid) -> tuple[torch.Tensor, ...]:
     places = vision.patch_places([grid], 2, x.device)
     segments = vision.Segments((len(x),), x.device)
     with mock.patch.object(vision, "packed_attention", side_effect=lambda q, *_: q) as attend:
-        attention(x, vision.rope_table(places, 8), segments)
+        attention(x, vision.patch_rope(places, 8), segments)
     q, k = (tensor.transpose(0, 1) for tensor in attend.call_args.args[:2])
     weight, bias = attention.qkv()
     projected = (torch.matmul(x, weight.t()) + bias).view(len(x), 3, -1, 8)

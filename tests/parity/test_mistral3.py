@@ -182,7 +182,7 @@ def test_patches_turn_with_row_and_column_as_in_transformers(dtype: torch.dtype)
     size = torch.full_like(row, side)
     config = config_from_hf(hf_config, text_only=False).vision
     assert config is not None
-    ours = vision.rope_table(Places(row, column, size, size), config, dtype)
+    ours = vision.patch_rope(Places(row, column, size, size), config, dtype)
     rotary = PixtralVisionRotaryEmbedding(hf_config.vision_config)
     theirs = rotary(torch.zeros(1, dtype=dtype), torch.stack((row, column), dim=-1))
     for mine, its in zip(ours, theirs, strict=True):
@@ -211,12 +211,12 @@ def patches_in_raster_order() -> Iterator[None]:
 
 @contextmanager
 def rows_and_columns_swapped() -> Iterator[None]:
-    table = vision.rope_table
+    table = vision.patch_rope
 
     def swapped(places: Places, *arguments: Any) -> vision.RopeTable:
         return table(replace(places, row=places.column, column=places.row), *arguments)
 
-    with mock.patch.object(vision, "rope_table", swapped):
+    with mock.patch.object(vision, "patch_rope", swapped):
         yield
 
 
@@ -229,7 +229,7 @@ def columns_with_the_slow_half_of_the_frequencies() -> Iterator[None]:
         angles = torch.cat((places.row[:, None] * fast, places.column[:, None] * slow) * 2, dim=-1).unsqueeze(1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
-    with mock.patch.object(vision, "rope_table", halves):
+    with mock.patch.object(vision, "patch_rope", halves):
         yield
 
 

@@ -52,6 +52,11 @@ class VisionConfig:
         """Numbers in one flattened patch."""
         return self.num_channels * self.patch_size**2
 
+    @property
+    def layer_weights(self) -> int:
+        """Numbers of a layer that each patch is multiplied with."""
+        return 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
+
 
 @dataclass(frozen=True)
 class ModelConfig:

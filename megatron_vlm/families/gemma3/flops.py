@@ -25,8 +25,6 @@ def batch_flops(model_config: ModelConfig, batch: MicroBatch, frozen: Set[str] =
     assert model_config.mm_tokens_per_image is not None
     num_images, side = batch.counters["images"], vision.image_size // vision.patch_size
     # Images of one size, which attend to themselves alone as frames of a video do.
-    embedding, layers = tower_flops(
-        vision, [(num_images, side, side)], 2 * vision.hidden_size * vision.intermediate_size
-    )
+    embedding, layers = tower_flops(vision, [(num_images, side, side)])
     projector = num_images * 2 * model_config.mm_tokens_per_image * vision.hidden_size * text.hidden_size
     return ForwardFlops(linear, attention, embedding, layers, projector).with_backward(frozen)

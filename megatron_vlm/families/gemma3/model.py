@@ -24,14 +24,14 @@ from megatron_vlm.layers.language_model import LanguageModelChunk, residual_norm
 from megatron_vlm.layers.linear import Group
 from megatron_vlm.layers.mlp import GatedMLP
 from megatron_vlm.layers.recompute import run_layer
-from megatron_vlm.layers.rope import rope_table
+from megatron_vlm.layers.rope import RopeTable, rope_table
 from megatron_vlm.parallel.chunk import ChunkSettings
 from megatron_vlm.parallel.images import ImageDivision
 from megatron_vlm.parallel.model_chunk import ModelChunk
 from megatron_vlm.parallel.wire import StageState, pack
 
 gelu_tanh = partial(gelu, approximate="tanh")
-RopeTables = Mapping[tuple[int, float, float], tuple[torch.Tensor, torch.Tensor]]
+RopeTables = Mapping[tuple[int, float, float], RopeTable]
 
 
 class DecoderLayer(torch.nn.Module):
@@ -103,12 +103,11 @@ class Gemma3Chunk(ModelChunk):
     language_model: Gemma3LanguageModel
 
     def __init__(self, config: ModelConfig, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
-        super().__init__(chunk, groups, config.text.tie_word_embeddings)
+        super().__init__(chunk, groups, config.text.tie_word_embeddings, config.vision is not None)
         self.language_model = Gemma3LanguageModel(config.text, chunk, groups.tp)
         if chunk.is_first and config.vision is not None:
-            # A micro-batch without images skips the tower, or gives it one whose features nobody reads.
             size = config.vision.image_size
-            self.unread_pixels_shape = (1, config.vision.num_channels, size, size) if chunk.overlapped else None
+            self.blank_shape = (1, config.vision.num_channels, size, size)
             assert config.mm_tokens_per_image is not None
             self.vision_tower = VisionTower(
                 config.vision, chunk.tower_engine, self.tower_group, chunk.recompute == "full"
@@ -124,16 +123,13 @@ class Gemma3Chunk(ModelChunk):
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Hidden states [S, B, H] for the next chunk, or on the last chunk the fp32 loss of every token [B, S]."""
-        x_SBH = self.hidden_states(batch)
+        x_SBH = self._embed(batch) if self.pre_process else self.input_tensor
+        assert x_SBH is not None
+        spans = Spans(batch.span_low, batch.span_high)
+        x_SBH = self.language_model.decode(x_SBH, batch.position_ids, spans)
         if not self.post_process:
             return pack(StageState(x_SBH), self.input_tensor)
         return token_losses(self.language_model.logits(x_SBH), batch.labels, self.groups.tp)
-
-    def hidden_states(self, batch: MicroBatch) -> torch.Tensor:
-        """Output of this chunk's last layer, [S, B, H]."""
-        x_SBH = self._embed(batch) if self.pre_process else self.input_tensor
-        assert x_SBH is not None
-        return self.language_model.decode(x_SBH, batch.position_ids, Spans(batch.span_low, batch.span_high))
 
     def _embed(self, batch: MicroBatch) -> torch.Tensor:
         """Tokens and images as one sequence, [S, B, H]."""
@@ -141,8 +137,8 @@ class Gemma3Chunk(ModelChunk):
         x_BSH = self.language_model.embed(batch.input_ids.masked_fill(batch.feature_index >= 0, 0))
         if hasattr(self, "vision_tower"):
             pixels = batch.vision_inputs.get("pixel_values")
-            if pixels is None and self.unread_pixels_shape is not None:
-                pixels = x_BSH.new_zeros(self.unread_pixels_shape)
+            if pixels is None and self.always_encodes:
+                pixels = x_BSH.new_zeros(self.blank_shape)
             if pixels is not None:
                 features = self._image_features(pixels.to(x_BSH.device, non_blocking=True))
                 x_BSH = place_features(x_BSH, features, batch.feature_index)

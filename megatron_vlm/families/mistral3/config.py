@@ -58,6 +58,11 @@ class VisionConfig:
         return self.num_channels * self.patch_size**2
 
     @property
+    def layer_weights(self) -> int:
+        """Numbers of a layer that each patch is multiplied with."""
+        return 4 * self.hidden_size**2 + 3 * self.hidden_size * self.intermediate_size
+
+    @property
     def projector_hidden_size(self) -> int:
         """Between the projector's two linear layers."""
         return self.out_hidden_size
@@ -160,7 +165,9 @@ def _vision(hf: Narrowed, text: TextConfig) -> VisionConfig:
     rope = vision.rope_parameters
     _require(rope["rope_type"] == "axial", f"vision rope_type {rope['rope_type']!r}")
     head_dim = vision.hidden_size // vision.num_attention_heads
-    _require(vision.head_dim in (None, head_dim) and head_dim % 4 == 0, f"vision head_dim {vision.head_dim}")
+    _require(
+        vision.head_dim in (None, head_dim) and head_dim % 4 == 0, f"vision head_dim {vision.head_dim or head_dim}"
+    )
     return VisionConfig(
         hidden_size=vision.hidden_size,
         intermediate_size=vision.intermediate_size,

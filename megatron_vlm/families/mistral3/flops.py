@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 
 from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.data.visuals import VisionGrid
 from megatron_vlm.families.flop_counts import ForwardFlops, text_flops, tower_flops
 from megatron_vlm.families.mistral3.config import ModelConfig, VisionConfig
 
@@ -29,14 +30,14 @@ def batch_flops(model_config: ModelConfig, batch: MicroBatch, frozen: Set[str] =
     return forward.with_backward(frozen)
 
 
-def vision_flops(vision: VisionConfig, grids: Sequence[tuple[int, int, int]]) -> tuple[int, int, int]:
+def vision_flops(vision: VisionConfig, grids: Sequence[VisionGrid]) -> tuple[int, int, int]:
     """Forward operations of images: patch embedding, tower layers, and projector.
 
     Args:
         vision: the tower and the projector.
         grids: (1, height, width) in patches of each.
     """
-    embedding, layers = tower_flops(vision, grids, 3 * vision.hidden_size * vision.intermediate_size)
+    embedding, layers = tower_flops(vision, grids)
     patches_per_feature = vision.spatial_merge_size**2
     num_features = sum(frames * height * width for frames, height, width in grids) // patches_per_feature
     hidden, out = vision.hidden_size, vision.out_hidden_size

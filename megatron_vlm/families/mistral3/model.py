@@ -20,14 +20,11 @@ from megatron_vlm.layers.embedding import place_features, token_losses
 from megatron_vlm.layers.language_model import LanguageModelChunk, residual_norm
 from megatron_vlm.layers.linear import Group
 from megatron_vlm.layers.mlp import GatedMLP
-from megatron_vlm.layers.patches import encode_packed
 from megatron_vlm.layers.recompute import run_layer
-from megatron_vlm.layers.rope import rope_table, yarn_table
+from megatron_vlm.layers.rope import RopeTable, rope_table, yarn_table
 from megatron_vlm.parallel.chunk import ChunkSettings
 from megatron_vlm.parallel.model_chunk import ModelChunk
 from megatron_vlm.parallel.wire import StageState, pack
-
-RopeTable = tuple[torch.Tensor, torch.Tensor]
 
 
 class DecoderLayer(torch.nn.Module):
@@ -102,9 +99,7 @@ class Mistral3Chunk(ModelChunk):
     language_model: Mistral3LanguageModel
 
     def __init__(self, config: ModelConfig, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
-        super().__init__(chunk, groups, config.text.tie_word_embeddings)
-        # A micro-batch without images skips the tower, or gives it one whose features nobody reads.
-        self.always_encodes = chunk.overlapped and config.vision is not None
+        super().__init__(chunk, groups, config.text.tie_word_embeddings, config.vision is not None)
         self.language_model = Mistral3LanguageModel(config.text, chunk, groups.tp)
         if chunk.is_first and config.vision is not None:
             engine = chunk.tower_engine
@@ -125,9 +120,6 @@ class Mistral3Chunk(ModelChunk):
     def _embed(self, batch: MicroBatch) -> torch.Tensor:
         """Tokens and images as one sequence, [S, B, H]."""
         x_BSH = self.language_model.embed(batch.input_ids.masked_fill(batch.feature_index >= 0, 0))
-        if batch.vision_grids or self.always_encodes:
-            pixels = batch.vision_inputs.get("pixel_values")
-            divided_over = self.groups.tp if self.divides_images else None
-            (features,) = encode_packed(self.vision_tower, self.projector, pixels, batch.vision_grids, divided_over)
+        for features in self.packed_features(batch):
             x_BSH = place_features(x_BSH, features, batch.feature_index)
         return self.to_sequence_first(x_BSH)

@@ -22,17 +22,15 @@ from megatron_vlm.layers.mlp import GatedMLP
 from megatron_vlm.layers.norm import RMSNorm
 from megatron_vlm.layers.patches import Grid, PatchProjection, Places, patch_places, split_frames
 from megatron_vlm.layers.recompute import run_layer
-from megatron_vlm.layers.rope import apply_rope
+from megatron_vlm.layers.rope import RopeTable, apply_rope, geometric_frequencies
 
-RopeTable = tuple[torch.Tensor, torch.Tensor]
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": silu, "gelu": gelu}
 
 
-def rope_table(places: Places, config: VisionConfig, dtype: torch.dtype) -> RopeTable:
+def patch_rope(places: Places, config: VisionConfig, dtype: torch.dtype) -> RopeTable:
     """Cosines and sines [P, 1, D]: even frequencies turn with the row, odd ones with the column."""
     head_dim = config.hidden_size // config.num_attention_heads
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=places.row.device) / head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
+    frequencies = geometric_frequencies(head_dim, config.rope_theta, places.row.device)
     by_row, by_column = places.row[:, None] * frequencies[0::2], places.column[:, None] * frequencies[1::2]
     angles = torch.cat((by_row, by_column, by_row, by_column), dim=-1).unsqueeze(1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -80,7 +78,7 @@ def _norm(config: VisionConfig, engine: TransformerConfig) -> RMSNorm:
 class VisionTower(torch.nn.Module):
     """Pixtral: heads and feed-forward columns split over `group`, which is one rank when images are divided instead.
 
-    The patch projection and norms are whole on every rank: they are a thousandth of the tower.
+    The patch projection and norms are whole on every rank: they are under two thousandths of the tower.
 
     Args:
         config: the tower.
@@ -114,14 +112,14 @@ class VisionTower(torch.nn.Module):
         places = patch_places(images, config.spatial_merge_size, pixel_values.device)
         segments = Segments(tuple(height * width for _, height, width in images), pixel_values.device)
         x_PH = self.ln_pre(self.patch_conv(pixel_values))
-        rope = rope_table(places, config, x_PH.dtype)
+        rope = patch_rope(places, config, x_PH.dtype)
         for layer in self.transformer.layers:  # type: ignore[union-attr]
             x_PH = run_layer(layer, x_PH, rope, segments, recompute=self.recompute)
         return (x_PH,)
 
 
 class PatchMerger(torch.nn.Module):
-    """One vector of each block of patches, back to the tower's width; replicated, a ten-thousandth of the model."""
+    """One vector of each block of patches, back to the tower's width; replicated: one percent of the tower."""
 
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
         super().__init__()

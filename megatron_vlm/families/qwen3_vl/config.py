@@ -74,6 +74,11 @@ class VisionConfig:
         return self.num_channels * self.temporal_patch_size * self.patch_size**2
 
     @property
+    def layer_weights(self) -> int:
+        """Numbers of a layer that each patch is multiplied with."""
+        return 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
+
+    @property
     def projector_hidden_size(self) -> int:
         """Between the two linear layers of a merger."""
         return self.hidden_size * self.spatial_merge_size**2
@@ -87,7 +92,6 @@ class ModelConfig:
     vision: VisionConfig | None
     image_token_id: int | None
     video_token_id: int | None
-    vision_start_token_id: int | None
 
     @property
     def text_only(self) -> bool:
@@ -109,7 +113,7 @@ def config_from_hf(hf_config: PretrainedConfig, text_only: bool) -> ModelConfig:
     # Only the top-level flag decides; the text configuration has one of its own, which transformers ignores.
     text = _text(hf_config.text_config, bool(hf_config.tie_word_embeddings))
     if text_only:
-        return ModelConfig(text, None, None, None, None)
+        return ModelConfig(text, None, None, None)
     vision = _vision(hf_config.vision_config)
     _require(
         vision.out_hidden_size == text.hidden_size,
@@ -119,9 +123,7 @@ def config_from_hf(hf_config: PretrainedConfig, text_only: bool) -> ModelConfig:
         len(vision.deepstack_layers) <= len(text.layers),
         f"{len(vision.deepstack_layers)} deepstack_visual_indexes with {len(text.layers)} decoder layers",
     )
-    return ModelConfig(
-        text, vision, hf_config.image_token_id, hf_config.video_token_id, hf_config.vision_start_token_id
-    )
+    return ModelConfig(text, vision, hf_config.image_token_id, hf_config.video_token_id)
 
 
 def _text(hf: Narrowed, tied: bool) -> TextConfig:
@@ -134,7 +136,7 @@ def _text(hf: Narrowed, tied: bool) -> TextConfig:
     # transformers' default, whatever head_dim is.
     section = tuple(rope.get("mrope_section", (24, 20, 20)))
     _require(
-        len(section) == 3 and 3 * max(section[1:]) <= head_dim // 2 + 2,
+        len(section) == 3 and sum(section) == head_dim // 2 and 3 * max(section[1:]) <= head_dim // 2 + 1,
         f"mrope_section {list(section)} with head_dim {head_dim}",
     )
     return TextConfig(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 
 from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.data.visuals import VisionGrid
 from megatron_vlm.families.flop_counts import ForwardFlops, text_flops, tower_flops
 from megatron_vlm.families.qwen3_vl.config import LayerConfig, ModelConfig, VisionConfig
 
@@ -37,14 +38,14 @@ def _feed_forward_weights(layer: LayerConfig, hidden_size: int) -> int:
     return hidden_size * (layer.moe.num_experts + 3 * layer.moe.top_k * layer.moe.intermediate_size)
 
 
-def vision_flops(vision: VisionConfig, grids: Sequence[tuple[int, int, int]]) -> tuple[int, int, int]:
+def vision_flops(vision: VisionConfig, grids: Sequence[VisionGrid]) -> tuple[int, int, int]:
     """Forward operations of images and videos: patch embedding, tower layers, and all mergers.
 
     Args:
         vision: the tower.
         grids: frames, height and width in patches of each.
     """
-    embedding, layers = tower_flops(vision, grids, 2 * vision.hidden_size * vision.intermediate_size)
+    embedding, layers = tower_flops(vision, grids)
     patches_per_feature = vision.spatial_merge_size**2
     num_features = sum(frames * height * width for frames, height, width in grids) // patches_per_feature
     joined_size = vision.projector_hidden_size  # also what goes in

@@ -23,14 +23,11 @@ from megatron_vlm.layers.expert_use import ExpertUse
 from megatron_vlm.layers.language_model import LanguageModelChunk, residual_norm
 from megatron_vlm.layers.mlp import GatedMLP
 from megatron_vlm.layers.moe import MoE, Routing, TokenShare
-from megatron_vlm.layers.patches import encode_packed
 from megatron_vlm.layers.recompute import run_layer
-from megatron_vlm.layers.rope import mrope_table
+from megatron_vlm.layers.rope import RopeTable, mrope_table
 from megatron_vlm.parallel.chunk import ChunkSettings
 from megatron_vlm.parallel.model_chunk import ModelChunk
 from megatron_vlm.parallel.wire import StageState, pack, unpack
-
-RopeTable = tuple[torch.Tensor, torch.Tensor]
 
 
 class DecoderLayer(torch.nn.Module):
@@ -120,9 +117,7 @@ class Qwen3VLChunk(ModelChunk):
     language_model: Qwen3VLLanguageModel
 
     def __init__(self, config: ModelConfig, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
-        super().__init__(chunk, groups, config.text.tie_word_embeddings)
-        # A micro-batch without images skips the tower, or gives it one whose features nobody reads.
-        self.always_encodes = chunk.overlapped and config.vision is not None
+        super().__init__(chunk, groups, config.text.tie_word_embeddings, config.vision is not None)
         self.num_levels_before = 0
         if config.vision is not None:
             self.num_levels_before = max(0, len(config.vision.deepstack_layers) - chunk.num_layers_before)
@@ -160,13 +155,10 @@ class Qwen3VLChunk(ModelChunk):
         """Tokens and visual features as one sequence, and the DeepStack levels, zero on text."""
         is_visual = batch.feature_index >= 0
         x_BSH = self.language_model.embed(batch.input_ids.masked_fill(is_visual, 0))
-        levels: list[torch.Tensor] = []
-        if batch.vision_grids or self.always_encodes:
-            pixels = batch.vision_inputs.get("pixel_values")
-            divided_over = self.groups.tp if self.divides_images else None
-            main, *levels = encode_packed(self.vision_tower, self.projector, pixels, batch.vision_grids, divided_over)
-            x_BSH = place_features(x_BSH, main, batch.feature_index)
-            levels = [spread_features(level.to(x_BSH.dtype), batch.feature_index) for level in levels]
+        features = self.packed_features(batch)
+        if features:
+            x_BSH = place_features(x_BSH, features[0], batch.feature_index)
+        levels = [spread_features(level.to(x_BSH.dtype), batch.feature_index) for level in features[1:]]
         use = self.language_model.expert_use
         x_SBH = self.to_sequence_first(x_BSH)
         if use is not None and self.groups.tp_ep.size() > 1 and torch.is_grad_enabled() and not x_SBH.requires_grad:

@@ -21,17 +21,15 @@ from megatron_vlm.layers.linear import Group, RowParallelLinear, SectionedColumn
 from megatron_vlm.layers.mlp import MLP
 from megatron_vlm.layers.patches import Grid, PatchProjection, Places, patch_places, split_frames
 from megatron_vlm.layers.recompute import run_layer
-from megatron_vlm.layers.rope import apply_rope
+from megatron_vlm.layers.rope import RopeTable, apply_rope, geometric_frequencies
 
-RopeTable = tuple[torch.Tensor, torch.Tensor]
 ROPE_THETA = 10_000.0
 MLP_NAMES = ("linear_fc1", "linear_fc2")
 
 
-def rope_table(places: Places, head_dim: int) -> RopeTable:
+def patch_rope(places: Places, head_dim: int) -> RopeTable:
     """Cosines and sines [P, 1, 1, D] in fp32: the first half of the frequencies turns with the row, then the column."""
-    exponents = torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=places.row.device) / (head_dim // 2)
-    frequencies = 1.0 / ROPE_THETA**exponents
+    frequencies = geometric_frequencies(head_dim // 2, ROPE_THETA, places.row.device)
     angles = torch.cat([axis.float()[:, None] * frequencies for axis in (places.row, places.column)], dim=-1)
     angles = torch.cat((angles, angles), dim=-1)[:, None, None]
     return angles.cos(), angles.sin()
@@ -82,7 +80,7 @@ class VisionAttention(torch.nn.Module):
         return self.proj(attended_NPD.transpose(0, 1).flatten(1))
 
 
-class VisionBlock(torch.nn.Module):
+class VisionLayer(torch.nn.Module):
     """A pre-norm layer; its norms act on whole activations, so they are replicas with whole gradients."""
 
     def __init__(self, config: VisionConfig, engine: TransformerConfig, group: Group) -> None:
@@ -120,7 +118,7 @@ class VisionTower(torch.nn.Module):
         kernel = (config.num_channels, config.temporal_patch_size, config.patch_size, config.patch_size)
         self.patch_embed.proj = PatchProjection(kernel, config.hidden_size, engine.params_dtype, bias=True)
         self.pos_embed = PositionTable(config, engine.params_dtype)
-        self.blocks = torch.nn.ModuleList(VisionBlock(config, engine, group) for _ in range(config.num_hidden_layers))
+        self.blocks = torch.nn.ModuleList(VisionLayer(config, engine, group) for _ in range(config.num_hidden_layers))
 
     def forward(self, pixel_values: torch.Tensor, grids: Sequence[Grid]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Encode packed patches.
@@ -135,7 +133,7 @@ class VisionTower(torch.nn.Module):
         config, frames = self.config, split_frames(grids)
         places = patch_places(frames, config.spatial_merge_size, pixel_values.device)
         segments = Segments(tuple(height * width for _, height, width in frames), pixel_values.device)
-        rope = rope_table(places, config.hidden_size // config.num_attention_heads)
+        rope = patch_rope(places, config.hidden_size // config.num_attention_heads)
         patches = self.patch_embed.proj(pixel_values)  # type: ignore[operator]
         x_PH = patches + self.pos_embed(places).to(patches.dtype)
         taps = []
@@ -157,7 +155,7 @@ class Merger(MLP):
     """
 
     def __init__(self, config: VisionConfig, norm_after: bool, engine: TransformerConfig, group: Group) -> None:
-        joined_size = config.hidden_size * config.spatial_merge_size**2
+        joined_size = config.projector_hidden_size
         super().__init__((joined_size, joined_size, config.out_hidden_size), MLP_NAMES, "none", engine, group)
         self.joined_size, norm_size = joined_size, joined_size if norm_after else config.hidden_size
         self.norm = torch.nn.LayerNorm(norm_size, config.norm_eps, dtype=engine.params_dtype)

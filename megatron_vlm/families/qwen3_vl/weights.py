@@ -39,7 +39,7 @@ VISION_EMBEDDINGS = {
     "patch_embed.proj.bias": "hidden",
     "pos_embed.weight": "positions hidden",
 }
-VISION_BLOCK = {
+VISION_LAYER = {
     "norm1.weight": "hidden",
     "norm1.bias": "hidden",
     "attn.qkv.weight": "(3 hidden) hidden",
@@ -128,12 +128,12 @@ def _vision_tower(vision: VisionConfig) -> Iterator[Weight]:
     }
     yield from resolve(VISION_EMBEDDINGS, sizes)
     for index in range(vision.num_hidden_layers):
-        yield from resolve(VISION_BLOCK, sizes, f"blocks.{index}.")
+        yield from resolve(VISION_LAYER, sizes, f"blocks.{index}.")
 
 
 def _projector(vision: VisionConfig) -> Iterator[Weight]:
     """The mergers: the main one normalises patches, those of DeepStack what they have merged."""
-    merged = vision.hidden_size * vision.spatial_merge_size**2
+    merged = vision.projector_hidden_size
     sizes = {"merged": merged, "text": vision.out_hidden_size}
     yield from resolve(MERGER, sizes | {"normalised": vision.hidden_size}, "merger.")
     for level in range(len(vision.deepstack_layers)):
