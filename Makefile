@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE := 1
 
 help:
 	@echo "make demo           train a tiny Gemma 3 on drawn images, resume it in another layout, export and check it"
-	@echo "make demo_moe       the same with a tiny Qwen3-VL-MoE and expert parallelism"
+	@echo "make demo_moe       train a tiny Qwen3-VL-MoE with expert parallelism, export and check it"
 	@echo "make demo_mistral3  the first one with a tiny Mistral3 (Ministral 3's text)"
 	@echo "make test           the test suite"
 	@echo "make lint           ruff and mypy"
@@ -54,10 +54,10 @@ lint: $(STAMP)
 
 gpu: $(STAMP)
 	GPU_TESTS=1 $(BIN)/python -m pytest tests/gpu
-	for script in benchmarks/gpu_*.py; do [ ! -e "$$script" ] || $(BIN)/python "$$script"; done
+	set -e; for script in benchmarks/gpu_*.py; do [ ! -e "$$script" ] || $(BIN)/python "$$script"; done
 
 bench: $(STAMP)
-	for script in benchmarks/*.py; do case "$$script" in */gpu_*) ;; *) $(BIN)/python "$$script";; esac; done
+	set -e; for script in benchmarks/*.py; do case "$$script" in */gpu_*) ;; *) $(BIN)/python "$$script";; esac; done
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

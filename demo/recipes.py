@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 from demo import gemma3, mistral3, qwen3_vl
 from demo.launch import RANKS
@@ -55,26 +57,19 @@ class Recipe:
     stages: tuple[Stage, ...]
 
 
-def _build_gemma3(folder: Path, texts: Sequence[str], seed: int) -> str:
-    processor = gemma3.build_processor(gemma3.train_tokenizer(texts, LEARNED_TOKENS))
-    parameters = gemma3.build_model_directory(folder, processor, seed)
-    tokens_per_image = f"{gemma3.SOFT_TOKENS_PER_IMAGE} tokens per image"
-    return f"{parameters:,} parameters, {len(processor.tokenizer)} tokens, {tokens_per_image}"
+def _build(model: ModuleType, detail: str, folder: Path, texts: Sequence[str], seed: int) -> str:
+    processor = model.build_processor(model.train_tokenizer(texts, LEARNED_TOKENS))
+    parameters = model.build_model_directory(folder, processor, seed)
+    return f"{parameters:,} parameters, {len(processor.tokenizer)} tokens, {detail}"
 
 
-def _build_qwen3_vl_moe(folder: Path, texts: Sequence[str], seed: int) -> str:
-    processor = qwen3_vl.build_processor(qwen3_vl.train_tokenizer(texts, LEARNED_TOKENS))
-    parameters = qwen3_vl.build_model_directory(folder, processor, seed)
-    experts = f"{qwen3_vl.NUM_EXPERTS} experts per layer, {qwen3_vl.EXPERTS_PER_TOKEN} per token"
-    return f"{parameters:,} parameters, {experts}, {len(processor.tokenizer)} tokens"
-
-
-def _build_mistral3(folder: Path, texts: Sequence[str], seed: int) -> str:
-    processor = mistral3.build_processor(mistral3.train_tokenizer(texts, LEARNED_TOKENS))
-    parameters = mistral3.build_model_directory(folder, processor, seed)
-    tokens_per_image = f"{mistral3.TOKENS_PER_IMAGE} tokens per image"
-    return f"{parameters:,} parameters, {len(processor.tokenizer)} tokens, {tokens_per_image}"
-
+_TENSOR_THEN_PIPELINE = (
+    Stage({"tensor_model_parallel_size": RANKS, "pipeline_model_parallel_size": 1}),
+    Stage(
+        {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": RANKS},
+        ("--train.micro_batch_size", PIPELINE_MICRO_BATCH_SIZE),
+    ),
+)
 
 RECIPES = {
     "gemma3": Recipe(
@@ -82,21 +77,19 @@ RECIPES = {
         config="demo_gemma3.yaml",
         folder="demo_out",
         train_iters=400,
-        build=_build_gemma3,
-        stages=(
-            Stage({"tensor_model_parallel_size": RANKS, "pipeline_model_parallel_size": 1}),
-            Stage(
-                {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": RANKS},
-                ("--train.micro_batch_size", PIPELINE_MICRO_BATCH_SIZE),
-            ),
-        ),
+        build=partial(_build, gemma3, f"{gemma3.SOFT_TOKENS_PER_IMAGE} tokens per image"),
+        stages=_TENSOR_THEN_PIPELINE,
     ),
     "qwen3_vl_moe": Recipe(
         title="Qwen3-VL-MoE",
         config="demo_qwen3_vl_moe.yaml",
         folder="demo_out/moe",
         train_iters=300,
-        build=_build_qwen3_vl_moe,
+        build=partial(
+            _build,
+            qwen3_vl,
+            f"{qwen3_vl.NUM_EXPERTS} experts per layer, {qwen3_vl.EXPERTS_PER_TOKEN} per token",
+        ),
         stages=(Stage({"expert_model_parallel_size": RANKS}),),
     ),
     "mistral3": Recipe(
@@ -104,13 +97,7 @@ RECIPES = {
         config="demo_mistral3.yaml",
         folder="demo_out/mistral3",
         train_iters=300,
-        build=_build_mistral3,
-        stages=(
-            Stage({"tensor_model_parallel_size": RANKS, "pipeline_model_parallel_size": 1}),
-            Stage(
-                {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": RANKS},
-                ("--train.micro_batch_size", PIPELINE_MICRO_BATCH_SIZE),
-            ),
-        ),
+        build=partial(_build, mistral3, f"{mistral3.TOKENS_PER_IMAGE} tokens per image"),
+        stages=_TENSOR_THEN_PIPELINE,
     ),
 }

@@ -1,4 +1,6 @@
-"""`make demo`: draw images, build a tiny model, train, stop, resume in another layout, export, ask, report.
+"""`make demo`: draw images, build a tiny model, train it, export, ask, report.
+
+Where the recipe has two layouts, training stops halfway and resumes in the other.
 
     python -m demo.run [--model gemma3 | qwen3_vl_moe | mistral3] [--output FOLDER] [--train_iters N] [--seed N]
 
@@ -67,7 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m demo.run", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--model", choices=RECIPES, default="gemma3", help="what to train (default: gemma3)")
-    parser.add_argument("--output", type=Path, help="empty or new folder (default: the next free number in demo_out)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="empty or new folder (default: the next free number in the model's folder below demo_out)",
+    )
     parser.add_argument("--train_iters", type=int, help="optimizer steps (default: enough to learn it)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the images and initial weights (default: 1)")
     options = parser.parse_args(arguments)
@@ -91,7 +97,7 @@ def _next_folder(parent: Path) -> Path:
 
 
 def _overrides(folder: Path, train_iters: int) -> list[object]:
-    """What both starts share: where things lie and how long the run is."""
+    """What all starts share: where things lie and how long the run is."""
     return [
         *("--run_dir", folder / "run", "--model.hf_path", folder / "model"),
         *("--data.train", f"[{{path: {folder / 'data' / 'train.jsonl'}}}]"),
