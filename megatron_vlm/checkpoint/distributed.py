@@ -195,7 +195,7 @@ class CheckpointManager:
             CheckpointError: it could not be written; earlier checkpoints are untouched.
         """
         self.finalize(blocking=True)
-        _gather_parameters(model_chunks)
+        gather_parameters(model_chunks)
         final = run_folder.step_folder(self.directory, step)
         manifest = Manifest(
             identity=self.identity,
@@ -327,7 +327,7 @@ class CheckpointManager:
         return state
 
 
-def _gather_parameters(model_chunks: Sequence[torch.nn.Module]) -> None:
+def gather_parameters(model_chunks: Sequence[torch.nn.Module]) -> None:
     """With `overlap_param_gather`, updated parameters arrive only in the next forward pass; fetch them now."""
     for chunk in model_chunks:
         if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:

@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
 from megatron_vlm import platform
 from megatron_vlm.checkpoint.convert import ExportPlan, check_tied_copies, plan_export
-from megatron_vlm.checkpoint.distributed import on_first_rank
+from megatron_vlm.checkpoint.distributed import gather_parameters, on_first_rank
 from megatron_vlm.checkpoint.fp8 import open_weights
 from megatron_vlm.checkpoint.hf import SafetensorsReader, SafetensorsWriter
 from megatron_vlm.checkpoint.safetensors_files import row_blocks
@@ -111,9 +110,7 @@ def export_hf_from_model(
         CheckpointError: the target is not empty or cannot be written; every rank raises the same.
     """
     on_first_rank(lambda: check_export_target(out_dir))
-    for chunk in model_chunks:
-        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)  # otherwise updates arrive with the next forward pass
+    gather_parameters(model_chunks)
     source = _Gatherer(model_chunks, groups)
     weight_map = family.weight_map(model_config)
     plan = on_first_rank(lambda: plan_export(hf_dir, registry.load_hf_config(hf_dir), weight_map, source.dtypes()))

@@ -32,7 +32,7 @@ from megatron_vlm.training.setup import Run, initialize_distributed, set_up
 from megatron_vlm.training.signals import StopRequests
 from megatron_vlm.training.step import run_global_batch
 
-COUNTERS = ("bad_rows", "too_long_rows", "real_tokens", "label_tokens", "padded_tokens", "images")
+COUNTERS = ("bad_rows", "too_long_rows", "real_tokens", "label_tokens", "padded_tokens", "images", "videos")
 EXIT_DONE = 0
 
 
@@ -191,6 +191,7 @@ class Trainer:
             label_tokens=counters["label_tokens"],
             padded_tokens=counters["padded_tokens"],
             images=counters["images"],
+            videos=counters["videos"],
             bad_rows=counters["bad_rows"],
             too_long_rows=counters["too_long_rows"],
             step_seconds=seconds,
@@ -273,9 +274,6 @@ class Trainer:
         run, target = self.run_state, self.config.checkpoint.export_hf
         if target is None or not run.due_export:
             return
-        if self.config.parallel.overlap_param_gather:
-            for chunk in run.model:
-                chunk.start_param_sync(force_sync=True)
         export_hf_from_model(run.model, self.config.model.hf_path, target, run.family, run.model_config, run.groups)
         on_first_rank(lambda: record_export(self.config))
         if run.is_first_rank:

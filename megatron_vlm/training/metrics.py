@@ -61,7 +61,8 @@ class StepMetrics:
         tokens: real tokens, image tokens included and padding not.
         label_tokens: tokens with a loss.
         padded_tokens: places of the batch that hold no token.
-        images: images.
+        images: images, those of videos not counted.
+        videos: videos.
         bad_rows: rows without weight because they cannot be used.
         too_long_rows: rows without weight because they have more than data.seq_length tokens.
         step_seconds: wall-clock time of the step, waiting for data included.
@@ -87,6 +88,7 @@ class StepMetrics:
     label_tokens: int
     padded_tokens: int
     images: int
+    videos: int
     bad_rows: int
     too_long_rows: int
     step_seconds: float

@@ -35,6 +35,7 @@ METRICS = StepMetrics(
     label_tokens=200,
     padded_tokens=200,
     images=6,
+    videos=1,
     bad_rows=0,
     too_long_rows=0,
     step_seconds=2.0,

@@ -155,6 +155,9 @@ def test_step_of_vision_language_model(family: str, layout: str, multimodal_of: 
     export = train_one_step(files, tmp_path, layout)
     check_step(tmp_path, load_multimodal(files.family, export), multimodal_step(files))
     check_files(export, files.model)
+    (record,) = read_metrics(tmp_path / "run")
+    kinds = [part["type"] for row in files.rows for message in row["messages"] for part in message["content"]]
+    assert (record["images"], record["videos"]) == (kinds.count("image"), kinds.count("video"))
 
 
 @pytest.mark.parametrize("layout", TEXT_LAYOUTS)

@@ -50,7 +50,8 @@ LAYOUTS_IN_TURN: dict[str, list[tuple[int, dict[str, Any], int]]] = {
     ],
 }
 # What a step's line says about the step; the rest is time and memory.
-FIGURES = ("step", "loss", "grad_norm", "lr", "lr_by_part", "tokens", "label_tokens", "images", "source_losses")
+COUNTS = ("tokens", "label_tokens", "images", "videos")
+FIGURES = ("step", "loss", "grad_norm", "lr", "lr_by_part", *COUNTS, "source_losses")
 EXPERT_FIGURES = ("expert_tokens_min", "expert_tokens_max", "dead_experts")  # of models with experts
 # Layouts sum in different orders, and AdamW passes on what that changes of the smallest gradients. Seen: losses 1e-7,
 # parameters 1e-7 and moments 1e-6 of the tensor's norm; one wrong row or moment shows in the second digit.
@@ -146,7 +147,7 @@ def test_other_layouts_continue_at_fp32(family: str, multimodal_of: FilesOf, tmp
     for mine, its in zip(ours, theirs, strict=True):
         assert mine["loss"] == pytest.approx(its["loss"], rel=LOSS_TOLERANCE)
         assert mine["grad_norm"] == pytest.approx(its["grad_norm"], rel=LOSS_TOLERANCE)
-        for exact in ("step", "lr", "tokens", "label_tokens", "images", *EXPERT_FIGURES):
+        for exact in ("step", "lr", *COUNTS, *EXPERT_FIGURES):
             assert mine[exact] == its[exact]
     expected = runs.tensors("straight")
     for key, tensor in runs.tensors("resumed").items():
