@@ -13,10 +13,11 @@ from transformers.models.gemma3.modeling_gemma3 import (
     apply_rotary_pos_emb,
 )
 
+from kernels.rope import qk_norm_rope
 from megatron_vlm.layers.embedding import TokenEmbedding, padded_vocab_size, token_losses, vocab_parallel_logits
 from megatron_vlm.layers.linear import column_parallel_weights
 from megatron_vlm.layers.norm import RMSNorm
-from megatron_vlm.layers.rope import apply_rope, rope_table
+from megatron_vlm.layers.rope import rope_table
 from megatron_vlm.parallel.engine import engine_config
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from tests.ranks import run_ranks
@@ -218,6 +219,7 @@ def test_rope_is_transformers(kind: str, dtype: torch.dtype) -> None:
     cosine, sine = Gemma3RotaryEmbedding(config)(x_SBND, positions, "full_attention")
     expected_BNSD, _ = apply_rotary_pos_emb(x_SBND.permute(1, 2, 0, 3), x_SBND.permute(1, 2, 0, 3), cosine, sine)
     table = rope_table(positions, 32, 10_000.0, rope.get("factor", 1.0), dtype)
-    assert torch.equal(table[0], cosine.transpose(0, 1).unsqueeze(2))
-    assert torch.equal(table[1], sine.transpose(0, 1).unsqueeze(2))
-    assert torch.equal(apply_rope(x_SBND, table), expected_BNSD.permute(2, 0, 1, 3))
+    for ours, theirs in zip(table, (cosine, sine), strict=True):
+        assert torch.equal(torch.cat((ours, ours), dim=-1), theirs.transpose(0, 1))
+    for rotated in qk_norm_rope(x_SBND, x_SBND, table):
+        assert torch.equal(rotated, expected_BNSD.permute(2, 0, 1, 3))

@@ -5,12 +5,13 @@ Shapes: S sequence (whole inside attention, also under sequence parallelism), B 
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.utils.checkpoint import checkpoint
 
+from kernels.rope import RopeTable, qk_norm_rope
 from kernels.span_attention import Spans, span_attention
 from megatron_vlm.layers.linear import (
     ColumnParallelLinear,
@@ -20,7 +21,6 @@ from megatron_vlm.layers.linear import (
     column_parallel_weights,
 )
 from megatron_vlm.layers.norm import RMSNorm
-from megatron_vlm.layers.rope import RopeTable, apply_rope
 from megatron_vlm.parallel.gradients import mark_partial
 
 
@@ -39,6 +39,18 @@ class AttentionRecord(Protocol):
     def softmax_scale(self) -> float: ...
     @property
     def norm_eps(self) -> float: ...
+
+
+class HeadNorm(RMSNorm):
+    """Norm of queries or keys, which the kernel that rotates them applies.
+
+    Calling it returns the weight [D]: reading that past the call would bypass the hooks by which megatron-core's
+    overlapped parameter gathering waits for it.
+    """
+
+    def forward(self) -> torch.Tensor:
+        """The weight."""
+        return self.weight
 
 
 class SelfAttention(torch.nn.Module):
@@ -79,10 +91,11 @@ class SelfAttention(torch.nn.Module):
             for _ in range(2)
         )
         self.o_proj = RowParallelLinear(query_size, hidden_size, engine, group)
-        self.has_norms = norms != "none"
-        if self.has_norms:
+        self.norms = norms
+        if norms != "none":
             self.q_norm, self.k_norm = (
-                RMSNorm(layer.head_dim, layer.norm_eps, norms == "zero_centered", engine.params_dtype) for _ in range(2)
+                HeadNorm(layer.head_dim, layer.norm_eps, norms == "zero_centered", engine.params_dtype)
+                for _ in range(2)
             )
             # These act on this rank's heads only.
             mark_partial([self.q_norm.weight, self.k_norm.weight])
@@ -100,9 +113,9 @@ class SelfAttention(torch.nn.Module):
 
         Args:
             x_SBH: a shard of the sequence under sequence parallelism.
-            rope: cosines and sines [S, B, 1, D] of the whole sequence.
+            rope: cosines and sines [S, B, D / 2] of the whole sequence.
             spans: visible ranges.
-            query_scale: [S, B, 1, 1], factor on rotated queries that depends on their place.
+            query_scale: [S, B], factor on rotated queries that depends on their place.
 
         Returns:
             Like `x_SBH`.
@@ -112,11 +125,7 @@ class SelfAttention(torch.nn.Module):
             projected.unflatten(-1, (-1, self.layer.head_dim))
             for projected in column_parallel_weights(x_SBH, weights, self.group, self.sequence_parallel)
         )
-        if self.has_norms:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, rope), apply_rope(k, rope)
-        if query_scale is not None:
-            q = q * query_scale
+        q, k = qk_norm_rope(q, k, rope, query_scale=query_scale, **self._norms())
         attended = (
             checkpoint(self._core, q, k, v, spans, use_reentrant=False)
             if self.recompute_core and self.training
@@ -129,6 +138,16 @@ class SelfAttention(torch.nn.Module):
         heads_first = (tensor.permute(1, 2, 0, 3) for tensor in (q, k, v))
         attended_BNSD = span_attention(*heads_first, spans, window=layer.window, scale=layer.softmax_scale)
         return attended_BNSD.permute(2, 0, 1, 3).flatten(2).contiguous()
+
+    def _norms(self) -> dict[str, Any]:
+        if self.norms == "none":
+            return {}
+        return {
+            "q_weight": self.q_norm(),
+            "k_weight": self.k_norm(),
+            "eps": self.layer.norm_eps,
+            "zero_centered": self.norms == "zero_centered",
+        }
 
     def _key_value_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         k, v = self.k_proj()[0], self.v_proj()[0]

@@ -1,6 +1,6 @@
-"""Rotary position embedding, half-split ("neox") over the whole head dimension.
+"""Tables of rotary position embedding: the angles by which `kernels.rope` turns queries and keys.
 
-Shapes: S sequence, B batch, N heads, D head dim.
+Shapes: S sequence, B batch, D head dim.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-RopeTable = tuple[torch.Tensor, torch.Tensor]
-"""Cosines and sines."""
+from kernels.rope import RopeTable
 
 
 def rope_table(
@@ -27,7 +26,7 @@ def rope_table(
         dtype: of the result.
 
     Returns:
-        Two tensors [S, B, 1, D].
+        Two tensors [S, B, D / 2].
 
     Source: "default" and "linear" of transformers' modeling_rope_utils.
     """
@@ -104,8 +103,7 @@ def geometric_frequencies(head_dim: int, theta: float, device: torch.device) -> 
 
 
 def _table(angles: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> RopeTable:
-    """Cosines and sines [S, B, 1, D] of angles [S, B, D / 2]."""
-    angles = torch.cat((angles, angles), dim=-1).unsqueeze(2)
+    """Cosines and sines [S, B, D / 2] of angles of that shape."""
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
@@ -125,7 +123,7 @@ def mrope_table(
         dtype: of the result.
 
     Returns:
-        Two tensors [S, B, 1, D].
+        Two tensors [S, B, D / 2].
 
     Source: `recomposition_frequencies` in transformers' Qwen3-VL; megatron-core has the older, contiguous kind.
     """
@@ -136,10 +134,3 @@ def mrope_table(
         axis[number : num_axes * section : num_axes] = number
     frequencies = geometric_frequencies(head_dim, theta, device)
     return _table(positions_ABS.permute(2, 1, 0).float()[..., axis] * frequencies, dtype)
-
-
-def apply_rope(x_SBND: torch.Tensor, table: RopeTable) -> torch.Tensor:
-    """Rotate pairs (i, i + D/2) of the last dimension by the table's angles."""
-    cosine, sine = table
-    first, second = x_SBND.chunk(2, dim=-1)
-    return x_SBND * cosine + torch.cat((-second, first), dim=-1) * sine

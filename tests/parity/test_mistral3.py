@@ -134,7 +134,7 @@ def test_queries_grow_as_transformers_says(dtype: torch.dtype) -> None:
     positions = torch.tensor([[0, 1, 16383], [16384, 32767, 32768], [100_000, 131_072, 262_143]])
     ours = query_scale(positions, QueryScaling(0.1, 16384), dtype)
     theirs = get_llama_4_attn_scale(positions, 0.1, 16384).to(dtype)  # [B, 1, S, 1]
-    assert torch.equal(ours[..., 0, 0].t(), theirs[:, 0, :, 0])
+    assert torch.equal(ours.t(), theirs[:, 0, :, 0])
     assert (ours[:, 0] == 1).all() and (ours[:, 1:] > 1).all()
 
 
@@ -187,7 +187,7 @@ def test_patches_turn_with_row_and_column_as_in_transformers(dtype: torch.dtype)
     theirs = rotary(torch.zeros(1, dtype=dtype), torch.stack((row, column), dim=-1))
     for mine, its in zip(ours, theirs, strict=True):
         assert mine.dtype == dtype
-        assert torch.equal(mine.squeeze(1), its)
+        assert torch.equal(torch.cat((mine, mine), dim=-1), its)
 
 
 # Mistakes that train without an error: the battery of tests/parity must see them
@@ -226,7 +226,7 @@ def columns_with_the_slow_half_of_the_frequencies() -> Iterator[None]:
         head_dim = config.hidden_size // config.num_attention_heads
         frequencies = 1.0 / config.rope_theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         fast, slow = frequencies.chunk(2)
-        angles = torch.cat((places.row[:, None] * fast, places.column[:, None] * slow) * 2, dim=-1).unsqueeze(1)
+        angles = torch.cat((places.row[:, None] * fast, places.column[:, None] * slow), dim=-1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
     with mock.patch.object(vision, "patch_rope", halves):

@@ -82,9 +82,9 @@ class Mistral3LanguageModel(LanguageModelChunk):
 
 
 def query_scale(positions_BS: torch.Tensor, scaling: QueryScaling, dtype: torch.dtype) -> torch.Tensor:
-    """[S, B, 1, 1], from positions in the token's own document; 1 below `original_length`."""
+    """[S, B], from positions in the token's own document; 1 below `original_length`."""
     steps_SB = (positions_BS.t() // scaling.original_length).float()
-    return (1 + scaling.beta * torch.log(1 + steps_SB))[..., None, None].to(dtype)
+    return (1 + scaling.beta * torch.log(1 + steps_SB)).to(dtype)
 
 
 class Mistral3Chunk(ModelChunk):

@@ -16,23 +16,24 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import gelu, silu
 
 from kernels.packed_attention import Segments, packed_attention
+from kernels.rope import RopeTable, qk_norm_rope
 from megatron_vlm.families.mistral3.config import VisionConfig
 from megatron_vlm.layers.linear import ColumnParallelLinear, Group, RowParallelLinear, column_parallel
 from megatron_vlm.layers.mlp import GatedMLP
 from megatron_vlm.layers.norm import RMSNorm
 from megatron_vlm.layers.patches import Grid, PatchProjection, Places, patch_places, split_frames
 from megatron_vlm.layers.recompute import run_layer
-from megatron_vlm.layers.rope import RopeTable, apply_rope, geometric_frequencies
+from megatron_vlm.layers.rope import geometric_frequencies
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": silu, "gelu": gelu}
 
 
 def patch_rope(places: Places, config: VisionConfig, dtype: torch.dtype) -> RopeTable:
-    """Cosines and sines [P, 1, D]: even frequencies turn with the row, odd ones with the column."""
+    """Cosines and sines [P, D / 2]: even frequencies turn with the row, odd ones with the column."""
     head_dim = config.hidden_size // config.num_attention_heads
     frequencies = geometric_frequencies(head_dim, config.rope_theta, places.row.device)
     by_row, by_column = places.row[:, None] * frequencies[0::2], places.column[:, None] * frequencies[1::2]
-    angles = torch.cat((by_row, by_column, by_row, by_column), dim=-1).unsqueeze(1)
+    angles = torch.cat((by_row, by_column), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -50,7 +51,7 @@ class VisionAttention(torch.nn.Module):
         """[P, H] to the same."""
         projected = column_parallel(x_PH, (self.q_proj, self.k_proj, self.v_proj), self.group, False)
         q, k, v = (tensor.unflatten(-1, (-1, self.head_dim)) for tensor in projected)
-        q, k, v = (tensor.transpose(0, 1) for tensor in (apply_rope(q, rope), apply_rope(k, rope), v))
+        q, k, v = (tensor.transpose(0, 1) for tensor in (*qk_norm_rope(q, k, rope), v))
         attended_NPD = packed_attention(q, k, v, images, self.head_dim**-0.5)
         return self.o_proj(attended_NPD.transpose(0, 1).flatten(1))
 

@@ -16,22 +16,22 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import embedding_bag
 
 from kernels.packed_attention import Segments, packed_attention
+from kernels.rope import RopeTable, qk_norm_rope
 from megatron_vlm.families.qwen3_vl.config import VisionConfig
 from megatron_vlm.layers.linear import Group, RowParallelLinear, SectionedColumnParallelLinear, column_parallel
 from megatron_vlm.layers.mlp import MLP
 from megatron_vlm.layers.patches import Grid, PatchProjection, Places, patch_places, split_frames
 from megatron_vlm.layers.recompute import run_layer
-from megatron_vlm.layers.rope import RopeTable, apply_rope, geometric_frequencies
+from megatron_vlm.layers.rope import geometric_frequencies
 
 ROPE_THETA = 10_000.0
 MLP_NAMES = ("linear_fc1", "linear_fc2")
 
 
 def patch_rope(places: Places, head_dim: int) -> RopeTable:
-    """Cosines and sines [P, 1, 1, D] in fp32: the first half of the frequencies turns with the row, then the column."""
+    """Cosines and sines [P, D / 2] in fp32: the first half of the frequencies turns with the row, then the column."""
     frequencies = geometric_frequencies(head_dim // 2, ROPE_THETA, places.row.device)
     angles = torch.cat([axis.float()[:, None] * frequencies for axis in (places.row, places.column)], dim=-1)
-    angles = torch.cat((angles, angles), dim=-1)[:, None, None]
     return angles.cos(), angles.sin()
 
 
@@ -73,9 +73,8 @@ class VisionAttention(torch.nn.Module):
     def forward(self, x_PH: torch.Tensor, rope: RopeTable, frames: Segments) -> torch.Tensor:
         """[P, H] to the same."""
         (projected,) = column_parallel(x_PH, (self.qkv,), self.group, False)
-        qkv_P3ND = projected.unflatten(-1, (3, -1, self.head_dim))
-        rotated = apply_rope(qkv_P3ND[:, :2].float(), rope).to(projected.dtype)
-        q, k, v = (tensor.transpose(0, 1) for tensor in (*rotated.unbind(1), qkv_P3ND[:, 2]))
+        q, k, v = projected.unflatten(-1, (3, -1, self.head_dim)).unbind(1)
+        q, k, v = (tensor.transpose(0, 1) for tensor in (*qk_norm_rope(q, k, rope), v))
         attended_NPD = packed_attention(q, k, v, frames, self.head_dim**-0.5)
         return self.proj(attended_NPD.transpose(0, 1).flatten(1))
 

@@ -1,0 +1,116 @@
+"""Norm and rotary position embedding of queries and keys, in one pass over both.
+
+Every kind of rotation is a table and, for two-dimensional ones, a number of sections: pairs (i, i + R / 2) of the first
+R elements of a head turn by the angle i of their token, and the rest passes. Partial rotation has R < D; proportional
+rotation has angles of zero; with interleaved axes only the table differs; with C sections, pairs lie R / 2C apart
+inside each of C parts of the rotated elements.
+
+Shapes: T token dimensions (one or two), N heads of queries or keys, D head dim, R rotated elements (R <= D).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kernels.library import define
+from kernels.rope import reference
+
+RopeTable = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines [*T, R / 2] of the angles by which each token's pairs turn."""
+
+
+def qk_norm_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    table: RopeTable,
+    *,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    eps: float | None = None,
+    zero_centered: bool = False,
+    query_scale: torch.Tensor | None = None,
+    sections: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalise heads of queries and keys, rotate them, and scale the queries.
+
+    Everything is computed in fp32 and rounded where transformers' chain of operations rounds: after the norm, after the
+    rotation, after the scale, and where the table has the dtype of `q`, also the products of the rotation. Gradients
+    are rounded once. The table, the scale and the number of sections have no gradient.
+
+    Args:
+        q: [*T, N, D]; any strides, but the last dimension contiguous: `q` and `k` may be views of one projection.
+        k: [*T, N', D], of the dtype of `q`.
+        table: cosines and sines [*T, R / 2], fp32 or of the dtype of `q`.
+        q_weight: of the norm of queries, [D].
+        k_weight: of the norm of keys, [D].
+        eps: added to the mean square of a head; None for no norms.
+        zero_centered: norms multiply by `1 + weight`.
+        query_scale: factor on rotated queries, [*T], of the table's dtype.
+        sections: parts of the rotated elements that turn by themselves.
+
+    Returns:
+        Queries and keys, contiguous, of the shapes and the dtype of `q` and `k`.
+    """
+    return _forward(q, k, q_weight, k_weight, *table, query_scale, eps, zero_centered, sections)[:2]
+
+
+def _forward_fake(
+    q: torch.Tensor, k: torch.Tensor, *arguments: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    eps = arguments[5]
+    return _like(q), _like(k), _rstd_like(q, eps), _rstd_like(k, eps)
+
+
+def _backward_fake(
+    q_grad: torch.Tensor, k_grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *arguments: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    q_rstd, k_rstd, q_weight, k_weight = arguments[:4]
+    return _like(q), _like(k), _weight_grad_like(q_rstd, q_weight), _weight_grad_like(k_rstd, k_weight)
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _rstd_like(x: torch.Tensor, eps: float | None) -> torch.Tensor:
+    shape = (0,) if eps is None else (*x.shape[:-1], 1)
+    return x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _weight_grad_like(rstd: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    return rstd.new_empty(0 if weight is None else weight.shape[0])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    q, k, q_weight, k_weight, cosine, sine, query_scale, _, zero_centered, sections = inputs
+    ctx.save_for_backward(q, k, *output[2:], q_weight, k_weight, cosine, sine, query_scale)
+    ctx.zero_centered, ctx.sections = zero_centered, sections
+    ctx.mark_non_differentiable(*output[2:])
+
+
+def _gradients(ctx: Any, q_grad: torch.Tensor, k_grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    results = _backward(q_grad, k_grad, *saved, ctx.zero_centered, ctx.sections)
+    weight_grads = [
+        None if weight is None else grad.to(weight.dtype) for grad, weight in zip(results[2:], saved[4:6], strict=True)
+    ]
+    return (*results[:2], *weight_grads, *[None] * 6)
+
+
+_backward = define(
+    "qk_norm_rope_backward(Tensor q_grad, Tensor k_grad, Tensor q, Tensor k, Tensor q_rstd, Tensor k_rstd, "
+    "Tensor? q_weight, Tensor? k_weight, Tensor cosine, Tensor sine, Tensor? query_scale, bool zero_centered, "
+    "int sections) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference.backward,
+    _backward_fake,
+)
+_forward = define(
+    "qk_norm_rope(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor cosine, Tensor sine, "
+    "Tensor? query_scale, float? eps, bool zero_centered, int sections) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference.forward,
+    _forward_fake,
+    _gradients,
+    _save,
+)
