@@ -40,6 +40,8 @@ def _ranges(config: Config) -> Iterator[UserError]:
         ("parallel.expert_tensor_parallel_size", parallel.expert_tensor_parallel_size, 1),
         ("parallel.distributed_timeout_minutes", parallel.distributed_timeout_minutes, 1),
         ("model.moe_aux_loss_coeff", config.model.moe_aux_loss_coeff, 0),
+        ("model.loss_chunk_mib", config.model.loss_chunk_mib, 1),
+        ("model.z_loss_coeff", config.model.z_loss_coeff, 0),
         ("data.seq_length", data.seq_length, 2),
         ("data.min_pixels", data.min_pixels, 1),
         ("data.max_pixels", data.max_pixels, 1),

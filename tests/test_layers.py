@@ -13,8 +13,9 @@ from transformers.models.gemma3.modeling_gemma3 import (
     apply_rotary_pos_emb,
 )
 
+from kernels.linear_cross_entropy import Head, linear_cross_entropy
 from kernels.rope import qk_norm_rope
-from megatron_vlm.layers.embedding import TokenEmbedding, padded_vocab_size, token_losses, vocab_parallel_logits
+from megatron_vlm.layers.embedding import TokenEmbedding, padded_vocab_size
 from megatron_vlm.layers.linear import column_parallel_weights
 from megatron_vlm.layers.norm import RMSNorm
 from megatron_vlm.layers.rope import rope_table
@@ -60,9 +61,8 @@ def head_and_loss(sequence_parallel: bool) -> tuple[torch.Tensor, ...]:
     x, weight, labels = head_inputs()
     mine = share(weight, 0, groups.tp)
     x = share(x, 0, groups.tp) if sequence_parallel else x.detach().clone().requires_grad_()
-    logits = vocab_parallel_logits(x, mine, VOCABULARY, None, groups.tp, sequence_parallel)
-    assert torch.isfinite(logits).all()
-    losses = token_losses(logits, labels, groups.tp)
+    index = (labels.t().flatten() != -100).nonzero().squeeze(1)
+    losses = linear_cross_entropy(x, mine, labels, index, Head(VOCABULARY, groups.tp, sequence_parallel))
     (losses * random(*losses.shape, seed=5)).sum().backward()
     whole_x_grad = joined(x.grad, 0, groups.tp) if sequence_parallel else x.grad
     return losses.detach(), whole_x_grad, joined(mine.grad, 0, groups.tp)

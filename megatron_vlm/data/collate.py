@@ -56,6 +56,9 @@ class MicroBatch:
     images and videos in reading order. Empty without images."""
     source_ids: torch.Tensor
     """[B] int32: index of each row's data source."""
+    label_index: torch.Tensor = None  # type: ignore[assignment]
+    """int64: the places s * B + b with a label, ascending; made from `labels` if not given. The host knows how many there
+    are; counting them on the device would make it wait."""
     vision_grids: list[VisionGrid] = field(default_factory=list)
     """Frames, height and width in patches of each image or video in reading order, also without `vision_inputs`; empty
     for families whose images have one size."""
@@ -66,6 +69,10 @@ class MicroBatch:
     vision_tokens."""
     problems: list[str] = field(default_factory=list)
     """One line for each bad or too long row."""
+
+    def __post_init__(self) -> None:
+        if self.label_index is None:
+            self.label_index = (self.labels.t().flatten() != NO_LOSS).nonzero().squeeze(1)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MicroBatch:
         """The micro-batch with its tensors on `device`, except `vision_inputs`.

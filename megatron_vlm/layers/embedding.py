@@ -1,6 +1,6 @@
-"""Vocabulary-parallel token embedding, head and loss.
+"""Vocabulary-parallel token embedding, and how features of other kinds take its place.
 
-Shapes: B batch, S sequence, H hidden, V vocabulary rows with padding.
+Shapes: B batch, S sequence, H hidden, T feature rows.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_vlm.layers.linear import Group, column_parallel_weights
+from megatron_vlm.layers.linear import Group
 
 _VOCABULARY_MULTIPLE = 64
 IGNORED_LABEL = -100
@@ -65,48 +65,3 @@ def spread_features(features_TH: torch.Tensor, feature_index_BS: torch.Tensor) -
     # Row 0 is for text, whose gradients an embedding leaves out; indexing would sum them all in one row.
     table = torch.nn.functional.pad(features_TH, (0, 0, 1, 0))
     return torch.nn.functional.embedding(feature_index_BS + 1, table, padding_idx=0)
-
-
-def vocab_parallel_logits(
-    x_SBH: torch.Tensor,
-    weight: torch.Tensor,
-    vocab_size: int,
-    softcap: float | None,
-    group: Group,
-    sequence_parallel: bool,
-) -> torch.Tensor:
-    """This rank's columns of the logits, [S, B, V / tensor ranks] over the whole sequence.
-
-    Args:
-        x_SBH: normalised hidden states; a shard of the sequence under sequence parallelism.
-        weight: this rank's rows of the table, [V / tensor ranks, H].
-        vocab_size: rows without padding; columns past it get the smallest finite logit, outside any softmax.
-        softcap: bound `softcap * tanh(logits / softcap)`, None for none.
-        group: tensor ranks.
-        sequence_parallel: gather the sequence first.
-    """
-    (logits,) = column_parallel_weights(x_SBH, [weight], group, sequence_parallel)
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    first = group.rank() * weight.shape[0]
-    if first + weight.shape[0] > vocab_size:
-        columns = torch.arange(first, first + weight.shape[0], device=logits.device)
-        # A finite fill: a rank whose columns are all padding would otherwise compute inf - inf.
-        logits = logits.masked_fill(columns >= vocab_size, torch.finfo(logits.dtype).min)
-    return logits
-
-
-def token_losses(logits_SBV: torch.Tensor, labels_BS: torch.Tensor, group: Group) -> torch.Tensor:
-    """Cross-entropy of every token in fp32, [B, S], zero where the label is -100.
-
-    Args:
-        logits_SBV: this rank's columns; overwritten if they are fp32.
-        labels_BS: token that each place should predict, or -100.
-        group: tensor ranks.
-    """
-    labels_SB = labels_BS.t()
-    has_label = labels_SB != IGNORED_LABEL
-    losses = tensor_parallel.vocab_parallel_cross_entropy(
-        logits_SBV, labels_SB.masked_fill(~has_label, 0).contiguous(), tp_group=group
-    )
-    return (losses * has_label).t()

@@ -10,7 +10,9 @@ from typing import Protocol
 
 import torch
 
-from megatron_vlm.layers.embedding import TokenEmbedding, padded_vocab_size, vocab_parallel_logits
+from kernels.linear_cross_entropy import Head, linear_cross_entropy
+from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.layers.embedding import TokenEmbedding, padded_vocab_size
 from megatron_vlm.layers.expert_use import ExpertUse
 from megatron_vlm.layers.linear import ColumnParallelLinear, Group
 from megatron_vlm.layers.norm import RMSNorm
@@ -57,14 +59,18 @@ class LanguageModelChunk(torch.nn.Module):
         softcap: float | None = None,
     ) -> None:
         super().__init__()
-        self.text, self.group, self.softcap = text, group, softcap
-        self.sequence_parallel = chunk.engine.sequence_parallel
+        self.text = text
+        self.head = Head(text.vocab_size, group, chunk.engine.sequence_parallel, softcap, chunk.loss.chunk_mib * 2**20)
+        self.z_loss_coeff = chunk.loss.z_loss_coeff
         self.recompute_layers = chunk.recompute == "full"
         self.expert_use: ExpertUse | None = None
         if chunk.is_first or (chunk.is_last and text.tie_word_embeddings):
             self.embed_tokens = TokenEmbedding(
                 text.vocab_size, text.hidden_size, text.pad_token_id, chunk.engine, group
             )
+            # The head puts its share of the gradient into `main_grad` itself; megatron-core must then still add the
+            # lookup's, which is there where one chunk has both.
+            self.embed_tokens.weight.zero_out_wgrad = chunk.is_first and chunk.is_last and text.tie_word_embeddings
         self.layers = torch.nn.ModuleDict({str(index): make_layer(index) for index in chunk.layers})
         if chunk.is_last:
             self.norm = residual_norm(text, chunk, zero_centered_norm)
@@ -77,12 +83,15 @@ class LanguageModelChunk(torch.nn.Module):
         embedded: torch.Tensor = self.embed_tokens(ids_BS)
         return embedded
 
-    def logits(self, x_SBH: torch.Tensor) -> torch.Tensor:
-        """This rank's columns of the logits, [S, B, vocabulary / tensor ranks], S whole."""
-        weight = self.embed_tokens(None) if self.text.tie_word_embeddings else self.lm_head()[0]
-        return vocab_parallel_logits(
-            self.norm(x_SBH), weight, self.text.vocab_size, self.softcap, self.group, self.sequence_parallel
-        )
+    def head_weight(self) -> torch.Tensor:
+        """This rank's rows of the head, [vocabulary / tensor ranks, H]."""
+        return self.embed_tokens(None) if self.text.tie_word_embeddings else self.lm_head()[0]
+
+    def losses(self, x_SBH: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        """Loss of every token in fp32, [B, S], 0 without a label; while training with the z-loss."""
+        z_loss_coeff = self.z_loss_coeff if self.training else 0.0
+        x_SBH, weight = self.norm(x_SBH), self.head_weight()
+        return linear_cross_entropy(x_SBH, weight, batch.labels, batch.label_index, self.head, z_loss_coeff)
 
 
 def residual_norm(text: TextRecord, chunk: ChunkSettings, zero_centered: bool) -> RMSNorm:

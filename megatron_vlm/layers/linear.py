@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed
 from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import divide
 
-Group = torch.distributed.ProcessGroup
+from megatron_vlm.parallel.sequence import Group, gather_sequence, reduce_input_gradient
 
 
 class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
@@ -136,7 +135,7 @@ class _SharedInputLinear(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(x, *weights)
         ctx.group, ctx.sequence_parallel = group, sequence_parallel
-        whole = _gather_sequence(x, group)[0] if sequence_parallel else x
+        whole = gather_sequence(x, group)[0] if sequence_parallel else x
         return tuple(torch.matmul(whole, weight.t()) for weight in weights)
 
     @staticmethod
@@ -145,11 +144,11 @@ class _SharedInputLinear(torch.autograd.Function):
         needs_x, needs_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         whole, gathering = x, None
         if ctx.sequence_parallel and any(needs_weights):
-            whole, gathering = _gather_sequence(x, ctx.group, async_op=True)
+            whole, gathering = gather_sequence(x, ctx.group, async_op=True)
         grad_x, reducing = None, None
         if needs_x:
             grad_x = _sum_of_products(gradients, weights)
-            grad_x, reducing = _reduce_input_gradient(grad_x, ctx.group, ctx.sequence_parallel)
+            grad_x, reducing = reduce_input_gradient(grad_x, ctx.group, ctx.sequence_parallel)
         if gathering is not None:
             gathering.wait()
         rows = whole.flatten(0, -2)
@@ -171,20 +170,3 @@ def _sum_of_products(inputs: Sequence[torch.Tensor], weights: Sequence[torch.Ten
     for rows, weight in zip(inputs[1:], weights[1:], strict=True):
         total.flatten(0, -2).addmm_(rows.flatten(0, -2), weight)
     return total
-
-
-def _gather_sequence(x: torch.Tensor, group: Group, async_op: bool = False) -> tuple[torch.Tensor, Any]:
-    whole = x.new_empty((x.shape[0] * group.size(), *x.shape[1:]))
-    return whole, torch.distributed.all_gather_into_tensor(whole, x.contiguous(), group=group, async_op=async_op)
-
-
-def _reduce_input_gradient(
-    gradient: torch.Tensor, group: Group, sequence_parallel: bool
-) -> tuple[torch.Tensor, torch.distributed.Work | None]:
-    """Start the sum over tensor ranks, scattered along the sequence under sequence parallelism."""
-    if group.size() == 1:
-        return gradient, None
-    if not sequence_parallel:
-        return gradient, torch.distributed.all_reduce(gradient, group=group, async_op=True)
-    shard = gradient.new_empty((gradient.shape[0] // group.size(), *gradient.shape[1:]))
-    return shard, torch.distributed.reduce_scatter_tensor(shard, gradient, group=group, async_op=True)

@@ -13,7 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_vlm import platform
 from megatron_vlm.families.registry import Family
-from megatron_vlm.parallel.chunk import ChunkSettings, MoESettings
+from megatron_vlm.parallel.chunk import ChunkSettings, LossSettings, MoESettings
 from megatron_vlm.parallel.engine import engine_config
 from megatron_vlm.parallel.gradients import finalize_gradients
 
@@ -35,6 +35,7 @@ class BuildSettings:
     deterministic: bool = False
     overlapped: bool = False
     moe: MoESettings = field(default_factory=MoESettings)
+    loss: LossSettings = field(default_factory=LossSettings)
 
 
 def build_chunks(
@@ -81,6 +82,7 @@ def build_chunks(
             recompute=settings.recompute,
             vision_parallelism=settings.vision_parallelism,
             moe=settings.moe,
+            loss=settings.loss,
             overlapped=settings.overlapped,
         )
         with device or platform.current().device:

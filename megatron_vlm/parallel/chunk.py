@@ -27,6 +27,19 @@ class MoESettings:
 
 
 @dataclass(frozen=True)
+class LossSettings:
+    """How the loss is computed.
+
+    Attributes:
+        chunk_mib: most memory for logits.
+        z_loss_coeff: factor on the square of each token's log-sum-exp; 0 for none.
+    """
+
+    chunk_mib: int = 768
+    z_loss_coeff: float = 0.0
+
+
+@dataclass(frozen=True)
 class ChunkSettings:
     """What a family needs to build one pipeline chunk.
 
@@ -40,6 +53,7 @@ class ChunkSettings:
         recompute: activations computed again in the backward pass.
         vision_parallelism: how the tensor ranks share the vision tower.
         moe: how experts are reached and kept busy.
+        loss: how it is computed.
         overlapped: gradients or parameters are exchanged while the model runs, in the order in which it comes to them.
             Every data rank must then run every layer, towers without input included: exchanges would not match.
     """
@@ -53,6 +67,7 @@ class ChunkSettings:
     recompute: Literal["none", "selective", "full"] = "none"
     vision_parallelism: Literal["tensor", "data"] = "tensor"
     moe: MoESettings = field(default_factory=MoESettings)
+    loss: LossSettings = field(default_factory=LossSettings)
     overlapped: bool = False
 
     @cached_property

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from kernels.linear_cross_entropy import chunk_tokens
 from megatron_vlm.config import Config
 from megatron_vlm.families.registry import Family
 from megatron_vlm.layers.embedding import padded_vocab_size
@@ -139,12 +140,12 @@ def _optimizer_bytes(config: Config, trainable: int, copies: int) -> int:
 
 
 def _logits_bytes(config: Config, model_config: Any, layout: Layout, pipeline_rank: int) -> int:
-    """Logits, their fp32 softmax and its gradient, for one micro-batch, on the last pipeline rank."""
+    """Logits that exist at a time, for one micro-batch, on the last pipeline rank."""
     if pipeline_rank != layout.pipeline_size - 1:
         return 0
-    vocabulary_rows = padded_vocab_size(model_config.text.vocab_size)
+    token_bytes = padded_vocab_size(model_config.text.vocab_size) // layout.tensor_size * value_bytes(config)
     tokens = config.train.micro_batch_size * config.data.seq_length
-    return tokens * vocabulary_rows // layout.tensor_size * (value_bytes(config) + 2 * FP32_BYTES)
+    return chunk_tokens(tokens, token_bytes, config.model.loss_chunk_mib * 2**20) * token_bytes
 
 
 def format_memory(memory: list[RankMemory]) -> Iterator[str]:

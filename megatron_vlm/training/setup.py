@@ -25,7 +25,7 @@ from megatron_vlm.data.loader import MicroBatchLoader, Share, build_train_loader
 from megatron_vlm.data.prompts import PromptRules
 from megatron_vlm.families import registry
 from megatron_vlm.parallel.build import BuildSettings, build_chunks, wrap_data_parallel
-from megatron_vlm.parallel.chunk import MoESettings
+from megatron_vlm.parallel.chunk import LossSettings, MoESettings
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.initialize import initialize_weights
 from megatron_vlm.training.optimizer import build_optimizer, build_scheduler
@@ -187,6 +187,7 @@ def build_settings(config: Config, layout: Layout) -> BuildSettings:
         MoESettings(
             config.parallel.moe_token_dispatcher_type, config.model.moe_load_balancing, config.model.moe_aux_loss_coeff
         ),
+        LossSettings(config.model.loss_chunk_mib, config.model.z_loss_coeff),
     )
 
 

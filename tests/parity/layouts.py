@@ -16,6 +16,7 @@ from megatron_vlm.checkpoint.hf_model import load_hf_into_model
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families import registry
 from megatron_vlm.layers.expert_use import collect_expert_use
+from megatron_vlm.layers.linear import column_parallel_weights
 from megatron_vlm.parallel.build import BuildSettings, build_chunks, wrap_data_parallel
 from megatron_vlm.parallel.chunk import MoESettings
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
@@ -133,20 +134,27 @@ def run_case(hf_dir: str, layout: TestLayout, cases: dict[str, list[MicroBatch]]
 
 
 def _record_logits(model: Sequence[torch.nn.Module], groups: ProcessGroupCollection) -> list[torch.Tensor]:
-    """Keep the whole logits [B, S, V] of every forward pass of the last stage."""
+    """Keep the whole logits [B, S, V] of every forward pass of the last stage, which the loss itself never makes."""
     recorded: list[torch.Tensor] = []
     language_model = unwrap_model(list(model))[-1].language_model
-    compute = language_model.logits
+    compute = language_model.losses
 
+    @torch.no_grad()
     def logits(x: torch.Tensor) -> torch.Tensor:
-        part = compute(x)
+        head = language_model.head
+        (part,) = column_parallel_weights(
+            language_model.norm(x), [language_model.head_weight()], groups.tp, head.sequence_parallel
+        )
         parts = [torch.empty_like(part) for _ in range(groups.tp.size())]
-        torch.distributed.all_gather(parts, part.detach().contiguous(), group=groups.tp)
-        recorded.append(torch.cat(parts, dim=-1).transpose(0, 1).cpu())
-        return part
+        torch.distributed.all_gather(parts, part.contiguous(), group=groups.tp)
+        return torch.cat(parts, dim=-1).transpose(0, 1).cpu()
+
+    def losses(x: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        recorded.append(logits(x))
+        return compute(x, batch)
 
     if hasattr(language_model, "norm"):
-        language_model.logits = logits
+        language_model.losses = losses
     return recorded
 
 

@@ -19,7 +19,7 @@ from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families.gemma3.config import LayerConfig, ModelConfig, TextConfig
 from megatron_vlm.families.gemma3.vision import Projector, VisionTower
 from megatron_vlm.layers.attention import SelfAttention
-from megatron_vlm.layers.embedding import place_features, token_losses
+from megatron_vlm.layers.embedding import place_features
 from megatron_vlm.layers.language_model import LanguageModelChunk, residual_norm
 from megatron_vlm.layers.linear import Group
 from megatron_vlm.layers.mlp import GatedMLP
@@ -129,7 +129,7 @@ class Gemma3Chunk(ModelChunk):
         x_SBH = self.language_model.decode(x_SBH, batch.position_ids, spans)
         if not self.post_process:
             return pack(StageState(x_SBH), self.input_tensor)
-        return token_losses(self.language_model.logits(x_SBH), batch.labels, self.groups.tp)
+        return self.language_model.losses(x_SBH, batch)
 
     def _embed(self, batch: MicroBatch) -> torch.Tensor:
         """Tokens and images as one sequence, [S, B, H]."""

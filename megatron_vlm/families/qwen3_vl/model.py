@@ -18,7 +18,7 @@ from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families.qwen3_vl.config import LayerConfig, ModelConfig, TextConfig
 from megatron_vlm.families.qwen3_vl.vision import Projector, VisionTower
 from megatron_vlm.layers.attention import SelfAttention
-from megatron_vlm.layers.embedding import IGNORED_LABEL, place_features, spread_features, token_losses
+from megatron_vlm.layers.embedding import IGNORED_LABEL, place_features, spread_features
 from megatron_vlm.layers.expert_use import ExpertUse
 from megatron_vlm.layers.language_model import LanguageModelChunk, residual_norm
 from megatron_vlm.layers.mlp import GatedMLP
@@ -133,7 +133,7 @@ class Qwen3VLChunk(ModelChunk):
         state = self.language_model.decode(self._input(batch), batch)
         if not self.post_process:
             return pack(state, self.input_tensor)
-        losses_BS = token_losses(self.language_model.logits(state.hidden), batch.labels, self.groups.tp)
+        losses_BS = self.language_model.losses(state.hidden, batch)
         use = self.language_model.expert_use
         if use is not None and state.numbers is not None:
             losses_BS = use.with_balancing(losses_BS, batch.labels != IGNORED_LABEL, state.numbers)

@@ -1,0 +1,223 @@
+"""Cross-entropy of a linear head whose rows are divided over the tensor ranks, a chunk of tokens at a time.
+
+Only tokens with a label are computed. The forward pass keeps two numbers of each; the backward pass computes a chunk's
+logits again and turns them into their gradient in place. So 8 T H V operations take the place of 6 T H V, and the only
+memory that grows with the vocabulary is one chunk's: a cuBLAS product writes it, one kernel reads it (forward) or
+overwrites it (backward), two products read it.
+
+Shapes: B batch, S sequence (hidden states hold a shard of it under sequence parallelism), H hidden, T tokens with a
+label or those of a chunk, V vocabulary rows of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed
+from torch.autograd.function import once_differentiable
+
+from kernels.linear_cross_entropy.operators import logits_gradient_, vocabulary_statistics
+from megatron_vlm import platform
+from megatron_vlm.parallel.sequence import Group, gather_sequence, reduce_input_gradient
+
+# Products are made of tiles of this many rows.
+_TILE_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Head:
+    """A vocabulary and how it is held.
+
+    Attributes:
+        vocab_size: rows of the whole weight without padding, which is outside the softmax.
+        group: tensor ranks, each with equally many rows.
+        sequence_parallel: a rank's hidden states are its shard of the sequence.
+        softcap: logits are bounded to `softcap * tanh(logits / softcap)`; None for no bound.
+        chunk_bytes: most memory for logits.
+    """
+
+    vocab_size: int
+    group: Group
+    sequence_parallel: bool = False
+    softcap: float | None = None
+    chunk_bytes: int = 768 * 2**20
+
+    @property
+    def gathers(self) -> bool:
+        """Hidden states come in shards."""
+        return self.sequence_parallel and self.group.size() > 1
+
+    def first(self, weight: torch.Tensor) -> int:
+        """The token of this rank's first row."""
+        return self.group.rank() * weight.shape[0]
+
+    def columns(self, weight: torch.Tensor) -> int:
+        """This rank's rows without padding."""
+        return min(max(self.vocab_size - self.first(weight), 0), weight.shape[0])
+
+    def chunks(self, num_tokens: int, weight: torch.Tensor) -> Iterator[slice]:
+        """Slices of the tokens, of about one size, whose logits fit into `chunk_bytes`."""
+        size = chunk_tokens(num_tokens, weight.shape[0] * weight.element_size(), self.chunk_bytes)
+        return (slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size))
+
+
+def chunk_tokens(num_tokens: int, token_bytes: int, chunk_bytes: int) -> int:
+    """Tokens of a chunk.
+
+    Args:
+        num_tokens: in all.
+        token_bytes: of one token's logits on this rank.
+        chunk_bytes: bound, unless a single token exceeds it.
+    """
+    most = max(1, chunk_bytes // token_bytes)
+    even = -(-num_tokens // max(1, -(-num_tokens // most)))
+    return max(1, min(most, -(-even // _TILE_TOKENS) * _TILE_TOKENS, num_tokens))
+
+
+def linear_cross_entropy(
+    x_SBH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    labels_BS: torch.Tensor,
+    label_index: torch.Tensor,
+    head: Head,
+    z_loss_coeff: float = 0.0,
+) -> torch.Tensor:
+    """Loss of every token in fp32, [B, S], 0 without a label: cross-entropy, and `z_loss_coeff * logsumexp(logits)^2`.
+
+    The gradient of a parameter with megatron-core's `main_grad` in fp32 is added to that, as megatron-core's own fused
+    linear does; any other weight gets one that was summed in fp32 and rounded once. Every tensor rank must have the
+    same labels. Evaluation keeps nothing.
+
+    Args:
+        x_SBH: hidden states; a shard of the sequence under sequence parallelism, else the same on all tensor ranks.
+        weight_VH: this rank's rows.
+        labels_BS: token that each place should predict, or -100; S is the whole sequence.
+        label_index: [T] int64, the places `s * B + b` with a label, ascending. Their number is known to the host, which
+            would have to wait for the device to count labels.
+        head: vocabulary, group and bounds.
+        z_loss_coeff: 0 for none.
+    """
+    losses: torch.Tensor = _LinearCrossEntropy.apply(x_SBH, weight_VH, labels_BS, label_index, head, z_loss_coeff)
+    return losses
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_SBH: torch.Tensor,
+        weight: torch.Tensor,
+        labels_BS: torch.Tensor,
+        label_index: torch.Tensor,
+        head: Head,
+        z_loss_coeff: float,
+    ) -> torch.Tensor:
+        whole = gather_sequence(x_SBH, head.group)[0] if head.gathers else x_SBH
+        rows = whole.flatten(0, 1)
+        labels_T = labels_BS.t().flatten().index_select(0, label_index) - head.first(weight)
+        columns, softcap = head.columns(weight), head.softcap or 0.0
+        statistics = [
+            vocabulary_statistics(logits, labels_T[chunk], columns, softcap)
+            for chunk, _, logits in _logits_by_chunk(rows, weight, label_index, head)
+        ]
+        wide = torch.promote_types(x_SBH.dtype, torch.float32)
+        losses = torch.zeros(labels_BS.numel(), dtype=wide, device=labels_BS.device)
+        largest = log_total = losses.new_empty(0)
+        if statistics:
+            largest, total, at_label = _over_ranks(torch.cat(statistics), head.group)
+            log_total = total.log()
+            of_tokens = log_total + (largest - at_label)
+            if z_loss_coeff != 0:
+                of_tokens += z_loss_coeff * (largest + log_total).square()
+            losses.index_copy_(0, label_index, of_tokens)
+        ctx.save_for_backward(x_SBH, weight, labels_T, label_index, largest, log_total)
+        ctx.head, ctx.z_loss_coeff = head, z_loss_coeff
+        return losses.view(labels_BS.t().shape).t()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_BS: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_SBH, weight, labels_T, label_index, largest, log_total = ctx.saved_tensors
+        head: Head = ctx.head
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        whole = gather_sequence(x_SBH, head.group)[0] if head.gathers else x_SBH
+        rows = whole.flatten(0, 1)
+        upstream = gradient_BS.t().flatten().index_select(0, label_index)
+        scale = upstream * (1 + 2 * ctx.z_loss_coeff * (largest + log_total))
+        factors_T4 = torch.stack((largest, log_total, scale, upstream), dim=-1)
+        columns, softcap = head.columns(weight), head.softcap or 0.0
+        x_gradient = torch.zeros_like(rows) if needs_x else None
+        weight_gradient = _WeightGradient(weight) if needs_weight else None
+        for chunk, rows_TH, logits in _logits_by_chunk(rows, weight, label_index, head):
+            logits_gradient_(logits, labels_T[chunk], factors_T4[chunk], columns, softcap)
+            if x_gradient is not None:
+                x_gradient.index_copy_(0, label_index[chunk], torch.mm(logits, weight))
+            if weight_gradient is not None:
+                weight_gradient.add(logits, rows_TH)
+        if x_gradient is not None:
+            x_gradient, reducing = reduce_input_gradient(x_gradient.view_as(whole), head.group, head.gathers)
+            if reducing is not None:
+                reducing.wait()
+        return x_gradient, None if weight_gradient is None else weight_gradient.result(), None, None, None, None
+
+
+def _logits_by_chunk(
+    rows: torch.Tensor, weight: torch.Tensor, label_index: torch.Tensor, head: Head
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Tokens, their hidden states [T, H] and logits [T, V] of this rank, all of which are in one buffer."""
+    buffer = None
+    for chunk in head.chunks(len(label_index), weight):
+        rows_TH = rows.index_select(0, label_index[chunk])
+        if buffer is None:
+            buffer = rows.new_empty((len(rows_TH), weight.shape[0]))
+        logits = buffer[: len(rows_TH)]
+        torch.mm(rows_TH, weight.t(), out=logits)
+        yield chunk, rows_TH, logits
+
+
+def _over_ranks(statistics_T3: torch.Tensor, group: Group) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Largest logit, sum of exponentials relative to it, and label's logit over all tensor ranks, [T] each."""
+    if group.size() == 1:
+        return statistics_T3.unbind(-1)  # type: ignore[return-value]
+    every = statistics_T3.new_empty((group.size(), *statistics_T3.shape))
+    torch.distributed.all_gather_into_tensor(every.flatten(0, 1), statistics_T3, group=group)
+    largest, total, at_label = every.unbind(-1)
+    largest_T = largest.amax(0)
+    return largest_T, (total * (largest - largest_T).exp()).sum(0), at_label.sum(0)
+
+
+class _WeightGradient:
+    """Sum over chunks in fp32 (fp64 where the weight is)."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        main = getattr(weight, "main_grad", None)
+        self.into_main = main is not None and main.dtype == wide and hasattr(weight, "grad_added_to_main_grad")
+        self.total: torch.Tensor = main if self.into_main else torch.zeros_like(weight, dtype=wide)
+
+    def add(self, logits_gradient_TV: torch.Tensor, rows_TH: torch.Tensor) -> None:
+        """Add one chunk's product."""
+        columns_VT, wide = logits_gradient_TV.t(), self.total.dtype
+        if columns_VT.dtype == wide:
+            self.total.addmm_(columns_VT, rows_TH)
+        elif platform.current().accelerated:
+            torch.addmm(self.total, columns_VT, rows_TH, out_dtype=wide, out=self.total)
+        else:
+            self.total.addmm_(columns_VT.to(wide), rows_TH.to(wide))
+
+    def result(self) -> torch.Tensor | None:
+        """What autograd is told; nothing to add where the gradient is in `main_grad` already."""
+        weight = self.weight
+        if not self.into_main:
+            return self.total.to(weight.dtype)
+        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        if getattr(weight, "zero_out_wgrad", False):
+            # megatron-core adds what autograd collects from the weight's other use, the lookup.
+            return None
+        # megatron-core leaves this unread, but asks for one; the memory of `main_grad` costs none, and a detached view
+        # is not copied.
+        return self.total.detach().flatten().view(weight.dtype)[: weight.numel()].view_as(weight)

@@ -1,0 +1,51 @@
+"""The two passes over a chunk of logits as operators; `reference` defines them."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.library import define
+from kernels.linear_cross_entropy import reference
+
+
+def _statistics_shape(logits: torch.Tensor, labels: torch.Tensor, columns: int, softcap: float) -> torch.Tensor:
+    return logits.new_empty((logits.shape[0], 3), dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def _nothing(
+    logits: torch.Tensor, labels: torch.Tensor, factors: torch.Tensor, columns: int, softcap: float
+) -> None: ...
+
+
+vocabulary_statistics = define(
+    "vocabulary_statistics(Tensor logits, Tensor labels, int columns, float softcap) -> Tensor",
+    reference.vocabulary_statistics,
+    _statistics_shape,
+)
+"""Largest logit, sum of exponentials relative to it and label's logit of each token; see the reference.
+
+Args:
+    logits: [T, V], contiguous; fp32, fp16 or bf16.
+    labels: [T] int64, counted from this rank's first column; another rank's lie outside of 0 .. columns - 1.
+    columns: without padding.
+    softcap: bound of the logits; 0 for none.
+
+Returns:
+    [T, 3] fp32.
+"""
+
+logits_gradient_ = define(
+    "logits_gradient_(Tensor(a!) logits, Tensor labels, Tensor factors, int columns, float softcap) -> ()",
+    reference.logits_gradient_,
+    _nothing,
+)
+"""Overwrite logits by the gradient with respect to them; see the reference.
+
+Args:
+    logits: [T, V] as in `vocabulary_statistics`.
+    labels: as in `vocabulary_statistics`.
+    factors: [T, 4] fp32: largest logit over all ranks, logarithm of the sum of exponentials relative to it, factor on
+        the softmax, factor at the label.
+    columns: without padding; the gradient of padding is 0.
+    softcap: bound of the logits; 0 for none.
+"""
