@@ -27,12 +27,13 @@ help:
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kernels/*/*.cu kernels/*/*.cuh kernels/*/*.h)
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.12, or run make PYTHON=/path/to/python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || { echo "$(PYTHON) is not Python 3.12" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@head -n 1 kernels/_C.txt
 	@touch $@
 
 demo: $(STAMP)
@@ -60,4 +61,4 @@ bench: $(STAMP)
 	set -e; for script in benchmarks/*.py; do case "$$script" in */gpu_*) ;; *) $(BIN)/python "$$script";; esac; done
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build kernels/_C.* *.egg-info

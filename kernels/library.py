@@ -1,8 +1,9 @@
 """How an operator of this package is defined, and what runs it on which device.
 
 An operator is one function of tensors with a reference in plain PyTorch, which is its definition and what runs on a
-CPU, and a CUDA kernel in the compiled extension (`setup.py` builds it where a CUDA toolkit is found). Without the
-extension the reference runs on CUDA too, with one warning; `MEGATRON_VLM_STRICT_KERNELS=1` makes that an error.
+CPU, and a CUDA kernel: written in Triton, or in the compiled extension (`setup.py` builds it where a CUDA toolkit is
+found). Without the extension the reference runs on CUDA too, with one warning; `MEGATRON_VLM_STRICT_KERNELS=1` makes
+that an error.
 
 Source: torch.library; the extension uses torch's stable ABI.
 """
@@ -22,6 +23,7 @@ from torch.library import Library
 NAMESPACE = "megatron_vlm"
 STRICT_VARIABLE = "MEGATRON_VLM_STRICT_KERNELS"
 BINARY = Path(__file__).with_name("_C.abi3.so")
+BUILD_LOG = Path(__file__).with_name("_C.txt")
 
 _library = Library(NAMESPACE, "DEF")
 
@@ -32,6 +34,7 @@ def define(
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
+    kernel: Callable[..., Any] | None = None,
 ) -> Any:
     """Define an operator.
 
@@ -41,6 +44,7 @@ def define(
         fake: shapes and dtypes of the results, from those of the arguments.
         backward: `backward(ctx, *gradients)`, for operators with a gradient; it calls an operator of its own.
         setup_context: `setup_context(ctx, inputs, output)`, which saves what `backward` needs.
+        kernel: what CUDA runs, for operators whose kernel is written in Triton; the extension has none of those.
 
     Returns:
         The operator.
@@ -49,8 +53,11 @@ def define(
     qualified = f"{NAMESPACE}::{name}"
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, reference, "CPU")
-    if not _load_binary():
-        _library.impl(name, _warn_once(name, reference), "CUDA")
+    _load_binary()
+    if kernel is not None:
+        _library.impl(name, kernel, "CUDA")
+    elif not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA"):
+        _library.impl(name, _warn_once(reference), "CUDA")
     torch.library.register_fake(qualified, fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
@@ -58,15 +65,19 @@ def define(
 
 
 @cache
-def _load_binary() -> bool:
-    """Load the extension, whose kernels then wait for their operators' definitions; false where it was not built."""
+def _load_binary() -> str | None:
+    """Load the extension, whose kernels then wait for their operators' definitions; tells why there is none."""
     if not BINARY.exists():
-        return False
-    torch.ops.load_library(BINARY)
-    return True
+        return BUILD_LOG.read_text().partition("\n")[0] if BUILD_LOG.exists() else "CUDA kernels: not built"
+    try:
+        torch.ops.load_library(BINARY)
+    except OSError as error:
+        # Made for another torch, or a torch without CUDA runs it.
+        return f"CUDA kernels: {error}"
+    return None
 
 
-def _warn_once(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+def _warn_once(reference: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(reference)
     def run(*arguments: Any, **keywords: Any) -> Any:
         _complain()
@@ -78,8 +89,8 @@ def _warn_once(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
 @cache
 def _complain() -> None:
     message = (
-        "the CUDA kernels were not built: reference operators run instead, which is slow and takes more memory; "
-        "install again where nvcc is found"
+        f"{_load_binary() or 'CUDA kernels: built from older sources'}. Reference operators run instead, which is slow "
+        "and takes more memory. Fix: install again where nvcc is found"
     )
     if os.environ.get(STRICT_VARIABLE) == "1":
         raise RuntimeError(f"{message}, or unset {STRICT_VARIABLE}")

@@ -1,0 +1,144 @@
+"""Builds the CUDA kernels as `kernels/_C.abi3.so` where a CUDA toolkit is found; the rest is in pyproject.toml.
+
+The extension uses torch's stable ABI, so one binary serves torch 2.11 and later, and any Python. Without a toolkit, or
+with one that does not work, the installation succeeds without it and `kernels/_C.txt` says why;
+MEGATRON_VLM_STRICT_KERNELS=1 makes that an error. CUDA_HOME names a toolkit that is not on the path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+KERNELS = ROOT / "kernels"
+STRICT_VARIABLE = "MEGATRON_VLM_STRICT_KERNELS"
+ARCHITECTURES = ("80", "90", "100")
+# The last architecture also as PTX, which the driver compiles for newer GPUs.
+TARGETS = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES] + [
+    f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}"
+]
+# 2.11, the oldest torch that the binary is to load on.
+DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY", "-DUSE_CUDA"]
+FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "--extended-lambda", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+
+
+class NoKernelsError(Exception):
+    """Why the kernels cannot be built here, in one line, and what the compiler said."""
+
+    def __init__(self, reason: str, output: str = "") -> None:
+        super().__init__(reason)
+        self.output = output
+
+
+class BuildKernels(build_ext):
+    """Compiles every kernels/*/*.cu, as many at a time as there are cores, and links them."""
+
+    def run(self) -> None:
+        """Build, or leave the package without a binary."""
+        binary = Path(self.get_ext_fullpath("kernels._C"))
+        log = binary.with_name("_C.txt")
+        binary.parent.mkdir(parents=True, exist_ok=True)
+        binary.unlink(missing_ok=True)
+        try:
+            output = build(binary, Path(self.build_temp))
+            names = ", ".join(f"sm_{architecture}" for architecture in ARCHITECTURES)
+            message = f"CUDA kernels: built for {names}"
+        except NoKernelsError as error:
+            if os.environ.get(STRICT_VARIABLE) == "1":
+                raise
+            output, message = error.output, f"CUDA kernels: not built, {error}"
+        log.write_text(f"{message}\n{source_hash()}\n{output}")
+        print(message, file=sys.stderr)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Without the Python version: nothing in it depends on one."""
+        return str(Path(*fullname.split("."))) + ".abi3.so"
+
+    def get_outputs(self) -> list[str]:
+        """What is installed: the binary, if there is one, and the log."""
+        binary = Path(self.get_ext_fullpath("kernels._C"))
+        return [str(path) for path in (binary, binary.with_name("_C.txt")) if path.exists()]
+
+
+def build(binary: Path, folder: Path) -> str:
+    """Compile and link; returns what the compiler said. Raises NoKernelsError."""
+    nvcc = find_nvcc()
+    torch = find_torch()
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / "probe.cu"
+    probe.write_text("__global__ void probe(float* x) { *x = 1.0f; }\n")
+    common = [nvcc, *FLAGS, *TARGETS, *DEFINES, f"-I{KERNELS}", "-isystem", torch / "include"]
+    # A toolkit without its compiler back end, its headers or a host compiler fails here.
+    run([*common, "-c", probe, "-o", folder / "probe.o"], f"{nvcc} cannot compile an empty kernel")
+    bodies = sorted(KERNELS.glob("*/*.cu"))
+    objects = [folder / f"{body.stem}.o" for body in bodies]
+
+    def compile_one(source: Path, target: Path) -> str:
+        return run([*common, "-c", source, "-o", target], f"{nvcc} cannot compile {source.relative_to(ROOT)}")
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        outputs = list(pool.map(compile_one, bodies, objects))
+    link = [nvcc, *TARGETS, "-shared", "-cudart=shared", *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch_cuda"]
+    outputs.append(run([*link, "-o", binary], f"{nvcc} cannot link the kernels"))
+    return "".join(outputs)
+
+
+def find_nvcc() -> str:
+    """CUDA_HOME's, or the one on the path."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [str(Path(home) / "bin/nvcc")] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    for candidate in candidates:
+        if found := shutil.which(candidate):
+            return found
+    where = f"in {home}/bin" if home else "on the path; CUDA_HOME may name a CUDA toolkit"
+    raise NoKernelsError(f"no nvcc {where}")
+
+
+def find_torch() -> Path:
+    """Folder of the torch that is installed where this runs."""
+    try:
+        import torch
+    except ImportError:
+        raise NoKernelsError("torch must be installed first, and pip be told --no-build-isolation") from None
+    if torch.version.cuda is None:
+        raise NoKernelsError("this torch is made without CUDA")
+    return Path(torch.__file__).parent
+
+
+def run(command: list[str | Path], failure: str) -> str:
+    """Output of a command; NoKernelsError where it fails."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise NoKernelsError(failure, done.stdout)
+    return done.stdout
+
+
+def sources() -> list[Path]:
+    """Everything that the binary is made from."""
+    return sorted([ROOT / "setup.py", *(path for end in ("cu", "cuh", "h") for path in KERNELS.rglob(f"*.{end}"))])
+
+
+def source_hash() -> str:
+    """Of `sources`; a binary of others is told by it."""
+    digest = hashlib.sha256()
+    for path in sources():
+        digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    depends = [str(path.relative_to(ROOT)) for path in sources()]
+    setup(
+        ext_modules=[Extension("kernels._C", sources=[], depends=depends, py_limited_api=True)],
+        cmdclass={"build_ext": BuildKernels},
+        options={"bdist_wheel": {"py_limited_api": "cp312"}},
+    )
