@@ -9,6 +9,7 @@ tests/training/test_memory.py compares with what autograd saves.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,20 +50,27 @@ class Structure:
 
 
 def structure_of(shapes: Mapping[str, tuple[int, ...]], hidden_size: int) -> Structure:
-    """Read it off the model's parameters.
+    """Read it off the model's parameters; all decoder layers have the same norms.
 
     Args:
         shapes: whole, by our names.
         hidden_size: of the language model.
     """
-    layer = [name for name in shapes if name.startswith("language_model.layers.0.")]
+    norms_of_layer: Counter[str] = Counter()
+    query_norms_of_layer: Counter[str] = Counter()
+    for name, shape in shapes.items():
+        if name.startswith("language_model.layers."):
+            index = name.split(".")[2]
+            norms_of_layer[index] += shape == (hidden_size,)
+            query_norms_of_layer[index] += ".q_norm." in name
+    ((decoder_norms, query_norms),) = {(norms_of_layer[index], query_norms_of_layer[index]) for index in norms_of_layer}
     tower, projector = ([name for name in shapes if name.startswith(part)] for part in ("vision_tower.", "projector."))
     norms, projector_norms = (
         [name for name in names if name.endswith(".weight") and len(shapes[name]) == 1] for names in (tower, projector)
     )
     return Structure(
-        decoder_norms=sum(shapes[name] == (hidden_size,) for name in layer),
-        has_query_norms=any(".q_norm." in name for name in layer),
+        decoder_norms=decoder_norms,
+        has_query_norms=bool(query_norms),
         tower_norms=len(norms),
         tower_norms_in_fp32=_without_biases(norms, shapes),
         tower_has_gates=any(".gate_proj." in name for name in tower),

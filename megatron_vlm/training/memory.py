@@ -8,7 +8,7 @@ buffers, and what the allocator loses to fragmentation.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,19 @@ class RankMemory:
         )
 
 
+@dataclass(frozen=True)
+class HeldParameter:
+    """A parameter as one rank holds it."""
+
+    shape: tuple[int, ...]
+    is_expert: bool
+
+    @property
+    def num_values(self) -> int:
+        """Numbers in it."""
+        return math.prod(self.shape)
+
+
 def estimate_memory(
     config: Config,
     family: Family,
@@ -76,14 +89,10 @@ def estimate_memory(
     structure = structure_of(shapes, model_config.text.hidden_size)
     memory = []
     for rank, parameters in enumerate(held):
-        total, dense, experts = (
-            sum(math.prod(entry.shape) for entry in chosen)
-            for chosen in (
-                parameters.values(),
-                (entry for entry in _trainable(config, parameters) if not entry.is_expert),
-                (entry for entry in _trainable(config, parameters) if entry.is_expert),
-            )
-        )
+        trainable = [entry for name, entry in parameters.items() if name.partition(".")[0] not in config.model.freeze]
+        total = sum(entry.num_values for entry in parameters.values())
+        experts = sum(entry.num_values for entry in trainable if entry.is_expert)
+        dense = sum(entry.num_values for entry in trainable if not entry.is_expert)
         memory.append(
             RankMemory(
                 pipeline_rank=rank,
@@ -97,18 +106,6 @@ def estimate_memory(
             )
         )
     return memory
-
-
-def _trainable(config: Config, parameters: Mapping[str, HeldParameter]) -> list[HeldParameter]:
-    return [entry for name, entry in parameters.items() if name.partition(".")[0] not in config.model.freeze]
-
-
-@dataclass(frozen=True)
-class HeldParameter:
-    """A parameter as one rank holds it."""
-
-    shape: tuple[int, ...]
-    is_expert: bool
 
 
 def held_parameters(
