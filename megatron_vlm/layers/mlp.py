@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, cast
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import gelu
 
+from kernels.gated import Activation, gated
 from megatron_vlm.layers.linear import ColumnParallelLinear, Group, RowParallelLinear, column_parallel
 
 
@@ -19,7 +19,7 @@ class GatedMLP(torch.nn.Module):
         self,
         hidden_size: int,
         intermediate_size: int,
-        activation: Callable[[torch.Tensor], torch.Tensor],
+        activation: Activation,
         engine: TransformerConfig,
         group: Group,
     ) -> None:
@@ -32,7 +32,7 @@ class GatedMLP(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[S, B, H] to the same, shards of the sequence under sequence parallelism."""
         gate, up = column_parallel(x, (self.gate_proj, self.up_proj), self.group, self.sequence_parallel)
-        return self.down_proj(self.activation(gate) * up)
+        return self.down_proj(gated(gate, up, self.activation))
 
 
 class MLP(torch.nn.Module):

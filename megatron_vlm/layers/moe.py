@@ -20,8 +20,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import router_gating_linear, topk_routing_with_score_function
 from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.nn.functional import grouped_mm, linear, pad, silu
+from torch.nn.functional import grouped_mm, linear, pad
 
+from kernels.gated import gated_halves
 from megatron_vlm.parallel.chunk import ChunkSettings
 from megatron_vlm.parallel.gradients import mark_partial
 from megatron_vlm.parallel.sharding import mark_expert
@@ -142,10 +143,9 @@ class Experts(torch.nn.Module):
             weights_T: the router's weight of each row.
         """
         ends = tokens_per_expert.to(x_TH.device).cumsum(0, dtype=torch.int32)
-        gate, up = grouped_mm(x_TH, self.gate_up_proj.flatten(1, 2).transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        gate_up = grouped_mm(x_TH, self.gate_up_proj.flatten(1, 2).transpose(1, 2), offs=ends)
         # The weight is applied where rows are narrow; the last product is linear.
-        hidden = (silu(gate) * up * weights_T.unsqueeze(-1)).to(x_TH.dtype)
-        return grouped_mm(hidden, self.down_proj.transpose(1, 2), offs=ends)
+        return grouped_mm(gated_halves(gate_up, "silu", weights_T), self.down_proj.transpose(1, 2), offs=ends)
 
 
 class MoE(torch.nn.Module):

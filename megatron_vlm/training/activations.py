@@ -184,15 +184,15 @@ def _text_layer_bytes(
         kept += queries * (value + FP32_BYTES / layer.head_dim)  # its result and log-sum-exp
     moe = experts_of(layer)
     if moe is None:
-        return kept + 4 * layer.intermediate_size / size * value  # gate, up, activation, product
+        return kept + 3 * layer.intermediate_size / size * value  # gate, up, product
     return kept + _experts_bytes(moe, hidden_size, layout.expert_tensor_size, value) / _sequence_share(config, layout)
 
 
 def _experts_bytes(moe: Any, hidden_size: int, expert_tensor_size: int, value: int) -> float:
     """Bytes that each token which a rank routes makes ranks keep, when all experts get equally many."""
     router = moe.num_experts * FP32_BYTES
-    # Ranks that share an expert all get its tokens. Gate and up, activation, product, weighted product.
-    row = hidden_size * expert_tensor_size + 5 * moe.intermediate_size
+    # Ranks that share an expert all get its tokens. Gate and up, weighted product.
+    row = hidden_size * expert_tensor_size + 3 * moe.intermediate_size
     return router + moe.top_k * (row * value + 4 * INDEX_BYTES)
 
 
@@ -222,9 +222,9 @@ def _vision_bytes(
         kept = hidden * value
         if recompute != "full":
             # Queries, keys, values (once more what one product made), the result, and it as the output's input; what
-            # the feed-forward layer's products make, and what follows from each.
+            # the feed-forward layer's first products make, and what follows from them.
             attention = (7 if structure.tower_joins_queries else 5) * hidden
-            feed_forward = (4 if structure.tower_has_gates else 2) * vision.intermediate_size
+            feed_forward = (3 if structure.tower_has_gates else 2) * vision.intermediate_size
             kept = 2 * norm + (attention + feed_forward) / width_share * value
         layers += [patches * kept] * vision.num_hidden_layers
         # Norms before the first layer or after the last, and pixels in the tower's type.

@@ -7,12 +7,10 @@ Shapes: B batch, S sequence (hidden states hold a shard of it under sequence par
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import cast
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch.nn.functional import gelu
 
 from kernels.span_attention import Spans
 from megatron_vlm.data.collate import MicroBatch
@@ -30,7 +28,6 @@ from megatron_vlm.parallel.images import ImageDivision
 from megatron_vlm.parallel.model_chunk import ModelChunk
 from megatron_vlm.parallel.wire import StageState, pack
 
-gelu_tanh = partial(gelu, approximate="tanh")
 RopeTables = Mapping[tuple[int, float, float], RopeTable]
 
 
@@ -48,7 +45,7 @@ class DecoderLayer(torch.nn.Module):
             norms="zero_centered",
             recompute_core=chunk.recompute == "selective",
         )
-        self.mlp = GatedMLP(text.hidden_size, layer.intermediate_size, gelu_tanh, chunk.engine, group)
+        self.mlp = GatedMLP(text.hidden_size, layer.intermediate_size, "gelu_tanh", chunk.engine, group)
         norms = [residual_norm(text, chunk, zero_centered=True) for _ in range(4)]
         self.input_layernorm, self.post_attention_layernorm = norms[:2]
         self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norms[2:]

@@ -10,6 +10,7 @@ from functools import partial
 
 from transformers import Ministral3Config, Mistral3Config, MistralConfig, PixtralVisionConfig, PretrainedConfig
 
+from kernels.gated import Activation
 from megatron_vlm.families.records import DecoderConfig, DecoderLayerConfig, Narrowed, require
 from megatron_vlm.layers.rope import YarnScaling
 
@@ -45,7 +46,7 @@ class VisionConfig:
     num_channels: int
     patch_size: int
     rope_theta: float
-    activation: str
+    activation: Activation
     spatial_merge_size: int
     out_hidden_size: int
     projector_norm_eps: float

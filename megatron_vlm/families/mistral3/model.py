@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch.nn.functional import silu
 
 from kernels.span_attention import Spans
 from megatron_vlm.data.collate import MicroBatch
@@ -42,7 +41,7 @@ class DecoderLayer(torch.nn.Module):
             recompute_core=chunk.recompute == "selective",
         )
         self.post_attention_layernorm = residual_norm(text, chunk, zero_centered=False)
-        self.mlp = GatedMLP(text.hidden_size, layer.intermediate_size, silu, chunk.engine, group)
+        self.mlp = GatedMLP(text.hidden_size, layer.intermediate_size, "silu", chunk.engine, group)
 
     def forward(
         self, x_SBH: torch.Tensor, rope: RopeTable, spans: Spans, query_scale: torch.Tensor | None

@@ -9,11 +9,11 @@ Shapes: P patches, H vision hidden, N heads, D head dim, T tokens of the languag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import gelu
 
 from kernels.packed_attention import Segments, packed_attention
 from kernels.rope import RopeTable, qk_norm_rope
@@ -24,8 +24,6 @@ from megatron_vlm.layers.norm import RMSNorm
 from megatron_vlm.layers.patches import Grid, PatchProjection, Places, patch_places, split_frames
 from megatron_vlm.layers.recompute import run_layer
 from megatron_vlm.layers.rope import geometric_frequencies
-
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": silu, "gelu": gelu}
 
 
 def patch_rope(places: Places, config: VisionConfig, dtype: torch.dtype) -> RopeTable:
@@ -63,8 +61,7 @@ class VisionLayer(torch.nn.Module):
         super().__init__()
         self.attention_norm, self.ffn_norm = (_norm(config, engine) for _ in range(2))
         self.attention = VisionAttention(config, engine, group)
-        activation = ACTIVATIONS[config.activation]
-        self.feed_forward = GatedMLP(config.hidden_size, config.intermediate_size, activation, engine, group)
+        self.feed_forward = GatedMLP(config.hidden_size, config.intermediate_size, config.activation, engine, group)
 
     def forward(self, x_PH: torch.Tensor, rope: RopeTable, images: Segments) -> torch.Tensor:
         """[P, H] to the same."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch.nn.functional import silu
 
 from kernels.span_attention import Spans
 from megatron_vlm.data.collate import MicroBatch
@@ -48,7 +47,7 @@ class DecoderLayer(torch.nn.Module):
         )
         self.post_attention_layernorm = residual_norm(text, chunk, zero_centered=False)
         self.mlp: MoE | GatedMLP = (
-            GatedMLP(text.hidden_size, layer.intermediate_size, silu, chunk.engine, groups.tp)
+            GatedMLP(text.hidden_size, layer.intermediate_size, "silu", chunk.engine, groups.tp)
             if layer.moe is None
             else MoE(text.hidden_size, layer.moe, chunk, groups)
         )
