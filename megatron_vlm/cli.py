@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 import types
 import typing
@@ -58,9 +59,27 @@ def parse_command_line(argv: list[str], program: str = "pretrain_vlm.py") -> Com
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise _readable(error) from None
     values = {entry.name: getattr(parsed, entry.name) for entry in dataclasses.fields(Config)}
-    config = Config(**values)
+    config = _with_home(Config(**values))
     validate(config)
     return CommandLine(config, bool(parsed.dry_run))
+
+
+def _with_home(config: Config) -> Config:
+    """The same with every "~" at the start of a path replaced: no shell does that in YAML or after `--key=`."""
+    home, checkpoint = os.path.expanduser, config.checkpoint
+    train, valid = (
+        [dataclasses.replace(source, path=home(source.path)) for source in sources]
+        for sources in (config.data.train, config.data.valid)
+    )
+    load = checkpoint.load and home(checkpoint.load)
+    export_hf = checkpoint.export_hf and home(checkpoint.export_hf)
+    return dataclasses.replace(
+        config,
+        run_dir=home(config.run_dir),
+        model=dataclasses.replace(config.model, hf_path=home(config.model.hf_path)),
+        data=dataclasses.replace(config.data, train=train, valid=valid),
+        checkpoint=dataclasses.replace(checkpoint, load=load, export_hf=export_hf),
+    )
 
 
 def valid_keys(settings: type = Config, prefix: str = "") -> dict[str, Any]:

@@ -88,6 +88,20 @@ def test_file_then_overrides(config_file: str) -> None:
     assert config.data.valid[0].path == "v.jsonl"
 
 
+def test_home_at_the_start_of_a_path(config_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    paths = ["--model.hf_path=~/model", "--checkpoint.load=~/first", "--checkpoint.export_hf=~/out/hf"]
+    sources = ["--data.train=[{path: ~/a.jsonl, weight: 3}, {path: b~.jsonl}]", "--data.valid=[{path: ~/c.jsonl}]"]
+    config = load_config(["--config", config_file, "--run_dir=~/run", *paths, *sources])
+    assert (config.run_dir, config.model.hf_path) == ("/home/someone/run", "/home/someone/model")
+    assert (config.checkpoint.load, config.checkpoint.export_hf) == ("/home/someone/first", "/home/someone/out/hf")
+    assert [source.path for source in config.data.train] == ["/home/someone/a.jsonl", "b~.jsonl"]
+    assert config.data.train[0].weight == 3
+    assert [source.path for source in config.data.valid] == ["/home/someone/c.jsonl"]
+    config = load_config(["--config", config_file])
+    assert config.checkpoint.load is None and config.checkpoint.export_hf is None
+
+
 def test_yaml_round_trip(config_file: str, tmp_path: Path) -> None:
     config = load_config(["--config", config_file, "--optimizer.betas", "[0.8, 0.9]", "--run_dir", "läuft"])
     resolved = tmp_path / "resolved.yaml"

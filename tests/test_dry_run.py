@@ -248,6 +248,7 @@ def test_checkpoint_of_the_other_kind(
     capsys.readouterr()  # transformers shows its progress
     line = refusal([*arguments, f"--checkpoint.load={text}"], capsys)
     assert "missing (vision_tower." in line and str(text) in line
+    assert "use the model.hf_path" in line and "that the checkpoint was made from" in line
     write_jsonl(folder / "train.jsonl", [row(user("a"), assistant("b"))])
     for checkpoint in (whole, text):
         assert pretrain_vlm.main([*arguments, "--model.text_only=true", f"--checkpoint.load={checkpoint}"]) == 0

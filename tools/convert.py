@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -38,20 +40,21 @@ def main(arguments: list[str] | None = None) -> int:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Hugging Face directories <-> distributed checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True)
+    folder: dict[str, Any] = {"type": os.path.expanduser, "required": True}
     hf_help = "Hugging Face directory: config.json, tokenizer, safetensors"
     ckpt_help = "distributed checkpoint, or a run folder (its newest checkpoint)"
     command = commands.add_parser("import", help="safetensors to a distributed checkpoint")
-    command.add_argument("--hf", required=True, metavar="DIR", help=hf_help)
-    command.add_argument("--out", required=True, metavar="CKPT", help="new directory")
+    command.add_argument("--hf", **folder, metavar="DIR", help=hf_help)
+    command.add_argument("--out", **folder, metavar="CKPT", help="new directory")
     command.set_defaults(run=_import)
     command = commands.add_parser("export", help="a distributed checkpoint to safetensors")
-    command.add_argument("--ckpt", required=True, metavar="CKPT", help=ckpt_help)
-    command.add_argument("--hf", required=True, metavar="REFERENCE_DIR", help=f"{hf_help} (weights not needed)")
-    command.add_argument("--out", required=True, metavar="DIR", help="new directory")
+    command.add_argument("--ckpt", **folder, metavar="CKPT", help=ckpt_help)
+    command.add_argument("--hf", **folder, metavar="REFERENCE_DIR", help=f"{hf_help} (weights not needed)")
+    command.add_argument("--out", **folder, metavar="DIR", help="new directory")
     command.set_defaults(run=_export)
     command = commands.add_parser("verify", help="compare both, tensor by tensor")
-    command.add_argument("--hf", required=True, metavar="DIR", help=hf_help)
-    command.add_argument("--ckpt", required=True, metavar="CKPT", help=ckpt_help)
+    command.add_argument("--hf", **folder, metavar="DIR", help=hf_help)
+    command.add_argument("--ckpt", **folder, metavar="CKPT", help=ckpt_help)
     command.set_defaults(run=_verify)
     return parser.parse_args(arguments)
 

@@ -6,6 +6,7 @@ python tools/inspect_data.py --hf MODEL_DIRECTORY --data rows.jsonl --num 3 [--c
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -41,8 +42,10 @@ def main() -> int:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hf", required=True, help="directory with config.json, tokenizer and processor files")
-    parser.add_argument("--data", required=True, help="JSONL file")
+    parser.add_argument(
+        "--hf", type=os.path.expanduser, required=True, help="directory with config.json, tokenizer and processor files"
+    )
+    parser.add_argument("--data", type=os.path.expanduser, required=True, help="JSONL file")
     parser.add_argument("--num", type=int, default=3, help="rows to print (default: 3)")
     parser.add_argument("--first", type=int, default=0, help="row to begin with (default: 0)")
     parser.add_argument("--seq_length", type=int, default=2**30, help="most tokens of a row (default: no limit)")

@@ -271,7 +271,7 @@ def open_for_export(
             str(directory),
             "give the Hugging Face directory that the checkpoint was trained from",
         )
-    if tie_follows_checkpoint and family.head_tells_tie and not has_weights(Path(hf_dir).expanduser()):
+    if tie_follows_checkpoint and family.head_tells_tie and not has_weights(Path(hf_dir)):
         registry.set_tie(hf_config, identity.tied)
     model_config = family.config_from_hf(hf_config, text_only=identity.text_only)
     weight_map: WeightMap = family.weight_map(model_config)
@@ -301,7 +301,7 @@ def plan_export(
         weight_map: of the model to be exported.
         dtypes: by our name, of the model to be exported.
     """
-    source = Path(hf_dir).expanduser().absolute()
+    source = Path(hf_dir).absolute()
     is_alone = _is_alone(hf_config, weight_map)
     new_config = _language_model_config if is_alone else _changed_config
     config = new_config(source, hf_config, weight_map)
@@ -368,7 +368,7 @@ def _changed_config(source: Path, hf_config: PretrainedConfig, weight_map: Weigh
 
 def identity_of(hf_dir: str | os.PathLike, family: str, model_config: Any) -> ModelIdentity:
     """What a checkpoint of this model says about itself, with config.json as it stands on disk."""
-    hf_config = json.loads((Path(hf_dir).expanduser() / "config.json").read_bytes())
+    hf_config = json.loads((Path(hf_dir) / "config.json").read_bytes())
     return ModelIdentity(
         family=family,
         model_type=hf_config.get("model_type", ""),

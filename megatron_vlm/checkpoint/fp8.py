@@ -41,7 +41,7 @@ def open_weights(directory: str | os.PathLike) -> SafetensorsReader:
     Raises:
         CheckpointError: the weights are quantised in another way, their scales do not fit, or see `SafetensorsReader`.
     """
-    path = Path(directory).expanduser().absolute() / "config.json"
+    path = Path(directory).absolute() / "config.json"
     quantization = find_quantization(json.loads(path.read_bytes())) if path.is_file() else None
     if quantization is None:
         return SafetensorsReader(directory)

@@ -64,7 +64,7 @@ class SafetensorsReader:
     """
 
     def __init__(self, directory: str | os.PathLike) -> None:
-        self.directory = Path(directory).expanduser().absolute()
+        self.directory = Path(directory).absolute()
         self._descriptors: dict[str, int] = {}
         if not self.directory.is_dir():
             raise CheckpointError("no such directory", str(self.directory), "give a Hugging Face checkpoint directory")

@@ -78,7 +78,7 @@ def check_export_target(directory: str | os.PathLike) -> Path:
     Raises:
         CheckpointError: the path is a file or a directory that is not empty.
     """
-    target = Path(directory).expanduser().absolute()
+    target = Path(directory).absolute()
     if target.is_dir():
         if next(target.iterdir(), None) is not None:
             raise CheckpointError(

@@ -134,7 +134,7 @@ class TorchDistReader:
     """
 
     def __init__(self, directory: str | os.PathLike) -> None:
-        self.directory = Path(directory).expanduser().absolute()
+        self.directory = Path(directory).absolute()
         fix = "give the directory of one complete checkpoint"
         if not (self.directory / MEGATRON_METADATA_FILE).is_file():
             raise CheckpointError("not a distributed checkpoint (no metadata.json)", str(self.directory), fix)

@@ -192,6 +192,7 @@ class WeightMap:
             {name: weight.shape for name, weight in expected.items()},
             {name: reader.tensors[name].shape for name in sorted(read)},
             str(reader.directory),
+            "use the config.json that belongs to these weights",
         )
         return expected
 
@@ -203,7 +204,12 @@ class WeightMap:
         """
         parts = tuple({group.prefix.split(".")[0] + "." for group in self.groups})
         relevant = {name: shape for name, shape in stored.items() if name.startswith(parts)}
-        _refuse_differences({name: weight.padded_shape for name, weight in self.items()}, relevant, where)
+        _refuse_differences(
+            {name: weight.padded_shape for name, weight in self.items()},
+            relevant,
+            where,
+            "use the model.hf_path (tools/convert.py: --hf) that the checkpoint was made from",
+        )
 
 
 def _in_file(group: WeightGroup, prefix: str, is_transposed: bool) -> dict[str, HfWeight]:
@@ -251,7 +257,9 @@ def _refuse_quantized(reader: SafetensorsReader, names: Iterable[str]) -> None:
         )
 
 
-def _refuse_differences(expected: Mapping[str, Sequence[int]], actual: Mapping[str, Sequence[int]], where: str) -> None:
+def _refuse_differences(
+    expected: Mapping[str, Sequence[int]], actual: Mapping[str, Sequence[int]], where: str, fix: str
+) -> None:
     missing = [name for name in expected if name not in actual]
     unexpected = [name for name in actual if name not in expected]
     misshapen = [
@@ -265,7 +273,7 @@ def _refuse_differences(expected: Mapping[str, Sequence[int]], actual: Mapping[s
         raise CheckpointError(
             f"the weights do not fit the model that config.json describes: {', '.join(problems)}",
             where,
-            "use the config.json that belongs to these weights",
+            fix,
         )
 
 

@@ -75,13 +75,12 @@ def dry_run(config: Config, say: Callable[[str], None] = print) -> int:
     report.attempt(lambda: _check_weights(config, family, model_config))
     report.attempt(lambda: _check_load(config, family, model_config))
     report.attempt(lambda: _check_places(config))
-    rules = family.prompt_rules(model_config)
-    report.attempt(lambda: _check_data(config, rules, checks))
+    report.attempt(lambda: _check_data(config, family.prompt_rules(model_config), checks))
     if layouts:
         images_per_row = _images_per_row(checks[0]) if checks else 1.0
         report.attempt(lambda: _describe_memory(config, family, model_config, layouts[0], images_per_row))
     if checks:
-        report.attempt(lambda: describe_samples(config, rules, SAMPLES_SHOWN))
+        report.attempt(lambda: describe_samples(config, family.prompt_rules(model_config), SAMPLES_SHOWN))
     if report.problems:
         first = report.problems[0]
         raise first if len(report.problems) == 1 else combine(ConfigError, report.problems)

@@ -213,7 +213,7 @@ def check_run_dir(config: Config) -> None:
     Raises:
         ConfigError: it cannot.
     """
-    folder = Path(config.run_dir).expanduser().absolute()
+    folder = Path(config.run_dir).absolute()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(f"run_dir {config.run_dir} cannot be written", where=str(nearest), fix="name another folder")
@@ -247,5 +247,5 @@ def record_export(config: Config) -> None:
 
 def _export_record(config: Config) -> dict[str, Any]:
     assert config.checkpoint.export_hf is not None
-    target = Path(config.checkpoint.export_hf).expanduser().absolute()
+    target = Path(config.checkpoint.export_hf).absolute()
     return {"directory": str(target), "step": config.train.train_iters}
