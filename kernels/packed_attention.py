@@ -45,7 +45,7 @@ class Segments:
 def packed_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float
 ) -> torch.Tensor:
-    """Attention within segments: FlexAttention over spans where a GPU compiles it, the reference elsewhere.
+    """Attention within segments: over spans on a GPU, by the reference elsewhere.
 
     Args:
         q: [N, P, D].
@@ -57,7 +57,7 @@ def packed_attention(
     Returns:
         [N, P, D].
     """
-    return (_flex if platform.current().accelerated else reference)(q, k, v, segments, scale)
+    return (_on_gpu if platform.current().accelerated else reference)(q, k, v, segments, scale)
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float) -> torch.Tensor:
@@ -74,5 +74,5 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segme
     return torch.cat(attended, dim=1)
 
 
-def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float) -> torch.Tensor:
+def _on_gpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float) -> torch.Tensor:
     return span_attention(q[None], k[None], v[None], segments.spans, None, scale)[0]

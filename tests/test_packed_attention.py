@@ -14,8 +14,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels.packed_attention as module
-import kernels.span_attention as span_module
 from kernels.packed_attention import Segments, packed_attention, reference
+from kernels.span_attention import flex as flex_form
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Segments, float], torch.Tensor]
 
@@ -51,9 +51,9 @@ def results(attention: Attention, lengths: tuple[int, ...], dtype: torch.dtype) 
 def flex(monkeypatch: pytest.MonkeyPatch) -> Iterator[Attention]:
     """The form for GPUs, not compiled, with the check of the device lifted."""
     monkeypatch.setattr(flex_module, "_validate_device", lambda *tensors: None)
-    monkeypatch.setattr(span_module, "_compiled_flex_attention", lambda: flex_attention)
-    monkeypatch.setattr(module, "span_attention", span_module._flex)
-    yield module._flex
+    monkeypatch.setattr(flex_form, "compiled", lambda: flex_attention)
+    monkeypatch.setattr(module, "span_attention", flex_form.attend)
+    yield module._on_gpu
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)

@@ -18,8 +18,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from transformers import Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model, get_block_sequence_ids_for_mask
 
-import kernels.span_attention as module
 from kernels.span_attention import Spans, reference, span_attention
+from kernels.span_attention import flex as module
 from megatron_vlm.data.collate import spans
 
 
@@ -116,8 +116,8 @@ def results(
 def flex(monkeypatch: pytest.MonkeyPatch) -> Iterator[Attention]:
     """The form for GPUs, not compiled, with the check of the device lifted."""
     monkeypatch.setattr(flex_module, "_validate_device", lambda *tensors: None)
-    monkeypatch.setattr(module, "_compiled_flex_attention", lambda: flex_attention)
-    yield module._flex
+    monkeypatch.setattr(module, "compiled", lambda: flex_attention)
+    yield module.attend
 
 
 @pytest.mark.parametrize("window", WINDOWS)

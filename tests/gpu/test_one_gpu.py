@@ -51,7 +51,7 @@ def test_grouped_experts(counts: list[int]) -> None:
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_a_step_equals_transformers(family: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # fp32 throughout: the reference attention here, the compiled one above.
-    monkeypatch.setattr("kernels.span_attention._flex", reference)
+    monkeypatch.setattr("kernels.span_attention._on_gpu", reference)
     cases = {case: family.expected(case) for case in family.cases}
     hf_directory = family.write(tmp_path)
     initialize_distributed(timeout_minutes=2)

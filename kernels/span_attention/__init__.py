@@ -1,0 +1,45 @@
+"""Attention from spans: every query sees a range of keys, cut by its layer's window on the past side.
+
+Key k is visible to query q iff `low[q] <= k <= high[q]` and `q - k < window` (`spans.py`).
+
+Shapes: B batch, N query heads, G key/value heads, S sequence, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.span_attention import flex, operators
+from kernels.span_attention.blocks import is_proven
+from kernels.span_attention.reference import reference
+from kernels.span_attention.spans import Spans
+from megatron_vlm import platform
+
+__all__ = ["Spans", "reference", "span_attention"]
+
+
+def span_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, window: int | None, scale: float
+) -> torch.Tensor:
+    """Grouped-query attention over spans, with no mask over all pairs of tokens on a GPU.
+
+    Args:
+        q: [B, N, S, D].
+        k: [B, G, S, D].
+        v: [B, G, S, D].
+        spans: visible ranges.
+        window: keys visible on the past side, the query included; None is unlimited.
+        scale: factor on the scores.
+
+    Returns:
+        [B, N, S, D].
+    """
+    return (_on_gpu if platform.current().accelerated else reference)(q, k, v, spans, window, scale)
+
+
+def _on_gpu(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, window: int | None, scale: float
+) -> torch.Tensor:
+    """Our kernels where they are proven, FlexAttention elsewhere."""
+    form = operators.attend if is_proven(q) else flex.attend
+    return form(q, k, v, spans, window, scale)

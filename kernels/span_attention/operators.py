@@ -1,0 +1,135 @@
+"""The operators of span attention, whose CUDA kernels are written in Triton.
+
+`first` and `last` [B, S] int32 are the visible keys of a query, the window included. `tables` are `BlockRanges` for the
+launches of the forward pass, of dq, and of dk with dv; the reference needs none.
+Shapes: B batch, N query heads, G key/value heads, S sequence, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kernels.library import define
+from kernels.span_attention.blocks import Configuration, configuration
+from kernels.span_attention.reference import backward as reference_backward
+from kernels.span_attention.reference import forward as reference_forward
+from kernels.span_attention.spans import Spans
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, window: int | None, scale: float
+) -> torch.Tensor:
+    """As `span_attention`, by our kernels."""
+    launches = _launches(q)
+    tables = [
+        spans.block_ranges(window, launches.forward).by_query,
+        spans.block_ranges(window, launches.queries).by_query,
+        spans.block_ranges(window, launches.keys).by_key,
+    ]
+    return _attention(q, k, v, spans.first_key(window), spans.high, tables, scale)[0]
+
+
+def _launches(q: torch.Tensor) -> Configuration:
+    return configuration(q.shape[-1], torch.cuda.get_device_capability(q.device)[0])
+
+
+def _reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    first: torch.Tensor,
+    last: torch.Tensor,
+    tables: list[torch.Tensor],
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return reference_forward(q, k, v, first, last, scale)
+
+
+def _kernel(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    first: torch.Tensor,
+    last: torch.Tensor,
+    tables: list[torch.Tensor],
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from kernels.span_attention import launch  # needs Triton
+
+    return launch.forward(q, k, v, first, last, tables[0], scale, _launches(q).forward)
+
+
+def _fake(q: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    q, k, v, first, last, ctx.tables, ctx.scale = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, first, last)
+
+
+def _backward(ctx: Any, d_out: torch.Tensor, d_lse: torch.Tensor) -> tuple[Any, ...]:
+    gradients = _attention_backward(d_out, *ctx.saved_tensors, ctx.tables, ctx.scale)
+    return (*gradients, None, None, None, None)
+
+
+def _reference_backward(
+    d_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    first: torch.Tensor,
+    last: torch.Tensor,
+    tables: list[torch.Tensor],
+    scale: float,
+) -> Tensors:
+    return reference_backward(d_out, q, k, v, out, lse, first, last, scale)
+
+
+def _kernel_backward(
+    d_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    first: torch.Tensor,
+    last: torch.Tensor,
+    tables: list[torch.Tensor],
+    scale: float,
+) -> Tensors:
+    from kernels.span_attention import launch  # needs Triton
+
+    return launch.backward(d_out, q, k, v, out, lse, first, last, tables[1], tables[2], scale, _launches(q))
+
+
+def _fake_backward(d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any) -> Tensors:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+_TAIL = "Tensor first, Tensor last, Tensor[] tables, float scale"
+
+_attention = define(
+    f"span_attention(Tensor q, Tensor k, Tensor v, {_TAIL}) -> (Tensor, Tensor)",
+    _reference,
+    _fake,
+    _backward,
+    _save,
+    kernel=_kernel,
+)
+_attention_backward = define(
+    "span_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_TAIL}) -> (Tensor, Tensor, Tensor)",
+    _reference_backward,
+    _fake_backward,
+    kernel=_kernel_backward,
+)
