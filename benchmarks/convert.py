@@ -140,7 +140,7 @@ def write_checkpoint(directory: Path, gigabytes: float) -> int:
 
 def measure(source: Path, work: Path, rounds: int) -> dict[str, Any]:
     """Run imports and exports, each between two copies; returns seconds, ratios and peaks."""
-    bare_bytes = run([sys.executable, "-c", "import torch"]).peak_bytes
+    bare_bytes = run([sys.executable, "-c", "import torch"], reports_time=False).peak_bytes
     imported, exported = work / "imported", work / "exported"
     convert = [sys.executable, str(REPOSITORY / "tools" / "convert.py")]
     steps = {
@@ -200,8 +200,8 @@ class Run:
         return f"{self.work_seconds:.2f} s ({self.seconds:.2f} s with start), RssAnon {self.peak_bytes / 2**20:.0f} MiB"
 
 
-def run(command: list[str]) -> Run:
-    """Run a command and watch its memory."""
+def run(command: list[str], reports_time: bool = True) -> Run:
+    """Run a command and watch its memory; unless it `reports_time`, all of it is work."""
     start_seconds = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     peak_bytes = 0
@@ -213,6 +213,8 @@ def run(command: list[str]) -> Run:
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed with exit code {process.returncode}")
     reported = re.search(r" in ([0-9.]+) s$", printed.strip())
+    if reports_time and reported is None:
+        raise SystemExit(f"{' '.join(command)} does not say how long its work took")
     return Run(seconds, float(reported[1]) if reported else seconds, peak_bytes)
 
 

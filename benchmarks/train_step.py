@@ -7,8 +7,9 @@ no padding), the same number of threads, in one process. Losses are compared fir
 the turn that begins changes from round to round; the ratio is that of the median seconds. Both train: weights move.
 
 transformers: `from_pretrained`, its default attention and grouped experts, the loss of its own forward pass,
-`clip_grad_norm_`, `torch.optim.AdamW(fused=True)`, `zero_grad(set_to_none=True)`. Ours: what a rank of a run with the
-default settings does in a step (distributed optimizer, fp32 main gradients). Neither side's data loading counts.
+`clip_grad_norm_`, `torch.optim.AdamW(fused=True)`, `zero_grad(set_to_none=True)`. Ours: what a rank of a run does in a
+step with the default settings (distributed optimizer, fp32 main gradients), but for precision fp32, where bf16 is the
+default, learning rate 1e-4 and weight decay 0.1. Neither side's data loading counts.
 
 Limit: both ratios at most 1; the exit code is 1 beyond it.
 """
@@ -50,6 +51,8 @@ from megatron_vlm.parallel.groups import build_groups, initialize_megatron  # no
 from megatron_vlm.training.optimizer import apply_gradients, build_optimizer, gradient_norm  # noqa: E402
 from megatron_vlm.training.step import run_global_batch  # noqa: E402
 
+RESULTS = REPOSITORY / "benchmarks" / "results" / "train_step.json"
+MODELS = ("dense", "moe")
 MAX_RATIO = 1.0
 MAX_LOSS_DIFFERENCE = 1e-5
 # After an update: Adam's first step is the sign of a gradient, also of one that is rounding noise.
@@ -112,19 +115,27 @@ def main() -> int:
             gc.collect()
     torch.distributed.destroy_process_group()
     figures = {"models": results, "limit": MAX_RATIO, "tokens": SEQUENCE_TOKENS, "dtype": "float32"} | environment()
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(figures, indent=1) + "\n")
+    output = options.output or RESULTS
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(figures, indent=1) + "\n")
     return 0 if all(result["ratio"] <= MAX_RATIO for result in results.values()) else 1
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=["dense", "moe"], default=["dense", "moe"])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--rounds", type=int, default=9, help="at least 1")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--profile", action="store_true", help="print where the time of one step of each side goes")
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks" / "results" / "train_step.json")
-    return parser.parse_args()
+    parser.add_argument("--output", type=Path, help=f"default with all models: {RESULTS.relative_to(REPOSITORY)}")
+    options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error(f"--rounds {options.rounds} must be at least 1")
+    if options.output is None and set(options.models) != set(MODELS):
+        parser.error(
+            f"--models {' '.join(options.models)} needs --output: {RESULTS.name} keeps the figures of all models"
+        )
+    return options
 
 
 def build_sides(moe: bool, folder: Path) -> list[Side]:
@@ -201,7 +212,7 @@ def transformers_side(folder: Path, batch: MicroBatch) -> Side:
 
 
 def own_side(folder: Path, family: registry.Family, model_config: Any, batch: MicroBatch) -> Side:
-    """What a run with one rank and default settings does in a step, but for reading data and logging."""
+    """What a run with one rank does in a step, but for reading data and logging."""
     groups = build_groups()
     initialize_megatron(1, groups)
     layers = [tuple(range(len(model_config.text.layers)))]
