@@ -32,10 +32,10 @@ def vocabulary_statistics(
 def logits_gradient_(
     logits_TV: torch.Tensor, labels_T: torch.Tensor, factors_T4: torch.Tensor, columns: int, softcap: float
 ) -> None:
-    """Overwrite logits by the gradient with respect to them: `scale * softmax - (weight at the label)`, through the cap.
+    """Overwrite logits by the gradient of `scale * logsumexp - weight * label's logit` with respect to them.
 
-    `factors` holds for each token the largest logit of all ranks, the logarithm of the sum of exponentials relative to
-    it, `scale`, and `weight`.
+    `scale` and `weight` are taken as constant. `factors` holds for each token the largest logit of all ranks,
+    the logarithm of the sum of exponentials relative to it, `scale`, and `weight`.
     """
     largest, log_total, scale, weight = factors_T4.unsqueeze(-1).unbind(1)
     values = capped(logits_TV[:, :columns], softcap)

@@ -5,7 +5,7 @@ Shapes: B rows, S padded length in tokens.
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -56,9 +56,6 @@ class MicroBatch:
     images and videos in reading order. Empty without images."""
     source_ids: torch.Tensor
     """[B] int32: index of each row's data source."""
-    label_index: torch.Tensor = None  # type: ignore[assignment]
-    """int64: the places s * B + b with a label, ascending; made from `labels` if not given. The host knows how many there
-    are; counting them on the device would make it wait."""
     vision_grids: list[VisionGrid] = field(default_factory=list)
     """Frames, height and width in patches of each image or video in reading order, also without `vision_inputs`; empty
     for families whose images have one size."""
@@ -69,10 +66,12 @@ class MicroBatch:
     vision_tokens."""
     problems: list[str] = field(default_factory=list)
     """One line for each bad or too long row."""
+    label_index: torch.Tensor = field(init=False)
+    """int64: the places s * B + b that have a label, ascending. Made from `labels` while they are on the host, which
+    would have to wait for a device to count them."""
 
     def __post_init__(self) -> None:
-        if self.label_index is None:
-            self.label_index = (self.labels.t().flatten() != NO_LOSS).nonzero().squeeze(1)
+        self.label_index = (self.labels.t().flatten() != NO_LOSS).nonzero().squeeze(1)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MicroBatch:
         """The micro-batch with its tensors on `device`, except `vision_inputs`.
@@ -83,12 +82,16 @@ class MicroBatch:
 
     def pin_memory(self) -> MicroBatch:
         """The micro-batch in page-locked memory; torch's loader calls this."""
-        pixels = {name: value.pin_memory() for name, value in self.vision_inputs.items()}
-        return dataclasses.replace(self._map(torch.Tensor.pin_memory), vision_inputs=pixels)
+        pinned = self._map(torch.Tensor.pin_memory)
+        pinned.vision_inputs = {name: value.pin_memory() for name, value in self.vision_inputs.items()}
+        return pinned
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
-        fields = {name: function(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return dataclasses.replace(self, **fields)  # type: ignore[arg-type]
+        mapped = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(mapped, name, function(value))
+        return mapped
 
 
 def collate(

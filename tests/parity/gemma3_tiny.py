@@ -129,7 +129,11 @@ def split_rows(whole: MicroBatch) -> list[MicroBatch]:
     for row in range(whole.input_ids.shape[0]):
         index = whole.feature_index[row : row + 1]
         images = torch.unique(index[index >= 0] // TOKENS_PER_IMAGE).long()
-        fields = {name: value[row : row + 1] for name, value in vars(whole).items() if isinstance(value, torch.Tensor)}
+        fields = {
+            name: value[row : row + 1]
+            for name, value in vars(whole).items()
+            if isinstance(value, torch.Tensor) and name != "label_index"
+        }
         if len(images):
             offset = int(images[0]) * TOKENS_PER_IMAGE
             fields["feature_index"] = torch.where(index >= 0, index - offset, -1)
