@@ -1,4 +1,4 @@
-"""Definition of the gated activations, forward and backward; what CPU runs.
+"""Definition of the gated activations, forward and backward; what runs where no kernel does.
 
 Shapes: T rows (any leading dimensions), F columns of gate and of up.
 """

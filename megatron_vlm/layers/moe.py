@@ -1,5 +1,7 @@
 """Mixture of experts: a router, megatron-core's token dispatchers, and all experts of a rank in one grouped product.
 
+The dispatchers permute tokens by our kernels (`platform.expert_permutation`); a rank that holds all experts needs none.
+
 Dropless: every token reaches its `top_k` experts, however unevenly they are loaded. The ranks of a pipeline stage are
 divided anew for experts (`parallel.groups`): expert-parallel ranks hold different experts, expert-tensor ranks share
 each of them, and the rest are replicas.
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed
@@ -23,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import grouped_mm, linear, pad
 
 from kernels.gated import gated_halves
+from kernels.permute import expert_permutation, permute, unpermute
 from megatron_vlm.parallel.chunk import ChunkSettings
 from megatron_vlm.parallel.gradients import mark_partial
 from megatron_vlm.parallel.sharding import mark_expert
@@ -151,8 +154,8 @@ class Experts(torch.nn.Module):
 class MoE(torch.nn.Module):
     """A feed-forward layer of experts.
 
-    The host waits once in every call: sizes of the exchange, and of what is kept for the backward pass, are counts of
-    tokens that only the device knows.
+    Where ranks share or divide experts the host waits in every call: sizes of the exchange, and of what is kept for the
+    backward pass, are counts of tokens that only the device knows. A rank with all experts never waits.
 
     Args:
         hidden_size: H.
@@ -163,8 +166,12 @@ class MoE(torch.nn.Module):
 
     def __init__(self, hidden_size: int, moe: MoERecord, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
         super().__init__()
+        self.top_k = moe.top_k
         self.gate = Router(hidden_size, moe, chunk.engine)
         self.experts = Experts(hidden_size, moe, chunk.engine, groups)
+        self.dispatcher = None
+        if groups.tp_ep.size() == 1:
+            return
         engine = dataclasses.replace(
             chunk.engine,
             num_moe_experts=moe.num_experts,
@@ -197,15 +204,28 @@ class MoE(torch.nn.Module):
             # Rows that choose no expert.
             missing = (0, 0, 0, share.common_length - x_TH.shape[0])
             x_TH, weights, chosen = pad(x_TH, missing), pad(weights, missing), pad(chosen, missing)
-        dispatcher = self.dispatcher
+        if self.dispatcher is None:
+            output = self._on_this_rank(x_TH, weights, chosen)
+        else:
+            output = self._exchanged(self.dispatcher, x_TH, weights, chosen)
+        return output[: x_SBH.shape[0] * x_SBH.shape[1]].view_as(x_SBH), routing
+
+    def _on_this_rank(self, x_TH: torch.Tensor, weights_TE: torch.Tensor, chosen_TE: torch.Tensor) -> torch.Tensor:
+        permutation = expert_permutation(chosen_TE, x_TH.shape[0] * self.top_k)
+        rows, row_weights = permute(x_TH, permutation, weights_TE)
+        assert row_weights is not None
+        return unpermute(self.experts(rows, chosen_TE.sum(0), row_weights), permutation)
+
+    def _exchanged(
+        self, dispatcher: Any, x_TH: torch.Tensor, weights_TE: torch.Tensor, chosen_TE: torch.Tensor
+    ) -> torch.Tensor:
         try:
-            rows, weights = dispatcher.dispatch_preprocess(x_TH, chosen, weights)
+            rows, weights = dispatcher.dispatch_preprocess(x_TH, chosen_TE, weights_TE)
             rows, weights = dispatcher.token_dispatch(rows, weights)
             rows, tokens_per_expert, weights = dispatcher.dispatch_postprocess(rows, weights)
             rows = self.experts(rows, tokens_per_expert, weights)
             rows = dispatcher.combine_preprocess(rows)
-            output = dispatcher.combine_postprocess(dispatcher.token_combine(rows))
+            return dispatcher.combine_postprocess(dispatcher.token_combine(rows))
         finally:
             # The dispatcher would keep this graph alive. Recomputation ends by an exception, once nothing more is read.
             dispatcher.probs = dispatcher.routing_map = dispatcher.local_probs = dispatcher.local_map = None
-        return output[: x_SBH.shape[0] * x_SBH.shape[1]].view_as(x_SBH), routing

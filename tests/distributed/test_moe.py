@@ -126,7 +126,7 @@ def run_loads(layout: TestLayout, loads: dict[str, Load], dtype: torch.dtype) ->
 def run_load(
     layout: TestLayout, load: Load, dispatcher: Any, dtype: torch.dtype, groups: ProcessGroupCollection
 ) -> Result:
-    engine = engine_config(HIDDEN, 2, 1, dtype, tensor_size=layout.tensor, sequence_parallel=layout.sequence_parallel)
+    engine = engine_config(HIDDEN, 4, 1, dtype, tensor_size=layout.tensor, sequence_parallel=layout.sequence_parallel)
     chunk = ChunkSettings((0,), 0, True, True, None, engine, moe=MoESettings(dispatcher))
     layer = MoE(HIDDEN, MoEConfig(EXPERTS, load.top_k, WIDTH), chunk, groups)
     weights = load.weights()

@@ -1,0 +1,193 @@
+"""Permutation of tokens by experts: a row for each expert that a token chose, grouped by expert, and back.
+
+Sums run over a token's rows in the order of experts, so results do not depend on timing: what is gathered in one
+direction is gathered in the other too, through the inverse, and nothing is added to memory that others add to. The
+host waits for nothing: it must know the number of rows.
+
+Shapes: T tokens, E experts, R rows, H hidden, C chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kernels.library import define
+from kernels.permute import reference
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """Which row is whose.
+
+    Attributes:
+        entry_of_row: [R] int32, place in a flattened [T, E] of each row's token and expert; grows within an expert.
+        rows: [R] int32, rows of token 0 in the order of experts, then those of token 1, and so on.
+        starts: [T + 1] int32, where each token's rows begin in `rows`, and R.
+        num_experts: E.
+    """
+
+    entry_of_row: torch.Tensor
+    rows: torch.Tensor
+    starts: torch.Tensor
+    num_experts: int
+
+
+def expert_permutation(routing_map: torch.Tensor, num_rows: int) -> Permutation:
+    """The permutation of tokens that chose experts.
+
+    Args:
+        routing_map: [T, E] bool, true where a token chose an expert.
+        num_rows: how many choices there are, R.
+    """
+    return Permutation(*_expert_permutation(routing_map.contiguous(), num_rows), routing_map.shape[1])
+
+
+def chunk_permutation(sizes: torch.Tensor, order: torch.Tensor, num_rows: int, device: torch.device) -> Permutation:
+    """The permutation of rows in C consecutive chunks into another order of these chunks.
+
+    Args:
+        sizes: [C] integers, rows of each chunk.
+        order: [C] integers, the chunk that comes first, and so on.
+        num_rows: sum of sizes.
+        device: of the rows. Sizes and order may be on the host.
+    """
+    sizes, order = sizes.to(device, non_blocking=True), order.to(device, non_blocking=True)
+    begins, new_sizes = sizes.cumsum(0) - sizes, sizes[order]
+    distance = begins[order] - (new_sizes.cumsum(0) - new_sizes)
+    numbers = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
+    distance_R = torch.repeat_interleave(distance.int(), new_sizes, output_size=num_rows)
+    old_rows = numbers[:-1] + distance_R
+    new_rows = torch.empty_like(old_rows)
+    new_rows[old_rows] = numbers[:-1]
+    return Permutation(old_rows, new_rows, numbers, 1)
+
+
+def permute(
+    x: torch.Tensor, permutation: Permutation, probs: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows of tokens.
+
+    Args:
+        x: [T, H].
+        permutation: which row is whose.
+        probs: [T, E] fp32.
+
+    Returns:
+        [R, H] in x's dtype, and each row's probability [R] if there are any.
+    """
+    rows, row_probs = _permute(x.contiguous(), None if probs is None else probs.contiguous(), *_parts(permutation))
+    return rows, None if probs is None else row_probs
+
+
+def unpermute(y: torch.Tensor, permutation: Permutation, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Sums of each token's rows.
+
+    Args:
+        y: [R, H].
+        permutation: which row is whose.
+        weights: [R] fp32, factors of rows.
+
+    Returns:
+        [T, H] in y's dtype, summed in fp32 and rounded once.
+    """
+    return _unpermute(y.contiguous(), weights, *_parts(permutation))
+
+
+def _parts(permutation: Permutation) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    return permutation.entry_of_row, permutation.rows, permutation.starts, permutation.num_experts
+
+
+def _fake_permutation(routing_map: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    entry_of_row, rows, starts = (
+        routing_map.new_empty(size, dtype=torch.int32) for size in (num_rows, num_rows, routing_map.shape[0] + 1)
+    )
+    return entry_of_row, rows, starts
+
+
+def _fake_permute(x: torch.Tensor, probs: torch.Tensor | None, *index: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    num_rows = index[0].shape[0]
+    return x.new_empty((num_rows, x.shape[1])), _fake_numbers(x, probs, (num_rows,))
+
+
+def _fake_permute_backward(
+    grad_rows: torch.Tensor, grad_probs: torch.Tensor | None, *index: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_tokens = index[2].shape[0] - 1
+    grad_x = grad_rows.new_empty((num_tokens, grad_rows.shape[1]))
+    return grad_x, _fake_numbers(grad_x, grad_probs, (num_tokens, index[3]))
+
+
+def _fake_unpermute(y: torch.Tensor, weights: torch.Tensor | None, *index: Any) -> torch.Tensor:
+    return y.new_empty((index[2].shape[0] - 1, y.shape[1]))
+
+
+def _fake_unpermute_backward(
+    gradient: torch.Tensor, y: torch.Tensor | None, weights: torch.Tensor | None, *index: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_rows = index[0].shape[0]
+    return gradient.new_empty((num_rows, gradient.shape[1])), _fake_numbers(gradient, weights, (num_rows,))
+
+
+def _fake_numbers(x: torch.Tensor, like: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
+    return x.new_empty(0, dtype=torch.float32) if like is None else like.new_empty(shape)
+
+
+def _save_index(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, probs, *index, ctx.num_experts = inputs
+    ctx.has_probs = probs is not None
+    ctx.save_for_backward(*index)
+
+
+def _backward_of_permute(
+    ctx: Any, grad_rows: torch.Tensor, grad_probs: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    grad_probs = grad_probs.contiguous() if ctx.has_probs else None
+    grad_x, dense = _permute_backward(grad_rows.contiguous(), grad_probs, *ctx.saved_tensors, ctx.num_experts)
+    return grad_x, dense if ctx.has_probs else None, None, None, None, None
+
+
+def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    y, weights, *index, ctx.num_experts = inputs
+    # Without weights the gradient does not depend on the rows.
+    ctx.save_for_backward(None if weights is None else y, weights, *index)
+
+
+def _backward_of_unpermute(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    grad_y, grad_weights = _unpermute_backward(gradient.contiguous(), *saved, ctx.num_experts)
+    return grad_y, None if saved[1] is None else grad_weights, None, None, None, None
+
+
+_INDEX = "Tensor entry_of_row, Tensor rows, Tensor starts, int num_experts"
+_expert_permutation = define(
+    "expert_permutation(Tensor routing_map, int num_rows) -> (Tensor, Tensor, Tensor)",
+    reference.expert_permutation,
+    _fake_permutation,
+)
+_permute = define(
+    f"permute(Tensor x, Tensor? probs, {_INDEX}) -> (Tensor, Tensor)",
+    reference.permute,
+    _fake_permute,
+    _backward_of_permute,
+    _save_index,
+)
+_permute_backward = define(
+    f"permute_backward(Tensor grad_rows, Tensor? grad_probs, {_INDEX}) -> (Tensor, Tensor)",
+    reference.permute_backward,
+    _fake_permute_backward,
+)
+_unpermute = define(
+    f"unpermute(Tensor y, Tensor? weights, {_INDEX}) -> Tensor",
+    reference.unpermute,
+    _fake_unpermute,
+    _backward_of_unpermute,
+    _save_rows,
+)
+_unpermute_backward = define(
+    f"unpermute_backward(Tensor gradient, Tensor? y, Tensor? weights, {_INDEX}) -> (Tensor, Tensor)",
+    reference.unpermute_backward,
+    _fake_unpermute_backward,
+)

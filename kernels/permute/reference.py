@@ -1,0 +1,94 @@
+"""Definition of the permutation of tokens by experts, forward and backward; what runs where no kernel does.
+
+Arguments are those of `kernels.permute`; a permutation is its three tensors.
+
+Shapes: T tokens, E experts, R rows (a token has one for each expert that it chose), H hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import embedding_bag, pad
+
+
+def expert_permutation(routing_map: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`kernels.permute.Permutation` of a map [T, E] bool."""
+    num_experts = routing_map.shape[1]
+    by_expert = routing_map.t().contiguous()
+    expert_R, token_R = by_expert.nonzero(as_tuple=True)
+    assert len(token_R) == num_rows, "as many rows as choices"
+    row_TE = (by_expert.flatten().cumsum(0) - 1).view_as(by_expert).t()
+    return (
+        (token_R * num_experts + expert_R).int(),
+        row_TE[routing_map].int(),
+        pad(routing_map.sum(1).cumsum(0), (1, 0)).int(),
+    )
+
+
+def permute(
+    x: torch.Tensor,
+    probs: torch.Tensor | None,
+    entry_of_row: torch.Tensor,
+    rows: torch.Tensor,
+    starts: torch.Tensor,
+    num_experts: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [R, H] of their tokens; probabilities [R], none if there are none."""
+    return (
+        x.index_select(0, entry_of_row // num_experts),
+        x.new_empty(0, dtype=torch.float32) if probs is None else probs.flatten().index_select(0, entry_of_row),
+    )
+
+
+def permute_backward(
+    grad_rows: torch.Tensor,
+    grad_probs: torch.Tensor | None,
+    entry_of_row: torch.Tensor,
+    rows: torch.Tensor,
+    starts: torch.Tensor,
+    num_experts: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of x [T, H] and of probs [T, E], none if there are none."""
+    grad_x = unpermute(grad_rows, None, entry_of_row, rows, starts, num_experts)
+    if grad_probs is None:
+        return grad_x, grad_rows.new_empty(0, dtype=torch.float32)
+    dense = grad_probs.new_zeros(grad_x.shape[0] * num_experts)
+    return grad_x, dense.index_copy_(0, entry_of_row.long(), grad_probs).view(-1, num_experts)
+
+
+def unpermute(
+    y: torch.Tensor,
+    weights: torch.Tensor | None,
+    entry_of_row: torch.Tensor,
+    rows: torch.Tensor,
+    starts: torch.Tensor,
+    num_experts: int,
+) -> torch.Tensor:
+    """Sums [T, H] of each token's rows, times their weights, in the order of experts."""
+    wide = _widen(y)
+    if weights is not None:
+        weights = weights.to(wide.dtype).index_select(0, rows)
+    sums = embedding_bag(rows, wide, starts, mode="sum", include_last_offset=True, per_sample_weights=weights)
+    return sums.to(y.dtype)
+
+
+def unpermute_backward(
+    gradient: torch.Tensor,
+    y: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    entry_of_row: torch.Tensor,
+    rows: torch.Tensor,
+    starts: torch.Tensor,
+    num_experts: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of y [R, H], and of weights [R], none if there are none (and y is not needed)."""
+    of_rows = gradient.index_select(0, entry_of_row // num_experts)
+    if weights is None:
+        return of_rows, gradient.new_empty(0, dtype=torch.float32)
+    assert y is not None
+    wide = _widen(of_rows)
+    return (wide * weights.unsqueeze(-1)).to(gradient.dtype), (wide * y).sum(-1).to(weights.dtype)
+
+
+def _widen(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
