@@ -217,8 +217,15 @@ class CheckpointManager:
             run_folder.publish(incomplete, final)
             run_folder.retire(self.directory, self.keep_last)
 
+        self._start_writing(self._state(model_chunks, optimizer, is_loading=False), incomplete, publish)
+        if not self.async_save:
+            self.finalize(blocking=True)
+        return True
+
+    def _start_writing(self, state: dict[str, Any], incomplete: Path, publish: Callable[[], None]) -> None:
+        """Copy `state` and let another process write it; `finalize` sees that it is done and calls `publish`."""
         request = dist_checkpointing.save(
-            self._state(model_chunks, optimizer, is_loading=False),
+            state,
             str(incomplete),
             # Data-parallel replicas share the writing.
             FullyParallelSaveStrategyWrapper(SaveStrategy(publish), self.groups.dp_cp),
@@ -231,9 +238,6 @@ class CheckpointManager:
         # Always by a forked process: when a write fails, torch's file writer leaves its process unsafe (segmentation
         # fault in a later garbage collection). The fork is the snapshot; from a device, tensors were copied before it.
         self._calls.schedule_async_request(request)
-        if not self.async_save:
-            self.finalize(blocking=True)
-        return True
 
     def finalize(self, blocking: bool = False) -> bool:
         """Publish a background save that is written on all ranks; called after every step and, blocking, at the end.

@@ -17,8 +17,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
 from megatron_vlm import platform
-from megatron_vlm.checkpoint.convert import ExportPlan, check_tied_copies, plan_export
+from megatron_vlm.checkpoint.convert import check_tied_copies
 from megatron_vlm.checkpoint.distributed import gather_parameters, on_first_rank
+from megatron_vlm.checkpoint.export_plan import ExportPlan, plan_export
 from megatron_vlm.checkpoint.fp8 import open_weights
 from megatron_vlm.checkpoint.hf import SafetensorsReader, SafetensorsWriter
 from megatron_vlm.checkpoint.safetensors_files import row_blocks

@@ -136,19 +136,27 @@ def collate(
         source_ids=torch.tensor([row.source for row in rows], dtype=torch.int32),
         vision_grids=[grid for row in rows for grid in row.sample.vision_grids],
         row_names=[row.row_name for row in rows],
-        counters={
-            "bad_rows": sum(row.bad for row in rows),
-            "too_long_rows": sum(row.too_long for row in rows),
-            "truncated_rows": sum(row.truncated for row in rows),
-            "images": sum(row.sample.num_images for row in rows),
-            "videos": sum(row.sample.num_videos for row in rows),
-            "real_tokens": int(lengths.sum()),
-            "label_tokens": int((labels != NO_LOSS).sum()),
-            "padded_tokens": labels.numel() - int(lengths.sum()),
-            "vision_tokens": int(is_vision.sum()),
-        },
+        counters=_count(rows, labels, is_real, is_vision),
         problems=[row.problem for row in rows if row.problem],
     )
+
+
+def _count(
+    rows: Sequence[PlacedSample], labels: torch.Tensor, is_real: torch.Tensor, is_vision: torch.Tensor
+) -> dict[str, int]:
+    """The micro-batch's counters."""
+    num_real = int(is_real.sum())
+    return {
+        "bad_rows": sum(row.bad for row in rows),
+        "too_long_rows": sum(row.too_long for row in rows),
+        "truncated_rows": sum(row.truncated for row in rows),
+        "images": sum(row.sample.num_images for row in rows),
+        "videos": sum(row.sample.num_videos for row in rows),
+        "real_tokens": num_real,
+        "label_tokens": int((labels != NO_LOSS).sum()),
+        "padded_tokens": labels.numel() - num_real,
+        "vision_tokens": int(is_vision.sum()),
+    }
 
 
 def spans(is_real: torch.Tensor, is_image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
