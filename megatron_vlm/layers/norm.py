@@ -1,8 +1,14 @@
-"""Root-mean-square normalisation."""
+"""Root-mean-square normalisation, alone and together with the residual additions around it.
+
+A fused operation has the weights of two modules. It asks each module for its weight by a call: reading `weight` would
+bypass the hooks by which megatron-core's overlapped parameter gathering waits for it.
+"""
 
 from __future__ import annotations
 
 import torch
+
+from kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_add, rms_norm_add_rms_norm
 
 
 class RMSNorm(torch.nn.Module):
@@ -23,9 +29,24 @@ class RMSNorm(torch.nn.Module):
         self.zero_centered = zero_centered
         self.weight = torch.nn.Parameter(torch.empty(size, dtype=dtype))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise the last dimension; shape and dtype stay."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        weight = self.weight.float()
-        return (wide * (1.0 + weight if self.zero_centered else weight)).to(x.dtype)
+    def forward(self, x: torch.Tensor | None = None) -> torch.Tensor:
+        """Normalise the last dimension; shape and dtype stay. Without `x` the weight, for the functions below."""
+        return self.weight if x is None else rms_norm(x, self.weight, self.eps, self.zero_centered)
+
+
+def add_and_norm(x: torch.Tensor, residual: torch.Tensor, norm: RMSNorm) -> tuple[torch.Tensor, torch.Tensor]:
+    """(residual + x, norm of that)."""
+    return add_rms_norm(x, residual, norm(), norm.eps, norm.zero_centered)
+
+
+def norm_and_add(x: torch.Tensor, residual: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+    """residual + norm(x)."""
+    return rms_norm_add(x, residual, norm(), norm.eps, norm.zero_centered)
+
+
+def norm_add_and_norm(
+    x: torch.Tensor, residual: torch.Tensor, post_norm: RMSNorm, norm: RMSNorm
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(residual + post_norm(x), norm of that)."""
+    assert (post_norm.eps, post_norm.zero_centered) == (norm.eps, norm.zero_centered)
+    return rms_norm_add_rms_norm(x, residual, post_norm(), norm(), norm.eps, norm.zero_centered)

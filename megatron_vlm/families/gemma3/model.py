@@ -21,6 +21,7 @@ from megatron_vlm.layers.embedding import place_features
 from megatron_vlm.layers.language_model import LanguageModelChunk, residual_norm
 from megatron_vlm.layers.linear import Group
 from megatron_vlm.layers.mlp import GatedMLP
+from megatron_vlm.layers.norm import norm_add_and_norm, norm_and_add
 from megatron_vlm.layers.recompute import run_layer
 from megatron_vlm.layers.rope import RopeTable, rope_table
 from megatron_vlm.parallel.chunk import ChunkSettings
@@ -53,9 +54,10 @@ class DecoderLayer(torch.nn.Module):
     def forward(self, x_SBH: torch.Tensor, rope: RopeTables, spans: Spans) -> torch.Tensor:
         """[S, B, H] to the same."""
         attended = self.self_attn(self.input_layernorm(x_SBH), rope[self.rope_kind], spans)
-        x_SBH = x_SBH + self.post_attention_layernorm(attended)
-        fed = self.mlp(self.pre_feedforward_layernorm(x_SBH))
-        return x_SBH + self.post_feedforward_layernorm(fed)
+        x_SBH, normed = norm_add_and_norm(
+            attended, x_SBH, self.post_attention_layernorm, self.pre_feedforward_layernorm
+        )
+        return norm_and_add(self.mlp(normed), x_SBH, self.post_feedforward_layernorm)
 
 
 class Gemma3LanguageModel(LanguageModelChunk):

@@ -19,6 +19,7 @@ from megatron_vlm.layers.embedding import place_features
 from megatron_vlm.layers.language_model import LanguageModelChunk, residual_norm
 from megatron_vlm.layers.linear import Group
 from megatron_vlm.layers.mlp import GatedMLP
+from megatron_vlm.layers.norm import add_and_norm
 from megatron_vlm.layers.recompute import run_layer
 from megatron_vlm.layers.rope import RopeTable, rope_table, yarn_table
 from megatron_vlm.parallel.chunk import ChunkSettings
@@ -47,8 +48,9 @@ class DecoderLayer(torch.nn.Module):
         self, x_SBH: torch.Tensor, rope: RopeTable, spans: Spans, query_scale: torch.Tensor | None
     ) -> torch.Tensor:
         """[S, B, H] to the same."""
-        x_SBH = x_SBH + self.self_attn(self.input_layernorm(x_SBH), rope, spans, query_scale)
-        return x_SBH + self.mlp(self.post_attention_layernorm(x_SBH))
+        attended = self.self_attn(self.input_layernorm(x_SBH), rope, spans, query_scale)
+        x_SBH, normed = add_and_norm(attended, x_SBH, self.post_attention_layernorm)
+        return x_SBH + self.mlp(normed)
 
 
 class Mistral3LanguageModel(LanguageModelChunk):

@@ -20,7 +20,7 @@ from kernels.rope import RopeTable, qk_norm_rope
 from megatron_vlm.families.mistral3.config import VisionConfig
 from megatron_vlm.layers.linear import ColumnParallelLinear, Group, RowParallelLinear, column_parallel
 from megatron_vlm.layers.mlp import GatedMLP
-from megatron_vlm.layers.norm import RMSNorm
+from megatron_vlm.layers.norm import RMSNorm, add_and_norm
 from megatron_vlm.layers.patches import Grid, PatchProjection, Places, patch_places, split_frames
 from megatron_vlm.layers.recompute import run_layer
 from megatron_vlm.layers.rope import geometric_frequencies
@@ -65,8 +65,9 @@ class VisionLayer(torch.nn.Module):
 
     def forward(self, x_PH: torch.Tensor, rope: RopeTable, images: Segments) -> torch.Tensor:
         """[P, H] to the same."""
-        x_PH = x_PH + self.attention(self.attention_norm(x_PH), rope, images)
-        return x_PH + self.feed_forward(self.ffn_norm(x_PH))
+        attended = self.attention(self.attention_norm(x_PH), rope, images)
+        x_PH, normed = add_and_norm(attended, x_PH, self.ffn_norm)
+        return x_PH + self.feed_forward(normed)
 
 
 def _norm(config: VisionConfig, engine: TransformerConfig) -> RMSNorm:

@@ -22,6 +22,7 @@ from megatron_vlm.layers.expert_use import ExpertUse
 from megatron_vlm.layers.language_model import LanguageModelChunk, residual_norm
 from megatron_vlm.layers.mlp import GatedMLP
 from megatron_vlm.layers.moe import MoE, Routing, TokenShare
+from megatron_vlm.layers.norm import add_and_norm
 from megatron_vlm.layers.recompute import run_layer
 from megatron_vlm.layers.rope import RopeTable, mrope_table
 from megatron_vlm.parallel.chunk import ChunkSettings
@@ -56,8 +57,8 @@ class DecoderLayer(torch.nn.Module):
         self, x_SBH: torch.Tensor, rope: RopeTable, spans: Spans, share: TokenShare | None
     ) -> tuple[torch.Tensor, Routing | None]:
         """[S, B, H] to the same, and where experts' tokens went."""
-        x_SBH = x_SBH + self.self_attn(self.input_layernorm(x_SBH), rope, spans)
-        normed = self.post_attention_layernorm(x_SBH)
+        attended = self.self_attn(self.input_layernorm(x_SBH), rope, spans)
+        x_SBH, normed = add_and_norm(attended, x_SBH, self.post_attention_layernorm)
         if isinstance(self.mlp, MoE):
             fed, routing = self.mlp(normed, share)
             return x_SBH + fed, routing
