@@ -5,7 +5,8 @@ Backward needs gate and up only, which the products before wrote; nothing else i
 Results are never written over arguments. In the forward pass gate and up are read again by the backward pass. There,
 writing gradients over them is right only if nobody reads them later: a graph that is kept (`retain_graph`), a hook or
 a saved-tensor hook may, and an operator cannot know. It would spare no traffic, only one buffer while the kernel runs.
-The kernels themselves read each vector before they write it, so results may lie over arguments of the same strides.
+The kernels themselves read each vector before they write it: a caller that owns its arguments may let results lie over
+them.
 
 Shapes: T rows (any leading dimensions), F columns of gate and of up.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import gated as ops
 from kernels.gated import ACTIVATIONS, Activation, gated, gated_halves
+from tests.kernels.emulator.emulate import Edits, EmulatorError, Order, compile_kernels
 
 TOKENS, WIDTH = 5, 7
 
@@ -137,3 +138,160 @@ def test_no_rows() -> None:
     assert output.shape == (0, WIDTH)
     for name, gradient in zip(inputs, torch.autograd.grad(output.sum(), list(inputs.values())), strict=True):
         assert gradient.shape == inputs[name].shape
+
+
+# The kernels' bodies on the host
+
+NAMES = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+ROW_WARPS = 2
+
+
+def launchers(dtypes: Iterable[torch.dtype] = NAMES, activations: Iterable[Activation] = ACTIVATIONS) -> str:
+    """For each type, vector and activation: {flat,flat_gradient,rows,rows_gradient}_{type}_{N}_{activation}."""
+    text = ['#include "gated/gated.cuh"\nusing namespace kernels;']
+    for dtype in dtypes:
+        name, pointer = NAMES[dtype], f"const {NAMES[dtype]}*"
+        for n in (1, 16 // dtype.itemsize):
+            for activation in activations:
+                suffix, types = f"{name}_{n}_{ACTIVATIONS[activation]}", f"{name}, {n}, {ACTIVATIONS[activation]}"
+                text.append(f"""
+extern "C" void flat_{suffix}({pointer} gate, {pointer} up, {name}* out, int64_t num_vectors, int64_t blocks) {{
+  emulator::launch(dim3(blocks), dim3(32), 0, [=] {{ gated_flat<{types}>(gate, up, out, num_vectors); }});
+}}
+extern "C" void flat_gradient_{suffix}({pointer} gradient, {pointer} gate, {pointer} up, {name}* grad_gate,
+                                       {name}* grad_up, int64_t num_vectors, int64_t blocks) {{
+  emulator::launch(dim3(blocks), dim3(32), 0, [=] {{
+    gated_flat_gradient<{types}>(gradient, gate, up, grad_gate, grad_up, num_vectors);
+  }});
+}}
+extern "C" void rows_{suffix}({pointer} gate, const float* factor, {name}* out, int64_t num_rows, int64_t width,
+                              int64_t stride, int64_t blocks) {{
+  emulator::launch(dim3(blocks), dim3(32, {ROW_WARPS}), 0, [=] {{
+    gated_rows<{types}>(gate, gate + width, factor, out, num_rows, width / {n}, stride);
+  }});
+}}
+extern "C" void rows_gradient_{suffix}({pointer} gradient, {pointer} gate, const float* factor, {name}* grad_gate,
+                                       float* grad_factor, int64_t num_rows, int64_t width, int64_t stride,
+                                       int64_t blocks) {{
+  emulator::launch(dim3(blocks), dim3(32, {ROW_WARPS}), 0, [=] {{
+    gated_rows_gradient<{types}>(gradient, gate, gate + width, factor, grad_gate, grad_gate + width, grad_factor,
+                                 num_rows, width / {n}, stride);
+  }});
+}}""")
+    return "\n".join(text)
+
+
+def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.full(shape, math.nan, dtype=dtype)
+
+
+def check_kernels(
+    form: str,
+    activation: Activation,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    unaligned: bool = False,
+    order: Order = Order.ASCENDING,
+    edits: Edits | None = None,
+) -> None:
+    """Results of the kernels against the reference's, which are computed in fp64 and rounded."""
+    run = compile_kernels(launchers([dtype], [activation]), edits) if edits else compile_kernels(launchers())
+    inputs = {name: value.detach() for name, value in make_inputs(form, dtype, shape).items()}
+    if unaligned:
+        inputs = {name: shifted(value) if value.dtype == dtype else value for name, value in inputs.items()}
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    num_rows, width = shape
+    per_row = width if "gate_up" in inputs else num_rows * width
+    n = 1 if unaligned or per_row * dtype.itemsize % 16 else 16 // dtype.itemsize
+    suffix = f"{NAMES[dtype]}_{n}_{ACTIVATIONS[activation]}"
+    output = poisoned(*shape, dtype=dtype)
+    if "gate_up" in inputs:
+        whole, factor = inputs["gate_up"], inputs.get("factor")
+        sizes = (num_rows, width, 2 * width, -(-num_rows // ROW_WARPS))
+        run(f"rows_{suffix}", whole, factor, output, *sizes, order=order)
+        gradients = [poisoned(num_rows, 2 * width, dtype=dtype)]
+        gradients += [] if factor is None else [poisoned(num_rows)]
+        grad_factor = None if factor is None else gradients[1]
+        run(f"rows_gradient_{suffix}", gradient, whole, factor, gradients[0], grad_factor, *sizes, order=order)
+    else:
+        pair = inputs["gate"], inputs["up"]
+        sizes = (num_rows * width // n, -(-num_rows * width // n // 64))
+        run(f"flat_{suffix}", *pair, output, *sizes, order=order)
+        gradients = [poisoned(*shape, dtype=dtype) for _ in pair]
+        run(f"flat_gradient_{suffix}", gradient, *pair, *gradients, *sizes, order=order)
+    wide = {name: value.double().requires_grad_() for name, value in inputs.items()}
+    exact = formula(activation, wide)
+    expected = [exact, *torch.autograd.grad(exact, list(wide.values()), gradient.double())]
+    for result, wanted in zip([output, *gradients], expected, strict=True):
+        bound = 2 * ROUNDING[result.dtype] * wanted.abs() + 2e-6 * wanted.abs().max()
+        assert ((result.double() - wanted).abs() <= bound).all()
+
+
+def shifted(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers one element past an aligned address."""
+    return torch.cat((tensor.new_zeros(1), tensor.flatten()))[1:].view_as(tensor)
+
+
+# Widths of vectors: a whole batch of a warp, one and a half, a part of a warp; and no whole vectors.
+SHAPES = [(5, 64 * 8), (3, 96 * 8), (7, 16), (3, 13)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", NAMES, ids=str)
+@pytest.mark.parametrize("form", ["two tensors", "halves", "halves, factor"])
+def test_kernels(form: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    check_kernels(form, "silu", dtype, shape, order=Order.SHUFFLED)
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu"])
+@pytest.mark.parametrize("form", ["two tensors", "halves, factor"])
+def test_kernels_of_other_activations(form: str, activation: Activation) -> None:
+    for dtype in NAMES:
+        check_kernels(form, activation, dtype, (7, 16))
+
+
+@pytest.mark.parametrize("form", ["two tensors", "halves, factor"])
+def test_kernels_at_any_address(form: str) -> None:
+    check_kernels(form, "silu", torch.bfloat16, (3, 16), unaligned=True)
+
+
+def test_results_may_lie_over_arguments() -> None:
+    gate, up = (value.detach() for value in make_inputs("two tensors", torch.bfloat16, (4, 256)).values())
+    gradient = torch.randn(4, 256).bfloat16()
+    run, apart, over = compile_kernels(launchers()), [torch.empty_like(gate), torch.empty_like(up)], gate.clone()
+    run("flat_gradient_bfloat16_8_0", gradient, gate, up, *apart, 128, 2)
+    run("flat_bfloat16_8_0", gate, up, over, 128, 2)
+    both = torch.stack((gate, up))
+    run = compile_kernels(
+        """
+#include "gated/gated.cuh"
+using namespace kernels;
+extern "C" void over_arguments(const bfloat16* gradient, bfloat16* both, bfloat16* gate) {
+  emulator::launch(dim3(2), dim3(32), 0, [=] {
+    gated_flat_gradient<bfloat16, 8, 0>(gradient, both, both + 1024, both, both + 1024, 128);
+  });
+  emulator::launch(dim3(2), dim3(32), 0, [=] { gated_flat<bfloat16, 8, 0>(gate, gate + 1024, gate, 128); });
+}"""
+    )
+    arguments = torch.stack((gate, up))
+    run("over_arguments", gradient, both, arguments)
+    assert torch.equal(both, torch.stack(apart)) and torch.equal(arguments[0], over)
+
+
+# Each edit breaks one thing, in a way that would not stop the kernel from compiling.
+MUTATIONS = {
+    "vectors past the end": ("if (vector < end)", "if (vector <= end)", "two tensors", (3, 13)),
+    "the last vector left out": ("if (vector < end)", "if (vector + 1 < end)", "two tensors", (5, 512)),
+    "blocks that overlap": ("* block * GATED_BATCH", "* block", "two tensors", (5, 512)),
+    "a row too many": ("if (row >= num_rows) return;", "", "halves, factor", (5, 16)),
+    "no sum over the warp": ("sum = warp_reduce<Sum>(sum);", "", "halves, factor", (5, 512)),
+    "the factor twice": ("+= gradient[i] * activated", "+= scaled * activated", "halves, factor", (5, 16)),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_mutations_are_seen(name: str) -> None:
+    old, new, form, shape = MUTATIONS[name]
+    check_kernels(form, "silu", torch.float32, shape)
+    with pytest.raises((AssertionError, EmulatorError)):
+        check_kernels(form, "silu", torch.float32, shape, edits={"gated/gated.cuh": [(old, new)]})
