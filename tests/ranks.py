@@ -120,6 +120,7 @@ def _answer(
         torch.distributed.destroy_process_group()
     except BaseException:
         return True, traceback.format_exc()
+    gc.collect()  # a model's cycles hold its process groups, whose threads would go on polling
     return False, result
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +23,7 @@ from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from tests.parity import qwen3_vl_tiny
 from tests.ranks import run_ranks
 
-# One expert's gate and up are 1 MiB. All 64 are more than the C library ever takes from memory freed before, so whoever
-# holds them shows.
+# One expert's gate and up are 1 MiB.
 SIZES = {"hidden_size": 1024, "moe_intermediate_size": 256, "num_hidden_layers": 1, "mlp_only_layers": []}
 FEW, MANY = 8, 64
 GATE_UP = "model.language_model.layers.0.mlp.experts.gate_up_proj"
@@ -58,6 +59,8 @@ def memory_bytes(kind: str) -> int:
 
 def growth_bytes(action: Callable[[], object]) -> int:
     """How far memory rose above what it was while `action` ran."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or memory freed before would be taken again and not show
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before_bytes = memory_bytes("VmRSS")
     action()
@@ -79,15 +82,21 @@ def convert(source: Path, folder: Path) -> list[int]:
     ]
 
 
+# In both tests the small model goes first: pages of libraries, which a process maps when it first needs them, count as
+# its memory too, and how many are mapped at a time depends on what else the machine does.
+
+
 def test_conversion_takes_one_expert_at_a_time(published: dict[int, Path], tmp_path: Path) -> None:
     for num_experts, source in published.items():
         growths = convert(source, tmp_path / str(num_experts))
         print(num_experts, [f"{growth / MIB:.1f} MiB" for growth in growths])
-        assert max(growths) < ALLOWED_BYTES
         written = (tmp_path / str(num_experts) / "out" / "model.safetensors").read_bytes()
         assert written == (source / "model.safetensors").read_bytes()
+    assert max(growths) < ALLOWED_BYTES
     with SafetensorsReader(published[MANY]) as reader:  # and this measurement would have seen more
         assert growth_bytes(lambda: reader.read(GATE_UP)) > 0.9 * MANY * MIB
+    for _ in range(2):  # also expert by expert, in memory that was in use before
+        assert growth_bytes(lambda: [torch.zeros(MIB, dtype=torch.uint8) for _ in range(MANY)]) > 0.9 * MANY * MIB
 
 
 def load_and_export(source: Path, target: Path) -> tuple[int, int]:
@@ -111,6 +120,6 @@ def test_a_running_model_moves_one_expert_at_a_time(published: dict[int, Path], 
     for num_experts, source in published.items():
         growths = run_ranks(2, load_and_export, source, tmp_path / str(num_experts))
         print(num_experts, [[f"{growth / MIB:.1f} MiB" for growth in rank] for rank in growths])
-        assert max(max(rank) for rank in growths) < ALLOWED_BYTES
         written = (tmp_path / str(num_experts) / "model.safetensors").read_bytes()
         assert written == (source / "model.safetensors").read_bytes()
+    assert max(max(rank) for rank in growths) < ALLOWED_BYTES

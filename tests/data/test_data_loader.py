@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -203,7 +204,9 @@ def test_description_of_a_run(make_config: Make, rules: PromptRules, sources: li
     assert described.splitlines()[0].startswith(f"sample 1 of 2: {first} (")
 
 
-def test_inspect_data_prints_samples(hf_path: Path, sources: list[DataSource]) -> None:
+def test_inspect_data_prints_samples(
+    hf_path: Path, sources: list[DataSource], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = {
         "architectures": ["Gemma3ForConditionalGeneration"],
         "model_type": "gemma3",
@@ -213,14 +216,12 @@ def test_inspect_data_prints_samples(hf_path: Path, sources: list[DataSource]) -
     }
     (hf_path / "config.json").write_text(json.dumps(config))
     tool = Path(__file__).parents[2] / "tools" / "inspect_data.py"
-    command = [sys.executable, str(tool), "--hf", str(hf_path), "--num", "2", "--check", "--data"]
-    good, missing = (
-        subprocess.Popen([*command, path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for path in (sources[0].path, "nothing.jsonl")
-    )
-    printed = good.communicate(timeout=120)[0]
-    assert good.returncode == 0
-    assert "[[0.<end_of_turn>]]" in printed and "21 rows, 7 images, 0 bad rows" in printed
-    errors = missing.communicate(timeout=120)[1]
-    assert missing.returncode == 2
-    assert errors.strip().splitlines()[-1].startswith("error: data file nothing.jsonl does not exist")
+    command = [str(tool), "--hf", str(hf_path), "--num", "2", "--check", "--data"]
+    printed = subprocess.run([sys.executable, *command, sources[0].path], capture_output=True, text=True, check=True)
+    assert "[[0.<end_of_turn>]]" in printed.stdout and "21 rows, 7 images, 0 bad rows" in printed.stdout
+    monkeypatch.setattr(sys, "argv", [*command, "nothing.jsonl"])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(tool), run_name="__main__")
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: data file nothing.jsonl does not exist")
