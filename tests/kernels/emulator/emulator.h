@@ -118,59 +118,73 @@ inline void wait(State state, unsigned mask) {
   asm volatile("" ::: "memory");
 }
 
-// Let those go on whose whole warp mask, or whole block, waits. False if nobody may.
-inline bool release() {
-  bool any = false, all_at_barrier = true;
-  const int count = static_cast<int>(fibers.size());
-  for (int first = 0; first < count; first += LANES) {
-    const int last = std::min(first + LANES, count);
-    unsigned live = 0, waiting = 0;
-    for (int index = first; index < last; ++index) {
-      const State state = fibers[index].state;
-      if (state != State::done) live |= 1u << (index - first);
-      if (state == State::at_warp_barrier) waiting |= 1u << (index - first);
-      if (state != State::done && state != State::at_block_barrier) all_at_barrier = false;
-    }
-    for (int index = first; index < last; ++index) {
-      const unsigned needed = fibers[index].mask & live;
-      if (!(waiting >> (index - first) & 1) || (needed & waiting) != needed) continue;
-      bool is_agreed = true;
-      for (int other = first; other < last; ++other) {
-        if (needed >> (other - first) & 1) is_agreed &= fibers[other].mask == fibers[index].mask;
-      }
-      if (!is_agreed) continue;
-      for (int other = first; other < last; ++other) {
-        if (needed >> (other - first) & 1) fibers[other].state = State::ready, waiting &= ~(1u << (other - first));
-      }
-      any = true;
-    }
+// Let those lanes of a warp go on whose whole mask waits. False if there are none.
+inline bool release_warp(int first) {
+  const int last = std::min(first + LANES, static_cast<int>(fibers.size()));
+  unsigned live = 0, waiting = 0;
+  for (int index = first; index < last; ++index) {
+    const State state = fibers[index].state;
+    if (state != State::done) live |= 1u << (index - first);
+    if (state == State::at_warp_barrier) waiting |= 1u << (index - first);
   }
-  if (any || !all_at_barrier) return any;
-  for (Fiber& fiber : fibers) {
-    if (fiber.state == State::at_block_barrier) fiber.state = State::ready;
+  bool any = false;
+  for (int index = first; index < last; ++index) {
+    const unsigned needed = fibers[index].mask & live;
+    if (!(waiting >> (index - first) & 1) || (needed & waiting) != needed) continue;
+    bool is_agreed = true;
+    for (int other = first; other < last; ++other) {
+      if (needed >> (other - first) & 1) is_agreed &= fibers[other].mask == fibers[index].mask;
+    }
+    if (!is_agreed) continue;
+    for (int other = first; other < last; ++other) {
+      if (needed >> (other - first) & 1) fibers[other].state = State::ready;
+    }
+    waiting &= ~needed;
+    any = true;
   }
-  return true;
+  return any;
 }
 
-inline void run_block(unsigned seed) {
-  const int count = static_cast<int>(fibers.size());
-  std::vector<int> turn(count);
-  for (int index = 0; index < count; ++index) turn[index] = order == Order::descending ? count - 1 - index : index;
-  while (true) {
-    if (order == Order::shuffled) {
-      for (int index = count - 1; index > 0; --index) {
-        seed = seed * 1664525u + 1013904223u;
-        std::swap(turn[index], turn[(seed >> 8) % (index + 1)]);
-      }
+// Run threads of a warp until all wait for other warps, or have ended; with `once` only to their next wait.
+inline bool run_warp(int first, bool once, unsigned* seed) {
+  const int count = std::min(LANES, static_cast<int>(fibers.size()) - first);
+  bool any = false;
+  do {
+    const int start = seed ? static_cast<int>((*seed = *seed * 1664525u + 1013904223u) >> 8) % count : 0;
+    for (int turn = 0; turn < count; ++turn) {
+      const int lane = order == Order::descending ? count - 1 - turn : (start + turn) % count;
+      if (fibers[first + lane].state == State::ready) resume(first + lane), any = true;
+      if (!error.empty()) return true;
     }
-    for (int index : turn) {
-      if (fibers[index].state == State::ready) resume(index);
+  } while (release_warp(first) && !once);
+  return any;
+}
+
+// One warp runs as far as it can before the next one starts, so that it overwrites what others have still to read;
+// shuffled, warps take steps in a random order.
+inline void run_block(unsigned seed) {
+  const int num_warps = (static_cast<int>(fibers.size()) + LANES - 1) / LANES;
+  while (true) {
+    bool any = false;
+    for (int turn = 0; turn < num_warps; ++turn) {
+      const bool is_shuffled = order == Order::shuffled;
+      const int random = static_cast<int>((seed = seed * 1664525u + 1013904223u) >> 8) % num_warps;
+      const int warp = is_shuffled ? random : order == Order::descending ? num_warps - 1 - turn : turn;
+      any |= run_warp(warp * LANES, is_shuffled, is_shuffled ? &seed : nullptr);
       if (!error.empty()) return;
     }
-    bool is_done = true;
-    for (const Fiber& fiber : fibers) is_done &= fiber.state == State::done;
+    bool is_done = true, all_at_barrier = true, is_ready = false;
+    for (const Fiber& fiber : fibers) {
+      is_done &= fiber.state == State::done;
+      all_at_barrier &= fiber.state == State::done || fiber.state == State::at_block_barrier;
+      is_ready |= fiber.state == State::ready;
+    }
     if (is_done) return;
-    if (!release()) {
+    if (all_at_barrier) {
+      for (Fiber& fiber : fibers) {
+        if (fiber.state == State::at_block_barrier) fiber.state = State::ready;
+      }
+    } else if (!any && !is_ready) {
       error = "threads wait for others that never come (a barrier or warp operation in divergent code), block " +
               std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) + "," + std::to_string(blockIdx.z);
       return;
