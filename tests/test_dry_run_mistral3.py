@@ -12,14 +12,14 @@ from transformers import Mistral3ForConditionalGeneration
 import pretrain_vlm
 from tests.data.rows import assistant, image, row, user, write_jsonl
 from tests.data.tiny_processor import build_mistral_processor
-from tests.parity import mistral3_tiny
+from tests.families import mistral3
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     processor = build_mistral_processor(folder)
-    config = mistral3_tiny.build(ministral=True).config
+    config = mistral3.build(ministral=True).config
     config.text_config.vocab_size = len(processor.tokenizer)
     config.image_token_index = processor.image_token_id
     Mistral3ForConditionalGeneration(config).save_pretrained(folder)
@@ -65,7 +65,7 @@ def test_dry_run_describes_the_run(arguments: list[str], capsys: pytest.CaptureF
     [
         (
             ["--parallel.tensor_model_parallel_size=8"],
-            f"vision attention heads {mistral3_tiny.VISION['num_attention_heads']} cannot be divided",
+            f"vision attention heads {mistral3.VISION['num_attention_heads']} cannot be divided",
         ),
         (["--parallel.expert_model_parallel_size=2"], "the model has no experts"),
         (["--model.text_only=true", "--model.freeze=[projector]"], "model.freeze names projector"),

@@ -12,7 +12,7 @@ from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 import pretrain_vlm
 from tests.data.rows import assistant, image, row, user, video, write_jsonl
 from tests.data.tiny_processor import build_qwen_processor
-from tests.parity.qwen3_vl_tiny import EXPERTS, MOE, TEXT, TOP_K, VISION
+from tests.families.qwen3_vl import EXPERTS, MOE, TEXT, TOP_K, VISION
 
 EXPERT, EXPERT_TENSOR = "--parallel.expert_model_parallel_size", "--parallel.expert_tensor_parallel_size"
 TENSOR = ["--parallel.tensor_model_parallel_size=2", "--parallel.sequence_parallel=true"]

@@ -40,7 +40,7 @@ from megatron_vlm.platform import megatron_cpu
 from megatron_vlm.platform.fused_adam import FusedLayoutAdam
 from megatron_vlm.training.step import run_global_batch
 from tests.checkpoint.tiny_run import prepare_process
-from tests.parity import gemma3_tiny, qwen3_vl_tiny
+from tests.families import gemma3, qwen3_vl
 from tests.parity.layouts import TestLayout, own_micro_batches, set_up
 from tests.platform_calls import recorded, replacements, without
 from tests.ranks import run_ranks
@@ -270,7 +270,7 @@ def _train_and_save(hf_dir: str, experts_dir: str, folder: str) -> set[str]:
     with recorded() as sites:
         for experts in ({"expert": 2}, {"expert_tensor": 2}):
             model, groups = set_up(experts_dir, replace(layout, **experts))
-            batches = [qwen3_vl_tiny.make_batch(rows).batch for rows in qwen3_vl_tiny.CASES["mixed"][:2]]
+            batches = [qwen3_vl.make_batch(rows).batch for rows in qwen3_vl.CASES["mixed"][:2]]
             run_global_batch(model, own_micro_batches(batches, groups, layout), groups)
         model, groups = set_up(hf_dir, layout)
         optimizer = get_megatron_optimizer(
@@ -279,7 +279,7 @@ def _train_and_save(hf_dir: str, experts_dir: str, folder: str) -> set[str]:
             use_gloo_process_groups=False,
             pg_collection=groups,
         )
-        batches = [gemma3_tiny.make_batch(gemma3_tiny.ROWS[case]) for case in ("text", "mixed")]
+        batches = [gemma3.make_batch(gemma3.ROWS[case]) for case in ("text", "mixed")]
         run_global_batch(model, own_micro_batches(batches, groups, layout), groups)
         optimizer.step()
         identity = ModelIdentity("gemma3", "gemma3", text_only=False, tied=True)
@@ -296,9 +296,9 @@ def test_places_in_megatron_that_meet_a_replacement(tmp_path: Path) -> None:
     Read the difference, and write the new list if the CPU layer still is what it should be.
     """
     hf_dir = str(tmp_path / "hf")
-    gemma3_tiny.build(with_vision=True).save_pretrained(hf_dir)
+    gemma3.build(with_vision=True).save_pretrained(hf_dir)
     experts_dir = str(tmp_path / "experts")
-    qwen3_vl_tiny.build(moe=True).save_pretrained(experts_dir)
+    qwen3_vl.build(moe=True).save_pretrained(experts_dir)
     found = set().union(*run_ranks(4, _train_and_save, hf_dir, experts_dir, str(tmp_path / "run")))
     expected = {line for line in CALL_SITES.read_text().splitlines() if not line.startswith("#")}
     assert not found - expected, "new places:\n" + "\n".join(sorted(found - expected))

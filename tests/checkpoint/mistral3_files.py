@@ -10,7 +10,7 @@ import torch
 from transformers import Ministral3Config, Ministral3ForCausalLM, MistralConfig, MistralForCausalLM
 
 from tests.checkpoint import gemma3_files
-from tests.parity import mistral3_tiny
+from tests.families import mistral3
 
 Tensors = dict[str, torch.Tensor]
 
@@ -27,14 +27,14 @@ IN_MEMORY_STYLE = gemma3_files.rename(
 
 def saved(directory: Path, ministral: bool = True, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Path:
     """What transformers saves: names as published."""
-    return gemma3_files.save(mistral3_tiny.build(ministral, **settings).to(dtype).eval(), directory)
+    return gemma3_files.save(mistral3.build(ministral, **settings).to(dtype).eval(), directory)
 
 
 def saved_text_only(directory: Path, ministral: bool, tied: bool, **settings: Any) -> Path:
     """What transformers saves of a language model that never had a tower."""
-    text = {**mistral3_tiny.TEXT, "tie_word_embeddings": tied, **settings}
+    text = {**mistral3.TEXT, "tie_word_embeddings": tied, **settings}
     if ministral:
-        model: Any = Ministral3ForCausalLM(Ministral3Config(**text, rope_parameters=dict(mistral3_tiny.YARN)))
+        model: Any = Ministral3ForCausalLM(Ministral3Config(**text, rope_parameters=dict(mistral3.YARN)))
     else:
         model = MistralForCausalLM(MistralConfig(**text))
     return gemma3_files.save(gemma3_files.randomise(model).to(torch.bfloat16), directory)

@@ -7,18 +7,18 @@ from pathlib import Path
 import torch
 
 from tests.checkpoint import gemma3_files
-from tests.parity import qwen3_vl_tiny
+from tests.families import qwen3_vl
 
 # Experts as wide as the model, or half as wide: one of the two matrices is square, and its shape tells nothing.
-SQUARE_DOWN = {"moe_intermediate_size": qwen3_vl_tiny.TEXT["hidden_size"]}
-SQUARE_GATE_UP = {"moe_intermediate_size": qwen3_vl_tiny.TEXT["hidden_size"] // 2}
+SQUARE_DOWN = {"moe_intermediate_size": qwen3_vl.TEXT["hidden_size"]}
+SQUARE_GATE_UP = {"moe_intermediate_size": qwen3_vl.TEXT["hidden_size"] // 2}
 
 Tensors = dict[str, torch.Tensor]
 
 
 def saved(directory: Path, moe: bool = True, dtype: torch.dtype = torch.bfloat16, **settings: object) -> Path:
     """What transformers saves."""
-    return gemma3_files.save(qwen3_vl_tiny.build(moe, dtype=dtype, **settings).eval(), directory)
+    return gemma3_files.save(qwen3_vl.build(moe, dtype=dtype, **settings).eval(), directory)
 
 
 def transpose_experts(tensors: Tensors) -> Tensors:

@@ -11,11 +11,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from megatron_vlm.checkpoint.convert import export_checkpoint, import_checkpoint, verify_checkpoint
 from tests.checkpoint.gemma3_files import load_tensors
-from tests.parity.families import FAMILIES, TinyModel
+from tests.families import FAMILIES
+from tests.families.entry import TinyFamily
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_round_trip(family: TinyModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_round_trip(family: TinyFamily, tmp_path: Path) -> None:
     source = tmp_path / "hf"
     family.write(source)
     import_checkpoint(source, tmp_path / "checkpoint")

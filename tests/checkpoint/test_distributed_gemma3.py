@@ -9,7 +9,7 @@ from megatron_vlm.checkpoint.torch_dist import TorchDistReader
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families import registry
 from tests.checkpoint.family_run import STEPS, Figures, continue_run, start_run
-from tests.parity import gemma3_tiny
+from tests.families import gemma3
 from tests.parity.layouts import TestLayout
 from tests.ranks import run_ranks
 
@@ -17,8 +17,8 @@ SOURCE = TestLayout(4, tensor=2, pipeline=2, sequence_parallel=True, distributed
 
 
 def batches_of_step(step: int) -> list[MicroBatch]:
-    rows = gemma3_tiny.ROWS["mixed"]
-    return [gemma3_tiny.make_batch(rows[2 * half : 2 * half + 2], seed=2 * step + half) for half in (0, 1)]
+    rows = gemma3.ROWS["mixed"]
+    return [gemma3.make_batch(rows[2 * half : 2 * half + 2], seed=2 * step + half) for half in (0, 1)]
 
 
 def run(function, layout: TestLayout, folder: str) -> list[Figures]:
@@ -30,7 +30,7 @@ def run(function, layout: TestLayout, folder: str) -> list[Figures]:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> tuple[str, Figures]:
     folder = str(tmp_path_factory.mktemp("source"))
-    gemma3_tiny.build(with_vision=True).save_pretrained(f"{folder}/hf")
+    gemma3.build(with_vision=True).save_pretrained(f"{folder}/hf")
     return folder, run(start_run, SOURCE, folder)[0]
 
 

@@ -15,16 +15,16 @@ from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.layers.embedding import IGNORED_LABEL
 from tests.checkpoint.family_run import MORE_STEPS, SETTINGS, STEPS, Figures, continue_run, start_run
 from tests.checkpoint.whole_state import Pieces, assemble, assert_same
-from tests.parity import qwen3_vl_tiny
+from tests.families import qwen3_vl
+from tests.families.qwen3_vl import CASES
 from tests.parity.layouts import TestLayout
-from tests.parity.qwen3_vl_tiny import CASES
 from tests.parity.tiny_batches import Reference, reference
 from tests.ranks import run_ranks
 
 
 def micro_batches_of_step(step: int) -> list[Reference]:
     case = list(CASES)[step % len(CASES)]
-    return [qwen3_vl_tiny.make_batch(rows, seed=4 * step + number, moe=True) for number, rows in enumerate(CASES[case])]
+    return [qwen3_vl.make_batch(rows, seed=4 * step + number, moe=True) for number, rows in enumerate(CASES[case])]
 
 
 def batches_of_step(step: int) -> list[MicroBatch]:
@@ -38,7 +38,7 @@ Results = list[tuple[Pieces, Figures, Pieces]]
 @pytest.fixture(scope="module")
 def hf_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("hf"))
-    qwen3_vl_tiny.build(moe=True).save_pretrained(folder)
+    qwen3_vl.build(moe=True).save_pretrained(folder)
     return folder
 
 
@@ -58,7 +58,7 @@ def source(hf_dir: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, 
 @pytest.fixture(scope="module")
 def expected() -> Figures:
     """Losses and gradient norms of the steps after the checkpoint, by transformers and torch, without a stop."""
-    model = qwen3_vl_tiny.build(moe=True).train()
+    model = qwen3_vl.build(moe=True).train()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer = torch.optim.AdamW(

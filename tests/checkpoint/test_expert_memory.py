@@ -20,7 +20,7 @@ from megatron_vlm.checkpoint.safetensors_files import WeightFiles
 from megatron_vlm.families import registry
 from megatron_vlm.parallel.build import BuildSettings, build_chunks
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
-from tests.parity import qwen3_vl_tiny
+from tests.families import qwen3_vl
 from tests.ranks import run_ranks
 
 # One expert's gate and up are 1 MiB.
@@ -34,8 +34,8 @@ ALLOWED_BYTES = 16 * MIB  # a few experts and blocks; all gate and up of one lay
 def write_published(directory: Path, num_experts: int) -> Path:
     """Random bits in the published layout."""
     config = Qwen3VLMoeConfig(
-        text_config=qwen3_vl_tiny.TEXT | qwen3_vl_tiny.MOE | SIZES | {"num_experts": num_experts},
-        vision_config=qwen3_vl_tiny.VISION | {"out_hidden_size": SIZES["hidden_size"], "deepstack_visual_indexes": [0]},
+        text_config=qwen3_vl.TEXT | qwen3_vl.MOE | SIZES | {"num_experts": num_experts},
+        vision_config=qwen3_vl.VISION | {"out_hidden_size": SIZES["hidden_size"], "deepstack_visual_indexes": [0]},
     )
     config.save_pretrained(directory)
     family = registry.detect(directory)

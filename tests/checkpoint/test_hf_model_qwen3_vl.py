@@ -23,7 +23,7 @@ from megatron_vlm.parallel.sharding import own_part
 from megatron_vlm.parallel.stages import assign_layers
 from tests.checkpoint import qwen3_vl_files
 from tests.checkpoint.gemma3_files import load_tensors, rename
-from tests.parity.qwen3_vl_tiny import VOCABULARY
+from tests.families.qwen3_vl import VOCABULARY
 from tests.ranks import run_ranks
 
 # Ranks, and the tensor, pipeline, expert and expert-tensor sizes.

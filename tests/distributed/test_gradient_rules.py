@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
@@ -19,36 +20,13 @@ from megatron.core.utils import get_model_config
 from megatron_vlm.parallel.gradients import is_partial
 from megatron_vlm.parallel.sharding import is_expert, replica_group, splits
 from megatron_vlm.training.step import run_global_batch
-from tests.distributed.reference import (
-    GEMMA3,
-    GEMMA3_TEXT,
-    MISTRAL3,
-    QWEN3_VL,
-    QWEN3_VL_MOE,
-    TOLERANCE,
-    ZERO_GRADIENT,
-    Subject,
-    relative_error,
-)
-from tests.parity.layouts import LAYOUTS, TestLayout, gather_parameter, own_micro_batches, set_up
+from tests.distributed.reference import TOLERANCE, loss_sum_gradients, micro_batches, relative_error
+from tests.families import FAMILIES
+from tests.families.entry import TinyFamily
+from tests.parity.battery import ZERO_GRADIENT
+from tests.parity.layouts import TestLayout, gather_parameter, own_micro_batches, set_up
 from tests.ranks import run_ranks
 
-# Odd numbers of images (a tensor rank of the divided tower gets a blank one), and a micro-batch without any.
-CASES: dict[Subject, tuple[str, ...]] = {
-    GEMMA3: ("several images", "text", "mixed"),
-    GEMMA3_TEXT: ("text",),
-    QWEN3_VL: ("image and video", "text", "mixed"),
-    MISTRAL3: ("images", "text", "mixed"),
-    # Evenly over two data ranks, which have lengths of their own.
-    QWEN3_VL_MOE: ("image and video", "text", "mixed", "two images"),
-}
-EXPERT_LAYOUTS = {
-    "TP2+SP, experts whole": TestLayout(2, tensor=2, sequence_parallel=True),
-    "EP2 of tensor ranks": TestLayout(2, tensor=2, sequence_parallel=True, expert=2),
-    "ETP2xTP2+SP": TestLayout(2, tensor=2, sequence_parallel=True, expert_tensor=2),
-    "DP2xTP2+SP, EP2": TestLayout(4, tensor=2, sequence_parallel=True, expert=2),
-    "EP2 of data ranks": TestLayout(2, expert=2),
-}
 # Where a rule does not hold, some value is off by far more than rounding: each rank adds its own heads, places, images.
 CLEARLY_WRONG = 1e-2
 
@@ -72,12 +50,18 @@ class Raw:
     whole: torch.Tensor
 
 
-def raw_gradients(hf_dir: str, layout: TestLayout, subject: Subject) -> dict[str, Raw]:
+def cases_of(family: TinyFamily) -> tuple[str, ...]:
+    """All, and evenly over two data ranks."""
+    names = tuple(family.cases)
+    return names + names[-1:] * (len(names) % 2)
+
+
+def raw_gradients(hf_dir: str, layout: TestLayout, family: TinyFamily) -> dict[str, Raw]:
     model, groups = set_up(hf_dir, layout)
     get_model_config(model[0]).finalize_model_grads_func = None
     for chunk in model:
         chunk.zero_grad_buffer()
-    run_global_batch(model, own_micro_batches(subject.micro_batches(CASES[subject]), groups, layout), groups)
+    run_global_batch(model, own_micro_batches(micro_batches(family, cases_of(family)), groups, layout), groups)
     found = {}
     for name, parameter in model[0].module.named_parameters():
         alone, replicas = parameter.main_grad.clone(), replica_group(parameter, groups)
@@ -99,14 +83,12 @@ def raw_gradients(hf_dir: str, layout: TestLayout, subject: Subject) -> dict[str
 
 
 @pytest.fixture(scope="module")
-def hf_dirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Subject], str]:
+def hf_dirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TinyFamily], str]:
     """The directory of a model, written once."""
-    written: dict[Subject, str] = {}
 
-    def directory(subject: Subject) -> str:
-        if subject not in written:
-            written[subject] = subject.write(tmp_path_factory.mktemp("model"))
-        return written[subject]
+    @cache
+    def directory(family: TinyFamily) -> str:
+        return family.write(tmp_path_factory.mktemp("model"))
 
     return directory
 
@@ -129,43 +111,31 @@ def check_rule(name: str, ranks: list[Raw], reference: torch.Tensor, tensor_size
     assert wrong >= CLEARLY_WRONG or tensor_size == 1, f"{name}: the test cannot tell its two rules apart"
 
 
-def check_every_rule(subject: Subject, hf_dir: str, layout: TestLayout) -> list[dict[str, Raw]]:
-    reference = subject.loss_sum_gradients(CASES[subject])
-    ranks = run_ranks(layout.world_size, raw_gradients, hf_dir, layout, subject)
-    assert all(set(found) == set(reference) for found in ranks)
-    for name, gradient in reference.items():
-        raw = [found[name] for found in ranks]
-        if name.endswith(ZERO_GRADIENT):
-            # Other gradients reach 10 here; terms of that size cancel to rounding.
-            assert all(part.own.abs().max() <= 1e-5 for part in raw), name
-            continue
-        check_rule(name, raw, gradient, layout.tensor)
-    return ranks
-
-
-VISION_LAYOUTS = ("TP2", "TP2+SP", "TP4", "TP4+SP", "TP2, vision DP", "TP2+SP, vision DP", "TP4, vision DP")
-DENSE_CASES = [
-    *((GEMMA3, name) for name in VISION_LAYOUTS),
-    *((GEMMA3_TEXT, name) for name in ("TP2", "TP2+SP", "TP4")),
-    *((subject, name) for subject in (QWEN3_VL, MISTRAL3) for name in ("TP4+SP", "TP4, vision DP")),
-]
-
-
-@pytest.mark.parametrize(("subject", "layout"), DENSE_CASES, ids=str)
-def test_every_parameter_declares_its_rule(hf_dirs: Callable[[Subject], str], subject: Subject, layout: str) -> None:
-    ranks = check_every_rule(subject, hf_dirs(subject), LAYOUTS[layout])
-    kinds = {(raw.sharded, raw.partial) for raw in ranks[0].values()}
-    assert (True, False) in kinds
-    assert (False, True) in kinds, "query and key norms act on a rank's own heads"
-
-
-@pytest.mark.parametrize("name", EXPERT_LAYOUTS)
-def test_every_parameter_declares_its_rule_with_experts(hf_dirs: Callable[[Subject], str], name: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "name"), [(family, name) for family in FAMILIES for name in family.batteries.rules], ids=str
+)
+def test_every_parameter_declares_its_rule(hf_dirs: Callable[[TinyFamily], str], family: TinyFamily, name: str) -> None:
     """A sum over tensor ranks would count an expert's gradient several times: its tokens have come to it already."""
-    layout = EXPERT_LAYOUTS[name]
-    ranks = check_every_rule(QWEN3_VL_MOE, hf_dirs(QWEN3_VL_MOE), layout)
+    layout, reference = family.batteries.rules[name], loss_sum_gradients(family, cases_of(family))
+    ranks = run_ranks(layout.world_size, raw_gradients, hf_dirs(family), layout, family)
+    assert all(set(found) == set(reference) for found in ranks)
+    for parameter, gradient in reference.items():
+        raw = [found[parameter] for found in ranks]
+        if parameter.endswith(ZERO_GRADIENT):
+            # Other gradients reach 10 here; terms of that size cancel to rounding.
+            assert all(part.own.abs().max() <= 1e-5 for part in raw), parameter
+            continue
+        check_rule(parameter, raw, gradient, layout.tensor)
+    kinds = {(raw.sharded, raw.partial) for raw in ranks[0].values()}
+    if layout.tensor > 1:
+        assert (True, False) in kinds
+        has_query_norms = any(parameter.endswith("q_norm.weight") for parameter in reference)
+        if layout.sequence_parallel or layout.vision == "data" or has_query_norms:
+            assert (False, True) in kinds, "norms act on a rank's own places or heads, towers on its own images"
     shared = layout.expert * layout.expert_tensor
     for raw in (raw for found in ranks for raw in found.values() if raw.expert):
         assert raw.sharded == (shared > 1)
         assert raw.replicas * shared == layout.world_size
-    assert sum(raw.expert for raw in ranks[0].values()) == 2 * 3  # gate-up and down of three layers
+    num_experts = sum(".experts." in parameter for parameter in reference)
+    assert sum(raw.expert for raw in ranks[0].values()) == num_experts
+    assert num_experts or shared == 1

@@ -19,8 +19,10 @@ from megatron_vlm.checkpoint.distributed import sharded_model_state
 from megatron_vlm.parallel.engine import engine_config
 from megatron_vlm.training import step
 from megatron_vlm.training.step import LossSums, run_global_batch
-from tests.distributed.reference import GEMMA3, TOLERANCE, ZERO_GRADIENT, label_tokens, relative_error
-from tests.parity import gemma3_tiny
+from tests.distributed.reference import TOLERANCE, label_tokens, loss_sum_gradients, micro_batches, relative_error
+from tests.families import gemma3
+from tests.families.gemma3 import GEMMA3
+from tests.parity.battery import ZERO_GRADIENT
 from tests.parity.layouts import LAYOUTS, gather_parameter, set_up
 from tests.ranks import run_ranks
 
@@ -34,7 +36,7 @@ def hf_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def worst_errors(ranks: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     """Of every parameter's mean gradient, over ranks."""
-    reference, count = GEMMA3.loss_sum_gradients(CASES), label_tokens(GEMMA3, CASES)
+    reference, count = loss_sum_gradients(GEMMA3, CASES), label_tokens(GEMMA3, CASES)
     worst: dict[str, float] = {}
     for gradients in ranks:
         for name, gradient in gradients.items():
@@ -54,7 +56,7 @@ def gradients(hf_dir: str, layout: str, engine: dict[str, Any]) -> dict[str, tor
         setattr(config, name, value)
     for chunk in model:
         chunk.zero_grad_buffer()
-    run_global_batch(model, GEMMA3.micro_batches(CASES), groups)
+    run_global_batch(model, micro_batches(GEMMA3, CASES), groups)
     return {
         name: gather_parameter(parameter, parameter.main_grad, groups)
         for chunk in model
@@ -118,7 +120,7 @@ def calculate_loss(loss: Any, per_token: bool) -> tuple[torch.Tensor, list[Any]]
 
 
 def test_loss_is_left_as_it_is() -> None:
-    batch = gemma3_tiny.make_batch([(gemma3_tiny.LENGTH, [])])
+    batch = gemma3.make_batch([(gemma3.LENGTH, [])])
     sums = LossSums(1, batch.labels.device)
     losses = torch.rand(batch.labels.shape, generator=torch.Generator().manual_seed(0)) * (batch.labels != -100)
     output, _ = calculate_loss(lambda _: step._loss(sums, batch, losses), per_token=True)
@@ -153,7 +155,7 @@ def kinds_of_output(hf_dir: str) -> list[type]:
     model, groups = set_up(hf_dir, LAYOUTS["PP2"])
     kinds = []
     model[0].register_forward_hook(lambda module, arguments, output: kinds.append(type(output)))
-    run_global_batch(model, GEMMA3.micro_batches(CASES[:1]), groups, forward_only=True)
+    run_global_batch(model, micro_batches(GEMMA3, CASES[:1]), groups, forward_only=True)
     return kinds
 
 
@@ -184,8 +186,8 @@ def sharded_shapes(hf_dir: str) -> tuple[dict[str, tuple[int, ...]], dict[str, t
 
 def test_shapes_in_checkpoints_and_the_trap_of_module_lists(hf_dir: str) -> None:
     name = "language_model.layers.0.self_attn.q_proj.weight"
-    heads, hidden = gemma3_tiny.TEXT["num_attention_heads"], gemma3_tiny.TEXT["hidden_size"]
-    rows = heads * gemma3_tiny.TEXT["head_dim"]
+    heads, hidden = gemma3.TEXT["num_attention_heads"], gemma3.TEXT["hidden_size"]
+    rows = heads * gemma3.TEXT["head_dim"]
     for ours, theirs in run_ranks(2, sharded_shapes, hf_dir):
         assert ours[name] == (rows, hidden)
         assert theirs[name] == (rows // 2, hidden), "megatron-core would write one rank's rows as the whole"

@@ -26,10 +26,10 @@ from megatron_vlm.parallel.engine import engine_config
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.sharding import gather_whole, is_expert, own_part, whole_shape
 from megatron_vlm.training.step import run_global_batch
-from tests.distributed.reference import QWEN3_VL_MOE
-from tests.parity import qwen3_vl_tiny
+from tests.distributed.reference import micro_batches, references
+from tests.families.qwen3_vl import QWEN3_VL_MOE, TOP_K
 from tests.parity.layouts import TestLayout, own_micro_batches, set_up
-from tests.parity.qwen3_vl_tiny import TOP_K, Reference
+from tests.parity.tiny_batches import Reference
 from tests.ranks import run_ranks
 
 HIDDEN, WIDTH, EXPERTS = 64, 32, 8
@@ -286,7 +286,7 @@ class Use:
 
 def use_of_layout(hf_dir: str, layout: TestLayout) -> Use:
     model, groups = set_up(hf_dir, layout)
-    batches = own_micro_batches(QWEN3_VL_MOE.micro_batches(CASES), groups, layout)
+    batches = own_micro_batches(micro_batches(QWEN3_VL_MOE, CASES), groups, layout)
     collected = []
     for forward_only in (False, True):
         for chunk in model:
@@ -327,7 +327,7 @@ def hf_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_counts_are_the_choices_of_transformers(name: str, hf_dir: str) -> None:
     """Of real tokens; once, also where layers are computed again; and what was counted is counted once."""
     layout = USE_LAYOUTS[name]
-    tokens, balance = use_by_transformers(qwen3_vl_tiny.build(moe=True), QWEN3_VL_MOE.references(CASES))
+    tokens, balance = use_by_transformers(QWEN3_VL_MOE.model(), references(QWEN3_VL_MOE, CASES))
     for use in run_ranks(layout.world_size, use_of_layout, hf_dir, layout):
         for counted, balanced in (use.step, use.evaluation):
             assert torch.equal(counted, tokens.double())

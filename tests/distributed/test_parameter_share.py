@@ -1,5 +1,5 @@
 """Every rank holds its share: each tensor is 1 / TP of the whole (experts 1 / (EP x ETP)), but for a list of small ones
-that says why.
+that says why (`replicated` in tests/families).
 
 Real sizes are built on the meta device, which has shapes and no storage, and one rank of each stage at a time.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,51 +22,9 @@ from megatron_vlm.parallel.sharding import is_expert, splits
 from megatron_vlm.parallel.simulate import simulated_rank
 from megatron_vlm.parallel.stages import assign_layers
 from tests import published_gemma3, published_mistral3, published_qwen3_vl
-from tests.distributed.reference import GEMMA3, MISTRAL3, QWEN3_VL, QWEN3_VL_MOE, Subject
+from tests.families import FAMILIES, gemma3
+from tests.families.entry import TinyFamily, find
 
-# Names of the tensors that every tensor rank holds whole, and why.
-PLAIN_DECODER = {
-    r"language_model\.layers\.\d+\.(input|post_attention)_layernorm\.weight": (
-        "one vector; activations are whole, or a share of the sequence with all channels"
-    ),
-    r"language_model\.norm\.weight": "one vector",
-}
-DECODER = PLAIN_DECODER | {
-    r"language_model\.layers\.\d+\.self_attn\.[qk]_norm\.weight": "one vector as long as a head, shared by all heads",
-}
-GEMMA3_REPLICATED = DECODER | {
-    r"language_model\.layers\.\d+\.(pre|post)_feedforward_layernorm\.weight": "one vector",
-    r"vision_tower\.embeddings\.(patch_embedding\.(weight|bias)|position_embedding\.weight)": (
-        "1 % of the tower; dividing it would need a gather of all patches"
-    ),
-    r"vision_tower\.encoder\.layers\.\d+\.layer_norm[12]\.(weight|bias)": "one vector",
-    r"vision_tower\.encoder\.layers\.\d+\.(self_attn\.out_proj|mlp\.fc2)\.bias": "one vector, added to the whole sum",
-    r"vision_tower\.post_layernorm\.(weight|bias)": "one vector",
-    r"projector\.mm_soft_emb_norm\.weight": "one vector",
-}
-QWEN3_VL_REPLICATED = DECODER | {
-    r"vision_tower\.(patch_embed\.proj\.(weight|bias)|pos_embed\.weight)": (
-        "1 % of the tower; dividing it would need a gather of all patches"
-    ),
-    r"vision_tower\.blocks\.\d+\.norm[12]\.(weight|bias)": "one vector",
-    r"vision_tower\.blocks\.\d+\.(attn\.proj|mlp\.linear_fc2)\.bias": "one vector, added to the whole sum",
-    r"projector\.(merger|deepstack_merger_list\.\d+)\.(norm\.(weight|bias)|linear_fc2\.bias)": "one vector",
-}
-MISTRAL3_REPLICATED = PLAIN_DECODER | {
-    r"vision_tower\.patch_conv\.weight": "a thousandth of the tower; dividing it would need a gather of all patches",
-    r"vision_tower\.(ln_pre|transformer\.layers\.\d+\.(attention|ffn)_norm)\.weight": "one vector",
-    r"projector\.norm\.weight": "one vector",
-    r"projector\.patch_merger\.merging_layer\.weight": (
-        "a thousandth of the model; its input and output are whole, for the column-parallel layer behind it"
-    ),
-}
-ROUTER = {r"language_model\.layers\.\d+\.mlp\.gate\.weight": "a token is scored against all experts where it is"}
-REPLICATED = {
-    "gemma3": GEMMA3_REPLICATED,
-    "qwen3_vl": QWEN3_VL_REPLICATED,
-    "qwen3_vl_moe": QWEN3_VL_REPLICATED | ROUTER,
-    "mistral3": MISTRAL3_REPLICATED,
-}
 # Beyond this share of a whole stage (in bytes), "small" is no longer true. Measured: 0.21 % at most (Gemma 3 4B,
 # TP2 x PP2), of Qwen3-VL 0.06 % (8B, TP8), of Mistral3 0.21 % (3B, TP2 x PP2).
 SMALL = 0.005
@@ -140,13 +99,14 @@ def whole_bytes(hf_config: PretrainedConfig) -> dict[str, int]:
     }
 
 
-def matches(name: str, patterns: dict[str, str]) -> bool:
+def matches(name: str, patterns: Mapping[str, str]) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
 def check(hf_config: PretrainedConfig, case: Case, extra: dict[str, str], small: float) -> None:
     whole = whole_bytes(hf_config)
-    replicated_names = REPLICATED[hf_config.model_type] | extra
+    listed = find(hf_config.model_type).replicated
+    replicated_names = {**listed, **extra}
     stages = held_by_stage(hf_config, case)
     used = set()
     for stage, held in enumerate(stages):
@@ -163,7 +123,7 @@ def check(hf_config: PretrainedConfig, case: Case, extra: dict[str, str], small:
                 divided_bytes += size
         replicated_bytes = sum(whole[name] for name in replicated)
         assert sum(size for size, _, _ in held.values()) == divided_bytes + replicated_bytes
-        named = sum(whole[name] for name in held if matches(name, REPLICATED[hf_config.model_type]))
+        named = sum(whole[name] for name in held if matches(name, listed))
         print(
             f"{case}, stage {stage}: {(divided_bytes + replicated_bytes) / 2**30:.2f} GiB per rank, replicated "
             f"{named / stage_total:.3%} of the stage by list, {(replicated_bytes - named) / stage_total:.3%} by setting"
@@ -234,21 +194,20 @@ def test_divided_images_replicate_the_tower_and_nothing_else(hf_config: Pretrain
 
 def test_more_tensor_ranks_than_key_heads() -> None:
     """The tiny model has two: 4 ranks hold keys and values whole. Its vectors are not small beside its matrices."""
-    check(GEMMA3.config, Case(4), REPLICATED_KEYS, 0.2)
+    check(gemma3.GEMMA3.config, Case(4), REPLICATED_KEYS, 0.2)
 
 
-@pytest.mark.parametrize(
-    ("subject", "case"),
-    [
-        (GEMMA3, Case(2)),
-        (GEMMA3, Case(2, pipeline=2)),
-        (GEMMA3, Case(2, vision="data")),
-        (QWEN3_VL, Case(2, pipeline=2)),
-        (MISTRAL3, Case(2, pipeline=2)),
-        (QWEN3_VL_MOE, Case(2, pipeline=2, sequence_parallel=True, expert=4)),
-    ],
-    ids=str,
-)
-def test_tiny(subject: Subject, case: Case) -> None:
-    extra = REPLICATED_VISION if case.vision == "data" else {}
-    check(subject.config, case, extra, 1.0 if extra else 0.2)
+def tiny_case(family: TinyFamily) -> Case:
+    """Experts are divided over more ranks than a stage has."""
+    return Case(2, pipeline=2, sequence_parallel=True, expert=4) if family.has_experts else Case(2, pipeline=2)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.batteries.step], ids=str)
+def test_tiny(family: TinyFamily) -> None:
+    check(family.config, tiny_case(family), {}, 0.2)
+
+
+@pytest.mark.parametrize("vision", ["tensor", "data"])
+def test_tiny_on_one_stage(vision: str) -> None:
+    divided = vision == "data"
+    check(gemma3.GEMMA3.config, Case(2, vision=vision), REPLICATED_VISION if divided else {}, 1.0 if divided else 0.2)

@@ -16,37 +16,36 @@ from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.initialize import initialize_weights
 from megatron_vlm.parallel.stages import assign_layers
 from megatron_vlm.training.step import run_global_batch
-from tests.distributed.reference import (
-    GEMMA3,
-    MISTRAL3,
-    QWEN3_VL_MOE,
-    TOLERANCE,
-    ZERO_GRADIENT,
-    Gemma3,
-    Subject,
-    label_tokens,
-    relative_error,
+from tests.distributed.reference import TOLERANCE, label_tokens, loss_sum_gradients, micro_batches, relative_error
+from tests.families import FAMILIES, gemma3
+from tests.families.entry import TinyFamily
+from tests.parity.battery import ZERO_GRADIENT
+from tests.parity.layouts import (
+    LAYOUTS,
+    TestLayout,
+    gather_parameter,
+    our_name,
+    own_micro_batches,
+    set_up,
+    whole_gradients,
 )
-from tests.parity import gemma3_tiny
-from tests.parity.layouts import LAYOUTS, TestLayout, gather_parameter, own_micro_batches, set_up, whole_gradients
 from tests.ranks import run_ranks
 
-# Data rank 0 takes the even ones: it never sees an image.
-TEXT_ON_ONE_RANK: dict[Subject, tuple[str, ...]] = {
-    GEMMA3: ("text", "several images", "text", "one image"),
-    QWEN3_VL_MOE: ("text", "two images", "text", "mixed"),
-    MISTRAL3: ("text", "images", "text", "mixed"),
-}
+
+def text_on_one_rank(family: TinyFamily) -> tuple[str, ...]:
+    """Data rank 0 takes the even ones: it never sees an image."""
+    with_images = next(case for case in family.cases if case not in ("text", "mixed"))
+    return ("text", with_images, "text", "mixed")
 
 
-def gradients(hf_dir: str, layout: TestLayout, subject: Subject) -> dict[str, torch.Tensor]:
+def gradients(hf_dir: str, layout: TestLayout, family: TinyFamily) -> dict[str, torch.Tensor]:
     # Far below megatron-core's 40 million elements, so that a chunk has several buckets, as real models do.
     small = partial(build.DistributedDataParallelConfig, bucket_size=4000)
     with mock.patch.object(build, "DistributedDataParallelConfig", small):
         model, groups = set_up(hf_dir, layout)
     for buffers in (model[0].buffers, model[0].expert_parallel_buffers):
         assert all(len(buffer.buckets) > 1 for buffer in buffers)
-    batches = subject.micro_batches(TEXT_ON_ONE_RANK[subject])
+    batches = micro_batches(family, text_on_one_rank(family))
     # megatron-core overlaps from the second step on, in the order of the first, in which the other rank has the images.
     for rank_with_images, of_step in ((0, batches[::-1]), (1, batches)):
         for chunk in model:
@@ -58,41 +57,18 @@ def gradients(hf_dir: str, layout: TestLayout, subject: Subject) -> dict[str, to
 
 
 @pytest.mark.parametrize(
-    ("subject", "layout"),
-    [
-        (GEMMA3, TestLayout(2, distributed_optimizer=True, overlap=True)),
-        (GEMMA3, TestLayout(4, tensor=2, distributed_optimizer=True, overlap=True, vision="data")),
-        (GEMMA3, TestLayout(4, pipeline=2, distributed_optimizer=True, overlap=True)),
-        (QWEN3_VL_MOE, TestLayout(2, expert=2, distributed_optimizer=True, overlap=True)),
-        (
-            QWEN3_VL_MOE,
-            TestLayout(
-                4, tensor=2, expert=2, sequence_parallel=True, distributed_optimizer=True, overlap=True, vision="data"
-            ),
-        ),
-        (MISTRAL3, TestLayout(2, distributed_optimizer=True, overlap=True)),
-        (MISTRAL3, TestLayout(4, tensor=2, distributed_optimizer=True, overlap=True, vision="data")),
-    ],
-    ids=[
-        "DP2",
-        "DP2xTP2, vision DP",
-        "DP2xPP2",
-        "experts EP2",
-        "experts EP2xTP2+SP, vision DP",
-        "Mistral3 DP2",
-        "Mistral3 DP2xTP2, vision DP",
-    ],
+    ("family", "name"), [(family, name) for family in FAMILIES for name in family.batteries.no_images], ids=str
 )
-def test_a_data_rank_without_images(tmp_path: Path, subject: Subject, layout: TestLayout) -> None:
+def test_a_data_rank_without_images(tmp_path: Path, family: TinyFamily, name: str) -> None:
     """Overlapped exchanges begin as gradients are ready: every rank must have them in the same order."""
-    cases = TEXT_ON_ONE_RANK[subject]
-    reference, count = subject.loss_sum_gradients(cases), label_tokens(subject, cases)
+    layout, cases = family.batteries.no_images[name], text_on_one_rank(family)
+    reference, count = loss_sum_gradients(family, cases), label_tokens(family, cases)
     seen = set()
-    for found in run_ranks(layout.world_size, gradients, subject.write(tmp_path), layout, subject):
-        for name, gradient in found.items():
-            seen.add(name)
-            if not name.endswith(ZERO_GRADIENT):
-                assert relative_error(gradient * count, reference[name]) <= TOLERANCE, name
+    for found in run_ranks(layout.world_size, gradients, family.write(tmp_path), layout, family):
+        for parameter, gradient in found.items():
+            seen.add(parameter)
+            if not parameter.endswith(ZERO_GRADIENT):
+                assert relative_error(gradient * count, reference[parameter]) <= TOLERANCE, parameter
     assert seen == set(reference)
 
 
@@ -103,11 +79,11 @@ def tensors_kept_by_eyes(frozen: tuple[str, ...]) -> tuple[dict[str, int], set[s
     """Bytes kept for the backward pass inside the tower and the projector, and names with gradients."""
     groups = build_groups()
     initialize_megatron(1, groups)
-    hf_config = GEMMA3.config
+    hf_config = gemma3.GEMMA3.config
     family = registry.detect(hf_config)
     model_config = family.config_from_hf(hf_config, text_only=False)
     chunks = build_chunks(family, model_config, BuildSettings([range(4)]), groups)
-    initialize_weights(chunks, 1, 0.1, gemma3_tiny.VOCABULARY, groups)
+    initialize_weights(chunks, 1, 0.1, gemma3.VOCABULARY, groups)
     for name, parameter in chunks[0].named_parameters():
         parameter.requires_grad_(name.partition(".")[0] not in frozen)
     kept = {"vision_tower": 0, "projector": 0}
@@ -115,7 +91,7 @@ def tensors_kept_by_eyes(frozen: tuple[str, ...]) -> tuple[dict[str, int], set[s
         _count_kept(chunks[0].get_submodule(part), part, kept)
     model = wrap_data_parallel(chunks, groups, use_distributed_optimizer=False)
     model[0].zero_grad_buffer()
-    run_global_batch(model, GEMMA3.micro_batches(["mixed"]), groups)
+    run_global_batch(model, micro_batches(gemma3.GEMMA3, ["mixed"]), groups)
     with_gradient = {
         name
         for name, parameter in chunks[0].named_parameters()
@@ -162,19 +138,18 @@ def test_nothing_is_kept_for_frozen_eyes(frozen: tuple[str, ...], nothing_kept_i
 
 # First weights
 
-UNTIED = Gemma3(tied=False)
 STD = 0.02
 
 
-def first_weights(subject: Subject, layout: TestLayout) -> dict[str, torch.Tensor]:
+def first_weights(family: TinyFamily, layout: TestLayout) -> dict[str, torch.Tensor]:
     groups = build_groups(layout.tensor, layout.pipeline, layout.expert, layout.expert_tensor)
-    hf_config = subject.config
-    family = registry.detect(hf_config)
-    model_config = family.config_from_hf(hf_config, text_only=False)
+    hf_config = family.config
+    registered = registry.detect(hf_config)
+    model_config = registered.config_from_hf(hf_config, text_only=False)
     layers = assign_layers(4, layout.pipeline, layout.virtual)
     settings = BuildSettings(layers, sequence_parallel=layout.sequence_parallel, vision_parallelism=layout.vision)
-    chunks = build_chunks(family, model_config, settings, groups)
-    initialize_weights(chunks, 11, STD, subject.vocabulary, groups)
+    chunks = build_chunks(registered, model_config, settings, groups)
+    initialize_weights(chunks, 11, STD, family.vocabulary, groups)
     return {
         name: gather_parameter(parameter, parameter, groups)
         for chunk in chunks
@@ -183,31 +158,26 @@ def first_weights(subject: Subject, layout: TestLayout) -> dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize(
-    ("subject", "layout"),
-    [
-        *((UNTIED, LAYOUTS[name]) for name in ("TP2", "TP4", "PP2xVPP2", "TP2xPP2+SP", "TP2, vision DP")),
-        (QWEN3_VL_MOE, TestLayout(4, tensor=2, sequence_parallel=True, expert=2, expert_tensor=2)),
-        (MISTRAL3, LAYOUTS["TP2xPP2+SP"]),
-    ],
-    ids=str,
+    ("family", "name"), [(family, name) for family in FAMILIES for name in family.batteries.first_weights], ids=str
 )
-def test_first_weights_do_not_depend_on_the_layout(subject: Subject, layout: TestLayout) -> None:
-    (alone,) = run_ranks(1, first_weights, subject, LAYOUTS["TP1"])
-    ranks = run_ranks(layout.world_size, first_weights, subject, layout)
+def test_first_weights_do_not_depend_on_the_layout(family: TinyFamily, name: str) -> None:
+    layout = family.batteries.first_weights[name]
+    (alone,) = run_ranks(1, first_weights, family, LAYOUTS["TP1"])
+    ranks = run_ranks(layout.world_size, first_weights, family, layout)
     assert set().union(*ranks) == set(alone)
     for found in ranks:
-        for name, value in found.items():
-            assert torch.equal(value, alone[name]), name
+        for parameter, value in found.items():
+            assert torch.equal(value, alone[parameter]), parameter
 
 
-@pytest.mark.parametrize("subject", [UNTIED, QWEN3_VL_MOE, MISTRAL3], ids=str)
-def test_first_weights_are_what_they_should_be(subject: Subject) -> None:
-    (weights,) = run_ranks(1, first_weights, subject, LAYOUTS["TP1"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.batteries.first_weights], ids=str)
+def test_first_weights_are_what_they_should_be(family: TinyFamily) -> None:
+    (weights,) = run_ranks(1, first_weights, family, LAYOUTS["TP1"])
     matrices = {name: weight for name, weight in weights.items() if weight.dim() >= 2 and not name.endswith(".bias")}
     for name, weight in matrices.items():
         real = weight
         if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-            real, padding = weight[: subject.vocabulary], weight[subject.vocabulary :]
+            real, padding = weight[: family.vocabulary], weight[family.vocabulary :]
             assert not padding.any()
         # Five deviations of the mean and of the deviation of that many draws.
         assert abs(real.mean()) < 5 * STD / real.numel() ** 0.5, name
@@ -219,11 +189,9 @@ def test_first_weights_are_what_they_should_be(subject: Subject) -> None:
         for value in (weight.flatten(1)[:, 0].tolist() if ".experts." in name else [weight.flatten()[0].item()])
     ]
     assert len(set(firsts)) == len(firsts), "two parameters have the same numbers"
-    for name in set(weights) - set(matrices):
-        starts_at_one = name.endswith("weight") and (
-            "layer_norm" in name or "post_layernorm" in name
-            if subject == UNTIED
-            else "norm" in name or "ln_pre" in name
-        )
-        expected = 1.0 if starts_at_one and (name.startswith("vision_tower") or subject != UNTIED) else 0.0
-        assert (weights[name] == expected).all(), name
+    # Vectors are ones or zeros, as transformers makes them, but for biases that it draws with 1e-6.
+    fresh = type(family.model())(family.config)
+    vectors = {our_name(name): parameter for name, parameter in fresh.named_parameters() if parameter.dim() == 1}
+    assert {name for name in weights if name not in matrices} == set(vectors)
+    for name, theirs in vectors.items():
+        assert torch.equal(weights[name].flatten(), theirs.round()), name

@@ -12,9 +12,10 @@ from megatron_vlm import platform
 from megatron_vlm.data.collate import spans
 from megatron_vlm.training.setup import initialize_distributed
 from tests import test_experts
+from tests.families import FAMILIES
+from tests.families.entry import TinyFamily
 from tests.parity.battery import check_case
-from tests.parity.families import FAMILIES, TinyModel
-from tests.parity.layouts import run_case
+from tests.parity.layouts import TestLayout, run_case
 
 
 def _spans(length: int) -> Spans:
@@ -48,8 +49,8 @@ def test_grouped_experts(counts: list[int]) -> None:
     test_experts.check_experts(counts, "cuda", torch.bfloat16, test_experts.TOLERANCES[torch.bfloat16])
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_a_step_equals_transformers(family: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_a_step_equals_transformers(family: TinyFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # fp32 throughout: the reference attention here, the compiled one above.
     monkeypatch.setattr("kernels.span_attention._on_gpu", reference)
     cases = {case: family.expected(case) for case in family.cases}
@@ -57,7 +58,7 @@ def test_a_step_equals_transformers(family: TinyModel, tmp_path: Path, monkeypat
     initialize_distributed(timeout_minutes=2)
     try:
         batches = {case: expected.micro_batches for case, expected in cases.items()}
-        results = run_case(hf_directory, family.layouts["TP1"], batches)
+        results = run_case(hf_directory, TestLayout(), batches)
     finally:
         platform.current().leave_process_group(failed=False)
     for case, expected in cases.items():

@@ -27,7 +27,11 @@ from megatron_vlm.training.step import run_global_batch
 
 @dataclass(frozen=True)
 class TestLayout:
-    """How the ranks divide a model; the data-parallel size is what `world_size` leaves."""
+    """How the ranks divide a model and a batch; the data-parallel size is what `world_size` leaves.
+
+    Where a test takes no rows but micro-batches, or no configuration, `micro_batch_size` and
+    `precision` mean nothing.
+    """
 
     __test__ = False
 
@@ -45,6 +49,29 @@ class TestLayout:
     expert_tensor: int = 1
     moe: MoESettings = field(default_factory=MoESettings)
     freeze: tuple[str, ...] = ()
+    micro_batch_size: int = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    def settings(self) -> dict[str, Any]:
+        """The same in the words of a run's configuration."""
+        return {
+            "parallel.tensor_model_parallel_size": self.tensor,
+            "parallel.sequence_parallel": self.sequence_parallel,
+            "parallel.pipeline_model_parallel_size": self.pipeline,
+            "parallel.virtual_pipeline_model_parallel_size": self.virtual,
+            "parallel.pipeline_layout": None if self.pipeline_layout is None else list(self.pipeline_layout),
+            "parallel.expert_model_parallel_size": self.expert,
+            "parallel.expert_tensor_parallel_size": self.expert_tensor,
+            "parallel.moe_token_dispatcher_type": self.moe.token_dispatcher_type,
+            "parallel.use_distributed_optimizer": self.distributed_optimizer,
+            "parallel.overlap_grad_reduce": self.overlap,
+            "parallel.overlap_param_gather": self.overlap and self.distributed_optimizer,
+            "model.vision_parallelism": self.vision,
+            "model.recompute": self.recompute,
+            "model.freeze": list(self.freeze),
+            "train.micro_batch_size": self.micro_batch_size,
+            "train.precision": self.precision,
+        }
 
 
 LAYOUTS = {

@@ -11,9 +11,9 @@ import torch
 from megatron.core.transformer.moe.moe_utils import switch_load_balancing_loss_func
 
 from megatron_vlm.parallel.chunk import MoESettings
+from tests.families.layouts import PARITY_OF_EXPERTS
+from tests.families.qwen3_vl import MOE, QWEN3_VL_MOE, TOP_K
 from tests.parity.battery import Expected, check_layout, expected, record
-from tests.parity.families import EXPERT_LAYOUTS, QWEN3_VL_MOE
-from tests.parity.qwen3_vl_tiny import MOE, TOP_K
 from tests.parity.tiny_batches import Reference
 
 Definition = Literal["transformers", "megatron"]
@@ -51,7 +51,7 @@ def balanced(definition: Definition) -> Expected:
 @pytest.mark.parametrize("frozen", [("language_model",), ("language_model", "vision_tower")])
 def test_frozen_parts(name: str, frozen: tuple[str, ...], hf_directory: str) -> None:
     """A data rank's micro-batch without images trains nothing, and yet its experts take part in the backward pass."""
-    layout = replace(EXPERT_LAYOUTS[name], freeze=frozen)
+    layout = replace(PARITY_OF_EXPERTS[name], freeze=frozen)
     check_layout(layout, hf_directory, {"mixed": QWEN3_VL_MOE.expected("mixed")}, QWEN3_VL_MOE.vocabulary)
 
 
@@ -59,6 +59,6 @@ def test_frozen_parts(name: str, frozen: tuple[str, ...], hf_directory: str) -> 
 @pytest.mark.parametrize("name", BALANCING_LAYOUTS)
 def test_load_balancing(name: str, definition: Definition, hf_directory: str) -> None:
     moe = MoESettings(load_balancing=definition, aux_loss_coeff=MOE["router_aux_loss_coef"])
-    layout = replace(EXPERT_LAYOUTS[name], moe=moe)
+    layout = replace(PARITY_OF_EXPERTS[name], moe=moe)
     worst = check_layout(layout, hf_directory, {"mixed": balanced(definition)}, QWEN3_VL_MOE.vocabulary)
-    record(f"Qwen3-VL-MoE, {name}, balanced ({definition})", *worst)
+    record(f"qwen3_vl_moe, {name}, balanced ({definition})", *worst)

@@ -1,38 +1,54 @@
-"""Every family equals transformers in logits, loss and the gradient of every parameter, in every layout."""
+"""Every registered family has an entry, and equals transformers in logits, loss and all gradients, in every layout."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import cache
 
 import pytest
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from megatron_vlm.families import registry
+from tests.families import FAMILIES
+from tests.families.entry import TinyFamily
+from tests.families.layouts import Batteries
 from tests.parity.battery import check_layout, record
-from tests.parity.families import FAMILIES, TinyModel
 
 
 @pytest.fixture(scope="session")
-def hf_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TinyModel], str]:
+def hf_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TinyFamily], str]:
     """Writes a model, once."""
 
     @cache
-    def write(family: TinyModel) -> str:
+    def write(family: TinyFamily) -> str:
         return family.write(tmp_path_factory.mktemp("hf"))
 
     return write
 
 
-def cases_of(family: TinyModel, layout: str) -> list[str]:
+def cases_of(family: TinyFamily, layout: str) -> list[str]:
     """Four ranks, whose messages take longest, see a mixed batch and one full of images; fewer see every case."""
-    return list(family.cases)[-2:] if family.layouts[layout].world_size == 4 else list(family.cases)
+    return list(family.cases)[-2:] if family.batteries.parity[layout].world_size == 4 else list(family.cases)
 
 
 @pytest.mark.parametrize(
     ("family", "layout"),
-    [(family, layout) for family in FAMILIES for layout in family.layouts],
-    ids=[f"{family.name}, {layout}" for family in FAMILIES for layout in family.layouts],
+    [(family, layout) for family in FAMILIES for layout in family.batteries.parity],
+    ids=[f"{family}, {layout}" for family in FAMILIES for layout in family.batteries.parity],
 )
-def test_parity(family: TinyModel, layout: str, hf_directory: Callable[[TinyModel], str]) -> None:
+def test_parity(family: TinyFamily, layout: str, hf_directory: Callable[[TinyFamily], str]) -> None:
     cases = {case: family.expected(case) for case in cases_of(family, layout)}
-    worst = check_layout(family.layouts[layout], hf_directory(family), cases, family.vocabulary)
-    record(f"{family.name}, {layout}", *worst)
+    worst = check_layout(family.batteries.parity[layout], hf_directory(family), cases, family.vocabulary)
+    record(f"{family}, {layout}", *worst)
+
+
+@pytest.mark.parametrize("registered", registry.FAMILIES, ids=lambda registered: registered.name)
+def test_every_registered_family_runs_every_battery(registered: registry.Family) -> None:
+    """Each model_type with a tower has an entry that leaves out no battery that another entry of its family has not."""
+    with_tower = {name for name in registered.model_types if name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+    entries = {family.name: family for family in FAMILIES if family.name in registered.model_types}
+    assert entries and entries.keys() >= with_tower
+    assert all(registry.detect(family.config) is registered for family in entries.values())
+    for battery in fields(Batteries):
+        assert any(getattr(family.batteries, battery.name) for family in entries.values()), battery.name

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.training.step import run_global_batch
-from tests.parity import gemma3_tiny
+from tests.families import gemma3
+from tests.families.gemma3 import ROWS, make_batch, split_rows
 from tests.parity.battery import ZERO_GRADIENT
-from tests.parity.gemma3_tiny import ROWS, make_batch, split_rows
 from tests.parity.layouts import LAYOUTS, TestLayout, hf_gradients, own_micro_batches, set_up, whole_gradients
 from tests.ranks import run_ranks
 
@@ -32,7 +32,7 @@ Figures = tuple[float, dict[str, torch.Tensor]]
 @cache
 def model_of_bf16_values() -> PreTrainedModel:
     """fp32, but every weight exact in bf16: what differs is the arithmetic alone."""
-    model = gemma3_tiny.build(with_vision=True).train()
+    model = gemma3.build(with_vision=True).train()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16())
@@ -53,7 +53,7 @@ def reference(dtype: torch.dtype) -> Figures:
     mean, gradients = 0.0, {name: torch.zeros(p.shape) for name, p in _named(model)}
     for batch in micro_batches():
         model.zero_grad()
-        loss = gemma3_tiny.reference(model, batch)[1] * (batch.labels != -100).sum()
+        loss = gemma3.reference(model, batch)[1] * (batch.labels != -100).sum()
         loss.backward()
         mean += loss.item() / label_tokens
         for name, gradient in hf_gradients(model).items():

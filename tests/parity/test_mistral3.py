@@ -20,15 +20,14 @@ from megatron_vlm.families.mistral3.config import ModelConfig, QueryScaling, con
 from megatron_vlm.families.mistral3.model import query_scale
 from megatron_vlm.layers import rope
 from megatron_vlm.layers.patches import Places
-from tests.parity import mistral3_tiny
+from tests.families import mistral3
+from tests.families.mistral3 import MISTRAL3
 from tests.parity.battery import Expected, check_layout, expected, record, relative_error
-from tests.parity.families import FAMILIES
 from tests.parity.layouts import LAYOUTS, RankResult, TestLayout, run_case
 from tests.parity.tiny_batches import Part
 from tests.published_mistral3 import published_config
 from tests.ranks import run_ranks
 
-(MINISTRAL,) = (family for family in FAMILIES if family.name == "Ministral3")
 # Two documents in each of two rows, of one length together; all but the first are past where queries begin to grow
 # before they begin.
 PACKED_ROWS: list[list[Sequence[Part]]] = [[[3, (4, 6), 5], [20]], [[21], [2, (4, 4), 7]]]
@@ -40,7 +39,7 @@ Mistake = Callable[[], AbstractContextManager[None]]
 
 @pytest.fixture(scope="module")
 def hf_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return MINISTRAL.write(tmp_path_factory.mktemp("hf"))
+    return MISTRAL3.write(tmp_path_factory.mktemp("hf"))
 
 
 # Several documents in one row
@@ -81,10 +80,10 @@ def pack(rows: Sequence[Sequence[MicroBatch]]) -> MicroBatch:
 def packed_expected() -> Expected:
     """The packed rows, and what transformers computes of each document alone."""
     documents = [
-        [mistral3_tiny.make_batch([parts], 10 * row + place, 1) for place, parts in enumerate(of_row)]
+        [mistral3.make_batch([parts], 10 * row + place, 1) for place, parts in enumerate(of_row)]
         for row, of_row in enumerate(PACKED_ROWS)
     ]
-    alone = expected(MINISTRAL.model(), [document for of_row in documents for document in of_row])
+    alone = expected(MISTRAL3.model(), [document for of_row in documents for document in of_row])
     logits = iter(alone.logits)
     rows = [torch.cat([next(logits) for _ in of_row], dim=1) for of_row in documents]
     return replace(
@@ -98,14 +97,14 @@ def packed_expected() -> Expected:
 @pytest.mark.parametrize("layout", ["TP1", "TP2xPP2+SP"])
 def test_packed_documents_are_as_each_alone(layout: str, hf_directory: str) -> None:
     cases = {"packed": packed_expected()}
-    worst = check_layout(LAYOUTS[layout], hf_directory, cases, MINISTRAL.vocabulary)
+    worst = check_layout(LAYOUTS[layout], hf_directory, cases, MISTRAL3.vocabulary)
     record(f"Ministral3 packed, {layout}", *worst)
 
 
 def logits_error(result: RankResult, truth: Expected) -> float:
     """Of the worst row."""
     rows = [
-        relative_error(ours[row, :count, : MINISTRAL.vocabulary], theirs[row, :count])
+        relative_error(ours[row, :count, : MISTRAL3.vocabulary], theirs[row, :count])
         for ours, theirs, lengths in zip(result.logits, truth.logits, truth.lengths, strict=True)
         for row, count in enumerate(lengths)
     ]
@@ -290,7 +289,7 @@ def run_with(mistake: Mistake, hf_dir: str, batches: list[MicroBatch]) -> RankRe
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
 def test_the_battery_sees_a_mistake(mistake: Mistake, hf_directory: str) -> None:
-    truth = MINISTRAL.expected("images")
+    truth = MISTRAL3.expected("images")
     (found,) = run_ranks(1, run_with, mistake, hf_directory, truth.micro_batches)
     error = logits_error(found, truth)
     print(f"\n{mistake.__name__}: {error:.1e}")

@@ -108,14 +108,14 @@ def reference(model: PreTrainedModel, micro_batch: Reference) -> tuple[torch.Ten
     return logits, cross_entropy(logits.flatten(0, 1), labels, ignore_index=-100, reduction="sum")
 
 
-def randomise(model: PreTrainedModel, seed: int = 7) -> None:
-    """Set every parameter at random: default initial values (norms of one, zero biases) hide errors."""
+def randomise(model: PreTrainedModel, seed: int = 8) -> PreTrainedModel:
+    """Noise on every vector and random matrices: norms of one or zero, and zero biases and projectors, hide errors."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             is_kernel = parameter.dim() > 3  # of a convolution over whole patches
             fan_in = parameter[0].numel() if is_kernel else parameter.shape[-1]
             std = 0.3 if parameter.dim() == 1 else fan_in**-0.5
-            parameter.normal_(0.0, std, generator=generator)
-            if "norm" in name and name.endswith("weight"):
-                parameter.add_(1.0)
+            noise = torch.empty_like(parameter).normal_(0.0, std, generator=generator)
+            parameter.copy_(parameter + noise if parameter.dim() == 1 else noise)
+    return model

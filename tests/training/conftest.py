@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
 
-from tests.training.tiny_families import FAMILIES, GEMMA3, QWEN3_VL_MOE
+from tests.families.entry import TinyFamily
+from tests.families.gemma3 import GEMMA3
+from tests.families.qwen3_vl import QWEN3_VL_MOE
 from tests.training.tiny_run_config import TinyFiles, build_multimodal, build_text
 
 
 @pytest.fixture(scope="session")
-def multimodal_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyFiles]:
-    """The files of a family by its name, built once."""
-    built: dict[str, TinyFiles] = {}
+def multimodal_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TinyFamily], TinyFiles]:
+    """The files of a family, built once."""
 
-    def files(name: str) -> TinyFiles:
-        if name not in built:
-            built[name] = build_multimodal(tmp_path_factory.mktemp(name), FAMILIES[name])
-        return built[name]
+    @cache
+    def files(family: TinyFamily) -> TinyFiles:
+        return build_multimodal(tmp_path_factory.mktemp(family.name), family)
 
     return files
 
 
 @pytest.fixture(scope="session")
-def multimodal(multimodal_of: Callable[[str], TinyFiles]) -> TinyFiles:
-    return multimodal_of(GEMMA3.name)
+def multimodal(multimodal_of: Callable[[TinyFamily], TinyFiles]) -> TinyFiles:
+    return multimodal_of(GEMMA3)
 
 
 @pytest.fixture(scope="session")
-def experts(multimodal_of: Callable[[str], TinyFiles]) -> TinyFiles:
-    return multimodal_of(QWEN3_VL_MOE.name)
+def experts(multimodal_of: Callable[[TinyFamily], TinyFiles]) -> TinyFiles:
+    return multimodal_of(QWEN3_VL_MOE)
 
 
 @pytest.fixture(scope="session")

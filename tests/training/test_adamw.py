@@ -6,15 +6,17 @@ import math
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from megatron_vlm.config import Config
 from megatron_vlm.parallel import build
+from tests.families import FAMILIES
+from tests.families.entry import TinyFamily
+from tests.families.rows import GLOBAL_BATCH
+from tests.parity.layouts import our_name
 from tests.ranks import run_ranks
-from tests.training.tiny_families import GLOBAL_BATCH
 from tests.training.tiny_run_config import TinyFiles, read_metrics, tiny_config, train_on_rank
 from tests.training.transformers_reference import load_multimodal, mean_loss, multimodal_batch, without_key_bias
 
@@ -42,37 +44,8 @@ SETTINGS = {
 TRAJECTORY_TOLERANCE = 5e-4
 LOSS_TOLERANCE = 1e-5  # of losses and norms in fp32 after updates that differ so little; seen: 2e-7
 
-TENSOR, PIPELINE = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
-VIRTUAL, SEQUENCE = "parallel.virtual_pipeline_model_parallel_size", "parallel.sequence_parallel"
-EXPERT, EXPERT_TENSOR = "parallel.expert_model_parallel_size", "parallel.expert_tensor_parallel_size"
 # Far below megatron-core's 40 million, so that each layer's parameters arrive in a message of their own.
 SMALL_BUCKET_ELEMENTS = 4000
-OVERLAP = {"parallel.overlap_grad_reduce": True, "parallel.overlap_param_gather": True}
-WHOLE_OPTIMIZER = {"parallel.use_distributed_optimizer": False}
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "TP1": (1, {}),
-    "DP2": (2, {}),
-    "DP2xTP2+SP": (4, {TENSOR: 2, SEQUENCE: True}),
-    "PP2": (2, {PIPELINE: 2}),
-    "TP2xPP2+SP": (4, {TENSOR: 2, PIPELINE: 2, SEQUENCE: True}),
-    "DP2, overlapped": (2, OVERLAP),
-    "DP2xPP2, overlapped": (4, {PIPELINE: 2} | OVERLAP),
-    "DP2xPP2xVPP2, overlapped": (4, {PIPELINE: 2, VIRTUAL: 2} | OVERLAP),
-    "DP2xTP2, vision DP, overlapped": (4, {TENSOR: 2, "model.vision_parallelism": "data"} | OVERLAP),
-    "DP2, whole optimizer on each rank": (2, WHOLE_OPTIMIZER),
-    "EP2": (2, {EXPERT: 2}),
-    "EP2, whole optimizer on each rank": (2, {EXPERT: 2} | WHOLE_OPTIMIZER),
-    "EP2xDP2, overlapped": (4, {EXPERT: 2} | OVERLAP),
-    "EP2xPP2, overlapped": (4, {EXPERT: 2, PIPELINE: 2} | OVERLAP),
-    "ETP2xTP2+SP": (2, {TENSOR: 2, SEQUENCE: True, EXPERT_TENSOR: 2}),
-}
-OF_FAMILY = {
-    "gemma3": [name for name in LAYOUTS if "EP" not in name and "ETP" not in name and name != "TP2xPP2+SP"],
-    "qwen3_vl": ["TP2xPP2+SP", "DP2xTP2, vision DP, overlapped"],
-    "qwen3_vl_moe": ["TP2xPP2+SP", "DP2, overlapped", *(name for name in LAYOUTS if "EP" in name or "ETP" in name)],
-    "mistral3": ["DP2xTP2, vision DP, overlapped"],
-}
-CASES = [(family, layout) for family, layouts in OF_FAMILY.items() for layout in layouts]
 
 
 def learning_rate(update: int) -> float:
@@ -93,7 +66,7 @@ def reference(files: TinyFiles) -> tuple[list[float], list[float], dict[str, tor
             {
                 "params": [parameter],
                 "weight_decay": WEIGHT_DECAY if parameter.dim() > 1 else 0.0,
-                "multiplier": MULTIPLIERS.get(files.family.part_of(name), 1.0),
+                "multiplier": MULTIPLIERS.get(our_name(name).partition(".")[0], 1.0),
             }
             for name, parameter in model.named_parameters()
         ],
@@ -139,12 +112,16 @@ def train_with_small_buckets(config: Config) -> None:
         build.DistributedDataParallelConfig = original  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(("family", "layout"), CASES)
-def test_five_steps(family: str, layout: str, multimodal_of: Callable[[str], TinyFiles], tmp_path: Path) -> None:
-    world_size, layout_settings = LAYOUTS[layout]
+@pytest.mark.parametrize(
+    ("family", "name"), [(family, name) for family in FAMILIES for name in family.batteries.adamw], ids=str
+)
+def test_five_steps(
+    family: TinyFamily, name: str, multimodal_of: Callable[[TinyFamily], TinyFiles], tmp_path: Path
+) -> None:
+    layout = family.batteries.adamw[name]
     files, export = multimodal_of(family), tmp_path / "hf"
-    config = tiny_config(files, tmp_path / "run", SETTINGS | layout_settings | {"checkpoint.export_hf": str(export)})
-    run_ranks(world_size, train_with_small_buckets, config)
+    config = tiny_config(files, tmp_path / "run", SETTINGS | layout.settings() | {"checkpoint.export_hf": str(export)})
+    run_ranks(layout.world_size, train_with_small_buckets, config)
     losses, norms, before, expected = reference(files)
     assert max(norms) > 2 * CLIP, "clipping must matter"
     metrics = read_metrics(tmp_path / "run")
@@ -156,7 +133,7 @@ def test_five_steps(family: str, layout: str, multimodal_of: Callable[[str], Tin
         expected_rates = [factor * rate for rate in rates]
         assert [record["lr_by_part"][part] for record in metrics] == pytest.approx(expected_rates, rel=1e-12)
     worst = compare(dict(load_multimodal(files.family, export).named_parameters()), before, expected)
-    print(f"\n{family}, {layout}: worst error relative to the distance moved {worst:.1e}")
+    print(f"\n{family}, {name}: worst error relative to the distance moved {worst:.1e}")
 
 
 def compare(

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import Mistral4Config
 
+from tests.families.mistral3 import MISTRAL3
 from tests.training.loop_run import Place, build_place, edit_config, refused
-from tests.training.tiny_families import MISTRAL3
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.data.rows import assistant, image, row, user, video, write_jsonl
+from tests.families.qwen3_vl import QWEN3_VL_MOE
 from tests.training.loop_run import Place, build_place, edit_config, refused
-from tests.training.tiny_families import QWEN3_VL_MOE
 
 TENSOR, PIPELINE = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
 EXPERT, EXPERT_TENSOR = "parallel.expert_model_parallel_size", "parallel.expert_tensor_parallel_size"

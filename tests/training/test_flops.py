@@ -14,7 +14,7 @@ from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families import registry
 from megatron_vlm.families.flop_counts import visible_keys
 from megatron_vlm.families.gemma3.flops import batch_flops
-from tests.parity.gemma3_tiny import LENGTH, ROWS, build, make_batch, reference
+from tests.families.gemma3 import LENGTH, ROWS, build, make_batch, reference
 
 FULL_ROWS = {"images": [(LENGTH, [3]), (LENGTH, [1, 9]), (LENGTH, [])], "text": [(LENGTH, []), (LENGTH, [])]}
 

@@ -12,7 +12,7 @@ from transformers import Ministral3ForCausalLM, PreTrainedModel
 
 from megatron_vlm.families import registry
 from megatron_vlm.families.flop_counts import visible_keys
-from tests.parity.mistral3_tiny import build, make_batch
+from tests.families.mistral3 import build, make_batch
 from tests.parity.tiny_batches import Reference, Rows
 
 # Two rows of 22 tokens each: an image of h x w patches takes (h / 2) x (w / 2 + 1) tokens.

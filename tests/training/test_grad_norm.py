@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from megatron_vlm.config import OptimizerSettings
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.training.optimizer import apply_gradients, build_optimizer, gradient_norm
 from megatron_vlm.training.step import run_global_batch
-from tests.parity import gemma3_tiny
-from tests.parity.gemma3_tiny import LENGTH, ROWS, make_batch, split_rows
-from tests.parity.layouts import TestLayout, gather_parameter, hf_gradients, own_micro_batches, set_up
+from tests.families import FAMILIES
+from tests.families.entry import TinyFamily
+from tests.parity.battery import Expected, expected
+from tests.parity.layouts import TestLayout, gather_parameter, own_micro_batches, set_up
 from tests.ranks import run_ranks
 
 # A replica counted twice, or a share left out, moves the norm by 1e-3 or more; sums in another order by 4e-7 at most.
@@ -25,25 +27,19 @@ STEP_TOLERANCE = 1e-5
 CLIP = 0.5  # far below every norm here
 SETTINGS = OptimizerSettings(lr=1.0, weight_decay=0.0)
 
-LAYOUTS = {
-    "TP1": TestLayout(),
-    "TP2": TestLayout(2, tensor=2),
-    "TP2+SP": TestLayout(2, tensor=2, sequence_parallel=True),
-    "TP4, keys and values replicated": TestLayout(4, tensor=4),
-    "PP2, tied embedding on both": TestLayout(2, pipeline=2),
-    "TP2, vision DP": TestLayout(2, tensor=2, vision="data"),
-    "TP2xPP2": TestLayout(4, tensor=2, pipeline=2),
-    "DP2, distributed optimizer": TestLayout(2, distributed_optimizer=True),
-    "DP2xPP2, distributed optimizer, overlapped": TestLayout(4, pipeline=2, distributed_optimizer=True, overlap=True),
-    "DP2xTP2, distributed optimizer, vision DP": TestLayout(4, tensor=2, distributed_optimizer=True, vision="data"),
-}
+TRAINED = [family for family in FAMILIES if family.batteries.norm]
+DirectoryOf = Callable[[TinyFamily], str]
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("hf")
-    gemma3_tiny.build(with_vision=True).save_pretrained(path)
-    return path
+def directory_of(tmp_path_factory: pytest.TempPathFactory) -> DirectoryOf:
+    """The directory of a model, written once."""
+
+    @cache
+    def directory(family: TinyFamily) -> str:
+        return family.write(tmp_path_factory.mktemp("hf"))
+
+    return directory
 
 
 def step(directory: str, layout: TestLayout, batches: list[MicroBatch]) -> tuple[float, float, dict[str, torch.Tensor]]:
@@ -69,43 +65,46 @@ def _values(model: Sequence[torch.nn.Module], groups: ProcessGroupCollection) ->
     }
 
 
-def reference(batches: list[MicroBatch]) -> tuple[float, float, dict[str, torch.Tensor]]:
-    """Norm, mean loss over all label tokens and gradients, by transformers."""
-    model = gemma3_tiny.build(with_vision=True).train()
-    counts = [int((batch.labels != -100).sum()) for batch in batches]
-    total = torch.zeros(())
-    for batch, count in zip(batches, counts, strict=True):
-        if count:  # the mean over no token is nan
-            total = total + gemma3_tiny.reference(model, batch)[1] * count / sum(counts)
-    total.backward()
-    gradients = hf_gradients(model)
-    norm = torch.stack([gradient.double().square().sum() for gradient in gradients.values()]).sum().sqrt()
-    return norm.item(), total.item(), gradients
-
-
-def check(directory: Path, layout: TestLayout, batches: list[MicroBatch]) -> None:
-    norm, loss, gradients = reference(batches)
+def check(directory: str, layout: TestLayout, theirs: Expected) -> None:
+    norm = torch.stack([gradient.double().square().sum() for gradient in theirs.gradients.values()]).sum().sqrt().item()
     factor = CLIP / norm
     assert factor < 1
-    for our_norm, our_loss, subtracted in run_ranks(layout.world_size, step, str(directory), layout, batches):
+    loss = theirs.loss_sum / theirs.label_tokens
+    for our_norm, our_loss, subtracted in run_ranks(layout.world_size, step, directory, layout, theirs.micro_batches):
         assert our_norm == pytest.approx(norm, rel=NORM_TOLERANCE)
         assert our_loss == pytest.approx(loss, rel=1e-6)
         for name, ours in subtracted.items():
-            theirs = gradients[name] * factor
-            assert (ours[: len(theirs)] - theirs).abs().max() <= STEP_TOLERANCE, name
+            gradient = theirs.gradients[name] * factor
+            ours = ours.flatten()[: gradient.numel()]  # without the vocabulary's padding
+            assert (ours - gradient.flatten()).abs().max() <= STEP_TOLERANCE, name
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_norm_and_clipped_step(name: str, directory: Path) -> None:
-    check(directory, LAYOUTS[name], split_rows(make_batch(ROWS["mixed"])))
+@pytest.mark.parametrize(
+    ("family", "name"), [(family, name) for family in TRAINED for name in family.batteries.norm], ids=str
+)
+def test_norm_and_clipped_step(family: TinyFamily, name: str, directory_of: DirectoryOf) -> None:
+    check(directory_of(family), family.batteries.norm[name], family.expected("mixed"))
+
+
+@cache
+def unequal(family: TinyFamily) -> Expected:
+    """For four data ranks, two micro-batches each: one rank has no label, one a few, and some have no image."""
+    references = [
+        family.make_batch(rows, seed=7 * turn + rank)
+        for turn, case in enumerate(("mixed", "text"))
+        for rank, rows in enumerate(family.cases[case])
+    ]
+    for place, num_kept in ((0, 0), (1, 3), (4, 0), (5, 3)):
+        labels = references[place].batch.labels.clone()
+        labels[:, num_kept:] = -100
+        references[place] = replace(references[place], batch=replace(references[place].batch, labels=labels))
+    return expected(family.model(), references)
 
 
 @pytest.mark.parametrize("distributed_optimizer", [False, True])
-def test_ranks_with_unequal_label_tokens(distributed_optimizer: bool, directory: Path) -> None:
-    """Four data ranks, two micro-batches of two rows each: one rank has no label, one a few, one no image."""
-    rows = [[(LENGTH, [2]), (20, [])], [(18, [4]), (9, [])], [(LENGTH, []), (14, [])], [(12, [1]), (LENGTH, [3, 12])]]
-    batches = [make_batch(rows[rank], seed=7 * turn + rank) for turn in range(2) for rank in range(4)]
-    for turn in range(2):
-        batches[4 * turn].labels.fill_(-100)
-        batches[4 * turn + 1].labels[:, 3:] = -100
-    check(directory, TestLayout(4, distributed_optimizer=distributed_optimizer), batches)
+@pytest.mark.parametrize("family", TRAINED, ids=str)
+def test_ranks_with_unequal_label_tokens(
+    family: TinyFamily, distributed_optimizer: bool, directory_of: DirectoryOf
+) -> None:
+    layout = TestLayout(4, distributed_optimizer=distributed_optimizer)
+    check(directory_of(family), layout, unequal(family))

@@ -12,6 +12,9 @@ import torch
 from megatron_vlm.checkpoint.run_folder import find_checkpoint
 from megatron_vlm.checkpoint.torch_dist import TorchDistReader
 from tests import ranks
+from tests.families import FAMILIES
+from tests.families.entry import TinyFamily
+from tests.parity.layouts import TestLayout
 from tests.ranks import run_ranks
 from tests.training.tiny_run_config import TinyFiles, read_metrics, tiny_config, train_on_rank
 from tests.training.transformers_reference import without_key_bias
@@ -28,27 +31,9 @@ SETTINGS = {
     "optimizer.lr_multipliers": {"vision_tower": 0.5},
     "checkpoint.async_save": True,
 }
-TENSOR, PIPELINE = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
-SEQUENCE, EXPERT = "parallel.sequence_parallel", "parallel.expert_model_parallel_size"
-BF16 = {"train.precision": "bf16"}
-# Family, ranks, settings.
-SAME_LAYOUT: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "TP2xDP2, bf16": ("gemma3", 4, {TENSOR: 2} | BF16),
-    "PP2, fp32": ("gemma3", 2, {PIPELINE: 2}),
-    "EP2, bf16": ("qwen3_vl_moe", 2, {EXPERT: 2, "parallel.overlap_grad_reduce": True} | BF16),
-    "TP2+SP, bf16": ("mistral3", 2, {TENSOR: 2, SEQUENCE: True} | BF16),
-}
-# Ranks, settings, and steps of each start.
-LAYOUTS_IN_TURN: dict[str, list[tuple[int, dict[str, Any], int]]] = {
-    "gemma3": [(2, {TENSOR: 2}, 2), (2, {PIPELINE: 2}, 2), (2, {}, 2)],
-    "qwen3_vl_moe": [
-        (2, {EXPERT: 2}, 2),
-        (1, {}, 1),
-        (4, {EXPERT: 4}, 1),
-        (2, {TENSOR: 2, SEQUENCE: True}, 1),
-        (2, {PIPELINE: 2}, 1),
-    ],
-}
+ONE_RANK = TestLayout(distributed_optimizer=True)
+TENSOR = TestLayout(2, tensor=2, distributed_optimizer=True)
+PIPELINE = TestLayout(2, pipeline=2, distributed_optimizer=True)
 # What a step's line says about the step; the rest is time and memory.
 COUNTS = ("tokens", "label_tokens", "images", "videos")
 FIGURES = ("step", "loss", "grad_norm", "lr", "lr_by_part", *COUNTS, "source_losses")
@@ -59,7 +44,7 @@ LOSS_TOLERANCE = 1e-5
 TENSOR_TOLERANCE = 1e-4
 
 
-FilesOf = Callable[[str], TinyFiles]
+FilesOf = Callable[[TinyFamily], TinyFiles]
 
 
 class Runs:
@@ -69,16 +54,16 @@ class Runs:
         self.files, self.folder = files, folder
 
     def start(
-        self, name: str, world_size: int, *settings: dict[str, Any], new_processes: bool = False
+        self, name: str, layout: TestLayout, *settings: dict[str, Any], new_processes: bool = False
     ) -> list[set[str]]:
         """Start or resume a run; returns the rows of each step over all ranks."""
         if new_processes:  # so that nothing but the run's folder is left of an earlier start
             ranks._close()
-        merged = dict(SETTINGS)
+        merged = SETTINGS | layout.settings()
         for more in settings:
             merged |= more
         config = tiny_config(self.files, self.folder / name, merged)
-        by_rank = run_ranks(world_size, train_on_rank, config)
+        by_rank = run_ranks(layout.world_size, train_on_rank, config)
         return [{row for rank in step for row in rank} for step in zip(*by_rank, strict=True)]
 
     def figures(self, name: str) -> list[dict[str, Any]]:
@@ -105,15 +90,18 @@ def check_equal_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tens
     assert not different
 
 
-@pytest.mark.parametrize("case", SAME_LAYOUT)
-def test_same_layout_continues_bit_for_bit(case: str, multimodal_of: FilesOf, tmp_path: Path) -> None:
-    family, world_size, layout = SAME_LAYOUT[case]
-    runs = Runs(multimodal_of(family), tmp_path)
-    rows = runs.start("straight", world_size, layout)
-    stopped = runs.start("resumed", world_size, layout, {"train.exit_interval": STOP_AFTER})
+@pytest.mark.parametrize(
+    ("family", "name"), [(family, name) for family in FAMILIES for name in family.batteries.continued], ids=str
+)
+def test_same_layout_continues_bit_for_bit(
+    family: TinyFamily, name: str, multimodal_of: FilesOf, tmp_path: Path
+) -> None:
+    runs, layout = Runs(multimodal_of(family), tmp_path), family.batteries.continued[name]
+    rows = runs.start("straight", layout)
+    stopped = runs.start("resumed", layout, {"train.exit_interval": STOP_AFTER})
     assert (runs.folder / "resumed" / "stopped.json").exists()
     before = runs.tensors("resumed")
-    resumed = runs.start("resumed", world_size, layout, new_processes=True)
+    resumed = runs.start("resumed", layout, new_processes=True)
 
     assert stopped + resumed == rows
     assert runs.figures("resumed") == runs.figures("straight")
@@ -126,22 +114,22 @@ def test_same_layout_continues_bit_for_bit(case: str, multimodal_of: FilesOf, tm
 
 def test_rows_read_ahead_are_not_skipped(runs: Runs) -> None:
     """A worker process has read later rows when the run stops; who reads does not matter."""
-    rows = runs.start("straight", 1)
+    rows = runs.start("straight", ONE_RANK)
     worker = {"data.num_workers": 1}
-    resumed = runs.start("resumed", 1, worker, {"train.exit_interval": STOP_AFTER})
-    resumed += runs.start("resumed", 1, worker)
+    resumed = runs.start("resumed", ONE_RANK, worker, {"train.exit_interval": STOP_AFTER})
+    resumed += runs.start("resumed", ONE_RANK, worker)
     assert resumed == rows
     assert runs.figures("resumed") == runs.figures("straight")
     check_equal_bits(runs.tensors("resumed"), runs.tensors("straight"))
 
 
-@pytest.mark.parametrize("family", LAYOUTS_IN_TURN)
-def test_other_layouts_continue_at_fp32(family: str, multimodal_of: FilesOf, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.batteries.in_turn], ids=str)
+def test_other_layouts_continue_at_fp32(family: TinyFamily, multimodal_of: FilesOf, tmp_path: Path) -> None:
     runs = Runs(multimodal_of(family), tmp_path)
-    rows = runs.start("straight", 1, {"train.train_iters": 6})
+    rows = runs.start("straight", ONE_RANK, {"train.train_iters": 6})
     resumed = []
-    for world_size, layout, steps in LAYOUTS_IN_TURN[family]:
-        resumed += runs.start("resumed", world_size, layout, {"train.train_iters": 6, "train.exit_interval": steps})
+    for layout, steps in family.batteries.in_turn:
+        resumed += runs.start("resumed", layout, {"train.train_iters": 6, "train.exit_interval": steps})
     assert resumed == rows
     ours, theirs = runs.figures("resumed"), runs.figures("straight")
     for mine, its in zip(ours, theirs, strict=True):
@@ -158,11 +146,11 @@ def test_other_layouts_continue_at_fp32(family: str, multimodal_of: FilesOf, tmp
 def test_loading_weights_starts_a_new_schedule(runs: Runs) -> None:
     """From a run's checkpoint as from its export: both hold its weights and nothing else."""
     export = runs.folder / "hf"
-    first = runs.start("first", 2, {PIPELINE: 2, "checkpoint.export_hf": str(export)})
+    first = runs.start("first", PIPELINE, {"checkpoint.export_hf": str(export)})
     for path in (export / "config.json", export / "processor_config.json"):
         assert path.exists()
-    from_checkpoint = runs.start("from checkpoint", 2, {TENSOR: 2, "checkpoint.load": str(runs.folder / "first")})
-    from_export = runs.start("from export", 2, {TENSOR: 2, "model.hf_path": str(export)})
+    from_checkpoint = runs.start("from checkpoint", TENSOR, {"checkpoint.load": str(runs.folder / "first")})
+    from_export = runs.start("from export", TENSOR, {"model.hf_path": str(export)})
     assert from_checkpoint == from_export == first
     loaded, exported, original = (runs.figures(name) for name in ("from checkpoint", "from export", "first"))
     assert loaded == exported

@@ -1,8 +1,4 @@
-"""Tiny randomised model directories with processor and JSONL data, configurations for them, and runs on pool ranks.
-
-The rows are what tells layouts apart: text alone, one image, images of different sizes, videos where the family takes
-them, answers of unequal length, and two turns.
-"""
+"""Tiny randomised model directories with processor and JSONL data, configurations for them, and runs on pool ranks."""
 
 from __future__ import annotations
 
@@ -22,15 +18,9 @@ from megatron_vlm.training.signals import StopRequests
 from tests.checkpoint.tiny_run import prepare_process
 from tests.data.rows import write_jsonl
 from tests.data.tiny_processor import build_tokenizer
-from tests.training.tiny_families import (
-    GEMMA3,
-    GLOBAL_BATCH,
-    IMAGE_SIZES,
-    TEXT_ROWS,
-    TinyFamily,
-    gemma3_text_config,
-    randomise,
-)
+from tests.families.entry import TinyFamily
+from tests.families.gemma3 import GEMMA3
+from tests.families.rows import GLOBAL_BATCH, IMAGE_SIZES, TEXT_ROWS
 
 
 @dataclass(frozen=True)
@@ -50,7 +40,7 @@ class TinyFiles:
 def build_multimodal(folder: Path, family: TinyFamily, dtype: torch.dtype = torch.float32) -> TinyFiles:
     """A vision-language model, its processor, and rows with and without images."""
     processor = family.build_processor(folder / "model")
-    family.build_model(processor).to(dtype).save_pretrained(folder / "model")
+    family.build(tokenizer=processor.tokenizer).to(dtype).save_pretrained(folder / "model")
     generator = torch.Generator().manual_seed(3)
     for number, size in enumerate(IMAGE_SIZES):
         pixels = torch.randint(0, 256, (*size, 3), generator=generator, dtype=torch.uint8)
@@ -64,7 +54,7 @@ def build_text(folder: Path) -> TinyFiles:
     """A model directory without eyes (Gemma 3's), its tokenizer, and rows of text."""
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(folder / "model")
-    randomise(GEMMA3.text_class(gemma3_text_config(tokenizer))).save_pretrained(folder / "model")
+    GEMMA3.build(with_vision=False, tokenizer=tokenizer).save_pretrained(folder / "model")
     write_jsonl(folder / "text.jsonl", list(TEXT_ROWS))
     return TinyFiles(GEMMA3, folder / "model", folder / "text.jsonl")
 

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tests.training.tiny_families import TinyFamily
+from tests.families.entry import TinyFamily
 from tests.training.tiny_run_config import TinyFiles
 
 NO_LOSS = -100
@@ -24,7 +24,7 @@ Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 def load_multimodal(family: TinyFamily, folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """The vision-language model in a directory, with attention as it is written in its source."""
-    return _load(AutoModelForImageTextToText, family.model_class, folder, dtype)
+    return _load(AutoModelForImageTextToText, type(family.model()), folder, dtype)
 
 
 def load_text(family: TinyFamily, folder: Path) -> PreTrainedModel:

@@ -1,0 +1,5 @@
+"""Every family in its smallest form: one entry, and all batteries run it."""
+
+from tests.families import gemma3, mistral3, qwen3_vl
+
+FAMILIES = (*gemma3.ENTRIES, *qwen3_vl.ENTRIES, *mistral3.ENTRIES)

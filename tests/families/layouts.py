@@ -1,0 +1,240 @@
+"""The layouts in which each battery runs a family: by default, with experts, and all that there are (Gemma 3).
+
+A row is in one table only where another battery shows the same of every family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+
+from megatron_vlm.parallel.chunk import MoESettings
+from tests.families.rows import GLOBAL_BATCH
+from tests.parity.layouts import LAYOUTS, TestLayout
+
+Table = Mapping[str, TestLayout]
+ALLGATHER = MoESettings(token_dispatcher_type="allgather")
+_shared = partial(TestLayout, distributed_optimizer=True)
+
+
+def some(table: Table, *names: str) -> dict[str, TestLayout]:
+    """These rows of a table."""
+    return {name: table[name] for name in names}
+
+
+def without(table: Table, *names: str) -> dict[str, TestLayout]:
+    """All but these rows of a table."""
+    return {name: layout for name, layout in table.items() if name not in names}
+
+
+# tests/parity: logits, loss, every gradient
+
+PARITY = without(
+    LAYOUTS,
+    "TP4+SP",
+    "PP4, no layers beside the tower and the head",
+    "DP2xTP2",
+    "TP2+SP, vision DP",
+    "TP4, vision DP",
+)
+PARITY_OF_EXPERTS = some(LAYOUTS, "TP1", "TP2+SP", "TP4+SP", "PP2", "PP4", "PP4, stages without layers between")
+PARITY_OF_EXPERTS |= some(LAYOUTS, "PP2xVPP2", "TP2xPP2+SP", "DP2, distributed optimizer", "TP2+SP, vision DP")
+PARITY_OF_EXPERTS |= {
+    "PP2 uneven": TestLayout(2, pipeline=2, pipeline_layout=(1, 3)),
+    "EP2": TestLayout(2, expert=2),
+    "EP2, distributed optimizer, overlapped": TestLayout(2, expert=2, distributed_optimizer=True, overlap=True),
+    "EP2, all-gather": TestLayout(2, expert=2, moe=ALLGATHER),
+    "EP2, full recompute": TestLayout(2, expert=2, recompute="full"),
+    "EP4": TestLayout(4, expert=4),
+    "EP2xDP2, distributed optimizer": TestLayout(4, expert=2, distributed_optimizer=True),
+    "EP2xTP2+SP": TestLayout(4, tensor=2, sequence_parallel=True, expert=2),
+    "EP2xTP2+SP, all-gather": TestLayout(4, tensor=2, sequence_parallel=True, expert=2, moe=ALLGATHER),
+    "EP4xTP2+SP": TestLayout(4, tensor=2, sequence_parallel=True, expert=4),
+    "EP2xPP2": TestLayout(4, pipeline=2, expert=2),
+    "ETP2, TP1": TestLayout(2, expert_tensor=2),
+    "ETP2xTP2+SP": TestLayout(2, tensor=2, sequence_parallel=True, expert_tensor=2),
+    "ETP2xEP2xTP2+SP": TestLayout(4, tensor=2, sequence_parallel=True, expert=2, expert_tensor=2),
+    "ETP2xEP2xTP2+SP, all-gather": TestLayout(
+        4, tensor=2, sequence_parallel=True, expert=2, expert_tensor=2, moe=ALLGATHER
+    ),
+}
+FEW = some(LAYOUTS, "TP1", "TP2xPP2+SP")
+
+# tests/distributed/test_gradient_rules.py: what each rank's own backward pass leaves
+
+RULES = some(LAYOUTS, "TP4+SP", "TP4, vision DP")
+ALL_RULES = some(LAYOUTS, "TP2", "TP2+SP", "TP4", "TP4+SP", "TP2, vision DP", "TP2+SP, vision DP", "TP4, vision DP")
+RULES_OF_EXPERTS = {
+    "TP2+SP, experts whole": TestLayout(2, tensor=2, sequence_parallel=True),
+    "EP2 of tensor ranks": TestLayout(2, tensor=2, sequence_parallel=True, expert=2),
+    "ETP2xTP2+SP": TestLayout(2, tensor=2, sequence_parallel=True, expert_tensor=2),
+    "DP2xTP2+SP, EP2": TestLayout(4, tensor=2, sequence_parallel=True, expert=2),
+    "EP2 of data ranks": TestLayout(2, expert=2),
+}
+
+# tests/distributed/test_parts.py: a data rank without images, and first weights
+
+NO_IMAGES = {
+    "DP2": TestLayout(2, distributed_optimizer=True, overlap=True),
+    "DP2xTP2, vision DP": TestLayout(4, tensor=2, distributed_optimizer=True, overlap=True, vision="data"),
+    "DP2xPP2": TestLayout(4, pipeline=2, distributed_optimizer=True, overlap=True),
+    "EP2": TestLayout(2, expert=2, distributed_optimizer=True, overlap=True),
+    "EP2xTP2+SP, vision DP": TestLayout(
+        4, tensor=2, expert=2, sequence_parallel=True, distributed_optimizer=True, overlap=True, vision="data"
+    ),
+}
+FIRST_WEIGHTS = some(LAYOUTS, "TP2", "TP4", "PP2xVPP2", "TP2xPP2+SP", "TP2, vision DP")
+FIRST_WEIGHTS_OF_EXPERTS = {
+    "ETP2xEP2xTP2+SP": TestLayout(4, tensor=2, sequence_parallel=True, expert=2, expert_tensor=2)
+}
+
+# tests/training/test_one_step.py: from rows to an export. Micro-batches of two rows hold padding, and in file order
+# rows with and without images.
+
+STEP = {
+    "TP1": TestLayout(),
+    "TP1, one micro-batch": TestLayout(micro_batch_size=GLOBAL_BATCH),
+    "TP2": TestLayout(2, tensor=2, micro_batch_size=2),
+    "TP2+SP": TestLayout(2, tensor=2, sequence_parallel=True, micro_batch_size=2),
+    "TP4": TestLayout(4, tensor=4, micro_batch_size=4),
+    "PP2": TestLayout(2, pipeline=2),
+    "PP2 uneven": TestLayout(2, pipeline=2, pipeline_layout=(1, 3), micro_batch_size=2),
+    "PP4": TestLayout(4, pipeline=4, micro_batch_size=2),
+    "PP2xVPP2": TestLayout(2, pipeline=2, virtual=2),
+    "TP2xPP2+SP": TestLayout(4, tensor=2, pipeline=2, sequence_parallel=True, micro_batch_size=2),
+    "DP2": TestLayout(2, micro_batch_size=2),
+    "DP2, overlapped": TestLayout(2, overlap=True),
+    "DP4, one rank without images": TestLayout(4),
+    "DP2xTP2": TestLayout(4, tensor=2),
+    "TP2, vision DP": TestLayout(2, tensor=2, vision="data", micro_batch_size=2),
+    "TP2+SP, vision DP": TestLayout(2, tensor=2, sequence_parallel=True, vision="data"),
+}
+STEP_OF_EXPERTS = some(STEP, "DP2, overlapped") | {
+    "EP2": TestLayout(2, expert=2),
+    "EP2, overlapped": TestLayout(2, expert=2, overlap=True, recompute="full"),
+    "EP4": TestLayout(4, expert=4, micro_batch_size=2),
+    "EP2xTP2+SP": TestLayout(4, tensor=2, sequence_parallel=True, expert=2, micro_batch_size=2),
+    "EP2xPP2": TestLayout(4, pipeline=2, expert=2),
+    "ETP2": TestLayout(2, tensor=2, sequence_parallel=True, expert_tensor=2, micro_batch_size=2),
+    "ETP2 of data ranks, all-gather": TestLayout(4, expert=2, expert_tensor=2, moe=ALLGATHER),
+}
+# What is left out here is in tests/parity, without the path around the model.
+MOST_STEPS = without(
+    STEP, "TP1, one micro-batch", "DP2, overlapped", "DP4, one rank without images", "DP2xTP2", "TP2+SP, vision DP"
+)
+
+# tests/training/test_adamw.py: five updates
+
+ADAMW = {
+    "TP1": _shared(),
+    "DP2": _shared(2),
+    "DP2xTP2+SP": _shared(4, tensor=2, sequence_parallel=True),
+    "PP2": _shared(2, pipeline=2),
+    "TP2xPP2+SP": _shared(4, tensor=2, pipeline=2, sequence_parallel=True),
+    "DP2, overlapped": _shared(2, overlap=True),
+    "DP2xPP2, overlapped": _shared(4, pipeline=2, overlap=True),
+    "DP2xPP2xVPP2, overlapped": _shared(4, pipeline=2, virtual=2, overlap=True),
+    "DP2xTP2, vision DP, overlapped": _shared(4, tensor=2, vision="data", overlap=True),
+    "DP2, whole optimizer on each rank": TestLayout(2),
+}
+ADAMW_OF_EXPERTS = some(ADAMW, "TP2xPP2+SP", "DP2, overlapped") | {
+    "EP2": _shared(2, expert=2),
+    "EP2, whole optimizer on each rank": TestLayout(2, expert=2),
+    "EP2xDP2, overlapped": _shared(4, expert=2, overlap=True),
+    "EP2xPP2, overlapped": _shared(4, pipeline=2, expert=2, overlap=True),
+    "ETP2xTP2+SP": _shared(2, tensor=2, sequence_parallel=True, expert_tensor=2),
+}
+
+# tests/training/test_grad_norm.py: the norm over all ranks and the step clipped by it
+
+NORM = {
+    "TP1": TestLayout(),
+    "TP2": TestLayout(2, tensor=2),
+    "TP2+SP": TestLayout(2, tensor=2, sequence_parallel=True),
+    "TP4, keys and values replicated": TestLayout(4, tensor=4),
+    "PP2, tied embedding on both": TestLayout(2, pipeline=2),
+    "TP2, vision DP": TestLayout(2, tensor=2, vision="data"),
+    "TP2xPP2": TestLayout(4, tensor=2, pipeline=2),
+    "DP2, distributed optimizer": _shared(2),
+    "DP2xPP2, distributed optimizer, overlapped": _shared(4, pipeline=2, overlap=True),
+    "DP2xTP2, distributed optimizer, vision DP": _shared(4, tensor=2, vision="data"),
+}
+NORM_OF_EXPERTS = {
+    "ETP2xEP2xTP2+SP": TestLayout(4, tensor=2, sequence_parallel=True, expert=2, expert_tensor=2),
+    "EP2xDP2, distributed optimizer": _shared(4, expert=2),
+}
+
+# tests/training/test_resume.py: a run that stops and starts again, in its layout or in others, each with its steps
+
+CONTINUED = {"TP2+SP, bf16": _shared(2, tensor=2, sequence_parallel=True, precision="bf16")}
+Turns = Sequence[tuple[TestLayout, int]]
+IN_TURN: Turns = ((_shared(2, tensor=2, sequence_parallel=True), 3), (_shared(2, pipeline=2), 3))
+
+
+@dataclass(frozen=True)
+class Batteries:
+    """The layouts of each battery; the defaults are for a family without experts.
+
+    Attributes:
+        parity: logits, loss and gradients.
+        rules: gradients before ranks exchange them.
+        no_images: one data rank has no image.
+        first_weights: drawn, not loaded.
+        step: a step of SGD from rows to an export.
+        text_step: the same of the language model taken out.
+        adamw: five steps.
+        norm: gradient norm and clipped step.
+        continued: stopped and started again, bit for bit.
+        in_turn: stopped and started again in other layouts.
+    """
+
+    parity: Table = field(default_factory=lambda: PARITY)
+    rules: Table = field(default_factory=lambda: RULES)
+    no_images: Table = field(default_factory=lambda: some(NO_IMAGES, "DP2", "DP2xTP2, vision DP"))
+    first_weights: Table = field(default_factory=lambda: some(FIRST_WEIGHTS, "TP2xPP2+SP"))
+    step: Table = field(default_factory=lambda: MOST_STEPS)
+    text_step: Table = field(default_factory=lambda: some(STEP, "TP2xPP2+SP"))
+    adamw: Table = field(default_factory=lambda: some(ADAMW, "DP2xTP2, vision DP, overlapped"))
+    norm: Table = field(
+        default_factory=lambda: some(
+            NORM, "TP4, keys and values replicated", "DP2xTP2, distributed optimizer, vision DP"
+        )
+    )
+    continued: Table = field(default_factory=lambda: CONTINUED)
+    in_turn: Turns = IN_TURN
+
+
+NOTHING = Batteries(**{battery.name: {} for battery in fields(Batteries)})
+FEW_PARITY = replace(NOTHING, parity=FEW)
+WITH_EXPERTS = Batteries(
+    parity=PARITY_OF_EXPERTS,
+    rules=RULES_OF_EXPERTS,
+    no_images=some(NO_IMAGES, "EP2", "EP2xTP2+SP, vision DP"),
+    first_weights=FIRST_WEIGHTS_OF_EXPERTS,
+    step=STEP_OF_EXPERTS,
+    adamw=ADAMW_OF_EXPERTS,
+    norm=NORM_OF_EXPERTS,
+    continued={"EP2, overlapped, bf16": _shared(2, expert=2, overlap=True, precision="bf16")},
+    in_turn=(
+        (_shared(2, expert=2), 2),
+        (_shared(), 1),
+        (_shared(4, expert=4), 1),
+        (_shared(2, tensor=2, sequence_parallel=True), 1),
+        (_shared(2, pipeline=2), 1),
+    ),
+)
+EVERYTHING = Batteries(
+    parity=LAYOUTS,
+    rules=ALL_RULES,
+    no_images=some(NO_IMAGES, "DP2", "DP2xTP2, vision DP", "DP2xPP2"),
+    step=STEP,
+    text_step=some(STEP, "TP1", "TP2xPP2+SP"),
+    adamw=without(ADAMW, "TP2xPP2+SP"),
+    norm=NORM,
+    continued={
+        "TP2xDP2, bf16": _shared(4, tensor=2, precision="bf16"),
+        "PP2, fp32": _shared(2, pipeline=2),
+    },
+    in_turn=((_shared(2, tensor=2), 2), (_shared(2, pipeline=2), 2), (_shared(2), 2)),
+)
