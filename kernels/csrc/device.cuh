@@ -68,6 +68,23 @@ struct alignas(N * sizeof(T) < VECTOR_BYTES ? N * sizeof(T) : VECTOR_BYTES) Vect
   __device__ __forceinline__ void set(int index, float value) { at[index] = round_to<T>(value); }
 };
 
+// Keep 16-bit elements as such in registers: the compiler must convert them again after this point. Otherwise it may
+// hold fp32 copies from one pass over a row to the next, twice the registers.
+template <class T, int N>
+__device__ __forceinline__ void keep_packed(Vector<T, N>& values) {
+#ifdef __CUDACC__
+  if constexpr (sizeof(T) == 2 && N % 2 == 0) {
+#pragma unroll
+    for (int piece = 0; piece < N / 2; ++piece) {
+      uint32_t word;
+      memcpy(&word, reinterpret_cast<const char*>(&values) + piece * 4, 4);
+      asm volatile("" : "+r"(word));
+      memcpy(reinterpret_cast<char*>(&values) + piece * 4, &word, 4);
+    }
+  }
+#endif
+}
+
 template <int BYTES>
 struct WordOf;
 template <>

@@ -32,7 +32,8 @@ CACHE = Path(tempfile.gettempdir()) / f"megatron_vlm_emulated_{os.getuid()}"
 # -O1 compiles in a second or two. Kernels look at one memory through several types, as nvcc allows. nvcc fuses products
 # and sums, g++ here not: results may differ in the last bit of fp32.
 FLAGS = "-std=c++20 -O1 -fPIC -shared -fno-strict-aliasing -ffp-contract=off -w".split()
-GUARD_BYTES = 256
+# More than a row of the tests' shapes: a mutation may write that far.
+GUARD_BYTES = 64 << 10
 
 Argument = torch.Tensor | int | float | bool | None
 Edits = Mapping[str, Sequence[tuple[str, str]]]

@@ -1,0 +1,357 @@
+// Root-mean-square norms of rows, with the residual additions around them in the same pass over memory.
+//
+// threadIdx.x runs along a row (blockDim.x is a multiple of 32), threadIdx.y over rows of a block. A thread works on
+// vectors threadIdx.x, threadIdx.x + blockDim.x, ... of N elements: on CHUNKS of them, held in registers between passes
+// over the row; or with CHUNKS = 0 on as many as there are, read again in every pass.
+//
+// A null weight stands for ones; `offset` (0 or 1) is added to a weight. What is stored is rounded once, and later
+// passes work on what was stored, so that results are those of separate operations.
+#pragma once
+
+#include "csrc/device.cuh"
+
+namespace kernels {
+
+// CHUNKS vectors of each tensor and fp32 sums for weights fit in the registers of so many threads.
+constexpr int max_threads(int chunks) { return chunks == 1 ? 128 : chunks == 4 ? 320 : 512; }
+
+template <int N, int CHUNKS>
+struct Columns {
+  int size;
+
+  // f(chunk, column) for every vector of this thread.
+  template <class Function>
+  __device__ __forceinline__ void each(Function&& f) const {
+    if constexpr (CHUNKS > 0) {
+#pragma unroll
+      for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+        const int column = (chunk * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * N;
+        if (column < size) f(chunk, column);
+      }
+    } else {
+      for (int column = threadIdx.x * N; column < size; column += blockDim.x * N) f(0, column);
+    }
+  }
+};
+
+// A row of a tensor, the part of this thread of it.
+template <class T, int N, int CHUNKS>
+struct Row {
+  Vector<T, N> held[CHUNKS > 0 ? CHUNKS : 1];
+  const T* memory;
+
+  // A null pointer is not read.
+  __device__ __forceinline__ Row(const T* from, Columns<N, CHUNKS> columns) : memory(from) {
+    if constexpr (CHUNKS > 0) {
+      if (from) columns.each([&](int chunk, int column) { held[chunk] = load<N>(from + column); });
+    }
+  }
+
+  __device__ __forceinline__ Vector<T, N> at(int chunk, int column) const {
+    if constexpr (CHUNKS > 0) return held[chunk];
+    return load<N>(memory + column);
+  }
+
+  // Store in the row `to`; after the pass, `now_in` tells where `at` finds what was stored.
+  __device__ __forceinline__ void write(T* to, int chunk, int column, const Vector<T, N>& values) {
+    store(to + column, values);
+    if constexpr (CHUNKS > 0) held[chunk] = values;
+  }
+
+  __device__ __forceinline__ void now_in(const T* from) { memory = from; }
+
+  __device__ __forceinline__ void keep_packed() {
+    if constexpr (CHUNKS > 0) {
+#pragma unroll
+      for (int chunk = 0; chunk < CHUNKS; ++chunk) kernels::keep_packed(held[chunk]);
+    }
+  }
+};
+
+// What normalised values are multiplied by.
+template <class T, int N, int CHUNKS>
+struct Weight {
+  Row<T, N, CHUNKS> row;
+  float offset;
+
+  __device__ __forceinline__ Weight(const T* weight, float offset, Columns<N, CHUNKS> columns)
+      : row(weight, columns), offset(offset) {}
+
+  __device__ __forceinline__ void at(int chunk, int column, float (&values)[N]) const {
+    if (!row.memory) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) values[i] = 1.0f;
+      return;
+    }
+    const Vector<T, N> stored = row.at(chunk, column);
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] = stored[i] + offset;
+  }
+};
+
+// Sums of a weight's gradient over the rows of a thread: in registers, or in its row of `partials`.
+template <int N, int CHUNKS>
+struct WeightGradient {
+  float held[CHUNKS > 0 ? CHUNKS : 1][N];
+  float* partials;
+
+  __device__ __forceinline__ WeightGradient(float* partials, Columns<N, CHUNKS> columns) : partials(partials) {
+    columns.each([&](int chunk, int column) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if constexpr (CHUNKS > 0) {
+          held[chunk][i] = 0.0f;
+        } else if (partials) {
+          partials[column + i] = 0.0f;
+        }
+      }
+    });
+  }
+
+  __device__ __forceinline__ void add(int chunk, int column, int i, float value) {
+    if constexpr (CHUNKS > 0) {
+      held[chunk][i] += value;
+    } else if (partials) {
+      partials[column + i] += value;
+    }
+  }
+
+  __device__ __forceinline__ void write(Columns<N, CHUNKS> columns) const {
+    if constexpr (CHUNKS > 0) {
+      if (!partials) return;
+      columns.each([&](int chunk, int column) {
+        Vector<float, N> sums;
+#pragma unroll
+        for (int i = 0; i < N; ++i) sums.at[i] = held[chunk][i];
+        store(partials + column, sums);
+      });
+    }
+  }
+};
+
+template <class T, int N, int CHUNKS>
+__device__ __forceinline__ void store_normed(T* to, int chunk, int column, const Row<T, N, CHUNKS>& values,
+                                             const Weight<T, N, CHUNKS>& weights, float scale) {
+  const Vector<T, N> value = values.at(chunk, column);
+  float factors[N];
+  weights.at(chunk, column, factors);
+  Vector<T, N> result;
+#pragma unroll
+  for (int i = 0; i < N; ++i) result.set(i, value[i] * scale * factors[i]);
+  store(to + column, result);
+}
+
+// The two sums over a row that the gradient of its norm needs: of squares, and of values times incoming gradients.
+template <class T, int N, int CHUNKS>
+__device__ __forceinline__ void add_products(int chunk, int column, const Row<T, N, CHUNKS>& values,
+                                             const Row<T, N, CHUNKS>& gradients, const Weight<T, N, CHUNKS>& weights,
+                                             float (&sums)[2]) {
+  const Vector<T, N> value = values.at(chunk, column), gradient = gradients.at(chunk, column);
+  float factors[N];
+  weights.at(chunk, column, factors);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    sums[0] += value[i] * value[i];
+    sums[1] += gradient[i] * factors[i] * value[i];
+  }
+}
+
+__device__ __forceinline__ float inverse_rms(float sum_of_squares, int size, float eps) {
+  return rsqrtf(sum_of_squares / size + eps);
+}
+
+struct NormGradient {
+  float scale, projection;
+
+  __device__ __forceinline__ NormGradient(const float (&sums)[2], int size, float eps)
+      : scale(inverse_rms(sums[0], size, eps)), projection(sums[1] * scale * scale / size) {}
+
+  // Gradient of the norm's input, from it and the gradient times the weight.
+  __device__ __forceinline__ float input(float value, float gradient) const {
+    return scale * (gradient - value * projection);
+  }
+};
+
+// normed = norm(x), or sum = residual + x and normed = norm(sum) where there is a residual.
+template <class T, int N, int CHUNKS>
+__global__ void __launch_bounds__(max_threads(CHUNKS), 1)
+    rms_norm_forward(const T* x, const T* residual, const T* weight, T* sum, T* normed, int64_t num_rows, int size,
+                     float eps, float offset) {
+  __shared__ float scratch[REDUCTION_SCRATCH<1>];
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int64_t start = row * size;
+  // Threads past the last row only take part in the barrier.
+  const Columns<N, CHUNKS> columns{row < num_rows ? size : 0};
+  Row<T, N, CHUNKS> values(x + start, columns);
+  const Row<T, N, CHUNKS> addends(residual ? residual + start : nullptr, columns);
+  const Weight<T, N, CHUNKS> weights(weight, offset, columns);
+  float squares[1] = {0.0f};
+  columns.each([&](int chunk, int column) {
+    Vector<T, N> value = values.at(chunk, column);
+    if (residual) {
+      const Vector<T, N> addend = addends.at(chunk, column);
+#pragma unroll
+      for (int i = 0; i < N; ++i) value.set(i, addend[i] + value[i]);
+      values.write(sum + start, chunk, column, value);
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) squares[0] += value[i] * value[i];
+  });
+  if (residual) values.now_in(sum + start);
+  row_reduce<Sum>(squares, scratch);
+  values.keep_packed();
+  const float scale = inverse_rms(squares[0], size, eps);
+  columns.each([&](int chunk, int column) {
+    store_normed(normed + start, chunk, column, values, weights, scale);
+  });
+}
+
+// sum = residual + norm(x) with post_weight, and where `normed` is not null, normed = norm(sum) with weight.
+template <class T, int N, int CHUNKS>
+__global__ void __launch_bounds__(max_threads(CHUNKS), 1)
+    rms_norm_add_forward(const T* x, const T* residual, const T* post_weight, const T* weight, T* sum, T* normed,
+                         int64_t num_rows, int size, float eps, float offset) {
+  __shared__ float scratch[2 * REDUCTION_SCRATCH<1>];
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int64_t start = row * size;
+  const Columns<N, CHUNKS> columns{row < num_rows ? size : 0};
+  Row<T, N, CHUNKS> inputs(x + start, columns);
+  Row<T, N, CHUNKS> sums(residual + start, columns);
+  const Weight<T, N, CHUNKS> post_weights(post_weight, offset, columns);
+  float squares[1] = {0.0f};
+  columns.each([&](int chunk, int column) {
+    const Vector<T, N> value = inputs.at(chunk, column);
+#pragma unroll
+    for (int i = 0; i < N; ++i) squares[0] += value[i] * value[i];
+  });
+  row_reduce<Sum>(squares, scratch);
+  inputs.keep_packed();
+  const float post_scale = inverse_rms(squares[0], size, eps);
+  squares[0] = 0.0f;
+  columns.each([&](int chunk, int column) {
+    const Vector<T, N> value = inputs.at(chunk, column), addend = sums.at(chunk, column);
+    float factors[N];
+    post_weights.at(chunk, column, factors);
+    Vector<T, N> total;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      total.set(i, addend[i] + rounded<T>(value[i] * post_scale * factors[i]));
+      squares[0] += total[i] * total[i];
+    }
+    sums.write(sum + start, chunk, column, total);
+  });
+  if (!normed) return;
+  sums.now_in(sum + start);
+  const Weight<T, N, CHUNKS> weights(weight, offset, columns);
+  row_reduce<Sum>(squares, scratch + REDUCTION_SCRATCH<1>);
+  sums.keep_packed();
+  const float scale = inverse_rms(squares[0], size, eps);
+  columns.each([&](int chunk, int column) {
+    store_normed(normed + start, chunk, column, sums, weights, scale);
+  });
+}
+
+// Gradients of normed = norm(x) with respect to x (plus `addend`, which flows to x by another way; may be null) and the
+// weight. Row `blockIdx.x * blockDim.y + threadIdx.y` of `partials` (null: not wanted) is this thread row's part of it.
+template <class T, int N, int CHUNKS>
+__global__ void __launch_bounds__(max_threads(CHUNKS), 1)
+    rms_norm_gradient(const T* grad_normed, const T* x, const T* weight, const T* addend, T* grad_x, float* partials,
+                      int64_t num_rows, int size, float eps, float offset) {
+  __shared__ float scratch[2][REDUCTION_SCRATCH<2>];
+  const int group = blockIdx.x * blockDim.y + threadIdx.y;
+  WeightGradient<N, CHUNKS> weight_gradient(partials ? partials + static_cast<int64_t>(group) * size : nullptr, {size});
+  int turn = 0;
+  for (int64_t row = group; row - threadIdx.y < num_rows; row += static_cast<int64_t>(gridDim.x) * blockDim.y) {
+    const int64_t start = row * size;
+    const Columns<N, CHUNKS> columns{row < num_rows ? size : 0};
+    Row<T, N, CHUNKS> values(x + start, columns), gradients(grad_normed + start, columns);
+    const Row<T, N, CHUNKS> addends(addend ? addend + start : nullptr, columns);
+    Weight<T, N, CHUNKS> weights(weight, offset, columns);
+    float sums[2] = {0.0f, 0.0f};
+    columns.each([&](int chunk, int column) { add_products(chunk, column, values, gradients, weights, sums); });
+    row_reduce<Sum>(sums, scratch[turn]);
+    values.keep_packed(), gradients.keep_packed(), weights.row.keep_packed();
+    turn ^= 1;
+    const NormGradient norm(sums, size, eps);
+    columns.each([&](int chunk, int column) {
+      const Vector<T, N> value = values.at(chunk, column), gradient = gradients.at(chunk, column);
+      float factors[N];
+      weights.at(chunk, column, factors);
+      Vector<T, N> other;
+      if (addend) other = addends.at(chunk, column);
+      Vector<T, N> result;
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const float flowing = norm.input(value[i], gradient[i] * factors[i]);
+        result.set(i, addend ? other[i] + flowing : flowing);
+        weight_gradient.add(chunk, column, i, gradient[i] * value[i] * norm.scale);
+      }
+      store(grad_x + start + column, result);
+    });
+  }
+  weight_gradient.write({size});
+}
+
+// Gradients of sum = residual + norm(x) with post_weight, normed = norm(sum) with weight. The gradient that reaches
+// `sum` is rounded to T where it is stored as the residual's. `partials` is [2, rows of threads, size]: post_weight's,
+// then weight's.
+template <class T, int N, int CHUNKS>
+__global__ void __launch_bounds__(max_threads(CHUNKS), 1)
+    rms_norm_add_rms_norm_gradient(const T* grad_sum, const T* grad_normed, const T* x, const T* sum,
+                                   const T* post_weight, const T* weight, T* grad_residual, T* grad_x, float* partials,
+                                   int64_t num_rows, int size, float eps, float offset) {
+  __shared__ float scratch[2][REDUCTION_SCRATCH<2>];
+  const int group = blockIdx.x * blockDim.y + threadIdx.y, num_groups = gridDim.x * blockDim.y;
+  float* const mine = partials ? partials + static_cast<int64_t>(group) * size : nullptr;
+  WeightGradient<N, CHUNKS> post_weight_gradient(mine, {size});
+  WeightGradient<N, CHUNKS> weight_gradient(mine ? mine + static_cast<int64_t>(num_groups) * size : nullptr, {size});
+  for (int64_t row = group; row - threadIdx.y < num_rows; row += num_groups) {
+    const int64_t start = row * size;
+    const Columns<N, CHUNKS> columns{row < num_rows ? size : 0};
+    Row<T, N, CHUNKS> totals(sum + start, columns), gradients(grad_normed + start, columns);
+    Row<T, N, CHUNKS> flowing(grad_sum + start, columns), inputs(x + start, columns);
+    float sums[2] = {0.0f, 0.0f};
+    {
+      Weight<T, N, CHUNKS> weights(weight, offset, columns);
+      columns.each([&](int chunk, int column) { add_products(chunk, column, totals, gradients, weights, sums); });
+      row_reduce<Sum>(sums, scratch[0]);
+      totals.keep_packed(), gradients.keep_packed(), weights.row.keep_packed();
+      const NormGradient norm(sums, size, eps);
+      columns.each([&](int chunk, int column) {
+        const Vector<T, N> total = totals.at(chunk, column), gradient = gradients.at(chunk, column);
+        Vector<T, N> result = flowing.at(chunk, column);
+        float factors[N];
+        weights.at(chunk, column, factors);
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          result.set(i, result[i] + norm.input(total[i], gradient[i] * factors[i]));
+          weight_gradient.add(chunk, column, i, gradient[i] * total[i] * norm.scale);
+        }
+        flowing.write(grad_residual + start, chunk, column, result);
+      });
+    }
+    flowing.now_in(grad_residual + start);
+    Weight<T, N, CHUNKS> post_weights(post_weight, offset, columns);
+    sums[0] = sums[1] = 0.0f;
+    columns.each([&](int chunk, int column) { add_products(chunk, column, inputs, flowing, post_weights, sums); });
+    row_reduce<Sum>(sums, scratch[1]);
+    inputs.keep_packed(), flowing.keep_packed(), post_weights.row.keep_packed();
+    const NormGradient norm(sums, size, eps);
+    columns.each([&](int chunk, int column) {
+      const Vector<T, N> value = inputs.at(chunk, column), gradient = flowing.at(chunk, column);
+      float factors[N];
+      post_weights.at(chunk, column, factors);
+      Vector<T, N> result;
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        result.set(i, norm.input(value[i], gradient[i] * factors[i]));
+        post_weight_gradient.add(chunk, column, i, gradient[i] * value[i] * norm.scale);
+      }
+      store(grad_x + start + column, result);
+    });
+  }
+  post_weight_gradient.write({size});
+  weight_gradient.write({size});
+}
+
+}  // namespace kernels
