@@ -5,7 +5,8 @@ Shapes: T tokens, E experts, R rows, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from megatron.core.transformer.moe import moe_utils
 from torch.utils.checkpoint import checkpoint
 
 from kernels import permute as ops
-from kernels.permute import Permutation, chunk_permutation, expert_permutation, permute, unpermute
+from kernels.permute import Permutation, chunk_permutation, expert_permutation, permute, reference, unpermute
+from tests.kernels.emulator.emulate import Edits, EmulatorError, Order, compile_kernels
 
 HIDDEN = 6
 
@@ -165,3 +167,181 @@ def test_chunks_in_another_order() -> None:
     assert torch.equal(permute(rows, back)[0], x)
     gradient = random(10, HIDDEN, seed=8)
     assert torch.equal(*(torch.autograd.grad(y, x, gradient)[0] for y in (rows, expected[0])))
+
+
+# The kernels' bodies on the host
+
+NAMES = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+INDEX_LAUNCHER = """
+#include "permute/permute.cuh"
+using namespace kernels;
+extern "C" void make_index(const uint8_t* is_chosen, int* counts, int* entry_of_row, int* rows, int* starts,
+                           int64_t num_tokens, int64_t num_experts, int64_t tile_tokens, int64_t num_tiles) {
+  const RoutingMap map{is_chosen, counts, int(num_tokens), int(num_experts), int(tile_tokens), int(num_tiles)};
+  const dim3 threads((num_experts + 31) / 32 * 32);
+  emulator::launch(dim3(num_tiles), threads, 0, [=] { expert_counts(map); });
+  emulator::launch(dim3(num_tiles), threads, 0, [=] { expert_index(map, Index{entry_of_row, rows, starts}); });
+}"""
+
+
+def launchers(dtypes: Iterable[torch.dtype] = NAMES) -> str:
+    """For each type and vector: {permute_rows,sum_rows,weighted_rows_gradient}_{type}_{N}."""
+    text = [INDEX_LAUNCHER]
+    for dtype in dtypes:
+        name = NAMES[dtype]
+        for n in (1, 16 // dtype.itemsize):
+            suffix, types = f"{name}_{n}", f"{name}, {n}"
+            text.append(f"""
+extern "C" void permute_rows_{suffix}(const {name}* x, const float* probs, const int* entry_of_row, const int* rows,
+                                      const int* starts, {name}* y, float* row_probs, int64_t tokens,
+                                      int64_t vectors) {{
+  emulator::launch(dim3((tokens + 1) / 2), dim3(32, 2), 0, [=] {{
+    permute_rows<{types}>(x, probs, entry_of_row, rows, starts, y, row_probs, tokens, vectors);
+  }});
+}}
+extern "C" void sum_rows_{suffix}(const {name}* y, const float* weights, const float* grad_row_probs,
+                                  const int* entry_of_row, const int* rows, const int* starts, {name}* x,
+                                  float* grad_probs, int64_t tokens, int64_t vectors, int64_t num_experts) {{
+  emulator::launch(dim3((tokens + 1) / 2), dim3(32, 2), 0, [=] {{
+    sum_rows<{types}>(y, weights, grad_row_probs, entry_of_row, rows, starts, x, grad_probs, tokens, vectors,
+                      num_experts);
+  }});
+}}
+extern "C" void weighted_rows_gradient_{suffix}(const {name}* gradient, const {name}* y, const float* weights,
+                                                const int* entry_of_row, {name}* grad_y, float* grad_weights,
+                                                int64_t num_rows, int64_t vectors, int64_t num_experts) {{
+  emulator::launch(dim3((num_rows + 1) / 2), dim3(32, 2), 0, [=] {{
+    weighted_rows_gradient<{types}>(gradient, y, weights, entry_of_row, grad_y, grad_weights, num_rows, vectors,
+                                    num_experts);
+  }});
+}}""")
+    return "\n".join(text)
+
+
+def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.full(shape, math.nan, dtype=dtype) if dtype.is_floating_point else torch.full(shape, -1, dtype=dtype)
+
+
+def check_index(
+    routing_map: torch.Tensor, tile_tokens: int = 32, order: Order = Order.SHUFFLED, edits: Edits | None = None
+) -> None:
+    num_tokens, num_experts = routing_map.shape
+    expected = reference.expert_permutation(routing_map, int(routing_map.sum()))
+    found = [poisoned(*part.shape, dtype=torch.int32) for part in expected]
+    num_tiles = -(-num_tokens // tile_tokens)
+    counts = poisoned(num_tiles, num_experts, dtype=torch.int32)
+    sizes = (num_tokens, num_experts, tile_tokens, num_tiles)
+    compile_kernels(INDEX_LAUNCHER, edits)("make_index", routing_map, counts, *found, *sizes, order=order)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+# Several tiles and words of experts, a tile of several steps, an uneven end, tokens and experts without choices.
+INDEX_CASES = {
+    "two words, uneven end": (make_map(75, 40, 6), 32),
+    "several steps in a tile": (make_map(150, 33, 4), 64),
+    "any number": (make_map(70, 9, None), 32),
+    "nobody": (torch.zeros(33, 3, dtype=torch.bool), 32),
+    "everybody": (torch.ones(33, 5, dtype=torch.bool), 32),
+}
+
+
+@pytest.mark.parametrize("order", Order)
+@pytest.mark.parametrize("name", INDEX_CASES)
+def test_kernels_of_the_index(name: str, order: Order) -> None:
+    check_index(*INDEX_CASES[name], order)
+
+
+def check_rows(
+    dtype: torch.dtype,
+    hidden: int,
+    routing_map: torch.Tensor,
+    order: Order = Order.SHUFFLED,
+    edits: Edits | None = None,
+    unaligned: bool = False,
+) -> None:
+    """Every kernel against the reference in fp64."""
+    run = compile_kernels(launchers([dtype]) if edits else launchers(), edits)
+    n = 1 if unaligned or hidden * dtype.itemsize % 16 else 16 // dtype.itemsize
+    suffix, vectors = f"{NAMES[dtype]}_{n}", hidden // n
+    permutation = of_map(routing_map)
+    index = ops._parts(permutation)
+    num_tokens, num_experts = routing_map.shape
+    num_rows = len(permutation.rows)
+    x, y = (random(count, hidden, dtype=dtype, seed=count).detach() for count in (num_tokens, num_rows))
+    if unaligned:
+        x, y = (torch.cat((value.new_zeros(1), value.flatten()))[1:].view_as(value) for value in (x, y))
+    probs, weights = random(num_tokens, num_experts).detach(), random(num_rows, seed=4).detach()
+
+    rows, row_probs = poisoned(num_rows, hidden, dtype=dtype), poisoned(num_rows)
+    run(f"permute_rows_{suffix}", x, probs, *index[:3], rows, row_probs, num_tokens, vectors, order=order)
+    assert torch.equal(rows, reference.permute(x, None, *index)[0])
+    assert torch.equal(row_probs, reference.permute(x, probs, *index)[1])
+
+    bound = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    for factors in (weights, None):
+        sums, grad_probs = poisoned(num_tokens, hidden, dtype=dtype), poisoned(num_tokens, num_experts)
+        sizes = (num_tokens, vectors, num_experts)
+        run(f"sum_rows_{suffix}", y, factors, weights, *index[:3], sums, grad_probs, *sizes, order=order)
+        exact = reference.unpermute(y.double(), None if factors is None else factors.double(), *index)
+        assert ((sums.double() - exact).abs() <= bound * exact.abs() + 1e-6).all()
+        assert torch.equal(grad_probs, reference.permute_backward(y, weights, *index)[1])
+
+    grad_y, grad_weights = poisoned(num_rows, hidden, dtype=dtype), poisoned(num_rows)
+    arguments = (x, y, weights, index[0], grad_y, grad_weights, num_rows, vectors, num_experts)
+    run(f"weighted_rows_gradient_{suffix}", *arguments, order=order)
+    expected = reference.unpermute_backward(x.double(), y.double(), weights.double(), *index)
+    assert ((grad_y.double() - expected[0]).abs() <= bound * expected[0].abs() + 1e-6).all()
+    torch.testing.assert_close(grad_weights.double(), expected[1], rtol=1e-5, atol=1e-5)
+
+
+# More vectors than threads, a part of a warp, and no whole vectors; five rows are a batch and one more.
+@pytest.mark.parametrize("hidden", [72 * 8, 40, 13])
+@pytest.mark.parametrize("dtype", NAMES, ids=str)
+def test_kernels(dtype: torch.dtype, hidden: int) -> None:
+    check_rows(dtype, hidden, make_map(5, 7, 5))
+    check_rows(dtype, hidden, MAPS["any number"][:9], Order.DESCENDING)
+
+
+def test_kernels_at_any_address() -> None:
+    check_rows(torch.bfloat16, 16, make_map(3, 4, 2), unaligned=True)
+
+
+BARRIER = "__syncthreads();"
+# Each edit breaks one thing, in a way that would not stop the kernel from compiling.
+INDEX_MUTATIONS = {
+    "no barrier after the bits": (f"<< step;\n    }}\n    {BARRIER}", "<< step;\n    }"),
+    "no barrier after the first places": (f"= begin;\n    }}\n    {BARRIER}", "= begin;\n    }"),
+    "no barrier before the next step": (f"next += of_step;\n    {BARRIER}", "next += of_step;"),
+    "earlier tiles with this one": ("tile < static_cast", "tile <= static_cast"),
+    "own choice counted": ("(1u << lane) - 1", "(2u << lane) - 1"),
+    "words of all experts": ("other < word;", "other < num_words;"),
+    "the end left out": ("if (blockIdx.x + 1 == gridDim.x &&", "if (false &&"),
+}
+ROW_MUTATIONS = {
+    "no rest of a batch": ("for (; place < end; ++place) add_rows", "if (false) add_rows"),
+    "a token too many": ("if (token >= num_tokens) return;", ""),
+    "the wrong token": ("entry_of_row[row] / num_experts", "entry_of_row[row] % num_experts"),
+    "no zeros where not chosen": ("if (entry_of_row[row] == entry) gradient", "gradient"),
+    "no sum over the warp": ("sum = warp_reduce<Sum>(sum);", ""),
+    "vectors past the end": ("if (vector >= vectors_per_row) continue;", ""),
+}
+
+
+@pytest.mark.parametrize("name", INDEX_MUTATIONS)
+def test_mutations_of_the_index_are_seen(name: str) -> None:
+    edits = {"permute/permute.cuh": [INDEX_MUTATIONS[name]]}
+
+    def check_all(order: Order) -> None:
+        for case in ("two words, uneven end", "several steps in a tile"):
+            check_index(*INDEX_CASES[case], order, edits)
+
+    with pytest.raises((AssertionError, EmulatorError)):
+        for order in Order:
+            check_all(order)
+
+
+@pytest.mark.parametrize("name", ROW_MUTATIONS)
+def test_mutations_of_rows_are_seen(name: str) -> None:
+    with pytest.raises((AssertionError, EmulatorError)):
+        check_rows(torch.float32, 40, make_map(5, 7, 5), edits={"permute/permute.cuh": [ROW_MUTATIONS[name]]})
