@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import (
     Gemma3Config,
     Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
-    GenerationConfig,
-    PreTrainedModel,
     SiglipVisionConfig,
 )
+
+from tests.checkpoint.hf_files import randomise, save
 
 VOCABULARY = 100  # not a multiple of 64: rows are padded to 128 in our checkpoints
 TEXT = {
@@ -40,7 +37,6 @@ VISION = {
     "patch_size": 4,
     "vision_use_head": False,
 }
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja")
 
 
 def multimodal_config(**text: object) -> Gemma3Config:
@@ -56,58 +52,9 @@ def multimodal_config(**text: object) -> Gemma3Config:
     return config
 
 
-def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    """Different random values for every parameter; the defaults start norms and the projector at zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return model.eval()
-
-
-def save(model: PreTrainedModel, directory: Path, max_shard_size: str = "60KB") -> Path:
-    """`save_pretrained`, in several shards, with files that stand for tokenizer, processor and template."""
-    model.generation_config = GenerationConfig(eos_token_id=[1, 99], do_sample=False)
-    model.save_pretrained(directory, max_shard_size=max_shard_size)
-    for name in TOKENIZER_FILES:
-        (directory / name).write_text(json.dumps({"file": name}))
-    (directory / "README.md").write_text("not part of the model")
-    return directory
-
-
 def multimodal(directory: Path, dtype: torch.dtype = torch.bfloat16, **text: object) -> Path:
     return save(randomise(Gemma3ForConditionalGeneration(multimodal_config(**text))).to(dtype), directory)
 
 
 def text_only(directory: Path, dtype: torch.dtype = torch.bfloat16, **text: object) -> Path:
     return save(randomise(Gemma3ForCausalLM(Gemma3TextConfig(**(TEXT | text)))).to(dtype), directory)
-
-
-def load_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a directory, read by the safetensors library."""
-    tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        tensors |= load_file(path)
-    return tensors
-
-
-def rewrite(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
-    """Copy a checkpoint into one weight file, with its tensors changed."""
-    target.mkdir()
-    for path in source.iterdir():
-        if path.suffix in (".json", ".jinja") and not path.name.endswith(".index.json"):
-            (target / path.name).write_bytes(path.read_bytes())
-    save_file(change(load_tensors(source)), target / "model.safetensors", metadata={"format": "pt"})
-    return target
-
-
-def rename(renames: dict[str, str]) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-    """A change for `rewrite` that replaces prefixes of names; the first that fits is used."""
-
-    def new_name(name: str) -> str:
-        for old, new in renames.items():
-            if name.startswith(old):
-                return new + name.removeprefix(old)
-        return name
-
-    return lambda tensors: {new_name(name): tensor for name, tensor in tensors.items()}

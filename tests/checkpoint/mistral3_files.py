@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Ministral3Config, Ministral3ForCausalLM, MistralConfig, MistralForCausalLM
 
-from tests.checkpoint import gemma3_files
+from tests.checkpoint.hf_files import (
+    Tensors,
+    pad_vocabulary,
+    randomise,
+    read_config,
+    rename,
+    rewrite,
+    save,
+    write_config,
+)
 from tests.families import mistral3
 
-Tensors = dict[str, torch.Tensor]
-
 FLOAT8_MAXIMUM = 448.0
-IN_MEMORY_STYLE = gemma3_files.rename(
+IN_MEMORY_STYLE = rename(
     {
         "language_model.model.": "model.language_model.",
         "language_model.lm_head.": "lm_head.",
@@ -27,7 +33,7 @@ IN_MEMORY_STYLE = gemma3_files.rename(
 
 def saved(directory: Path, ministral: bool = True, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Path:
     """What transformers saves: names as published."""
-    return gemma3_files.save(mistral3.build(ministral, **settings).to(dtype).eval(), directory)
+    return save(mistral3.build(ministral, **settings).to(dtype).eval(), directory)
 
 
 def saved_text_only(directory: Path, ministral: bool, tied: bool, **settings: Any) -> Path:
@@ -37,22 +43,7 @@ def saved_text_only(directory: Path, ministral: bool, tied: bool, **settings: An
         model: Any = Ministral3ForCausalLM(Ministral3Config(**text, rope_parameters=dict(mistral3.YARN)))
     else:
         model = MistralForCausalLM(MistralConfig(**text))
-    return gemma3_files.save(gemma3_files.randomise(model).to(torch.bfloat16), directory)
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    """Every file of a checkpoint that an export writes."""
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "README.md"}
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json."""
-    return json.loads((directory / "config.json").read_text())
-
-
-def write_config(directory: Path, config: dict[str, Any]) -> None:
-    """Replace config.json."""
-    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    return save(randomise(model).to(torch.bfloat16), directory)
 
 
 def ours(tensors: Tensors) -> Tensors:
@@ -63,12 +54,7 @@ def ours(tensors: Tensors) -> Tensors:
         "lm_head.": "language_model.lm_head.",
         "model.": "language_model.",
     }
-    result = gemma3_files.rename(prefixes)(tensors)
-    for name in ("language_model.embed_tokens.weight", "language_model.lm_head.weight"):
-        if name in result:
-            rows = result[name]
-            result[name] = torch.cat([rows, rows.new_zeros(-len(rows) % 64, rows.shape[1])])
-    return result
+    return pad_vocabulary(rename(prefixes)(tensors))
 
 
 def is_quantized(name: str) -> bool:
@@ -103,7 +89,7 @@ def quantize(tensors: Tensors, block_size: tuple[int, int] | None, scale_dtype: 
 def saved_float8(source: Path, target: Path, block_size: tuple[int, int] | None, **quantization: Any) -> Path:
     """A float8 copy of a saved checkpoint, with the configuration of the published ones."""
     scale_dtype = quantization.pop("scale_dtype", torch.float32)
-    gemma3_files.rewrite(source, target, lambda tensors: quantize(tensors, block_size, scale_dtype))
+    rewrite(source, target, lambda tensors: quantize(tensors, block_size, scale_dtype))
     scheme = {
         "quant_method": "fp8",
         "activation_scheme": "static" if block_size is None else "dynamic",

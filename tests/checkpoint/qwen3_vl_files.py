@@ -6,19 +6,17 @@ from pathlib import Path
 
 import torch
 
-from tests.checkpoint import gemma3_files
+from tests.checkpoint.hf_files import Tensors, pad_vocabulary, rename, rewrite, save
 from tests.families import qwen3_vl
 
 # Experts as wide as the model, or half as wide: one of the two matrices is square, and its shape tells nothing.
 SQUARE_DOWN = {"moe_intermediate_size": qwen3_vl.TEXT["hidden_size"]}
 SQUARE_GATE_UP = {"moe_intermediate_size": qwen3_vl.TEXT["hidden_size"] // 2}
 
-Tensors = dict[str, torch.Tensor]
-
 
 def saved(directory: Path, moe: bool = True, dtype: torch.dtype = torch.bfloat16, **settings: object) -> Path:
     """What transformers saves."""
-    return gemma3_files.save(qwen3_vl.build(moe, dtype=dtype, **settings).eval(), directory)
+    return save(qwen3_vl.build(moe, dtype=dtype, **settings).eval(), directory)
 
 
 def transpose_experts(tensors: Tensors) -> Tensors:
@@ -30,12 +28,7 @@ def transpose_experts(tensors: Tensors) -> Tensors:
 
 def published(source: Path, target: Path) -> Path:
     """The same model as published files hold it."""
-    return gemma3_files.rewrite(source, target, transpose_experts)
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    """Every file of a checkpoint that an export writes."""
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "README.md"}
+    return rewrite(source, target, transpose_experts)
 
 
 def ours(tensors: Tensors) -> Tensors:
@@ -47,12 +40,10 @@ def ours(tensors: Tensors) -> Tensors:
         "model.visual.deepstack_merger_list.": "projector.deepstack_merger_list.",
         "model.visual.": "vision_tower.",
     }
-    result = gemma3_files.rename(prefixes)(tensors)
+    result = pad_vocabulary(rename(prefixes)(tensors))
     for name, tensor in result.items():
         if name.endswith("gate_up_proj"):
             result[name] = torch.stack(tensor.chunk(2, dim=1), dim=1)
         elif ".attn.qkv." in name:
             result[name] = torch.stack(tensor.chunk(3))
-        elif name in ("language_model.embed_tokens.weight", "language_model.lm_head.weight"):
-            result[name] = torch.cat([tensor, tensor.new_zeros(-len(tensor) % 64, tensor.shape[1])])
     return result

@@ -17,20 +17,32 @@ import torch.distributed.checkpoint
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.checkpointable import CheckpointableShardedTensor, LocalShardsContainer
-from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration, PreTrainedModel
+from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
 from megatron_vlm.checkpoint import torch_dist
 from megatron_vlm.checkpoint.convert import export_checkpoint, import_checkpoint, verify_checkpoint
 from megatron_vlm.checkpoint.torch_dist import TorchDistReader
 from megatron_vlm.errors import CheckpointError, UserError
 from tests.checkpoint import gemma3_files
-from tests.checkpoint.gemma3_files import load_tensors, rename, rewrite
+from tests.checkpoint.hf_files import (
+    Change,
+    Tensors,
+    change_manifest,
+    change_nothing,
+    files,
+    load,
+    load_tensors,
+    logits,
+    read_config,
+    rename,
+    rewrite,
+    without_weights,
+    write_config,
+)
 from tools import convert as convert_tool
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-INPUT_IDS = torch.tensor([[2, 17, 40, 63, 5, 9]])
 
-Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 HUB_STYLE = rename({"vision_tower.": "vision_tower.vision_model."})
 IN_MEMORY_STYLE = rename(
     {
@@ -61,16 +73,7 @@ def one_process() -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-def files(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "README.md"}
-
-
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(INPUT_IDS).logits
-
-
-def ours(names: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def ours(names: Tensors) -> Tensors:
     """Tensors of a fresh `save_pretrained` under our names, written down independently of the weight map."""
     prefixes = {"language_model.model.": "language_model.", "multi_modal_projector.": "projector."}
     return rename(prefixes)(names)
@@ -97,16 +100,12 @@ def test_a_round_trip_reproduces_every_file(
     assert any("lm_head" in name for name in load_tensors(source)) != tied
 
 
-def change_nothing(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return tensors
-
-
-def add_tied_head(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def add_tied_head(tensors: Tensors) -> Tensors:
     embedding = next(tensor for name, tensor in tensors.items() if name.endswith("embed_tokens.weight"))
     return tensors | {"language_model.lm_head.weight": embedding.clone()}
 
 
-def mixed_dtypes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def mixed_dtypes(tensors: Tensors) -> Tensors:
     return {name: tensor.float() if "norm" in name else tensor for name, tensor in tensors.items()}
 
 
@@ -170,7 +169,7 @@ def test_export_assembles_what_training_had_split(
     expected = ours(load_tensors(multimodal))
     embedding = expected["language_model.embed_tokens.weight"]
     expected["language_model.embed_tokens.weight"] = torch.cat([embedding, torch.zeros(28, 32, dtype=embedding.dtype)])
-    state: dict[str, torch.Tensor] = {"optimizer.state.exp_avg.language_model.norm.weight": torch.ones(32)}
+    state: Tensors = {"optimizer.state.exp_avg.language_model.norm.weight": torch.ones(32)}
     for name, tensor in expected.items():
         split = dim < tensor.dim() and tensor.shape[dim] % 2 == 0
         parts = tensor.to(dtype).chunk(2, dim) if split else (tensor.to(dtype),)
@@ -193,27 +192,14 @@ def test_export_assembles_what_training_had_split(
 
 def test_export_without_weights_beside_the_configuration(multimodal: Path, imported: Path, tmp_path: Path) -> None:
     """Published names, dtype of config.json; transformers loads it and computes the same."""
-    (tmp_path / "bare").mkdir()
-    for name, content in files(multimodal).items():
-        if "safetensors" not in name:
-            (tmp_path / "bare" / name).write_bytes(content)
-    config = json.loads((tmp_path / "bare" / "config.json").read_text())
-    (tmp_path / "bare" / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    without_weights(multimodal, tmp_path / "bare")
+    write_config(tmp_path / "bare", read_config(multimodal) | {"dtype": "float32"})
     export_checkpoint(imported, tmp_path / "bare", tmp_path / "out")
     tensors = load_tensors(tmp_path / "out")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert set(tensors) == set(HUB_STYLE(load_tensors(multimodal)))
     loaded = Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     assert logits(loaded).equal(logits(Gemma3ForConditionalGeneration.from_pretrained(multimodal)))
-
-
-def change_manifest(source: Path, target: Path, **changes: object) -> Path:
-    target.mkdir()
-    for path in source.iterdir():
-        (target / path.name).write_bytes(path.read_bytes())
-    content = json.loads((source / "megatron_vlm.json").read_text())
-    (target / "megatron_vlm.json").write_text(json.dumps(content | changes))
-    return target
 
 
 @pytest.mark.parametrize("change", [change_nothing, IN_MEMORY_STYLE])
@@ -223,11 +209,10 @@ def test_the_language_model_of_a_multimodal_model_becomes_a_text_only_model(
     source = rewrite(multimodal, tmp_path / "hf", change)
     checkpoint = change_manifest(imported, tmp_path / "checkpoint", text_only=True)
     export_checkpoint(checkpoint, source, tmp_path / "out")
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config = read_config(tmp_path / "out")
     assert config["architectures"] == ["Gemma3ForCausalLM"] and config["model_type"] == "gemma3_text"
     assert (tmp_path / "out" / "tokenizer.json").exists() and not (tmp_path / "out" / "processor_config.json").exists()
-    model, information = Gemma3ForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(information[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    model = load(tmp_path / "out", Gemma3ForCausalLM)
     assert model.dtype == torch.bfloat16
     # The same arithmetic on the same bits, without an image: equal to the last bit.
     assert logits(model).equal(logits(Gemma3ForConditionalGeneration.from_pretrained(multimodal)))
@@ -238,7 +223,7 @@ def test_the_language_model_of_a_multimodal_model_becomes_a_text_only_model(
 
 class TestRefusals:
     def test_tied_weights_that_differ(self, multimodal: Path, tmp_path: Path) -> None:
-        def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        def change(tensors: Tensors) -> Tensors:
             tensors = add_tied_head(tensors)
             tensors["language_model.lm_head.weight"][99, 31] += 1
             return tensors
@@ -249,7 +234,7 @@ class TestRefusals:
         assert not (tmp_path / "checkpoint").exists()
 
     def test_all_misfits_are_named_together(self, multimodal: Path, tmp_path: Path) -> None:
-        def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        def change(tensors: Tensors) -> Tensors:
             del tensors["language_model.model.norm.weight"], tensors["vision_tower.post_layernorm.bias"]
             tensors["extra.weight"] = torch.ones(3)
             tensors["multi_modal_projector.mm_soft_emb_norm.weight"] = torch.ones(5)
@@ -319,7 +304,7 @@ class TestRefusals:
 
 
 def test_verify_finds_a_single_changed_bit(multimodal: Path, imported: Path, tmp_path: Path) -> None:
-    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def change(tensors: Tensors) -> Tensors:
         tensors["language_model.model.layers.1.mlp.up_proj.weight"].view(torch.uint8)[47, 63] ^= 1
         return tensors
 
@@ -349,7 +334,7 @@ def test_the_command_line(multimodal: Path, tmp_path: Path, capsys: pytest.Captu
 def test_verify_exits_with_2_on_a_difference(
     multimodal: Path, imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def change(tensors: Tensors) -> Tensors:
         return tensors | {"language_model.model.norm.weight": torch.zeros(32, dtype=torch.bfloat16)}
 
     source = rewrite(multimodal, tmp_path / "hf", change)

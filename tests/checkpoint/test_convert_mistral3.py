@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +11,25 @@ from transformers import AutoModelForCausalLM, Mistral3ForConditionalGeneration,
 
 from megatron_vlm.checkpoint import torch_dist
 from megatron_vlm.checkpoint.convert import export_checkpoint, import_checkpoint, verify_checkpoint
-from megatron_vlm.checkpoint.torch_dist import TorchDistReader
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.families import registry
-from tests.checkpoint import mistral3_files
-from tests.checkpoint.gemma3_files import load_tensors, rewrite
-from tests.checkpoint.mistral3_files import IN_MEMORY_STYLE, Tensors, files, read_config, write_config
+from tests.checkpoint import hf_files, mistral3_files
+from tests.checkpoint.hf_files import (
+    Change,
+    Tensors,
+    change_manifest,
+    change_nothing,
+    check_holds,
+    files,
+    load_tensors,
+    logits,
+    read_config,
+    rewrite,
+    without_weights,
+    write_config,
+)
+from tests.checkpoint.mistral3_files import IN_MEMORY_STYLE
 
-INPUT_IDS = torch.tensor([[2, 17, 40, 63, 5, 9, 80, 81, 82, 83, 84, 85]])  # past the length where queries grow
 HEAD = "language_model.lm_head.weight"
 EMBEDDING = "language_model.model.embed_tokens.weight"
 
@@ -30,28 +39,8 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return mistral3_files.saved(tmp_path_factory.mktemp("untied") / "hf")
 
 
-def keep(tensors: Tensors) -> Tensors:
-    return tensors
-
-
-def without_weights(source: Path, target: Path) -> Path:
-    target.mkdir()
-    for name, content in files(source).items():
-        if "safetensors" not in name:
-            (target / name).write_bytes(content)
-    return target
-
-
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(INPUT_IDS).logits
-
-
 def load(directory: Path, auto_class: Any = Mistral3ForConditionalGeneration) -> PreTrainedModel:
-    """Through transformers, which must find all that it expects and nothing else."""
-    model, information = auto_class.from_pretrained(directory, output_loading_info=True)
-    assert not any(information[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return model
+    return hf_files.load(directory, auto_class)
 
 
 def is_tied(model: PreTrainedModel) -> bool:
@@ -69,12 +58,7 @@ def ties(directory: Path) -> list[object]:
 def check_round_trip(source: Path, folder: Path, tensors: Tensors) -> None:
     """Import, verify, export: the same files but for the ties in config.json."""
     import_checkpoint(source, folder / "checkpoint")
-    expected = mistral3_files.ours(tensors)
-    reader = TorchDistReader(folder / "checkpoint")
-    assert set(reader.tensors) == set(expected)
-    for name, tensor in expected.items():
-        actual = reader.read_rows(name, 0, len(tensor))
-        assert actual.dtype == tensor.dtype and actual.equal(tensor), name
+    check_holds(folder / "checkpoint", mistral3_files.ours(tensors))
     assert verify_checkpoint(source, folder / "checkpoint").differences == ()
     export_checkpoint(folder / "checkpoint", source, folder / "again")
     exported, original = files(folder / "again"), files(source)
@@ -86,11 +70,16 @@ def check_round_trip(source: Path, folder: Path, tensors: Tensors) -> None:
 
 @pytest.mark.parametrize(
     ("ministral", "tied", "style"),
-    [(True, True, keep), (True, False, IN_MEMORY_STYLE), (False, True, IN_MEMORY_STYLE), (False, False, keep)],
+    [
+        (True, True, change_nothing),
+        (True, False, IN_MEMORY_STYLE),
+        (False, True, IN_MEMORY_STYLE),
+        (False, False, change_nothing),
+    ],
     ids=["ministral3 tied", "ministral3 in memory", "mistral tied in memory", "mistral"],
 )
 def test_every_style_round_trips_and_loads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ministral: bool, tied: bool, style: Callable[[Tensors], Tensors]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ministral: bool, tied: bool, style: Change
 ) -> None:
     monkeypatch.setattr(torch_dist, "RECORD_BYTES", 4096)  # a few rows each
     saved = mistral3_files.saved(tmp_path / "saved", ministral, tied=tied)
@@ -146,9 +135,8 @@ def test_the_language_model_of_a_multimodal_model(
     config = read_config(source)
     config["text_config"]["rope_parameters"] |= rope
     write_config(source, config)
-    import_checkpoint(source, tmp_path / "checkpoint")
-    manifest = json.loads((tmp_path / "checkpoint" / "megatron_vlm.json").read_text())
-    (tmp_path / "checkpoint" / "megatron_vlm.json").write_text(json.dumps(manifest | {"text_only": True}))
+    import_checkpoint(source, tmp_path / "whole")
+    change_manifest(tmp_path / "whole", tmp_path / "checkpoint", text_only=True)
     reference = source if has_example else without_weights(source, tmp_path / "bare")
     export_checkpoint(tmp_path / "checkpoint", reference, tmp_path / "out")
     model = load(tmp_path / "out", AutoModelForCausalLM)

@@ -14,11 +14,10 @@ from transformers.quantizers import quantizer_finegrained_fp8
 from megatron_vlm.checkpoint import fp8, hf
 from megatron_vlm.checkpoint.convert import export_checkpoint, import_checkpoint, verify_checkpoint
 from megatron_vlm.checkpoint.fp8 import open_weights
-from megatron_vlm.checkpoint.torch_dist import TorchDistReader
 from megatron_vlm.errors import CheckpointError
 from tests.checkpoint import gemma3_files, mistral3_files, qwen3_vl_files
-from tests.checkpoint.gemma3_files import load_tensors, rewrite
-from tests.checkpoint.mistral3_files import FLOAT8_MAXIMUM, Tensors, read_config, saved_float8, write_config
+from tests.checkpoint.hf_files import Tensors, check_holds, load_tensors, read_config, rename, rewrite, write_config
+from tests.checkpoint.mistral3_files import FLOAT8_MAXIMUM, saved_float8
 
 GATE = "language_model.model.layers.1.mlp.gate_proj.weight"
 
@@ -56,22 +55,13 @@ def check_close(actual: torch.Tensor, original: torch.Tensor) -> None:
     assert (actual.float() - original.float()).norm() / original.float().norm() < 1 / 32
 
 
-def check_holds(checkpoint: Path, tensors: Tensors) -> None:
-    expected = mistral3_files.ours(tensors)
-    reader = TorchDistReader(checkpoint)
-    assert set(reader.tensors) == set(expected)
-    for name, tensor in expected.items():
-        actual = reader.read_rows(name, 0, len(tensor))
-        assert actual.dtype == tensor.dtype and actual.equal(tensor), name
-
-
 @pytest.mark.parametrize("block_size", [None, (16, 16)], ids=["per tensor", "per block"])
 def test_the_weights_are_those_that_transformers_dequantises(
     saved: Path, tmp_path: Path, without_accelerate: None, block_size: tuple[int, int] | None
 ) -> None:
     source = saved_float8(saved, tmp_path / "float8", block_size)
     import_checkpoint(source, tmp_path / "checkpoint")
-    check_holds(tmp_path / "checkpoint", expected_values(source, block_size))
+    check_holds(tmp_path / "checkpoint", mistral3_files.ours(expected_values(source, block_size)))
     assert verify_checkpoint(source, tmp_path / "checkpoint").differences == ()
     export_checkpoint(tmp_path / "checkpoint", source, tmp_path / "out")
     assert "quantization_config" not in read_config(tmp_path / "out")
@@ -95,7 +85,7 @@ def test_blocks_that_do_not_divide_a_weight(
     expected = expected_values(source, block_size)
     check_close(expected[GATE], load_tensors(saved)[GATE])
     import_checkpoint(source, tmp_path / "checkpoint")
-    check_holds(tmp_path / "checkpoint", expected)
+    check_holds(tmp_path / "checkpoint", mistral3_files.ours(expected))
 
 
 def test_any_part_of_a_weight_can_be_read(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,10 +120,8 @@ def test_stacked_experts(tmp_path: Path) -> None:
     write_config(source, read_config(source) | {"quantization_config": scheme})
     expected = qwen3_vl_files.ours(qwen3_vl_files.transpose_experts(expected_values(source, block_size)))
     import_checkpoint(source, tmp_path / "checkpoint")
-    reader = TorchDistReader(tmp_path / "checkpoint")
-    name = "language_model.layers.2.mlp.experts.gate_up_proj"
-    actual = reader.read_rows(name, 0, len(expected[name]))
-    assert actual.dtype == torch.bfloat16 and actual.equal(expected[name])
+    assert expected["language_model.layers.2.mlp.experts.gate_up_proj"].dtype == torch.bfloat16
+    check_holds(tmp_path / "checkpoint", expected)
 
 
 def test_a_language_model_alone(tmp_path: Path, without_accelerate: None) -> None:
@@ -141,9 +129,9 @@ def test_a_language_model_alone(tmp_path: Path, without_accelerate: None) -> Non
     saved = mistral3_files.saved_text_only(tmp_path / "saved", True, tied=False)
 
     def quantize(tensors: Tensors) -> Tensors:
-        renamed = gemma3_files.rename({"model.": "language_model.model."})(tensors)
+        renamed = rename({"model.": "language_model.model."})(tensors)
         quantized = mistral3_files.quantize(renamed, None)
-        return gemma3_files.rename({"language_model.model.": "model."})(quantized)
+        return rename({"language_model.model.": "model."})(quantized)
 
     source = rewrite(saved, tmp_path / "float8", quantize)
     scheme = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}

@@ -18,6 +18,7 @@ from megatron_vlm.checkpoint.hf import SafetensorsReader, SafetensorsWriter
 from megatron_vlm.checkpoint.safetensors_files import TORCH_DTYPES, WeightFiles, row_blocks
 from megatron_vlm.errors import CheckpointError
 from tests.checkpoint import gemma3_files
+from tests.checkpoint.hf_files import load_tensors, randomise, save
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_parts_cut_along_several_dimensions_and_in_another_shape(
 ) -> None:
     monkeypatch.setattr(hf, "BLOCK_BYTES", block_bytes)
     monkeypatch.setattr(hf, "row_blocks", lambda shape, dtype: row_blocks(shape, dtype, block_bytes))
-    expected = gemma3_files.load_tensors(sharded)
+    expected = load_tensors(sharded)
     with SafetensorsReader(sharded) as reader:
         for name, tensor in expected.items():
             rows = tensor.shape[0]
@@ -82,7 +83,7 @@ def test_parts_cut_along_several_dimensions_and_in_another_shape(
 
 def test_written_files_are_byte_for_byte_those_of_transformers(sharded: Path, tmp_path: Path) -> None:
     with SafetensorsReader(sharded) as reader:
-        write(tmp_path / "again", reader.files, gemma3_files.load_tensors(sharded))
+        write(tmp_path / "again", reader.files, load_tensors(sharded))
     for path in (tmp_path / "again").iterdir():
         assert path.read_bytes() == (sharded / path.name).read_bytes(), path.name
     assert len(list((tmp_path / "again").iterdir())) >= 3
@@ -90,8 +91,8 @@ def test_written_files_are_byte_for_byte_those_of_transformers(sharded: Path, tm
 
 def test_planned_files_are_those_of_transformers(tmp_path: Path) -> None:
     """Same shards, same layout inside, same index: only the size limit is given."""
-    model = gemma3_files.randomise(gemma3_files.Gemma3ForCausalLM(gemma3_files.Gemma3TextConfig(**gemma3_files.TEXT)))
-    gemma3_files.save(model, tmp_path / "theirs", max_shard_size="60KB")
+    model = randomise(gemma3_files.Gemma3ForCausalLM(gemma3_files.Gemma3TextConfig(**gemma3_files.TEXT)))
+    save(model, tmp_path / "theirs", max_shard_size="60KB")
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     plan = WeightFiles.plan(((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()), 60_000)
     write(tmp_path / "ours", plan, tensors)
@@ -127,7 +128,7 @@ def test_a_hub_cache_of_links_is_read(sharded: Path, tmp_path: Path) -> None:
     for path in sharded.iterdir():
         (tmp_path / "snapshot" / path.name).symlink_to(path)
     with SafetensorsReader(tmp_path / "snapshot") as reader:
-        assert set(reader.tensors) == set(gemma3_files.load_tensors(sharded))
+        assert set(reader.tensors) == set(load_tensors(sharded))
 
 
 def truncate(path: Path, num_bytes: int) -> None:

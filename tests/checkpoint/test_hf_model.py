@@ -19,6 +19,7 @@ from megatron_vlm.parallel.build import BuildSettings, build_chunks, wrap_data_p
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.stages import assign_layers
 from tests.checkpoint import gemma3_files
+from tests.checkpoint.hf_files import files, load_tensors
 from tests.ranks import run_ranks
 
 FOUR_LAYERS = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
@@ -81,10 +82,6 @@ def load_and_save(source: Path, directory: Path, layout: Layout) -> None:
     manager.save(3, chunks, None, None, data_state={}, config_yaml="")
 
 
-def files(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "README.md"}
-
-
 @pytest.fixture(scope="module")
 def multimodal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return gemma3_files.multimodal(tmp_path_factory.mktemp("multimodal") / "hf", **FOUR_LAYERS)
@@ -107,8 +104,8 @@ def test_text_only_models(tmp_path: Path, name: str, tied: bool) -> None:
 
 def test_the_language_model_is_taken_out_of_a_multimodal_directory(multimodal: Path, tmp_path: Path) -> None:
     run_ranks(4, load_and_export, multimodal, tmp_path / "out", LAYOUTS["tp2 pp2 fp32"], True)
-    expected = gemma3_files.load_tensors(multimodal)
-    actual = gemma3_files.load_tensors(tmp_path / "out")
+    expected = load_tensors(multimodal)
+    actual = load_tensors(tmp_path / "out")
     prefix = "language_model.model."
     assert {name for name in expected if name.startswith(prefix)} == {
         prefix + name.removeprefix("model.") for name in actual
@@ -121,7 +118,7 @@ def test_the_language_model_is_taken_out_of_a_multimodal_directory(multimodal: P
 def test_each_rank_holds_its_slice_and_zero_padding(multimodal: Path, tmp_path: Path) -> None:
     """100 vocabulary rows are padded to 128: the second rank holds rows 64 to 99 and 28 zero rows."""
     first, second = run_ranks(2, load_and_export, multimodal, tmp_path / "out", LAYOUTS["tp2"], False)
-    expected = gemma3_files.load_tensors(multimodal)
+    expected = load_tensors(multimodal)
     embedding = expected["language_model.model.embed_tokens.weight"]
     name = "language_model.embed_tokens.weight"
     assert first[name].equal(embedding[:64]) and second[name][:36].equal(embedding[64:])

@@ -17,8 +17,8 @@ from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.sharding import own_part
 from megatron_vlm.parallel.stages import assign_layers
 from tests.checkpoint import mistral3_files
-from tests.checkpoint.gemma3_files import load_tensors
-from tests.checkpoint.mistral3_files import files, read_config, saved_float8
+from tests.checkpoint.hf_files import files, load_tensors, read_config
+from tests.checkpoint.mistral3_files import saved_float8
 from tests.ranks import run_ranks
 
 # Ranks, and the tensor and pipeline sizes.

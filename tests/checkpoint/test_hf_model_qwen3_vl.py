@@ -22,7 +22,7 @@ from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.sharding import own_part
 from megatron_vlm.parallel.stages import assign_layers
 from tests.checkpoint import qwen3_vl_files
-from tests.checkpoint.gemma3_files import load_tensors, rename
+from tests.checkpoint.hf_files import files, load_tensors, rename
 from tests.families.qwen3_vl import VOCABULARY
 from tests.ranks import run_ranks
 
@@ -95,7 +95,7 @@ def test_every_rank_holds_its_parts_and_they_come_together_again(
     for source in (published, saved) if name == "tp2 ep2 etp2" else (published,):
         held = run_ranks(ranks, load_and_export, saved, source, tmp_path / source.name, sizes, dtype)
         assert set().union(*held) == set(qwen3_vl_files.ours(load_tensors(saved)))
-        assert qwen3_vl_files.files(tmp_path / source.name) == qwen3_vl_files.files(source)
+        assert files(tmp_path / source.name) == files(source)
 
 
 def test_a_text_only_run_exports_a_qwen3_model(saved: Path, published: Path, tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_a_checkpoint_of_divided_experts_is_exported_without_ranks(published: Pa
     run_ranks(ranks, load_and_save, published, tmp_path / "run" / "checkpoints", sizes)
     assert verify_checkpoint(published, tmp_path / "run").differences == ()
     export_checkpoint(tmp_path / "run", published, tmp_path / "out")
-    assert qwen3_vl_files.files(tmp_path / "out") == qwen3_vl_files.files(published)
+    assert files(tmp_path / "out") == files(published)
 
 
 def numbers_read(source: Path, sizes: Sizes) -> tuple[int, int]:
