@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -14,31 +15,47 @@ class Blocks:
     Attributes:
         queries: of a block.
         keys: of a block.
-        shares: programs that split the columns of a result; each computes all scores.
         warps: of a program.
-        stages: depth of the loads' pipeline.
+        stages: depth of the loads' pipeline, over blocks or, with chunks, over them.
+        chunk: columns of one step of the products over the head dim; 0 is all.
+        shares: programs among which the columns of a result are divided; each computes all scores.
     """
 
     queries: int
     keys: int
-    shares: int
     warps: int
     stages: int
+    chunk: int = 0
+    shares: int = 1
+
+    def constants(self, head_dim: int) -> dict[str, Any]:
+        """Compile-time arguments of a kernel, but for what depends on where it runs."""
+        columns = columns_of(head_dim)
+        return {
+            "HEAD_DIM": head_dim,
+            "COLUMNS": columns,
+            "CHUNK": self.chunk or columns,
+            "OWN": columns // self.shares,
+            "DEPTH": self.stages,
+            "BLOCK_Q": self.queries,
+            "BLOCK_K": self.keys,
+        }
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Triton's options. Loads between those of chunks are not pipelined: there is no room for them twice."""
+        stages = 1 if self.chunk else self.stages
+        return {"num_warps": self.warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """Launches of the forward pass, of dq, and of dk with dv."""
+    """Launches of the forward pass, of dq, and of dk with dv, and whether they use the GPU's copy engine."""
 
     forward: Blocks
     queries: Blocks
     keys: Blocks
-
-
-CONFIGURATIONS: dict[tuple[int, int], Configuration] = {
-    # (columns, major compute capability)
-    (64, 9): Configuration(Blocks(128, 128, 1, 8, 2), Blocks(128, 64, 1, 8, 2), Blocks(64, 128, 1, 8, 2)),
-}
+    tma: bool = True
 
 
 def columns_of(head_dim: int) -> int:
@@ -46,8 +63,29 @@ def columns_of(head_dim: int) -> int:
     return 1 << (head_dim - 1).bit_length()
 
 
+# By columns and major compute capability: the largest tiles found that compile without spills and fit in shared
+# memory (163 KiB, 227 KiB, 227 KiB) and tensor memory (512 columns). None has been timed; `benchmarks/kernels.py` does.
+# With head dim 512, sums of all columns fit for dq and not for the rest; before Hopper, for nothing.
+CONFIGURATIONS: dict[tuple[int, int], Configuration] = {
+    (64, 8): Configuration(Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2), Blocks(32, 128, 8, 2), tma=False),
+    (128, 8): Configuration(Blocks(128, 32, 8, 3), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), tma=False),
+    (256, 8): Configuration(Blocks(64, 64, 8, 2), Blocks(64, 32, 8, 2, 64), Blocks(32, 64, 8, 2, 64), tma=False),
+    (512, 8): Configuration(
+        Blocks(64, 32, 8, 2, 64, 2), Blocks(64, 32, 8, 2, 64, 2), Blocks(32, 64, 8, 2, 64, 4), tma=False
+    ),
+    (64, 9): Configuration(Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2)),
+    (128, 9): Configuration(Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2)),
+    (256, 9): Configuration(Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2, 128), Blocks(64, 64, 8, 2, 128)),
+    (512, 9): Configuration(Blocks(128, 32, 8, 2, 0, 2), Blocks(64, 64, 8, 2, 128), Blocks(64, 64, 8, 2, 128, 2)),
+    (64, 10): Configuration(Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2)),
+    (128, 10): Configuration(Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2, 64)),
+    (256, 10): Configuration(Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2, 128), Blocks(64, 64, 8, 2, 128)),
+    (512, 10): Configuration(Blocks(128, 32, 8, 2, 0, 2), Blocks(64, 64, 8, 2, 128), Blocks(64, 64, 8, 2, 128, 2)),
+}
+
+
 def configuration(head_dim: int, major: int) -> Configuration:
-    """Launches for a head dim on a compute capability."""
+    """Launches for a head dim on GPUs of a major compute capability."""
     return CONFIGURATIONS[columns_of(head_dim), major]
 
 

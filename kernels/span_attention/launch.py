@@ -1,4 +1,4 @@
-"""Launch of the Triton kernels: grids and strides. Only a GPU, or Triton's interpreter, needs this module.
+"""Launch of the Triton kernels: grids, strides and descriptors. Only a GPU, or Triton's interpreter, needs this module.
 
 Shapes: B batch, N query heads, G key/value heads, S sequence, D head dim.
 """
@@ -8,36 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.span_attention import triton_kernels
 from kernels.span_attention.blocks import Blocks, Configuration, columns_of
 
 _VECTOR = 8  # elements
-_DELTA_ROWS = 64  # queries of a block; memory bound
-
-
-def constants(head_dim: int, blocks: Blocks, upcast: bool = False) -> dict[str, Any]:
-    """Compile-time arguments of a kernel other than `delta_of`."""
-    columns = columns_of(head_dim)
-    return {
-        "HEAD_DIM": head_dim,
-        "COLUMNS": columns,
-        "OWN": columns // blocks.shares,
-        "BLOCK_Q": blocks.queries,
-        "BLOCK_K": blocks.keys,
-        "UPCAST": upcast,
-    }
-
-
-def _strides(*tensors: torch.Tensor) -> list[int]:
-    """Of batch, head and token, in vectors."""
-    return [stride // _VECTOR for tensor in tensors for stride in tensor.stride()[:3]]
-
-
-def _in_vectors(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, copied where its rows along the head dim are no whole vectors of 8 elements."""
-    aligned = tensor.data_ptr() % 16 == 0 and all(stride % _VECTOR == 0 for stride in tensor.stride()[:3])
-    return tensor if tensor.stride(3) == 1 and aligned else tensor.clone(memory_format=torch.contiguous_format)
+_DELTA_ROWS = 64  # queries of a block; bound by memory
+# Tensors that move in tiles of blocks of queries (others: of keys), and those in tiles of a program's own columns.
+_QUERY_TILES = ("q", "q_own", "d_out", "d_own", "out", "dq")
+_OWN_TILES = ("q_own", "d_own", "k_own", "out", "dq", "dk", "dv")
 
 
 def forward(
@@ -48,21 +28,22 @@ def forward(
     last: torch.Tensor,
     table: torch.Tensor,
     scale: float,
-    blocks: Blocks,
+    launches: Configuration,
     upcast: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and the logarithms of the softmax's sums; `table` is `by_query` of `BlockRanges` for these blocks."""
+    """Output and the logarithms of the softmax's sums; `table` is `BlockRanges.by_query` for the launch's blocks."""
     q, k, v = map(_in_vectors, (q, k, v))
     batch, heads, length, head_dim = q.shape
     out = torch.empty_like(q)
     lse = q.new_empty((batch, heads, length), dtype=torch.float32)
+    blocks = launches.forward
     triton_kernels.forward[(table.shape[1], heads * blocks.shares, batch)](
-        *(q, k, v, out, lse, first, last, table),
+        *_tiles(blocks, launches.tma, q=q, k=k),
+        *_tiles(blocks, launches.tma, own=True, v=v, out=out),
+        *(lse, first, last, table),
         *_strides(q, k, v, out),
         *(heads, heads // k.shape[1], length, table.shape[1], scale),
-        **constants(head_dim, blocks, upcast),
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
+        **_constants(blocks, head_dim, launches.tma, upcast),
     )
     return out, lse
 
@@ -79,14 +60,39 @@ def backward(
     by_query: torch.Tensor,
     by_key: torch.Tensor,
     scale: float,
-    blocks: Configuration,
+    launches: Configuration,
     upcast: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v; the tables are for the blocks of the two launches."""
     d_out, q, k, v, out = map(_in_vectors, (d_out, q, k, v, out))
+    dq, dk, dv = (torch.empty_like(tensor) for tensor in (q, k, v))
+    delta = _delta(out, d_out, lse)
     batch, heads, length, head_dim = q.shape
     key_heads = k.shape[1]
     sizes = (heads, heads // key_heads, length)
+
+    blocks, tma = launches.queries, launches.tma
+    triton_kernels.backward_queries[(by_query.shape[1], heads * blocks.shares, batch)](
+        *_tiles(blocks, tma, q=q, k=k, k_own=k, v=v, d_out=d_out),
+        *(lse, delta, *_tiles(blocks, tma, dq=dq), first, last, by_query),
+        *_strides(q, k, v, d_out, dq),
+        *(*sizes, by_query.shape[1], scale),
+        **_constants(blocks, head_dim, tma, upcast),
+    )
+    blocks = launches.keys
+    triton_kernels.backward_keys[(by_key.shape[1], key_heads * blocks.shares, batch)](
+        *_tiles(blocks, tma, q=q, q_own=q, k=k, v=v, d_out=d_out, d_own=d_out),
+        *(lse, delta, *_tiles(blocks, tma, dk=dk, dv=dv), first, last, by_key),
+        *_strides(q, k, v, d_out, dk, dv),
+        *(*sizes, by_key.shape[1], scale),
+        **_constants(blocks, head_dim, tma, upcast),
+    )
+    return dq, dk, dv
+
+
+def _delta(out: torch.Tensor, d_out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """sum(out * d_out) over D, like `lse`."""
+    batch, heads, length, head_dim = out.shape
     delta = torch.empty_like(lse)
     triton_kernels.delta_of[(-(-length // _DELTA_ROWS), heads, batch)](
         *(out, d_out, delta, *_strides(out, d_out), heads, length),
@@ -94,21 +100,35 @@ def backward(
         COLUMNS=columns_of(head_dim),
         BLOCK=_DELTA_ROWS,
     )
-    dq, dk, dv = (torch.empty_like(tensor) for tensor in (q, k, v))
-    triton_kernels.backward_queries[(by_query.shape[1], heads * blocks.queries.shares, batch)](
-        *(q, k, v, d_out, lse, delta, dq, first, last, by_query),
-        *_strides(q, k, v, d_out, dq),
-        *(*sizes, by_query.shape[1], scale),
-        **constants(head_dim, blocks.queries, upcast),
-        num_warps=blocks.queries.warps,
-        num_stages=blocks.queries.stages,
-    )
-    triton_kernels.backward_keys[(by_key.shape[1], key_heads * blocks.keys.shares, batch)](
-        *(q, k, v, d_out, lse, delta, dk, dv, first, last, by_key),
-        *_strides(q, k, v, d_out, dk, dv),
-        *(*sizes, by_key.shape[1], scale),
-        **constants(head_dim, blocks.keys, upcast),
-        num_warps=blocks.keys.warps,
-        num_stages=blocks.keys.stages,
-    )
-    return dq, dk, dv
+    return delta
+
+
+def box(name: str, blocks: Blocks, head_dim: int, own: bool = False) -> list[int]:
+    """Shape of the tiles in which a kernel moves the tensor of this name, [1, 1, rows, columns]."""
+    constants = blocks.constants(head_dim)
+    rows = blocks.queries if name in _QUERY_TILES else blocks.keys
+    return [1, 1, rows, constants["OWN" if own or name in _OWN_TILES else "CHUNK"]]
+
+
+def _tiles(blocks: Blocks, tma: bool, own: bool = False, **tensors: torch.Tensor) -> list[Any]:
+    if not tma:
+        return list(tensors.values())
+    return [
+        TensorDescriptor.from_tensor(tensor, box(name, blocks, tensor.shape[-1], own))
+        for name, tensor in tensors.items()
+    ]
+
+
+def _constants(blocks: Blocks, head_dim: int, tma: bool, upcast: bool) -> dict[str, Any]:
+    return {**blocks.constants(head_dim), "UPCAST": upcast, "TMA": tma, **blocks.options}
+
+
+def _strides(*tensors: torch.Tensor) -> list[int]:
+    """Of batch, head and token, in vectors."""
+    return [stride // _VECTOR for tensor in tensors for stride in tensor.stride()[:3]]
+
+
+def _in_vectors(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied where its rows along the head dim are no whole vectors of 8 elements."""
+    aligned = tensor.data_ptr() % 16 == 0 and all(stride % _VECTOR == 0 for stride in tensor.stride()[:3])
+    return tensor if tensor.stride(3) == 1 and aligned else tensor.clone(memory_format=torch.contiguous_format)

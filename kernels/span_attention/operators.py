@@ -60,7 +60,7 @@ def _kernel(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from kernels.span_attention import launch  # needs Triton
 
-    return launch.forward(q, k, v, first, last, tables[0], scale, _launches(q).forward)
+    return launch.forward(q, k, v, first, last, tables[0], scale, _launches(q))
 
 
 def _fake(q: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,20 +1,25 @@
 """Run by `test_span_kernels.py` in a process of its own, in Triton's interpreter: kernels against the reference.
 
 The interpreter must be chosen before the kernels are imported. Prints one line per case, as JSON: the largest error of
-the output, the logarithms and the gradients of q, k and v, each divided by the largest value.
+the output, the logarithms and the gradients of q, k and v, each divided by the largest value. Mutants, each a change of
+one line of the sources, follow in the same form: their errors must be large.
 Shapes: B batch, N query heads, G key/value heads, S sequence, D head dim.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
 
 import torch
 
-from kernels.span_attention import Spans, launch
+from kernels.span_attention import launch, spans, triton_kernels
 from kernels.span_attention.blocks import Blocks, Configuration
 from kernels.span_attention.reference import backward, forward
 
@@ -26,34 +31,37 @@ class Case:
     head_dim: int
     kind: str
     window: int | None = None
-    length: int = 100
-    heads: tuple[int, int] = (2, 1)
+    length: int = 84
+    heads: tuple[int, int] = (1, 1)
     blocks: tuple[int, int] = (32, 16)
+    chunk: int = 0
     shares: int = 1
+    tma: bool = False
     dtype: torch.dtype = torch.float32
 
 
 CASES = {
-    "causal": Case(64, "causal"),
-    "window": Case(64, "causal", window=20),
-    "images": Case(64, "images"),
-    "images in a window": Case(64, "images", window=20, heads=(3, 3)),
-    "documents": Case(128, "documents", window=40, blocks=(16, 32)),
-    "no tail": Case(64, "causal", length=96, heads=(4, 2)),
-    "bidirectional segments": Case(72, "segments", heads=(1, 1)),
-    "head dim 80": Case(80, "images", length=64),
+    "causal": Case(64, "causal", heads=(2, 1)),
+    "window": Case(64, "causal", window=20, tma=True),
+    "images": Case(64, "images", tma=True),
+    "images in a window": Case(64, "images", window=20, heads=(4, 2)),
+    "documents": Case(128, "documents", window=40, blocks=(16, 32), tma=True),
+    "no tail": Case(64, "causal", length=64, heads=(2, 2)),
+    "bidirectional segments": Case(72, "segments"),
+    "head dim 80": Case(80, "images", length=64, tma=True),
     "queries that see nothing": Case(64, "empty"),
-    "ranges in no order": Case(64, "scattered", blocks=(16, 16)),
-    "longer": Case(64, "images", window=90, length=250, heads=(1, 1)),
-    "256": Case(256, "images", window=40, heads=(1, 1), length=70),
-    "512": Case(512, "images", length=70, shares=2, blocks=(32, 32)),
-    "512 in four": Case(512, "causal", length=40, shares=4, heads=(1, 1)),
+    "ranges in no order": Case(64, "scattered", blocks=(16, 16), tma=True),
+    "longer": Case(64, "images", window=90, length=200, blocks=(32, 32)),
+    "256": Case(256, "images", window=40, length=70, chunk=128),
+    "512, columns shared": Case(512, "images", length=70, heads=(2, 1), shares=2, blocks=(32, 32), tma=True),
+    "512, in chunks": Case(512, "documents", length=40, chunk=128, tma=True),
+    "512, both": Case(512, "causal", length=40, chunk=256, shares=4),
     "fp16": Case(64, "images", window=20, dtype=torch.float16),
-    "fp16, 512": Case(512, "documents", length=40, shares=2, dtype=torch.float16),
+    "fp16, 512": Case(512, "documents", length=40, chunk=128, shares=2, tma=True, dtype=torch.float16),
 }
 
 
-def spans_of(kind: str, length: int) -> Spans:
+def spans_of(kind: str, length: int) -> spans.Spans:
     """Two rows of the kind."""
     place = torch.arange(length, dtype=torch.int32)
     low, high = torch.zeros((2, length), dtype=torch.int32), place.repeat(2, 1)
@@ -70,13 +78,13 @@ def spans_of(kind: str, length: int) -> Spans:
             low[0, begin:end], high[0, begin:end] = begin, end - 1
         high[1] = length - 1
     elif kind == "empty":  # whole blocks, and single queries
-        low[0, 30:99], high[0, 30:99] = 5, 4
+        low[0, 30:80], high[0, 30:80] = 5, 4
         low[1, ::3], high[1, ::3] = length, -1
     elif kind == "scattered":  # neither bound grows with the query
         generator = torch.Generator().manual_seed(0)
         bounds = torch.randint(0, length, (2, 2, length // 8 + 1), generator=generator, dtype=torch.int32)
         low, high = (bound.repeat_interleave(8, dim=1)[:, :length].contiguous() for bound in bounds.sort(0).values)
-    return Spans(low, high)
+    return spans.Spans(low, high)
 
 
 def check(case: Case) -> list[float]:
@@ -89,16 +97,21 @@ def check(case: Case) -> list[float]:
 
     heads, key_heads = case.heads
     q, k, v, d_out = random(heads), random(key_heads), random(key_heads), random(heads)
-    spans, scale = spans_of(case.kind, case.length), case.head_dim**-0.5
-    first, last = spans.first_key(case.window), spans.high
-    blocks = Blocks(*case.blocks, case.shares, warps=4, stages=1)
+    visible, scale = spans_of(case.kind, case.length), case.head_dim**-0.5
+    first, last = visible.first_key(case.window), visible.high
     # Another shape for the key side, as the tables allow.
-    launches = Configuration(blocks, blocks, Blocks(*reversed(case.blocks), case.shares, warps=4, stages=1))
-    by_query = spans.block_ranges(case.window, launches.queries).by_query
-    by_key = spans.block_ranges(case.window, launches.keys).by_key
-    out, lse = launch.forward(q, k, v, first, last, by_query, scale, blocks)
+    blocks, key_side = (
+        Blocks(*sizes, warps=4, stages=1, chunk=case.chunk, shares=case.shares)
+        for sizes in (case.blocks, case.blocks[::-1])
+    )
+    launches = Configuration(blocks, blocks, key_side, case.tma)
+    by_query = visible.block_ranges(case.window, blocks).by_query
+    by_key = visible.block_ranges(case.window, key_side).by_key
+    out, lse = launch.forward(q, k, v, first, last, by_query, scale, launches)
     gradients = launch.backward(d_out, q, k, v, out, lse, first, last, by_query, by_key, scale, launches)
     exact = [tensor.double() for tensor in (q, k, v)]
+    place = torch.arange(case.length)
+    first = visible.low if case.window is None else torch.maximum(visible.low, place - case.window + 1)
     expected_out, expected_lse = forward(*exact, first, last, scale)
     expected = backward(d_out.double(), *exact, expected_out, expected_lse, first, last, scale)
     pairs = zip((out, lse, *gradients), (expected_out, expected_lse, *expected), strict=True)
@@ -114,7 +127,70 @@ def _error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return difference.nan_to_num(float("inf")).item()
 
 
+@dataclass(frozen=True)
+class Mutant:
+    """A text of a module of the kernels replaced, and the case that must notice."""
+
+    module: ModuleType
+    old: str
+    new: str
+    case: Case
+
+
+_SMALL = Case(64, "images", length=60, tma=True)
+MUTANTS = {
+    "no window": Mutant(
+        spans, "torch.maximum(self.low, query - window + 1)", "self.low", Case(64, "causal", 20, 60, (1, 1))
+    ),
+    "bound of keys": Mutant(triton_kernels, "<= last[:, None]", "< last[:, None]", _SMALL),
+    "bound of queries": Mutant(triton_kernels, "<= last_key[None, :]", "< last_key[None, :]", _SMALL),
+    "no rescale": Mutant(triton_kernels, "total * rescale[:, None] + ", "total + ", _SMALL),
+    "no delta": Mutant(triton_kernels, "(d_weights - delta[:, None])", "d_weights", _SMALL),
+    "a block too few": Mutant(spans, 'rounding_mode="floor") + 1, begin)', 'rounding_mode="floor"), begin)', _SMALL),
+    "whole too early": Mutant(spans, "(latest_first + keys - 1)", "latest_first", replace(_SMALL, kind="documents")),
+    "partial blocks after the whole ones": Mutant(triton_kernels, "block >= whole_begin", "block < 0", _SMALL),
+    "a block of queries too late": Mutant(
+        spans, "where(touched, count).amin(1)", "where(touched, count).amin(1) + 1", _SMALL
+    ),
+    "heads of a group": Mutant(
+        triton_kernels, "key_head * group + member", "key_head + member", replace(_SMALL, heads=(4, 2))
+    ),
+    "a chunk left out": Mutant(
+        triton_kernels, "tl.range(0, COLUMNS, CHUNK", "tl.range(0, COLUMNS - CHUNK, CHUNK", replace(_SMALL, chunk=32)
+    ),
+    "column of a share": Mutant(
+        triton_kernels, "_load(v, key_start, own_column,", "_load(v, key_start, 0,", replace(_SMALL, shares=2)
+    ),
+}
+
+
+# Who names the module, and how.
+_USERS = {triton_kernels: (launch, "triton_kernels"), spans: (sys.modules[__name__], "spans")}
+
+
+def errors_of(mutant: Mutant) -> list[float]:
+    """Relative errors with the mutant in place of the module."""
+    text = Path(mutant.module.__file__).read_text()
+    assert mutant.old in text, mutant
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "mutant.py")
+        path.write_text(text.replace(mutant.old, mutant.new))
+        specification = importlib.util.spec_from_file_location("mutant", path)
+        module = sys.modules["mutant"] = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(module)
+        owner, attribute = _USERS[mutant.module]
+        try:
+            setattr(owner, attribute, module)
+            return check(mutant.case)
+        finally:
+            setattr(owner, attribute, mutant.module)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name in sys.argv[1:] or CASES:
-        print(json.dumps({"case": name, "errors": check(CASES[name])}), flush=True)
+    for name, case in CASES.items():
+        if not sys.argv[1:] or name in sys.argv[1:]:
+            print(json.dumps({"case": name, "errors": check(case)}), flush=True)
+    for name, mutant in MUTANTS.items():
+        if not sys.argv[1:] or name in sys.argv[1:]:
+            print(json.dumps({"mutant": name, "errors": errors_of(mutant)}), flush=True)
