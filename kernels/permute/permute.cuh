@@ -132,10 +132,13 @@ __device__ __forceinline__ int64_t number_in_grid() {
   return static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
 }
 
+// Where rows are, which no kernel of rows changes: such an index is read ahead of stores.
+using Places = const int* __restrict__;
+
 // Rows of tokens, and where `probs` [tokens, experts] is given, the rows' probabilities.
 template <class T, int N>
 __global__ void __launch_bounds__(256)
-    permute_rows(const T* x, const float* probs, const int* entry_of_row, const int* rows, const int* starts, T* y,
+    permute_rows(const T* x, const float* probs, Places entry_of_row, Places rows, Places starts, T* y,
                  float* row_probs, int64_t num_tokens, int vectors_per_row) {
   const int64_t token = number_in_grid(), size = static_cast<int64_t>(vectors_per_row) * N;
   if (token >= num_tokens) return;
@@ -154,7 +157,7 @@ __global__ void __launch_bounds__(256)
 
 // Add one vector of COUNT rows, in their order, after all are on their way.
 template <class T, int N, int COUNT>
-__device__ __forceinline__ void add_rows(const T* y, const float* weights, const int* rows, int64_t size, int vector,
+__device__ __forceinline__ void add_rows(const T* y, const float* weights, Places rows, int64_t size, int vector,
                                          float (&sums)[N]) {
   Vector<T, N> values[COUNT];
   float factors[COUNT];
@@ -175,17 +178,19 @@ __device__ __forceinline__ void add_rows(const T* y, const float* weights, const
 // `grad_row_probs` [rows] gives: zero where an expert was not chosen.
 template <class T, int N>
 __global__ void __launch_bounds__(256)
-    sum_rows(const T* y, const float* weights, const float* grad_row_probs, const int* entry_of_row, const int* rows,
-             const int* starts, T* x, float* grad_probs, int64_t num_tokens, int vectors_per_row, int num_experts) {
+    sum_rows(const T* y, const float* weights, const float* grad_row_probs, Places entry_of_row, Places rows,
+             Places starts, T* x, float* grad_probs, int64_t num_tokens, int vectors_per_row, int num_experts) {
   const int64_t token = number_in_grid(), size = static_cast<int64_t>(vectors_per_row) * N;
   if (token >= num_tokens) return;
   const int begin = starts[token], end = starts[token + 1];
   for (int vector = threadIdx.x; vector < vectors_per_row; vector += blockDim.x) {
     float sums[N] = {};
     int place = begin;
+#pragma unroll 1
     for (; place + SUM_BATCH <= end; place += SUM_BATCH) {
       add_rows<T, N, SUM_BATCH>(y, weights, rows + place, size, vector, sums);
     }
+#pragma unroll 1
     for (; place < end; ++place) add_rows<T, N, 1>(y, weights, rows + place, size, vector, sums);
     Vector<T, N> result;
 #pragma unroll
@@ -207,7 +212,7 @@ __global__ void __launch_bounds__(256)
 // Gradients of weighted rows and of their weights; a warp (threadIdx.x) for each row.
 template <class T, int N>
 __global__ void __launch_bounds__(128)
-    weighted_rows_gradient(const T* gradient, const T* y, const float* weights, const int* entry_of_row, T* grad_y,
+    weighted_rows_gradient(const T* gradient, const T* y, const float* weights, Places entry_of_row, T* grad_y,
                            float* grad_weights, int64_t num_rows, int vectors_per_row, int num_experts) {
   constexpr int BATCH = 2;
   const int64_t row = number_in_grid(), size = static_cast<int64_t>(vectors_per_row) * N;
