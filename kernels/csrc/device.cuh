@@ -7,6 +7,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <type_traits>
+
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -64,8 +66,45 @@ template <class T, int N>
 struct alignas(N * sizeof(T) < VECTOR_BYTES ? N * sizeof(T) : VECTOR_BYTES) Vector {
   T at[N];
 
-  __device__ __forceinline__ float operator[](int index) const { return to_float(at[index]); }
+  // Elements of 16 bits are read and set in pairs, as they lie in registers: one alone costs another instruction.
+  __device__ __forceinline__ float operator[](int index) const {
+#ifdef __CUDACC__
+    if constexpr (sizeof(T) == 2 && N % 2 == 0) {
+      uint32_t pair;
+      memcpy(&pair, at + index / 2 * 2, sizeof(pair));
+      if constexpr (std::is_same_v<T, bfloat16>) {
+        return __uint_as_float(index % 2 ? pair & 0xffff0000u : pair << 16);
+      } else {
+        __half2 halves;
+        memcpy(&halves, &pair, sizeof(pair));
+        return index % 2 ? __high2float(halves) : __low2float(halves);
+      }
+    }
+#endif
+    return to_float(at[index]);
+  }
+
   __device__ __forceinline__ void set(int index, float value) { at[index] = round_to<T>(value); }
+
+  __device__ __forceinline__ void set_all(const float (&values)[N]) {
+#ifdef __CUDACC__
+    if constexpr (sizeof(T) == 2 && N % 2 == 0) {
+#pragma unroll
+      for (int index = 0; index < N; index += 2) {
+        if constexpr (std::is_same_v<T, bfloat16>) {
+          const __nv_bfloat162 pair = __floats2bfloat162_rn(values[index], values[index + 1]);
+          memcpy(at + index, &pair, sizeof(pair));
+        } else {
+          const __half2 pair = __floats2half2_rn(values[index], values[index + 1]);
+          memcpy(at + index, &pair, sizeof(pair));
+        }
+      }
+      return;
+    }
+#endif
+#pragma unroll
+    for (int index = 0; index < N; ++index) set(index, values[index]);
+  }
 };
 
 // Keep 16-bit elements as such in registers: the compiler must convert them again after this point. Otherwise it may

@@ -53,6 +53,7 @@ def qk_norm_rope(
     Returns:
         Queries and keys, contiguous, of the shapes and the dtype of `q` and `k`.
     """
+    assert eps is not None or (q_weight is None and k_weight is None), "a norm needs eps"
     return _forward(q, k, q_weight, k_weight, *table, query_scale, eps, zero_centered, sections)[:2]
 
 
@@ -80,7 +81,7 @@ def _rstd_like(x: torch.Tensor, eps: float | None) -> torch.Tensor:
 
 
 def _weight_grad_like(rstd: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    return rstd.new_empty(0 if weight is None else weight.shape[0])
+    return rstd.new_empty(0) if weight is None or not rstd.numel() else torch.empty_like(weight)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -92,11 +93,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
 
 def _gradients(ctx: Any, q_grad: torch.Tensor, k_grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
     saved = ctx.saved_tensors
-    results = _backward(q_grad, k_grad, *saved, ctx.zero_centered, ctx.sections)
-    weight_grads = [
-        None if weight is None else grad.to(weight.dtype) for grad, weight in zip(results[2:], saved[4:6], strict=True)
-    ]
-    return (*results[:2], *weight_grads, *[None] * 6)
+    *grads, q_weight, k_weight = _backward(q_grad, k_grad, *saved, ctx.zero_centered, ctx.sections)
+    weights = (None if weight is None else grad for weight, grad in zip(saved[4:6], (q_weight, k_weight), strict=True))
+    return (*grads, *weights, *[None] * 6)
 
 
 _backward = define(

@@ -44,7 +44,7 @@ def backward(
     zero_centered: bool,
     sections: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of queries, keys and both weights; those of weights are wide, and empty where there is none."""
+    """Gradients of queries, keys and both weights; empty where there is no weight."""
     if query_scale is not None:
         q_grad = q_grad * query_scale.to(_wide(q_grad))[..., None, None]
     results = [
@@ -86,7 +86,7 @@ def _normalized_backward(
     product, weight_grad = grad * normalized, grad.new_empty(0)
     if weight is not None:
         factor = _factor(weight, zero_centered, grad.dtype)
-        weight_grad = product.flatten(0, -2).sum(0)
+        weight_grad = product.flatten(0, -2).sum(0).to(weight.dtype)
         product *= factor
         grad *= factor
     grad -= normalized.mul_(product.mean(-1, keepdim=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -12,34 +12,10 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm, apply_rota
 
 import kernels.rope as module
 from kernels.rope import qk_norm_rope
-
-EPS = 1e-5
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-@dataclass(frozen=True)
-class Case:
-    """Sizes of one call, and what it does."""
-
-    tokens: tuple[int, ...] = (5, 2)
-    heads: tuple[int, int] = (4, 2)
-    head_dim: int = 16
-    rotated: int = 16
-    sections: int = 1
-    weights: bool = True
-    eps: float | None = EPS
-    zero_centered: bool = False
-    scaled: bool = False
-    packed: bool = False
-    dtype: torch.dtype = torch.float64
-    table_dtype: torch.dtype = torch.float64
-
+from tests.kernels.rope_cases import EPS, Case, Inputs, make
 
 CASES = {
-    "plain weights": Case(),
+    "plain weights": Case(strided=True),
     "one plus weights": Case(zero_centered=True),
     "norms without weights": Case(weights=False),
     "no norms": Case(eps=None, weights=False),
@@ -53,127 +29,120 @@ CASES = {
 }
 
 
-def make(case: Case, seed: int = 0) -> tuple[list[torch.Tensor | None], dict[str, Any]]:
-    """q, k and weights (None without), which may have gradients, and the other arguments."""
-    heads, wide = sum(case.heads), 3 * sum(case.heads) if case.packed else 0
-    if case.packed:
-        packed = random(*case.tokens, wide, case.head_dim, seed=seed, dtype=case.dtype)
-        q, k = packed[..., : case.heads[0], :], packed[..., heads : heads + case.heads[1], :]
-    else:
-        q, k = (
-            random(*case.tokens, count, case.head_dim, seed=seed + index, dtype=case.dtype)
-            for index, count in enumerate(case.heads)
-        )
-    angles = random(*case.tokens, case.rotated // 2, seed=seed + 2, dtype=torch.float64)
-    keywords: dict[str, Any] = {"eps": case.eps, "zero_centered": case.zero_centered, "sections": case.sections}
-    keywords["table"] = tuple(part.to(case.table_dtype) for part in (angles.cos(), angles.sin()))
-    if case.scaled:
-        keywords["query_scale"] = 1 + random(*case.tokens, seed=seed + 3, dtype=case.table_dtype).abs()
-    weights = [
-        random(case.head_dim, seed=seed + 4 + index, dtype=case.dtype) if case.weights else None for index in range(2)
-    ]
-    return [q, k, *weights], keywords
+def leaves(inputs: Inputs) -> Inputs:
+    """Those that have gradients as leaves, in the same layout."""
+    names = ("q", "k", "q_weight", "k_weight")
+    given = {name: getattr(inputs, name) for name in names}
+    return replace(inputs, **{key: x if x is None else x.detach().requires_grad_() for key, x in given.items()})
 
 
-def call(tensors: list[torch.Tensor | None], keywords: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k, q_weight, k_weight = tensors
-    return qk_norm_rope(q, k, q_weight=q_weight, k_weight=k_weight, **keywords)
+def gradients(inputs: Inputs) -> list[torch.Tensor]:
+    return [x.grad for x in (inputs.q, inputs.k, inputs.q_weight, inputs.k_weight) if x is not None]
 
 
-def by_complex_numbers(
-    x: torch.Tensor, weight: torch.Tensor | None, case: Case, keywords: dict[str, Any]
-) -> torch.Tensor:
+def settings(case: Case) -> dict[str, Any]:
+    return {"eps": case.eps, "zero_centered": case.zero_centered, "sections": case.sections}
+
+
+def call(inputs: Inputs, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    return qk_norm_rope(
+        inputs.q,
+        inputs.k,
+        (inputs.cosine, inputs.sine),
+        q_weight=inputs.q_weight,
+        k_weight=inputs.k_weight,
+        query_scale=inputs.query_scale,
+        **settings(case),
+    )
+
+
+def by_complex_numbers(x: torch.Tensor, weight: torch.Tensor | None, inputs: Inputs, case: Case) -> torch.Tensor:
     """One head's elements as points of a plane that turn, pair after pair."""
     if case.eps is not None:
         x = torch.nn.functional.rms_norm(x, x.shape[-1:], eps=case.eps)
     if weight is not None:
         x = x * (weight + case.zero_centered)
-    cosine, sine = keywords["table"]
     out = x.clone()
     half = case.rotated // 2 // case.sections
     for pair in range(case.rotated // 2):
         first = pair // half * 2 * half + pair % half
         turned = torch.complex(x[..., first], x[..., first + half])
-        turned = turned * torch.complex(cosine[..., pair], sine[..., pair])[..., None]
+        turned = turned * torch.complex(inputs.cosine[..., pair], inputs.sine[..., pair])[..., None]
         out[..., first], out[..., first + half] = turned.real, turned.imag
     return out
 
 
-def expected(tensors: list[torch.Tensor | None], case: Case, keywords: dict[str, Any]) -> list[torch.Tensor]:
-    q, k, q_weight, k_weight = tensors
-    q, k = by_complex_numbers(q, q_weight, case, keywords), by_complex_numbers(k, k_weight, case, keywords)
-    return [q * keywords["query_scale"][..., None, None] if case.scaled else q, k]
-
-
-def leaves(tensors: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    return [None if tensor is None else tensor.detach().requires_grad_() for tensor in tensors]
+def expected(inputs: Inputs, case: Case) -> list[torch.Tensor]:
+    q = by_complex_numbers(inputs.q, inputs.q_weight, inputs, case)
+    k = by_complex_numbers(inputs.k, inputs.k_weight, inputs, case)
+    return [q if inputs.query_scale is None else q * inputs.query_scale[..., None, None], k]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients_in_fp64(name: str) -> None:
     case = CASES[name]
-    tensors, keywords = make(case)
-    ours, theirs = leaves(tensors), leaves(tensors)
-    grads = [random(*tensor.shape, seed=9, dtype=tensor.dtype) for tensor in tensors[:2]]
-    for found, right in zip(call(ours, keywords), expected(theirs, case, keywords), strict=True):
+    ours, theirs = (leaves(make(case)) for _ in range(2))
+    for found, right in zip(call(ours, case), expected(theirs, case), strict=True):
         assert found.is_contiguous()
         torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
-    torch.autograd.backward(call(ours, keywords), grads)
-    torch.autograd.backward(expected(theirs, case, keywords), grads)
-    for mine, its in zip(ours, theirs, strict=True):
-        assert (mine is None) == (its is None)
-        if mine is not None:
-            torch.testing.assert_close(mine.grad, its.grad, rtol=1e-11, atol=1e-11)
+    grads = (ours.q_grad, ours.k_grad)
+    torch.autograd.backward(call(ours, case), grads)
+    torch.autograd.backward(expected(theirs, case), grads)
+    for mine, its in zip(gradients(ours), gradients(theirs), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradcheck(name: str) -> None:
-    case = replace(CASES[name], tokens=(2,) * len(CASES[name].tokens))
-    tensors, keywords = make(case)
-    given = [tensor for tensor in leaves(tensors) if tensor is not None]
-    assert torch.autograd.gradcheck(lambda *changed: call([*changed, None, None][:4], keywords), given)
+    case = replace(CASES[name], tokens=(2,) if len(CASES[name].tokens) == 1 else (2, 1), heads=(2, 1))
+    inputs = leaves(make(case))
+    names = [field.name for field in fields(Inputs) if getattr(getattr(inputs, field.name), "requires_grad", False)]
+    assert len(names) == (4 if case.weights else 2)
+
+    def run(*given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return call(replace(inputs, **dict(zip(names, given, strict=True))), case)
+
+    assert torch.autograd.gradcheck(run, [getattr(inputs, name) for name in names])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["one plus weights", "scaled, no norms", "packed with norms"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_operators_are_well_defined(name: str, dtype: torch.dtype) -> None:
     """Schemas, shapes without data, and that gradients can be traced."""
-    tensors, keywords = make(replace(CASES[name], dtype=dtype, table_dtype=torch.float32))
-    q, k, q_weight, k_weight = leaves(tensors)
-    cosine, sine = keywords["table"]
-    scale, eps = keywords.get("query_scale"), keywords["eps"]
-    rest = (q_weight, k_weight, cosine, sine, scale)
-    torch.library.opcheck(module._forward, (q, k, *rest, eps, keywords["zero_centered"], keywords["sections"]))
+    case = replace(CASES[name], dtype=dtype, table_dtype=torch.float32)
+    x = leaves(make(case))
+    shared = (x.q_weight, x.k_weight, x.cosine, x.sine, x.query_scale)
+    forward = (x.q, x.k, *shared, case.eps, case.zero_centered, case.sections)
+    torch.library.opcheck(module._forward, forward)
     with torch.no_grad():
-        out = module._forward(q, k, *rest, eps, keywords["zero_centered"], keywords["sections"])
-        torch.library.opcheck(
-            module._backward, (*out[:2], q, k, *out[2:], *rest, keywords["zero_centered"], keywords["sections"])
-        )
+        rstd = module._forward(*forward)[2:]
+    backward = (x.q_grad, x.k_grad, x.q, x.k, *rstd, *shared, case.zero_centered, case.sections)
+    torch.library.opcheck(module._backward, backward, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("how", ["compiled", "checkpointed"])
 def test_compiled_and_checkpointed(how: str) -> None:
-    tensors, keywords = make(Case(zero_centered=True, scaled=True, dtype=torch.float32, table_dtype=torch.float32))
+    case = Case(zero_centered=True, scaled=True, dtype=torch.float32, table_dtype=torch.float32)
     run = torch.compile(call, backend="aot_eager", fullgraph=True) if how == "compiled" else call
-    plain, other = leaves(tensors), leaves(tensors)
-    right = call(plain, keywords)
-    found = checkpoint(run, other, keywords, use_reentrant=False) if how == "checkpointed" else run(other, keywords)
+    plain, other = (leaves(make(case)) for _ in range(2))
+    right = call(plain, case)
+    found = checkpoint(run, other, case, use_reentrant=False) if how == "checkpointed" else run(other, case)
     for results in (right, found):
         (results[0].square().sum() + results[1].sum()).backward()
-    for mine, its in zip((*found, *(t.grad for t in other)), (*right, *(t.grad for t in plain)), strict=True):
+    for mine, its in zip((*found, *gradients(other)), (*right, *gradients(plain)), strict=True):
         assert torch.equal(mine, its)
 
 
 def test_frozen_and_unused_inputs() -> None:
     """Only keys used, and only the weight of queries trained: others have no gradient."""
-    tensors, keywords = make(Case(dtype=torch.float32, table_dtype=torch.float32))
-    q, k, q_weight, k_weight = tensors
-    k.requires_grad_()
-    qk_norm_rope(q, k, q_weight=q_weight, k_weight=k_weight, **keywords)[1].sum().backward()
-    assert k.grad.abs().sum() > 0 and q.grad is None and q_weight.grad is None
-    q_weight.requires_grad_()
-    qk_norm_rope(q, k.detach(), q_weight=q_weight, k_weight=k_weight, **keywords)[0].sum().backward()
-    assert q_weight.grad.abs().sum() > 0 and q.grad is None and k_weight.grad is None
+    case = Case(dtype=torch.float32, table_dtype=torch.float32)
+    inputs = make(case)
+    inputs.k.requires_grad_()
+    call(inputs, case)[1].sum().backward()
+    assert inputs.k.grad.abs().sum() > 0 and inputs.q.grad is None and inputs.q_weight.grad is None
+    inputs.q_weight.requires_grad_()
+    call(replace(inputs, k=inputs.k.detach()), case)[0].sum().backward()
+    assert inputs.q_weight.grad.abs().sum() > 0 and inputs.q.grad is None and inputs.k_weight.grad is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -182,15 +151,16 @@ def test_rounds_where_transformers_rounds(dtype: torch.dtype) -> None:
     case = Case(
         tokens=(64, 2), head_dim=32, rotated=32, zero_centered=True, scaled=True, dtype=dtype, table_dtype=dtype
     )
-    (q, k, q_weight, k_weight), keywords = make(case)
-    norms = []
-    for weight in (q_weight, k_weight):
-        norms.append(Gemma3RMSNorm(32, EPS).to(dtype))
-        norms[-1].weight.data.copy_(weight)
-    cosine, sine = (torch.cat((part, part), dim=-1) for part in keywords["table"])
-    right_q, right_k = apply_rotary_pos_emb(norms[0](q), norms[1](k), cosine, sine, unsqueeze_dim=2)
-    found_q, found_k = call([q, k, q_weight, k_weight], keywords)
-    assert torch.equal(found_q, right_q * keywords["query_scale"][..., None, None])
+    inputs = make(case)
+    normed = []
+    for x, weight in ((inputs.q, inputs.q_weight), (inputs.k, inputs.k_weight)):
+        norm = Gemma3RMSNorm(32, EPS).to(dtype)
+        norm.weight.data.copy_(weight)
+        normed.append(norm(x))
+    cosine, sine = (torch.cat((part, part), dim=-1) for part in (inputs.cosine, inputs.sine))
+    right_q, right_k = apply_rotary_pos_emb(*normed, cosine, sine, unsqueeze_dim=2)
+    found_q, found_k = call(inputs, case)
+    assert torch.equal(found_q, right_q * inputs.query_scale[..., None, None])
     assert torch.equal(found_k, right_k)
 
 
@@ -198,19 +168,18 @@ def test_rounds_where_transformers_rounds(dtype: torch.dtype) -> None:
 def test_gradients_in_bf16_are_as_close_as_autograds(table_dtype: torch.dtype) -> None:
     """To fp64: the chain of operations rounds every gradient on the way, one pass rounds the last."""
     case = Case(tokens=(200, 2), head_dim=32, rotated=32, dtype=torch.bfloat16, table_dtype=table_dtype)
-    tensors, keywords = make(case)
-    grads = [random(*tensor.shape, seed=9, dtype=torch.bfloat16) for tensor in tensors[:2]]
-    exact_keywords = keywords | {"table": tuple(part.double() for part in keywords["table"])}
-    exact, ours, chain = leaves([tensor.double() for tensor in tensors]), leaves(tensors), leaves(tensors)
-    torch.autograd.backward(call(exact, exact_keywords), [grad.double() for grad in grads])
-    torch.autograd.backward(call(ours, keywords), grads)
-    for index in range(2):
-        normed = torch.nn.functional.rms_norm(chain[index].float(), (32,), chain[2 + index].float(), EPS).bfloat16()
-        cosine, sine = (torch.cat((part, part), dim=-1).unsqueeze(2) for part in keywords["table"])
+    ours, chain = (leaves(make(case)) for _ in range(2))
+    wide = {field.name: getattr(make(case), field.name) for field in fields(Inputs)}
+    exact = leaves(Inputs(**{name: x if x is None else x.double() for name, x in wide.items()}))
+    for inputs in (ours, exact):
+        torch.autograd.backward(call(inputs, case), (inputs.q_grad, inputs.k_grad))
+    cosine, sine = (torch.cat((part, part), dim=-1).unsqueeze(2) for part in (chain.cosine, chain.sine))
+    for x, weight, grad in ((chain.q, chain.q_weight, chain.q_grad), (chain.k, chain.k_weight, chain.k_grad)):
+        normed = torch.nn.functional.rms_norm(x.float(), (32,), weight.float(), EPS).bfloat16()
         turned = torch.cat((-normed[..., 16:], normed[..., :16]), dim=-1)
-        (normed * cosine + turned * sine).bfloat16().backward(grads[index])
-    for mine, its, right in zip(ours, chain, exact, strict=True):
-        assert mine.grad.dtype == torch.bfloat16
-        error, their_error = ((other.grad - right.grad).norm() / right.grad.norm() for other in (mine, its))
+        (normed * cosine + turned * sine).bfloat16().backward(grad)
+    for mine, its, right in zip(gradients(ours), gradients(chain), gradients(exact), strict=True):
+        assert mine.dtype == torch.bfloat16
+        error, their_error = ((other - right).norm() / right.norm() for other in (mine, its))
         assert error <= 1.02 * their_error
-        assert error < 2.5e-3  # half a unit in the last of 8 bits, spread evenly: 2^-9 / sqrt(3) to 2^-8 / sqrt(3)
+        assert error < 2.5e-3  # one rounding to 8 bits: 2^-9 / sqrt(3) to 2^-8 / sqrt(3)
