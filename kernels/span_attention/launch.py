@@ -62,7 +62,7 @@ def backward(
     scale: float,
     launches: Configuration,
     upcast: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Gradients of q, k and v; the tables are for the blocks of the two launches."""
     d_out, q, k, v, out = map(_in_vectors, (d_out, q, k, v, out))
     dq, dk, dv = (torch.empty_like(tensor) for tensor in (q, k, v))
@@ -129,6 +129,9 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
 
 
 def _in_vectors(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, copied where its rows along the head dim are no whole vectors of 8 elements."""
-    aligned = tensor.data_ptr() % 16 == 0 and all(stride % _VECTOR == 0 for stride in tensor.stride()[:3])
-    return tensor if tensor.stride(3) == 1 and aligned else tensor.clone(memory_format=torch.contiguous_format)
+    """The tensor, copied where its rows along the head dim are no whole vectors of 8 elements or are repeated."""
+    whole = all(stride and stride % _VECTOR == 0 for stride in tensor.stride()[:3])
+    if whole and tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0:
+        return tensor
+    copy = tensor.clone()  # in the same order in memory, as the operators promise
+    return copy if copy.stride(3) == 1 else tensor.contiguous()

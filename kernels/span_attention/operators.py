@@ -1,7 +1,7 @@
 """The operators of span attention, whose CUDA kernels are written in Triton.
 
-`first` and `last` [B, S] int32 are the visible keys of a query, the window included. `tables` are `BlockRanges` for the
-launches of the forward pass, of dq, and of dk with dv; the reference needs none.
+`first` and `last` [B, S] int32 are the visible keys of a query, the window included. The tables are `BlockRanges` for
+the launches of the forward pass (by query), of dq (by query), and of dk with dv (by key); the reference needs none.
 Shapes: B batch, N query heads, G key/value heads, S sequence, D head dim.
 """
 
@@ -17,20 +17,19 @@ from kernels.span_attention.reference import backward as reference_backward
 from kernels.span_attention.reference import forward as reference_forward
 from kernels.span_attention.spans import Spans
 
-Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
 
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, window: int | None, scale: float
 ) -> torch.Tensor:
     """As `span_attention`, by our kernels."""
     launches = _launches(q)
+    q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
     tables = [
         spans.block_ranges(window, launches.forward).by_query,
         spans.block_ranges(window, launches.queries).by_query,
         spans.block_ranges(window, launches.keys).by_key,
     ]
-    return _attention(q, k, v, spans.first_key(window), spans.high, tables, scale)[0]
+    return _attention(q, k, v, spans.first_key(window), spans.high, *tables, scale)[0]
 
 
 def _launches(q: torch.Tensor) -> Configuration:
@@ -38,14 +37,9 @@ def _launches(q: torch.Tensor) -> Configuration:
 
 
 def _reference(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    first: torch.Tensor,
-    last: torch.Tensor,
-    tables: list[torch.Tensor],
-    scale: float,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor, last: torch.Tensor, *others: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    *_, scale = others
     return reference_forward(q, k, v, first, last, scale)
 
 
@@ -55,12 +49,14 @@ def _kernel(
     v: torch.Tensor,
     first: torch.Tensor,
     last: torch.Tensor,
-    tables: list[torch.Tensor],
+    forward_table: torch.Tensor,
+    by_query: torch.Tensor,
+    by_key: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from kernels.span_attention import launch  # needs Triton
 
-    return launch.forward(q, k, v, first, last, tables[0], scale, _launches(q))
+    return launch.forward(q, k, v, first, last, forward_table, scale, _launches(q))
 
 
 def _fake(q: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,57 +65,39 @@ def _fake(q: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, k, v, first, last, ctx.tables, ctx.scale = inputs
+    q, k, v, first, last, _, by_query, by_key, ctx.scale = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, first, last)
+    ctx.save_for_backward(q, k, v, out, lse, first, last, by_query, by_key)
 
 
 def _backward(ctx: Any, d_out: torch.Tensor, d_lse: torch.Tensor) -> tuple[Any, ...]:
-    gradients = _attention_backward(d_out, *ctx.saved_tensors, ctx.tables, ctx.scale)
-    return (*gradients, None, None, None, None)
+    gradients = _attention_backward(d_out, *ctx.saved_tensors, ctx.scale)
+    return (*gradients, *[None] * 6)
 
 
 def _reference_backward(
-    d_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    first: torch.Tensor,
-    last: torch.Tensor,
-    tables: list[torch.Tensor],
-    scale: float,
-) -> Tensors:
+    d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any
+) -> tuple[torch.Tensor, ...]:
+    out, lse, first, last, _, _, scale = others
     return reference_backward(d_out, q, k, v, out, lse, first, last, scale)
 
 
-def _kernel_backward(
-    d_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    first: torch.Tensor,
-    last: torch.Tensor,
-    tables: list[torch.Tensor],
-    scale: float,
-) -> Tensors:
+def _kernel_backward(d_out: torch.Tensor, q: torch.Tensor, *others: Any) -> tuple[torch.Tensor, ...]:
     from kernels.span_attention import launch  # needs Triton
 
-    return launch.backward(d_out, q, k, v, out, lse, first, last, tables[1], tables[2], scale, _launches(q))
+    return launch.backward(d_out, q, *others, _launches(q))
 
 
-def _fake_backward(d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any) -> Tensors:
+def _fake_backward(
+    d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any
+) -> tuple[torch.Tensor, ...]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-_TAIL = "Tensor first, Tensor last, Tensor[] tables, float scale"
-
 _attention = define(
-    f"span_attention(Tensor q, Tensor k, Tensor v, {_TAIL}) -> (Tensor, Tensor)",
+    "span_attention(Tensor q, Tensor k, Tensor v, Tensor first, Tensor last, Tensor forward_table, Tensor by_query, "
+    "Tensor by_key, float scale) -> (Tensor out, Tensor lse)",
     _reference,
     _fake,
     _backward,
@@ -127,8 +105,8 @@ _attention = define(
     kernel=_kernel,
 )
 _attention_backward = define(
-    "span_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_TAIL}) -> (Tensor, Tensor, Tensor)",
+    "span_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor first, "
+    "Tensor last, Tensor by_query, Tensor by_key, float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
     _reference_backward,
     _fake_backward,
     kernel=_kernel_backward,

@@ -45,7 +45,7 @@ def backward(
     first: torch.Tensor,
     last: torch.Tensor,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Gradients of q, k and v, in their dtypes and layouts."""
     dtype = _accumulation_dtype(q)
     queries, d_out, out = q.to(dtype), d_out.to(dtype), out.to(dtype)
