@@ -23,7 +23,7 @@ def vocabulary_statistics(
         nothing = values.new_zeros(values.shape[0])
         return torch.stack((nothing - torch.inf, nothing, nothing), dim=-1)
     is_mine, column = _place(labels_T, columns)
-    at_label = torch.where(is_mine, values.gather(1, column).squeeze(1), 0.0)
+    at_label = torch.where(is_mine, values.gather(1, column.unsqueeze(1)).squeeze(1), 0.0)
     largest = values.amax(-1, keepdim=True)
     total = (values - largest).exp_().sum(-1)
     return torch.stack((largest.squeeze(1), total, at_label), dim=-1)
@@ -44,7 +44,8 @@ def logits_gradient_(
     gradient.sub_(log_total).exp_().mul_(scale)
     if columns > 0:
         is_mine, column = _place(labels_T, columns)
-        gradient.scatter_add_(1, column, torch.where(is_mine.unsqueeze(1), -weight, 0.0))
+        token = torch.arange(len(labels_T), device=labels_T.device)
+        gradient[token, column] -= torch.where(is_mine, weight.squeeze(1), 0.0)
     if softcap != 0:
         gradient.mul_(1 - (values / softcap).square())
     if not in_place:
@@ -59,6 +60,6 @@ def capped(logits: torch.Tensor, softcap: float) -> torch.Tensor:
 
 
 def _place(labels_T: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which labels are among the columns, [T], and a column for every label, [T, 1]."""
+    """Which labels are among the columns, and a column for every label."""
     is_mine = (labels_T >= 0) & (labels_T < columns)
-    return is_mine, labels_T.clamp(0, columns - 1).unsqueeze(1)
+    return is_mine, labels_T.clamp(0, columns - 1)
