@@ -57,16 +57,11 @@ CHAT_TEMPLATE = """\
     {%- set first_user_prefix = '' -%}
     {%- set loop_messages = messages -%}
 {%- endif -%}
-{%- for message in loop_messages -%}
-    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
-        {{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
-    {%- endif -%}
-    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
-    {{ '<start_of_turn>' + role + '\\n' + (first_user_prefix if loop.first else '') }}
-    {%- if message['content'] is string -%}
-        {{ message['content'] | trim }}
-    {%- elif message['content'] is iterable -%}
-        {%- for item in message['content'] -%}
+{%- macro words(content) -%}
+    {%- if content is string -%}
+        {{ content | trim }}
+    {%- elif content is iterable -%}
+        {%- for item in content -%}
             {%- if item['type'] == 'image' -%}
                 {{ '<start_of_image>' }}
             {%- elif item['type'] == 'text' -%}
@@ -76,7 +71,19 @@ CHAT_TEMPLATE = """\
     {%- else -%}
         {{ raise_exception('Invalid content type') }}
     {%- endif -%}
-    {{ '<end_of_turn>\\n' }}
+{%- endmacro -%}
+{%- for message in loop_messages -%}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+        {{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
+    {%- endif -%}
+    {%- if message['role'] == 'assistant' -%}
+        {{- '<start_of_turn>model\\n' -}}
+        {{- words(message['content']) + '<end_of_turn>' -}}
+    {%- else -%}
+        {{- '<start_of_turn>' + message['role'] + '\\n' + (first_user_prefix if loop.first else '') -}}
+        {{- words(message['content']) + '<end_of_turn>' -}}
+    {%- endif -%}
+    {{- '\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
     {{ '<start_of_turn>model\\n' }}

@@ -31,6 +31,13 @@ from tests.data.tiny_processor import (
 SOFT_TOKENS = 4
 
 
+def written(factory: pytest.TempPathFactory, build: Callable[..., object], **options: Any) -> Path:
+    """A directory with a processor."""
+    path = factory.mktemp(build.__name__)
+    build(path, **options)
+    return path
+
+
 @pytest.fixture(scope="session")
 def rules() -> PromptRules:
     """Gemma 3's rules for the tiny processor, whose image token is id 8."""
@@ -45,17 +52,13 @@ def text_rules() -> PromptRules:
 @pytest.fixture(scope="session")
 def hf_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with Gemma 3's own chat template, which has no generation tags."""
-    path = tmp_path_factory.mktemp("gemma3")
-    build_processor(path, soft_tokens=SOFT_TOKENS)
-    return path
+    return written(tmp_path_factory, build_processor, soft_tokens=SOFT_TOKENS)
 
 
 @pytest.fixture(scope="session")
 def tagged_hf_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory whose chat template has generation tags."""
-    path = tmp_path_factory.mktemp("gemma3_tagged")
-    build_processor(path, soft_tokens=SOFT_TOKENS, chat_template=GEMMA3_GENERATION_TEMPLATE)
-    return path
+    return written(tmp_path_factory, build_processor, soft_tokens=SOFT_TOKENS, chat_template=GEMMA3_GENERATION_TEMPLATE)
 
 
 @pytest.fixture(scope="session")
@@ -71,16 +74,12 @@ def tagged_builder(tagged_hf_path: Path, rules: PromptRules) -> PromptBuilder:
 @pytest.fixture(scope="session")
 def qwen_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen3-VL directory whose template has no generation tags, as published."""
-    path = tmp_path_factory.mktemp("qwen3_vl")
-    build_qwen_processor(path)
-    return path
+    return written(tmp_path_factory, build_qwen_processor)
 
 
 @pytest.fixture(scope="session")
 def tagged_qwen_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("qwen3_vl_tagged")
-    build_qwen_processor(path, chat_template=QWEN3_VL_GENERATION_TEMPLATE)
-    return path
+    return written(tmp_path_factory, build_qwen_processor, chat_template=QWEN3_VL_GENERATION_TEMPLATE)
 
 
 @pytest.fixture(scope="session")
@@ -105,16 +104,12 @@ def tagged_qwen_builder(tagged_qwen_path: Path, qwen_rules: PromptRules) -> Prom
 @pytest.fixture(scope="session")
 def mistral_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Mistral3 directory whose template has no generation tags, as published."""
-    path = tmp_path_factory.mktemp("mistral3")
-    build_mistral_processor(path)
-    return path
+    return written(tmp_path_factory, build_mistral_processor)
 
 
 @pytest.fixture(scope="session")
 def tagged_mistral_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("mistral3_tagged")
-    build_mistral_processor(path, chat_template=MISTRAL_GENERATION_TEMPLATE)
-    return path
+    return written(tmp_path_factory, build_mistral_processor, chat_template=MISTRAL_GENERATION_TEMPLATE)
 
 
 @pytest.fixture(scope="session")

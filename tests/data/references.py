@@ -8,18 +8,37 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+from PIL import Image
 from transformers import AutoProcessor
 
 from megatron_vlm.data.formats import parse_row
 from megatron_vlm.data.images import load_image
-from megatron_vlm.data.prompts import PromptBuilder, Sample
+from megatron_vlm.data.prompts import PromptBuilder, PromptRules, Sample
+from megatron_vlm.data.videos import load_video
+from megatron_vlm.errors import ConfigError
 from tests.data.rows import row
 
+Messages = list[dict[str, Any]]
 
-def encode(builder: PromptBuilder, messages: list[dict[str, Any]], folder: Path) -> Sample:
-    """Our sample of messages whose images lie in `folder`."""
+
+def draw_pictures(folder: Path, sizes: dict[str, tuple[int, int]]) -> Path:
+    """Write noise: "photo.jpg", the transparent "glass.png", and NAME.png for names with width and height."""
+    random = np.random.default_rng(0)
+    noise = random.integers(0, 256, (90, 70, 4), np.uint8)
+    Image.fromarray(noise[..., :3]).save(folder / "photo.jpg")
+    Image.fromarray(noise).save(folder / "glass.png")
+    for name, (width, height) in sizes.items():
+        Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8)).save(folder / f"{name}.png")
+    return folder
+
+
+def encode(builder: PromptBuilder, messages: Messages, folder: Path) -> Sample:
+    """Our sample of messages whose images and videos lie in `folder`."""
     conversation = parse_row(json.dumps(row(*messages)), "rows.jsonl:7", folder)
-    return builder.encode(conversation, [load_image(source, "rows.jsonl:7", False) for source in conversation.images])
+    images = [load_image(source, "rows.jsonl:7", False) for source in conversation.images]
+    videos = [load_video(source, "rows.jsonl:7", False, builder.sample_frames) for source in conversation.videos]
+    return builder.encode(conversation, images, videos)
 
 
 def trained_text(builder: PromptBuilder, sample: Sample) -> list[str]:
@@ -31,7 +50,22 @@ def trained_text(builder: PromptBuilder, sample: Sample) -> list[str]:
     ]
 
 
-def reference(path: Path, messages: list[dict[str, Any]], folder: Path, **options: Any) -> dict[str, Any]:
+def check_trained(builder: PromptBuilder, theirs: dict[str, Any], messages: Messages, folder: Path) -> None:
+    """Our ids and trained tokens are those of the processor, called with `return_assistant_tokens_mask`."""
+    sample = encode(builder, messages, folder)
+    assert sample.input_ids.tolist() == np.asarray(theirs["input_ids"][0]).tolist()
+    assert sample.trained.astype(int).tolist() == theirs["assistant_masks"][0]
+
+
+def refusal(path: Path, rules: PromptRules, **limits: int) -> str:
+    """Why a directory does not serve, in one line."""
+    with pytest.raises(ConfigError) as raised:
+        PromptBuilder(path, rules, **limits)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def reference(path: Path, messages: Messages, folder: Path, **options: Any) -> dict[str, Any]:
     """The processor's own output for messages as a user would pass them: with paths of images."""
     messages = copy.deepcopy(messages)
     for message in messages:

@@ -31,6 +31,21 @@ def row(*messages: dict[str, Any]) -> dict[str, Any]:
     return {"messages": list(messages)}
 
 
+# What every family's template takes; the pictures are those of `references.draw_pictures`.
+CONVERSATIONS = {
+    "text": [user("Hello, how are you?"), assistant("I am fine.")],
+    "plain strings": [{"role": "user", "content": " Hello "}, {"role": "assistant", "content": " fine\n"}],
+    "one image": [user(image("0.png"), "What colour?"), assistant("Red.")],
+    "large image": [user(image("photo.jpg"), "What?"), assistant("A photo.")],
+    "transparent": [user(image("glass.png"), "What?"), assistant("Glass.")],
+    "system": [{"role": "system", "content": "Be kind."}, user(image("2.png")), assistant("Yes.")],
+    "system parts": [{"role": "system", "content": [text("Be kind.")]}, user("Hi"), assistant("Yes.")],
+    "several turns": [user("a"), assistant("b"), user(image("1.png"), "c"), assistant("d"), user("e"), assistant("f")],
+    "last turn is the user's": [user("a"), assistant("b"), user("c")],
+    "answer in parts": [user("a"), assistant(" b ", "c\n")],
+}
+
+
 def numbered_rows(count: int, name: str = "") -> list[dict[str, Any]]:
     """Rows that tell their number; every third has an image."""
     return [

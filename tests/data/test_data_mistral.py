@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.nn.functional import unfold
 from transformers import AutoProcessor, AutoTokenizer
 
@@ -22,8 +21,9 @@ from megatron_vlm.data.prompts import PromptBuilder, PromptRules
 from megatron_vlm.data.rows import RowReader
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.families.mistral3.prompt import pack_images, prompt_rules
-from tests.data.references import encode, reference, trained_text
-from tests.data.rows import assistant, image, row, text, user, video
+from tests.data import rows
+from tests.data.references import check_trained, draw_pictures, encode, reference, refusal, trained_text
+from tests.data.rows import assistant, image, row, user, video
 from tests.data.tiny_processor import (
     MISTRAL_SPECIAL_TOKENS,
     MISTRAL_TEMPLATE,
@@ -36,28 +36,18 @@ Make = Callable[..., RowReader]
 IMAGE, BREAK, END = 10, 12, 13
 PATCH, MERGE = 4, 2
 
-CONVERSATIONS = {
-    "text": [user("Hello, how are you?"), assistant("I am fine.")],
-    "plain strings": [{"role": "user", "content": " Hello "}, {"role": "assistant", "content": " fine\n"}],
-    "one image": [user(image("0.png"), "What colour?"), assistant("Red.")],
+CONVERSATIONS = rows.CONVERSATIONS | {
     "image after its text": [user("What colour?", image("0.png")), assistant("Red.")],
     "images of several sizes": [user(image("wide.png"), "and", image("tall.png"), image("dot.png")), assistant("3")],
     "images of one size": [user(image("0.png"), image("0.png"), "?"), assistant("Two.")],
     "one row of tokens": [user(image("line.png"), "?"), assistant("A line.")],
     "one column of tokens": [user(image("post.png"), "?"), assistant("A post.")],
-    "large image": [user(image("photo.jpg"), "What?"), assistant("A photo.")],
-    "transparent": [user(image("glass.png"), "What?"), assistant("Glass.")],
-    "system": [{"role": "system", "content": "Be kind."}, user(image("2.png")), assistant("Yes.")],
-    "system parts": [{"role": "system", "content": [text("Be kind.")]}, user("Hi"), assistant("Yes.")],
-    "several turns": [user("a"), assistant("b"), user(image("1.png"), "c"), assistant("d"), user("e"), assistant("f")],
     "images in two turns": [
         user(image("tall.png"), "a", image("0.png")),
         assistant("b"),
         user("c", image("dot.png"), "d", image("photo.jpg")),
         assistant("e"),
     ],
-    "last turn is the user's": [user("a"), assistant("b"), user("c")],
-    "answer in parts": [user("a"), assistant(" b ", "c\n")],
     "brackets": [user("[INST, [IMG, IMG] and </ s>"), assistant("[a] <b> [/c]")],
     "characters of several tokens": [user(image("0.png"), "e\u0301 😀 é ?"), assistant("日本 😀.")],
 }
@@ -65,14 +55,8 @@ CONVERSATIONS = {
 
 @pytest.fixture
 def pictures(folder: Path) -> Path:
-    random = np.random.default_rng(0)
-    noise = random.integers(0, 256, (90, 70, 4), np.uint8)
-    Image.fromarray(noise[..., :3]).save(folder / "photo.jpg")
-    Image.fromarray(noise).save(folder / "glass.png")
     sizes = {"wide": (47, 9), "tall": (5, 60), "dot": (1, 1), "line": (30, 8), "post": (2, 48), "thread": (49, 1)}
-    for name, (width, height) in sizes.items():
-        Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8)).save(folder / f"{name}.png")
-    return folder
+    return draw_pictures(folder, sizes)
 
 
 def patches_in_blocks(theirs: dict[str, Any]) -> tuple[list[tuple[int, int, int]], torch.Tensor]:
@@ -114,9 +98,7 @@ def test_trained_tokens_equal_assistant_masks(
 ) -> None:
     theirs = reference(tagged_mistral_path, CONVERSATIONS[name], pictures, return_assistant_tokens_mask=True)
     for ours in (tagged_mistral_builder, mistral_builder):
-        sample = encode(ours, CONVERSATIONS[name], pictures)
-        assert sample.input_ids.tolist() == theirs["input_ids"][0].tolist()
-        assert sample.trained.astype(int).tolist() == theirs["assistant_masks"][0]
+        check_trained(ours, theirs, CONVERSATIONS[name], pictures)
 
 
 def test_trained_text_reads_as_expected(mistral_builder: PromptBuilder, pictures: Path) -> None:
@@ -197,12 +179,6 @@ def test_most_pixels_are_a_longest_edge(
 
 
 def test_directories_that_do_not_serve(tmp_path: Path, mistral_path: Path, mistral_rules: PromptRules) -> None:
-    def refusal(path: Path, rules: PromptRules = mistral_rules, **limits: int) -> str:
-        with pytest.raises(ConfigError) as raised:
-            PromptBuilder(path, rules, **limits)
-        assert "\n" not in str(raised.value)
-        return str(raised.value)
-
     build_mistral_processor(tmp_path / "large", patch_size=8)
     build_mistral_processor(tmp_path / "merged", merge_size=1)
     build_mistral_processor(tmp_path / "silent", chat_template=None)
@@ -211,15 +187,17 @@ def test_directories_that_do_not_serve(tmp_path: Path, mistral_path: Path, mistr
     for file in mistral_path.iterdir():
         text = file.read_text().replace("[IMG_BREAK]", "[ROW]") if file.name == "tokenizer.json" else file.read_text()
         (tmp_path / "other" / file.name).write_text(text)
-    assert "the processor's patch_size is 8, config.json says 4" in refusal(tmp_path / "large")
-    assert "the processor's spatial_merge_size is 1, config.json says 2" in refusal(tmp_path / "merged")
-    assert "has no chat template" in refusal(tmp_path / "silent")
-    assert "does not mark the assistant's turns with '[/INST]'" in refusal(tmp_path / "strange")
-    assert "writes [IMG_BREAK], which is no token of the tokenizer" in refusal(tmp_path / "other")
+    assert "the processor's patch_size is 8, config.json says 4" in refusal(tmp_path / "large", mistral_rules)
+    assert "the processor's spatial_merge_size is 1, config.json says 2" in refusal(tmp_path / "merged", mistral_rules)
+    assert "has no chat template" in refusal(tmp_path / "silent", mistral_rules)
+    assert "does not mark the assistant's turns with '[/INST]'" in refusal(tmp_path / "strange", mistral_rules)
+    assert "writes [IMG_BREAK], which is no token of the tokenizer" in refusal(tmp_path / "other", mistral_rules)
     other = dataclasses.replace(mistral_rules, image_token_id=12)
     assert "image token is 10, config.json says 12" in refusal(mistral_path, other)
-    assert "min_pixels is 100, but this model's processor enlarges no image" in refusal(mistral_path, min_pixels=100)
-    assert "max_pixels is 63, fewer than the 64 of one token" in refusal(mistral_path, max_pixels=63)
+    assert "min_pixels is 100, but this model's processor enlarges no image" in refusal(
+        mistral_path, mistral_rules, min_pixels=100
+    )
+    assert "max_pixels is 63, fewer than the 64 of one token" in refusal(mistral_path, mistral_rules, max_pixels=63)
 
 
 def test_placeholders_must_be_those_of_the_images() -> None:

@@ -17,6 +17,7 @@ from megatron_vlm.data.prompts import PromptRules, Sample
 from megatron_vlm.data.rows import RowReader
 from megatron_vlm.families.qwen3_vl.prompt import prompt_rules
 from tests.data.rows import assistant, image, row, user, video
+from tests.families import qwen3_vl
 
 Make = Callable[..., RowReader]
 IMAGE, VIDEO, TEXT = 1, 2, 0
@@ -24,27 +25,8 @@ IMAGE, VIDEO, TEXT = 1, 2, 0
 
 def tiny_config(rules: PromptRules, merge_size: int = 2) -> Qwen3VLConfig:
     return Qwen3VLConfig(
-        text_config={
-            "vocab_size": 416,
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "head_dim": 16,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 2, 2]},
-        },
-        vision_config={
-            "depth": 1,
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_heads": 2,
-            "patch_size": 4,
-            "spatial_merge_size": merge_size,
-            "out_hidden_size": 32,
-            "num_position_embeddings": 16,
-            "deepstack_visual_indexes": [0],
-        },
+        text_config=qwen3_vl.TEXT | {"vocab_size": 416},
+        vision_config=qwen3_vl.VISION | {"spatial_merge_size": merge_size},
         image_token_id=rules.image_token_id,
         video_token_id=rules.video_token_id,
     )

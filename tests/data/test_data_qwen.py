@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,39 +11,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import AutoProcessor
 
 from megatron_vlm.config import DataSource
 from megatron_vlm.data.collate import collate
 from megatron_vlm.data.describe import check_rows, describe_sample
-from megatron_vlm.data.formats import parse_row
-from megatron_vlm.data.images import load_image
 from megatron_vlm.data.loader import Share, build_train_loader
-from megatron_vlm.data.prompts import PromptBuilder, PromptRules, Sample
+from megatron_vlm.data.prompts import PromptBuilder, PromptRules
 from megatron_vlm.data.rows import RowReader
-from megatron_vlm.data.videos import load_video
 from megatron_vlm.data.visuals import pack_in_reading_order
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.families.qwen3_vl.prompt import prompt_rules
-from tests.data.rows import assistant, image, row, text, user, video, write_jsonl
+from tests.data import rows
+from tests.data.references import check_trained, draw_pictures, encode, refusal
+from tests.data.rows import assistant, image, row, user, video, write_jsonl
 from tests.data.tiny_processor import QWEN3_VL_TEMPLATE, build_qwen_processor, build_qwen_tokenizer
 
 Make = Callable[..., RowReader]
 FRAMES = [f"frame{number}.png" for number in range(7)]
 
-CONVERSATIONS = {
-    "text": [user("Hello, how are you?"), assistant("I am fine.")],
-    "plain strings": [{"role": "user", "content": " Hello "}, {"role": "assistant", "content": " fine\n"}],
-    "one image": [user(image("0.png"), "What colour?"), assistant("Red.")],
+CONVERSATIONS = rows.CONVERSATIONS | {
     "images of several sizes": [user(image("wide.png"), "and", image("tall.png"), image("dot.png")), assistant("3")],
-    "large image": [user(image("photo.jpg"), "What?"), assistant("A photo.")],
-    "transparent": [user(image("glass.png"), "What?"), assistant("Glass.")],
-    "system": [{"role": "system", "content": "Be kind."}, user(image("2.png")), assistant("Yes.")],
-    "system parts": [{"role": "system", "content": [text("Be kind.")]}, user("Hi"), assistant("Yes.")],
-    "several turns": [user("a"), assistant("b"), user(image("1.png"), "c"), assistant("d"), user("e"), assistant("")],
-    "last turn is the user's": [user("a"), assistant("b"), user("c")],
-    "answer in parts": [user("a"), assistant(" b ", "c\n")],
+    "no answer": [user("a"), assistant("b"), user(image("1.png"), "c"), assistant("d"), user("e"), assistant("")],
     # The tokenizer composes characters, so offsets must be those of the text as written.
     "composed characters": [user(image("0.png"), "e\u0301 \u1100\u1161 😀"), assistant("e\u0301te\u0301 日本 😀.")],
     "video": [user(video(FRAMES[:4]), "What moves?"), assistant("It.")],
@@ -63,22 +51,8 @@ CONVERSATIONS = {
 
 @pytest.fixture
 def pictures(folder: Path) -> Path:
-    random = np.random.default_rng(0)
-    noise = random.integers(0, 256, (90, 70, 4), np.uint8)
-    Image.fromarray(noise[..., :3]).save(folder / "photo.jpg")
-    Image.fromarray(noise).save(folder / "glass.png")
-    for name, (width, height) in {"wide": (50, 9), "tall": (5, 60), "dot": (1, 1), "thread": (1, 201)}.items():
-        Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8)).save(folder / f"{name}.png")
-    for name in FRAMES:
-        Image.fromarray(random.integers(0, 256, (24, 33, 3), np.uint8)).save(folder / name)
-    return folder
-
-
-def encode(builder: PromptBuilder, messages: list[dict[str, Any]], folder: Path) -> Sample:
-    conversation = parse_row(json.dumps(row(*messages)), "rows.jsonl:7", folder)
-    images = [load_image(source, "rows.jsonl:7", False) for source in conversation.images]
-    videos = [load_video(source, "rows.jsonl:7", False, builder.sample_frames) for source in conversation.videos]
-    return builder.encode(conversation, images, videos)
+    sizes = {"wide": (50, 9), "tall": (5, 60), "dot": (1, 1), "thread": (1, 201)}
+    return draw_pictures(folder, sizes | {Path(name).stem: (33, 24) for name in FRAMES})
 
 
 def reference(path: Path, messages: list[dict[str, Any]], folder: Path, **options: Any) -> dict[str, Any]:
@@ -162,9 +136,7 @@ def test_trained_tokens_equal_assistant_masks(
     messages = CONVERSATIONS[name]
     theirs = reference(tagged_qwen_path, messages, pictures, return_assistant_tokens_mask=True)
     for ours in (tagged_qwen_builder, qwen_builder):
-        sample = encode(ours, messages, pictures)
-        assert sample.input_ids.tolist() == theirs["input_ids"][0]
-        assert sample.trained.astype(int).tolist() == theirs["assistant_masks"][0]
+        check_trained(ours, theirs, messages, pictures)
 
 
 def test_text_only_model(tmp_path: Path, folder: Path) -> None:
@@ -220,21 +192,19 @@ def test_pixel_limits_are_the_processor_s(
 
 
 def test_directories_that_do_not_serve(tmp_path: Path, qwen_path: Path, qwen_rules: PromptRules) -> None:
-    def refusal(path: Path, rules: PromptRules = qwen_rules, **limits: int) -> str:
-        with pytest.raises(ConfigError) as raised:
-            PromptBuilder(path, rules, **limits)
-        assert "\n" not in str(raised.value)
-        return str(raised.value)
-
     build_qwen_processor(tmp_path / "large", patch_size=8)
     build_qwen_processor(tmp_path / "merged", merge_size=4)
-    assert "the processor's image_processor.patch_size is 8, config.json says 4" in refusal(tmp_path / "large")
-    assert "the processor's image_processor.merge_size is 4, config.json says 2" in refusal(tmp_path / "merged")
+    assert "the processor's image_processor.patch_size is 8, config.json says 4" in refusal(
+        tmp_path / "large", qwen_rules
+    )
+    assert "the processor's image_processor.merge_size is 4, config.json says 2" in refusal(
+        tmp_path / "merged", qwen_rules
+    )
     other = dataclasses.replace(qwen_rules, video_token_id=7)
     assert f"video token is {qwen_rules.video_token_id}, config.json says 7" in refusal(qwen_path, other)
-    assert "images would have at least 2048 and at most 1024 pixels" in refusal(qwen_path, min_pixels=2048)
-    assert "images would have at least 64 and at most 32 pixels" in refusal(qwen_path, max_pixels=32)
-    assert "at least 0 and" in refusal(qwen_path, min_pixels=0)
+    assert "images would have at least 2048 and at most 1024 pixels" in refusal(qwen_path, qwen_rules, min_pixels=2048)
+    assert "images would have at least 64 and at most 32 pixels" in refusal(qwen_path, qwen_rules, max_pixels=32)
+    assert "at least 0 and" in refusal(qwen_path, qwen_rules, min_pixels=0)
 
 
 BAD_ROWS = {

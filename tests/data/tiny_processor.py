@@ -30,54 +30,22 @@ from demo.mistral3 import train_tokenizer as train_mistral_tokenizer
 from demo.qwen3_vl import CHAT_TEMPLATE as QWEN3_VL_TEMPLATE
 from demo.qwen3_vl import train_tokenizer
 
-# The demo's prompt with generation tags around an assistant's text and its end-of-turn token, so that transformers'
+# The demos' templates with generation tags around an assistant's text and its end-of-turn token, so that transformers'
 # own assistant mask can judge ours.
-GEMMA3_GENERATION_TEMPLATE = """\
-{{ bos_token }}
-{%- if messages[0]['role'] == 'system' -%}
-    {%- if messages[0]['content'] is string -%}
-        {%- set first_user_prefix = messages[0]['content'] + '
-
-' -%}
-    {%- else -%}
-        {%- set first_user_prefix = messages[0]['content'][0]['text'] + '
-
-' -%}
-    {%- endif -%}
-    {%- set loop_messages = messages[1:] -%}
-{%- else -%}
-    {%- set first_user_prefix = "" -%}
-    {%- set loop_messages = messages -%}
-{%- endif -%}
-{%- macro body(message) -%}
-    {%- if message['content'] is string -%}
-        {{ message['content'] | trim }}
-    {%- else -%}
-        {%- for item in message['content'] -%}
-            {%- if item['type'] == 'image' -%}
-                {{ '<start_of_image>' }}
-            {%- elif item['type'] == 'text' -%}
-                {{ item['text'] | trim }}
-            {%- endif -%}
-        {%- endfor -%}
-    {%- endif -%}
-{%- endmacro -%}
-{%- for message in loop_messages -%}
-    {%- if message['role'] == 'assistant' -%}
-        {{ '<start_of_turn>model
-' }}{% generation %}{{ body(message) + '<end_of_turn>' }}{% endgeneration %}{{ '
-' }}
-    {%- else -%}
-        {{ '<start_of_turn>' + message['role'] + '
-' + (first_user_prefix if loop.first else "") + body(message) + '<end_of_turn>
-' }}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{'<start_of_turn>model
-'}}
-{%- endif -%}
-"""
+GEMMA3_GENERATION_TEMPLATE = CHAT_TEMPLATE.replace(
+    "{{- words(message['content']) + '<end_of_turn>' -}}",
+    "{%- generation -%}{{- words(message['content']) + '<end_of_turn>' -}}{%- endgeneration -%}",
+    1,
+)
+QWEN3_VL_GENERATION_TEMPLATE = QWEN3_VL_TEMPLATE.replace(
+    "{{- words(message.content) + '<|im_end|>' -}}",
+    "{%- generation -%}{{- words(message.content) + '<|im_end|>' -}}{%- endgeneration -%}",
+    1,
+)
+MISTRAL_GENERATION_TEMPLATE = MISTRAL_TEMPLATE.replace(
+    "{{- words(message.content) + eos_token -}}",
+    "{%- generation -%}{{- words(message.content) + eos_token -}}{%- endgeneration -%}",
+)
 
 # Gemma's control tokens; <pad> must be id 0 because the embedding keeps row 0 out of the lookup's gradient.
 SPECIAL_TOKENS = (
@@ -152,14 +120,6 @@ def build_processor(
     return processor
 
 
-# Tags as in GEMMA3_GENERATION_TEMPLATE.
-QWEN3_VL_GENERATION_TEMPLATE = QWEN3_VL_TEMPLATE.replace(
-    "{{- words(message.content) + '<|im_end|>' -}}",
-    "{%- generation -%}{{- words(message.content) + '<|im_end|>' -}}{%- endgeneration -%}",
-    1,
-)
-
-
 def build_qwen_tokenizer(chat_template: str | None = QWEN3_VL_TEMPLATE) -> Qwen2Tokenizer:
     """A Qwen tokenizer of about 400 ids with Qwen3-VL's control tokens."""
     tokenizer = train_tokenizer(CORPUS, max_learned_tokens=144)
@@ -197,11 +157,6 @@ def build_qwen_processor(
     processor.save_pretrained(directory)
     return processor
 
-
-MISTRAL_GENERATION_TEMPLATE = MISTRAL_TEMPLATE.replace(
-    "{{- words(message.content) + eos_token -}}",
-    "{%- generation -%}{{- words(message.content) + eos_token -}}{%- endgeneration -%}",
-)
 
 # How byte-level tokenizers write bytes in their vocabularies.
 BYTE_OF_CHARACTER = {character: byte for byte, character in bytes_to_unicode().items()}
