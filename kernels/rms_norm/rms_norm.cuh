@@ -98,34 +98,36 @@ struct WeightGradient {
   __device__ __forceinline__ WeightGradient(float* partials, Columns<N, CHUNKS> columns) : partials(partials) {
     columns.each([&](int chunk, int column) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        if constexpr (CHUNKS > 0) {
-          held[chunk][i] = 0.0f;
-        } else if (partials) {
-          partials[column + i] = 0.0f;
-        }
-      }
+      for (int i = 0; i < N; ++i) held[chunk][i] = 0.0f;
+      if (CHUNKS == 0 && partials) store_floats(column, held[0]);
     });
   }
 
-  __device__ __forceinline__ void add(int chunk, int column, int i, float value) {
+  __device__ __forceinline__ void add(int chunk, int column, const float (&values)[N]) {
     if constexpr (CHUNKS > 0) {
-      held[chunk][i] += value;
+#pragma unroll
+      for (int i = 0; i < N; ++i) held[chunk][i] += values[i];
     } else if (partials) {
-      partials[column + i] += value;
+      const Vector<float, N> before = load<N>(partials + column);
+      float sums[N];
+#pragma unroll
+      for (int i = 0; i < N; ++i) sums[i] = before[i] + values[i];
+      store_floats(column, sums);
     }
   }
 
   __device__ __forceinline__ void write(Columns<N, CHUNKS> columns) const {
     if constexpr (CHUNKS > 0) {
       if (!partials) return;
-      columns.each([&](int chunk, int column) {
-        Vector<float, N> sums;
-#pragma unroll
-        for (int i = 0; i < N; ++i) sums.at[i] = held[chunk][i];
-        store(partials + column, sums);
-      });
+      columns.each([&](int chunk, int column) { store_floats(column, held[chunk]); });
     }
+  }
+
+  __device__ __forceinline__ void store_floats(int column, const float (&values)[N]) const {
+    Vector<float, N> sums;
+#pragma unroll
+    for (int i = 0; i < N; ++i) sums.at[i] = values[i];
+    store(partials + column, sums);
   }
 };
 
@@ -280,13 +282,15 @@ __global__ void __launch_bounds__(max_threads(CHUNKS), 1)
       Vector<T, N> other;
       if (addend) other = addends.at(chunk, column);
       Vector<T, N> result;
+      float for_weight[N];
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         const float flowing = norm.input(value[i], gradient[i] * factors[i]);
         result.set(i, addend ? other[i] + flowing : flowing);
-        weight_gradient.add(chunk, column, i, gradient[i] * value[i] * norm.scale);
+        for_weight[i] = gradient[i] * value[i] * norm.scale;
       }
       store(grad_x + start + column, result);
+      weight_gradient.add(chunk, column, for_weight);
     });
   }
   weight_gradient.write({size});
@@ -320,14 +324,15 @@ __global__ void __launch_bounds__(max_threads(CHUNKS), 1)
       columns.each([&](int chunk, int column) {
         const Vector<T, N> total = totals.at(chunk, column), gradient = gradients.at(chunk, column);
         Vector<T, N> result = flowing.at(chunk, column);
-        float factors[N];
+        float factors[N], for_weight[N];
         weights.at(chunk, column, factors);
 #pragma unroll
         for (int i = 0; i < N; ++i) {
           result.set(i, result[i] + norm.input(total[i], gradient[i] * factors[i]));
-          weight_gradient.add(chunk, column, i, gradient[i] * total[i] * norm.scale);
+          for_weight[i] = gradient[i] * total[i] * norm.scale;
         }
         flowing.write(grad_residual + start, chunk, column, result);
+        weight_gradient.add(chunk, column, for_weight);
       });
     }
     flowing.now_in(grad_residual + start);
@@ -339,15 +344,16 @@ __global__ void __launch_bounds__(max_threads(CHUNKS), 1)
     const NormGradient norm(sums, size, eps);
     columns.each([&](int chunk, int column) {
       const Vector<T, N> value = inputs.at(chunk, column), gradient = flowing.at(chunk, column);
-      float factors[N];
+      float factors[N], for_weight[N];
       post_weights.at(chunk, column, factors);
       Vector<T, N> result;
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         result.set(i, norm.input(value[i], gradient[i] * factors[i]));
-        post_weight_gradient.add(chunk, column, i, gradient[i] * value[i] * norm.scale);
+        for_weight[i] = gradient[i] * value[i] * norm.scale;
       }
       store(grad_x + start + column, result);
+      post_weight_gradient.add(chunk, column, for_weight);
     });
   }
   post_weight_gradient.write({size});

@@ -1,0 +1,188 @@
+"""The compiled extension: made from these sources, reached by calls, well compiled; and what happens without it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import kernels.rms_norm as rms_norm_operators
+from kernels import library
+from tests.kernels.static_code import ARCHITECTURES, read_code
+
+ROOT = Path(__file__).parents[2]
+CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+
+
+def _setup() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("setup_of_kernels", ROOT / "setup.py")
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+setup = _setup()
+
+
+def _has_nvcc() -> bool:
+    try:
+        return bool(setup.find_nvcc())
+    except setup.NoKernelsError:
+        return False
+
+
+needs_extension = pytest.mark.skipif(not _has_nvcc(), reason="no CUDA toolkit")
+
+
+@needs_extension
+def test_it_is_built_from_these_sources() -> None:
+    log = library.BUILD_LOG.read_text().splitlines()
+    assert library.BINARY.exists() and log[1] == setup.source_hash(), f"{log[0]}, from other sources: make install"
+
+
+@needs_extension
+def test_calls_reach_it() -> None:
+    """Through the dispatcher, torch's stable ABI and our checks, up to the launch: nothing is launched for no rows."""
+    rows, weight = torch.empty(0, 8), torch.randn(8)
+    for given in (weight, None):
+        assert rms_norm_operators._rms_norm.redispatch(CUDA, rows, given, 1e-6, True).shape == (0, 8)
+    results = rms_norm_operators._rms_norm_add_rms_norm_backward.redispatch(
+        CUDA, rows, rows, rows, rows, weight, None, 1e-6, True, True
+    )
+    # Gradients of weights are sums over no rows.
+    assert [tuple(result.shape) for result in results] == [(0, 8), (0, 8), (8,), (0,)] and not results[2].any()
+    with pytest.raises(RuntimeError, match="one element for each of a row"):
+        rms_norm_operators._rms_norm.redispatch(CUDA, torch.randn(2, 8), torch.randn(9), 1e-6, True)
+
+
+@needs_extension
+def test_every_operator_has_its_kernel() -> None:
+    """Names that .cu files register, and operators that Python defines, are the same."""
+    registered = set()
+    for path in (ROOT / "kernels").glob("*/*.cu"):
+        registered |= set(re.findall(r'm\.impl\("(\w+)"', path.read_text()))
+        importlib.import_module(f"kernels.{path.parent.name}")
+    assert len(registered) > 5
+    for name in registered:
+        dump = torch._C._dispatch_dump(f"{library.NAMESPACE}::{name}")
+        assert re.search(r"^CUDA: registered at .*\.cu:", dump, re.MULTILINE), f"{name} runs its reference on CUDA"
+
+
+# Kernels whose accesses are scattered or a handful of numbers.
+NO_VECTORS = {"sum_partials", "expert_counts", "expert_index"}
+# What only reads rows and writes a few numbers for each.
+NO_WIDE_STORES = {"statistics_kernel"}
+
+
+@needs_extension
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_spills_and_wide_accesses(architecture: str) -> None:
+    codes = read_code(architecture)
+    assert len(codes) > 50
+    for code in codes:
+        assert code.stack_bytes == 0, f"{code.name} keeps {code.stack_bytes} bytes of each thread out of registers"
+        assert code.shared_bytes <= 48 << 10
+        if code.kernel.startswith("rms_norm") and not code.name.endswith(", 1, 0>"):
+            assert code.wide_loads and code.wide_stores, f"{code.name} reads or writes less than 16 bytes at a time"
+    for kernel in {code.kernel for code in codes} - NO_VECTORS:
+        variants = [code for code in codes if code.kernel == kernel]
+        assert any(code.wide_loads for code in variants), f"no variant of {kernel} loads 16 bytes"
+        if kernel not in NO_WIDE_STORES:
+            assert any(code.wide_stores for code in variants), f"no variant of {kernel} stores 16 bytes"
+
+
+@pytest.fixture
+def no_binary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """The library as where nothing was built; yields the log's path."""
+    log = tmp_path / "_C.txt"
+    monkeypatch.setattr(library, "BINARY", tmp_path / "_C.abi3.so")
+    monkeypatch.setattr(library, "BUILD_LOG", log)
+    for cached in (library._load_binary, library._complain):
+        cached.cache_clear()
+    yield log
+    for cached in (library._load_binary, library._complain):
+        cached.cache_clear()
+
+
+def _define_double(name: str):
+    return library.define(f"{name}(Tensor x) -> Tensor", lambda x: 2 * x, torch.empty_like)
+
+
+def test_without_it_the_reference_runs_with_one_warning(no_binary: Path) -> None:
+    no_binary.write_text("CUDA kernels: not built, no nvcc on the path\nhash\n")
+    double, x = _define_double("test_double"), torch.ones(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        double(x)
+    with pytest.warns(UserWarning, match="no nvcc on the path. Reference operators run instead.*install again"):
+        assert double.redispatch(CUDA, x).equal(2 * x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        double.redispatch(CUDA, x)
+
+
+def test_strict_mode_refuses_the_reference(no_binary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(library.STRICT_VARIABLE, "1")
+    double = _define_double("test_strict_double")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=f"not built.*or unset {library.STRICT_VARIABLE}"):
+            double.redispatch(CUDA, torch.ones(3))
+    assert double(torch.ones(3)).sum() == 6
+
+
+def test_a_binary_that_does_not_load_is_told(no_binary: Path) -> None:
+    library.BINARY.write_bytes(b"no library")
+    double = _define_double("test_broken_double")
+    with pytest.warns(UserWarning, match="CUDA kernels: .*_C.abi3.so"):
+        double.redispatch(CUDA, torch.ones(3))
+
+
+def test_an_operator_that_the_binary_lacks_runs_its_reference() -> None:
+    library._complain.cache_clear()
+    double = _define_double("test_new_double")
+    with pytest.warns(UserWarning, match="CUDA kernels"):
+        double.redispatch(CUDA, torch.ones(3))
+
+
+def test_a_missing_or_broken_toolkit_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(setup.NoKernelsError, match=f"no nvcc in {tmp_path}/bin"):
+        setup.build(tmp_path / "kernels.so", tmp_path / "build")
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho cicc: not found >&2\nexit 127\n")
+    nvcc.chmod(0o755)
+    with pytest.raises(setup.NoKernelsError, match="nvcc cannot compile an empty kernel") as error:
+        setup.build(tmp_path / "kernels.so", tmp_path / "build")
+    assert "cicc: not found" in error.value.output
+
+
+@pytest.mark.parametrize("strict", ["0", "1"])
+def test_installing_without_a_toolkit(strict: str, tmp_path: Path) -> None:
+    for path in ("setup.py", "pyproject.toml", "LICENSE"):
+        (tmp_path / path).write_bytes((ROOT / path).read_bytes())
+    (tmp_path / "kernels").mkdir()
+    environment = {**os.environ, "CUDA_HOME": "/no/toolkit", library.STRICT_VARIABLE: strict}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    reason = "no nvcc in /no/toolkit/bin"
+    if strict == "1":
+        assert done.returncode != 0 and reason in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "kernels/_C.txt").read_text().startswith(f"CUDA kernels: not built, {reason}\n")
