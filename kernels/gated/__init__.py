@@ -2,11 +2,12 @@
 
 Backward needs gate and up only, which the products before wrote; nothing else is kept.
 
-Results are never written over arguments. In the forward pass gate and up are read again by the backward pass. There,
-writing gradients over them is right only if nobody reads them later: a graph that is kept (`retain_graph`), a hook or
-a saved-tensor hook may, and an operator cannot know. It would spare no traffic, only one buffer while the kernel runs.
-The kernels themselves read each vector before they write it: a caller that owns its arguments may let results lie over
-them.
+In place where that is safe: the backward pass writes the gradients of gate and up over them (`consume`), if the caller
+has given them up and the graph ends with this pass. With `retain_graph` the next pass reads them; a leaf's values are
+its owner's; a compiler decides about memory itself: there, and without `consume`, gradients have memory of their own.
+Whoever else saved gate or up for a later step of the same pass gets an error from autograd instead of wrong values. The
+forward pass never writes over its arguments, which the backward pass reads; nor is the incoming gradient written over,
+which autograd may have given to others too.
 
 Shapes: T rows (any leading dimensions), F columns of gate and of up.
 """
@@ -29,7 +30,11 @@ ACTIVATIONS: dict[Activation, int] = {
 
 
 def gated(
-    gate: torch.Tensor, up: torch.Tensor, activation: Activation, factor: torch.Tensor | None = None
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    activation: Activation,
+    factor: torch.Tensor | None = None,
+    consume: bool = False,
 ) -> torch.Tensor:
     """activation(gate) * up, times a factor of each row.
 
@@ -38,19 +43,24 @@ def gated(
         up: the same shape and dtype.
         activation: "silu", "gelu_tanh" or "gelu" (exact).
         factor: [...] fp32.
+        consume: nobody else reads gate and up, so that gradients may be written over them.
 
     Returns:
         [..., F] in gate's dtype, computed in fp32 and rounded once.
     """
-    return _gated(gate.contiguous(), up.contiguous(), factor, ACTIVATIONS[activation])
+    return _gated(gate.contiguous(), up.contiguous(), factor, ACTIVATIONS[activation], consume)
 
 
-def gated_halves(gate_up: torch.Tensor, activation: Activation, factor: torch.Tensor | None = None) -> torch.Tensor:
+def gated_halves(
+    gate_up: torch.Tensor, activation: Activation, factor: torch.Tensor | None = None, consume: bool = False
+) -> torch.Tensor:
     """`gated` of the two halves of [..., 2 F]; their gradient is one tensor too."""
-    return _gated(gate_up.contiguous(), None, factor, ACTIVATIONS[activation])
+    return _gated(gate_up.contiguous(), None, factor, ACTIVATIONS[activation], consume)
 
 
-def _fake(gate: torch.Tensor, up: torch.Tensor | None, factor: torch.Tensor | None, activation: int) -> torch.Tensor:
+def _fake(
+    gate: torch.Tensor, up: torch.Tensor | None, factor: torch.Tensor | None, activation: int, consume: bool
+) -> torch.Tensor:
     return gate.new_empty((*gate.shape[:-1], gate.shape[-1] // (2 if up is None else 1)))
 
 
@@ -64,19 +74,44 @@ def _fake_backward(
     return [torch.empty_like(tensor) for tensor in (gate, up, factor) if tensor is not None]
 
 
+def _fake_backward_in_place(
+    gradient: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor | None,
+    factor: torch.Tensor | None,
+    activation: int,
+) -> torch.Tensor:
+    return gradient.new_empty(0) if factor is None else torch.empty_like(factor)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    gate, up, factor, ctx.activation = inputs
+    gate, up, factor, ctx.activation, ctx.consume = inputs
     ctx.save_for_backward(gate, up, factor)
 
 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    gradients = iter(_gated_backward(gradient.contiguous(), *saved, ctx.activation))
-    return (*(None if tensor is None else next(gradients) for tensor in saved), None)
+    gate, up, factor = ctx.saved_tensors
+    arguments = (gradient.contiguous(), gate, up, factor, ctx.activation)
+    if not (ctx.consume and _is_last_use(gate)):
+        gradients = iter(_gated_backward(*arguments))
+        return (*(None if tensor is None else next(gradients) for tensor in (gate, up, factor)), None, None)
+    grad_factor = _gated_backward_in_place(*arguments)
+    consumed = [None if tensor is None else tensor.detach() for tensor in (gate, up)]
+    torch.autograd.graph.increment_version([tensor for tensor in consumed if tensor is not None])
+    return (*consumed, None if factor is None else grad_factor, None, None)
+
+
+def _is_last_use(saved: torch.Tensor) -> bool:
+    """Whether nothing reads what a node of the graph saved after its backward pass, if it was given up.
+
+    AOTAutograd asks the same before it donates saved tensors' memory. Its tracing runs on a subclass.
+    """
+    ends = not torch._C._autograd._get_current_graph_task_keep_graph()
+    return ends and not saved.is_leaf and type(saved) is torch.Tensor
 
 
 _gated = define(
-    "gated(Tensor gate, Tensor? up, Tensor? factor, int activation) -> Tensor",
+    "gated(Tensor gate, Tensor? up, Tensor? factor, int activation, bool consume) -> Tensor",
     reference.gated,
     _fake,
     _backward,
@@ -86,4 +121,9 @@ _gated_backward = define(
     "gated_backward(Tensor gradient, Tensor gate, Tensor? up, Tensor? factor, int activation) -> Tensor[]",
     reference.gated_backward,
     _fake_backward,
+)
+_gated_backward_in_place = define(
+    "gated_backward_(Tensor gradient, Tensor(a!) gate, Tensor(b!)? up, Tensor? factor, int activation) -> Tensor",
+    reference.gated_backward_,
+    _fake_backward_in_place,
 )

@@ -75,7 +75,7 @@ unsigned flat_blocks(int64_t num_vectors) {
 }
 
 Tensor gated(const Tensor& gate, const std::optional<Tensor>& up, const std::optional<Tensor>& factor,
-             int64_t activation) {
+             int64_t activation, bool /* consume: for the backward pass */) {
   const Arguments a(gate, up, factor);
   std::vector<int64_t> sizes(a.gate.sizes().begin(), a.gate.sizes().end());
   sizes.back() = a.width;
@@ -100,49 +100,64 @@ Tensor gated(const Tensor& gate, const std::optional<Tensor>& up, const std::opt
   return product;
 }
 
-std::vector<Tensor> gated_backward(const Tensor& given_gradient, const Tensor& gate, const std::optional<Tensor>& up,
-                                   const std::optional<Tensor>& factor, int64_t activation) {
-  const Arguments a(gate, up, factor);
+std::optional<Tensor> like(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? std::optional<Tensor>(torch::stable::empty_like(*tensor)) : std::nullopt;
+}
+
+// Write all gradients; those of gate and up may lie over gate and up.
+void write_gradients(const Tensor& given_gradient, const Arguments& a, int64_t activation, const Tensor& grad_gate,
+                     const std::optional<Tensor>& grad_up, std::optional<Tensor>& grad_factor) {
   const Tensor gradient = as_contiguous(given_gradient);
   STD_TORCH_CHECK(gradient.numel() == a.num_rows * a.width && gradient.scalar_type() == a.gate.scalar_type() &&
                       gradient.get_device_index() == a.gate.get_device_index(),
                   "gated_backward: a gradient is like the result");
-  const Tensor grad_gate = torch::stable::empty_like(a.gate);
-  const auto like = [](const std::optional<Tensor>& tensor) {
-    return tensor.has_value() ? std::optional<Tensor>(torch::stable::empty_like(*tensor)) : std::nullopt;
-  };
-  const std::optional<Tensor> grad_up = like(a.up);
-  std::optional<Tensor> grad_factor = like(a.factor);
-  std::vector<Tensor> results = {grad_gate};
-  if (grad_up.has_value()) results.push_back(*grad_up);
-  if (grad_factor.has_value()) results.push_back(*grad_factor);
   if (gradient.numel() == 0) {
     // Rows without columns add nothing.
     if (grad_factor.has_value()) torch::stable::zero_(*grad_factor);
-    return results;
+    return;
   }
   const OnDevice device(a.gate);
-  with_variant(a, {&gradient, &grad_gate, grad_up.has_value() ? &*grad_up : &grad_gate}, activation,
-               [&](auto zero, auto n, auto of) {
-                 using T = decltype(zero);
-                 const T* const first = memory_of<T>(a.gate);
-                 const T* const second = a.second<T>(a.gate, a.up);
-                 T* const to = memory_of<T>(grad_gate);
-                 T* const second_to = a.second<T>(grad_gate, grad_up);
-                 if (a.is_flat()) {
-                   const int64_t num_vectors = a.num_rows * a.width / n;
-                   gated_flat_gradient<T, n, of><<<flat_blocks(num_vectors), FLAT_THREADS, 0, device.stream>>>(
-                       memory_of<T>(gradient), first, second, to, second_to, num_vectors);
-                 } else {
-                   gated_rows_gradient<T, n, of>
-                       <<<ceil_divide(a.num_rows, ROW_WARPS), dim3(WARP, ROW_WARPS), 0, device.stream>>>(
-                           memory_of<T>(gradient), first, second, pointer_of<float>(a.factor), to, second_to,
-                           grad_factor.has_value() ? memory_of<float>(*grad_factor) : nullptr, a.num_rows,
-                           static_cast<int>(a.width / n), a.stride);
-                 }
-               });
+  const auto launch = [&](auto zero, auto n, auto of) {
+    using T = decltype(zero);
+    const T* const first = memory_of<T>(a.gate);
+    const T* const second = a.second<T>(a.gate, a.up);
+    T* const to = memory_of<T>(grad_gate);
+    T* const second_to = a.second<T>(grad_gate, grad_up);
+    if (a.is_flat()) {
+      const int64_t num_vectors = a.num_rows * a.width / n;
+      gated_flat_gradient<T, n, of><<<flat_blocks(num_vectors), FLAT_THREADS, 0, device.stream>>>(
+          memory_of<T>(gradient), first, second, to, second_to, num_vectors);
+    } else {
+      gated_rows_gradient<T, n, of><<<ceil_divide(a.num_rows, ROW_WARPS), dim3(WARP, ROW_WARPS), 0, device.stream>>>(
+          memory_of<T>(gradient), first, second, pointer_of<float>(a.factor), to, second_to,
+          grad_factor.has_value() ? memory_of<float>(*grad_factor) : nullptr, a.num_rows,
+          static_cast<int>(a.width / n), a.stride);
+    }
+  };
+  with_variant(a, {&gradient, &grad_gate, grad_up.has_value() ? &*grad_up : &grad_gate}, activation, launch);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+std::vector<Tensor> gated_backward(const Tensor& gradient, const Tensor& gate, const std::optional<Tensor>& up,
+                                   const std::optional<Tensor>& factor, int64_t activation) {
+  const Arguments a(gate, up, factor);
+  const Tensor grad_gate = torch::stable::empty_like(a.gate);
+  std::optional<Tensor> grad_up = like(a.up), grad_factor = like(a.factor);
+  write_gradients(gradient, a, activation, grad_gate, grad_up, grad_factor);
+  std::vector<Tensor> results = {grad_gate};
+  if (grad_up.has_value()) results.push_back(*grad_up);
+  if (grad_factor.has_value()) results.push_back(*grad_factor);
   return results;
+}
+
+Tensor gated_backward_in_place(const Tensor& gradient, const Tensor& gate, const std::optional<Tensor>& up,
+                               const std::optional<Tensor>& factor, int64_t activation) {
+  STD_TORCH_CHECK(gate.is_contiguous() && (!up.has_value() || up->is_contiguous()),
+                  "gated_backward_: gate and up are contiguous");
+  const Arguments a(gate, up, factor);
+  std::optional<Tensor> grad_factor = like(a.factor);
+  write_gradients(gradient, a, activation, a.gate, a.up, grad_factor);
+  return grad_factor.has_value() ? *grad_factor : torch::stable::new_empty(gradient, {0});
 }
 
 }  // namespace
@@ -150,6 +165,7 @@ std::vector<Tensor> gated_backward(const Tensor& given_gradient, const Tensor& g
 STABLE_TORCH_LIBRARY_IMPL(megatron_vlm, CUDA, m) {
   m.impl("gated", TORCH_BOX(&gated));
   m.impl("gated_backward", TORCH_BOX(&gated_backward));
+  m.impl("gated_backward_", TORCH_BOX(&gated_backward_in_place));
 }
 
 }  // namespace kernels

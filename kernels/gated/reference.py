@@ -11,7 +11,9 @@ from torch.nn.functional import gelu, silu
 SILU, GELU_TANH, GELU = 0, 1, 2
 
 
-def gated(gate: torch.Tensor, up: torch.Tensor | None, factor: torch.Tensor | None, activation: int) -> torch.Tensor:
+def gated(
+    gate: torch.Tensor, up: torch.Tensor | None, factor: torch.Tensor | None, activation: int, consume: bool
+) -> torch.Tensor:
     """activation(gate) * up * factor; arguments as in `kernels.gated`, rounded once."""
     gate, up = _split(gate, up)
     product = _activate(_widen(gate), activation) * up
@@ -33,19 +35,51 @@ def gated_backward(
         gradient: of the output, [..., F].
         gate, up, factor, activation: the forward pass's.
     """
-    joined = up is None
+    grad_gate, grad_up, grad_factor = _gradients(gradient, *_split(gate, up), factor, activation)
+    of_factor = [] if grad_factor is None else [grad_factor]
+    if up is None:
+        return [torch.cat((grad_gate, grad_up), dim=-1).to(gate.dtype), *of_factor]
+    return [grad_gate.to(gate.dtype), grad_up.to(up.dtype), *of_factor]
+
+
+def gated_backward_(
+    gradient: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor | None,
+    factor: torch.Tensor | None,
+    activation: int,
+) -> torch.Tensor:
+    """`gated_backward` with the gradients of gate and up written over them; returns that of factor, empty without."""
     gate, up = _split(gate, up)
-    gradient, wide_gate = _widen(gradient), _widen(gate)
-    activated = _activate(wide_gate, activation)
-    grad_factor = []
+    is_wide = _widen(gate) is gate
+    grad_gate, grad_up, grad_factor = _gradients(
+        gradient, gate, up, factor, activation, (gate, up) if is_wide else None
+    )
+    if not is_wide:
+        gate.copy_(grad_gate)
+        up.copy_(grad_up)
+    return gradient.new_empty(0) if grad_factor is None else grad_factor
+
+
+def _gradients(
+    gradient: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    factor: torch.Tensor | None,
+    activation: int,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Of gate, up and factor, the first two not yet rounded; these in `out`, where it is given."""
+    gradient, gate = _widen(gradient), _widen(gate)
+    activated = _activate(gate, activation)
+    grad_factor = None
     if factor is not None:
-        grad_factor = [(activated * up * gradient).sum(-1).to(factor.dtype)]
+        grad_factor = (activated * up * gradient).sum(-1).to(factor.dtype)
         gradient = gradient * factor.unsqueeze(-1)
-    grad_gate = _activate_backward(gradient * up, wide_gate, activation)
-    grad_up = activated.mul_(gradient)
-    if joined:
-        return [torch.cat((grad_gate, grad_up), dim=-1).to(gate.dtype), *grad_factor]
-    return [grad_gate.to(gate.dtype), grad_up.to(gate.dtype), *grad_factor]
+    of_activated = gradient * up
+    grad_gate, grad_up = out or (of_activated, activated)
+    _activate_backward(of_activated, gate, activation, grad_gate)
+    return grad_gate, torch.mul(activated, gradient, out=grad_up), grad_factor
 
 
 def _split(gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,8 +100,10 @@ def _activate(gate: torch.Tensor, activation: int) -> torch.Tensor:
     return gelu(gate, approximate="tanh" if activation == GELU_TANH else "none")
 
 
-def _activate_backward(gradient: torch.Tensor, gate: torch.Tensor, activation: int) -> torch.Tensor:
-    """The gradient times activation'(gate), which torch computes in one pass."""
+def _activate_backward(gradient: torch.Tensor, gate: torch.Tensor, activation: int, out: torch.Tensor) -> None:
+    """The gradient times activation'(gate), which torch computes in one pass; `out` may be either of them."""
     if activation == SILU:
-        return torch.ops.aten.silu_backward(gradient, gate)
-    return torch.ops.aten.gelu_backward(gradient, gate, approximate="tanh" if activation == GELU_TANH else "none")
+        torch.ops.aten.silu_backward.grad_input(gradient, gate, grad_input=out)
+    else:
+        approximate = "tanh" if activation == GELU_TANH else "none"
+        torch.ops.aten.gelu_backward.grad_input(gradient, gate, approximate=approximate, grad_input=out)

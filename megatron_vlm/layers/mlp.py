@@ -32,7 +32,7 @@ class GatedMLP(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[S, B, H] to the same, shards of the sequence under sequence parallelism."""
         gate, up = column_parallel(x, (self.gate_proj, self.up_proj), self.group, self.sequence_parallel)
-        return self.down_proj(gated(gate, up, self.activation))
+        return self.down_proj(gated(gate, up, self.activation, consume=True))
 
 
 class MLP(torch.nn.Module):

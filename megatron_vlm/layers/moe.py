@@ -148,7 +148,8 @@ class Experts(torch.nn.Module):
         ends = tokens_per_expert.to(x_TH.device).cumsum(0, dtype=torch.int32)
         gate_up = grouped_mm(x_TH, self.gate_up_proj.flatten(1, 2).transpose(1, 2), offs=ends)
         # The weight is applied where rows are narrow; the last product is linear.
-        return grouped_mm(gated_halves(gate_up, "silu", weights_T), self.down_proj.transpose(1, 2), offs=ends)
+        hidden = gated_halves(gate_up, "silu", weights_T, consume=True)
+        return grouped_mm(hidden, self.down_proj.transpose(1, 2), offs=ends)
 
 
 class MoE(torch.nn.Module):

@@ -39,8 +39,8 @@ def make_inputs(form: str, dtype: torch.dtype, shape: tuple[int, ...] = (TOKENS,
     return inputs
 
 
-def call(activation: Activation, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    return (gated_halves if "gate_up" in inputs else gated)(activation=activation, **inputs)
+def call(activation: Activation, inputs: dict[str, torch.Tensor], consume: bool = False) -> torch.Tensor:
+    return (gated_halves if "gate_up" in inputs else gated)(activation=activation, consume=consume, **inputs)
 
 
 def formula(activation: Activation, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -85,17 +85,19 @@ def test_operators_are_registered_correctly(form: str) -> None:
     inputs = make_inputs(form, torch.bfloat16)
     gate, up = inputs.get("gate", inputs.get("gate_up")), inputs.get("up")
     arguments = (gate, up, inputs.get("factor"), ACTIVATIONS["gelu_tanh"])
-    torch.library.opcheck(ops._gated, arguments)
+    torch.library.opcheck(ops._gated, (*arguments, False))
     detached = [value.detach() if isinstance(value, torch.Tensor) else value for value in arguments]
-    torch.library.opcheck(ops._gated_backward, (torch.randn(TOKENS, WIDTH).bfloat16(), *detached))
+    for operator in (ops._gated_backward, ops._gated_backward_in_place):
+        torch.library.opcheck(operator, (torch.randn(TOKENS, WIDTH).bfloat16(), *detached))
 
 
+@pytest.mark.parametrize("consume", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-def test_recomputed_and_compiled(form: str) -> None:
+def test_recomputed_and_compiled(form: str, consume: bool) -> None:
     inputs = make_inputs(form, torch.float32)
 
     def run(*values: torch.Tensor) -> torch.Tensor:
-        return call("silu", dict(zip(inputs, values, strict=True)))
+        return call("silu", dict(zip(inputs, (value * 1 for value in values), strict=True)), consume)
 
     results = []
     for variant in (
@@ -120,6 +122,48 @@ def test_only_gate_and_up_are_kept() -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         call("gelu_tanh", inputs)
     assert {tensor.data_ptr() for tensor in kept} == {tensor.data_ptr() for tensor in inputs.values()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_lie_over_what_is_given_up(form: str, dtype: torch.dtype) -> None:
+    """If the graph ends; the same numbers wherever they lie."""
+    leaves = make_inputs(form, dtype)
+    names = [name for name in leaves if name != "factor"]
+    results, addresses = {}, {}
+    for case, keeps in (("apart", None), ("kept", True), ("over", False)):
+        inputs = leaves | {name: leaves[name] * 1 for name in names}
+        of_inputs = {}
+        for name in names:
+            inputs[name].register_hook(lambda gradient, name=name, found=of_inputs: found.update({name: gradient}))
+        memory = [inputs[name].data_ptr() for name in names]
+        output = call("silu", inputs, consume=keeps is not None)
+        gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+        results[case] = torch.autograd.grad(output, list(leaves.values()), gradient, retain_graph=bool(keeps))
+        addresses[case] = [of_inputs[name].data_ptr() for name in names] == memory
+        if keeps:
+            again = torch.autograd.grad(output, list(leaves.values()), gradient)
+            assert all(torch.equal(a, b) for a, b in zip(again, results[case], strict=True))
+    assert addresses == {"apart": False, "kept": False, "over": True}
+    for case in ("kept", "over"):
+        assert all(torch.equal(a, b) for a, b in zip(results[case], results["apart"], strict=True))
+
+
+def test_leaves_are_not_written_over() -> None:
+    inputs = make_inputs("halves, factor", torch.float32)
+    before = inputs["gate_up"].detach().clone()
+    call("silu", inputs, consume=True).sum().backward()
+    assert torch.equal(inputs["gate_up"].detach(), before)
+
+
+def test_others_that_read_what_was_given_up_fail() -> None:
+    """Autograd sees it: the square saved the gate, and its turn comes after the product's."""
+    inputs = make_inputs("two tensors", torch.float32)
+    gate, up = (value * 1 for value in inputs.values())
+    square = gate.square()
+    total = (gated(gate, up, "silu", consume=True) + square).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
 
 
 def test_strided_inputs_and_expanded_gradients() -> None:
