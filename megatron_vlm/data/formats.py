@@ -123,22 +123,16 @@ class Conversation:
     @property
     def images(self) -> list[ImageSource]:
         """Sources of all images in reading order."""
-        return [
-            part.source
-            for message in self.messages
-            for part in message.parts
-            if isinstance(part, ImagePart) and part.source is not None
-        ]
+        return self._sources(ImagePart)
 
     @property
     def videos(self) -> list[VideoSource]:
         """Sources of all videos in reading order."""
-        return [
-            part.source
-            for message in self.messages
-            for part in message.parts
-            if isinstance(part, VideoPart) and part.source is not None
-        ]
+        return self._sources(VideoPart)
+
+    def _sources(self, kind: type[ImagePart] | type[VideoPart]) -> list[Any]:
+        parts = [part for message in self.messages for part in message.parts if isinstance(part, kind)]
+        return [part.source for part in parts if part.source is not None]
 
     @property
     def num_assistant_turns(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from megatron_vlm.checkpoint.weight_map import Weight, resolve
+from megatron_vlm.checkpoint.weight_map import Weight, WeightGroup, resolve
 from megatron_vlm.families.records import DecoderConfig
 
 # Prefix of a language model alone, in its files.
@@ -23,6 +23,17 @@ GATED_MLP = {
     "mlp.up_proj.weight": "ffn hidden",
     "mlp.down_proj.weight": "hidden ffn",
 }
+
+
+def head_weights(text: DecoderConfig, hf_prefixes: tuple[str, ...]) -> WeightGroup:
+    """The head alone: a file may hold it although it is tied.
+
+    Args:
+        text: the language model.
+        hf_prefixes: of the head in files.
+    """
+    weight = Weight("weight", (text.vocab_size, text.hidden_size), has_vocabulary_rows=True)
+    return WeightGroup("language_model.lm_head.", hf_prefixes, (weight,))
 
 
 def decoder_weights(text: DecoderConfig, table_of: Callable[[Any], Mapping[str, str]]) -> Iterator[Weight]:

@@ -42,6 +42,20 @@ class DecoderConfig:
     initializer_range: float
 
 
+@dataclass(frozen=True)
+class VisionLanguageConfig:
+    """A model; `text` and `vision` are a family's own records, and `vision` is None when it is text only."""
+
+    text: Any
+    vision: Any
+    image_token_id: int | None
+
+    @property
+    def text_only(self) -> bool:
+        """No vision tower and no projector."""
+        return self.vision is None
+
+
 def require(condition: bool, what: str, model: str) -> None:
     """Refuse what a family's modules do not compute.
 

@@ -7,7 +7,7 @@ from functools import partial
 
 from transformers import Gemma3Config, Gemma3TextConfig, PretrainedConfig
 
-from megatron_vlm.families.records import DecoderConfig, DecoderLayerConfig, Narrowed, require
+from megatron_vlm.families.records import DecoderConfig, DecoderLayerConfig, Narrowed, VisionLanguageConfig, require
 
 _require = partial(require, model="Gemma 3")
 
@@ -59,18 +59,12 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """A Gemma 3 model; `vision` is None when it is text only."""
+class ModelConfig(VisionLanguageConfig):
+    """A Gemma 3 model."""
 
     text: TextConfig
     vision: VisionConfig | None
-    image_token_id: int | None
     mm_tokens_per_image: int | None
-
-    @property
-    def text_only(self) -> bool:
-        """No vision tower and no projector."""
-        return self.vision is None
 
 
 def config_from_hf(hf_config: PretrainedConfig, text_only: bool) -> ModelConfig:

@@ -15,6 +15,7 @@ from megatron_vlm.families.decoder_weights import (
     LANGUAGE_MODEL_ALONE,
     QUERY_KEY_NORMS,
     decoder_weights,
+    head_weights,
 )
 from megatron_vlm.families.gemma3.config import ModelConfig
 
@@ -60,13 +61,9 @@ VISION_LAYER = {
 def weight_map(config: ModelConfig) -> WeightMap:
     """The weights of a Gemma 3 model, multimodal or its language model alone."""
     text, vision = config.text, config.vision
-    vocabulary = (text.vocab_size, text.hidden_size)
     alone = vision is None
     language_prefixes = (*LANGUAGE_MODEL_ALONE, *LANGUAGE_MODEL) if alone else LANGUAGE_MODEL
-    head_prefixes = HEAD[::-1] if alone else HEAD
-    head = WeightGroup(
-        "language_model.lm_head.", head_prefixes, (Weight("weight", vocabulary, has_vocabulary_rows=True),)
-    )
+    head = head_weights(text, HEAD[::-1] if alone else HEAD)
     groups = [WeightGroup("language_model.", language_prefixes, tuple(decoder_weights(text, lambda _: TEXT_LAYER)))]
     if not text.tie_word_embeddings:
         groups.append(head)

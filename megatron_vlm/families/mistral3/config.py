@@ -11,7 +11,7 @@ from functools import partial
 from transformers import Ministral3Config, Mistral3Config, MistralConfig, PixtralVisionConfig, PretrainedConfig
 
 from kernels.gated import Activation
-from megatron_vlm.families.records import DecoderConfig, DecoderLayerConfig, Narrowed, require
+from megatron_vlm.families.records import DecoderConfig, DecoderLayerConfig, Narrowed, VisionLanguageConfig, require
 from megatron_vlm.layers.rope import YarnScaling
 
 _require = partial(require, model="Mistral3")
@@ -70,17 +70,11 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """A Mistral3 model; `vision` is None when it is text only."""
+class ModelConfig(VisionLanguageConfig):
+    """A Mistral3 model."""
 
     text: TextConfig
     vision: VisionConfig | None
-    image_token_id: int | None
-
-    @property
-    def text_only(self) -> bool:
-        """No vision tower and no projector."""
-        return self.vision is None
 
 
 def config_from_hf(hf_config: PretrainedConfig, text_only: bool) -> ModelConfig:

@@ -9,7 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_vlm.checkpoint.weight_map import Weight, WeightGroup, WeightMap, resolve
-from megatron_vlm.families.decoder_weights import ATTENTION, GATED_MLP, LANGUAGE_MODEL_ALONE, decoder_weights
+from megatron_vlm.families.decoder_weights import (
+    ATTENTION,
+    GATED_MLP,
+    LANGUAGE_MODEL_ALONE,
+    decoder_weights,
+    head_weights,
+)
 from megatron_vlm.families.mistral3.config import ModelConfig, VisionConfig
 
 # Prefixes in files: published, then the names that modules have in memory; of a language model alone.
@@ -51,11 +57,7 @@ PROJECTOR_BIASES = {"linear_1.bias": "text", "linear_2.bias": "text"}
 def weight_map(config: ModelConfig) -> WeightMap:
     """The weights of a Mistral3 model, multimodal or its language model alone."""
     text, vision = config.text, config.vision
-    vocabulary = (text.vocab_size, text.hidden_size)
-    head_prefixes = HEAD[::-1] if vision is None else HEAD
-    head = WeightGroup(
-        "language_model.lm_head.", head_prefixes, (Weight("weight", vocabulary, has_vocabulary_rows=True),)
-    )
+    head = head_weights(text, HEAD[::-1] if vision is None else HEAD)
     language_prefixes = (*LANGUAGE_MODEL_ALONE, *LANGUAGE_MODEL) if vision is None else LANGUAGE_MODEL
     groups = [WeightGroup("language_model.", language_prefixes, tuple(decoder_weights(text, lambda _: TEXT_LAYER)))]
     if not text.tie_word_embeddings:

@@ -7,7 +7,7 @@ from functools import partial
 
 from transformers import PretrainedConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 
-from megatron_vlm.families.records import DecoderConfig, DecoderLayerConfig, Narrowed, require
+from megatron_vlm.families.records import DecoderConfig, DecoderLayerConfig, Narrowed, VisionLanguageConfig, require
 
 _require = partial(require, model="Qwen3-VL")
 
@@ -85,18 +85,12 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """A Qwen3-VL model; `vision` is None when it is text only."""
+class ModelConfig(VisionLanguageConfig):
+    """A Qwen3-VL model."""
 
     text: TextConfig
     vision: VisionConfig | None
-    image_token_id: int | None
     video_token_id: int | None
-
-    @property
-    def text_only(self) -> bool:
-        """No vision tower and no mergers."""
-        return self.vision is None
 
 
 def config_from_hf(hf_config: PretrainedConfig, text_only: bool) -> ModelConfig:

@@ -16,6 +16,7 @@ from megatron_vlm.families.decoder_weights import (
     LANGUAGE_MODEL_ALONE,
     QUERY_KEY_NORMS,
     decoder_weights,
+    head_weights,
 )
 from megatron_vlm.families.qwen3_vl.config import LayerConfig, ModelConfig, MoEConfig, VisionConfig
 
@@ -70,8 +71,7 @@ def weight_map(config: ModelConfig) -> WeightMap:
     one.
     """
     text, vision = config.text, config.vision
-    vocabulary = (text.vocab_size, text.hidden_size)
-    head = WeightGroup("language_model.lm_head.", HEAD, (Weight("weight", vocabulary, has_vocabulary_rows=True),))
+    head = head_weights(text, HEAD)
     language_prefixes = (*LANGUAGE_MODEL_ALONE, *LANGUAGE_MODEL) if vision is None else LANGUAGE_MODEL
     groups = [WeightGroup("language_model.", language_prefixes, tuple(decoder_weights(text, _layer_table)))]
     for index, layer in enumerate(text.layers):
