@@ -197,7 +197,8 @@ def _build_model(
     chunks = build_chunks(family, model_config, build_settings(config, layout), groups)
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            parameter.requires_grad_(name.partition(".")[0] not in config.model.freeze)
+            if name.partition(".")[0] in config.model.freeze:
+                parameter.requires_grad_(False)  # and what a family holds without reading it is so already
     return chunks
 
 

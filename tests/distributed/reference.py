@@ -30,9 +30,9 @@ def micro_batches(family: TinyFamily, cases: Sequence[str]) -> list[MicroBatch]:
 
 @cache
 def loss_sum_gradients(family: TinyFamily, cases: tuple[str, ...]) -> Gradients:
-    """Gradients of the sum of all token losses, under our names."""
+    """Gradients of the sum of all token losses, under our names, of the parameters that it depends on."""
     of_mean = expected(family.model(), references(family, cases))
-    return {name: gradient * of_mean.label_tokens for name, gradient in of_mean.gradients.items()}
+    return {name: gradient * of_mean.label_tokens for name, gradient in of_mean.gradients.items() if gradient.any()}
 
 
 def label_tokens(family: TinyFamily, cases: Sequence[str]) -> int:

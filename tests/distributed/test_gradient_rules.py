@@ -64,6 +64,8 @@ def raw_gradients(hf_dir: str, layout: TestLayout, family: TinyFamily) -> dict[s
     run_global_batch(model, own_micro_batches(micro_batches(family, cases_of(family)), groups, layout), groups)
     found = {}
     for name, parameter in model[0].module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         alone, replicas = parameter.main_grad.clone(), replica_group(parameter, groups)
         own = alone.clone()
         torch.distributed.all_reduce(own, group=replicas)

@@ -111,7 +111,10 @@ def check_case(
                 assert error <= LOGITS_TOLERANCE, f"logits of row {row} of micro-batch {index}: {error}"
                 worst_logits = max(worst_logits, error)
     trained = {name for name in expected.gradients if name.partition(".")[0] not in frozen}
-    assert set(seen) == trained, f"no rank holds {trained - set(seen)}"
+    assert set(seen) <= trained
+    # A model may hold what no loss depends on, such as the last layer of a tower that is read before it.
+    missing = {name for name in trained - set(seen) if expected.gradients[name].any()}
+    assert not missing, f"no rank holds {missing}"
     assert any(result.logits for result in ranks)
     return worst_logits, max(seen.values())
 

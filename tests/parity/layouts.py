@@ -120,7 +120,8 @@ def set_up(
     chunks = build_chunks(family, model_config, settings, groups)
     load_hf_into_model(chunks, hf_dir, family, model_config, groups)
     for name, parameter in (pair for chunk in chunks for pair in chunk.named_parameters()):
-        parameter.requires_grad_(name.partition(".")[0] not in layout.freeze)
+        if name.partition(".")[0] in layout.freeze:
+            parameter.requires_grad_(False)
     return wrap_data_parallel(chunks, groups, layout.distributed_optimizer, layout.overlap), groups
 
 

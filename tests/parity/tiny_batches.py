@@ -109,13 +109,15 @@ def reference(model: PreTrainedModel, micro_batch: Reference) -> tuple[torch.Ten
 
 
 def randomise(model: PreTrainedModel, seed: int = 8) -> PreTrainedModel:
-    """Noise on every vector and random matrices: norms of one or zero, and zero biases and projectors, hide errors."""
+    """Random numbers everywhere: norms of one or zero, and zero biases and projectors, hide errors.
+
+    What starts as ones is random around one; nothing else of what transformers draws is left.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             is_kernel = parameter.dim() > 3  # of a convolution over whole patches
             fan_in = parameter[0].numel() if is_kernel else parameter.shape[-1]
-            std = 0.3 if parameter.dim() == 1 else fan_in**-0.5
-            noise = torch.empty_like(parameter).normal_(0.0, std, generator=generator)
-            parameter.copy_(parameter + noise if parameter.dim() == 1 else noise)
+            is_ones = bool((parameter == 1).all())
+            parameter.normal_(float(is_ones), 0.3 if parameter.dim() == 1 else fan_in**-0.5, generator=generator)
     return model
