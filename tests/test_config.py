@@ -25,7 +25,8 @@ MINIMAL = {
 CONTRACT_KEYS = """
 run_dir
 model.hf_path model.load_weights model.text_only model.vision_parallelism model.freeze model.recompute
-model.moe_load_balancing model.moe_aux_loss_coeff parallel.moe_token_dispatcher_type
+model.moe_load_balancing model.moe_aux_loss_coeff model.loss_chunk_mib model.z_loss_coeff
+parallel.moe_token_dispatcher_type
 parallel.tensor_model_parallel_size parallel.sequence_parallel parallel.pipeline_model_parallel_size
 parallel.virtual_pipeline_model_parallel_size parallel.pipeline_layout parallel.context_parallel_size
 parallel.expert_model_parallel_size parallel.expert_tensor_parallel_size parallel.use_distributed_optimizer
@@ -178,6 +179,8 @@ def test_unknown_and_ill_typed(config_file: str, argument: str, expected: str) -
         (["--parallel.expert_model_parallel_size=0"], "parallel.expert_model_parallel_size is 0"),
         (["--parallel.expert_tensor_parallel_size=-1"], "parallel.expert_tensor_parallel_size is -1"),
         (["--model.moe_aux_loss_coeff=-1"], "model.moe_aux_loss_coeff is -1.0"),
+        (["--model.loss_chunk_mib=0"], "model.loss_chunk_mib is 0"),
+        (["--model.z_loss_coeff=-1"], "model.z_loss_coeff is -1.0"),
         (["--optimizer.name=sgd"], "set parallel.use_distributed_optimizer to false"),
         (["--parallel.tensor_model_parallel_size=0"], "at least 1"),
         (["--parallel.virtual_pipeline_model_parallel_size=2"], "a pipeline of one rank"),

@@ -60,7 +60,7 @@ class LanguageModelChunk(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.text = text
-        self.head = Head(text.vocab_size, group, chunk.engine.sequence_parallel, softcap, chunk.loss.chunk_mib * 2**20)
+        self.head = Head(text.vocab_size, group, chunk.engine.sequence_parallel, softcap, chunk.loss.chunk_bytes)
         self.z_loss_coeff = chunk.loss.z_loss_coeff
         self.recompute_layers = chunk.recompute == "full"
         self.expert_use: ExpertUse | None = None

@@ -31,11 +31,11 @@ class LossSettings:
     """How the loss is computed.
 
     Attributes:
-        chunk_mib: most memory for logits.
+        chunk_bytes: most memory for logits.
         z_loss_coeff: factor on the square of each token's log-sum-exp; 0 for none.
     """
 
-    chunk_mib: int = 768
+    chunk_bytes: int = 768 * 2**20
     z_loss_coeff: float = 0.0
 
 

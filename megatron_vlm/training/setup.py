@@ -187,7 +187,7 @@ def build_settings(config: Config, layout: Layout) -> BuildSettings:
         MoESettings(
             config.parallel.moe_token_dispatcher_type, config.model.moe_load_balancing, config.model.moe_aux_loss_coeff
         ),
-        LossSettings(config.model.loss_chunk_mib, config.model.z_loss_coeff),
+        LossSettings(config.model.loss_chunk_mib * 2**20, config.model.z_loss_coeff),
     )
 
 

@@ -18,7 +18,7 @@ from megatron_vlm.families import registry
 from megatron_vlm.layers.expert_use import collect_expert_use
 from megatron_vlm.layers.linear import column_parallel_weights
 from megatron_vlm.parallel.build import BuildSettings, build_chunks, wrap_data_parallel
-from megatron_vlm.parallel.chunk import MoESettings
+from megatron_vlm.parallel.chunk import LossSettings, MoESettings
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.sharding import gather_whole
 from megatron_vlm.parallel.stages import assign_layers
@@ -48,6 +48,7 @@ class TestLayout:
     expert: int = 1
     expert_tensor: int = 1
     moe: MoESettings = field(default_factory=MoESettings)
+    loss: LossSettings = field(default_factory=LossSettings)
     freeze: tuple[str, ...] = ()
     micro_batch_size: int = 1
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -116,6 +117,7 @@ def set_up(
         layout.vision,
         overlapped=layout.overlap,
         moe=layout.moe,
+        loss=layout.loss,
     )
     chunks = build_chunks(family, model_config, settings, groups)
     load_hf_into_model(chunks, hf_dir, family, model_config, groups)
