@@ -71,3 +71,23 @@ def test_the_same_bits_again() -> None:
         output = gated_halves(inputs[0], "silu", inputs[1])
         runs.append([output, *torch.autograd.grad(output, inputs, gradient)])
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("halves", [True, False])
+def test_gradients_over_what_is_given_up(halves: bool) -> None:
+    leaves = [random(300, 1536, dtype=torch.bfloat16) for _ in range(1 if halves else 2)]
+    factor = [random(300)] if halves else []
+    results = []
+    for consume in (False, True):
+        given = [leaf * 1 for leaf in leaves]
+        before = torch.cuda.memory_allocated()
+        if halves:
+            output = gated_halves(*given, "gelu_tanh", *factor, consume=consume)
+        else:
+            output = gated(*given, "gelu_tanh", consume=consume)
+        gradient = torch.ones_like(output)
+        del given
+        torch.cuda.reset_peak_memory_stats()
+        results.append(torch.autograd.grad(output, [*leaves, *factor], gradient))
+        print(f"consume={consume}: {torch.cuda.max_memory_allocated() - before} bytes")
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -10,6 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from kernels import gated as ops
+from kernels import library
 from kernels.gated import ACTIVATIONS, Activation, gated, gated_halves
 from tests.kernels.emulator.emulate import Edits, EmulatorError, Order, compile_kernels
 
@@ -182,6 +183,29 @@ def test_no_rows() -> None:
     assert output.shape == (0, WIDTH)
     for name, gradient in zip(inputs, torch.autograd.grad(output.sum(), list(inputs.values())), strict=True):
         assert gradient.shape == inputs[name].shape
+
+
+needs_extension = pytest.mark.skipif(not library.BINARY.exists(), reason="no CUDA toolkit")
+
+
+@needs_extension
+def test_calls_reach_the_extension() -> None:
+    """Up to the launch, which no rows need: results have the right shapes, errors come before it."""
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    gate, wide, factor = torch.empty(0, 8), torch.empty(0, 16), torch.empty(0)
+    for given in ((gate, gate, None), (gate, gate, factor), (wide, None, factor), (wide, None, None)):
+        assert ops._gated.redispatch(cuda, *given, 1, True).shape == gate.shape
+        gradients = ops._gated_backward.redispatch(cuda, gate, *given, 1)
+        assert [result.shape for result in gradients] == [tensor.shape for tensor in given if tensor is not None]
+        assert ops._gated_backward_in_place.redispatch(cuda, gate, *given, 1).shape == (0,)
+    x = torch.randn(2, 16)
+    for given, message in (
+        ((x, x[:, :8], None, 0), "gate and up"),
+        ((x, x, torch.randn(3), 0), "one for each row"),
+        ((x[:, :15], None, None, 0), "odd number"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops._gated.redispatch(cuda, *given, False)
 
 
 # The kernels' bodies on the host

@@ -13,6 +13,7 @@ import torch
 from megatron.core.transformer.moe import moe_utils
 from torch.utils.checkpoint import checkpoint
 
+from kernels import library
 from kernels import permute as ops
 from kernels.permute import Permutation, chunk_permutation, expert_permutation, permute, reference, unpermute
 from tests.kernels.emulator.emulate import Edits, EmulatorError, Order, compile_kernels
@@ -167,6 +168,36 @@ def test_chunks_in_another_order() -> None:
     assert torch.equal(permute(rows, back)[0], x)
     gradient = random(10, HIDDEN, seed=8)
     assert torch.equal(*(torch.autograd.grad(y, x, gradient)[0] for y in (rows, expected[0])))
+
+
+needs_extension = pytest.mark.skipif(not library.BINARY.exists(), reason="no CUDA toolkit")
+
+
+@needs_extension
+def test_calls_reach_the_extension() -> None:
+    """Up to the launch, which no tokens need: results have the right shapes, errors come before it."""
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    index = (*ops._expert_permutation.redispatch(cuda, torch.zeros(0, 5, dtype=torch.bool), 0), 5)
+    assert [part.tolist() for part in index[:3]] == [[], [], [0]]
+    rows, probs, numbers = torch.empty(0, 8), torch.empty(0, 5), torch.empty(0)
+    for operator, given, shapes in (
+        (ops._permute, (rows, probs), [(0, 8), (0,)]),
+        (ops._permute, (rows, None), [(0, 8), (0,)]),
+        (ops._permute_backward, (rows, numbers), [(0, 8), (0, 5)]),
+        (ops._permute_backward, (rows, None), [(0, 8), (0,)]),
+        (ops._unpermute_backward, (rows, rows, numbers), [(0, 8), (0,)]),
+        (ops._unpermute_backward, (rows, None, None), [(0, 8), (0,)]),
+    ):
+        assert [tuple(result.shape) for result in operator.redispatch(cuda, *given, *index)] == shapes
+    assert ops._unpermute.redispatch(cuda, rows, numbers, *index).shape == (0, 8)
+    for call, message in (
+        (lambda: ops._permute.redispatch(cuda, torch.empty(3, 8), None, *index), "a row for each token"),
+        (lambda: ops._unpermute.redispatch(cuda, rows, torch.empty(2), *index), "weights are fp32"),
+        (lambda: ops._permute.redispatch(cuda, rows, None, index[0].long(), *index[1:]), "an index is int32"),
+        (lambda: ops._expert_permutation.redispatch(cuda, torch.zeros(1, 2000, dtype=torch.bool), 1), "1 to 1024"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
 
 
 # The kernels' bodies on the host
