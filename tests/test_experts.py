@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.functional import silu
 
-from megatron_vlm.layers.moe import Experts
+from megatron_vlm.layers.moe import Experts, MoE, TokenShare
+from megatron_vlm.parallel.chunk import ChunkSettings
 from megatron_vlm.parallel.engine import engine_config
 
 HIDDEN, WIDTH = 48, 32
@@ -70,3 +72,20 @@ TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_experts(counts: list[int], dtype: torch.dtype) -> None:
     check_experts(counts, "cpu", dtype, TOLERANCES[dtype])
+
+
+def test_a_rank_with_all_experts_never_waits() -> None:
+    """Fake tensors have no values: reading one on the host, or a size that depends on one, is an error."""
+    alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    groups = SimpleNamespace(ep=alone, expt_tp=alone, tp_ep=alone)
+    chunk = ChunkSettings((0,), 0, True, True, None, engine_config(HIDDEN, 1, 1, torch.bfloat16))
+    with FakeTensorMode():
+        layer = MoE(HIDDEN, Record(8), chunk, groups)
+        x_SBH = torch.empty(5, 2, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+        is_real = torch.ones(10, dtype=torch.bool)
+        output, routing = layer(x_SBH, TokenShare(is_real, is_real.sum(), None))
+        output.float().sum().backward()
+        assert x_SBH.grad is not None and x_SBH.grad.shape == output.shape == x_SBH.shape
+        assert all(parameter.grad is not None for parameter in layer.parameters())
+        with pytest.raises(DataDependentOutputException):
+            routing.tokens.sum().item()
