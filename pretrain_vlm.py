@@ -17,7 +17,7 @@ import time
 from megatron_vlm.cli import parse_command_line
 from megatron_vlm.errors import EXIT_USER_ERROR, UserError
 
-SECONDS_BEFORE_OTHER_RANKS_REPORT = 3.0
+SECONDS_BEFORE_OTHER_RANKS_REPORT = 10.0  # by which ranks of a busy machine start apart from each other
 
 
 def main(argv: list[str]) -> int:

@@ -92,6 +92,15 @@ class Problem:
     label: str
     into_main: int | None = None
 
+    def __post_init__(self) -> None:
+        self.originals = [tensor.detach().clone() for tensor in self.inputs]
+
+    def restore(self) -> None:
+        """Give the inputs their values again: some of Liger's backward passes write over them."""
+        with torch.no_grad():
+            for tensor, original in zip(self.inputs, self.originals, strict=True):
+                tensor.copy_(original)
+
 
 @dataclass(frozen=True)
 class Case:

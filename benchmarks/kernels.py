@@ -185,8 +185,8 @@ def run_case(
 
 def release_memory() -> None:
     """A case's inputs are part of cycles."""
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -204,6 +204,7 @@ def warm_up(problem: Problem, sides: dict[str, Callable[..., Any]]) -> dict[str,
 
 def run(problem: Problem, function: Callable[..., Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Results and gradients of one side."""
+    problem.restore()
     outputs = results(function(*problem.inputs))
     return outputs, list(gradients(problem, outputs, upstream(outputs)))
 
@@ -255,6 +256,7 @@ def measure(problem: Problem, sides: dict[str, Callable[..., Any]], rounds: int,
     for number in range(rounds):
         begin = number % len(names)
         for name in names[begin:] + names[:begin]:
+            problem.restore()
             forward, output = clock.seconds(lambda name=name: sides[name](*problem.inputs))  # type: ignore[misc]
             outputs = results(output)
             del output

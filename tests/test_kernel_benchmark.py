@@ -80,6 +80,19 @@ def test_every_operator_has_a_case_and_every_case_a_target() -> None:
     assert len({(case.operator, case.name) for case in CASES}) == len(CASES)
 
 
+def test_what_a_side_writes_over_is_restored() -> None:
+    problem = CASES[0].build(TINY)
+
+    def destroys(*inputs: torch.Tensor) -> torch.Tensor:
+        output = problem.sides[TORCH](*inputs)
+        output.register_hook(lambda _: [tensor.data.zero_() for tensor in inputs] and None)
+        return output
+
+    kernels.measure(problem, {"another": destroys}, 1, kernels.Clock(TINY.device))
+    assert not any(tensor.any() for tensor in problem.inputs)
+    assert kernels.largest_difference(problem, problem.sides) < kernels.MAX_DIFFERENCE[torch.float32]
+
+
 def run_tiny(path: Path, *options: str) -> list[dict[str, Any]]:
     assert kernels.main(["--tiny", "--rounds", "2", "--output", str(path), *options]) == 0
     figures = json.loads(path.read_text())
