@@ -81,7 +81,7 @@ def _rstd_like(x: torch.Tensor, eps: float | None) -> torch.Tensor:
 
 
 def _weight_grad_like(rstd: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    return rstd.new_empty(0) if weight is None or not rstd.numel() else torch.empty_like(weight)
+    return rstd.new_empty(0) if weight is None or rstd.dim() == 1 else torch.empty_like(weight)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

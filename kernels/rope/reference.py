@@ -80,7 +80,7 @@ def _normalized_backward(
     grad: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor | None, zero_centered: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """From the gradient of the norm's output, which is wide and overwritten."""
-    if not rstd.numel():
+    if rstd.dim() == 1:
         return grad.to(x.dtype), grad.new_empty(0)
     normalized = x * rstd
     product, weight_grad = grad * normalized, grad.new_empty(0)

@@ -110,10 +110,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_on_device(
     Tensor q, Tensor k, Optional q_weight, Optional k_weight, Tensor cosine, Tensor sine, Optional scale,
     std::optional<double> eps, bool zero_centered, int64_t sections) {
   check(q, k, cosine, sine, scale, q_weight, k_weight, sections);
-  const OnDevice device(q);
-  q = head_contiguous(q), k = head_contiguous(k);
-  cosine = as_contiguous(cosine), sine = as_contiguous(sine), scale = as_contiguous(scale);
-  q_weight = as_contiguous(q_weight), k_weight = as_contiguous(k_weight);
   auto rstd_like = [&](const Tensor& x) {
     std::vector<int64_t> sizes{0};
     if (eps.has_value()) {
@@ -123,6 +119,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_on_device(
     return torch::stable::new_empty(x, sizes, ScalarType::Float);
   };
   Tensor q_out = empty_heads(q), k_out = empty_heads(k), q_rstd = rstd_like(q), k_rstd = rstd_like(k);
+  if (cosine.numel() == 0) return {q_out, k_out, q_rstd, k_rstd};
+  const OnDevice device(q);
+  q = head_contiguous(q), k = head_contiguous(k);
+  cosine = as_contiguous(cosine), sine = as_contiguous(sine), scale = as_contiguous(scale);
+  q_weight = as_contiguous(q_weight), k_weight = as_contiguous(k_weight);
   dispatch_both(q, cosine, [&](auto element, auto table) {
     using T = decltype(element);
     using Table = decltype(table);
@@ -144,7 +145,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_on_device(
       constexpr int N = decltype(vector)::value;
       divide<T, N>(rotation, both, UNLIMITED);
       const int blocks = both.at[0].blocks + both.at[1].blocks;
-      if (blocks == 0) return;
       forward<T, Table, N><<<blocks, WARPS * WARP, 0, device.stream>>>(both, rotation);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
@@ -158,20 +158,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_on_device(
   check(q, k, cosine, sine, scale, q_weight, k_weight, sections);
   check_same_shape(q_grad, q, "gradient of queries");
   check_same_shape(k_grad, k, "gradient of keys");
+  Tensor q_result = empty_heads(q), k_result = empty_heads(k);
+  const bool has_norm = q_rstd.dim() == q.dim();
+  const bool has_weights = has_norm && (q_weight.has_value() || k_weight.has_value());
+  const int64_t head_dim = q.size(q.dim() - 1);
+  auto weight_grad_like = [&](const Optional& weight) {
+    return has_norm && weight.has_value() ? torch::stable::new_empty(*weight, {head_dim})
+                                          : torch::stable::new_empty(q, {0}, ScalarType::Float);
+  };
+  Tensor weight_grads[2] = {weight_grad_like(q_weight), weight_grad_like(k_weight)};
+  if (cosine.numel() == 0) {
+    for (Tensor& sums : weight_grads) torch::stable::zero_(sums);
+    return {q_result, k_result, weight_grads[0], weight_grads[1]};
+  }
   const OnDevice device(q);
   q = head_contiguous(q), k = head_contiguous(k);
   q_grad = head_contiguous(q_grad), k_grad = head_contiguous(k_grad);
   cosine = as_contiguous(cosine), sine = as_contiguous(sine), scale = as_contiguous(scale);
   q_weight = as_contiguous(q_weight), k_weight = as_contiguous(k_weight);
-  Tensor q_result = empty_heads(q), k_result = empty_heads(k);
-  const bool has_norm = q_rstd.numel() + k_rstd.numel() > 0;
-  const bool has_weights = has_norm && (q_weight.has_value() || k_weight.has_value());
-  const int64_t head_dim = q.size(q.dim() - 1);
-  auto weight_grad_like = [&](const Optional& weight) {
-    return has_norm && weight.has_value() ? torch::stable::empty_like(*weight)
-                                          : torch::stable::new_empty(q, {0}, ScalarType::Float);
-  };
-  Tensor weight_grads[2] = {weight_grad_like(q_weight), weight_grad_like(k_weight)};
   dispatch_both(q, cosine, [&](auto element, auto table) {
     using T = decltype(element);
     using Table = decltype(table);
@@ -202,10 +206,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_on_device(
         if (weight_grads[side].numel() == 0) both.at[side].partial = nullptr;
       }
       const size_t shared = has_weights ? WARPS * head_dim * sizeof(float) : 0;
-      if (blocks > 0) {
-        backward<T, Table, N><<<blocks, WARPS * WARP, shared, device.stream>>>(both, rotation);
-        STD_CUDA_KERNEL_LAUNCH_CHECK();
-      }
+      backward<T, Table, N><<<blocks, WARPS * WARP, shared, device.stream>>>(both, rotation);
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
       const dim3 threads(PARTIAL_COLUMNS, PARTIAL_ROWS);
       for (int side = 0; side < 2; ++side) {
         if (weight_grads[side].numel() == 0) continue;

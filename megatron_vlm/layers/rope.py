@@ -104,6 +104,7 @@ def geometric_frequencies(head_dim: int, theta: float, device: torch.device) -> 
 
 def _table(angles: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> RopeTable:
     """Cosines and sines [S, B, D / 2] of angles of that shape."""
+    angles = angles.contiguous()  # for the kernel of every layer
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 

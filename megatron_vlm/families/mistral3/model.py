@@ -84,7 +84,7 @@ class Mistral3LanguageModel(LanguageModelChunk):
 
 def query_scale(positions_BS: torch.Tensor, scaling: QueryScaling, dtype: torch.dtype) -> torch.Tensor:
     """[S, B], from positions in the token's own document; 1 below `original_length`."""
-    steps_SB = (positions_BS.t() // scaling.original_length).float()
+    steps_SB = (positions_BS.t().contiguous() // scaling.original_length).float()
     return (1 + scaling.beta * torch.log(1 + steps_SB)).to(dtype)
 
 
