@@ -55,7 +55,7 @@ class RowWriter:
 
     Attributes:
         first_special_id: smaller ids are text.
-        patch_features: numbers in one patch.
+        patch_features: numbers in one patch; where all images have one size, in a whole one.
         write: tokens of an image or video: (frames, rows, columns, is video, random numbers) to ids.
     """
 
