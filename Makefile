@@ -22,7 +22,7 @@ help:
 	@echo "make demo_mistral3  the first one with a tiny Mistral3 (Ministral 3's text)"
 	@echo "make test           the test suite"
 	@echo "make lint           ruff and mypy"
-	@echo "make gpu            GPU tests and benchmarks (needs a GPU)"
+	@echo "make gpu            builds the kernels, tests, demos and benchmark on one GPU"
 	@echo "make bench          benchmarks that need no GPU"
 
 install: $(STAMP)
@@ -45,20 +45,26 @@ demo_moe: $(STAMP)
 demo_mistral3: $(STAMP)
 	$(BIN)/python -m demo.run --model mistral3
 
+# Two processes, of which one works while the other waits for its ranks; the tests of a file stay together.
 test: $(STAMP)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Everything runs, whatever fails before it: time on a GPU is scarce. What failed is told at the end.
 gpu: $(STAMP)
-	GPU_TESTS=1 $(BIN)/python -m pytest tests/gpu
-	set -e; for script in benchmarks/gpu_*.py; do [ ! -e "$$script" ] || $(BIN)/python "$$script"; done
+	@export MEGATRON_VLM_STRICT_KERNELS=1; failed=; attempt() { echo "== $$*"; "$$@" || failed="$$failed\n  $$*"; }; \
+	attempt $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .; \
+	GPU_TESTS=1 attempt $(BIN)/python -m pytest tests/gpu; \
+	for model in gemma3 qwen3_vl_moe mistral3; do attempt $(BIN)/python -m demo.run --processes 1 --model $$model; done; \
+	attempt $(BIN)/python benchmarks/kernels.py; \
+	[ -z "$$failed" ] || { printf "failed:$$failed\n" >&2; exit 1; }
 
 bench: $(STAMP)
-	set -e; for script in benchmarks/*.py; do case "$$script" in */gpu_*) ;; *) $(BIN)/python "$$script";; esac; done
+	set -e; for script in convert train_step; do $(BIN)/python benchmarks/$$script.py; done
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build kernels/_C.* *.egg-info

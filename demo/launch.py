@@ -9,13 +9,13 @@ from pathlib import Path
 RANKS = 2
 
 
-def launch_training(config: Path, overrides: Sequence[object], repository: Path) -> None:
-    """Runs `torchrun --nproc-per-node 2 pretrain_vlm.py --config CONFIG OVERRIDES` and waits for it.
+def launch_training(config: Path, overrides: Sequence[object], repository: Path, ranks: int = RANKS) -> None:
+    """Runs `torchrun --nproc-per-node RANKS pretrain_vlm.py --config CONFIG OVERRIDES` and waits for it.
 
     Raises:
         SystemExit: the command failed; its own output, shown before, says why.
     """
-    arguments = ["--nproc-per-node", RANKS, "pretrain_vlm.py", "--config", config.relative_to(repository), *overrides]
+    arguments = ["--nproc-per-node", ranks, "pretrain_vlm.py", "--config", config.relative_to(repository), *overrides]
     print("      torchrun " + " ".join(map(str, arguments)), flush=True)
     # `torchrun` is this module's script; started through the interpreter, no PATH has to be right.
     # --standalone picks a free port, so that two demos can run beside each other.

@@ -1,7 +1,7 @@
 """What the demos differ in: model, layouts and length; everything else is the same for each of them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -28,7 +28,7 @@ class Stage:
     @property
     def name(self) -> str:
         """The parallel sizes that are not one."""
-        return ", ".join(f"{key}={size}" for key, size in self.layout.items() if size > 1)
+        return ", ".join(f"{key}={size}" for key, size in self.layout.items() if size > 1) or "one process"
 
     def arguments(self) -> list[object]:
         """For the training command."""
@@ -55,6 +55,11 @@ class Recipe:
     train_iters: int
     build: Callable[[Path, Sequence[str], int], str]
     stages: tuple[Stage, ...]
+
+    def alone(self) -> "Recipe":
+        """On one process, as on one GPU: it stops and resumes as often, in the only layout there is."""
+        stages = (replace(stage, layout=dict.fromkeys(stage.layout, 1)) for stage in self.stages)
+        return replace(self, stages=tuple(stages))
 
 
 def _build(model: ModuleType, detail: str, folder: Path, texts: Sequence[str], seed: int) -> str:

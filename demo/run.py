@@ -3,6 +3,7 @@
 Where the recipe has two layouts, training stops halfway and resumes in the other.
 
     python -m demo.run [--model gemma3 | qwen3_vl_moe | mistral3] [--output FOLDER] [--train_iters N] [--seed N]
+                       [--processes 1]
 
 Exits with 0 only if the exported model answers from the image: at least 90 % exact match on held-out questions, and
 at most 40 % once the images are swapped between them.
@@ -31,7 +32,7 @@ TRAIN_SAMPLES, HELDOUT_SAMPLES = 32 * 96, 288  # whole rounds through all combin
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo and returns the exit code."""
     options = _parse(arguments)
-    recipe = RECIPES[options.model]
+    recipe = RECIPES[options.model] if options.processes == RANKS else RECIPES[options.model].alone()
     folder = options.output or _next_folder(REPOSITORY / recipe.folder)
     torch.set_num_threads(RANKS)
     transformers_logging.set_verbosity_error()
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             overrides = [*_overrides(folder, options.train_iters), *stage.arguments()]
             if last < options.train_iters:
                 overrides += ["--train.exit_interval", last - first]
-            launch_training(REPOSITORY / "configs" / recipe.config, overrides, REPOSITORY)
+            launch_training(REPOSITORY / "configs" / recipe.config, overrides, REPOSITORY, options.processes)
     with phases.section("Ask the export with plain transformers, then again with swapped images"):
         swapped = swap_images(samples)
         after = answer_questions(folder / "export", samples, progress=show_progress)
@@ -60,7 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scores = Scores.of(answers)
     report = folder / "report.html"
     write_demo_report(
-        report, recipe.title, folder / "run", answers, scores, phases, _layout_rows(recipe, stops), stops[1:-1]
+        report,
+        recipe.title,
+        folder / "run",
+        answers,
+        scores,
+        phases,
+        _layout_rows(recipe, stops, options.processes),
+        stops[1:-1],
     )
     print_summary(scores, phases, len(samples), report, folder / "export")
     return 0 if scores.passed else 1
@@ -76,6 +84,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--train_iters", type=int, help="optimizer steps (default: enough to learn it)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the images and initial weights (default: 1)")
+    parser.add_argument(
+        "--processes", type=int, choices=(1, RANKS), default=RANKS, help="that train; 1 for a single GPU (default: 2)"
+    )
     options = parser.parse_args(arguments)
     recipe = RECIPES[options.model]
     options.train_iters = recipe.train_iters if options.train_iters is None else options.train_iters
@@ -137,10 +148,10 @@ def _heading(stage: Stage, first: int, last: int, train_iters: int) -> str:
     return f"{begin} with {stage.name}, {end}"
 
 
-def _layout_rows(recipe: Recipe, stops: Sequence[int]) -> list[dict]:
+def _layout_rows(recipe: Recipe, stops: Sequence[int], processes: int) -> list[dict]:
     """One row per stage."""
     return [
-        {"steps": f"{first + 1} to {last}", "processes": RANKS}
+        {"steps": f"{first + 1} to {last}", "processes": processes}
         | {key.replace("_model_parallel_size", " parallel"): size for key, size in stage.layout.items()}
         for stage, (first, last) in zip(recipe.stages, pairwise(stops), strict=True)
     ]

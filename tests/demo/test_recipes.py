@@ -68,6 +68,16 @@ def test_stages_cover_all_steps(recipe):
     stops = _stops(recipe, 301)
     assert (stops[0], stops[-1], len(stops)) == (0, 301, len(recipe.stages) + 1)
     assert all(first < last for first, last in pairwise(stops))
-    rows = _layout_rows(recipe, stops)
+    rows = _layout_rows(recipe, stops, 2)
     assert all(row.keys() == rows[0].keys() for row in rows), "the report shows them in one table"
     assert _heading(recipe.stages[-1], stops[-2], 301, 301).endswith("export to Hugging Face format")
+
+
+def test_one_process_has_one_layout(recipe):
+    alone = recipe.alone()
+    assert [stage.overrides for stage in alone.stages] == [stage.overrides for stage in recipe.stages]
+    for stage, several in zip(alone.stages, recipe.stages, strict=True):
+        assert stage.layout.keys() == several.layout.keys() and {*stage.layout.values()} == {1}
+        assert stage.name == "one process" != several.name
+    rows = _layout_rows(alone, _stops(alone, 301), 1)
+    assert {row["processes"] for row in rows} == {1}
