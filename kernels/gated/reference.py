@@ -16,7 +16,7 @@ def gated(
 ) -> torch.Tensor:
     """activation(gate) * up * factor; arguments as in `kernels.gated`, rounded once."""
     gate, up = _split(gate, up)
-    product = _activate(_widen(gate), activation) * up
+    product = _activate(_widen(gate), activation).mul_(up)
     if factor is not None:
         product *= factor.unsqueeze(-1)
     return product.to(gate.dtype)
