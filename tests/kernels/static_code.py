@@ -11,6 +11,7 @@ import re
 import subprocess
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import triton
@@ -49,6 +50,7 @@ class Code:
         return self.name.partition("<")[0].rpartition("::")[2]
 
 
+@cache
 def read_code(architecture: str) -> list[Code]:
     """All kernels of the extension for one architecture."""
     usage = _run("--dump-resource-usage", "-arch", architecture)

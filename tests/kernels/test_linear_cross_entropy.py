@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from kernels.library import BINARY
 from kernels.linear_cross_entropy import (
     Head,
     chunk_tokens,
@@ -23,6 +24,7 @@ from kernels.linear_cross_entropy import (
 )
 from megatron_vlm.parallel.groups import build_groups
 from tests.kernels.emulator.emulate import EmulatorError, Order, compile_kernels
+from tests.kernels.static_code import ARCHITECTURES, read_code
 from tests.ranks import run_ranks
 
 # 26 real rows of 32: over four ranks the last has 2 of 8; with 14 the last two have none.
@@ -428,3 +430,43 @@ def test_a_mutation_shows(mutation: str) -> None:
         for order in (Order.ASCENDING, Order.SHUFFLED):
             for width, columns in ((4096, 4001), (1056, 1053)):
                 check_kernels(changed, width, columns, torch.bfloat16, 30.0, order=order)
+
+
+# The compiled extension
+
+needs_extension = pytest.mark.skipif(not BINARY.exists(), reason="the extension was not built")
+
+
+@needs_extension
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compiled_as_intended(architecture: str) -> None:
+    """Rows that divide into vectors are read, and written, 16 bytes at a time, and blocks fill a multiprocessor."""
+    codes = [code for code in read_code(architecture) if code.kernel in ("statistics_kernel", "gradient_kernel")]
+    assert len(codes) == 24
+    for code in codes:
+        # 2048 threads of 32 registers, or 1536 of 40, or 1280 of 48 fit.
+        assert code.stack_bytes == 0 and code.registers <= 48
+        if ", 1, " not in code.name:
+            # Vectors under way at once, and those of the rest; or those and the token's factors.
+            assert code.wide_loads >= 5
+            assert code.wide_stores == (4 if code.kernel == "gradient_kernel" else 0)
+
+
+@needs_extension
+def test_calls_are_checked() -> None:
+    """Through the dispatcher and torch's stable ABI up to the launch, which no token needs."""
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    logits, labels = torch.empty(0, 64), torch.empty(0, dtype=torch.int64)
+    assert vocabulary_statistics.redispatch(cuda, logits, labels, 60, 0.0).shape == (0, 3)
+    assert logits_gradient_.redispatch(cuda, logits, labels, torch.empty(0, 4), 60, 2.0) is None
+    logits, labels, factors = torch.empty(3, 64), torch.zeros(3, dtype=torch.int64), torch.empty(3, 5)
+    for wrong, message in (
+        ((logits[:, :32], labels, 30), "contiguous matrix"),
+        ((logits, labels.int(), 30), "one int64 per row"),
+        ((logits, labels, 65), "at most as many"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            vocabulary_statistics.redispatch(cuda, *wrong, 0.0)
+    for wrong_factors in (factors, factors[:, :4], factors[:, :4].double().contiguous()):
+        with pytest.raises(RuntimeError, match="fp32 expected"):
+            logits_gradient_.redispatch(cuda, logits, labels, wrong_factors, 64, 0.0)
