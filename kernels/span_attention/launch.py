@@ -14,7 +14,7 @@ from kernels.span_attention import triton_kernels
 from kernels.span_attention.blocks import Blocks, Configuration, columns_of
 
 _VECTOR = 8  # elements
-_DELTA_ROWS = 64  # queries of a block; bound by memory
+_DELTA_ELEMENTS = 4096  # of a program: 16 to a thread; bound by memory
 # Tensors that move in tiles of blocks of queries (others: of keys), and those in tiles of a program's own columns.
 _QUERY_TILES = ("q", "q_own", "d_out", "d_own", "out", "dq")
 _OWN_TILES = ("q_own", "d_own", "k_own", "out", "dq", "dk", "dv")
@@ -93,12 +93,16 @@ def backward(
 def _delta(out: torch.Tensor, d_out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
     """sum(out * d_out) over D, like `lse`."""
     batch, heads, length, head_dim = out.shape
+    columns = columns_of(head_dim)
+    rows = _DELTA_ELEMENTS // columns
     delta = torch.empty_like(lse)
-    triton_kernels.delta_of[(-(-length // _DELTA_ROWS), heads, batch)](
+    triton_kernels.delta_of[(-(-length // rows), heads, batch)](
         *(out, d_out, delta, *_strides(out, d_out), heads, length),
         HEAD_DIM=head_dim,
-        COLUMNS=columns_of(head_dim),
-        BLOCK=_DELTA_ROWS,
+        COLUMNS=columns,
+        BLOCK=rows,
+        num_warps=8,
+        enable_fp_fusion=True,
     )
     return delta
 

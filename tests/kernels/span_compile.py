@@ -2,7 +2,8 @@
 
     python -m tests.kernels.span_compile [head dim ...]
 
-prints one line for every configuration of the table.
+prints every kernel of every configuration of the table. The kernels are compiled by their own launch, whose driver is a
+stand-in that only knows which GPU it would be, so that arguments are typed as they will be there; nothing runs.
 """
 
 from __future__ import annotations
@@ -11,23 +12,26 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
-from kernels.span_attention import launch, triton_kernels
-from kernels.span_attention.blocks import CONFIGURATIONS, Blocks, columns_of, configuration
+from kernels.span_attention import Spans, launch
+from kernels.span_attention.blocks import CONFIGURATIONS, configuration
 
-KERNELS = {"forward": "forward", "backward_queries": "queries", "backward_keys": "keys"}
 SHARED_BYTES = {8: 163 * 1024, 9: 227 * 1024, 10: 227 * 1024}
 TENSOR_MEMORY_COLUMNS = 512
-TENSOR_CORES = {8: r"\bHMMA\b", 9: r"\bHGMMA\b", 10: r"\bUTC\w*MMA\b"}
+_TENSOR_CORES = {8: r"\bHMMA\b", 9: r"\bHGMMA\b", 10: r"\bUTC\w*MMA\b"}
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-_NUMBERS = {"heads", "group", "length", "num_blocks"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Code:
         shared: bytes of a program.
         tensor_memory: columns of a program.
         tensor_core: instructions of the tensor cores.
-        vectors: bulk copies by the copy engine, or 16-byte loads.
+        bulk: copies by the copy engine.
+        wide: loads of 16 bytes from global memory.
         narrow: other loads from global memory.
     """
 
@@ -51,67 +56,73 @@ class Code:
     shared: int
     tensor_memory: int
     tensor_core: int
-    vectors: int
+    bulk: int
+    wide: int
     narrow: int
 
 
-def compile_kernel(kernel: str, head_dim: int, major: int) -> Code:
-    """Compile one kernel as it is launched on bf16 tensors."""
-    launches = configuration(head_dim, major)
-    blocks: Blocks = getattr(launches, KERNELS[kernel])
-    constants = {**blocks.constants(head_dim), "UPCAST": False, "TMA": launches.tma}
-    function = getattr(triton_kernels, kernel)
-    names = function.arg_names
-    signature = {
-        name: "constexpr" if name in constants else _type(name, blocks, head_dim, launches.tma, kernel == "forward")
-        for name in names
-    }
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in signature.items() if kind[0] == "*"}
-    source = ASTSource(function, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
-    return _read(triton.compile(source, GPUTarget("cuda", major * 10, 32), blocks.options), major)
+def compile_kernels(head_dim: int, major: int) -> dict[str, Code]:
+    """Machine code of all four kernels for bf16 tensors on a GPU of a major compute capability."""
+    q = torch.zeros((130, 1, 4, head_dim), dtype=torch.bfloat16).permute(1, 2, 0, 3)
+    k = v = q[:, :2].clone()
+    place = torch.arange(130, dtype=torch.int32)
+    spans, launches, scale = Spans(torch.zeros_like(place)[None], place[None]), configuration(head_dim, major), 0.1
+    forward, by_query, by_key = (
+        spans.block_ranges(None, blocks) for blocks in (launches.forward, launches.queries, launches.keys)
+    )
+    first, last = spans.low, spans.high
+    with _compiling_only(GPUTarget("cuda", major * 10, 32)) as compiled:
+        out, lse = launch.forward(q, k, v, first, last, forward.by_query, scale, launches)
+        launch.backward(out, q, k, v, out, lse, first, last, by_query.by_query, by_key.by_key, scale, launches)
+    return {name: _read(kernel, major) for name, kernel in compiled.items()}
 
 
-def _type(name: str, blocks: Blocks, head_dim: int, tma: bool, is_forward: bool) -> str:
-    if name == "scale":
-        return "fp32"
-    if name in _NUMBERS or name.endswith(("_batch", "_head", "_token")):
-        return "i32"
-    if name in ("lse", "delta"):
-        return "*fp32"
-    if name in ("first", "last", "table"):
-        return "*i32"
-    box = launch.box(name, blocks, head_dim, own=is_forward and name == "v")
-    return f"tensordesc<bf16{box}>" if tma else "*bf16"
+@contextmanager
+def _compiling_only(target: GPUTarget) -> Iterator[dict[str, Any]]:
+    """Launches compile for the target and do no more; gives what they compiled, by name."""
+    compiled: dict[str, Any] = {}
+    run = JITFunction.run
+
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        compiled[self.__name__] = run(self, *arguments, grid=grid, warmup=True, **keywords)
+
+    stand_in = mock.Mock(spec_set=["get_current_device", "get_current_stream", "get_current_target"])
+    stand_in.get_current_device.return_value = target.arch  # launches keep what they compiled by device
+    stand_in.get_current_target.return_value = target
+    # Not `reset_active`, which asks for a GPU.
+    with mock.patch.object(driver, "_active", stand_in), mock.patch.object(JITFunction, "run", compile_only):
+        yield compiled
 
 
-def _read(compiled: Any, major: int) -> Code:
+def _read(kernel: Any, major: int) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(kernel.asm["cubin"])
         file.flush()
         usage, code = (
-            subprocess.run([_TOOLS / tool[0], tool[1], file.name], capture_output=True, text=True, check=True).stdout
-            for tool in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+            subprocess.run([_TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
         )
 
     def count(pattern: str) -> int:
         return len(re.findall(pattern, code))
 
-    wide = count(r"\bLDG(STS)?\b\S*\.128\b") if major < 9 else count(r"\bUTMALDG\b")
+    wide = count(r"\bLDG(?:STS)?\b\S*\.128\b")
     return Code(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         stack=int(re.search(r"STACK:(\d+)", usage)[1]),
         spills=count(r"\b(LDL|STL)\b"),
-        shared=compiled.metadata.shared,
-        tensor_memory=getattr(compiled.metadata, "tmem_size", 0) or 0,
-        tensor_core=count(TENSOR_CORES[major]),
-        vectors=wide,
-        narrow=count(r"\bLDG(STS)?\b") - (wide if major < 9 else 0),
+        shared=kernel.metadata.shared,
+        tensor_memory=getattr(kernel.metadata, "tmem_size", 0) or 0,
+        tensor_core=count(_TENSOR_CORES[major]),
+        bulk=count(r"\bUTMALDG\b"),
+        wide=wide,
+        narrow=count(r"\bLDG(?:STS)?\b") - wide,
     )
 
 
 if __name__ == "__main__":
-    chosen = {columns_of(int(argument)) for argument in sys.argv[1:]}
-    for columns, major in CONFIGURATIONS:
-        if columns in (chosen or {columns}):
-            for kernel in KERNELS:
-                print(columns, f"sm_{major}0", kernel, compile_kernel(kernel, columns, major), flush=True)
+    head_dims = [int(argument) for argument in sys.argv[1:]] or sorted({columns for columns, _ in CONFIGURATIONS})
+    for head_dim in head_dims:
+        for major in SHARED_BYTES:
+            for name, code in compile_kernels(head_dim, major).items():
+                print(head_dim, f"sm_{major}0", name, code, flush=True)

@@ -31,7 +31,7 @@ class Case:
     head_dim: int
     kind: str
     window: int | None = None
-    length: int = 84
+    length: int = 68
     heads: tuple[int, int] = (1, 1)
     blocks: tuple[int, int] = (32, 16)
     chunk: int = 0
@@ -51,11 +51,11 @@ CASES = {
     "head dim 80": Case(80, "images", length=64, tma=True),
     "queries that see nothing": Case(64, "empty"),
     "ranges in no order": Case(64, "scattered", blocks=(16, 16), tma=True),
-    "longer": Case(64, "images", window=90, length=200, blocks=(32, 32)),
-    "256": Case(256, "images", window=40, length=70, chunk=128),
+    "longer": Case(64, "images", window=90, length=160, blocks=(32, 32)),
+    "256": Case(256, "images", window=40, length=70, chunk=128, blocks=(32, 32)),
     "512, columns shared": Case(512, "images", length=70, heads=(2, 1), shares=2, blocks=(32, 32), tma=True),
     "512, in chunks": Case(512, "documents", length=40, chunk=128, tma=True),
-    "512, both": Case(512, "causal", length=40, chunk=256, shares=4),
+    "512, both": Case(512, "causal", length=40, chunk=256, shares=4, blocks=(32, 32)),
     "fp16": Case(64, "images", window=20, dtype=torch.float16),
     "fp16, 512": Case(512, "documents", length=40, chunk=128, shares=2, tma=True, dtype=torch.float16),
 }
@@ -78,7 +78,7 @@ def spans_of(kind: str, length: int) -> spans.Spans:
             low[0, begin:end], high[0, begin:end] = begin, end - 1
         high[1] = length - 1
     elif kind == "empty":  # whole blocks, and single queries
-        low[0, 30:80], high[0, 30:80] = 5, 4
+        low[0, 30:66], high[0, 30:66] = 5, 4
         low[1, ::3], high[1, ::3] = length, -1
     elif kind == "scattered":  # neither bound grows with the query
         generator = torch.Generator().manual_seed(0)
