@@ -105,6 +105,7 @@ def check_case(
         for name, ours in result.gradients.items():
             seen[name] = max(seen.get(name, 0.0), _gradient_error(name, ours, expected.gradients[name], vocabulary))
         micro_batches = range(result.data_rank, len(expected.micro_batches), data_size)
+        assert len(result.logits) in (0, len(micro_batches)), "logits of some micro-batches are missing"
         for index, ours in zip(micro_batches, result.logits, strict=False):
             for row, count in enumerate(expected.lengths[index]):
                 error = relative_error(ours[row, :count, :vocabulary], expected.logits[index][row, :count])
