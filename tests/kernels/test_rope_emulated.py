@@ -1,16 +1,19 @@
-"""The CUDA bodies that normalise and rotate queries and keys, run on the host, against the reference."""
+"""The CUDA kernels that normalise and rotate queries and keys, bodies and launches, run on the host."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 
+import kernels.rope as module
 from kernels.rope import reference
 from tests.kernels.emulator.emulate import Edits, EmulatorError, Order, compile_kernels
+from tests.kernels.emulator.operators import load_operators
 from tests.kernels.rope_cases import EPS, Case, Inputs, make
 
 LAUNCHERS = """
@@ -154,24 +157,27 @@ def emptied(x: torch.Tensor, shape: tuple[int, ...] | None = None, dtype: torch.
     return torch.full(x.shape if shape is None else shape, torch.nan, dtype=dtype or x.dtype)
 
 
+def inputs_of(name: str) -> tuple[Case, Inputs]:
+    each = CASES[name][0]
+    x = make(each)
+    return each, replace(x, q=moved(x.q), k=moved(x.k), q_weight=moved(x.q_weight)) if name == "any address" else x
+
+
 def differences(name: str, run: Callable[..., None], order: Order = Order.ASCENDING) -> dict[str, tuple[float, float]]:
     """Largest difference of each result relative to its size, and the share of elements with another value."""
-    each = CASES[name][0]
-    index, x = list(CASES).index(name), make(each)
-    if name == "any address":
-        x = replace(x, q=moved(x.q), k=moved(x.k), q_weight=moved(x.q_weight))
+    each, x = inputs_of(name)
+    index = list(CASES).index(name)
     shared = (x.q_weight, x.k_weight, x.cosine, x.sine, x.query_scale)
     right = reference.forward(x.q, x.k, *shared, each.eps, each.zero_centered, each.sections)
-    rstd_shape = (*x.q.shape[:-1], 1)
     layouts, numbers = strides(x.q, x.k, x.q_grad, x.k_grad), sizes(x, each)
     width = torch.zeros(1, dtype=torch.int64)
     run(f"width_{index}", x.q, x.k, *shared[:4], layouts, numbers, width)
     assert width.item() == CASES[name][1]
-    found = [emptied(x.q), emptied(x.k), emptied(x.q, rstd_shape, SINGLE), emptied(x.k, (*x.k.shape[:-1], 1), SINGLE)]
+    heads = [emptied(part, (*part.shape[:-1], 1), SINGLE) for part in (x.q, x.k)]
+    found = [emptied(x.q), emptied(x.k), *heads]
     run(f"forward_{index}", x.q, x.k, *shared, *found, layouts, numbers, EPS, order=order)
-    results = dict(zip(("q", "k", "q_rstd", "k_rstd"), zip(found, right, strict=True), strict=True))
-    if each.eps is None:
-        results = {key: pair for key, pair in results.items() if "rstd" not in key}
+    # Without a norm, nothing is written to these.
+    results = compared(("q", "k", "q_rstd", "k_rstd"), found, right)
 
     grads = reference.backward(x.q_grad, x.k_grad, x.q, x.k, *right[2:], *shared, each.zero_centered, each.sections)
     found = [emptied(x.q), emptied(x.k), emptied(x.q, (each.head_dim,)), emptied(x.k, (each.head_dim,))]
@@ -179,9 +185,14 @@ def differences(name: str, run: Callable[..., None], order: Order = Order.ASCEND
     partials, rstd = torch.full((4, each.head_dim), torch.nan), [None if each.eps is None else r for r in right[2:]]
     inputs = (x.q_grad, x.k_grad, x.q, x.k, *rstd, *shared)
     run(f"backward_{index}", *inputs, *found, partials, layouts, numbers, 3 if each.weights else 100, order=order)
-    pairs = zip(("q_grad", "k_grad", "q_weight", "k_weight"), found, grads, strict=True)
-    results |= {key: (mine, its) for key, mine, its in pairs if its.numel()}
-    return {key: compare(*pair) for key, pair in results.items()}
+    return results | compared(("q_grad", "k_grad", "q_weight", "k_weight"), found, grads)
+
+
+def compared(
+    names: Sequence[str], found: Sequence[torch.Tensor], right: Sequence[torch.Tensor]
+) -> dict[str, tuple[float, float]]:
+    pairs = zip(names, found, right, strict=True)
+    return {name: compare(mine, its) for name, mine, its in pairs if its.numel()}
 
 
 def moved(x: torch.Tensor) -> torch.Tensor:
@@ -214,16 +225,83 @@ def test_bodies_are_the_reference(name: str) -> None:
     assert is_right(name, found), found
 
 
+@pytest.fixture(scope="module")
+def operators() -> Any:
+    return load_operators("rope/rope.cu", [module._forward, module._backward])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_operators_as_they_are_launched(name: str, operators: Any) -> None:
+    each, x = inputs_of(name)
+    shared = (x.q_weight, x.k_weight, x.cosine, x.sine, x.query_scale)
+    forward = (x.q, x.k, *shared, each.eps, each.zero_centered, each.sections)
+    right, found = reference.forward(*forward), operators.qk_norm_rope(*forward)
+    backward = (x.q_grad, x.k_grad, x.q, x.k, *right[2:], *shared, each.zero_centered, each.sections)
+    right, found = (*right, *reference.backward(*backward)), (*found, *operators.qk_norm_rope_backward(*backward))
+    for mine, its in zip(found, right, strict=True):
+        assert mine.shape == its.shape and mine.dtype == its.dtype and mine.is_contiguous()
+    names = ("q", "k", "q_rstd", "k_rstd", "q_grad", "k_grad", "q_weight", "k_weight")
+    results = compared(names, found, right)
+    assert is_right(name, results), results
+
+
+def test_tables_and_heads_that_do_not_lie_together_are_copied(operators: Any) -> None:
+    each = case(SINGLE, SINGLE, 32, scaled=True)
+    x = make(each)
+    turned = {
+        "q": torch.stack((x.q, x.q), dim=-1)[..., 0],
+        "cosine": x.cosine.transpose(0, 1).contiguous().transpose(0, 1),
+        "query_scale": x.query_scale.t().contiguous().t(),
+    }
+    assert all(not tensor.is_contiguous() for tensor in turned.values())
+    results = []
+    for inputs in (x, replace(x, **turned)):
+        shared = (inputs.q_weight, inputs.k_weight, inputs.cosine, inputs.sine, inputs.query_scale)
+        results.append(operators.qk_norm_rope(inputs.q, inputs.k, *shared, EPS, False, 1))
+    assert all(torch.equal(mine, its) for mine, its in zip(*results, strict=True))
+
+
+def test_no_tokens(operators: Any) -> None:
+    each = case(BRAIN, BRAIN, 32, tokens=(0, 2))
+    x = make(each)
+    shared = (x.q_weight, x.k_weight, x.cosine, x.sine, x.query_scale)
+    found = operators.qk_norm_rope(x.q, x.k, *shared, EPS, False, 1)
+    grads = operators.qk_norm_rope_backward(x.q_grad, x.k_grad, x.q, x.k, *found[2:], *shared, False, 1)
+    right = reference.backward(x.q_grad, x.k_grad, x.q, x.k, *found[2:], *shared, False, 1)
+    assert all(torch.equal(mine, its) and mine.dtype == its.dtype for mine, its in zip(grads, right, strict=True))
+
+
+def test_what_is_refused(operators: Any) -> None:
+    x = make(case(SINGLE, SINGLE, 16))
+    shared: dict[str, Any] = {"weights": (x.q_weight, x.k_weight), "table": (x.cosine, x.sine), "scale": None}
+
+    def message(q: torch.Tensor = x.q, k: torch.Tensor = x.k, sections: int = 1, **more: Any) -> str:
+        given = shared | more
+        with pytest.raises(RuntimeError) as error:
+            operators.qk_norm_rope(q, k, *given["weights"], *given["table"], given["scale"], EPS, False, sections)
+        return str(error.value)
+
+    assert "one or two token dimensions" in message(x.q[0, 0], x.k[0, 0])
+    assert "same tokens" in message(k=x.k[1:])
+    assert "same tokens" in message(table=(x.cosine[1:], x.sine))
+    assert "equally large" in message(k=x.k[..., :8])
+    assert "equal sections" in message(sections=3)
+    assert "equal sections" in message(table=(x.cosine.repeat(1, 1, 2), x.sine.repeat(1, 1, 2)))
+    assert "one dtype" in message(k=x.k.bfloat16())
+    assert "one dtype" in message(table=(x.cosine.half(), x.sine.half()))
+    assert "one number" in message(scale=torch.ones(3))
+    assert "size and dtype" in message(weights=(x.q_weight[:8], None))
+    wide = torch.zeros(2, 1, 1024)
+    assert "at most 512" in message(wide, wide, table=(torch.ones(2, 4), torch.ones(2, 4)), weights=(None, None))
+
+
 MUTATIONS: dict[str, tuple[str, str, str]] = {
     "no barrier before sums of warps": ("__syncthreads();", "", "fp32"),
     "norm of half a head": ("distance > 0; distance /= 2", "distance > 1; distance /= 2", "fp32"),
     "weight's sum over half a warp": ("distance < WARP;", "distance < WARP / 2;", "fp32"),
     "idle lanes write": ("if (!places.exists(chunk)) continue;", "", "odd sections, fp32"),
     "heads past the last are written": ("if (head >= side.heads) continue;", "", "fp32, heads of 12"),
-    "tokens in the wrong order": ("index % inner_tokens * inner_stride", "index * inner_stride", "fp32, heads of 12"),
     "sections run on": ("/ rotation.section_pairs * rotation.section_pairs", "* 0", "odd sections, fp32"),
-    "gradient turned forward": ("b * cosine - a * sine", "b * cosine + a * sine", "fp32"),
-    "only first elements scaled": ("multiply(x.second[chunk], scale);", "", "fp32"),
     "no rounding of products": (
         "std::is_same_v<T, Table>) {\n    const Vector",
         "false) {\n    const Vector",
