@@ -1,9 +1,11 @@
 """Cross-entropy of a linear head whose rows are divided over the tensor ranks, a chunk of tokens at a time.
 
-Only tokens with a label are computed. The forward pass keeps two numbers of each; the backward pass computes a chunk's
-logits again and turns them into their gradient in place. So 8 T H V operations take the place of 6 T H V, and the only
-memory that grows with the vocabulary is one chunk's: a cuBLAS product writes it, one kernel reads it (forward) or
-overwrites it (backward), two products read it.
+Only tokens with a label are computed. The forward pass keeps two numbers of each and the logits of the last chunk; the
+backward pass begins with that one, computes the logits of the others again, and turns them into their gradient in
+place. So a single chunk takes 6 T H V operations, many take up to 8 T H V, and the only memory that grows with the
+vocabulary is one chunk's: a cuBLAS product writes it, one kernel reads it (forward) or overwrites it (backward), two
+products read it. On the last pipeline stage a micro-batch's backward pass follows its forward pass, so that one chunk
+is alive at a time.
 
 Shapes: B batch, S sequence (hidden states hold a shard of it under sequence parallelism), H hidden, T tokens with a
 label or those of a chunk, V vocabulary rows of this rank.
@@ -11,7 +13,6 @@ label or those of a chunk, V vocabulary rows of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,10 +59,10 @@ class Head:
         """This rank's rows without padding."""
         return min(max(self.vocab_size - self.first(weight), 0), weight.shape[0])
 
-    def chunks(self, num_tokens: int, weight: torch.Tensor) -> Iterator[slice]:
-        """Slices of the tokens, of about one size, whose logits fit into `chunk_bytes`."""
+    def chunks(self, num_tokens: int, weight: torch.Tensor) -> list[slice]:
+        """Slices of the tokens, of about one size and the first the largest, whose logits fit into `chunk_bytes`."""
         size = chunk_tokens(num_tokens, weight.shape[0] * weight.element_size(), self.chunk_bytes)
-        return (slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size))
+        return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
 
 
 def chunk_tokens(num_tokens: int, token_bytes: int, chunk_bytes: int) -> int:
@@ -119,10 +120,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = whole.flatten(0, 1)
         labels_T = labels_BS.t().flatten().index_select(0, label_index) - head.first(weight)
         columns, softcap = head.columns(weight), head.softcap or 0.0
-        statistics = [
-            vocabulary_statistics(logits, labels_T[chunk], columns, softcap)
-            for chunk, _, logits in _logits_by_chunk(rows, weight, label_index, head)
-        ]
+        logits, statistics = _Logits(rows, weight, label_index), []
+        chunks = head.chunks(len(label_index), weight)
+        for chunk in chunks:
+            statistics.append(vocabulary_statistics(logits.of(chunk)[1], labels_T[chunk], columns, softcap))
         wide = torch.promote_types(x_SBH.dtype, torch.float32)
         losses = torch.zeros(labels_BS.numel(), dtype=wide, device=labels_BS.device)
         largest = log_total = losses.new_empty(0)
@@ -135,6 +136,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses.index_copy_(0, label_index, of_tokens)
         ctx.save_for_backward(x_SBH, weight, labels_T, label_index, largest, log_total)
         ctx.head, ctx.z_loss_coeff = head, z_loss_coeff
+        ctx.buffer, ctx.last = logits.buffer, chunks[-1] if chunks else None
         return losses.view(labels_BS.t().shape).t()
 
     @staticmethod
@@ -151,12 +153,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         columns, softcap = head.columns(weight), head.softcap or 0.0
         x_gradient = torch.zeros_like(rows) if needs_x else None
         weight_gradient = _WeightGradient(weight) if needs_weight else None
-        for chunk, rows_TH, logits in _logits_by_chunk(rows, weight, label_index, head):
-            logits_gradient_(logits, labels_T[chunk], factors_T4[chunk], columns, softcap)
+        # A second backward pass, of a graph that was retained, would not find the last logits.
+        logits, ctx.buffer = _Logits(rows, weight, label_index, ctx.buffer, ctx.last), None
+        for chunk in reversed(head.chunks(len(label_index), weight)):
+            rows_TH, logits_TV = logits.of(chunk)
+            logits_gradient_(logits_TV, labels_T[chunk], factors_T4[chunk], columns, softcap)
             if x_gradient is not None:
-                x_gradient.index_copy_(0, label_index[chunk], torch.mm(logits, weight))
+                x_gradient.index_copy_(0, label_index[chunk], torch.mm(logits_TV, weight))
             if weight_gradient is not None:
-                weight_gradient.add(logits, rows_TH)
+                weight_gradient.add(logits_TV, rows_TH)
         if x_gradient is not None:
             x_gradient, reducing = reduce_input_gradient(x_gradient.view_as(whole), head.group, head.gathers)
             if reducing is not None:
@@ -164,18 +169,38 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return x_gradient, None if weight_gradient is None else weight_gradient.result(), None, None, None, None
 
 
-def _logits_by_chunk(
-    rows: torch.Tensor, weight: torch.Tensor, label_index: torch.Tensor, head: Head
-) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Tokens, their hidden states [T, H] and logits [T, V] of this rank, all of which are in one buffer."""
-    buffer = None
-    for chunk in head.chunks(len(label_index), weight):
-        rows_TH = rows.index_select(0, label_index[chunk])
-        if buffer is None:
-            buffer = rows.new_empty((len(rows_TH), weight.shape[0]))
-        logits = buffer[: len(rows_TH)]
-        torch.mm(rows_TH, weight.t(), out=logits)
-        yield chunk, rows_TH, logits
+class _Logits:
+    """Logits of one chunk after the other in one buffer.
+
+    Args:
+        rows: hidden states of all tokens.
+        weight: this rank's rows.
+        label_index: tokens with a label.
+        buffer: one that holds the logits of `held`.
+        held: a chunk.
+    """
+
+    def __init__(
+        self,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        label_index: torch.Tensor,
+        buffer: torch.Tensor | None = None,
+        held: slice | None = None,
+    ) -> None:
+        self.rows, self.weight, self.label_index = rows, weight, label_index
+        self.buffer, self.held = buffer, None if buffer is None else held
+
+    def of(self, chunk: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states [T, H], and logits [T, V] until the next call."""
+        rows_TH = self.rows.index_select(0, self.label_index[chunk])
+        if self.buffer is None or len(self.buffer) < len(rows_TH):
+            self.buffer = self.rows.new_empty((len(rows_TH), self.weight.shape[0]))
+        logits_TV = self.buffer[: len(rows_TH)]
+        if chunk != self.held:
+            torch.mm(rows_TH, self.weight.t(), out=logits_TV)
+        self.held = None
+        return rows_TH, logits_TV
 
 
 def _over_ranks(statistics_T3: torch.Tensor, group: Group) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -185,6 +185,9 @@ def variants() -> list[list[torch.Tensor]]:
         evaluated = run(x, weight)
     assert evaluated.grad_fn is None
     results = [grads(run(x, weight), x, weight), grads(checkpoint(run, x, weight, use_reentrant=False), x, weight)]
+    retained = run(x, weight)
+    for _ in range(2):
+        results.append([retained.detach(), *torch.autograd.grad(retained.sum(), (x, weight), retain_graph=True)])
     frozen_weight, frozen_x = grads(run(x, weight.detach()), x), grads(run(x.detach(), weight), weight)
     results.append([evaluated, frozen_weight[1], frozen_x[1]])
     return results
