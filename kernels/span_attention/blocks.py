@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from megatron_vlm import platform
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -95,7 +97,7 @@ PROVEN: frozenset[tuple[int, tuple[int, int]]] = frozenset()
 
 
 def is_proven(q: torch.Tensor) -> bool:
-    """Whether our kernels take queries [B, N, S, D] on their GPU; fp32 products would be rounded to TF32."""
+    """Whether our kernels take queries [B, N, S, D] on this GPU; fp32 products would be rounded to TF32."""
     if not PROVEN or q.dtype not in (torch.bfloat16, torch.float16):
         return False
-    return (q.shape[-1], torch.cuda.get_device_capability(q.device)) in PROVEN
+    return (q.shape[-1], platform.current().compute_capability()) in PROVEN

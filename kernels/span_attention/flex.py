@@ -1,4 +1,4 @@
-"""Span attention by FlexAttention: what CUDA runs where no kernel of ours is proven."""
+"""Span attention by FlexAttention: what a GPU runs where no kernel of ours is proven."""
 
 from __future__ import annotations
 

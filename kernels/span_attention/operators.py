@@ -1,4 +1,4 @@
-"""The operators of span attention, whose CUDA kernels are written in Triton.
+"""The operators of span attention, whose kernels for GPUs are written in Triton.
 
 `first` and `last` [B, S] int32 are the visible keys of a query, the window included. The tables are `BlockRanges` for
 the launches of the forward pass (by query), of dq (by query), and of dk with dv (by key); the reference needs none.
@@ -16,6 +16,7 @@ from kernels.span_attention.blocks import Configuration, configuration
 from kernels.span_attention.reference import backward as reference_backward
 from kernels.span_attention.reference import forward as reference_forward
 from kernels.span_attention.spans import Spans
+from megatron_vlm import platform
 
 
 def attend(
@@ -33,9 +34,9 @@ def attend(
 
 
 def _launches(q: torch.Tensor) -> Configuration:
-    if not q.is_cuda:
-        return configuration(64, 9)  # for the tables, which the reference does not look at
-    return configuration(q.shape[-1], torch.cuda.get_device_capability(q.device)[0])
+    capability = platform.current().compute_capability()
+    # Without a GPU any: it shapes the tables, which the reference does not look at.
+    return configuration(q.shape[-1], capability[0]) if capability else configuration(64, 9)
 
 
 def _reference(

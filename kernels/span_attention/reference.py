@@ -1,4 +1,4 @@
-"""Span attention in plain PyTorch: what a CPU runs, and the definition of the operators by explicit formulas.
+"""Span attention in plain PyTorch: what a host runs, and the definition of the operators by explicit formulas.
 
 Shapes: B batch, N query heads, G key/value heads, S sequence, D head dim.
 """

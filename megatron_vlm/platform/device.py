@@ -59,6 +59,10 @@ class Platform:
         name = torch.cuda.get_device_name()
         return next((peak for key, peak in _PEAK_BF16_FLOPS.items() if key in name), None)
 
+    def compute_capability(self) -> tuple[int, int] | None:
+        """Major and minor version of the GPU's instructions, None on CPU."""
+        return torch.cuda.get_device_capability() if self.accelerated else None
+
     def use_deterministic_algorithms(self) -> None:
         """Let torch refuse operations whose result depends on timing; call before the first device operation."""
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
