@@ -79,9 +79,11 @@ struct alignas(N * sizeof(T) < VECTOR_BYTES ? N * sizeof(T) : VECTOR_BYTES) Vect
         memcpy(&halves, &pair, sizeof(pair));
         return index % 2 ? __high2float(halves) : __low2float(halves);
       }
-    }
+    } else
 #endif
-    return to_float(at[index]);
+    {
+      return to_float(at[index]);
+    }
   }
 
   __device__ __forceinline__ void set(int index, float value) { at[index] = round_to<T>(value); }
@@ -99,11 +101,12 @@ struct alignas(N * sizeof(T) < VECTOR_BYTES ? N * sizeof(T) : VECTOR_BYTES) Vect
           memcpy(at + index, &pair, sizeof(pair));
         }
       }
-      return;
-    }
+    } else
 #endif
+    {
 #pragma unroll
-    for (int index = 0; index < N; ++index) set(index, values[index]);
+      for (int index = 0; index < N; ++index) set(index, values[index]);
+    }
   }
 };
 

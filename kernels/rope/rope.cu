@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_on_device(
       constexpr int N = decltype(vector)::value;
       divide<T, N>(rotation, both, UNLIMITED);
       const int blocks = both.at[0].blocks + both.at[1].blocks;
-      forward<T, Table, N><<<blocks, WARPS * WARP, 0, device.stream>>>(both, rotation);
+      rope_forward<T, Table, N><<<blocks, WARPS * WARP, 0, device.stream>>>(both, rotation);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
   });
@@ -206,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_on_device(
         if (weight_grads[side].numel() == 0) both.at[side].partial = nullptr;
       }
       const size_t shared = has_weights ? WARPS * head_dim * sizeof(float) : 0;
-      backward<T, Table, N><<<blocks, WARPS * WARP, shared, device.stream>>>(both, rotation);
+      rope_backward<T, Table, N><<<blocks, WARPS * WARP, shared, device.stream>>>(both, rotation);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
       const dim3 threads(PARTIAL_COLUMNS, PARTIAL_ROWS);
       for (int side = 0; side < 2; ++side) {

@@ -182,13 +182,14 @@ __device__ __forceinline__ Vector<T, N> elementwise(const Vector<T, N>& a, const
       const Pair z = Operation::of(x, y);
       memcpy(result.at + index, &z, sizeof(Pair));
     }
-    return result;
-  }
+  } else
 #endif
-  float values[N];
+  {
+    float values[N];
 #pragma unroll
-  for (int index = 0; index < N; ++index) values[index] = Operation::of(a[index], b[index]);
-  result.set_all(values);
+    for (int index = 0; index < N; ++index) values[index] = Operation::of(a[index], b[index]);
+    result.set_all(values);
+  }
   return result;
 }
 
@@ -313,7 +314,7 @@ struct Both {
 };
 
 template <class T, class Table, int N>
-__global__ void __launch_bounds__(WARPS* WARP, resident_blocks<T, N>(6)) forward(
+__global__ void __launch_bounds__(WARPS* WARP, resident_blocks<T, N>(6)) rope_forward(
     const __grid_constant__ Both<Forward<T, Table>> both, const __grid_constant__ Rotation<Table> rotation) {
   const int block = blockIdx.x, is_key = block >= both.at[0].blocks;
   forward_of<N, chunks_of<T, N>()>(both.at[is_key], rotation, is_key ? block - both.at[0].blocks : block);
@@ -429,9 +430,9 @@ __device__ __forceinline__ void backward_of(
   write_partial<N, CHUNKS>(first_sum, second_sum, places, rotation.lanes, head_dim, partial);
 }
 
-// As `forward`, but that a warp takes one token after another, for the sums of the weights' gradients.
+// As `rope_forward`, but that a warp takes one token after another, for the sums of the weights' gradients.
 template <class T, class Table, int N>
-__global__ void __launch_bounds__(WARPS* WARP, resident_blocks<T, N>(4)) backward(
+__global__ void __launch_bounds__(WARPS* WARP, resident_blocks<T, N>(4)) rope_backward(
     const __grid_constant__ Both<Backward<T, Table>> both, const __grid_constant__ Rotation<Table> rotation) {
   const int block = blockIdx.x, is_key = block >= both.at[0].blocks;
   backward_of<N, chunks_of<T, N>()>(both.at[is_key], rotation, is_key ? block - both.at[0].blocks : block);

@@ -94,6 +94,9 @@ def test_no_spills_and_wide_accesses(architecture: str) -> None:
         assert code.shared_bytes <= 48 << 10
         if code.kernel.startswith("rms_norm") and not code.name.endswith(", 1, 0>"):
             assert code.wide_loads and code.wide_stores, f"{code.name} reads or writes less than 16 bytes at a time"
+        if code.kernel.startswith("rope_") and code.name.endswith((", 8>", "float, float, 4>")):
+            # Both halves of a head, in and out.
+            assert code.wide_loads >= 2 and code.wide_stores >= 2, f"{code.name} has narrow accesses"
     for kernel in {code.kernel for code in codes} - NO_VECTORS:
         variants = [code for code in codes if code.kernel == kernel]
         assert any(code.wide_loads for code in variants), f"no variant of {kernel} loads 16 bytes"

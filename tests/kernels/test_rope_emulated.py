@@ -41,7 +41,7 @@ void run_forward(const T* q, const T* k, const T* q_weight, const T* k_weight, c
       Forward<T, Table>{layout(k, strides + 3), k_out, k_rstd, k_weight, nullptr, int(sizes[8])}};
   divide<T, N>(rotation, both, int64_t(1) << 40);
   emulator::launch(dim3(both.at[0].blocks + both.at[1].blocks), dim3(WARPS * WARP), 0,
-                   [=] { forward<T, Table, N>(both, rotation); });
+                   [=] { rope_forward<T, Table, N>(both, rotation); });
 }
 
 template <class T, class Table, int N>
@@ -59,7 +59,7 @@ void run_backward(const T* q_grad, const T* k_grad, const T* q, const T* k, cons
   if (q_weight) both.at[1].partial += both.at[0].blocks * sizes[2];
   else both.at[0].partial = both.at[1].partial = nullptr;
   emulator::launch(dim3(both.at[0].blocks + both.at[1].blocks), dim3(WARPS * WARP), WARPS * sizes[2] * 4,
-                   [=] { backward<T, Table, N>(both, rotation); });
+                   [=] { rope_backward<T, Table, N>(both, rotation); });
   T* const sums[2] = {q_sums, k_sums};
   for (int side = 0; side < 2 && q_weight; ++side) {
     emulator::launch(dim3((sizes[2] + 31) / 32), dim3(PARTIAL_COLUMNS, PARTIAL_ROWS), 0, [=] {
@@ -218,10 +218,14 @@ def is_right(name: str, found: dict[str, tuple[float, float]]) -> bool:
     return all(error <= limit[key] and other <= share[key] for key, (error, other) in found.items())
 
 
-@pytest.mark.parametrize("name", CASES)
+# Those with tails, whose memory is guarded here.
+BODIES = tuple(name for name in CASES if name.startswith(("two", "heads of 72, packed", "fp32", "odd", "any")))
+
+
+@pytest.mark.parametrize("name", BODIES)
 def test_bodies_are_the_reference(name: str) -> None:
     order = Order(list(CASES).index(name) % len(Order))
-    found = differences(name, compiled(tuple(CASES)), order)
+    found = differences(name, compiled(BODIES), order)
     assert is_right(name, found), found
 
 
