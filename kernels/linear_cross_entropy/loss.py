@@ -78,6 +78,8 @@ def chunk_tokens(num_tokens: int, token_bytes: int, chunk_bytes: int) -> int:
     return max(1, min(most, -(-even // _TILE_TOKENS) * _TILE_TOKENS, num_tokens))
 
 
+# Exchanges, buffers and main gradients are none of a compiler's business: it leaves the graph here.
+@torch.compiler.disable
 def linear_cross_entropy(
     x_SBH: torch.Tensor,
     weight_VH: torch.Tensor,

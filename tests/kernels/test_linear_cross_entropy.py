@@ -184,7 +184,12 @@ def variants() -> list[list[torch.Tensor]]:
     with torch.no_grad():
         evaluated = run(x, weight)
     assert evaluated.grad_fn is None
-    results = [grads(run(x, weight), x, weight), grads(checkpoint(run, x, weight, use_reentrant=False), x, weight)]
+    compiled = torch.compile(run, backend="aot_eager")
+    results = [
+        grads(run(x, weight), x, weight),
+        grads(compiled(x, weight), x, weight),
+        grads(checkpoint(run, x, weight, use_reentrant=False), x, weight),
+    ]
     retained = run(x, weight)
     for _ in range(2):
         results.append([retained.detach(), *torch.autograd.grad(retained.sum(), (x, weight), retain_graph=True)])
@@ -193,7 +198,7 @@ def variants() -> list[list[torch.Tensor]]:
     return results
 
 
-def test_evaluation_recomputation_and_frozen_parts() -> None:
+def test_evaluation_recomputation_compilation_and_frozen_parts() -> None:
     ((plain, *others),) = run_ranks(1, variants)
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(other, plain, strict=True))
