@@ -68,6 +68,9 @@ def columns_of(head_dim: int) -> int:
 # By columns and major compute capability: the largest tiles found that compile without spills and fit in shared
 # memory (163 KiB, 227 KiB, 227 KiB) and tensor memory (512 columns). None has been timed; `benchmarks/kernels.py` does.
 # With head dim 512, sums of all columns fit for dq and not for the rest; before Hopper, for nothing.
+# Products bound attention, not memory (32 heads of 128, 8,192 tokens, causal: 0.55 TFLOP, 160 MiB), so tiles are large:
+# a pair of blocks of 128 x 64 tokens multiplies 128 times for each element of a key or value that it loads. Chunks load
+# the operands of the scores again for every pair, from the second-level cache: what may bound head dim 512 instead.
 CONFIGURATIONS: dict[tuple[int, int], Configuration] = {
     (64, 8): Configuration(Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2), Blocks(32, 128, 8, 2), tma=False),
     (128, 8): Configuration(Blocks(128, 32, 8, 3), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), tma=False),
