@@ -92,7 +92,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     gate, up, factor = ctx.saved_tensors
     arguments = (gradient.contiguous(), gate, up, factor, ctx.activation)
-    if not (ctx.consume and _is_last_use(gate)):
+    if not (ctx.consume and _are_last_uses(gate, *(() if up is None else (up,)))):
         gradients = iter(_gated_backward(*arguments))
         return (*(None if tensor is None else next(gradients) for tensor in (gate, up, factor)), None, None)
     grad_factor = _gated_backward_in_place(*arguments)
@@ -101,13 +101,13 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
     return (*consumed, None if factor is None else grad_factor, None, None)
 
 
-def _is_last_use(saved: torch.Tensor) -> bool:
+def _are_last_uses(*saved: torch.Tensor) -> bool:
     """Whether nothing reads what a node of the graph saved after its backward pass, if it was given up.
 
     AOTAutograd asks the same before it donates saved tensors' memory. Its tracing runs on a subclass.
     """
     ends = not torch._C._autograd._get_current_graph_task_keep_graph()
-    return ends and not saved.is_leaf and type(saved) is torch.Tensor
+    return ends and all(not tensor.is_leaf and type(tensor) is torch.Tensor for tensor in saved)
 
 
 _gated = define(

@@ -155,6 +155,10 @@ def test_leaves_are_not_written_over() -> None:
     before = inputs["gate_up"].detach().clone()
     call("silu", inputs, consume=True).sum().backward()
     assert torch.equal(inputs["gate_up"].detach(), before)
+    gate, up = make_inputs("two tensors", torch.float32).values()
+    before = up.detach().clone()
+    gated(gate * 1, up, "silu", consume=True).sum().backward()
+    assert torch.equal(up.detach(), before)
 
 
 def test_others_that_read_what_was_given_up_fail() -> None:
