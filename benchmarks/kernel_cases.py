@@ -24,7 +24,7 @@ from kernels.linear_cross_entropy import Head, linear_cross_entropy
 from kernels.permute import expert_permutation, permute, unpermute
 from kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_add, rms_norm_add_rms_norm
 from kernels.rope import qk_norm_rope
-from kernels.span_attention import Spans, flex, operators, reference
+from kernels.span_attention import Spans, flex, operators
 from megatron_vlm.data.collate import spans as spans_of
 
 Tensors = Sequence[torch.Tensor]
@@ -444,10 +444,18 @@ def attention_problem(sizes: Attention, setting: Setting) -> Problem:
     visible = Spans(low.to(setting.device), high.to(setting.device))
     q, k, v = (setting.randn(1, heads, length, sizes.head_dim) for heads in (sizes.queries, sizes.keys, sizes.keys))
     window, scale = sizes.window, sizes.head_dim**-0.5
+    is_causal = window is None and sizes.image_tokens == 0
+    mask = None if is_causal else visible.dense(window)
+
+    def by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        # Repeated, as transformers does: with fewer key heads and a mask, torch would hold all scores in memory.
+        k, v = (x.repeat_interleave(sizes.queries // sizes.keys, dim=1) for x in (k, v))
+        return functional.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale)
+
     sides = {
         # Whether or not they are proven on this GPU.
         OURS: lambda q, k, v: operators.attend(q, k, v, visible, window, scale),
-        TORCH: lambda q, k, v: reference(q, k, v, visible, window, scale),
+        TORCH: by_torch,
     }
     if setting.device.type == "cuda":  # FlexAttention has no backward pass elsewhere
         sides[FLEX] = lambda q, k, v: flex.attend(q, k, v, visible, window, scale)
