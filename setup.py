@@ -48,6 +48,7 @@ class BuildKernels(build_ext):
         log = binary.with_name("_C.txt")
         binary.parent.mkdir(parents=True, exist_ok=True)
         binary.unlink(missing_ok=True)
+        digest = source_hash()
         try:
             output = build(binary, Path(self.build_temp))
             names = ", ".join(f"sm_{architecture}" for architecture in ARCHITECTURES)
@@ -56,7 +57,7 @@ class BuildKernels(build_ext):
             if os.environ.get(STRICT_VARIABLE) == "1":
                 raise
             output, message = error.output, f"CUDA kernels: not built, {error}"
-        log.write_text(f"{message}\n{source_hash()}\n{output}")
+        log.write_text(f"{message}\n{digest}\n{output}")
         print(message, file=sys.stderr)
 
     def get_ext_filename(self, fullname: str) -> str:

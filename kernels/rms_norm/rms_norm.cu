@@ -6,7 +6,8 @@
 // enough bytes on their way (some 25 kB per multiprocessor at 4 TB/s), and a row of 4096 bf16 takes 256 threads with two
 // vectors, of which several fit on a multiprocessor and hide each other's barriers. Small rows share blocks of at least
 // 128 threads. Backward blocks stay for many rows, as many as fit at a time, so that gradients of the weights are added
-// up in registers and only a few hundred rows of partial sums go through memory. Not measured on a GPU yet.
+// up in registers and only a few hundred rows of partial sums go through memory; they ask for the next row before they
+// reduce the present one, as few of them fit beside those registers. Not measured on a GPU yet.
 #include "csrc/launch.h"
 #include "csrc/partial_sums.cuh"
 #include "rms_norm/rms_norm.cuh"

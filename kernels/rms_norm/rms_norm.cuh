@@ -68,6 +68,16 @@ struct Row {
   }
 };
 
+// Ask for this thread's part of a row that it reads in the next turn, so that memory is not idle during reductions.
+template <class T, int N, int CHUNKS>
+__device__ __forceinline__ void prefetch_row(const T* from, Columns<N, CHUNKS> columns) {
+  if constexpr (N > 1) {
+    columns.each([&](int, int column) {
+      if (column * static_cast<int>(sizeof(T)) % PREFETCH_BYTES == 0) prefetch(from + column);
+    });
+  }
+}
+
 // What normalised values are multiplied by.
 template <class T, int N, int CHUNKS>
 struct Weight {
@@ -262,13 +272,19 @@ __global__ void __launch_bounds__(max_threads(CHUNKS), 1)
   __shared__ float scratch[2][REDUCTION_SCRATCH<2>];
   const int group = blockIdx.x * blockDim.y + threadIdx.y;
   WeightGradient<N, CHUNKS> weight_gradient(partials ? partials + static_cast<int64_t>(group) * size : nullptr, {size});
+  const int num_groups = gridDim.x * blockDim.y;
   int turn = 0;
-  for (int64_t row = group; row - threadIdx.y < num_rows; row += static_cast<int64_t>(gridDim.x) * blockDim.y) {
+  for (int64_t row = group; row - threadIdx.y < num_rows; row += num_groups) {
     const int64_t start = row * size;
     const Columns<N, CHUNKS> columns{row < num_rows ? size : 0};
     Row<T, N, CHUNKS> values(x + start, columns), gradients(grad_normed + start, columns);
     const Row<T, N, CHUNKS> addends(addend ? addend + start : nullptr, columns);
     Weight<T, N, CHUNKS> weights(weight, offset, columns);
+    const int64_t next = start + static_cast<int64_t>(num_groups) * size;
+    const Columns<N, CHUNKS> next_columns{row + num_groups < num_rows ? size : 0};
+    prefetch_row(x + next, next_columns);
+    prefetch_row(grad_normed + next, next_columns);
+    if (addend) prefetch_row(addend + next, next_columns);
     float sums[2] = {0.0f, 0.0f};
     columns.each([&](int chunk, int column) { add_products(chunk, column, values, gradients, weights, sums); });
     row_reduce<Sum>(sums, scratch[turn]);
@@ -314,6 +330,9 @@ __global__ void __launch_bounds__(max_threads(CHUNKS), 1)
     const Columns<N, CHUNKS> columns{row < num_rows ? size : 0};
     Row<T, N, CHUNKS> totals(sum + start, columns), gradients(grad_normed + start, columns);
     Row<T, N, CHUNKS> flowing(grad_sum + start, columns), inputs(x + start, columns);
+    const int64_t next = start + static_cast<int64_t>(num_groups) * size;
+    const Columns<N, CHUNKS> next_columns{row + num_groups < num_rows ? size : 0};
+    for (const T* tensor : {sum, grad_normed, grad_sum, x}) prefetch_row(tensor + next, next_columns);
     float sums[2] = {0.0f, 0.0f};
     {
       Weight<T, N, CHUNKS> weights(weight, offset, columns);
