@@ -21,7 +21,7 @@ from tests.training.tiny_run_config import TinyFiles, read_metrics, tiny_config,
 from tests.training.transformers_reference import load_multimodal, mean_loss, multimodal_batch, without_key_bias
 
 STEPS, WARMUP = 5, 2
-LEARNING_RATE, LOWEST_LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, CLIP = 2e-3, 1e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
+LEARNING_RATE, LOWEST_LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, CLIP = 2e-3, 1e-4, (0.9, 0.95), 1e-6, 0.1, 1.0
 MULTIPLIERS = {"vision_tower": 0.5, "projector": 3.0}
 HALF = GLOBAL_BATCH // 2  # rows per step: the data are read from the beginning again in step 3
 SETTINGS = {
@@ -39,8 +39,9 @@ SETTINGS = {
 }
 
 # Adam divides a gradient by its own size, so the few entries whose gradient is near zero move by what rounding leaves
-# of it: single entries are up to 0.003 learning rates off, whole tensors up to 5e-5 of the distance that they moved.
-# Decay on the norms, a schedule late by one step or a stale parameter shifts whole tensors by 5e-3 and more.
+# of it; an eps above that (1e-8 of clipped gradients) keeps them still. Whole tensors are up to 1.3e-4 of the distance
+# that they moved off. Decay on the norms, a schedule late by one step or a stale parameter shifts whole tensors by 5e-3
+# and more.
 TRAJECTORY_TOLERANCE = 5e-4
 LOSS_TOLERANCE = 1e-5  # of losses and norms in fp32 after updates that differ so little; seen: 2e-7
 
