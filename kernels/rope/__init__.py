@@ -85,16 +85,18 @@ def _weight_grad_like(rstd: torch.Tensor, weight: torch.Tensor | None) -> torch.
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    q, k, q_weight, k_weight, cosine, sine, query_scale, _, zero_centered, sections = inputs
-    ctx.save_for_backward(q, k, *output[2:], q_weight, k_weight, cosine, sine, query_scale)
+    q, k, q_weight, k_weight, cosine, sine, query_scale, eps, zero_centered, sections = inputs
+    kept = (q, k) if eps is not None else (None, None)  # a rotation turns gradients back without its inputs
+    ctx.save_for_backward(*kept, *output[2:], q_weight, k_weight, cosine, sine, query_scale)
     ctx.zero_centered, ctx.sections = zero_centered, sections
     ctx.mark_non_differentiable(*output[2:])
 
 
 def _gradients(ctx: Any, q_grad: torch.Tensor, k_grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    *grads, q_weight, k_weight = _backward(q_grad, k_grad, *saved, ctx.zero_centered, ctx.sections)
-    weights = (None if weight is None else grad for weight, grad in zip(saved[4:6], (q_weight, k_weight), strict=True))
+    q, k, *saved = ctx.saved_tensors
+    inputs = (q_grad, k_grad) if q is None else (q, k)
+    *grads, q_weight, k_weight = _backward(q_grad, k_grad, *inputs, *saved, ctx.zero_centered, ctx.sections)
+    weights = (None if weight is None else grad for weight, grad in zip(saved[2:4], (q_weight, k_weight), strict=True))
     return (*grads, *weights, *[None] * 6)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,19 +34,15 @@ class Structure:
         decoder_norms: of a decoder layer, as wide as the residual stream.
         has_query_norms: decoder layers norm queries and keys.
         tower_norms: of the whole tower.
-        tower_norms_in_fp32: they are root-mean-square norms.
         tower_has_gates: its feed-forward layers have.
         tower_joins_queries: queries, keys and values of the tower are one product.
-        projector_norms_in_fp32: as in the tower.
     """
 
     decoder_norms: int
     has_query_norms: bool
     tower_norms: int
-    tower_norms_in_fp32: bool
     tower_has_gates: bool
     tower_joins_queries: bool
-    projector_norms_in_fp32: bool
 
 
 def structure_of(shapes: Mapping[str, tuple[int, ...]], hidden_size: int) -> Structure:
@@ -64,23 +60,14 @@ def structure_of(shapes: Mapping[str, tuple[int, ...]], hidden_size: int) -> Str
             norms_of_layer[index] += shape == (hidden_size,)
             query_norms_of_layer[index] += ".q_norm." in name
     ((decoder_norms, query_norms),) = {(norms_of_layer[index], query_norms_of_layer[index]) for index in norms_of_layer}
-    tower, projector = ([name for name in shapes if name.startswith(part)] for part in ("vision_tower.", "projector."))
-    norms, projector_norms = (
-        [name for name in names if name.endswith(".weight") and len(shapes[name]) == 1] for names in (tower, projector)
-    )
+    tower = [name for name in shapes if name.startswith("vision_tower.")]
     return Structure(
         decoder_norms=decoder_norms,
         has_query_norms=bool(query_norms),
-        tower_norms=len(norms),
-        tower_norms_in_fp32=_without_biases(norms, shapes),
+        tower_norms=sum(name.endswith(".weight") and len(shapes[name]) == 1 for name in tower),
         tower_has_gates=any(".gate_proj." in name for name in tower),
         tower_joins_queries=any(".qkv." in name for name in tower),
-        projector_norms_in_fp32=_without_biases(projector_norms, shapes),
     )
-
-
-def _without_biases(norms: Collection[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    return not any(name.removesuffix("weight") + "bias" in shapes for name in norms)
 
 
 def activation_bytes(
@@ -135,9 +122,8 @@ def chunk_bytes(
     if chunk > 0:
         kept.append(tokens * _received_bytes(config, layout, text.hidden_size, vision, chunk))
     if chunk == len(layout.chunks) - 1:
-        # The final norm's input and result, and the head's input.
-        head = 2 * FP32_BYTES + value_bytes(config)
-        kept.append(tokens * text.hidden_size / _sequence_share(config, layout) * head)
+        # The final norm's input and result; logits are no activations (see `memory`).
+        kept.append(tokens * text.hidden_size / _sequence_share(config, layout) * 2 * value_bytes(config))
     return kept
 
 
@@ -174,11 +160,11 @@ def _text_layer_bytes(
     hidden = hidden_size / _sequence_share(config, layout)
     if recompute == "full":
         return hidden * value
-    # Every norm keeps its fp32 input and result; attention and feed-forward layer keep what they are given.
-    kept = hidden * (structure.decoder_norms * 2 * FP32_BYTES + 2 * value)
+    # Every norm keeps its input; attention and feed-forward layer keep what they are given.
+    kept = hidden * (structure.decoder_norms + 2) * value
     queries = layer.num_attention_heads * layer.head_dim / size
     keys = max(1, layer.num_key_value_heads / size) * layer.head_dim  # one head where there are more ranks than heads
-    kept += (queries + keys) * 2 * FP32_BYTES * structure.has_query_norms
+    kept += (queries + keys) * (value + FP32_BYTES / layer.head_dim) * structure.has_query_norms
     kept += (queries + 2 * keys) * value + queries * value  # inputs of attention, and its result as the output's input
     if recompute == "none":
         kept += queries * (value + FP32_BYTES / layer.head_dim)  # its result and log-sum-exp
@@ -218,7 +204,7 @@ def _vision_bytes(
     trains_tower = "vision_tower" not in config.model.freeze
     layers: list[float] = []
     if trains_tower:
-        norm = hidden * _norm_bytes(structure.tower_norms_in_fp32, value)
+        norm = 2 * hidden * value  # its input and result
         kept = hidden * value
         if recompute != "full":
             # Queries, keys, values (once more what one product made), the result, and it as the output's input; what
@@ -231,13 +217,8 @@ def _vision_bytes(
         outside = structure.tower_norms - 2 * vision.num_hidden_layers
         layers += [patches * outside * norm, patches * vision.patch_features * value]
     if hasattr(vision, "spatial_merge_size") and (trains_tower or "projector" not in config.model.freeze):
-        # Each merger's norm and its GELU keep their input and result.
+        # Each merger's norm and its GELU keep their input and result; a tapped layer's output is the next one's input.
         widened = vision.projector_hidden_size / vision.spatial_merge_size**2 / width_share
-        merger = hidden * _norm_bytes(structure.projector_norms_in_fp32, value) + 2 * widened * value
-        layers += [patches * merger] * (1 + _deepstack_levels(vision))
+        merger = 2 * (hidden + widened) * value
+        layers += [patches * merger] + [patches * (merger - trains_tower * hidden * value)] * _deepstack_levels(vision)
     return layers
-
-
-def _norm_bytes(in_fp32: bool, value: int) -> int:
-    """Bytes per number: input and result, besides in fp32 what a root-mean-square norm computes between them."""
-    return 2 * FP32_BYTES + value if in_fp32 else 2 * value
