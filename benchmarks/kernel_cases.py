@@ -354,36 +354,35 @@ class Alone:
 
 
 class _Products(torch.autograd.Function):
-    """The matrix products of our loss and nothing else, in its chunks: logits, again logits, and both gradients."""
+    """The matrix products of our loss and nothing else, in its chunks: logits of all, again of all but the last, and
+    both gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, head: Head) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.head = head
-        for _ in _Products.logits(x, weight, head):
-            pass
+        ctx.chunks = head.chunks(x.shape[0], weight)
+        ctx.buffer = x.new_empty((len(x[ctx.chunks[0]]), weight.shape[0]))
+        for chunk in ctx.chunks:
+            rows = x[chunk]
+            torch.mm(rows, weight.t(), out=ctx.buffer[: len(rows)])
         return x.new_zeros((), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         x_gradient, total = torch.empty_like(x), weight.main_grad
-        for chunk, logits in _Products.logits(x, weight, ctx.head):
+        for chunk in reversed(ctx.chunks):
+            rows = x[chunk]
+            logits = ctx.buffer[: len(rows)]
+            if chunk != ctx.chunks[-1]:
+                torch.mm(rows, weight.t(), out=logits)
             torch.mm(logits, weight, out=x_gradient[chunk])
             if x.dtype == total.dtype:
-                total.addmm_(logits.t(), x[chunk])
+                total.addmm_(logits.t(), rows)
             else:
-                torch.addmm(total, logits.t(), x[chunk], out_dtype=total.dtype, out=total)
+                torch.addmm(total, logits.t(), rows, out_dtype=total.dtype, out=total)
+        ctx.buffer = None
         return x_gradient, None, None
-
-    @staticmethod
-    def logits(x: torch.Tensor, weight: torch.Tensor, head: Head) -> Any:
-        """Of each chunk, in one buffer."""
-        buffer = None
-        for chunk in head.chunks(x.shape[0], weight):
-            rows = x[chunk]
-            buffer = rows.new_empty((len(rows), weight.shape[0])) if buffer is None else buffer
-            yield chunk, torch.mm(rows, weight.t(), out=buffer[: len(rows)])
 
 
 def loss_problem(softcap: float | None, setting: Setting) -> Problem:
