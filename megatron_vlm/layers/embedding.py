@@ -12,7 +12,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_vlm.layers.linear import Group
 
 _VOCABULARY_MULTIPLE = 64
-IGNORED_LABEL = -100
 
 
 def padded_vocab_size(vocab_size: int) -> int:

@@ -13,8 +13,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 
-from megatron_vlm.data.collate import MicroBatch
-from megatron_vlm.layers.embedding import IGNORED_LABEL
+from megatron_vlm.data.collate import NO_LOSS, MicroBatch
 
 
 class LossSums:
@@ -30,7 +29,7 @@ class LossSums:
 
     def add(self, losses_BS: torch.Tensor, batch: MicroBatch) -> None:
         """Count one micro-batch."""
-        labels = (batch.labels != IGNORED_LABEL).sum(-1)
+        labels = (batch.labels != NO_LOSS).sum(-1)
         rows = torch.stack((losses_BS.detach().sum(-1).double(), labels.double()), dim=-1)
         self._sums.index_add_(0, batch.source_ids.long(), rows)
 
@@ -95,4 +94,4 @@ def _loss(
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     """megatron-core's triple: sum of losses, number of label tokens, figures to log (none: `sums` has them)."""
     sums.add(losses_BS, batch)
-    return losses_BS.sum(), (batch.labels != IGNORED_LABEL).sum().int(), {}
+    return losses_BS.sum(), (batch.labels != NO_LOSS).sum().int(), {}

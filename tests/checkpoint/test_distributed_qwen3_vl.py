@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vlm.data.collate import MicroBatch
-from megatron_vlm.layers.embedding import IGNORED_LABEL
+from megatron_vlm.data.collate import NO_LOSS, MicroBatch
 from tests.checkpoint.family_run import MORE_STEPS, SETTINGS, STEPS, Figures, continue_run, start_run
 from tests.checkpoint.whole_state import Pieces, assemble, assert_same
 from tests.families import qwen3_vl
@@ -69,7 +68,7 @@ def expected() -> Figures:
         # Zero, not none: a text counts as a step of the vision tower too.
         optimizer.zero_grad(set_to_none=False)
         micro_batches = micro_batches_of_step(step)
-        label_tokens = sum(int((each.batch.labels != IGNORED_LABEL).sum()) for each in micro_batches)
+        label_tokens = sum(int((each.batch.labels != NO_LOSS).sum()) for each in micro_batches)
         losses = [reference(model, each)[1] / label_tokens for each in micro_batches]
         loss = torch.stack(losses).sum()
         loss.backward()

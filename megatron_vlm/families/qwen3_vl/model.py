@@ -13,11 +13,11 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from kernels.span_attention import Spans
-from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.data.collate import NO_LOSS, MicroBatch
 from megatron_vlm.families.qwen3_vl.config import LayerConfig, ModelConfig, TextConfig
 from megatron_vlm.families.qwen3_vl.vision import Projector, VisionTower
 from megatron_vlm.layers.attention import SelfAttention
-from megatron_vlm.layers.embedding import IGNORED_LABEL, place_features, spread_features
+from megatron_vlm.layers.embedding import place_features, spread_features
 from megatron_vlm.layers.expert_use import ExpertUse
 from megatron_vlm.layers.language_model import LanguageModelChunk, residual_norm
 from megatron_vlm.layers.mlp import GatedMLP
@@ -136,7 +136,7 @@ class Qwen3VLChunk(ModelChunk):
         losses_BS = self.language_model.losses(state.hidden, batch)
         use = self.language_model.expert_use
         if use is not None and state.numbers is not None:
-            losses_BS = use.with_balancing(losses_BS, batch.labels != IGNORED_LABEL, state.numbers)
+            losses_BS = use.with_balancing(losses_BS, batch.labels != NO_LOSS, state.numbers)
         return losses_BS
 
     def _input(self, batch: MicroBatch) -> StageState:
