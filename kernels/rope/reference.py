@@ -23,7 +23,7 @@ def forward(
     """Rotated queries and keys, and one over their root mean squares [*T, N, 1] (empty without a norm)."""
     q, q_rstd = _normalized(q, q_weight, eps, zero_centered)
     k, k_rstd = _normalized(k, k_weight, eps, zero_centered)
-    q, k = _rotated(q, cosine, sine, sections), _rotated(k, cosine, sine, sections)
+    q, k = (_rotated(x, cosine, sine, sections).to(x.dtype) for x in (q, k))
     if query_scale is not None:
         q = (q * query_scale[..., None, None]).to(q.dtype)
     return q, k, q_rstd, k_rstd
@@ -93,39 +93,28 @@ def _normalized_backward(
     return grad.mul_(rstd).to(x.dtype), weight_grad
 
 
-def _pairs(x: torch.Tensor, rotated: int, sections: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """First and second elements [*T, N, C, R / 2C] of the pairs that turn."""
-    first, second = x[..., :rotated].unflatten(-1, (sections, 2, -1)).unbind(-2)
-    return first, second
-
-
-def _angles(table: torch.Tensor, sections: int) -> torch.Tensor:
-    """[*T, R / 2] to [*T, 1, C, R / 2C]."""
-    return table.unflatten(-1, (sections, -1)).unsqueeze(-3)
-
-
 def _rotated(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, sections: int) -> torch.Tensor:
-    rotated = 2 * cosine.shape[-1]
-    out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, cosine.dtype), device=x.device)
-    cosine, sine = _angles(cosine, sections), _angles(sine, sections)
-    first, second = _pairs(x, rotated, sections)
-    out_first, out_second = _pairs(out, rotated, sections)
-    torch.mul(first, cosine, out=out_first)
-    out_first -= second * sine
-    torch.mul(second, cosine, out=out_second)
-    out_second += first * sine
-    out[..., rotated:] = x[..., rotated:]
-    return out.to(x.dtype)
+    """Contiguous memory of its own; products and sums are rounded to the wider of both dtypes."""
+    size = 2 * cosine.shape[-1]
+    turning, crossed = x[..., :size], x[..., :size] * _whole(sine, sections)
+    out = torch.mul(turning, _whole(cosine, sections), out=crossed.new_empty(crossed.shape))
+    (first, second), (crossed_first, crossed_second) = _pairs(out, sections), _pairs(crossed, sections)
+    first -= crossed_second
+    second += crossed_first
+    return out if size == x.shape[-1] else torch.cat((out, x[..., size:]), dim=-1)
 
 
 def _rotated_back(grad: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, sections: int) -> torch.Tensor:
-    """Wide, and nothing else's memory."""
-    rotated, dtype = 2 * cosine.shape[-1], _wide(grad)
-    out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
-    cosine, sine = _angles(cosine.to(dtype), sections), _angles(sine.to(dtype), sections)
-    first, second = _pairs(grad, rotated, sections)
-    out_first, out_second = _pairs(out, rotated, sections)
-    torch.mul(first, cosine, out=out_first).addcmul_(second, sine)
-    torch.mul(second, cosine, out=out_second).addcmul_(first, sine, value=-1)
-    out[..., rotated:] = grad[..., rotated:]
-    return out
+    """Wide."""
+    dtype = _wide(grad)
+    return _rotated(grad, cosine.to(dtype), -sine.to(dtype), sections)
+
+
+def _whole(table: torch.Tensor, sections: int) -> torch.Tensor:
+    """[*T, R / 2] to [*T, 1, R]: each angle for both elements of its pair."""
+    return table.unflatten(-1, (sections, 1, -1)).repeat_interleave(2, dim=-2).flatten(-3).unsqueeze(-2)
+
+
+def _pairs(x: torch.Tensor, sections: int) -> tuple[torch.Tensor, ...]:
+    """Views of the first and the second elements [*T, N, C, R / 2C] of the pairs."""
+    return x.unflatten(-1, (sections, 2, -1)).unbind(-2)
