@@ -1,7 +1,7 @@
 """Root-mean-square norms and the residual additions around them: what the kernels compute, in plain PyTorch.
 
 Arithmetic is in fp32, in fp64 for fp64 tensors. Each result is rounded to its dtype once, and what follows works on the
-rounded one: separate operations would give the same.
+rounded one: separate operations would give the same. Results are contiguous.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def rms_norm(x: torch.Tensor, weight: Weight, eps: float, zero_centered: bool) -
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: Weight, eps: float, zero_centered: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    total = residual + x
+    total = (residual + x).contiguous()
     return total, rms_norm(total, weight, eps, zero_centered)
 
 
@@ -84,7 +84,8 @@ def rms_norm_add_rms_norm_backward(
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype is torch.float64 else x.float()
+    wide = x if x.dtype is torch.float64 else x.float()
+    return wide.contiguous()
 
 
 def _inverse_rms(wide: torch.Tensor, eps: float) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 import warnings
@@ -15,12 +14,11 @@ from types import ModuleType
 import pytest
 import torch
 
-import kernels.rms_norm as rms_norm_operators
 from kernels import library
+from tests.kernels.load_extension import CUDA, check_calls, kernel_of, registered
 from tests.kernels.static_code import ARCHITECTURES, read_code
 
 ROOT = Path(__file__).parents[2]
-CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
 
 def _setup() -> ModuleType:
@@ -53,29 +51,14 @@ def test_it_is_built_from_these_sources() -> None:
 @needs_extension
 def test_calls_reach_it() -> None:
     """Through the dispatcher, torch's stable ABI and our checks, up to the launch: nothing is launched for no rows."""
-    rows, weight = torch.empty(0, 8), torch.randn(8)
-    for given in (weight, None):
-        assert rms_norm_operators._rms_norm.redispatch(CUDA, rows, given, 1e-6, True).shape == (0, 8)
-    results = rms_norm_operators._rms_norm_add_rms_norm_backward.redispatch(
-        CUDA, rows, rows, rows, rows, weight, None, 1e-6, True, True
-    )
-    # Gradients of weights are sums over no rows.
-    assert [tuple(result.shape) for result in results] == [(0, 8), (0, 8), (8,), (0,)] and not results[2].any()
-    with pytest.raises(RuntimeError, match="one element for each of a row"):
-        rms_norm_operators._rms_norm.redispatch(CUDA, torch.randn(2, 8), torch.randn(9), 1e-6, True)
+    check_calls()
 
 
 @needs_extension
 def test_every_operator_has_its_kernel() -> None:
-    """Names that .cu files register, and operators that Python defines, are the same."""
-    registered = set()
-    for path in (ROOT / "kernels").glob("*/*.cu"):
-        registered |= set(re.findall(r'm\.impl\("(\w+)"', path.read_text()))
-        importlib.import_module(f"kernels.{path.parent.name}")
-    assert len(registered) > 5
-    for name in registered:
-        dump = torch._C._dispatch_dump(f"{library.NAMESPACE}::{name}")
-        assert re.search(r"^CUDA: registered at .*\.cu:", dump, re.MULTILINE), f"{name} runs its reference on CUDA"
+    names = registered()
+    assert len(names) > 5
+    assert [name for name in names if kernel_of(name) is None] == []
 
 
 # Kernels whose accesses are scattered or a handful of numbers.

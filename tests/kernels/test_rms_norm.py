@@ -296,6 +296,17 @@ def test_opcheck(with_weight: bool) -> None:
         torch.library.opcheck(operators._rms_norm_add_rms_norm_backward, both)
 
 
+def test_strided_inputs() -> None:
+    for operation in OPERATIONS:
+        arguments = inputs(operation, torch.float32)
+        strided = [
+            given.detach().mT.contiguous().mT.requires_grad_() if given.dim() > 1 else given for given in arguments
+        ]
+        torch.library.opcheck(getattr(operators, f"_{operation.__name__}"), (*strided, EPS, True))
+        for mine, its in zip(outputs(operation, strided), outputs(operation, arguments), strict=True):
+            assert mine.is_contiguous() and mine.equal(its)
+
+
 def test_frozen_weights_and_inputs() -> None:
     x, weight = torch.randn(4, 24, requires_grad=True), torch.randn(24)
     rms_norm(x, weight, EPS).sum().backward()
