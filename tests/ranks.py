@@ -44,10 +44,10 @@ class _Pool:
         self.pipes, self.processes = [], []
         for rank in range(NUM_WORKERS):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(rank, theirs), daemon=True)
+            self.pipes.append(mine)
+            process = context.Process(target=_work, args=(rank, theirs, self.pipes), daemon=True)
             process.start()
             theirs.close()  # so that the death of the worker ends what is read here
-            self.pipes.append(mine)
             self.processes.append(process)
         gc.unfreeze()
 
@@ -86,7 +86,11 @@ class _Pool:
             process.join()
 
 
-def _work(rank: int, pipe: multiprocessing.connection.Connection) -> None:
+def _work(
+    rank: int, pipe: multiprocessing.connection.Connection, parents: list[multiprocessing.connection.Connection]
+) -> None:
+    for end in parents:
+        end.close()  # so that the death of the parent, however it dies, ends this process too
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # checkpoints fork writers
@@ -94,7 +98,10 @@ def _work(rank: int, pipe: multiprocessing.connection.Connection) -> None:
     forkserver._forkserver.__init__()  # type: ignore[misc]
     filesystem_async._results_queue = None
     while True:
-        world_size, rendezvous, function, arguments = pickle.loads(pipe.recv_bytes())
+        try:
+            world_size, rendezvous, function, arguments = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
         with Path(f"{rendezvous}.{rank}.stack").open("w") as stack:
             # Where this rank is just before the caller gives up.
             faulthandler.dump_traceback_later(TIMEOUT_SECONDS - 1, file=stack)
