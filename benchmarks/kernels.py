@@ -38,7 +38,8 @@ if sys.path[0] == str(REPOSITORY / "benchmarks"):
 
 import torch  # noqa: E402
 
-from benchmarks.kernel_cases import CASES, COMPILED, GIB, LIGER, OURS, TORCH, Case, Problem, Setting, Target  # noqa: E402
+from benchmarks.kernel_cases import CASES  # noqa: E402
+from benchmarks.kernel_problem import COMPILED, GIB, LIGER, OURS, TORCH, Case, Problem, Setting, Target  # noqa: E402
 from kernels.library import STRICT_VARIABLE  # noqa: E402
 from megatron_vlm import platform  # noqa: E402
 

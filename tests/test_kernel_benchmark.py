@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from benchmarks import kernels
-from benchmarks.kernel_cases import CASES, GIB, OURS, TORCH, Case, Setting, Target
+from benchmarks.kernel_cases import CASES
+from benchmarks.kernel_problem import GIB, OURS, TORCH, Case, Setting, Target
 
 TINY = Setting(torch.device("cpu"), torch.float32, is_tiny=True)
 REAL = Setting(torch.device("meta"), torch.bfloat16, is_tiny=False)
