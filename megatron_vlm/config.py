@@ -39,8 +39,9 @@ class ModelSettings:
     moe_aux_loss_coeff: float = 0.001
     """Factor on the load-balancing loss before it is added to the loss; unused when moe_load_balancing is none."""
     loss_chunk_mib: int = 768
-    """Most memory in MiB for logits: the loss is computed for as many label tokens at a time. Each piece reads and writes
-    the head's gradient once, so that pieces below about 1000 tokens (500 MiB for 262144 rows in bf16) slow it down."""
+    """Most memory in MiB for logits: the loss is computed for as many label tokens at a time. Each piece reads and
+    writes the head's gradient once, so that pieces below about 1000 tokens (500 MiB for 262144 rows in bf16) slow it
+    down."""
     z_loss_coeff: float = 0.0
     """Factor on the squared log-sum-exp of each label token's logits, which is added to the training loss (and to what
     is logged of it) and keeps logits small; 0 for none. Evaluation leaves it out."""

@@ -402,10 +402,12 @@ def test_only_the_platform_knows_the_device() -> None:
     for folder in ("megatron_vlm", "kernels", "tools"):
         files += sorted((ROOT / folder).rglob("*.py"))
     assert len(files) > 40
+    # The second one registers operators by device.
+    knowing = ("megatron_vlm/platform/", "kernels/library.py")
     found = {}
     for path in files:
         name = path.relative_to(ROOT).as_posix()
-        if not name.startswith("megatron_vlm/platform/"):
+        if not name.startswith(knowing):
             words = set(_words(path)) - ALLOWED_WORDS.get(name, set())
             if words:
                 found[name] = words

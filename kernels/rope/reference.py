@@ -1,4 +1,4 @@
-"""Norm and rotation of queries and keys in plain PyTorch: the definition, and what a CPU runs.
+"""Norm and rotation of queries and keys in plain PyTorch: the definition, and what runs without a GPU.
 
 Shapes: T token dimensions (one or two), N heads, D head dim, R rotated elements (R <= D), C sections.
 """
