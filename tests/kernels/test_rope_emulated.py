@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import kernels.rope as module
+from kernels import library
 from kernels.rope import reference
 from tests.kernels.emulator.emulate import Edits, EmulatorError, Order, compile_kernels
 from tests.kernels.emulator.operators import load_operators
@@ -273,6 +274,21 @@ def test_no_tokens(operators: Any) -> None:
     grads = operators.qk_norm_rope_backward(x.q_grad, x.k_grad, x.q, x.k, *found[2:], *shared, False, 1)
     right = reference.backward(x.q_grad, x.k_grad, x.q, x.k, *found[2:], *shared, False, 1)
     assert all(torch.equal(mine, its) and mine.dtype == its.dtype for mine, its in zip(grads, right, strict=True))
+
+
+@pytest.mark.skipif(not library.BINARY.exists(), reason="no CUDA toolkit")
+def test_calls_reach_the_extension() -> None:
+    """Up to the launch, which no tokens need."""
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    for each in (case(BRAIN, SINGLE, 32, tokens=(0,)), case(BRAIN, SINGLE, 32, tokens=(0,), eps=None, weights=False)):
+        x = make(each)
+        shared = (x.q_weight, x.k_weight, x.cosine, x.sine, x.query_scale)
+        forward = (x.q, x.k, *shared, each.eps, False, 1)
+        found, right = module._forward.redispatch(cuda, *forward), reference.forward(*forward)
+        backward = (x.q_grad, x.k_grad, x.q, x.k, *right[2:], *shared, False, 1)
+        found = (*found, *module._backward.redispatch(cuda, *backward))
+        for mine, its in zip(found, (*right, *reference.backward(*backward)), strict=True):
+            assert mine.shape == its.shape and mine.dtype == its.dtype and torch.equal(mine, its)
 
 
 def test_what_is_refused(operators: Any) -> None:
