@@ -10,10 +10,7 @@ from typing import Protocol
 
 import torch
 import torch.distributed
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import unwrap_model
 
-from megatron_vlm import platform
 from megatron_vlm.layers.load_balancing import LoadBalancing
 from megatron_vlm.layers.moe import MoERecord, Routing, TokenShare
 from megatron_vlm.parallel.chunk import ChunkSettings
@@ -39,7 +36,8 @@ class ExpertUse:
         self, layers: Sequence[LayerRecord], chunk: ChunkSettings, group: torch.distributed.ProcessGroup
     ) -> None:
         experts = {index: layer.moe for index, layer in enumerate(layers) if layer.moe is not None}
-        (moe,) = set(experts.values())
+        assert len({*experts.values()}) == 1, "layers differ in their experts"
+        moe = next(iter(experts.values()))
         self.num_experts, self.rows = moe.num_experts, {layer: row for row, layer in enumerate(experts)}
         self.balancing = (
             None
@@ -92,35 +90,3 @@ class ExpertUse:
         balance = loss.detach().double() * has_label_BS.sum()
         self.balance = balance if self.balance is None else self.balance + balance
         return losses_BS + has_label_BS * (self.balancing.coefficient * (loss - loss.detach()))
-
-
-def collect_expert_use(
-    chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollection
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """What was counted since the last call over all ranks, on every rank, which all call it; None without experts.
-
-    Args:
-        chunks: this rank's pipeline chunks, wrapped for data parallelism or not.
-        groups: process groups.
-
-    Returns:
-        Tokens that chose each expert [layers with experts, E], and the sum of load-balancing losses times label tokens,
-        both float64.
-    """
-    uses = [chunk.language_model.expert_use for chunk in unwrap_model(list(chunks))]
-    if uses[0] is None:
-        return None
-    device = platform.current().device
-    tokens = torch.zeros((len(uses[0].rows), uses[0].num_experts), dtype=torch.float64, device=device)
-    balance = torch.zeros((), dtype=torch.float64, device=device)
-    for use in uses:
-        for layer, counted in use.tokens.items():
-            tokens[use.rows[layer]] += counted
-        if use.balance is not None:
-            # Equal on all tensor ranks, which are summed below.
-            balance += use.balance / groups.tp.size()
-        use.reset()
-    packed = torch.cat((tokens.flatten(), balance.view(1)))
-    for group in (groups.tp, groups.dp_cp, groups.pp):
-        torch.distributed.all_reduce(packed, group=group)
-    return packed[:-1].view_as(tokens), packed[-1]

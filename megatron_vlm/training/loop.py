@@ -21,7 +21,6 @@ from megatron_vlm.config import Config, changed_settings, to_dict, to_yaml
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.data.rows import BadRowTracker
 from megatron_vlm.errors import ConfigError, DataError, DivergenceError
-from megatron_vlm.layers.expert_use import collect_expert_use
 from megatron_vlm.training.guard import StepGuard
 from megatron_vlm.training.loggers import Callback, build_loggers
 from megatron_vlm.training.metrics import StepMetrics, expert_statistics
@@ -30,7 +29,7 @@ from megatron_vlm.training.preflight import record_export
 from megatron_vlm.training.profiling import ProfileWindow
 from megatron_vlm.training.setup import Run, initialize_distributed, set_up
 from megatron_vlm.training.signals import StopRequests
-from megatron_vlm.training.step import run_global_batch
+from megatron_vlm.training.step import collect_expert_use, run_global_batch
 
 COUNTERS = ("bad_rows", "too_long_rows", "real_tokens", "label_tokens", "padded_tokens", "images", "videos")
 EXIT_DONE = 0

@@ -1,4 +1,4 @@
-"""Forward and backward passes of one global batch through megatron-core's pipeline schedules."""
+"""Forward and backward passes of one global batch through megatron-core's pipeline schedules, and what they counted."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch.distributed
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_model_config, unwrap_model
 
+from megatron_vlm import platform
 from megatron_vlm.data.collate import NO_LOSS, MicroBatch
 
 
@@ -77,6 +78,38 @@ def run_global_batch(
         pg_collection=groups,
     )
     return sums.reduce(groups)
+
+
+def collect_expert_use(
+    chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollection
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What was counted since the last call over all ranks, on every rank, which all call it; None without experts.
+
+    Args:
+        chunks: this rank's pipeline chunks, wrapped for data parallelism or not.
+        groups: process groups.
+
+    Returns:
+        Tokens that chose each expert [layers with experts, E], and the sum of load-balancing losses times label tokens,
+        both float64.
+    """
+    uses = [chunk.language_model.expert_use for chunk in unwrap_model(list(chunks))]
+    if uses[0] is None:
+        return None
+    device = platform.current().device
+    tokens = torch.zeros((len(uses[0].rows), uses[0].num_experts), dtype=torch.float64, device=device)
+    balance = torch.zeros((), dtype=torch.float64, device=device)
+    for use in uses:
+        for layer, counted in use.tokens.items():
+            tokens[use.rows[layer]] += counted
+        if use.balance is not None:
+            # Equal on all tensor ranks, which are summed below.
+            balance += use.balance / groups.tp.size()
+        use.reset()
+    packed = torch.cat((tokens.flatten(), balance.view(1)))
+    for group in (groups.tp, groups.dp_cp, groups.pp):
+        torch.distributed.all_reduce(packed, group=group)
+    return packed[:-1].view_as(tokens), packed[-1]
 
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]

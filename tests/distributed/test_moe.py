@@ -19,13 +19,12 @@ from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLM
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextSparseMoeBlock
 
 from megatron_vlm.families.qwen3_vl.config import MoEConfig
-from megatron_vlm.layers.expert_use import collect_expert_use
 from megatron_vlm.layers.moe import MoE, TokenShare
 from megatron_vlm.parallel.chunk import ChunkSettings, MoESettings
 from megatron_vlm.parallel.engine import engine_config
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.sharding import gather_whole, is_expert, own_part, whole_shape
-from megatron_vlm.training.step import run_global_batch
+from megatron_vlm.training.step import collect_expert_use, run_global_batch
 from tests.distributed.reference import micro_batches, references
 from tests.families.qwen3_vl import QWEN3_VL_MOE, TOP_K
 from tests.parity.layouts import TestLayout, own_micro_batches, set_up

@@ -15,14 +15,13 @@ from megatron_vlm import platform
 from megatron_vlm.checkpoint.hf_model import load_hf_into_model
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families import registry
-from megatron_vlm.layers.expert_use import collect_expert_use
 from megatron_vlm.layers.linear import column_parallel_weights
 from megatron_vlm.parallel.build import BuildSettings, build_chunks, wrap_data_parallel
 from megatron_vlm.parallel.chunk import LossSettings, MoESettings
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.sharding import gather_whole
 from megatron_vlm.parallel.stages import assign_layers
-from megatron_vlm.training.step import run_global_batch
+from megatron_vlm.training.step import collect_expert_use, run_global_batch
 
 
 @dataclass(frozen=True)
