@@ -5,9 +5,10 @@ Backward needs gate and up only, which the products before wrote; nothing else i
 In place where that is safe: the backward pass writes the gradients of gate and up over them (`consume`), if the caller
 has given them up and the graph ends with this pass. With `retain_graph` the next pass reads them; a leaf's values are
 its owner's; a compiler decides about memory itself: there, and without `consume`, gradients have memory of their own.
-Whoever else saved gate or up for a later step of the same pass gets an error from autograd instead of wrong values. The
-forward pass never writes over its arguments, which the backward pass reads; nor is the incoming gradient written over,
-which autograd may have given to others too.
+Whoever else saved gate or up for a later step of the same pass gets an error from autograd, but under activation
+checkpointing, which does not look at versions, wrong values: `consume` is a promise. The forward pass never writes over
+its arguments, which the backward pass reads; nor is the incoming gradient written over, which autograd may have given
+to others too.
 
 Shapes: T rows (any leading dimensions), F columns of gate and of up.
 """
@@ -43,7 +44,7 @@ def gated(
         up: the same shape and dtype.
         activation: "silu", "gelu_tanh" or "gelu" (exact).
         factor: [...] fp32.
-        consume: nobody else reads gate and up, so that gradients may be written over them.
+        consume: nobody else reads gate and up after this call, so that gradients may be written over them.
 
     Returns:
         [..., F] in gate's dtype, computed in fp32 and rounded once.

@@ -41,18 +41,6 @@ class AttentionRecord(Protocol):
     def norm_eps(self) -> float: ...
 
 
-class HeadNorm(RMSNorm):
-    """Norm of queries or keys, which the kernel that rotates them applies.
-
-    Calling it returns the weight [D]: reading that past the call would bypass the hooks by which megatron-core's
-    overlapped parameter gathering waits for it.
-    """
-
-    def forward(self) -> torch.Tensor:
-        """The weight."""
-        return self.weight
-
-
 class SelfAttention(torch.nn.Module):
     """Self-attention of one decoder layer; heads are split over the tensor ranks.
 
@@ -94,8 +82,7 @@ class SelfAttention(torch.nn.Module):
         self.norms = norms
         if norms != "none":
             self.q_norm, self.k_norm = (
-                HeadNorm(layer.head_dim, layer.norm_eps, norms == "zero_centered", engine.params_dtype)
-                for _ in range(2)
+                RMSNorm(layer.head_dim, layer.norm_eps, norms == "zero_centered", engine.params_dtype) for _ in range(2)
             )
             # These act on this rank's heads only.
             mark_partial([self.q_norm.weight, self.k_norm.weight])

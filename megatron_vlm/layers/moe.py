@@ -145,7 +145,7 @@ class Experts(torch.nn.Module):
             tokens_per_expert: [experts of this rank], which sum to T: rows past the last group would stay unwritten.
             weights_T: the router's weight of each row.
         """
-        ends = tokens_per_expert.to(x_TH.device).cumsum(0, dtype=torch.int32)
+        ends = tokens_per_expert.to(x_TH.device, non_blocking=True).cumsum(0, dtype=torch.int32)
         gate_up = grouped_mm(x_TH, self.gate_up_proj.flatten(1, 2).transpose(1, 2), offs=ends)
         # The weight is applied where rows are narrow; the last product is linear.
         hidden = gated_halves(gate_up, "silu", weights_T, consume=True)

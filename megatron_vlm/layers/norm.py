@@ -1,7 +1,7 @@
 """Root-mean-square normalisation, alone and together with the residual additions around it.
 
-A fused operation has the weights of two modules. It asks each module for its weight by a call: reading `weight` would
-bypass the hooks by which megatron-core's overlapped parameter gathering waits for it.
+An operation that does more than one norm, here and in attention, asks each module for its weight by a call: reading
+`weight` would bypass the hooks by which megatron-core's overlapped parameter gathering waits for it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.empty(size, dtype=dtype))
 
     def forward(self, x: torch.Tensor | None = None) -> torch.Tensor:
-        """Normalise the last dimension; shape and dtype stay. Without `x` the weight, for the functions below."""
+        """Normalise the last dimension; shape and dtype stay. Without `x` the weight, for what norms and does more."""
         return self.weight if x is None else rms_norm(x, self.weight, self.eps, self.zero_centered)
 
 
