@@ -13,6 +13,10 @@ import pytest
 
 pytest.importorskip("triton")
 
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.span_attention import launch
 from tests.kernels.span_compile import SHARED_BYTES, TENSOR_MEMORY_COLUMNS, compile_kernels
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +60,18 @@ def test_mutants_are_noticed(interpreted: dict[str, dict[str, list[float]]]) -> 
     for name, errors in interpreted["mutant"].items():
         assert max(errors) > MUTANT_ERROR, (name, errors)
         assert not any(math.isnan(error) for error in errors)
+
+
+@pytest.mark.parametrize(
+    "strides", [(2048, 1024, 64, 1), (5, 1024, 64, 1), (0, 64, 128, 1), (3, 0, 72, 1), (1, 1, 2, 32)]
+)
+def test_descriptors_take_any_strides(strides: tuple[int, ...]) -> None:
+    """Rows as they lie where descriptors take them, else copies; a dimension of size 1 may have any stride."""
+    given = torch.randn(2048).as_strided((1, 2, 16, 64), strides)
+    ready = launch._in_vectors(given)
+    TensorDescriptor.from_tensor(ready, [1, 1, 16, 64])  # checks addresses and strides
+    assert all(launch._strides(ready)) and torch.equal(ready, given)
+    assert (ready is given) == (strides == (2048, 1024, 64, 1))
 
 
 # On Hopper, 72 is compiled like 64 to 128; `python -m tests.kernels.span_compile` does everything.
