@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.library import Library
 
 NAMESPACE = "megatron_vlm"
@@ -42,7 +43,8 @@ def define(
         schema: name and types, as in `rms_norm(Tensor x, float eps) -> Tensor`. The extension implements the same name.
         reference: the definition. It computes in fp32, in fp64 where the input is fp64.
         fake: shapes and dtypes of the results, from those of the arguments.
-        backward: `backward(ctx, *gradients)`, for operators with a gradient; it calls an operator of its own.
+        backward: `backward(ctx, *gradients)`, for operators with a gradient; it calls an operator of its own, which has
+            none: second derivatives are refused.
         setup_context: `setup_context(ctx, inputs, output)`, which saves what `backward` needs.
         kernel: what CUDA runs, for operators whose kernel is written in Triton; the extension has none of those.
 
@@ -60,6 +62,7 @@ def define(
         _library.impl(name, _warn_once(reference), "CUDA")
     torch.library.register_fake(qualified, fake, lib=_library)
     if backward is not None:
+        backward = once_differentiable(backward)
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 

@@ -307,6 +307,16 @@ def test_strided_inputs() -> None:
             assert mine.is_contiguous() and mine.equal(its)
 
 
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.__name__)
+def test_second_derivatives_are_refused(operation) -> None:
+    """They would be without what depends on the inputs, and nobody would see it."""
+    arguments = inputs(operation, torch.float64)
+    loss = sum(result.square().sum() for result in outputs(operation, arguments))
+    gradient, *_ = torch.autograd.grad(loss, arguments, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
 def test_frozen_weights_and_inputs() -> None:
     x, weight = torch.randn(4, 24, requires_grad=True), torch.randn(24)
     rms_norm(x, weight, EPS).sum().backward()
