@@ -33,6 +33,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and the logarithms of the softmax's sums; `table` is `BlockRanges.by_query` for the launch's blocks."""
     q, k, v = map(_in_vectors, (q, k, v))
+    first, last, table = first.contiguous(), last.contiguous(), table.contiguous()
     batch, heads, length, head_dim = q.shape
     out = torch.empty_like(q)
     lse = q.new_empty((batch, heads, length), dtype=torch.float32)
@@ -65,6 +66,7 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of q, k and v; the tables are for the blocks of the two launches."""
     d_out, q, k, v, out = map(_in_vectors, (d_out, q, k, v, out))
+    lse, first, last, by_query, by_key = (tensor.contiguous() for tensor in (lse, first, last, by_query, by_key))
     dq, dk, dv = (torch.empty_like(tensor) for tensor in (q, k, v))
     delta = _delta(out, d_out, lse)
     batch, heads, length, head_dim = q.shape
