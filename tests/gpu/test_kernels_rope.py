@@ -36,9 +36,14 @@ ALL = {
 
 
 def on_gpu(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
-    """In the same layout."""
+    """In the same layout: a copy of a view alone would close its gaps and move it to the beginning of its memory."""
+
+    def copied(x: torch.Tensor) -> torch.Tensor:
+        memory = x.as_strided((x.untyped_storage().nbytes() // x.itemsize,), (1,), 0).to("cuda", dtype)
+        return memory.as_strided(x.shape, x.stride(), x.storage_offset())
+
     given = {field.name: getattr(inputs, field.name) for field in fields(Inputs)}
-    return Inputs(**{name: x if x is None else x.to("cuda", dtype) for name, x in given.items()})
+    return Inputs(**{name: None if x is None else copied(x) for name, x in given.items()})
 
 
 def poison() -> None:
