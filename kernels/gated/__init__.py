@@ -72,7 +72,7 @@ def _fake_backward(
     factor: torch.Tensor | None,
     activation: int,
 ) -> list[torch.Tensor]:
-    return [torch.empty_like(tensor) for tensor in (gate, up, factor) if tensor is not None]
+    return [_contiguous_like(tensor) for tensor in (gate, up, factor) if tensor is not None]
 
 
 def _fake_backward_in_place(
@@ -82,7 +82,11 @@ def _fake_backward_in_place(
     factor: torch.Tensor | None,
     activation: int,
 ) -> torch.Tensor:
-    return gradient.new_empty(0) if factor is None else torch.empty_like(factor)
+    return gradient.new_empty(0) if factor is None else _contiguous_like(factor)
+
+
+def _contiguous_like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

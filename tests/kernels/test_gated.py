@@ -92,6 +92,13 @@ def test_operators_are_registered_correctly(form: str) -> None:
         torch.library.opcheck(operator, (torch.randn(TOKENS, WIDTH).bfloat16(), *detached))
 
 
+def test_gradient_of_a_factor_is_contiguous_whatever_the_factor_is() -> None:
+    gradient, gate, up = torch.randn(3, 2, 3, 8)
+    arguments = (gradient, gate, up, torch.rand(3, 2).t(), ACTIVATIONS["silu"])
+    for operator in (ops._gated_backward, ops._gated_backward_in_place):
+        torch.library.opcheck(operator, arguments, test_utils="test_faketensor")
+
+
 @pytest.mark.parametrize("consume", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_recomputed_and_compiled(form: str, consume: bool) -> None:
