@@ -136,14 +136,14 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
 
 def _in_vectors(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, copied where its rows along the head dim are no whole vectors of 8 elements or are repeated."""
-    assert tensor.shape[3] % _VECTOR == 0, "rows of whole vectors"
-    if _is_whole(tensor) and tensor.data_ptr() % 16 == 0:
+    *sizes, head_dim = tensor.shape
+    assert head_dim % _VECTOR == 0, "rows of whole vectors"
+    *strides, element_stride = tensor.stride()
+    # A dimension of size 1 may have any stride, which descriptors do not take and a copy would keep.
+    strides = [head_dim if size == 1 else stride for size, stride in zip(sizes, strides, strict=True)]
+    tensor = tensor.as_strided(tensor.shape, (*strides, element_stride))
+    whole = all(stride and stride % _VECTOR == 0 for stride in strides)
+    if whole and element_stride == 1 and tensor.data_ptr() % 16 == 0:
         return tensor
     copy = tensor.clone()  # in the same order in memory, as the operators promise
-    # A clone keeps any stride of a dimension of size 1, which descriptors do not take.
-    return copy if _is_whole(copy) else tensor.new_empty(tensor.shape).copy_(tensor)
-
-
-def _is_whole(tensor: torch.Tensor) -> bool:
-    *strides, element = tensor.stride()
-    return element == 1 and all(stride and stride % _VECTOR == 0 for stride in strides)
+    return copy if copy.stride(3) == 1 else tensor.contiguous()
