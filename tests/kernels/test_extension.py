@@ -39,22 +39,22 @@ def _has_nvcc() -> bool:
         return False
 
 
-needs_extension = pytest.mark.skipif(not _has_nvcc(), reason="no CUDA toolkit")
+needs_toolkit = pytest.mark.skipif(not _has_nvcc(), reason="no CUDA toolkit")
 
 
-@needs_extension
+@needs_toolkit
 def test_it_is_built_from_these_sources() -> None:
     log = library.BUILD_LOG.read_text().splitlines()
     assert library.BINARY.exists() and log[1] == setup.source_hash(), f"{log[0]}, from other sources: make install"
 
 
-@needs_extension
+@needs_toolkit
 def test_calls_reach_it() -> None:
     """Through the dispatcher, torch's stable ABI and our checks, up to the launch: nothing is launched for no rows."""
     check_calls()
 
 
-@needs_extension
+@needs_toolkit
 def test_every_operator_has_its_kernel() -> None:
     names = registered()
     assert len(names) > 5
@@ -67,7 +67,7 @@ NO_VECTORS = {"sum_partials", "expert_counts", "expert_index"}
 NO_WIDE_STORES = {"statistics_kernel"}
 
 
-@needs_extension
+@needs_toolkit
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_spills_and_wide_accesses(architecture: str) -> None:
     codes = read_code(architecture)

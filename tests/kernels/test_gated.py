@@ -10,9 +10,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from kernels import gated as ops
-from kernels import library
 from kernels.gated import ACTIVATIONS, Activation, gated, gated_halves
 from tests.kernels.emulator.emulate import Edits, EmulatorError, Order, compile_kernels
+from tests.kernels.marks import needs_extension
 
 TOKENS, WIDTH = 5, 7
 
@@ -194,9 +194,6 @@ def test_no_rows() -> None:
     assert output.shape == (0, WIDTH)
     for name, gradient in zip(inputs, torch.autograd.grad(output.sum(), list(inputs.values())), strict=True):
         assert gradient.shape == inputs[name].shape
-
-
-needs_extension = pytest.mark.skipif(not library.BINARY.exists(), reason="no CUDA toolkit")
 
 
 @needs_extension

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from kernels.library import BINARY
 from kernels.linear_cross_entropy import (
     Head,
     chunk_tokens,
@@ -24,6 +23,7 @@ from kernels.linear_cross_entropy import (
 )
 from megatron_vlm.parallel.groups import build_groups
 from tests.kernels.emulator.emulate import EmulatorError, Order, compile_kernels
+from tests.kernels.marks import needs_extension
 from tests.kernels.static_code import ARCHITECTURES, read_code
 from tests.ranks import run_ranks
 
@@ -442,8 +442,6 @@ def test_a_mutation_shows(mutation: str) -> None:
 
 
 # The compiled extension
-
-needs_extension = pytest.mark.skipif(not BINARY.exists(), reason="the extension was not built")
 
 
 @needs_extension

@@ -13,10 +13,10 @@ import torch
 from megatron.core.transformer.moe import moe_utils
 from torch.utils.checkpoint import checkpoint
 
-from kernels import library
 from kernels import permute as ops
 from kernels.permute import Permutation, chunk_permutation, expert_permutation, permute, reference, unpermute
 from tests.kernels.emulator.emulate import Edits, EmulatorError, Order, compile_kernels
+from tests.kernels.marks import needs_extension
 
 HIDDEN = 6
 
@@ -168,9 +168,6 @@ def test_chunks_in_another_order() -> None:
     assert torch.equal(permute(rows, back)[0], x)
     gradient = random(10, HIDDEN, seed=8)
     assert torch.equal(*(torch.autograd.grad(y, x, gradient)[0] for y in (rows, expected[0])))
-
-
-needs_extension = pytest.mark.skipif(not library.BINARY.exists(), reason="no CUDA toolkit")
 
 
 @needs_extension

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import kernels.rope as module
-from kernels import library
 from kernels.rope import reference
 from tests.kernels.emulator.emulate import Edits, EmulatorError, Order, compile_kernels
 from tests.kernels.emulator.operators import load_operators
+from tests.kernels.marks import needs_extension
 from tests.kernels.rope_cases import EPS, Case, Inputs, make
 
 LAUNCHERS = """
@@ -276,7 +276,7 @@ def test_no_tokens(operators: Any) -> None:
     assert all(torch.equal(mine, its) and mine.dtype == its.dtype for mine, its in zip(grads, right, strict=True))
 
 
-@pytest.mark.skipif(not library.BINARY.exists(), reason="no CUDA toolkit")
+@needs_extension
 def test_calls_reach_the_extension() -> None:
     """Up to the launch, which no tokens need."""
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
