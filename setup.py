@@ -1,7 +1,8 @@
 """Builds the CUDA kernels as `kernels/_C.abi3.so` where a CUDA toolkit is found; the rest is in pyproject.toml.
 
-The extension uses torch's stable ABI, so one binary serves torch 2.11 and later, and any Python. Without a toolkit, or
-with one that does not work, the installation succeeds without it and `kernels/_C.txt` says why;
+The extension uses torch's stable ABI, so one binary serves torch 2.11 and later, and any Python. It is built for those
+of the wanted architectures that the compiler knows. Without a toolkit, or with one that does not work or belongs to
+another major version of CUDA than torch, the installation succeeds without the extension and `kernels/_C.txt` says why;
 MEGATRON_VLM_STRICT_KERNELS=1 makes that an error. CUDA_HOME names a toolkit that is not on the path.
 """
 
@@ -9,11 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -21,11 +25,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 KERNELS = ROOT / "kernels"
 STRICT_VARIABLE = "MEGATRON_VLM_STRICT_KERNELS"
-ARCHITECTURES = ("80", "90", "100")
-# The last architecture also as PTX, which the driver compiles for newer GPUs.
-TARGETS = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES] + [
-    f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}"
-]
+WANTED_ARCHITECTURES = ("80", "90", "100")  # Ampere, Hopper, Blackwell
 # 2.11, the oldest torch that the binary is to load on.
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY", "-DUSE_CUDA"]
 FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "--extended-lambda", "-Xcompiler=-fPIC,-fvisibility=hidden"]
@@ -50,9 +50,7 @@ class BuildKernels(build_ext):
         binary.unlink(missing_ok=True)
         digest = source_hash()
         try:
-            output = build(binary, Path(self.build_temp))
-            names = ", ".join(f"sm_{architecture}" for architecture in ARCHITECTURES)
-            message = f"CUDA kernels: built for {names}"
+            message, output = build(binary, Path(self.build_temp))
         except NoKernelsError as error:
             if os.environ.get(STRICT_VARIABLE) == "1":
                 raise
@@ -70,14 +68,46 @@ class BuildKernels(build_ext):
         return [str(path) for path in (binary, binary.with_name("_C.txt")) if path.exists()]
 
 
-def build(binary: Path, folder: Path) -> str:
-    """Compile and link; returns what the compiler said. Raises NoKernelsError."""
-    nvcc = find_nvcc()
-    torch = find_torch()
+class Compiler(NamedTuple):
+    """nvcc, and what it can build for.
+
+    Attributes:
+        path: of nvcc.
+        cuda: version of the toolkit, as in "13.0".
+        architectures: the wanted ones that it knows, oldest first; never empty.
+    """
+
+    path: str
+    cuda: str
+    architectures: tuple[str, ...]
+
+    @property
+    def targets(self) -> list[str]:
+        """Options: machine code for each architecture, and PTX of the newest for GPUs that are newer still."""
+        newest = self.architectures[-1]
+        codes = [(architecture, f"sm_{architecture}") for architecture in self.architectures]
+        return [f"-gencode=arch=compute_{a},code={code}" for a, code in [*codes, (newest, f"compute_{newest}")]]
+
+    def summary(self) -> str:
+        """What was built and what was left out, in one line."""
+        unknown = [a for a in WANTED_ARCHITECTURES if a not in self.architectures]
+        left_out = f"; not for {_names(unknown)}, which nvcc of CUDA {self.cuda} does not know" if unknown else ""
+        return f"CUDA kernels: built for {_names(self.architectures)}{left_out}"
+
+
+def _names(architectures: Iterable[str]) -> str:
+    return ", ".join(f"sm_{architecture}" for architecture in architectures)
+
+
+def build(binary: Path, folder: Path) -> tuple[str, str]:
+    """Compile and link; returns a summary and what the compiler said. Raises NoKernelsError."""
+    compiler = find_compiler()
+    torch = find_torch(compiler)
+    nvcc, targets = compiler.path, compiler.targets
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / "probe.cu"
     probe.write_text("__global__ void probe(float* x) { *x = 1.0f; }\n")
-    common = [nvcc, *FLAGS, *TARGETS, *DEFINES, f"-I{KERNELS}", "-isystem", torch / "include"]
+    common = [nvcc, *FLAGS, *targets, *DEFINES, f"-I{KERNELS}", "-isystem", torch / "include"]
     # A toolkit without its compiler back end, its headers or a host compiler fails here.
     run([*common, "-c", probe, "-o", folder / "probe.o"], f"{nvcc} cannot compile an empty kernel")
     bodies = sorted(KERNELS.glob("*/*.cu"))
@@ -88,9 +118,23 @@ def build(binary: Path, folder: Path) -> str:
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         outputs = list(pool.map(compile_one, bodies, objects))
-    link = [nvcc, *TARGETS, "-shared", "-cudart=shared", *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch_cuda"]
+    link = [nvcc, *targets, "-shared", "-cudart=shared", *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch_cuda"]
     outputs.append(run([*link, "-o", binary], f"{nvcc} cannot link the kernels"))
-    return "".join(outputs)
+    return compiler.summary(), "".join(outputs)
+
+
+def find_compiler() -> Compiler:
+    """CUDA_HOME's nvcc, or the one on the path, with what it says of itself."""
+    path = find_nvcc()
+    version = re.search(r"release (\d+\.\d+)", run([path, "--version"], f"{path} --version fails"))
+    listed = run([path, "--list-gpu-arch"], f"{path} does not list its architectures, as CUDA 11.1 and later do")
+    known = set(re.findall(r"\bcompute_(\d+)\b", listed))
+    architectures = tuple(a for a in WANTED_ARCHITECTURES if a in known)
+    if version is None:
+        raise NoKernelsError(f"{path} does not say of which CUDA it is")
+    if not architectures:
+        raise NoKernelsError(f"{path} knows none of {_names(WANTED_ARCHITECTURES)}", listed)
+    return Compiler(path, version[1], architectures)
 
 
 def find_nvcc() -> str:
@@ -104,14 +148,20 @@ def find_nvcc() -> str:
     raise NoKernelsError(f"no nvcc {where}")
 
 
-def find_torch() -> Path:
-    """Folder of the torch that is installed where this runs."""
+def find_torch(compiler: Compiler) -> Path:
+    """Folder of the torch that is installed where this runs; the binary needs the CUDA runtime that it brings."""
     try:
         import torch
     except ImportError:
         raise NoKernelsError("torch must be installed first, and pip be told --no-build-isolation") from None
     if torch.version.cuda is None:
         raise NoKernelsError("this torch is made without CUDA")
+    major = torch.version.cuda.partition(".")[0]
+    if compiler.cuda.partition(".")[0] != major:
+        raise NoKernelsError(
+            f"{compiler.path} is of CUDA {compiler.cuda} and torch {torch.__version__} of CUDA {torch.version.cuda}; "
+            f"CUDA_HOME may name a toolkit of CUDA {major}"
+        )
     return Path(torch.__file__).parent
 
 

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -140,17 +140,102 @@ def test_an_operator_that_the_binary_lacks_runs_its_reference() -> None:
         double.redispatch(CUDA, torch.ones(3))
 
 
-def test_a_missing_or_broken_toolkit_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+# Stands in for nvcc: says what it is told to say, compiles for known architectures only and notes each call.
+NVCC = """#!{python}
+import sys
+arguments = sys.argv[1:]
+if arguments == ["--version"]:
+    print("Cuda compilation tools, release {cuda}, V{cuda}.1")
+elif arguments == ["--list-gpu-arch"]:
+    print({known!r})
+else:
+    wanted = [option.split("=")[-1] for option in arguments if option.startswith("-gencode")]
+    unknown = [code for code in wanted if code.replace("sm_", "compute_") not in {known!r}.split()]
+    if unknown:
+        sys.exit(f"nvcc fatal : Unsupported gpu architecture {{unknown[0]!r}}")
+    open({log!r}, "a").write(" ".join(wanted) + "\\n")
+    open(arguments[arguments.index("-o") + 1], "w").close()
+"""
+CUDA_OF_TORCH = torch.version.cuda or "13.0"
+
+
+@pytest.fixture
+def fake_nvcc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
+    """Puts a stand-in of a CUDA version that knows some architectures in CUDA_HOME; gives the log of its calls."""
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", CUDA_OF_TORCH)
+
+    def install(known: str, cuda: str = CUDA_OF_TORCH) -> Path:
+        nvcc, log = tmp_path / "bin/nvcc", tmp_path / "calls"
+        nvcc.parent.mkdir(exist_ok=True)
+        nvcc.write_text(NVCC.format(python=sys.executable, cuda=cuda, known=known.replace(" ", "\n"), log=str(log)))
+        nvcc.chmod(0o755)
+        return log
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("known", "codes", "message"),
+    [
+        ("compute_80 compute_90 compute_100", "sm_80 sm_90 sm_100 compute_100", "built for sm_80, sm_90, sm_100"),
+        (
+            "compute_75 compute_80 compute_90",
+            "sm_80 sm_90 compute_90",
+            f"built for sm_80, sm_90; not for sm_100, which nvcc of CUDA {CUDA_OF_TORCH} does not know",
+        ),
+        (
+            "compute_90 compute_90a compute_100 compute_120",
+            "sm_90 sm_100 compute_100",
+            f"built for sm_90, sm_100; not for sm_80, which nvcc of CUDA {CUDA_OF_TORCH} does not know",
+        ),
+    ],
+)
+def test_it_is_built_for_what_nvcc_knows(
+    fake_nvcc: Callable[..., Path], tmp_path: Path, known: str, codes: str, message: str
+) -> None:
+    log = fake_nvcc(known)
+    summary, _ = setup.build(tmp_path / "kernels.so", tmp_path / "build")
+    assert summary == f"CUDA kernels: {message}"
+    assert (tmp_path / "kernels.so").exists()
+    calls = log.read_text().splitlines()
+    assert set(calls) == {codes} and len(calls) == 2 + len(list(setup.KERNELS.glob("*/*.cu")))
+
+
+@pytest.mark.parametrize(
+    ("known", "cuda", "message"),
+    [
+        ("compute_50 compute_60", CUDA_OF_TORCH, "nvcc knows none of sm_80, sm_90, sm_100"),
+        (
+            "compute_80 compute_90",
+            "11.8",
+            rf"nvcc is of CUDA 11.8 and torch .* of CUDA {CUDA_OF_TORCH}; CUDA_HOME may name a toolkit of CUDA "
+            rf"{CUDA_OF_TORCH.partition('.')[0]}$",
+        ),
+    ],
+)
+def test_an_nvcc_that_cannot_serve_is_refused(
+    fake_nvcc: Callable[..., Path], tmp_path: Path, known: str, cuda: str, message: str
+) -> None:
+    log = fake_nvcc(known, cuda)
+    with pytest.raises(setup.NoKernelsError, match=message):
+        setup.build(tmp_path / "kernels.so", tmp_path / "build")
+    assert not log.exists(), "nothing was compiled"
+
+
+def test_a_missing_or_broken_toolkit_is_named(fake_nvcc: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(setup.NoKernelsError, match=f"no nvcc in {tmp_path}/bin"):
         setup.build(tmp_path / "kernels.so", tmp_path / "build")
+    fake_nvcc("compute_80 compute_90 compute_100")
     nvcc = tmp_path / "bin/nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text("#!/bin/sh\necho cicc: not found >&2\nexit 127\n")
-    nvcc.chmod(0o755)
+    nvcc.write_text(nvcc.read_text().replace("wanted =", "sys.exit('cicc: not found')\n    wanted ="))
     with pytest.raises(setup.NoKernelsError, match="nvcc cannot compile an empty kernel") as error:
         setup.build(tmp_path / "kernels.so", tmp_path / "build")
     assert "cicc: not found" in error.value.output
+    nvcc.write_text("#!/bin/sh\necho no license; exit 1\n")
+    with pytest.raises(setup.NoKernelsError, match="nvcc --version fails") as error:
+        setup.build(tmp_path / "kernels.so", tmp_path / "build")
+    assert "no license" in error.value.output
 
 
 @pytest.mark.parametrize("strict", ["0", "1"])
