@@ -6,8 +6,11 @@ import ast
 import importlib
 import importlib.util
 import io
+import json
+import os
 import pkgutil
 import re
+import subprocess
 import sys
 import tokenize
 from collections.abc import Callable
@@ -48,6 +51,45 @@ from tests.ranks import run_ranks
 ROOT = Path(__file__).parents[1]
 CALL_SITES = Path(__file__).with_name("megatron_call_sites.txt")
 on_cpu = pytest.mark.skipif(platform.current().accelerated, reason="nothing is replaced on CUDA")
+
+
+# CUDA's allocator
+
+# A start on a GPU, as far as a host gets: torch's own account of its allocator, which works without a device.
+STARTED_ON_A_GPU = """
+import json, os, sys
+from unittest import mock
+import torch
+with mock.patch("torch.cuda.is_available", lambda: True), mock.patch("torch.cuda.set_device"):
+    from megatron_vlm import platform
+    platform.initialize()
+settings = torch._C._cuda_memorySnapshot(None)["allocator_settings"]
+children = {name: value for name, value in os.environ.items() if name.endswith("ALLOC_CONF")}
+print(json.dumps([settings["expandable_segments"], settings["max_split_size"], children]))
+"""
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("given", "expandable", "max_split_size"),
+    [
+        ({}, True, -1),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:128"}, False, 128 << 20),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}, False, 128 << 20),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, False, -1),
+    ],
+    ids=str,
+)
+def test_memory_is_held_in_expandable_segments_unless_the_user_says_otherwise(
+    given: dict[str, str], expandable: bool, max_split_size: int
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
+    done = subprocess.run(
+        [sys.executable, "-c", STARTED_ON_A_GPU], cwd=ROOT, env=environment | given, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    children = given or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert json.loads(done.stdout.splitlines()[-1]) == [expandable, max_split_size, children]
 
 
 # torch outside megatron-core

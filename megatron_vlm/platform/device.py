@@ -24,6 +24,8 @@ logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 # Dense bf16 peak by name (NVIDIA data sheets, without sparsity); MFU is not printed for others.
 _PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12}
 
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
 
 @dataclass(frozen=True)
 class Platform:
@@ -88,6 +90,7 @@ def initialize() -> Platform:
     if _CURRENT is not None:
         return _CURRENT
     if torch.cuda.is_available():
+        _ask_for_expandable_segments()
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 in convolutions too, as it does in torch's matmul
@@ -100,6 +103,16 @@ def initialize() -> Platform:
     if not has_transformer_engine() and importlib.util.find_spec("apex") is None:
         fused_adam.install()
     return _CURRENT
+
+
+def _ask_for_expandable_segments() -> None:
+    """Let CUDA memory be held in segments that grow, unless the user has configured the allocator.
+
+    Micro-batches differ in shape, and free blocks of fixed segments that fit no later shape would be lost. torch reads
+    the variable when its allocator is first used.
+    """
+    if not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
+        os.environ[_ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
 def current() -> Platform:
