@@ -14,13 +14,14 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install demo demo_moe demo_mistral3 test lint gpu bench clean
+.PHONY: help install demo demo_moe demo_mistral3 test test_full lint gpu bench clean
 
 help:
 	@echo "make demo           train a tiny Gemma 3 on drawn images, resume it in another layout, export and check it"
 	@echo "make demo_moe       train a tiny Qwen3-VL-MoE with expert parallelism, export and check it"
 	@echo "make demo_mistral3  the first one with a tiny Mistral3 (Ministral 3's text)"
 	@echo "make test           the test suite"
+	@echo "make test_full      the same with the further layouts and sizes that are marked full"
 	@echo "make lint           ruff and mypy"
 	@echo "make gpu            builds the kernels, tests, demos and benchmark on one GPU"
 	@echo "make bench          benchmarks that need no GPU"
@@ -47,6 +48,9 @@ demo_mistral3: $(STAMP)
 
 # Two processes, of which one works while the other waits for its ranks; the tests of a file stay together.
 test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not full" tests
+
+test_full: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 lint: $(STAMP)

@@ -16,12 +16,26 @@ def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, window: int | None, scale: float
 ) -> torch.Tensor:
     """As `span_attention`."""
-    return compiled()(q, k, v, block_mask=spans.block_mask(window), scale=scale, enable_gqa=True)
+    mask = spans.block_mask(window)
+    return compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=kernel_options(q))
+
+
+def kernel_options(q: torch.Tensor) -> dict[str, Any]:
+    """What the compiler must be told for queries [B, N, S, D].
+
+    The general kernel: for one row of fewer than 128 tokens it would choose the one for decoding, also in training, and
+    then refuse it where tokens x query heads of a key head exceed 128. Loads two deep where the three of its tables do
+    not fit in shared memory: bf16 at head dim 512 on every GPU, fp32 at many on sm_80 (`tests/kernels/test_flex.py`).
+    """
+    options: dict[str, Any] = {"BACKEND": "TRITON"}
+    if q.shape[-1] > 256 or q.dtype == torch.float32:
+        options["fwd_num_stages"] = 2
+    return options
 
 
 @cache
 def compiled() -> Callable[..., Any]:
-    # A variant is compiled per window, gradient mode and rough length; past dynamo's limit of 8 it would silently run
-    # uncompiled, over dense scores.
+    # A variant is compiled per head size, number of heads, dtype and gradient mode; past dynamo's limit of 8 it would
+    # silently run uncompiled, over dense scores.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)

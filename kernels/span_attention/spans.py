@@ -52,7 +52,7 @@ class Spans:
     def block_mask(self, window: int | None) -> BlockMask:
         """Block-sparse form of `dense`, built from a table of [B, S, S / 128]; nothing of size [S, S] exists."""
         if window not in self._block_masks:
-            self._block_masks[window] = _block_mask(self.low, self.high, window)
+            self._block_masks[window] = _block_mask(self.first_key(window), self.high)
         return self._block_masks[window]
 
     def first_key(self, window: int | None) -> torch.Tensor:
@@ -131,16 +131,20 @@ def _key_block_ranges(touched: torch.Tensor, covered: torch.Tensor) -> torch.Ten
     return torch.stack((begin, whole, whole_end, end), dim=-1).int().contiguous()
 
 
-def _block_mask(low: torch.Tensor, high: torch.Tensor, window: int | None) -> BlockMask:
-    """Blocks of keys that some query of a block of queries sees, split into those that all of them see whole."""
-    length = low.shape[1]
+def _block_mask(first: torch.Tensor, last: torch.Tensor) -> BlockMask:
+    """Blocks of keys that some query of a block of queries sees, split into those that all of them see whole.
+
+    Args:
+        first: [B, S], first visible key of each query, its window included: a window of its own in the mask's function
+            would be compiled again for each.
+        last: [B, S], last visible key.
+    """
+    length = first.shape[1]
     num_blocks = -(-length // _BLOCK)
-    query = torch.arange(length, device=low.device)
-    oldest = low if window is None else torch.maximum(low, query - window + 1)
-    first_key = torch.arange(num_blocks, device=low.device) * _BLOCK
+    first_key = torch.arange(num_blocks, device=first.device) * _BLOCK
     last_key = first_key + _BLOCK - 1
-    touched = (oldest[..., None] <= last_key) & (high[..., None] >= first_key)
-    covered = (oldest[..., None] <= first_key) & (high[..., None] >= last_key)
+    touched = (first[..., None] <= last_key) & (last[..., None] >= first_key)
+    covered = (first[..., None] <= first_key) & (last[..., None] >= last_key)
     # Queries past the end see nothing, so that their block is masked like one that some query sees in part.
     missing = num_blocks * _BLOCK - length
     touched, covered = (
@@ -151,7 +155,7 @@ def _block_mask(low: torch.Tensor, high: torch.Tensor, window: int | None) -> Bl
         *_block_lists(touched & ~covered),
         *_block_lists(covered),
         BLOCK_SIZE=_BLOCK,
-        mask_mod=_visible(low, high, window),
+        mask_mod=_visible(first, last),
         seq_lengths=(length, length),
     )
 
@@ -162,9 +166,8 @@ def _block_lists(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return blocks.sum(-1, dtype=torch.int32).unsqueeze(1), order.int().unsqueeze(1)
 
 
-def _visible(low: torch.Tensor, high: torch.Tensor, window: int | None) -> Callable[..., torch.Tensor]:
+def _visible(first: torch.Tensor, last: torch.Tensor) -> Callable[..., torch.Tensor]:
     def visible(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        inside = (key >= low[batch, query]) & (key <= high[batch, query])
-        return inside if window is None else inside & (query - key < window)
+        return (key >= first[batch, query]) & (key <= last[batch, query])
 
     return visible

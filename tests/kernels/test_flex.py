@@ -1,0 +1,118 @@
+"""What torch's compiler makes of FlexAttention for a GPU: which kernel, how many variants, and that they fit.
+
+Nothing runs on a GPU here; `tests/gpu` compares results at the same shapes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+
+import pytest
+import torch
+
+from kernels.span_attention import Spans, flex
+from tests.kernels.gpu_compiler import compiling_flex_attention
+from tests.kernels.span_compile import SHARED_BYTES
+
+ROWS = (17, 60, 100, 127, 128, 300)
+WINDOWS = (None, 50)
+RATIOS = (1, 2, 4, 8)
+HEAD_DIMS = (64, 72, 128, 256, 512)
+KEY_HEADS = 2
+
+
+def attend(
+    rows: Iterable[int],
+    ratio: int,
+    head_dim: int,
+    is_training: bool,
+    windows: Iterable[int | None] = WINDOWS,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """One row of each length, as projections write queries, keys and values: tokens before heads."""
+    for length in rows:
+        heads = (ratio * KEY_HEADS, KEY_HEADS, KEY_HEADS)
+        made = (torch.randn((length, 1, count, head_dim)).to(dtype).permute(1, 2, 0, 3) for count in heads)
+        q, k, v = (tensor.requires_grad_(is_training) for tensor in made)
+        place = torch.arange(length, dtype=torch.int32)[None]
+        spans = Spans(torch.zeros_like(place), place)
+        for window in windows:
+            flex.attend(q, k, v, spans, window, head_dim**-0.5)
+
+
+def cases() -> list[object]:
+    """Every ratio with every head dim; in `make test` each of both once, trained or not in turn."""
+    found = []
+    for column, head_dim in enumerate(HEAD_DIMS):
+        for row, ratio in enumerate(RATIOS):
+            for is_training in (True, False):
+                is_short = row == (column + 3) % len(RATIOS) and is_training == (column % 2 == 0)
+                found.append(pytest.param(ratio, head_dim, is_training, marks=[] if is_short else pytest.mark.full))
+    return found
+
+
+@pytest.mark.parametrize(("ratio", "head_dim", "is_training"), cases())
+def test_short_rows_take_the_general_kernel(ratio: int, head_dim: int, is_training: bool) -> None:
+    with compiling_flex_attention() as compilations:
+        attend(ROWS, ratio, head_dim, is_training)
+    passes = ["flex_attention", "flex_attention_backward"][: 1 + is_training]
+    for variant in compilations.variants:
+        assert len(variant) == len(passes)
+    names = [launch.name.removeprefix("triton_tem_fused_")[:-2] for launch in compilations.launches()]
+    assert names == passes * len(compilations.variants)
+    assert not any("flex_decoding" in launch.source for launch in compilations.launches())
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_the_compiler_by_itself_fails(monkeypatch: pytest.MonkeyPatch, is_training: bool) -> None:
+    """Why `kernel_options` names a kernel; goes when this no longer raises."""
+    monkeypatch.setattr(flex, "kernel_options", lambda q: {})
+    with compiling_flex_attention(), pytest.raises(Exception, match="Q and KV block sizes must be divisible"):
+        attend([100], 8, 64, is_training)
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_variants_are_few_over_lengths_and_windows(is_training: bool) -> None:
+    lengths = [*random.Random(3).sample(range(2, 500), 48), 1024, 2500]
+    with compiling_flex_attention() as compilations:
+        attend(lengths, 2, 64, is_training, windows=(None, 7, 1024))
+    # Rows of one block, rows of less than one block, and longer rows.
+    assert len(compilations.variants) <= 3
+
+
+SIZES = [
+    pytest.param(*sizes, marks=[] if is_short else pytest.mark.full, id="-".join(map(str, sizes)))
+    for major in SHARED_BYTES
+    for dtype in ("bfloat16", "float32")
+    for head_dim in HEAD_DIMS
+    for sizes in [(major, dtype, head_dim)]
+    for is_short in [sizes in ((9, "bfloat16", 512), (8, "float32", 72))]
+]
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize(("major", "dtype", "head_dim"), SIZES)
+def test_kernels_fit_in_shared_memory(major: int, dtype: str, head_dim: int) -> None:
+    with compiling_flex_attention(major) as compilations:
+        attend([300], 2, head_dim, True, windows=[None], dtype=getattr(torch, dtype))
+    launches = compilations.launches()
+    assert len(launches) == 2
+    for launch in launches:
+        assert launch.machine_code(major).metadata.shared <= SHARED_BYTES[major], launch.name
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize(
+    ("major", "dtype", "head_dim"),
+    [(9, torch.bfloat16, 512), pytest.param(8, torch.float32, 72, marks=pytest.mark.full)],
+)
+def test_the_compilers_own_launch_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, major: int, dtype: torch.dtype, head_dim: int
+) -> None:
+    """Why `kernel_options` says how deep loads are; goes when this no longer holds."""
+    monkeypatch.setattr(flex, "kernel_options", lambda q: {"BACKEND": "TRITON"})
+    with compiling_flex_attention(major) as compilations:
+        attend([300], 2, head_dim, False, windows=[None], dtype=dtype)
+    (launch,) = compilations.launches()
+    assert launch.machine_code(major).metadata.shared > SHARED_BYTES[major]
