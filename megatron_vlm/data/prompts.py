@@ -19,7 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from jinja2.exceptions import TemplateError
+from packaging.version import Version
 from PIL import Image
 from transformers.video_utils import VideoMetadata
 
@@ -30,6 +32,9 @@ from megatron_vlm.data.visuals import VisionGrid, VisualRules
 from megatron_vlm.errors import ConfigError, DataError
 
 PositionFunction = Callable[[np.ndarray, Sequence[VisionGrid]], np.ndarray]
+TRANSFORMERS = Version(transformers.__version__)
+# Before, positions of an answer did not count the tokens by which images had been replaced.
+TAGS_WITH_MEDIA_SINCE = Version("5.23")
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -103,6 +108,14 @@ class PromptBuilder:
         if not template:
             raise ConfigError(f"{hf_path} has no chat template", "model.hf_path", "add a chat_template.jinja file")
         self.has_generation_tags = bool(GENERATION_TAG.search(template))
+        if self.has_generation_tags and rules.image_token_id is not None and TRANSFORMERS < TAGS_WITH_MEDIA_SINCE:
+            raise ConfigError(
+                f"the chat template of {hf_path} has generation tags, "
+                f"which transformers {TRANSFORMERS} misplaces in rows with images",
+                "model.hf_path",
+                f"install transformers {TAGS_WITH_MEDIA_SINCE} or later, or remove the tags: the assistant's turns are "
+                "then found by their markers",
+            )
         if not self.has_generation_tags and rules.assistant_start not in _probe_prompt(self.processor, rules):
             raise ConfigError(
                 f"the chat template of {hf_path} does not mark the assistant's turns with {rules.assistant_start!r}",

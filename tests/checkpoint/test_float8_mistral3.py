@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Mistral3ForConditionalGeneration
-from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 from transformers.quantizers import quantizer_finegrained_fp8
 
 from megatron_vlm.checkpoint import fp8, hf
@@ -18,6 +17,12 @@ from megatron_vlm.errors import CheckpointError
 from tests.checkpoint import gemma3_files, mistral3_files, qwen3_vl_files
 from tests.checkpoint.hf_files import Tensors, check_holds, load_tensors, read_config, rename, rewrite, write_config
 from tests.checkpoint.mistral3_files import FLOAT8_MAXIMUM, saved_float8
+from tests.versions import HAS_TAGS_WITH_MEDIA
+
+if not HAS_TAGS_WITH_MEDIA:
+    pytest.skip("needs transformers 5.23", allow_module_level=True)
+
+from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 
 GATE = "language_model.model.layers.1.mlp.gate_proj.weight"
 

@@ -31,6 +31,7 @@ from tests.data.tiny_processor import (
     build_mistral_tokenizer,
     keep_tekken_alone,
 )
+from tests.versions import needs_transformers_5_23
 
 Make = Callable[..., RowReader]
 IMAGE, BREAK, END = 10, 12, 13
@@ -234,6 +235,7 @@ def test_placeholders_must_be_those_of_the_images() -> None:
 @pytest.mark.parametrize(
     ("written", "reason"), [("[IMG][IMG]", "the row"), ("", "the row"), ("[IMG_END]", "the row"), ("[IMG] ", None)]
 )
+@needs_transformers_5_23
 def test_templates_that_write_other_placeholders(
     tmp_path: Path, mistral_rules: PromptRules, folder: Path, written: str, reason: str | None
 ) -> None:

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers import AutoTokenizer
 
+from megatron_vlm.data import prompts
 from megatron_vlm.data.prompts import PromptBuilder, PromptRules
-from megatron_vlm.errors import DataError
+from megatron_vlm.errors import ConfigError, DataError
 from tests.data import rows
 from tests.data.references import check_trained, draw_pictures, encode, reference, refusal, trained_text
 from tests.data.rows import assistant, image, user
@@ -162,3 +164,14 @@ def test_tokens_per_image_must_match_the_model(hf_path: Path, rules: PromptRules
     builder = PromptBuilder(hf_path, dataclasses.replace(rules, tokens_per_image=5))
     with pytest.raises(DataError, match="4 image tokens for 1 images of 5 tokens"):
         encode(builder, CONVERSATIONS["one image"], folder)
+
+
+@pytest.mark.parametrize("version", ["5.17.0", "5.22.1", "5.23.0.dev0"])
+def test_generation_tags_need_a_transformers_that_counts_images(
+    tagged_hf_path: Path, hf_path: Path, rules: PromptRules, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    """Its masks would be misplaced, without a word. Without images, and without tags, any will do."""
+    monkeypatch.setattr(prompts, "TRANSFORMERS", Version(version))
+    with pytest.raises(ConfigError, match=f"generation tags, which transformers {version} misplaces.*5.23 or later"):
+        PromptBuilder(tagged_hf_path, rules)
+    PromptBuilder(hf_path, rules)

@@ -26,6 +26,7 @@ from tests.data import rows
 from tests.data.references import check_trained, draw_pictures, encode, refusal
 from tests.data.rows import assistant, image, row, user, video, write_jsonl
 from tests.data.tiny_processor import QWEN3_VL_TEMPLATE, build_qwen_processor, build_qwen_tokenizer
+from tests.versions import needs_transformers_5_23
 
 Make = Callable[..., RowReader]
 FRAMES = [f"frame{number}.png" for number in range(7)]
@@ -242,6 +243,7 @@ def test_bad_rows_name_their_reason(make_qwen_reader: Make, pictures: Path, reas
         (("<|vision_start|><|image_pad|><|vision_end|>", ""), "number of <|image_pad|> tokens"),
     ],
 )
+@needs_transformers_5_23
 def test_templates_that_do_not_write_all_placeholders(
     tmp_path: Path, qwen_rules: PromptRules, folder: Path, change: tuple[str, str], reason: str
 ) -> None:

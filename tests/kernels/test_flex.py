@@ -68,7 +68,8 @@ def test_short_rows_take_the_general_kernel(ratio: int, head_dim: int, is_traini
 def test_the_compiler_by_itself_fails(monkeypatch: pytest.MonkeyPatch, is_training: bool) -> None:
     """Why `kernel_options` names a kernel; goes when this no longer raises."""
     monkeypatch.setattr(flex, "kernel_options", lambda q: {})
-    with compiling_flex_attention(), pytest.raises(Exception, match="Q and KV block sizes must be divisible"):
+    refusals = r"Q and KV block sizes must be divisible|No choices exist"  # of torch 2.15, of torch 2.11
+    with compiling_flex_attention(), pytest.raises(Exception, match=refusals):
         attend([100], 8, 64, is_training)
 
 

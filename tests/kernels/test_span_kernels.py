@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.span_attention import launch
 from tests.kernels.span_compile import SHARED_BYTES, TENSOR_MEMORY_COLUMNS, compile_kernels
+from tests.versions import needs_triton_3_9
 
 ROOT = Path(__file__).parents[2]
 # Relative to the largest value. fp32 on one side, fp64 on the other: sums of up to 512 terms; measured 5.4e-7.
@@ -47,6 +48,7 @@ def interpreted() -> dict[str, dict[str, list[float]]]:
     return results
 
 
+@needs_triton_3_9
 def test_kernels_equal_the_reference(interpreted: dict[str, dict[str, list[float]]]) -> None:
     """Output, logarithms and every gradient: windows, images, documents, groups of heads, tails, every head dim."""
     assert len(interpreted["case"]) == 17
@@ -54,6 +56,7 @@ def test_kernels_equal_the_reference(interpreted: dict[str, dict[str, list[float
         assert max(errors) < (FP16_ERROR if name.startswith("fp16") else FP32_ERROR), (name, errors)
 
 
+@needs_triton_3_9
 def test_mutants_are_noticed(interpreted: dict[str, dict[str, list[float]]]) -> None:
     """The comparison can fail: a change of one line shows."""
     assert len(interpreted["mutant"]) == 12

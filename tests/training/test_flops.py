@@ -15,6 +15,7 @@ from megatron_vlm.families import registry
 from megatron_vlm.families.flop_counts import visible_keys
 from megatron_vlm.families.gemma3.flops import batch_flops
 from tests.families.gemma3 import LENGTH, ROWS, build, make_batch, reference
+from tests.versions import needs_transformers_5_23
 
 FULL_ROWS = {"images": [(LENGTH, [3]), (LENGTH, [1, 9]), (LENGTH, [])], "text": [(LENGTH, []), (LENGTH, [])]}
 
@@ -53,6 +54,7 @@ def _torch_flops(model: PreTrainedModel, batch: MicroBatch, backward: bool) -> i
     ],
     ids=lambda frozen: "frozen: " + (", ".join(sorted(frozen)) or "nothing"),
 )
+@needs_transformers_5_23
 def test_count_equals_torch(kind: str, frozen: set[str]) -> None:
     """Forward and backward, exactly, for rows without padding whose tokens all see each other.
 
@@ -85,6 +87,7 @@ def _freeze(model: PreTrainedModel, frozen: set[str]) -> None:
         part.requires_grad_(name not in frozen)
 
 
+@needs_transformers_5_23
 def test_text_only_model_counts_no_vision() -> None:
     """`Gemma3ForCausalLM`, untied head."""
     model, config = _model(False, tied=False, sliding_window=LENGTH)

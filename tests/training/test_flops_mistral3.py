@@ -14,6 +14,7 @@ from megatron_vlm.families import registry
 from megatron_vlm.families.flop_counts import visible_keys
 from tests.families.mistral3 import build, make_batch
 from tests.parity.tiny_batches import Reference, Rows
+from tests.versions import needs_transformers_5_23
 
 # Two rows of 22 tokens each: an image of h x w patches takes (h / 2) x (w / 2 + 1) tokens.
 FULL_ROWS: dict[str, Rows] = {"images": [[3, (4, 6), 5, (4, 2), 2], [2, (6, 6), 8]], "text": [[22], [22]]}
@@ -80,6 +81,7 @@ def on_later_stages(case: Reference) -> Any:
 
 @pytest.mark.parametrize("kind", sorted(FULL_ROWS))
 @pytest.mark.parametrize("frozen", FROZEN, ids=lambda frozen: "frozen: " + (", ".join(sorted(frozen)) or "nothing"))
+@needs_transformers_5_23
 def test_count_equals_torch(kind: str, frozen: set[str]) -> None:
     """Forward and backward, exactly; and the forward pass alone, which is the count with everything frozen."""
     model = build(ministral=kind == "images")
@@ -93,6 +95,7 @@ def test_count_equals_torch(kind: str, frozen: set[str]) -> None:
     assert family.flops(record, batch, everything) == torch_flops(model, case.inputs, backward=False)
 
 
+@needs_transformers_5_23
 def test_text_only_model_counts_no_vision() -> None:
     whole = build(ministral=True)
     model = Ministral3ForCausalLM._from_config(whole.config.text_config, attn_implementation="eager")

@@ -20,6 +20,7 @@ from transformers import (
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families.qwen3_vl.config import config_from_hf
 from megatron_vlm.families.qwen3_vl.flops import batch_flops
+from tests.versions import needs_transformers_5_23
 
 VOCABULARY, IMAGE, VIDEO, LENGTH = 152, 150, 151, 24
 Grid = tuple[int, int, int]
@@ -132,6 +133,7 @@ def freeze(model: PreTrainedModel, frozen: set[str]) -> None:
 @pytest.mark.parametrize("with_experts", [False, True], ids=["dense", "experts"])
 @pytest.mark.parametrize("kind", sorted(ROWS))
 @pytest.mark.parametrize("frozen", FROZEN, ids=lambda frozen: "frozen: " + (", ".join(sorted(frozen)) or "nothing"))
+@needs_transformers_5_23
 def test_count_equals_torch(with_experts: bool, kind: str, frozen: set[str]) -> None:
     """Forward and backward, exactly; and the forward pass alone, which is the count with everything frozen."""
     model, record = build(with_experts)
@@ -163,6 +165,7 @@ def test_padding_and_hidden_keys_are_free() -> None:
     assert batch_flops(record, causal) == linear_per_token * (LENGTH + 10) + attention * pairs
 
 
+@needs_transformers_5_23
 def test_text_only_model_counts_no_vision() -> None:
     model, record = build(False)
     batch = make_batch(ROWS["text"], record)
