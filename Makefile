@@ -14,7 +14,7 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install demo demo_moe demo_mistral3 test test_full lint gpu bench clean
+.PHONY: help install demo demo_moe demo_mistral3 test test_full test_lower_bounds lint gpu gpu_bundle gpu_dry bench clean
 
 help:
 	@echo "make demo           train a tiny Gemma 3 on drawn images, resume it in another layout, export and check it"
@@ -22,8 +22,11 @@ help:
 	@echo "make demo_mistral3  the first one with a tiny Mistral3 (Ministral 3's text)"
 	@echo "make test           the test suite"
 	@echo "make test_full      the same with the further layouts and sizes that are marked full"
+	@echo "make test_lower_bounds  the test suite with the oldest torch, torchvision and transformers that are allowed"
 	@echo "make lint           ruff and mypy"
-	@echo "make gpu            builds the kernels, tests, demos and benchmark on one GPU"
+	@echo "make gpu            tests, profiles, benchmarks and demos on one GPU, in stages of at most two minutes"
+	@echo "make gpu_bundle     what a container with a GPU and without network needs for that, in one folder"
+	@echo "make gpu_dry        starts each of those stages on this machine, at tiny sizes"
 	@echo "make bench          benchmarks that need no GPU"
 
 install: $(STAMP)
@@ -53,22 +56,32 @@ test: $(STAMP)
 test_full: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
+# The extension that `make install` built serves both environments.
+LOWER := .venv_lower
+test_lower_bounds: $(STAMP)
+	test -x $(LOWER)/bin/python || $(PYTHON) -m venv $(LOWER)
+	$(BIN)/python -m tests.lower_bounds --requirements > $(LOWER)/requirements.txt
+	$(LOWER)/bin/python -m pip install --quiet --constraint constraints_lower.txt --requirement $(LOWER)/requirements.txt
+	$(LOWER)/bin/python -m tests.lower_bounds -n 2 --dist loadfile -m "not full" tests
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Everything runs, whatever fails before it: time on a GPU is scarce. What failed is told at the end.
-gpu: $(STAMP)
-	@export MEGATRON_VLM_STRICT_KERNELS=1; failed=; attempt() { echo "== $$*"; "$$@" || failed="$$failed\n  $$*"; }; \
-	attempt $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .; \
-	GPU_TESTS=1 attempt $(BIN)/python -m pytest tests/gpu; \
-	for model in gemma3 qwen3_vl_moe mistral3; do attempt $(BIN)/python -m demo.run --processes 1 --model $$model; done; \
-	attempt $(BIN)/python benchmarks/kernels.py; \
-	[ -z "$$failed" ] || { printf "failed:$$failed\n" >&2; exit 1; }
+# Where a container brings torch and there is no network: make gpu GPU_PYTHON=python3, beside a gpu_bundle made before.
+GPU_PYTHON ?=
+gpu: $(if $(GPU_PYTHON),,$(STAMP))
+	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.gpu $(if $(GPU_PYTHON),--bundle gpu_bundle) $(GPU_OPTIONS)
+
+gpu_bundle: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu.bundle gpu_bundle
+
+gpu_dry: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu --dry
 
 bench: $(STAMP)
 	set -e; for script in convert train_step; do $(BIN)/python benchmarks/$$script.py; done
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build kernels/_C.* *.egg-info
+	rm -rf $(VENV) $(LOWER) .pytest_cache .mypy_cache .ruff_cache build gpu_bundle kernels/_C.* *.egg-info

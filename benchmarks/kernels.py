@@ -1,6 +1,7 @@
 """Time and memory of the kernels on one GPU, against torch, torch.compile, Liger and FlexAttention in the same run.
 
-    python benchmarks/kernels.py [--operators rms_norm rope ...] [--rounds 15] [--no_compile] [--output FILE.json]
+    python benchmarks/kernels.py [--operators rms_norm ...] [--cases NAME ...] [--rounds 15] [--no_compile]
+        [--output FILE.json]
     python benchmarks/kernels.py --tiny      # every step of it at tiny sizes, also where there is no GPU
 
 For each case of `benchmarks/kernel_cases.py`, forward and backward: the median seconds of every side, others' times as
@@ -75,28 +76,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"matrix product {speeds['operations_per_second'] / 1e12:.0f} TFLOP/s", flush=True)
     if not _version("liger-kernel"):
         print("Liger is not installed and takes no part (pip install '.[bench]')")
-    rows = []
+    path = options.output or (None if options.tiny else RESULTS / f"kernels_{_slug(_device_name(device))}.json")
+    figures = environment(device) | {"tiny": options.tiny, "rounds": options.rounds} | speeds
+    rows: list[dict[str, Any]] = []
     # Strict, or references would be measured where the kernels were not built.
     with patch.dict(os.environ, {STRICT_VARIABLE: "1"}):
         for case in CASES:
-            if not options.operators or case.operator in options.operators:
+            if case.operator in (options.operators or [case.operator]) and case.name in (options.cases or [case.name]):
                 rows += run_case(case, setting, clock, speeds, options)
                 release_memory()
-    figures = environment(device) | {"tiny": options.tiny, "rounds": options.rounds} | speeds | {"rows": rows}
-    path = options.output or (None if options.tiny else RESULTS / f"kernels_{_slug(figures['device'])}.json")
+                if path is not None:  # after each: time on a GPU may end before the last
+                    write(path, figures | {"rows": rows})
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(figures, indent=1) + "\n")
         print(f"written to {path}")
     missed = [row for row in rows if "error" in row or not all(target["reached"] for target in row["targets"])]
     print(f"{len(rows) - len(missed)} of {len(rows)} rows reach their targets")
     return 1 if missed and not options.tiny else 0
 
 
+def write(path: Path, figures: dict[str, Any]) -> None:
+    """Replace a file of figures by a new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(figures, indent=1) + "\n")
+    temporary.replace(path)
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     operators = sorted({case.operator for case in CASES})
     parser.add_argument("--operators", nargs="+", choices=operators, help="only these (default: all)")
+    parser.add_argument("--cases", nargs="+", choices=sorted({case.name for case in CASES}), help="only these")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
         "--no_compile", action="store_true", help="leave torch.compile out, which takes most of the time"
@@ -377,7 +387,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     on_cuda = device.type == "cuda"
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     return {
-        "device": torch.cuda.get_device_name() if on_cuda else "host",
+        "device": _device_name(device),
         "compute_capability": list(torch.cuda.get_device_capability()) if on_cuda else None,
         "kernel_hash": kernel_hash(),
         "commit": commit.stdout.strip(),
@@ -386,6 +396,10 @@ def environment(device: torch.device) -> dict[str, Any]:
         "triton": _version("triton"),
         "liger": _version("liger-kernel"),
     }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else "host"
 
 
 def _version(distribution: str) -> str | None:

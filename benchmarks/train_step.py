@@ -26,12 +26,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed
 import transformers
@@ -40,16 +37,8 @@ from transformers import AutoModelForImageTextToText, Qwen3VLConfig, Qwen3VLMoeC
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from benchmarks.training_sides import Side, build_batch, own_side, transformers_side  # noqa: E402
 from megatron_vlm import platform  # noqa: E402
-from megatron_vlm.checkpoint.hf_model import load_hf_into_model  # noqa: E402
-from megatron_vlm.config import OptimizerSettings  # noqa: E402
-from megatron_vlm.data.collate import MicroBatch, PlacedSample, collate  # noqa: E402
-from megatron_vlm.data.prompts import PromptRules, Sample  # noqa: E402
-from megatron_vlm.families import registry  # noqa: E402
-from megatron_vlm.parallel.build import BuildSettings, build_chunks, wrap_data_parallel  # noqa: E402
-from megatron_vlm.parallel.groups import build_groups, initialize_megatron  # noqa: E402
-from megatron_vlm.training.optimizer import apply_gradients, build_optimizer, gradient_norm  # noqa: E402
-from megatron_vlm.training.step import run_global_batch  # noqa: E402
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "train_step.json"
 MODELS = ("dense", "moe")
@@ -59,9 +48,12 @@ MAX_LOSS_DIFFERENCE = 1e-5
 MAX_LATER_LOSS_DIFFERENCE = 1e-3
 SEQUENCE_TOKENS = 1024
 IMAGE_PATCHES = (32, 32)  # 512 x 512 pixels, 256 tokens
-IMAGE_ID, VIDEO_ID, START_ID, END_ID = 31995, 31996, 31997, 31998
-LEARNING_RATE, CLIP_GRAD = 1e-4, 1.0
-SETTINGS = OptimizerSettings(lr=LEARNING_RATE, min_lr=0.0, weight_decay=0.1, clip_grad=CLIP_GRAD)
+SPECIAL_TOKENS = {
+    "image_token_id": 31995,
+    "video_token_id": 31996,
+    "vision_start_token_id": 31997,
+    "vision_end_token_id": 31998,
+}
 
 VISION = {
     "depth": 6,
@@ -88,14 +80,6 @@ MOE = {
     "num_experts_per_tok": 4,
     "moe_intermediate_size": 384,
 }
-
-
-@dataclass
-class Side:
-    """One of the two trainers: `step` does one training step and returns its loss."""
-
-    name: str
-    step: Callable[[], float]
 
 
 def main() -> int:
@@ -146,95 +130,12 @@ def build_sides(moe: bool, folder: Path) -> list[Side]:
     config = config_class(
         text_config=text,
         vision_config=VISION | {"out_hidden_size": text["hidden_size"]},
-        image_token_id=IMAGE_ID,
-        video_token_id=VIDEO_ID,
-        vision_start_token_id=START_ID,
-        vision_end_token_id=END_ID,
+        **SPECIAL_TOKENS,
         tie_word_embeddings=not moe,
     )
     AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
-    family = registry.detect(config)
-    model_config = family.config_from_hf(config, text_only=False)
-    batch = build_batch(family.prompt_rules(model_config))
-    return [transformers_side(folder, batch), own_side(folder, family, model_config, batch)]
-
-
-def build_batch(rules: PromptRules) -> MicroBatch:
-    """One row: an image, then text whose second half is trained."""
-    generator = np.random.default_rng(0)
-    rows, columns = IMAGE_PATCHES
-    ids = generator.integers(1, 31_900, SEQUENCE_TOKENS)
-    num_visual = rows * columns // 4
-    ids[8], ids[9 : 9 + num_visual], ids[9 + num_visual] = START_ID, IMAGE_ID, END_ID
-    patch_features = 3 * 2 * VISION["patch_size"] ** 2
-    pixels = torch.from_numpy(generator.standard_normal((rows * columns, patch_features), dtype=np.float32))
-    sample = Sample(
-        input_ids=ids,
-        trained=np.arange(SEQUENCE_TOKENS) >= SEQUENCE_TOKENS // 2,
-        vision_inputs={"pixel_values": pixels},
-        num_images=1,
-        vision_grids=[(1, rows, columns)],
-    )
-    return collate([PlacedSample(sample, 0, "row 0")], rules, filler_token_id=0)
-
-
-def transformers_side(folder: Path, batch: MicroBatch) -> Side:
-    """A plain loop around transformers' model."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=LEARNING_RATE,
-        betas=SETTINGS.betas,
-        eps=SETTINGS.eps,
-        weight_decay=SETTINGS.weight_decay,
-        fused=True,
-    )
-    # transformers shifts labels itself.
-    labels = torch.nn.functional.pad(batch.labels[:, :-1], (1, 0), value=-100)
-    inputs = {
-        "input_ids": batch.input_ids,
-        "attention_mask": torch.ones_like(batch.input_ids),
-        "mm_token_type_ids": (batch.input_ids == IMAGE_ID).int(),
-        "labels": labels,
-        "pixel_values": batch.vision_inputs["pixel_values"],
-        "image_grid_thw": torch.tensor(batch.vision_grids),
-    }
-
-    def step() -> float:
-        loss = model(**inputs).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-
-    return Side("transformers", step)
-
-
-def own_side(folder: Path, family: registry.Family, model_config: Any, batch: MicroBatch) -> Side:
-    """What a run with one rank does in a step, but for reading data and logging."""
-    groups = build_groups()
-    initialize_megatron(1, groups)
-    layers = [tuple(range(len(model_config.text.layers)))]
-    chunks = build_chunks(family, model_config, BuildSettings(layers), groups)
-    load_hf_into_model(chunks, str(folder), family, model_config, groups)
-    model = wrap_data_parallel(chunks, groups, use_distributed_optimizer=True)
-    optimizer = build_optimizer(model, SETTINGS, torch.float32, True, groups)
-    for group in optimizer.param_groups:
-        group["lr"] = LEARNING_RATE
-
-    def step() -> float:
-        for chunk in model:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        optimizer.zero_grad()
-        sums = run_global_batch(model, [batch], groups)
-        norm = gradient_norm(optimizer)
-        (total, count), *_ = sums.tolist()
-        apply_gradients(optimizer, norm, CLIP_GRAD)
-        return total / count
-
-    return Side("megatron_vlm", step)
+    batches = [build_batch(config, SEQUENCE_TOKENS, IMAGE_PATCHES)]
+    return [transformers_side(folder, batches, torch.float32), own_side(folder, batches, torch.float32)]
 
 
 def measure(sides: list[Side], rounds: int, profile: bool) -> dict[str, Any]:

@@ -27,6 +27,7 @@ BINARY = Path(__file__).with_name("_C.abi3.so")
 BUILD_LOG = Path(__file__).with_name("_C.txt")
 
 _library = Library(NAMESPACE, "DEF")
+_names: list[str] = []
 
 
 def define(
@@ -54,6 +55,7 @@ def define(
     name = schema.partition("(")[0]
     qualified = f"{NAMESPACE}::{name}"
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _names.append(name)
     _library.impl(name, reference, "CPU")
     _load_binary()
     if kernel is not None:
@@ -65,6 +67,11 @@ def define(
         backward = once_differentiable(backward)
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def operators() -> list[str]:
+    """Names of the operators that have been defined."""
+    return list(_names)
 
 
 @cache

@@ -1,12 +1,67 @@
-"""GPU tests: `make gpu` runs them; without a GPU they are skipped."""
+"""GPU tests: `make gpu` runs them; without a GPU they are skipped, or with GPU_TESTS=host run on the host.
+
+On the host, references stand in for kernels and "cuda" means the host: that shows mistakes of the tests themselves
+before they cost time on a GPU, and nothing of the kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention
+from torch.overrides import TorchFunctionMode
+
+from kernels.span_attention import flex
+
+ON_HOST = os.environ.get("GPU_TESTS") == "host"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "/gpu/" in str(item.path):
             item.add_marker(pytest.mark.gpu)
-            if not torch.cuda.is_available():
+            if not ON_HOST and not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+class _OnHost(TorchFunctionMode):
+    """Whatever is asked to be on "cuda" is made on the host."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is torch.Tensor.cuda:
+            return args[0]
+        args = tuple("cpu" if isinstance(value, str) and value == "cuda" else value for value in args)
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def host_stands_in() -> Iterator[None]:
+    """With GPU_TESTS=host, what the tests ask of CUDA."""
+    with contextlib.ExitStack() as stack:
+        if ON_HOST:
+            stack.enter_context(_OnHost())
+            stream = mock.MagicMock()
+            for name, value in {
+                "get_device_capability": lambda device=None: (9, 0),
+                "synchronize": lambda device=None: None,
+                "set_sync_debug_mode": lambda mode: None,
+                "memory_allocated": lambda: 0,
+                "max_memory_allocated": lambda: 0,
+                "reset_peak_memory_stats": lambda: None,
+                "Stream": lambda: stream,
+                "current_stream": lambda: stream,
+                "stream": lambda given: given,
+            }.items():
+                stack.enter_context(mock.patch.object(torch.cuda, name, value))
+            stack.enter_context(mock.patch.object(flex, "compiled", lambda: flex_attention.flex_attention))
+            stack.enter_context(mock.patch.object(flex_attention, "_validate_device", lambda *tensors: None))
+        yield

@@ -1,0 +1,145 @@
+"""Training steps of models that one GPU holds, in turn with transformers and Liger's kernels: seconds, MFU, memory.
+
+    python -m benchmarks.gpu.step_time [--dry] [--rounds 7] [--output FILE.json]
+
+Qwen3-VL 2B on rows of 4,096 tokens with an image of 1,024, and Gemma 3 1B on 4,096 tokens of text: two rows a step, one
+after the other, full and without padding, the same weights on both sides. transformers holds all in bf16, Adam's
+moments too; here gradients, main weights and moments are fp32, as in every run: more bytes for the same step.
+Losses are compared first. Sides take turns and the one that begins changes; figures are medians. MFU counts what the
+model needs (`Family.flops`) over the dense bf16 peak of the data sheet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from benchmarks.gpu import models
+from benchmarks.training_sides import Side, build_batch, own_side, record_of, transformers_side
+from megatron_vlm import platform
+from megatron_vlm.training.setup import initialize_distributed
+
+LENGTH, TINY_LENGTH = 4096, 40
+MODELS = {  # with rows and columns of patches of an image, or none
+    "qwen3_vl_2b": (models.qwen3_vl_2b, (64, 64), (4, 4)),
+    "gemma3_1b": (models.gemma3_1b, None, None),
+}
+MICRO_BATCHES = 2
+WARM_UPS = 2
+# Mean losses over thousands of labels, each from activations of 8 bits that the sides round at other places.
+MAX_LOSS_DIFFERENCE = 5e-3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry", action="store_true", help="tiny models on the host, without Liger")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", type=Path, help="JSON file of the figures")
+    options = parser.parse_args(arguments)
+    initialize_distributed(timeout_minutes=2)
+    figures: dict[str, Any] = {}
+    for name, (config_of, patches, tiny_patches) in MODELS.items():
+        figures[name] = measure(
+            config_of(options.dry),
+            TINY_LENGTH if options.dry else LENGTH,
+            tiny_patches if options.dry else patches,
+            2 if options.dry else options.rounds,
+            with_liger=not options.dry,
+        )
+        print(_line(name, figures[name]), flush=True)
+        if options.output:
+            options.output.write_text(json.dumps(figures, indent=1))
+    platform.current().leave_process_group(failed=False)
+    return 1 if any("error" in found for found in figures.values()) else 0
+
+
+def measure(
+    config: PretrainedConfig, length: int, patches: tuple[int, int] | None, rounds: int, with_liger: bool
+) -> dict[str, Any]:
+    """Seconds, memory and MFU of both sides on one model."""
+    device = platform.current().device
+    dtype = torch.bfloat16 if platform.current().accelerated else torch.float32
+    batches = [build_batch(config, length, patches)] * MICRO_BATCHES
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work)
+        models.write_random(config, folder, dtype, device)
+        sides = [transformers_side(folder, batches, dtype, with_liger), own_side(folder, batches, dtype)]
+    first = {side.name: side.step() for side in sides}
+    for side in sides:
+        for _ in range(WARM_UPS - 1):
+            side.step()
+    seconds, peaks = _take_turns(sides, rounds)
+    family, model_config = record_of(config)
+    flops = MICRO_BATCHES * family.flops(model_config, batches[0])
+    peak_flops = platform.current().peak_flops()
+    found: dict[str, Any] = {
+        "tokens": MICRO_BATCHES * length,
+        "flops": flops,
+        "first_losses": first,
+        "seconds": seconds,
+        "median_seconds": {name: statistics.median(times) for name, times in seconds.items()},
+        "peak_bytes_of_a_step": peaks,
+    }
+    theirs, ours = found["median_seconds"].values()
+    found["ratio"] = theirs / ours
+    found["mfu"] = {
+        name: flops / time / peak_flops if peak_flops else None for name, time in found["median_seconds"].items()
+    }
+    losses = list(first.values())
+    if not abs(losses[0] - losses[1]) <= MAX_LOSS_DIFFERENCE * abs(losses[0]):
+        found["error"] = f"losses differ: {first}"
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return found
+
+
+def _take_turns(sides: list[Side], rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of every step by side; and the most memory that a step takes beyond what lies there between steps."""
+    seconds: dict[str, list[float]] = {side.name: [] for side in sides}
+    peaks = dict.fromkeys(seconds, 0)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    for number in range(rounds):
+        for side in sides if number % 2 == 0 else sides[::-1]:
+            held = _synchronize()
+            began = time.perf_counter()
+            side.step()
+            _synchronize()
+            seconds[side.name].append(time.perf_counter() - began)
+            if torch.cuda.is_available():
+                peaks[side.name] = max(peaks[side.name], torch.cuda.max_memory_allocated() - held)
+                torch.cuda.reset_peak_memory_stats()
+    return seconds, peaks
+
+
+def _synchronize() -> int:
+    """Wait for the device; bytes that are in use on it."""
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated()
+
+
+def _line(name: str, found: dict[str, Any]) -> str:
+    parts = [
+        f"{side} {seconds:.3f} s" + (f" (MFU {found['mfu'][side]:.1%})" if found["mfu"][side] else "")
+        for side, seconds in found["median_seconds"].items()
+    ]
+    return f"{name}: {', '.join(parts)}; {found['ratio']:.2f} times as fast; {found.get('error', 'losses agree')}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

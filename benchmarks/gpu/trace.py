@@ -1,0 +1,69 @@
+"""What a profiler's trace of a GPU says: launches, how long the GPU had nothing to do, and where the host waited.
+
+Source: the trace format of Chrome as torch.profiler writes it, with Kineto's categories.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+FROM_HOST = ("cuda_runtime", "cuda_driver")
+# Calls that return when the device has done something. A pageable copy to the host is followed by one of them.
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cuStreamSynchronize")
+Event = dict[str, Any]
+
+
+def summarize(events: Iterable[Event], num_steps: int, top: int = 25) -> dict[str, Any]:
+    """Figures per step of a trace that holds `num_steps` steps and nothing else.
+
+    Args:
+        events: `traceEvents`; times in microseconds.
+        num_steps: by which sums are divided.
+        top: kernels that are named.
+
+    Returns:
+        launches, busy_seconds, span_seconds (from the first to the last thing on the device), idle_share of the span,
+        waits by call (number and seconds), and kernels with the most time (name, number, seconds).
+    """
+    complete = [event for event in events if event.get("ph") == "X" and "dur" in event]
+    on_device = [event for event in complete if event.get("cat") in ON_DEVICE]
+    kernels = [event for event in on_device if event["cat"] == "kernel"]
+    intervals = sorted((event["ts"], event["ts"] + event["dur"]) for event in on_device)
+    busy = _union(intervals)
+    span = max(end for _, end in intervals) - intervals[0][0] if intervals else 0.0
+    waits: dict[str, list[float]] = defaultdict(list)
+    for event in complete:
+        if event.get("cat") in FROM_HOST and event["name"] in WAITS:
+            waits[event["name"]].append(event["dur"])
+    seconds: Counter[str] = Counter()
+    number: Counter[str] = Counter()
+    for event in kernels:
+        seconds[event["name"]] += event["dur"] / 1e6
+        number[event["name"]] += 1
+    return {
+        "launches": len(kernels) / num_steps,
+        "copies": (len(on_device) - len(kernels)) / num_steps,
+        "busy_seconds": busy / 1e6 / num_steps,
+        "span_seconds": span / 1e6 / num_steps,
+        "idle_share": 1 - busy / span if span else None,
+        "waits": {
+            name: {"number": len(times) / num_steps, "seconds": sum(times) / 1e6 / num_steps}
+            for name, times in sorted(waits.items())
+        },
+        "kernels": [
+            {"name": name[:120], "number": number[name] / num_steps, "seconds": total / num_steps}
+            for name, total in seconds.most_common(top)
+        ],
+    }
+
+
+def _union(intervals: list[tuple[float, float]]) -> float:
+    """Length of the union of sorted intervals: streams overlap."""
+    total, end = 0.0, float("-inf")
+    for begin, stop in intervals:
+        total += max(0.0, stop - max(begin, end))
+        end = max(end, stop)
+    return total

@@ -1,0 +1,161 @@
+"""Two trainers of the same model on the same rows: plain transformers, and what a rank of a run here does in a step."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
+
+from megatron_vlm import platform
+from megatron_vlm.checkpoint.hf_model import load_hf_into_model
+from megatron_vlm.config import OptimizerSettings
+from megatron_vlm.data.collate import MicroBatch, PlacedSample, collate
+from megatron_vlm.data.prompts import Sample
+from megatron_vlm.families import registry
+from megatron_vlm.parallel.build import BuildSettings, build_chunks, wrap_data_parallel
+from megatron_vlm.parallel.groups import build_groups, initialize_megatron
+from megatron_vlm.training.optimizer import apply_gradients, build_optimizer, gradient_norm
+from megatron_vlm.training.step import run_global_batch
+
+LEARNING_RATE, CLIP_GRAD = 1e-4, 1.0
+SETTINGS = OptimizerSettings(lr=LEARNING_RATE, min_lr=0.0, weight_decay=0.1, clip_grad=CLIP_GRAD)
+
+
+@dataclass
+class Side:
+    """One of the two trainers: `step` does one training step and returns its loss."""
+
+    name: str
+    step: Callable[[], float]
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """transformers' class of whole models for a configuration, with images or for text alone."""
+    return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+
+
+def record_of(config: PretrainedConfig) -> tuple[registry.Family, Any]:
+    """The family of a configuration, and its configuration of the model."""
+    family = registry.detect(config)
+    return family, family.config_from_hf(config, text_only=not hasattr(config, "vision_config"))
+
+
+def build_batch(config: PretrainedConfig, num_tokens: int, image_patches: tuple[int, int] | None) -> MicroBatch:
+    """One row without padding, whose second half is trained.
+
+    Args:
+        config: of the model; with an image, one of Qwen3-VL.
+        num_tokens: of the row.
+        image_patches: rows and columns of an image that stands before the text; None for text alone.
+    """
+    family, model_config = record_of(config)
+    generator = np.random.default_rng(0)
+    ids = generator.integers(1, model_config.text.vocab_size - 100, num_tokens)
+    sample = Sample(input_ids=ids, trained=np.arange(num_tokens) >= num_tokens // 2)
+    if image_patches is not None:
+        rows, columns = image_patches
+        vision = config.vision_config
+        num_visual = rows * columns // vision.spatial_merge_size**2
+        ids[8], ids[9 + num_visual] = config.vision_start_token_id, config.vision_end_token_id
+        ids[9 : 9 + num_visual] = config.image_token_id
+        features = 3 * vision.temporal_patch_size * vision.patch_size**2
+        pixels = torch.from_numpy(generator.standard_normal((rows * columns, features), dtype=np.float32))
+        sample.vision_inputs = {"pixel_values": pixels}
+        sample.num_images, sample.vision_grids = 1, [(1, rows, columns)]
+    return collate([PlacedSample(sample, 0, "row 0")], family.prompt_rules(model_config), filler_token_id=0)
+
+
+def transformers_side(
+    folder: Path, batches: Sequence[MicroBatch], dtype: torch.dtype, with_liger: bool = False
+) -> Side:
+    """A plain loop around transformers' model: its default attention and experts, its own loss, fused AdamW.
+
+    Args:
+        folder: of the model.
+        batches: micro-batches of every step, with equal numbers of labels.
+        dtype: of weights, activations and moments.
+        with_liger: replace its layers and loss by Liger's kernels.
+    """
+    device = platform.current().device
+    config = registry.load_hf_config(str(folder))
+    model = auto_class(config).from_pretrained(folder, dtype=dtype).to(device).train()
+    if with_liger:
+        importlib.import_module("liger_kernel.transformers")._apply_liger_kernel_to_instance(model)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=LEARNING_RATE,
+        betas=SETTINGS.betas,
+        eps=SETTINGS.eps,
+        weight_decay=SETTINGS.weight_decay,
+        fused=True,
+    )
+    inputs = [_transformers_inputs(config, batch, device, dtype) for batch in batches]
+
+    def step() -> float:
+        total = 0.0
+        for each in inputs:
+            loss = model(**each).loss / len(inputs)
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(total)
+
+    return Side("transformers with Liger" if with_liger else "transformers", step)
+
+
+def _transformers_inputs(
+    config: PretrainedConfig, batch: MicroBatch, device: torch.device, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    # transformers shifts labels itself.
+    labels = torch.nn.functional.pad(batch.labels[:, :-1], (1, 0), value=-100)
+    inputs = {"input_ids": batch.input_ids, "attention_mask": torch.ones_like(batch.input_ids), "labels": labels}
+    if batch.vision_inputs:
+        inputs |= {
+            "mm_token_type_ids": (batch.input_ids == config.image_token_id).int(),
+            "pixel_values": batch.vision_inputs["pixel_values"].to(dtype),
+            "image_grid_thw": torch.tensor(batch.vision_grids),
+        }
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def own_side(folder: Path, batches: Sequence[MicroBatch], dtype: torch.dtype) -> Side:
+    """What a run with one rank does in a step, but for reading data and logging; torch.distributed is initialised.
+
+    Args:
+        folder: of the model, whose weights are loaded.
+        batches: micro-batches of every step, on the host.
+        dtype: of weights and activations; gradients and the optimizer's state are fp32.
+    """
+    family, model_config = record_of(registry.load_hf_config(str(folder)))
+    groups = build_groups()
+    initialize_megatron(1, groups)
+    layers = [tuple(range(len(model_config.text.layers)))]
+    chunks = build_chunks(family, model_config, BuildSettings(layers, dtype), groups)
+    load_hf_into_model(chunks, str(folder), family, model_config, groups)
+    model = wrap_data_parallel(chunks, groups, use_distributed_optimizer=True)
+    optimizer = build_optimizer(model, SETTINGS, dtype, True, groups)
+    for group in optimizer.param_groups:
+        group["lr"] = LEARNING_RATE
+    pinned = [batch.pin_memory() if platform.current().accelerated else batch for batch in batches]
+    on_device = [batch.to(platform.current().device, non_blocking=True) for batch in pinned]
+
+    def step() -> float:
+        for chunk in model:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        sums = run_global_batch(model, on_device, groups)
+        norm = gradient_norm(optimizer)
+        (total, count), *_ = sums.tolist()
+        apply_gradients(optimizer, norm, CLIP_GRAD)
+        return total / count
+
+    return Side("megatron_vlm", step)
