@@ -1,18 +1,19 @@
-"""Training steps of models that one GPU holds, in turn with transformers and Liger's kernels: seconds, MFU, memory.
+"""Training steps of models that one GPU holds, in turn with transformers: seconds, MFU, memory.
 
     python -m benchmarks.gpu.step_time [--dry] [--rounds 7] [--output FILE.json]
 
 Qwen3-VL 2B on rows of 4,096 tokens with an image of 1,024, and Gemma 3 1B on 4,096 tokens of text: two rows a step, one
-after the other, full and without padding, the same weights on both sides. transformers holds all in bf16, Adam's
-moments too; here gradients, main weights and moments are fp32, as in every run: more bytes for the same step.
-Losses are compared first. Sides take turns and the one that begins changes; figures are medians. MFU counts what the
-model needs (`Family.flops`) over the dense bf16 peak of the data sheet.
+after the other, full and without padding, the same weights on both sides. transformers uses Liger's kernels where they
+are installed and holds all in bf16, Adam's moments too; here gradients, main weights and moments are fp32, as in every
+run: more bytes for the same step. Losses are compared first. Sides take turns and the one that begins changes; figures
+are medians. MFU counts what the model needs (`Family.flops`) over the dense bf16 peak of the data sheet.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import statistics
 import sys
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             TINY_LENGTH if options.dry else LENGTH,
             tiny_patches if options.dry else patches,
             2 if options.dry else options.rounds,
-            with_liger=not options.dry,
+            with_liger=not options.dry and importlib.util.find_spec("liger_kernel") is not None,
         )
         print(_line(name, figures[name]), flush=True)
         if options.output:

@@ -1,7 +1,8 @@
-"""GPU tests: `make gpu` runs them; without a GPU they are skipped, or with GPU_TESTS=host run on the host.
+"""GPU tests: `make gpu` runs them. Without a GPU they are skipped, or with GPU_TESTS=host run on the host.
 
 On the host, references stand in for kernels and "cuda" means the host: that shows mistakes of the tests themselves
-before they cost time on a GPU, and nothing of the kernels.
+before they cost time on a GPU, and nothing of the kernels. Of every test the first and the last parameters run;
+GPU_TESTS=host_all runs all, which takes many minutes.
 """
 
 from __future__ import annotations
@@ -19,15 +20,24 @@ from torch.overrides import TorchFunctionMode
 
 from kernels.span_attention import flex
 
-ON_HOST = os.environ.get("GPU_TESTS") == "host"
+MODE = os.environ.get("GPU_TESTS", "")
+ON_HOST = MODE.startswith("host")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    of_function: dict[str, list[pytest.Item]] = {}
     for item in items:
         if "/gpu/" in str(item.path):
             item.add_marker(pytest.mark.gpu)
+            of_function.setdefault(item.nodeid.partition("[")[0], []).append(item)
             if not ON_HOST and not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="no GPU"))
+            if ON_HOST and item.get_closest_marker("kernels_only"):
+                item.add_marker(pytest.mark.skip(reason="of kernels alone"))
+    if MODE == "host":
+        left_out = [item for variants in of_function.values() for item in variants[1:-1]]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 class _OnHost(TorchFunctionMode):

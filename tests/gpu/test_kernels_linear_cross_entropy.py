@@ -99,6 +99,7 @@ def test_loss_and_gradients(group: torch.distributed.ProcessGroup, softcap: floa
         assert (ours - theirs).norm() <= 1e-2 * theirs.norm()
 
 
+@pytest.mark.kernels_only
 def test_memory_is_the_chunk_and_the_host_does_not_wait(group: torch.distributed.ProcessGroup) -> None:
     """8192 tokens and 131072 rows, whose logits are 2 GiB, with 256 MiB at a time."""
     x = torch.randn(8192, 1, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)

@@ -113,6 +113,7 @@ def test_no_tokens() -> None:
     assert found[0].shape == inputs.q.shape and not inputs.q_weight.grad.any()
 
 
+@pytest.mark.kernels_only
 def test_what_is_refused() -> None:
     x = torch.randn(3, 2, 16, device="cuda")
     table = (torch.randn(3, 8, device="cuda"),) * 2
