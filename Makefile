@@ -8,6 +8,7 @@ PYTHON ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+KERNELS := kernels/vlm_kernels
 
 # Several ranks share the cores: one thread each is faster than all of them fighting.
 export OMP_NUM_THREADS := 1
@@ -31,13 +32,13 @@ help:
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kernels/*/*.cu kernels/*/*.cuh kernels/*/*.h)
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard $(KERNELS)/*/*.cu $(KERNELS)/*/*.cuh $(KERNELS)/*/*.h)
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.12, or run make PYTHON=/path/to/python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || { echo "$(PYTHON) is not Python 3.12" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
-	@head -n 1 kernels/_C.txt
+	@head -n 1 $(KERNELS)/_C.txt
 	@touch $@
 
 demo: $(STAMP)
@@ -84,4 +85,4 @@ bench: $(STAMP)
 	set -e; for script in convert train_step; do $(BIN)/python benchmarks/$$script.py; done
 
 clean:
-	rm -rf $(VENV) $(LOWER) .pytest_cache .mypy_cache .ruff_cache build gpu_bundle kernels/_C.* *.egg-info
+	rm -rf $(VENV) $(LOWER) .pytest_cache .mypy_cache .ruff_cache build gpu_bundle $(KERNELS)/_C.* *.egg-info

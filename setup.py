@@ -1,9 +1,9 @@
-"""Builds the CUDA kernels as `kernels/_C.abi3.so` where a CUDA toolkit is found; the rest is in pyproject.toml.
+"""Builds the CUDA kernels as `vlm_kernels/_C.abi3.so` where a CUDA toolkit is found; the rest is in pyproject.toml.
 
 The extension uses torch's stable ABI, so one binary serves torch 2.11 and later, and any Python. It is built for those
 of the wanted architectures that the compiler knows. Without a toolkit, or with one that does not work or belongs to
-another major version of CUDA than torch, the installation succeeds without the extension and `kernels/_C.txt` says why;
-MEGATRON_VLM_STRICT_KERNELS=1 makes that an error. CUDA_HOME names a toolkit that is not on the path.
+another major version of CUDA than torch, the installation succeeds without the extension and `_C.txt` beside it says
+why; MEGATRON_VLM_STRICT_KERNELS=1 makes that an error. CUDA_HOME names a toolkit that is not on the path.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-KERNELS = ROOT / "kernels"
+PACKAGE = "vlm_kernels"
+KERNELS = ROOT / "kernels" / PACKAGE
 STRICT_VARIABLE = "MEGATRON_VLM_STRICT_KERNELS"
 WANTED_ARCHITECTURES = ("80", "90", "100")  # Ampere, Hopper, Blackwell
 # 2.11, the oldest torch that the binary is to load on.
@@ -40,11 +41,11 @@ class NoKernelsError(Exception):
 
 
 class BuildKernels(build_ext):
-    """Compiles every kernels/*/*.cu, as many at a time as there are cores, and links them."""
+    """Compiles every *.cu of the package, as many at a time as there are cores, and links them."""
 
     def run(self) -> None:
         """Build, or leave the package without a binary."""
-        binary = Path(self.get_ext_fullpath("kernels._C"))
+        binary = Path(self.get_ext_fullpath(f"{PACKAGE}._C"))
         log = binary.with_name("_C.txt")
         binary.parent.mkdir(parents=True, exist_ok=True)
         binary.unlink(missing_ok=True)
@@ -64,7 +65,7 @@ class BuildKernels(build_ext):
 
     def get_outputs(self) -> list[str]:
         """What is installed: the binary, if there is one, and the log."""
-        binary = Path(self.get_ext_fullpath("kernels._C"))
+        binary = Path(self.get_ext_fullpath(f"{PACKAGE}._C"))
         return [str(path) for path in (binary, binary.with_name("_C.txt")) if path.exists()]
 
 
@@ -189,7 +190,7 @@ def source_hash() -> str:
 if __name__ == "__main__":
     depends = [str(path.relative_to(ROOT)) for path in sources()]
     setup(
-        ext_modules=[Extension("kernels._C", sources=[], depends=depends, py_limited_api=True)],
+        ext_modules=[Extension(f"{PACKAGE}._C", sources=[], depends=depends, py_limited_api=True)],
         cmdclass={"build_ext": BuildKernels},
         options={"bdist_wheel": {"py_limited_api": "cp312"}},
     )

@@ -36,10 +36,10 @@ from benchmarks.kernel_problem import (
     of_floor,
 )
 from benchmarks.kernel_product_cases import Attention, attention_problem, loss_problem
-from kernels.gated import Activation, gated, gated_halves
-from kernels.permute import expert_permutation, permute, unpermute
-from kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_add, rms_norm_add_rms_norm
-from kernels.rope import qk_norm_rope
+from vlm_kernels.gated import Activation, gated, gated_halves
+from vlm_kernels.permute import expert_permutation, permute, unpermute
+from vlm_kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_add, rms_norm_add_rms_norm
+from vlm_kernels.rope import qk_norm_rope
 
 EPS = 1e-6
 

@@ -13,9 +13,9 @@ import torch
 from torch.nn import functional
 
 from benchmarks.kernel_problem import FLEX, LIGER, OURS, PRODUCTS, TOKENS, TORCH, Floor, Problem, Setting
-from kernels.linear_cross_entropy import Head, linear_cross_entropy
-from kernels.span_attention import Spans, flex, operators
 from megatron_vlm.data.collate import spans as spans_of
+from megatron_vlm.layers.vocab_parallel_loss import Head, linear_cross_entropy
+from vlm_kernels.span_attention import Spans, flex, operators
 
 
 @dataclass(frozen=True)

@@ -41,11 +41,11 @@ import torch  # noqa: E402
 
 from benchmarks.kernel_cases import CASES  # noqa: E402
 from benchmarks.kernel_problem import COMPILED, GIB, LIGER, OURS, TORCH, Case, Problem, Setting, Target  # noqa: E402
-from kernels.library import STRICT_VARIABLE  # noqa: E402
 from megatron_vlm import platform  # noqa: E402
+from vlm_kernels.library import STRICT_VARIABLE  # noqa: E402
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
-KERNELS = REPOSITORY / "kernels"
+KERNELS = REPOSITORY / "kernels" / "vlm_kernels"
 SOURCE_ENDINGS = (".py", ".cu", ".cuh", ".h")
 WARM_UPS = 3
 FLUSH_BYTES = 512 * 2**20  # of other data: several times any second-level cache

@@ -237,11 +237,11 @@ def wheel(folder: Path, name: str) -> None:
 def repository(tmp_path: Path) -> Path:
     """A checkout with a built extension, as far as bundles look at it."""
     path = tmp_path / "checkout"
-    (path / "kernels").mkdir(parents=True)
+    (path / bundle.KERNELS).mkdir(parents=True)
     (path / "setup.py").write_text("def source_hash():\n    return 'abc'\n")
     (path / "constraints.txt").write_text("".join(f"{name}==1.0\n" for name in bundle.MISSING))
-    (path / "kernels" / bundle.BINARY).write_bytes(b"binary")
-    (path / "kernels" / bundle.BUILD_LOG).write_text("CUDA kernels: built for sm_90\nabc\n")
+    (path / bundle.KERNELS / bundle.BINARY).write_bytes(b"binary")
+    (path / bundle.KERNELS / bundle.BUILD_LOG).write_text("CUDA kernels: built for sm_90\nabc\n")
     return path
 
 
@@ -265,10 +265,10 @@ def test_a_bundle_is_made_and_installed_offline(
         assert bundle.make(folder, repository) < bundle.MAX_BYTES
     assert [part for part in downloads[0] if "==" in part] == [f"{name}==1.0" for name in bundle.MISSING]
     assert sorted(path.name for path in folder.iterdir()) == [bundle.BINARY, bundle.BUILD_LOG, "wheels"]
-    (repository / "kernels" / bundle.BINARY).unlink()
+    (repository / bundle.KERNELS / bundle.BINARY).unlink()
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/")  # refuses connections
     packages = bundle.install(folder, repository)
-    assert (repository / "kernels" / bundle.BINARY).read_bytes() == b"binary"
+    assert (repository / bundle.KERNELS / bundle.BINARY).read_bytes() == b"binary"
     environment = os.environ | {"PYTHONPATH": str(packages)}
     code = "import some_package; print(some_package.value)"
     assert run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout == "42\n"
@@ -283,7 +283,7 @@ def test_a_bundle_of_other_sources_is_refused(repository: Path, tmp_path: Path) 
     (folder / bundle.BUILD_LOG).write_text("CUDA kernels: built for sm_90\ndef\n")
     with pytest.raises(SystemExit, match="was built from other sources"):
         bundle.install(folder, repository)
-    assert (repository / "kernels" / bundle.BINARY).read_bytes() == b"binary"
+    assert (repository / bundle.KERNELS / bundle.BINARY).read_bytes() == b"binary"
 
 
 def test_nothing_else_is_replaced_by_a_bundle(repository: Path, tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_nothing_else_is_replaced_by_a_bundle(repository: Path, tmp_path: Path) 
     (folder / "one.png").write_bytes(b"")
     with pytest.raises(SystemExit, match="holds something else than a bundle"):
         bundle.make(folder, repository)
-    (repository / "kernels" / bundle.BINARY).unlink()
+    (repository / bundle.KERNELS / bundle.BINARY).unlink()
     with pytest.raises(SystemExit, match="does not exist: `make install` builds it"):
         bundle.make(tmp_path / "new", repository)
     assert (folder / "one.png").exists() and not (tmp_path / "new").exists()

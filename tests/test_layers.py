@@ -13,15 +13,15 @@ from transformers.models.gemma3.modeling_gemma3 import (
     apply_rotary_pos_emb,
 )
 
-from kernels.linear_cross_entropy import Head, linear_cross_entropy
-from kernels.rope import qk_norm_rope
 from megatron_vlm.layers.embedding import TokenEmbedding, padded_vocab_size
 from megatron_vlm.layers.linear import column_parallel_weights
 from megatron_vlm.layers.norm import RMSNorm
 from megatron_vlm.layers.rope import rope_table
+from megatron_vlm.layers.vocab_parallel_loss import Head, linear_cross_entropy
 from megatron_vlm.parallel.engine import engine_config
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from tests.ranks import run_ranks
+from vlm_kernels.rope import qk_norm_rope
 
 # fp32 on both sides; sums of at most 100 terms of order one in another order.
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}

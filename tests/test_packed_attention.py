@@ -13,9 +13,9 @@ from torch.nn.attention import flex_attention as flex_module
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import kernels.packed_attention as module
-from kernels.packed_attention import Segments, packed_attention, reference
-from kernels.span_attention import flex as flex_form
+import vlm_kernels.packed_attention as module
+from vlm_kernels.packed_attention import Segments, packed_attention, reference
+from vlm_kernels.span_attention import flex as flex_form
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Segments, float], torch.Tensor]
 

@@ -445,7 +445,7 @@ def test_only_the_platform_knows_the_device() -> None:
         files += sorted((ROOT / folder).rglob("*.py"))
     assert len(files) > 40
     # The second one registers operators by device.
-    knowing = ("megatron_vlm/platform/", "kernels/library.py")
+    knowing = ("megatron_vlm/platform/", "kernels/vlm_kernels/library.py", "kernels/vlm_kernels/device.py")
     found = {}
     for path in files:
         name = path.relative_to(ROOT).as_posix()
@@ -459,9 +459,10 @@ def test_only_the_platform_knows_the_device() -> None:
 
 def test_nothing_imports_transformer_engine_or_apex() -> None:
     """Every module of ours imports here, where neither is installed (or, where one is, without asking for it)."""
-    for package in ("megatron_vlm", "kernels"):
-        for found in pkgutil.walk_packages([str(ROOT / package)], package + "."):
-            if found.name == "kernels._C":
+    for package in ("megatron_vlm", "vlm_kernels"):
+        folder = Path(str(importlib.import_module(package).__file__)).parent
+        for found in pkgutil.walk_packages([str(folder)], package + "."):
+            if found.name == "vlm_kernels._C":
                 continue  # operators for torch, no module of Python's
             module = importlib.import_module(found.name)
             imported = {

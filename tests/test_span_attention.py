@@ -18,9 +18,9 @@ from torch.nn.attention.flex_attention import flex_attention
 from transformers import Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model, get_block_sequence_ids_for_mask
 
-from kernels.span_attention import Spans, reference, span_attention
-from kernels.span_attention import flex as module
 from megatron_vlm.data.collate import spans
+from vlm_kernels.span_attention import Spans, reference, span_attention
+from vlm_kernels.span_attention import flex as module
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ def _run(command: Sequence[str], environment: dict[str, str], limit_seconds: flo
 
 
 def _environment(stage: Stage, is_dry: bool, packages: Sequence[str]) -> dict[str, str]:
-    paths = [*packages, str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [*packages, str(REPOSITORY), str(REPOSITORY / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     always = {
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",

@@ -16,6 +16,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Requirements of this project and of its benchmarks that clusters' containers do not bring.
 MISSING = ("docstring_parser", "jsonargparse", "liger-kernel", "megatron-core")
+KERNELS = Path("kernels/vlm_kernels")
 BINARY, BUILD_LOG = "_C.abi3.so", "_C.txt"
 MAX_BYTES = 60 * 2**20
 
@@ -34,7 +35,7 @@ def make(folder: Path, repository: Path = REPOSITORY) -> int:
     Raises:
         SystemExit: the extension is not built from the present sources, or a wheel cannot be had.
     """
-    kernels = repository / "kernels"
+    kernels = repository / KERNELS
     if not (kernels / BINARY).exists():
         raise SystemExit(f"{kernels / BINARY} does not exist: `make install` builds it where there is a CUDA toolkit")
     if folder.exists() and not (folder / BUILD_LOG).exists() and any(folder.iterdir()):
@@ -77,7 +78,7 @@ def install(folder: Path, repository: Path) -> Path:
             "`make gpu_bundle` makes it again"
         )
     for name in (BINARY, BUILD_LOG):
-        shutil.copy2(folder / name, repository / "kernels" / name)
+        shutil.copy2(folder / name, repository / KERNELS / name)
     packages = Path(tempfile.mkdtemp(prefix="gpu-packages-"))
     wheels = sorted(map(str, (folder / "wheels").glob("*.whl")))
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]

@@ -18,9 +18,9 @@ import torch
 from benchmarks.kernel_cases import CASES
 from benchmarks.kernel_problem import OURS, TORCH, Setting
 from benchmarks.kernels import MAX_DIFFERENCE, largest_difference, run
-from kernels import library
-from kernels.gated import gated, gated_halves
 from megatron_vlm import platform
+from vlm_kernels import library
+from vlm_kernels.gated import gated, gated_halves
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

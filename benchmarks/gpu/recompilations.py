@@ -21,8 +21,8 @@ from unittest import mock
 import torch
 from torch._dynamo.utils import counters
 
-from kernels.span_attention import Spans, flex, reference
 from megatron_vlm import platform
+from vlm_kernels.span_attention import Spans, flex, reference
 
 HEADS, KEY_HEADS, HEAD_DIM = 16, 8, 128
 WINDOWS = (None, 1024)

@@ -11,8 +11,6 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.utils.checkpoint import checkpoint
 
-from kernels.rope import RopeTable, qk_norm_rope
-from kernels.span_attention import Spans, span_attention
 from megatron_vlm.layers.linear import (
     ColumnParallelLinear,
     Group,
@@ -22,6 +20,8 @@ from megatron_vlm.layers.linear import (
 )
 from megatron_vlm.layers.norm import RMSNorm
 from megatron_vlm.parallel.gradients import mark_partial
+from vlm_kernels.rope import RopeTable, qk_norm_rope
+from vlm_kernels.span_attention import Spans, span_attention
 
 
 class AttentionRecord(Protocol):

@@ -10,12 +10,12 @@ from typing import Protocol
 
 import torch
 
-from kernels.linear_cross_entropy import Head, linear_cross_entropy
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.layers.embedding import TokenEmbedding, padded_vocab_size
 from megatron_vlm.layers.expert_use import ExpertUse
 from megatron_vlm.layers.linear import ColumnParallelLinear, Group
 from megatron_vlm.layers.norm import RMSNorm
+from megatron_vlm.layers.vocab_parallel_loss import Head, linear_cross_entropy
 from megatron_vlm.parallel.chunk import ChunkSettings
 from megatron_vlm.parallel.gradients import mark_partial
 

@@ -8,8 +8,8 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import gelu
 
-from kernels.gated import Activation, gated
 from megatron_vlm.layers.linear import ColumnParallelLinear, Group, RowParallelLinear, column_parallel
+from vlm_kernels.gated import Activation, gated
 
 
 class GatedMLP(torch.nn.Module):

@@ -1,6 +1,6 @@
 """Mixture of experts: a router, megatron-core's token dispatchers, and all experts of a rank in one grouped product.
 
-The dispatchers permute tokens by our kernels (`platform.expert_permutation`); a rank that holds all experts needs none.
+The dispatchers permute tokens by our kernels (`layers.expert_permutation`); a rank that holds all experts needs none.
 
 Dropless: every token reaches its `top_k` experts, however unevenly they are loaded. The ranks of a pipeline stage are
 divided anew for experts (`parallel.groups`): expert-parallel ranks hold different experts, expert-tensor ranks share
@@ -24,11 +24,12 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDisp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import grouped_mm, linear, pad
 
-from kernels.gated import gated_halves
-from kernels.permute import expert_permutation, permute, unpermute
+from megatron_vlm.layers.expert_permutation import install as install_expert_permutation
 from megatron_vlm.parallel.chunk import ChunkSettings
 from megatron_vlm.parallel.gradients import mark_partial
 from megatron_vlm.parallel.sharding import mark_expert
+from vlm_kernels.gated import gated_halves
+from vlm_kernels.permute import expert_permutation, permute, unpermute
 
 DISPATCHERS = {"alltoall": MoEAlltoAllTokenDispatcher, "allgather": MoEAllGatherTokenDispatcher}
 
@@ -188,6 +189,7 @@ class MoE(torch.nn.Module):
         )
         count = self.experts.down_proj.shape[0]
         first = groups.ep.rank() * count
+        install_expert_permutation()
         self.dispatcher = DISPATCHERS[chunk.moe.token_dispatcher_type](
             count, list(range(first, first + count)), engine, groups
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_add, rms_norm_add_rms_norm
+from vlm_kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_add, rms_norm_add_rms_norm
 
 
 class RMSNorm(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""Tables of rotary position embedding: the angles by which `kernels.rope` turns queries and keys.
+"""Tables of rotary position embedding: the angles by which `vlm_kernels.rope` turns queries and keys.
 
 Shapes: S sequence, B batch, D head dim.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.rope import RopeTable
+from vlm_kernels.rope import RopeTable
 
 
 def rope_table(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed
 
-from megatron_vlm.platform import expert_permutation, fused_adam, lone_rank, megatron_cpu
+from megatron_vlm.platform import fused_adam, lone_rank, megatron_cpu
 
 # megatron-core warns at import and at build of what is missing or deprecated in parts that are not used here.
 warnings.filterwarnings("ignore", module=r"megatron\.")
@@ -61,10 +61,6 @@ class Platform:
         name = torch.cuda.get_device_name()
         return next((peak for key, peak in _PEAK_BF16_FLOPS.items() if key in name), None)
 
-    def compute_capability(self) -> tuple[int, int] | None:
-        """Major and minor version of the GPU's instructions, None on CPU."""
-        return torch.cuda.get_device_capability() if self.accelerated else None
-
     def use_deterministic_algorithms(self) -> None:
         """Let torch refuse operations whose result depends on timing; call before the first device operation."""
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -82,8 +78,7 @@ _CURRENT: Platform | None = None
 def initialize() -> Platform:
     """Choose the device and make megatron-core work on it; call once per process, before using megatron-core.
 
-    The CUDA device is the one of LOCAL_RANK. megatron-core's token dispatchers get our kernels
-    (`expert_permutation`). Without Transformer Engine and apex, megatron-core's distributed optimizer
+    The CUDA device is the one of LOCAL_RANK. Without Transformer Engine and apex, megatron-core's distributed optimizer
     is given an Adam whose state has the layout that it expects (`fused_adam`).
     """
     global _CURRENT
@@ -99,7 +94,6 @@ def initialize() -> Platform:
         megatron_cpu.install()
         lone_rank.install()
         _CURRENT = Platform(torch.device("cpu"), "gloo", False)
-    expert_permutation.install()
     if not has_transformer_engine() and importlib.util.find_spec("apex") is None:
         fused_adam.install()
     return _CURRENT

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from kernels.linear_cross_entropy import chunk_tokens
 from megatron_vlm.config import Config
 from megatron_vlm.families.registry import Family
 from megatron_vlm.layers.embedding import padded_vocab_size
+from megatron_vlm.layers.vocab_parallel_loss import chunk_tokens
 from megatron_vlm.parallel.build import build_chunks
 from megatron_vlm.parallel.sharding import is_expert
 from megatron_vlm.parallel.simulate import simulated_rank

@@ -12,8 +12,8 @@ import pytest
 import torch
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
+from megatron_vlm.layers import expert_permutation
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
-from megatron_vlm.platform import expert_permutation
 from tests.distributed.test_moe import DISPATCHERS, LOADS, run_load
 from tests.parity.layouts import TestLayout
 from tests.ranks import run_ranks
@@ -34,6 +34,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_signatures_are_those_of_megatron(name: str) -> None:
     """The dispatchers look the function up by this name, and pass what it takes."""
+    expert_permutation.install()
     theirs, ours = getattr(moe_utils, name), getattr(expert_permutation, name)
     assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
     assert getattr(token_dispatcher, name) is ours, "not installed"
@@ -41,6 +42,7 @@ def test_signatures_are_those_of_megatron(name: str) -> None:
 
 def run_both(layout: TestLayout) -> None:
     """On a rank: every load through both dispatchers, with either permutation."""
+    expert_permutation.install()
     groups = build_groups(layout.tensor, 1, layout.expert, layout.expert_tensor)
     initialize_megatron(1, groups)
     for dispatcher in DISPATCHERS:

@@ -18,7 +18,7 @@ import torch
 from torch.nn.attention import flex_attention
 from torch.overrides import TorchFunctionMode
 
-from kernels.span_attention import flex
+from vlm_kernels.span_attention import flex
 
 MODE = os.environ.get("GPU_TESTS", "")
 ON_HOST = MODE.startswith("host")

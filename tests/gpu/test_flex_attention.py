@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.span_attention import Spans, flex, reference
 from megatron_vlm.data.collate import spans
 from tests.kernels import test_flex
+from vlm_kernels.span_attention import Spans, flex, reference
 
 SHORT_ROWS = [(ratio, head_dim) for head_dim in test_flex.HEAD_DIMS for ratio in test_flex.RATIOS]
 

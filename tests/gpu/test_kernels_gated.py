@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.gated import ACTIVATIONS, Activation, gated, gated_halves
 from tests.kernels.test_gated import FORMULAS, ROUNDING
+from vlm_kernels.gated import ACTIVATIONS, Activation, gated, gated_halves
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kernels.linear_cross_entropy import Head, linear_cross_entropy, logits_gradient_, vocabulary_statistics
+from megatron_vlm.layers.vocab_parallel_loss import Head, linear_cross_entropy
 from megatron_vlm.parallel.groups import build_groups
 from megatron_vlm.training.setup import initialize_distributed
 from tests.kernels.test_linear_cross_entropy import exact, index_of
+from vlm_kernels.linear_cross_entropy import logits_gradient_, vocabulary_statistics
 
 MIB = 2**20
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.permute import Permutation, chunk_permutation, expert_permutation, permute, reference, unpermute
 from tests.kernels.test_permute import MAPS, make_map
+from vlm_kernels.permute import Permutation, chunk_permutation, expert_permutation, permute, reference, unpermute
 
 
 @pytest.fixture(autouse=True)

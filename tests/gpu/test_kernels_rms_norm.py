@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.rms_norm import reference, rms_norm, rms_norm_add_rms_norm
 from tests.kernels.test_rms_norm import EPS, OPERATIONS, outputs
+from vlm_kernels.rms_norm import reference, rms_norm, rms_norm_add_rms_norm
 
 # Every variant of the kernels: 1, 2 and 4 vectors of a thread, re-read rows with and without vectors; rows that share a
 # block; more rows than blocks that stay.

@@ -7,10 +7,10 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from kernels.rope import qk_norm_rope, reference
 from tests.kernels.rope_cases import Case, Inputs, make
 from tests.kernels.test_rope import call, expected, gradients, leaves
 from tests.kernels.test_rope_emulated import CASES
+from vlm_kernels.rope import qk_norm_rope, reference
 
 HALF_UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 # Sizes of models, beside those that the host runs: Qwen3-VL 8B, its tower, Gemma 3 27B, Gemma 4, Mistral with a scale.

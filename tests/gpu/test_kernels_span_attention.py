@@ -11,8 +11,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kernels.span_attention import Spans, operators, reference
-from kernels.span_attention.blocks import CONFIGURATIONS, columns_of
+from vlm_kernels.span_attention import Spans, operators, reference
+from vlm_kernels.span_attention.blocks import CONFIGURATIONS, columns_of
 
 HEAD_DIMS = [64, 72, 80, 128, 256, 512]
 # Rounding of bf16 and fp16 operands: of weights in the second products, and of the results.

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.span_attention import reference
 from megatron_vlm import platform
 from megatron_vlm.training.setup import initialize_distributed
 from tests import test_experts
@@ -15,6 +14,7 @@ from tests.families import FAMILIES
 from tests.families.entry import TinyFamily
 from tests.parity.battery import check_case
 from tests.parity.layouts import TestLayout, run_case
+from vlm_kernels.span_attention import reference
 
 
 @pytest.mark.parametrize("counts", test_experts.COUNTS.values(), ids=test_experts.COUNTS)
@@ -27,7 +27,7 @@ def test_grouped_experts(counts: list[int]) -> None:
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_a_step_equals_transformers(family: TinyFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # fp32 throughout: the reference attention here, the compiled one above.
-    monkeypatch.setattr("kernels.span_attention._on_gpu", reference)
+    monkeypatch.setattr("vlm_kernels.span_attention._on_gpu", reference)
     cases = {case: family.expected(case) for case in family.cases}
     hf_directory = family.write(tmp_path)
     initialize_distributed(timeout_minutes=2)

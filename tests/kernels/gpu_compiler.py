@@ -29,8 +29,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
 
-from kernels.span_attention import flex
 from tests.kernels.span_compile import SHARED_BYTES
+from vlm_kernels.span_attention import flex
 
 GPU = torch.device("cuda", 0)
 _TEMPLATE = re.compile(r"async_compile\.triton\('(triton_tem_\w+)', '''\n(.*?)''', device_str='cuda'\)", re.S)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from kernels import library
+from vlm_kernels import library
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "benchmarks/results/extension.json"
@@ -27,21 +27,23 @@ CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 def registered() -> list[str]:
     """Operators that the .cu files implement."""
     names = set()
-    for path in (ROOT / "kernels").glob("*/*.cu"):
+    for path in library.BINARY.parent.glob("*/*.cu"):
         names |= set(re.findall(r'm\.impl\("(\w+)"', path.read_text()))
-        importlib.import_module(f"kernels.{path.parent.name}")
+        importlib.import_module(f"vlm_kernels.{path.parent.name}")
     return sorted(names)
 
 
 def kernel_of(name: str) -> str | None:
     """Source file of what runs on CUDA, None for the reference."""
-    found = re.search(r"^CUDA: registered at .*?(\w+\.cu):", torch._C._dispatch_dump(f"megatron_vlm::{name}"), re.M)
+    found = re.search(
+        r"^CUDA: registered at .*?(\w+\.cu):", torch._C._dispatch_dump(f"{library.NAMESPACE}::{name}"), re.M
+    )
     return found[1] if found else None
 
 
 def check_calls() -> None:
     """What kernels of RMS norms return for no rows, and what they say to a weight of another size."""
-    operators = importlib.import_module("kernels.rms_norm")
+    operators = importlib.import_module("vlm_kernels.rms_norm")
     rows, weight = torch.empty(0, 8), torch.randn(8)
     normed = operators._rms_norm.redispatch(CUDA, rows, None, 1e-6, True)
     gradients = operators._rms_norm_add_rms_norm_backward.redispatch(

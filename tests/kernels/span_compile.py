@@ -25,8 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kernels.span_attention import Spans, launch
-from kernels.span_attention.blocks import CONFIGURATIONS, configuration
+from vlm_kernels.span_attention import Spans, launch
+from vlm_kernels.span_attention.blocks import CONFIGURATIONS, configuration
 
 SHARED_BYTES = {8: 163 * 1024, 9: 227 * 1024, 10: 227 * 1024}
 TENSOR_MEMORY_COLUMNS = 512

@@ -19,9 +19,9 @@ from types import ModuleType
 
 import torch
 
-from kernels.span_attention import launch, spans, triton_kernels
-from kernels.span_attention.blocks import Blocks, Configuration
-from kernels.span_attention.reference import backward, forward
+from vlm_kernels.span_attention import launch, spans, triton_kernels
+from vlm_kernels.span_attention.blocks import Blocks, Configuration
+from vlm_kernels.span_attention.reference import backward, forward
 
 
 @dataclass(frozen=True)

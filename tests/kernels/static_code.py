@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from kernels.library import BINARY, BUILD_LOG
+from vlm_kernels.library import BINARY, BUILD_LOG
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

@@ -14,9 +14,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from kernels import library
 from tests.kernels.load_extension import CUDA, check_calls, kernel_of, registered
 from tests.kernels.static_code import ARCHITECTURES, read_code
+from vlm_kernels import library
 
 ROOT = Path(__file__).parents[2]
 
@@ -242,7 +242,7 @@ def test_a_missing_or_broken_toolkit_is_named(fake_nvcc: Callable[..., Path], tm
 def test_installing_without_a_toolkit(strict: str, tmp_path: Path) -> None:
     for path in ("setup.py", "pyproject.toml", "LICENSE"):
         (tmp_path / path).write_bytes((ROOT / path).read_bytes())
-    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/vlm_kernels").mkdir(parents=True)
     environment = {**os.environ, "CUDA_HOME": "/no/toolkit", library.STRICT_VARIABLE: strict}
     done = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--inplace"],
@@ -256,4 +256,4 @@ def test_installing_without_a_toolkit(strict: str, tmp_path: Path) -> None:
         assert done.returncode != 0 and reason in done.stderr
     else:
         assert done.returncode == 0, done.stderr
-        assert (tmp_path / "kernels/_C.txt").read_text().startswith(f"CUDA kernels: not built, {reason}\n")
+        assert (tmp_path / "kernels/vlm_kernels/_C.txt").read_text().startswith(f"CUDA kernels: not built, {reason}\n")

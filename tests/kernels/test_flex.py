@@ -11,9 +11,9 @@ from collections.abc import Iterable
 import pytest
 import torch
 
-from kernels.span_attention import Spans, flex
 from tests.kernels.gpu_compiler import compiling_flex_attention
 from tests.kernels.span_compile import SHARED_BYTES
+from vlm_kernels.span_attention import Spans, flex
 
 ROWS = (17, 60, 100, 127, 128, 300)
 WINDOWS = (None, 50)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from kernels import gated as ops
-from kernels.gated import ACTIVATIONS, Activation, gated, gated_halves
 from tests.kernels.emulator.emulate import Edits, EmulatorError, Order, compile_kernels
 from tests.kernels.marks import needs_extension
+from vlm_kernels import gated as ops
+from vlm_kernels.gated import ACTIVATIONS, Activation, gated, gated_halves
 
 TOKENS, WIDTH = 5, 7
 

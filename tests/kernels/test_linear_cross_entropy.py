@@ -13,19 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from kernels.linear_cross_entropy import (
-    Head,
-    chunk_tokens,
-    linear_cross_entropy,
-    logits_gradient_,
-    reference,
-    vocabulary_statistics,
-)
+from megatron_vlm.layers.vocab_parallel_loss import Head, chunk_tokens, linear_cross_entropy
 from megatron_vlm.parallel.groups import build_groups
 from tests.kernels.emulator.emulate import EmulatorError, Order, compile_kernels
 from tests.kernels.marks import needs_extension
 from tests.kernels.static_code import ARCHITECTURES, read_code
 from tests.ranks import run_ranks
+from vlm_kernels.linear_cross_entropy import logits_gradient_, reference, vocabulary_statistics
 
 # 26 real rows of 32: over four ranks the last has 2 of 8; with 14 the last two have none.
 VOCABULARY, ROWS, HIDDEN, BATCH, SEQUENCE = 26, 32, 6, 3, 8

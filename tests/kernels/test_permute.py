@@ -13,10 +13,10 @@ import torch
 from megatron.core.transformer.moe import moe_utils
 from torch.utils.checkpoint import checkpoint
 
-from kernels import permute as ops
-from kernels.permute import Permutation, chunk_permutation, expert_permutation, permute, reference, unpermute
 from tests.kernels.emulator.emulate import Edits, EmulatorError, Order, compile_kernels
 from tests.kernels.marks import needs_extension
+from vlm_kernels import permute as ops
+from vlm_kernels.permute import Permutation, chunk_permutation, expert_permutation, permute, reference, unpermute
 
 HIDDEN = 6
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-import kernels.rms_norm as operators
-from kernels.rms_norm import add_rms_norm, reference, rms_norm, rms_norm_add, rms_norm_add_rms_norm
+import vlm_kernels.rms_norm as operators
 from tests.kernels.emulator.emulate import EmulatorError, Order, compile_kernels
+from vlm_kernels.rms_norm import add_rms_norm, reference, rms_norm, rms_norm_add, rms_norm_add_rms_norm
 
 EPS = 1e-3
 OPERATIONS = {  # with the number of rows and of weights that each takes

@@ -10,9 +10,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm, apply_rotary_pos_emb
 
-import kernels.rope as module
-from kernels.rope import qk_norm_rope
+import vlm_kernels.rope as module
 from tests.kernels.rope_cases import EPS, Case, Inputs, make
+from vlm_kernels.rope import qk_norm_rope
 
 CASES = {
     "plain weights": Case(strided=True),

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-import kernels.rope as module
-from kernels.rope import reference
+import vlm_kernels.rope as module
 from tests.kernels.emulator.emulate import Edits, EmulatorError, Order, compile_kernels
 from tests.kernels.emulator.operators import load_operators
 from tests.kernels.marks import needs_extension
 from tests.kernels.rope_cases import EPS, Case, Inputs, make
+from vlm_kernels.rope import reference
 
 LAUNCHERS = """
 #include "csrc/partial_sums.cuh"

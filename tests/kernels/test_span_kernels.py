@@ -16,9 +16,9 @@ pytest.importorskip("triton")
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.span_attention import launch
 from tests.kernels.span_compile import SHARED_BYTES, TENSOR_MEMORY_COLUMNS, compile_kernels
 from tests.versions import needs_triton_3_9
+from vlm_kernels.span_attention import launch
 
 ROOT = Path(__file__).parents[2]
 # Relative to the largest value. fp32 on one side, fp64 on the other: sums of up to 512 terms; measured 5.4e-7.

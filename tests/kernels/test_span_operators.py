@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from kernels.span_attention import Spans, blocks, flex, operators, reference, span_attention
-from kernels.span_attention.blocks import Blocks, Configuration
 from tests.test_span_attention import LENGTH, make_spans, make_tensors, packed_spans, results
+from vlm_kernels.span_attention import Spans, blocks, flex, operators, reference, span_attention
+from vlm_kernels.span_attention.blocks import Blocks, Configuration
 
 LAUNCHES = Configuration(Blocks(16, 8, 4, 1), Blocks(8, 16, 4, 1), Blocks(8, 8, 4, 1))
 WINDOWS = (None, 1, 7, LENGTH)
@@ -135,16 +135,11 @@ def test_ranges_are_kept_for_all_layers() -> None:
 
 def test_only_proven_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU takes FlexAttention for every head dim, capability and dtype but those in the table."""
-    import kernels.span_attention as module
-
-    class Accelerated:
-        accelerated = True
-
-        def compute_capability(self) -> tuple[int, int]:
-            return 9, 0
+    import vlm_kernels.span_attention as module
 
     calls = []
-    monkeypatch.setattr(module.platform, "current", Accelerated)
+    monkeypatch.setattr(module, "is_on_gpu", lambda q: True)
+    monkeypatch.setattr(blocks, "compute_capability", lambda q: (9, 0))
     monkeypatch.setattr(flex, "attend", lambda q, *others: calls.append("flex") or q)
     monkeypatch.setattr(operators, "attend", lambda q, *others: calls.append("ours") or q)
     half, single = torch.zeros((1, 1, 4, 64), dtype=torch.bfloat16), torch.zeros((1, 1, 4, 64))

@@ -12,7 +12,6 @@ from typing import cast
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from kernels.span_attention import Spans
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families.gemma3.config import LayerConfig, ModelConfig, TextConfig
 from megatron_vlm.families.gemma3.vision import Projector, VisionTower
@@ -28,6 +27,7 @@ from megatron_vlm.parallel.chunk import ChunkSettings
 from megatron_vlm.parallel.images import ImageDivision
 from megatron_vlm.parallel.model_chunk import ModelChunk
 from megatron_vlm.parallel.wire import StageState, pack
+from vlm_kernels.span_attention import Spans
 
 RopeTables = Mapping[tuple[int, float, float], RopeTable]
 

@@ -10,9 +10,9 @@ from functools import partial
 
 from transformers import Ministral3Config, Mistral3Config, MistralConfig, PixtralVisionConfig, PretrainedConfig
 
-from kernels.gated import Activation
 from megatron_vlm.families.records import DecoderConfig, DecoderLayerConfig, Narrowed, VisionLanguageConfig, require
 from megatron_vlm.layers.rope import YarnScaling
+from vlm_kernels.gated import Activation
 
 _require = partial(require, model="Mistral3")
 

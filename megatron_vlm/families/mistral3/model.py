@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from kernels.span_attention import Spans
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families.mistral3.config import ModelConfig, QueryScaling, TextConfig
 from megatron_vlm.families.mistral3.vision import Projector, VisionTower
@@ -25,6 +24,7 @@ from megatron_vlm.layers.rope import RopeTable, rope_table, yarn_table
 from megatron_vlm.parallel.chunk import ChunkSettings
 from megatron_vlm.parallel.model_chunk import ModelChunk
 from megatron_vlm.parallel.wire import StageState, pack
+from vlm_kernels.span_attention import Spans
 
 
 class DecoderLayer(torch.nn.Module):

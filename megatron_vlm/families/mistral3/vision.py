@@ -15,8 +15,6 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import gelu
 
-from kernels.packed_attention import Segments, packed_attention
-from kernels.rope import RopeTable, qk_norm_rope
 from megatron_vlm.families.mistral3.config import VisionConfig
 from megatron_vlm.layers.linear import ColumnParallelLinear, Group, RowParallelLinear, column_parallel
 from megatron_vlm.layers.mlp import GatedMLP
@@ -24,6 +22,8 @@ from megatron_vlm.layers.norm import RMSNorm, add_and_norm
 from megatron_vlm.layers.patches import Grid, PatchProjection, Places, patch_places, split_frames
 from megatron_vlm.layers.recompute import run_layer
 from megatron_vlm.layers.rope import geometric_frequencies
+from vlm_kernels.packed_attention import Segments, packed_attention
+from vlm_kernels.rope import RopeTable, qk_norm_rope
 
 
 def patch_rope(places: Places, config: VisionConfig, dtype: torch.dtype) -> RopeTable:

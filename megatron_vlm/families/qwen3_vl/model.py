@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from kernels.span_attention import Spans
 from megatron_vlm.data.collate import NO_LOSS, MicroBatch
 from megatron_vlm.families.qwen3_vl.config import LayerConfig, ModelConfig, TextConfig
 from megatron_vlm.families.qwen3_vl.vision import Projector, VisionTower
@@ -28,6 +27,7 @@ from megatron_vlm.layers.rope import RopeTable, mrope_table
 from megatron_vlm.parallel.chunk import ChunkSettings
 from megatron_vlm.parallel.model_chunk import ModelChunk
 from megatron_vlm.parallel.wire import StageState, pack, unpack
+from vlm_kernels.span_attention import Spans
 
 
 class DecoderLayer(torch.nn.Module):

@@ -15,14 +15,14 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import embedding_bag
 
-from kernels.packed_attention import Segments, packed_attention
-from kernels.rope import RopeTable, qk_norm_rope
 from megatron_vlm.families.qwen3_vl.config import VisionConfig
 from megatron_vlm.layers.linear import Group, RowParallelLinear, SectionedColumnParallelLinear, column_parallel
 from megatron_vlm.layers.mlp import MLP
 from megatron_vlm.layers.patches import Grid, PatchProjection, Places, patch_places, split_frames
 from megatron_vlm.layers.recompute import run_layer
 from megatron_vlm.layers.rope import geometric_frequencies
+from vlm_kernels.packed_attention import Segments, packed_attention
+from vlm_kernels.rope import RopeTable, qk_norm_rope
 
 ROPE_THETA = 10_000.0
 MLP_NAMES = ("linear_fc1", "linear_fc2")

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-KERNELS = Path(__file__).parents[3] / "kernels"
+KERNELS = Path(__file__).parents[3] / "kernels/vlm_kernels"
 HEADER = Path(__file__).with_name("emulator.h")
 CACHE = Path(tempfile.gettempdir()) / f"megatron_vlm_emulated_{os.getuid()}"
 # -O1 compiles in a second or two. Kernels look at one memory through several types, as nvcc allows. nvcc fuses products
@@ -52,11 +52,12 @@ class Order(IntEnum):
 
 
 def compile_kernels(launchers: str, edits: Edits | None = None) -> Callable[..., None]:
-    """Compile launchers (C++ text that includes kernel bodies relative to kernels/).
+    """Compile launchers (C++ text that includes kernel bodies relative to kernels/vlm_kernels/).
 
     Args:
         launchers: functions `extern "C" void name(...)` that call `emulator::launch`.
-        edits: for a mutation check, replacements (old, new) by file relative to kernels/. Each old text must occur.
+        edits: for a mutation check, replacements (old, new) by file relative to kernels/vlm_kernels/. Each old text
+            must occur.
 
     Returns:
         `run(name, *arguments, order=Order.ASCENDING)`.

@@ -50,7 +50,7 @@ def load_operators(source: str, operators: Sequence[Any]) -> Any:
     """Compile and load.
 
     Args:
-        source: relative to kernels/.
+        source: relative to kernels/vlm_kernels/.
         operators: those that it registers, as defined by the package.
 
     Returns:
@@ -75,7 +75,7 @@ def _compiled(source: str, namespace: str) -> Path:
         launch = launch.replace(header, "")
     launch, found = DEVICE.subn(lambda _: NO_DEVICE, launch)
     text, launches = LAUNCH.subn(_emulated_launch, (KERNELS / source).read_text())
-    registration = "STABLE_TORCH_LIBRARY_IMPL(megatron_vlm, CUDA, m)"
+    registration = "STABLE_TORCH_LIBRARY_IMPL(vlm_kernels, CUDA, m)"
     assert found == 1 and launches > 0 and "<<<" not in text and registration in text
     text = text.replace(registration, f"STABLE_TORCH_LIBRARY_IMPL({namespace}, CPU, m)")
     headers = "".join(path.read_text() for path in sorted(KERNELS.rglob("*.cuh")))

@@ -199,7 +199,7 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& given_gradient, cons
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(megatron_vlm, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(vlm_kernels, CUDA, m) {
   m.impl("expert_permutation", TORCH_BOX(&expert_permutation));
   m.impl("permute", TORCH_BOX(&permute));
   m.impl("permute_backward", TORCH_BOX(&permute_backward));

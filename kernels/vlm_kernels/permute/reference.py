@@ -1,6 +1,6 @@
 """Definition of the permutation of tokens by experts, forward and backward; what runs where no kernel does.
 
-Arguments are those of `kernels.permute`; a permutation is its three tensors.
+Arguments are those of `vlm_kernels.permute`; a permutation is its three tensors.
 
 Shapes: T tokens, E experts, R rows (a token has one for each expert that it chose), H hidden.
 """
@@ -12,7 +12,7 @@ from torch.nn.functional import embedding_bag, pad
 
 
 def expert_permutation(routing_map: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`kernels.permute.Permutation` of a map [T, E] bool."""
+    """`vlm_kernels.permute.Permutation` of a map [T, E] bool."""
     num_experts = routing_map.shape[1]
     by_expert = routing_map.t().contiguous()
     expert_R, token_R = by_expert.nonzero(as_tuple=True)

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from kernels.library import define
-from kernels.permute import reference
+from vlm_kernels.library import define
+from vlm_kernels.permute import reference
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_vlm import platform
+from vlm_kernels.device import compute_capability
 
 
 @dataclass(frozen=True)
@@ -103,4 +103,4 @@ def is_proven(q: torch.Tensor) -> bool:
     """Whether our kernels take queries [B, N, S, D] on this GPU; fp32 products would be rounded to TF32."""
     if not PROVEN or q.dtype not in (torch.bfloat16, torch.float16):
         return False
-    return (q.shape[-1], platform.current().compute_capability()) in PROVEN
+    return (q.shape[-1], compute_capability(q)) in PROVEN

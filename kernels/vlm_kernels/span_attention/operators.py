@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from kernels.library import define
-from kernels.span_attention.blocks import Configuration, configuration
-from kernels.span_attention.reference import backward as reference_backward
-from kernels.span_attention.reference import forward as reference_forward
-from kernels.span_attention.spans import Spans
-from megatron_vlm import platform
+from vlm_kernels.device import compute_capability
+from vlm_kernels.library import define
+from vlm_kernels.span_attention.blocks import Configuration, configuration
+from vlm_kernels.span_attention.reference import backward as reference_backward
+from vlm_kernels.span_attention.reference import forward as reference_forward
+from vlm_kernels.span_attention.spans import Spans
 
 
 def attend(
@@ -34,7 +34,7 @@ def attend(
 
 
 def _launches(q: torch.Tensor) -> Configuration:
-    capability = platform.current().compute_capability()
+    capability = compute_capability(q)
     # Without a GPU any: it shapes the tables, which the reference does not look at.
     return configuration(q.shape[-1], capability[0]) if capability else configuration(64, 9)
 
@@ -57,7 +57,7 @@ def _kernel(
     by_key: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    from kernels.span_attention import launch  # needs Triton
+    from vlm_kernels.span_attention import launch  # needs Triton
 
     return launch.forward(q, k, v, first, last, forward_table, scale, _launches(q))
 
@@ -87,7 +87,7 @@ def _reference_backward(
 
 
 def _kernel_backward(d_out: torch.Tensor, q: torch.Tensor, *others: Any) -> tuple[torch.Tensor, ...]:
-    from kernels.span_attention import launch  # needs Triton
+    from vlm_kernels.span_attention import launch  # needs Triton
 
     return launch.backward(d_out, q, *others, _launches(q))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from kernels.span_attention.spans import Spans
+from vlm_kernels.span_attention.spans import Spans
 
 
 def reference(

@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 import torch
 
-from kernels.gated import reference
-from kernels.library import define
+from vlm_kernels.gated import reference
+from vlm_kernels.library import define
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 ACTIVATIONS: dict[Activation, int] = {

@@ -259,7 +259,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_add_rms_norm_backward(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(megatron_vlm, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(vlm_kernels, CUDA, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
   m.impl("rms_norm_add", TORCH_BOX(&rms_norm_add));

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.span_attention import triton_kernels
-from kernels.span_attention.blocks import Blocks, Configuration, columns_of
+from vlm_kernels.span_attention import triton_kernels
+from vlm_kernels.span_attention.blocks import Blocks, Configuration, columns_of
 
 _VECTOR = 8  # elements
 _DELTA_ELEMENTS = 4096  # of a program: 16 to a thread; bound by memory

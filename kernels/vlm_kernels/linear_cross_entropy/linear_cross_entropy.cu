@@ -90,7 +90,7 @@ void launch_gradient(Tensor logits, Tensor labels, Tensor factors, int64_t colum
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(megatron_vlm, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(vlm_kernels, CUDA, m) {
   m.impl("vocabulary_statistics", TORCH_BOX(&launch_statistics));
   m.impl("logits_gradient_", TORCH_BOX(&launch_gradient));
 }

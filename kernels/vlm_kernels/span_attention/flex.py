@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from kernels.span_attention.spans import Spans
+from vlm_kernels.span_attention.spans import Spans
 
 
 def attend(

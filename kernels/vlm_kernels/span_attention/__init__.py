@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import torch
 
-from kernels.span_attention import flex, operators
-from kernels.span_attention.blocks import is_proven
-from kernels.span_attention.reference import reference
-from kernels.span_attention.spans import Spans
-from megatron_vlm import platform
+from vlm_kernels.device import is_on_gpu
+from vlm_kernels.span_attention import flex, operators
+from vlm_kernels.span_attention.blocks import is_proven
+from vlm_kernels.span_attention.reference import reference
+from vlm_kernels.span_attention.spans import Spans
 
 __all__ = ["Spans", "reference", "span_attention"]
 
@@ -34,7 +34,7 @@ def span_attention(
     Returns:
         [B, N, S, D].
     """
-    return (_on_gpu if platform.current().accelerated else reference)(q, k, v, spans, window, scale)
+    return (_on_gpu if is_on_gpu(q) else reference)(q, k, v, spans, window, scale)
 
 
 def _on_gpu(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from kernels.library import define
-from kernels.linear_cross_entropy import reference
+from vlm_kernels.library import define
+from vlm_kernels.linear_cross_entropy import reference
 
 
 def _statistics_shape(logits: torch.Tensor, labels: torch.Tensor, columns: int, softcap: float) -> torch.Tensor:

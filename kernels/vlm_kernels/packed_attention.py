@@ -14,8 +14,8 @@ from itertools import accumulate
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from kernels.span_attention import Spans, span_attention
-from megatron_vlm import platform
+from vlm_kernels.device import is_on_gpu
+from vlm_kernels.span_attention import Spans, span_attention
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def packed_attention(
     Returns:
         [N, P, D].
     """
-    return (_on_gpu if platform.current().accelerated else reference)(q, k, v, segments, scale)
+    return (_on_gpu if is_on_gpu(q) else reference)(q, k, v, segments, scale)
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float) -> torch.Tensor:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from kernels.library import define
-from kernels.rms_norm import reference
+from vlm_kernels.library import define
+from vlm_kernels.rms_norm import reference
 
 __all__ = ["add_rms_norm", "rms_norm", "rms_norm_add", "rms_norm_add_rms_norm"]
 

@@ -14,7 +14,7 @@ SILU, GELU_TANH, GELU = 0, 1, 2
 def gated(
     gate: torch.Tensor, up: torch.Tensor | None, factor: torch.Tensor | None, activation: int, consume: bool
 ) -> torch.Tensor:
-    """activation(gate) * up * factor; arguments as in `kernels.gated`, rounded once."""
+    """activation(gate) * up * factor; arguments as in `vlm_kernels.gated`, rounded once."""
     gate, up = _split(gate, up)
     product = _activate(_widen(gate), activation).mul_(up)
     if factor is not None:

@@ -224,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_on_device(
 }  // namespace
 }  // namespace kernels::rope
 
-STABLE_TORCH_LIBRARY_IMPL(megatron_vlm, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(vlm_kernels, CUDA, m) {
   m.impl("qk_norm_rope", TORCH_BOX(&kernels::rope::forward_on_device));
   m.impl("qk_norm_rope_backward", TORCH_BOX(&kernels::rope::backward_on_device));
 }

@@ -16,7 +16,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import pad
 
-from kernels.span_attention.blocks import Blocks
+from vlm_kernels.span_attention.blocks import Blocks
 
 _BLOCK = 128  # of FlexAttention's masks
 

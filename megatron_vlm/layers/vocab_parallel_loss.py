@@ -20,9 +20,9 @@ import torch
 import torch.distributed
 from torch.autograd.function import once_differentiable
 
-from kernels.linear_cross_entropy.operators import logits_gradient_, vocabulary_statistics
 from megatron_vlm import platform
 from megatron_vlm.parallel.sequence import Group, gather_sequence, reduce_input_gradient
+from vlm_kernels.linear_cross_entropy.operators import logits_gradient_, vocabulary_statistics
 
 # Products are made of tiles of this many rows.
 _TILE_TOKENS = 128

@@ -162,7 +162,7 @@ Tensor gated_backward_in_place(const Tensor& gradient, const Tensor& gate, const
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(megatron_vlm, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(vlm_kernels, CUDA, m) {
   m.impl("gated", TORCH_BOX(&gated));
   m.impl("gated_backward", TORCH_BOX(&gated_backward));
   m.impl("gated_backward_", TORCH_BOX(&gated_backward_in_place));

@@ -21,7 +21,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.library import Library
 
-NAMESPACE = "megatron_vlm"
+NAMESPACE = "vlm_kernels"
 STRICT_VARIABLE = "MEGATRON_VLM_STRICT_KERNELS"
 BINARY = Path(__file__).with_name("_C.abi3.so")
 BUILD_LOG = Path(__file__).with_name("_C.txt")

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from kernels.library import define
-from kernels.rope import reference
+from vlm_kernels.library import define
+from vlm_kernels.rope import reference
 
 RopeTable = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines [*T, R / 2] of the angles by which each token's pairs turn."""

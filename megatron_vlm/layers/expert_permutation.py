@@ -7,11 +7,12 @@ three names where the dispatchers look them up. It goes when megatron-core takes
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 
-from kernels import permute as kernels
+from vlm_kernels import permute as operators
 
 
 def permute(
@@ -23,17 +24,17 @@ def permute(
     drop_and_pad: bool = False,
     tokens_per_expert: torch.Tensor | None = None,
     align_size: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor | None, kernels.Permutation, None, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None, operators.Permutation, None, torch.Tensor | None]:
     """Rows of each expert, their probabilities, and the permutation for `unpermute`; dropless only."""
     assert num_out_tokens is not None and not drop_and_pad and not align_size
-    permutation = kernels.expert_permutation(routing_map, int(num_out_tokens))
-    rows, row_probs = kernels.permute(tokens, permutation, probs)
+    permutation = operators.expert_permutation(routing_map, int(num_out_tokens))
+    rows, row_probs = operators.permute(tokens, permutation, probs)
     return rows, row_probs, permutation, None, tokens_per_expert
 
 
 def unpermute(
     permuted_tokens: torch.Tensor,
-    sorted_indices: kernels.Permutation,
+    sorted_indices: operators.Permutation,
     restore_shape: torch.Size,
     probs: torch.Tensor | None = None,
     routing_map: torch.Tensor | None = None,
@@ -43,7 +44,7 @@ def unpermute(
 ) -> torch.Tensor:
     """Sums of each token's rows."""
     assert not drop_and_pad and pad_offsets is None and probs is None, "rows were weighted by the experts"
-    return kernels.unpermute(permuted_tokens, sorted_indices)
+    return operators.unpermute(permuted_tokens, sorted_indices)
 
 
 def sort_chunks_by_idxs(
@@ -54,12 +55,13 @@ def sort_chunks_by_idxs(
     fused: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Chunks of rows in another order, and the rows' probabilities [R]."""
-    permutation = kernels.chunk_permutation(split_sizes, sorted_idxs, input.shape[0], input.device)
-    return kernels.permute(input, permutation, None if probs is None else probs.unsqueeze(-1))
+    permutation = operators.chunk_permutation(split_sizes, sorted_idxs, input.shape[0], input.device)
+    return operators.permute(input, permutation, None if probs is None else probs.unsqueeze(-1))
 
 
+@cache
 def install() -> None:
-    """Let the dispatchers call these; call once."""
+    """Let the dispatchers call these from now on; what a test puts in their place stays."""
     from megatron.core.transformer.moe import token_dispatcher
 
     for function in (permute, unpermute, sort_chunks_by_idxs):
