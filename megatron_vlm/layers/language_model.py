@@ -6,7 +6,8 @@ Shapes: B batch, S sequence (hidden states hold a shard of it under sequence par
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 
@@ -15,9 +16,11 @@ from megatron_vlm.layers.embedding import TokenEmbedding, padded_vocab_size
 from megatron_vlm.layers.expert_use import ExpertUse
 from megatron_vlm.layers.linear import ColumnParallelLinear, Group
 from megatron_vlm.layers.norm import RMSNorm
+from megatron_vlm.layers.recompute import run_layer
 from megatron_vlm.layers.vocab_parallel_loss import Head, linear_cross_entropy
 from megatron_vlm.parallel.chunk import ChunkSettings
 from megatron_vlm.parallel.gradients import mark_partial
+from megatron_vlm.parallel.stage_state import StageState
 
 
 class TextRecord(Protocol):
@@ -82,6 +85,37 @@ class LanguageModelChunk(torch.nn.Module):
         """Embeddings [B, S, H]."""
         embedded: torch.Tensor = self.embed_tokens(ids_BS)
         return embedded
+
+    def run(self, state: StageState, batch: MicroBatch) -> StageState:
+        """Run this chunk's layers on what the layer before them left."""
+        inputs = self.layer_inputs(batch, state.hidden.dtype)
+        for name, layer in self.layers.items():
+            index = int(name)
+            # What is carried goes in and comes out explicitly, so that recomputation sees the same and returns its
+            # gradient.
+            reads = self.layer_reads(index, state)
+            output = run_layer(layer, state.hidden, *reads, *inputs, recompute=self.recompute_layers)
+            state = self.after_layer(index, output, state, inputs)
+        return state
+
+    def layer_inputs(self, batch: MicroBatch, dtype: torch.dtype) -> tuple[Any, ...]:
+        """What every layer is given after hidden states and what it reads: rotary tables, spans and the like."""
+        raise NotImplementedError
+
+    def layer_reads(self, layer: int, state: StageState) -> tuple[torch.Tensor, ...]:
+        """Carried tensors that the layer with a global id reads; by default, none."""
+        return ()
+
+    def after_layer(self, layer: int, output: Any, state: StageState, inputs: tuple[Any, ...]) -> StageState:
+        """The state after a layer, from its output; by default, that is the hidden states.
+
+        Args:
+            layer: global id.
+            output: of the layer.
+            state: before it.
+            inputs: from `layer_inputs`.
+        """
+        return replace(state, hidden=output)
 
     def head_weight(self) -> torch.Tensor:
         """This rank's rows of the head, [vocabulary / tensor ranks, H]."""

@@ -13,10 +13,11 @@ from megatron_vlm.layers.language_model import LanguageModelChunk
 from megatron_vlm.layers.patches import encode_packed
 from megatron_vlm.parallel.chunk import ChunkSettings
 from megatron_vlm.parallel.gradients import mark_partial
+from megatron_vlm.parallel.stage_state import Boundary, StageState, pack, unpack
 
 
 class ModelChunk(MegatronModule):
-    """One pipeline chunk of a model; a family adds `language_model`, its towers and `forward`.
+    """One pipeline chunk of a model; a family adds `language_model`, its towers, `embed`, and what it carries.
 
     Args:
         chunk: which part of the model, and how it is held.
@@ -33,6 +34,7 @@ class ModelChunk(MegatronModule):
     def __init__(self, chunk: ChunkSettings, groups: ProcessGroupCollection, tied: bool, has_vision: bool) -> None:
         super().__init__(chunk.engine)
         self.groups = groups
+        self.first_layer, self.end_layer = chunk.num_layers_before, chunk.num_layers_before + len(chunk.layers)
         self.pre_process, self.post_process, self.vp_stage = chunk.is_first, chunk.is_last, chunk.virtual_stage
         self.share_embeddings_and_output_weights = tied
         self.divides_images = chunk.vision_parallelism == "data" and groups.tp.size() > 1
@@ -42,6 +44,33 @@ class ModelChunk(MegatronModule):
         # A micro-batch without images skips the tower, or gives it a blank one whose features nobody reads.
         self.always_encodes = chunk.overlapped and has_vision
         self.input_tensor: torch.Tensor | None = None
+
+    def forward(self, batch: MicroBatch) -> torch.Tensor:
+        """What the next chunk needs, [rows, B, H], or on the last chunk the loss of every token in fp32, [B, S]."""
+        if self.pre_process:
+            state = self.embed(batch)
+        else:
+            assert self.input_tensor is not None
+            state = unpack(self.input_tensor, self.boundary(self.first_layer, batch))
+        state = self.language_model.run(state, batch)
+        if self.post_process:
+            return self.losses(state, batch)
+        return pack(state, self.boundary(self.end_layer, batch), self.input_tensor)
+
+    def embed(self, batch: MicroBatch) -> StageState:
+        """What the first decoder layer is given: tokens and media as one sequence."""
+        raise NotImplementedError
+
+    def losses(self, state: StageState, batch: MicroBatch) -> torch.Tensor:
+        """Loss of every token in fp32, [B, S], from what the last decoder layer left."""
+        return self.language_model.losses(state.hidden, batch)
+
+    def boundary(self, layer: int, batch: MicroBatch) -> Boundary:
+        """What crosses to the chunk that begins with the decoder layer of this global id; by default, hidden states."""
+        rows, length = batch.input_ids.shape
+        if self.config.sequence_parallel:
+            length //= self.groups.tp.size()
+        return Boundary((length, rows, self.config.hidden_size))
 
     def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
         """Receive what the previous chunk sent (called by the schedule)."""

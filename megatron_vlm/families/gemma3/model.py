@@ -21,12 +21,11 @@ from megatron_vlm.layers.language_model import LanguageModelChunk, residual_norm
 from megatron_vlm.layers.linear import Group
 from megatron_vlm.layers.mlp import GatedMLP
 from megatron_vlm.layers.norm import norm_add_and_norm, norm_and_add
-from megatron_vlm.layers.recompute import run_layer
 from megatron_vlm.layers.rope import RopeTable, rope_table
 from megatron_vlm.parallel.chunk import ChunkSettings
 from megatron_vlm.parallel.images import ImageDivision
 from megatron_vlm.parallel.model_chunk import ModelChunk
-from megatron_vlm.parallel.wire import StageState, pack
+from megatron_vlm.parallel.stage_state import StageState
 from vlm_kernels.span_attention import Spans
 
 RopeTables = Mapping[tuple[int, float, float], RopeTable]
@@ -78,16 +77,12 @@ class Gemma3LanguageModel(LanguageModelChunk):
         embedded = super().embed(ids_BS)
         return embedded * torch.tensor(self.text.hidden_size**0.5, dtype=embedded.dtype).item()
 
-    def decode(self, x_SBH: torch.Tensor, positions_BS: torch.Tensor, spans: Spans) -> torch.Tensor:
-        """Run this chunk's layers."""
+    def layer_inputs(self, batch: MicroBatch, dtype: torch.dtype) -> tuple[RopeTables, Spans]:
+        """A rotary table for each kind of layer, and spans."""
         layers = cast("list[DecoderLayer]", list(self.layers.values()))
-        rope = {
-            kind: rope_table(positions_BS, *kind, x_SBH.dtype)
-            for kind in dict.fromkeys(layer.rope_kind for layer in layers)
-        }
-        for layer in layers:
-            x_SBH = run_layer(layer, x_SBH, rope, spans, recompute=self.recompute_layers)
-        return x_SBH
+        kinds = dict.fromkeys(layer.rope_kind for layer in layers)
+        rope = {kind: rope_table(batch.position_ids, *kind, dtype) for kind in kinds}
+        return rope, Spans(batch.span_low, batch.span_high)
 
 
 class Gemma3Chunk(ModelChunk):
@@ -120,18 +115,8 @@ class Gemma3Chunk(ModelChunk):
             )
             self.mark_tower(self.vision_tower, self.projector)
 
-    def forward(self, batch: MicroBatch) -> torch.Tensor:
-        """Hidden states [S, B, H] for the next chunk, or on the last chunk the fp32 loss of every token [B, S]."""
-        x_SBH = self._embed(batch) if self.pre_process else self.input_tensor
-        assert x_SBH is not None
-        spans = Spans(batch.span_low, batch.span_high)
-        x_SBH = self.language_model.decode(x_SBH, batch.position_ids, spans)
-        if not self.post_process:
-            return pack(StageState(x_SBH), self.input_tensor)
-        return self.language_model.losses(x_SBH, batch)
-
-    def _embed(self, batch: MicroBatch) -> torch.Tensor:
-        """Tokens and images as one sequence, [S, B, H]."""
+    def embed(self, batch: MicroBatch) -> StageState:
+        """Tokens and images as one sequence."""
         # Soft image tokens may lie outside the vocabulary; what is looked up for them is replaced.
         x_BSH = self.language_model.embed(batch.input_ids.masked_fill(batch.feature_index >= 0, 0))
         if hasattr(self, "vision_tower"):
@@ -141,7 +126,7 @@ class Gemma3Chunk(ModelChunk):
             if pixels is not None:
                 features = self._image_features(pixels.to(x_BSH.device, non_blocking=True))
                 x_BSH = place_features(x_BSH, features, batch.feature_index)
-        return self.to_sequence_first(x_BSH)
+        return StageState(self.to_sequence_first(x_BSH))
 
     def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Soft tokens of all images in a row, [I * tokens per image, H], whole on every tensor rank."""

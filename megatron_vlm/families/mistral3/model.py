@@ -19,11 +19,10 @@ from megatron_vlm.layers.language_model import LanguageModelChunk, residual_norm
 from megatron_vlm.layers.linear import Group
 from megatron_vlm.layers.mlp import GatedMLP
 from megatron_vlm.layers.norm import add_and_norm
-from megatron_vlm.layers.recompute import run_layer
 from megatron_vlm.layers.rope import RopeTable, rope_table, yarn_table
 from megatron_vlm.parallel.chunk import ChunkSettings
 from megatron_vlm.parallel.model_chunk import ModelChunk
-from megatron_vlm.parallel.wire import StageState, pack
+from megatron_vlm.parallel.stage_state import StageState
 from vlm_kernels.span_attention import Spans
 
 
@@ -67,9 +66,9 @@ class Mistral3LanguageModel(LanguageModelChunk):
             zero_centered_norm=False,
         )
 
-    def decode(self, x_SBH: torch.Tensor, positions_BS: torch.Tensor, spans: Spans) -> torch.Tensor:
-        """Run this chunk's layers."""
-        text, dtype = self.text, x_SBH.dtype
+    def layer_inputs(self, batch: MicroBatch, dtype: torch.dtype) -> tuple[RopeTable, Spans, torch.Tensor | None]:
+        """Rotary table, spans, and the factor on queries."""
+        text, positions_BS = self.text, batch.position_ids
         head_dim = text.layers[0].head_dim
         rope = (
             rope_table(positions_BS, head_dim, text.rope_theta, 1.0, dtype)
@@ -77,9 +76,7 @@ class Mistral3LanguageModel(LanguageModelChunk):
             else yarn_table(positions_BS, head_dim, text.rope_theta, text.yarn, dtype)
         )
         scale = None if text.query_scaling is None else query_scale(positions_BS, text.query_scaling, dtype)
-        for layer in self.layers.values():
-            x_SBH = run_layer(layer, x_SBH, rope, spans, scale, recompute=self.recompute_layers)
-        return x_SBH
+        return rope, Spans(batch.span_low, batch.span_high), scale
 
 
 def query_scale(positions_BS: torch.Tensor, scaling: QueryScaling, dtype: torch.dtype) -> torch.Tensor:
@@ -108,19 +105,9 @@ class Mistral3Chunk(ModelChunk):
             self.projector = Projector(config.vision, engine, self.tower_group)
             self.mark_tower(self.vision_tower, self.projector)
 
-    def forward(self, batch: MicroBatch) -> torch.Tensor:
-        """Hidden states [S, B, H] for the next chunk, or on the last chunk the fp32 loss of every token [B, S]."""
-        x_SBH = self._embed(batch) if self.pre_process else self.input_tensor
-        assert x_SBH is not None
-        spans = Spans(batch.span_low, batch.span_high)
-        x_SBH = self.language_model.decode(x_SBH, batch.position_ids, spans)
-        if not self.post_process:
-            return pack(StageState(x_SBH), self.input_tensor)
-        return self.language_model.losses(x_SBH, batch)
-
-    def _embed(self, batch: MicroBatch) -> torch.Tensor:
-        """Tokens and images as one sequence, [S, B, H]."""
+    def embed(self, batch: MicroBatch) -> StageState:
+        """Tokens and images as one sequence."""
         x_BSH = self.language_model.embed(batch.input_ids.masked_fill(batch.feature_index >= 0, 0))
         for features in self.packed_features(batch):
             x_BSH = place_features(x_BSH, features, batch.feature_index)
-        return self.to_sequence_first(x_BSH)
+        return StageState(self.to_sequence_first(x_BSH))

@@ -9,6 +9,8 @@ Shapes: B batch, S sequence (hidden states hold a shard of it under sequence par
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -22,11 +24,10 @@ from megatron_vlm.layers.language_model import LanguageModelChunk, residual_norm
 from megatron_vlm.layers.mlp import GatedMLP
 from megatron_vlm.layers.moe import MoE, Routing, TokenShare
 from megatron_vlm.layers.norm import add_and_norm
-from megatron_vlm.layers.recompute import run_layer
 from megatron_vlm.layers.rope import RopeTable, mrope_table
 from megatron_vlm.parallel.chunk import ChunkSettings
 from megatron_vlm.parallel.model_chunk import ModelChunk
-from megatron_vlm.parallel.wire import StageState, pack, unpack
+from megatron_vlm.parallel.stage_state import Boundary, StageState
 from vlm_kernels.span_attention import Spans
 
 
@@ -81,28 +82,28 @@ class Qwen3VLLanguageModel(LanguageModelChunk):
         has_experts = any(layer.moe is not None for layer in text.layers)
         self.expert_use = ExpertUse(text.layers, chunk, groups.tp) if has_experts else None
 
-    def decode(self, state: StageState, batch: MicroBatch) -> StageState:
-        """Run this chunk's layers.
+    def layer_inputs(self, batch: MicroBatch, dtype: torch.dtype) -> tuple[RopeTable, Spans, TokenShare | None]:
+        """Rotary table, spans, and which tokens count for the experts."""
+        rope = mrope_table(batch.position_ids, *self.rope, dtype)
+        share = None if self.expert_use is None else TokenShare.of(batch.document_ids, self.chunk, self.groups)
+        return rope, Spans(batch.span_low, batch.span_high), share
 
-        Args:
-            state: its sequences are the DeepStack levels that layers from this chunk's first on add, one each.
-            batch: the micro-batch.
+    def after_layer(
+        self, layer: int, output: tuple[torch.Tensor, Routing | None], state: StageState, inputs: tuple[Any, ...]
+    ) -> StageState:
+        """Count where experts' tokens went, and add the layer's DeepStack level."""
+        (x_SBH, routing), carried, numbers = output, dict(state.carried), state.numbers
+        if self.expert_use is not None and routing is not None:
+            *_, share = inputs
+            numbers = self.expert_use.add(layer, routing, share, numbers)
+        if level_name(layer) in carried:
+            x_SBH = x_SBH + carried.pop(level_name(layer))
+        return StageState(x_SBH, carried, numbers)
 
-        Returns:
-            Hidden states, levels that are left for later chunks, and the load-balancing sum so far.
-        """
-        rope = mrope_table(batch.position_ids, *self.rope, state.hidden.dtype)
-        spans = Spans(batch.span_low, batch.span_high)
-        use = self.expert_use
-        share = None if use is None else TokenShare.of(batch.document_ids, self.chunk, self.groups)
-        x_SBH, levels, balance = state.hidden, state.sequences, state.numbers
-        for index, layer in zip(self.chunk.layers, self.layers.values(), strict=True):
-            x_SBH, routing = run_layer(layer, x_SBH, rope, spans, share, recompute=self.recompute_layers)
-            if use is not None and share is not None and routing is not None:
-                balance = use.add(index, routing, share, balance)
-            if levels:
-                x_SBH, levels = x_SBH + levels[0], levels[1:]
-        return StageState(x_SBH, levels, balance)
+
+def level_name(layer: int) -> str:
+    """Name of the DeepStack level that is added after a layer."""
+    return f"deepstack_{layer}"
 
 
 class Qwen3VLChunk(ModelChunk):
@@ -118,9 +119,7 @@ class Qwen3VLChunk(ModelChunk):
 
     def __init__(self, config: ModelConfig, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
         super().__init__(chunk, groups, config.text.tie_word_embeddings, config.vision is not None)
-        self.num_levels_before = 0
-        if config.vision is not None:
-            self.num_levels_before = max(0, len(config.vision.deepstack_layers) - chunk.num_layers_before)
+        self.num_levels = 0 if config.vision is None else len(config.vision.deepstack_layers)
         self.language_model = Qwen3VLLanguageModel(config.text, chunk, groups)
         if chunk.is_first and config.vision is not None:
             engine = chunk.tower_engine
@@ -128,30 +127,21 @@ class Qwen3VLChunk(ModelChunk):
             self.projector = Projector(config.vision, engine, self.tower_group)
             self.mark_tower(self.vision_tower, self.projector)
 
-    def forward(self, batch: MicroBatch) -> torch.Tensor:
-        """What the next chunk needs, or on the last chunk the fp32 loss of every token [B, S]."""
-        state = self.language_model.decode(self._input(batch), batch)
-        if not self.post_process:
-            return pack(state, self.input_tensor)
-        losses_BS = self.language_model.losses(state.hidden, batch)
-        use = self.language_model.expert_use
+    def boundary(self, layer: int, batch: MicroBatch) -> Boundary:
+        """Hidden states, DeepStack levels that are left, and the load-balancing sum."""
+        hidden = super().boundary(layer, batch).hidden
+        is_visual, use = bool(batch.vision_grids) or self.always_encodes, self.language_model.expert_use
+        levels = range(layer, self.num_levels) if is_visual else ()
+        return Boundary(hidden, {level_name(level): hidden for level in levels}, 0 if use is None else use.num_carried)
+
+    def losses(self, state: StageState, batch: MicroBatch) -> torch.Tensor:
+        """With the load-balancing loss, where there is one."""
+        losses_BS, use = super().losses(state, batch), self.language_model.expert_use
         if use is not None and state.numbers is not None:
             losses_BS = use.with_balancing(losses_BS, batch.labels != NO_LOSS, state.numbers)
         return losses_BS
 
-    def _input(self, batch: MicroBatch) -> StageState:
-        """Hidden states before this chunk's first layer, DeepStack levels that are left, load-balancing sum so far."""
-        if self.pre_process:
-            return self._embed(batch)
-        assert self.input_tensor is not None
-        length = batch.input_ids.shape[1]
-        if self.config.sequence_parallel:
-            length //= self.groups.tp.size()
-        use = self.language_model.expert_use
-        num_levels = self.num_levels_before if batch.vision_grids or self.always_encodes else 0
-        return unpack(self.input_tensor, length, num_levels, use.num_carried if use is not None else 0)
-
-    def _embed(self, batch: MicroBatch) -> StageState:
+    def embed(self, batch: MicroBatch) -> StageState:
         """Tokens and visual features as one sequence, and the DeepStack levels, zero on text."""
         is_visual = batch.feature_index >= 0
         x_BSH = self.language_model.embed(batch.input_ids.masked_fill(is_visual, 0))
@@ -166,6 +156,6 @@ class Qwen3VLChunk(ModelChunk):
             x_SBH.requires_grad_()
         return StageState(
             x_SBH,
-            [self.to_sequence_first(level) for level in levels],
+            {level_name(layer): self.to_sequence_first(level_BSH) for layer, level_BSH in enumerate(levels)},
             use.start(x_BSH.device) if use is not None else None,
         )
