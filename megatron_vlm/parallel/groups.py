@@ -6,6 +6,7 @@ same ranks of a pipeline stage are divided anew: expert-tensor fastest, then exp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -27,8 +28,12 @@ def build_groups(
     expert_size: int = 1,
     expert_tensor_size: int = 1,
     timeout: timedelta | None = None,
+    context_size: int = 1,
 ) -> ProcessGroupCollection:
-    """Build every process group that megatron-core's engine asks for; the data-parallel size is what remains.
+    """Build this rank's process groups for megatron-core's engine; the data-parallel size is what remains.
+
+    A rank makes only the groups that it is in, and one group where several have the same ranks: a few calls at any
+    number of ranks.
 
     Args:
         tensor_size: tensor-parallel ranks.
@@ -36,15 +41,22 @@ def build_groups(
         expert_size: ranks that divide the experts among them.
         expert_tensor_size: ranks that share each expert.
         timeout: of collectives; torch's default when None.
+        context_size: ranks that divide each sequence.
+
+    Returns:
+        megatron-core's collection, and as `alone` the group of this rank only.
 
     Raises:
-        LaunchError: the world size is not a multiple of tensor x pipeline, or of expert x expert-tensor x pipeline.
+        LaunchError: the world size is not a multiple of tensor x context x pipeline, or of expert x expert-tensor x
+            pipeline.
     """
     world_size = torch.distributed.get_world_size()
-    if world_size % (tensor_size * pipeline_size):
+    model_size = tensor_size * context_size * pipeline_size
+    if world_size % model_size:
+        context = f" x context {context_size}" if context_size > 1 else ""
         raise LaunchError(
-            f"{world_size} ranks do not divide by tensor {tensor_size} x pipeline {pipeline_size}",
-            fix=f"start a multiple of {tensor_size * pipeline_size} ranks",
+            f"{world_size} ranks do not divide by tensor {tensor_size}{context} x pipeline {pipeline_size}",
+            fix=f"start a multiple of {model_size} ranks",
         )
     stage_size = world_size // pipeline_size
     if stage_size % (expert_size * expert_tensor_size):
@@ -53,34 +65,67 @@ def build_groups(
             f"{expert_tensor_size}",
             fix=f"start a multiple of {expert_size * expert_tensor_size * pipeline_size} ranks",
         )
-    data_size = stage_size // tensor_size
-    options = {} if timeout is None else {"timeout": timeout}
-    grid = HyperCommGrid([tensor_size, 1, data_size, pipeline_size], list(AXES))
+    data_size = world_size // model_size
+    grid = HyperCommGrid([tensor_size, context_size, data_size, pipeline_size], list(AXES))
+    expert_data_size = stage_size // (expert_size * expert_tensor_size)
+    expert_grid = HyperCommGrid([expert_tensor_size, expert_size, expert_data_size, pipeline_size], list(EXPERT_AXES))
+    own = _OwnGroups(timeout)
     groups = ProcessGroupCollection()
     for axis in AXES:
-        setattr(groups, axis, grid.create_pg(axis, **options))
-    groups.dp_cp = groups.intra_dp_cp = groups.dp_cp_gtp_remat = grid.create_pg(["cp", "dp"], **options)
-    groups.tp_cp = grid.create_pg(["tp", "cp"], **options)
-    groups.mp = grid.create_pg(["tp", "pp"], **options)
-    groups.tp_dp_cp = grid.create_pg(["tp", "cp", "dp"], **options)
-    groups.intra_dist_opt = grid.create_pg(list(AXES), **options)
+        setattr(groups, axis, own.along(grid, axis))
+    groups.dp_cp = groups.intra_dp_cp = groups.dp_cp_gtp_remat = own.along(grid, "cp", "dp")
+    groups.tp_cp = own.along(grid, "tp", "cp")
+    groups.mp = own.along(grid, "tp", "pp")
+    groups.tp_dp_cp = own.along(grid, "tp", "cp", "dp")
+    groups.intra_dist_opt = own.along(grid, *AXES)
     groups.inter_dist_opt = None
-    _set_expert_groups(groups, (expert_tensor_size, expert_size), stage_size, pipeline_size, options)
-    groups.embd, groups.pos_embd = _embedding_groups(grid, timeout)
+    for axis in EXPERT_AXES[:3]:
+        setattr(groups, axis, own.along(expert_grid, axis))
+    groups.intra_expt_dp = groups.expt_dp_gtp_remat = groups.expt_dp
+    groups.tp_ep = own.along(expert_grid, "expt_tp", "ep")
+    groups.tp_ep_pp = groups.tp_ep_pp_with_egtp_remat = own.along(expert_grid, "expt_tp", "ep", "pp")
+    groups.gtp_remat = groups.expt_gtp_remat = None
+    groups.alone = own.of([torch.distributed.get_rank()])
+    groups.embd, groups.pos_embd = own.embedding_groups(groups)
     return groups
 
 
-def _set_expert_groups(
-    groups: ProcessGroupCollection, sizes: tuple[int, int], stage_size: int, pipeline_size: int, options: dict[str, Any]
-) -> None:
-    """The groups of experts: (expert-tensor, expert) sizes over the ranks of each stage."""
-    grid = HyperCommGrid([*sizes, stage_size // (sizes[0] * sizes[1]), pipeline_size], list(EXPERT_AXES))
-    for axis in EXPERT_AXES[:3]:
-        setattr(groups, axis, grid.create_pg(axis, **options))
-    groups.intra_expt_dp = groups.expt_dp_gtp_remat = groups.expt_dp
-    groups.tp_ep = grid.create_pg(["expt_tp", "ep"], **options)
-    groups.tp_ep_pp = groups.tp_ep_pp_with_egtp_remat = grid.create_pg(["expt_tp", "ep", "pp"], **options)
-    groups.gtp_remat = groups.expt_gtp_remat = None
+class _OwnGroups:
+    """Makes this rank's groups.
+
+    Every rank makes equally many, in the same order: ranks would wait in a circle otherwise, and torch names a group
+    that only its members make by its ranks and by how many there are already.
+    """
+
+    def __init__(self, timeout: timedelta | None) -> None:
+        self._options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
+        self._made: dict[tuple[int, ...], torch.distributed.ProcessGroup] = {}
+
+    def along(self, grid: HyperCommGrid, *axes: str) -> torch.distributed.ProcessGroup:
+        """The group of the ranks that differ from this one along these axes alone."""
+        rank = torch.distributed.get_rank()
+        return self.of(next(ranks for ranks in grid.get_rank_enum(list(axes)) if rank in ranks))
+
+    def of(self, ranks: Sequence[int]) -> torch.distributed.ProcessGroup:
+        """The group of these ranks, one of which is this one."""
+        key = tuple(sorted(ranks))
+        if key not in self._made:
+            self._made[key] = self._make(key)
+        return self._made[key]
+
+    def embedding_groups(
+        self, groups: ProcessGroupCollection
+    ) -> tuple[torch.distributed.ProcessGroup | None, torch.distributed.ProcessGroup | None]:
+        """(first and last stage, which share tied embeddings; first stage alone), None on other stages."""
+        stages = torch.distributed.get_process_group_ranks(groups.pp)
+        first, last = stages[0], stages[-1]
+        rank = torch.distributed.get_rank()
+        # Stages in between make a group too, of themselves, which nobody uses.
+        made = self._make(sorted({first, last}) if rank in (first, last) else [rank])
+        return made if rank in (first, last) else None, groups.alone if rank == first else None
+
+    def _make(self, ranks: Sequence[int]) -> torch.distributed.ProcessGroup:
+        return torch.distributed.new_group(list(ranks), use_local_synchronization=True, **self._options)
 
 
 def initialize_megatron(seed: int, groups: ProcessGroupCollection) -> None:
@@ -94,18 +139,3 @@ def initialize_megatron(seed: int, groups: ProcessGroupCollection) -> None:
         etp_rank=groups.expt_tp.rank(),
         force_reset_rng=True,
     )
-
-
-def _embedding_groups(
-    grid: HyperCommGrid, timeout: timedelta | None
-) -> tuple[torch.distributed.ProcessGroup | None, torch.distributed.ProcessGroup | None]:
-    """(first and last stage, which share tied embeddings; first stage alone) of this rank, None in between."""
-    rank, mine, first = torch.distributed.get_rank(), None, None
-    for pipeline in grid.get_rank_enum("pp"):
-        ends = sorted({pipeline[0], pipeline[-1]})
-        both, alone = (torch.distributed.new_group(ranks, timeout=timeout) for ranks in (ends, [pipeline[0]]))
-        if rank in ends:
-            mine = both
-        if rank == pipeline[0]:
-            first = alone
-    return mine, first

@@ -38,9 +38,8 @@ class ModelChunk(MegatronModule):
         self.pre_process, self.post_process, self.vp_stage = chunk.is_first, chunk.is_last, chunk.virtual_stage
         self.share_embeddings_and_output_weights = tied
         self.divides_images = chunk.vision_parallelism == "data" and groups.tp.size() > 1
-        assert groups.cp.size() == 1, "context ranks stand for the group of one rank"
         # Ranks that share each layer of a tower.
-        self.tower_group = groups.cp if self.divides_images else groups.tp
+        self.tower_group = groups.alone if self.divides_images else groups.tp
         # A micro-batch without images skips the tower, or gives it a blank one whose features nobody reads.
         self.always_encodes = chunk.overlapped and has_vision
         self.input_tensor: torch.Tensor | None = None

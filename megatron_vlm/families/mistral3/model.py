@@ -91,7 +91,7 @@ class Mistral3Chunk(ModelChunk):
     Args:
         config: the model.
         chunk: which part of it, and how it is held.
-        groups: process groups; `tp` and `cp` (of one rank) are read.
+        groups: process groups; `tp` and `alone` are read.
     """
 
     language_model: Mistral3LanguageModel

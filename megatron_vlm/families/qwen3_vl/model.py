@@ -112,7 +112,7 @@ class Qwen3VLChunk(ModelChunk):
     Args:
         config: the model.
         chunk: which part of it, and how it is held.
-        groups: process groups; those of tensor ranks, context ranks (one) and experts are read.
+        groups: process groups; those of tensor ranks, of this rank alone and of experts are read.
     """
 
     language_model: Qwen3VLLanguageModel
