@@ -63,7 +63,7 @@ test_lower_bounds: $(STAMP)
 	test -x $(LOWER)/bin/python || $(PYTHON) -m venv $(LOWER)
 	$(BIN)/python -m tests.lower_bounds --requirements > $(LOWER)/requirements.txt
 	$(LOWER)/bin/python -m pip install --quiet --constraint constraints_lower.txt --requirement $(LOWER)/requirements.txt
-	$(LOWER)/bin/python -m tests.lower_bounds -n 2 --dist loadfile -m "not full" tests
+	$(LOWER)/bin/python -m tests.lower_bounds
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -80,13 +80,13 @@ def transformers_side(
         folder: of the model.
         batches: micro-batches of every step, with equal numbers of labels.
         dtype: of weights, activations and moments.
-        with_liger: replace its layers and loss by Liger's kernels.
+        with_liger: replace its layers and loss by Liger's kernels, where these can be imported: Liger is installed and
+            knows this transformers. The side's name says whether it was done.
     """
     device = platform.current().device
     config = registry.load_hf_config(str(folder))
     model = auto_class(config).from_pretrained(folder, dtype=dtype).to(device).train()
-    if with_liger:
-        importlib.import_module("liger_kernel.transformers")._apply_liger_kernel_to_instance(model)
+    has_liger = with_liger and _apply_liger(model)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=LEARNING_RATE,
@@ -108,7 +108,16 @@ def transformers_side(
         optimizer.zero_grad(set_to_none=True)
         return float(total)
 
-    return Side("transformers with Liger" if with_liger else "transformers", step)
+    return Side("transformers with Liger" if has_liger else "transformers", step)
+
+
+def _apply_liger(model: torch.nn.Module) -> bool:
+    try:
+        importlib.import_module("liger_kernel.transformers")._apply_liger_kernel_to_instance(model)
+    except ImportError as error:
+        print(f"Liger takes no part: {error}", flush=True)
+        return False
+    return True
 
 
 def _transformers_inputs(

@@ -1,6 +1,6 @@
 """Run the test suite with the oldest packages that `pyproject.toml` allows, and record what came of it.
 
-    python -m tests.lower_bounds [pytest's arguments ...]
+    python -m tests.lower_bounds [--requirements]
 
 Counts and versions go to benchmarks/results/lower_bounds.json. `make test_lower_bounds` makes the environment first.
 """
@@ -8,17 +8,17 @@ Counts and versions go to benchmarks/results/lower_bounds.json. `make test_lower
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks import junit
+from benchmarks import figures, junit
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "benchmarks/results/lower_bounds.json"
+TESTS = ("-n", "2", "--dist", "loadfile", "-m", "not full", "tests")
 PACKAGES = ("torch", "torchvision", "transformers", "triton", "megatron-core", "numpy", "tokenizers")
 
 
@@ -28,24 +28,29 @@ def requirements() -> list[str]:
     return project["dependencies"] + project["optional-dependencies"]["dev"]
 
 
+def check_bounds() -> None:
+    """Raises SystemExit unless what runs is what `constraints_lower.txt` pins."""
+    for line in (ROOT / "constraints_lower.txt").read_text().splitlines():
+        name, _, version = line.partition("==")
+        if version and importlib.metadata.version(name) != version:
+            raise SystemExit(
+                f"{name} is {importlib.metadata.version(name)}, not {version}: use `make test_lower_bounds`"
+            )
+
+
 def main(arguments: list[str]) -> int:
     """Run the tests and return pytest's exit code."""
     if arguments == ["--requirements"]:
         print("\n".join(requirements()))
         return 0
+    check_bounds()
     with TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", f"--junitxml={report}", *arguments]
+        command = [sys.executable, "-m", "pytest", f"--junitxml={report}", *TESTS]
         returncode = subprocess.run(command, cwd=ROOT).returncode
         found = junit.read(report.read_text())
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    result = {
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "arguments": arguments,
-        "commit": commit.stdout.strip(),
-        **found,
-    }
-    RECORD.write_text(json.dumps(result, indent=2) + "\n")
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    figures.write(RECORD, {"versions": versions, "commit": figures.commit(), **found})
     return returncode
 
 

@@ -19,6 +19,7 @@ import pytest
 from benchmarks.gpu import __main__ as runner
 from benchmarks.gpu import bundle, trace
 from benchmarks.gpu.stages import FIGURES, STAGES, Stage
+from benchmarks.kernel_cases import CASES
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,6 +81,75 @@ def test_what_passed_is_not_run_again(run: Callable[..., Any], tmp_path: Path, m
     monkeypatch.setattr(runner, "sources_hash", lambda: "of other sources")
     run(once)
     assert counted.read_text() == "xffxfx"
+    monkeypatch.setattr(runner, "_versions", lambda packages: {"torch": "another"})
+    run(once)
+    assert counted.read_text() == "xffxfxx"
+
+
+def test_what_has_not_run_comes_before_what_failed(
+    run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fails, new = stage("fails", "raise SystemExit(1)"), stage("new", "")
+    run(fails)
+    capsys.readouterr()
+    run(fails, new)
+    printed = capsys.readouterr().out
+    assert printed.index("new:") < printed.index("fails:")
+
+
+def test_a_file_of_something_else_is_not_replaced(run: Callable[..., Any], tmp_path: Path) -> None:
+    other = tmp_path / "gpu_nvidia_h200.json"
+    for content in ("[1, 2]", "{}", "{"):
+        other.write_text(content)
+        with pytest.raises(SystemExit, match="holds no results of stages; move it"):
+            run(stage("any", ""))
+        assert other.read_text() == content
+
+
+def test_figures_that_were_cut_short_are_none(run: Callable[..., Any]) -> None:
+    cut = "import sys; open(sys.argv[1], 'w').write({!r})"
+    _, results = run(
+        stage("json", cut.format('{"launches": 7, ')), stage("xml", cut.format('<?xml version="1.0"?><testsuites>'))
+    )
+    assert [results[name]["figures"] for name in ("json", "xml")] == [None, None]
+    assert [results[name]["status"] for name in ("json", "xml")] == ["passed", "passed"]
+
+
+def test_the_total_limit_ends_a_stage(run: Callable[..., Any]) -> None:
+    began = time.monotonic()
+    code, results = run(stage("hangs", "import time; time.sleep(60)"), options=("--seconds", "2"))
+    assert code == 1 and results["hangs"]["status"] == "timed out" and time.monotonic() - began < 25
+
+
+def test_tests_that_are_ended_still_report(run: Callable[..., Any], tmp_path: Path) -> None:
+    tests = tmp_path / "test_some.py"
+    tests.write_text("import time\ndef test_a(): assert 0, 'wrong'\ndef test_b(): time.sleep(60)\n")
+    command = ("-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={FIGURES}", str(tests))
+    _, results = run(Stage("tests", "a test", 1, command, command, limit_seconds=6))
+    assert results["tests"]["status"] == "timed out"
+    assert results["tests"]["figures"]["failures"] == 1
+
+
+def test_a_signal_ends_the_stage_that_runs(tmp_path: Path) -> None:
+    child, script = tmp_path / "child", tmp_path / "script.py"
+    script.write_text(
+        f"""import sys
+from benchmarks.gpu import __main__ as runner
+from benchmarks.gpu.stages import Stage
+runner._device = lambda: "a GPU"
+command = ("-c", {f"import os, time; open({str(child)!r}, 'w').write(str(os.getpid())); time.sleep(60)"!r})
+sys.exit(runner.main(["--output", {str(tmp_path)!r}], [Stage("hangs", "a test", 1, command, command)]))
+"""
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, str(script)], cwd=ROOT, env=environment)
+    while not child.exists() or not child.read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(20) == 128 + 15
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(child.read_text()), 0)
 
 
 def test_results_are_written_after_each_stage(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -89,20 +159,17 @@ def test_results_are_written_after_each_stage(run: Callable[..., Any], tmp_path:
     assert "['first']" in found["second"]["tail"]
 
 
-def test_a_stage_past_its_limit_is_ended_with_all_that_it_started(
-    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runner, "LIMIT_SECONDS", 2.0)
+def test_a_stage_past_its_limit_is_ended_with_all_that_it_started(run: Callable[..., Any], tmp_path: Path) -> None:
     child = tmp_path / "child"
     hangs = WRITES + (
         f"import subprocess, time; p = subprocess.Popen(['sleep', '60']); open({str(child)!r}, 'w').write(str(p.pid)); "
         "print('begun', flush=True); time.sleep(60)"
     )
     began = time.monotonic()
-    code, results = run(stage("hangs", hangs), stage("next", ""))
+    code, results = run(stage("hangs", hangs, limit_seconds=2), stage("next", ""))
     assert code == 1 and time.monotonic() - began < 30
     assert results["hangs"]["status"] == "timed out" and results["hangs"]["returncode"] is None
-    assert results["hangs"]["figures"] == {"launches": 7} and results["hangs"]["tail"] == "begun\n"
+    assert results["hangs"]["figures"] == {"launches": 7} and results["hangs"]["tail"].startswith("begun\n")
     assert results["next"]["status"] == "passed"
     state = Path(f"/proc/{child.read_text()}/stat")
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
@@ -140,10 +207,20 @@ def test_reports_of_tests_are_read(run: Callable[..., Any], tmp_path: Path) -> N
 
 def test_stages_are_short_and_run_all_gpu_tests() -> None:
     assert len({stage.name for stage in STAGES}) == len(STAGES)
-    assert all(10 <= stage.estimate_seconds < runner.LIMIT_SECONDS for stage in STAGES)
+    assert all(10 <= stage.estimate_seconds < stage.limit_seconds for stage in STAGES)
     # With the demos left out, which only repeat on a GPU what CI does, all fit in the time that is asked for.
     measured = [stage for stage in STAGES if not stage.name.startswith("demo")]
-    assert sum(stage.estimate_seconds for stage in measured) <= 840
+    assert all(stage.limit_seconds == 120 for stage in measured)
+    # Both benchmarks together measure every case once.
+    options = [stage.command for stage in STAGES if "benchmarks.kernels" in stage.command]
+    measured_cases = [
+        (case.operator, case.name)
+        for command in options
+        for case in CASES
+        if case.operator in command and ("--cases" not in command or case.name in command)
+    ]
+    assert sorted(measured_cases) == sorted((case.operator, case.name) for case in CASES)
+    assert sum(stage.estimate_seconds for stage in measured) <= 900
     named = {part for stage in STAGES for part in stage.command}
     for path in (ROOT / "tests/gpu").glob("test_*.py"):
         assert f"tests/gpu/{path.name}" in named
@@ -181,12 +258,16 @@ def test_a_trace_is_summed_up() -> None:
     events = [
         event("kernel", "product", 10.0, 2.0),
         event("kernel", "sum", 11.0, 2.0),  # on another stream
-        event("gpu_memcpy", "copy", 13.0, 1.0),
+        event("gpu_memcpy", "Memcpy DtoH (Device -> Pageable)", 13.0, 1.0) | {"args": {"correlation": 7}},
         event("kernel", "product", 16.0, 2.0),
         event("cuda_runtime", "cudaStreamSynchronize", 12.0, 0.5),
         event("cuda_runtime", "cudaStreamSynchronize", 14.0, 1.5),
         event("cuda_driver", "cuStreamSynchronize", 15.0, 0.25),
         event("cuda_runtime", "cudaLaunchKernel", 10.0, 0.1),
+        event("cuda_driver", "cuLaunchKernelEx", 15.5, 0.1),
+        event("cuda_runtime", "cudaDeviceSynchronize", 16.0, 2.0),  # of the profiler
+        event("cuda_runtime", "cudaMemcpyAsync", 12.5, 0.5) | {"args": {"correlation": 7}},
+        event("cuda_runtime", "cudaMemcpyAsync", 12.6, 0.9) | {"args": {"correlation": 8}},
         event("cpu_op", "aten::mm", 9.0, 5.0),
         {"ph": "M", "name": "process_name", "args": {}},
         {"ph": "i", "cat": "kernel", "name": "marker", "ts": 1e9},
@@ -196,6 +277,7 @@ def test_a_trace_is_summed_up() -> None:
     assert found["busy_seconds"] == pytest.approx(3.0) and found["span_seconds"] == pytest.approx(4.0)
     assert found["idle_share"] == pytest.approx(0.25)
     assert found["waits"] == {
+        "cudaMemcpyAsync to pageable memory": {"number": 0.5, "seconds": pytest.approx(0.25)},
         "cuStreamSynchronize": {"number": 0.5, "seconds": pytest.approx(0.125)},
         "cudaStreamSynchronize": {"number": 1.0, "seconds": pytest.approx(1.0)},
     }
@@ -222,13 +304,16 @@ def test_the_bundle_holds_what_containers_lack() -> None:
     assert set(bundle.MISSING) <= set(bundle._pins(ROOT / "constraints.txt"))
 
 
-def wheel(folder: Path, name: str) -> None:
+def wheel(folder: Path, name: str, requires: str = "") -> None:
     """A package of one module."""
     folder.mkdir(parents=True, exist_ok=True)
     information = f"{name}-1.0.dist-info"
     with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as file:
         file.writestr(f"{name}.py", "value = 41 + 1\n")
-        file.writestr(f"{information}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        file.writestr(
+            f"{information}/METADATA",
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n" + f"Requires-Dist: {requires}\n" * bool(requires),
+        )
         file.writestr(f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         file.writestr(f"{information}/RECORD", f"{name}.py,,\n{information}/METADATA,,\n{information}/WHEEL,,\n")
 
@@ -272,6 +357,27 @@ def test_a_bundle_is_made_and_installed_offline(
     environment = os.environ | {"PYTHONPATH": str(packages)}
     code = "import some_package; print(some_package.value)"
     assert run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout == "42\n"
+    assert {"--no-deps", "--only-binary=:all:"} <= {*downloads[0]}
+    monkeypatch.setattr(bundle, "MAX_BYTES", 10)
+    with pytest.raises(SystemExit, match="more than 10"):
+        bundle.make(folder, repository)
+    assert (folder / "wheels").exists(), "the earlier one stays"
+
+
+def test_stages_find_what_a_bundle_holds(
+    repository: Path, tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And are told to be strict and not to ask a hub. Wheels that need others are taken as they are, offline."""
+    folder = tmp_path / "bundle"
+    wheel(folder / "wheels", "some_package", requires="not-to-be-had")
+    for name in (bundle.BINARY, bundle.BUILD_LOG):
+        (folder / name).write_bytes((repository / bundle.KERNELS / name).read_bytes())
+    monkeypatch.setattr(runner, "REPOSITORY", repository)
+    monkeypatch.setenv("PIP_USER", "1")
+    names = ("MEGATRON_VLM_STRICT_KERNELS", "HF_HUB_OFFLINE", "GPU_TESTS")
+    code = f"import os, some_package; print([os.environ[name] for name in {names}]); raise SystemExit(5)"
+    _, results = run(stage("uses it", code), options=("--bundle", str(folder)))
+    assert results["uses it"]["tail"] == "['1', '1', '1']\n"
 
 
 def test_a_bundle_of_other_sources_is_refused(repository: Path, tmp_path: Path) -> None:

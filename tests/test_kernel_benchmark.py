@@ -75,6 +75,19 @@ def test_every_operator_has_a_case_and_every_case_a_target() -> None:
     assert len({(case.operator, case.name) for case in CASES}) == len(CASES)
 
 
+def test_a_gradient_that_is_no_number_differs() -> None:
+    """Also one that is not the first of what is compared."""
+    problem = CASES[0].build(TINY)
+
+    def broken(*inputs: torch.Tensor) -> torch.Tensor:
+        output = problem.sides[TORCH](*inputs)
+        output.register_hook(lambda gradient: gradient * torch.nan)
+        return output
+
+    difference = kernels.largest_difference(problem, problem.sides | {OURS: broken})
+    assert not difference <= 1e9
+
+
 def test_what_a_side_writes_over_is_restored() -> None:
     problem = CASES[0].build(TINY)
 

@@ -60,11 +60,14 @@ STARTED_ON_A_GPU = """
 import json, os, sys
 from unittest import mock
 import torch
-with mock.patch("torch.cuda.is_available", lambda: True), mock.patch("torch.cuda.set_device"):
+asked_before = []
+first_use = lambda device: asked_before.append("expandable_segments:True" in os.environ.get("PYTORCH_ALLOC_CONF", ""))
+with mock.patch("torch.cuda.is_available", lambda: True), mock.patch("torch.cuda.set_device", first_use):
     from megatron_vlm import platform
     platform.initialize()
 settings = torch._C._cuda_memorySnapshot(None)["allocator_settings"]
 children = {name: value for name, value in os.environ.items() if name.endswith("ALLOC_CONF")}
+assert asked_before == [settings["expandable_segments"]]
 print(json.dumps([settings["expandable_segments"], settings["max_split_size"], children]))
 """
 

@@ -7,7 +7,7 @@
 Results go to DIR/gpu_DEVICE.json (default: benchmarks/results), one entry for each stage, and all output to
 DIR/gpu_DEVICE.log. A stage that passed with the present sources is not run again, so that a run that was cut short is
 continued by the same command; `--again` runs it. Each stage is a process of its own with a limit, and none is started
-that the rest of the time would not see to its end. `--bundle` names a folder that `make gpu_bundle` made: what it holds
+when less than half of its estimate is left. `--bundle` names a folder that `make gpu_bundle` made: what it holds
 is installed beside the packages of the container, offline. This file needs nothing but Python.
 
 The exit code is 0 when every stage that was asked for has passed.
@@ -16,6 +16,7 @@ The exit code is 0 when every stage that was asked for has passed.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import hashlib
 import importlib.metadata
@@ -32,16 +33,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import junit
+from benchmarks import figures, junit
 from benchmarks.gpu import bundle
 from benchmarks.gpu.stages import FIGURES, STAGES, Stage
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 SOURCES = ("benchmarks", "demo", "kernels", "megatron_vlm", "tests")
-LIMIT_SECONDS = 120  # of a stage on a GPU
-DRY_LIMIT_SECONDS = 600
-LEAST_SHARE = 0.5  # of its estimate that must be left for a stage to start
+DRY_LIMIT_SECONDS = 600  # of a stage on the host
+LEAST_SHARE = 0.5  # of its estimate that must be left for a stage to start: estimates are generous
+SECONDS_TO_REPORT = 8.0  # after a limit
 TAIL_CHARACTERS = 3000
 
 
@@ -53,7 +54,10 @@ def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGE
         print(_table(stages))
         return 0
     asked = [stage for stage in stages if not options.only or stage.name in options.only]
-    packages = [str(bundle.install(options.bundle, REPOSITORY))] if options.bundle else []
+    packages = []
+    if options.bundle:
+        packages = [str(bundle.install(options.bundle, REPOSITORY))]
+        atexit.register(shutil.rmtree, packages[0], ignore_errors=True)
     device = "host" if options.dry else _device()
     if device is None:
         print("no GPU: nvidia-smi names none (--dry starts every stage on the host)", file=sys.stderr)
@@ -62,21 +66,27 @@ def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGE
     folder.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
     results, log = Results(folder / f"gpu_{slug}.json"), folder / f"gpu_{slug}.log"
-    shared = {"sources": sources_hash(), "commit": _commit(), "device": device, "versions": _versions(packages)}
-    limit = DRY_LIMIT_SECONDS if options.dry else LIMIT_SECONDS
-    for stage in asked:
-        if not options.again and results.has_passed(stage.name, shared["sources"]):
-            print(f"{stage.name}: passed before, with these sources", flush=True)
+    shared = {"sources": sources_hash(), "commit": figures.commit(), "device": device, "versions": _versions(packages)}
+    # So that a stage that runs is ended too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # What has not run comes before what has failed.
+    for stage in sorted(asked, key=lambda stage: results.status(stage.name, shared) is not None):
+        if not options.again and results.status(stage.name, shared) == "passed":
+            print(f"{stage.name}: passed before, with these sources and packages", flush=True)
             continue
         left = options.seconds - (time.monotonic() - began)
         if left < LEAST_SHARE * stage.estimate_seconds:
             print(f"{stage.name}: not started, {left:.0f} s are left", flush=True)
             continue
         print(f"{stage.name}: {stage.purpose} ...", flush=True)
+        limit = DRY_LIMIT_SECONDS if options.dry else stage.limit_seconds
         entry = run_stage(stage, options.dry, min(limit, left), packages, log)
         results.put(stage.name, entry | shared)
-        print(f"{stage.name}: {entry['status']} in {entry['seconds']:.0f} s (estimate {stage.estimate_seconds} s)")
-    missing = [stage.name for stage in asked if not results.has_passed(stage.name, shared["sources"])]
+        print(
+            f"{stage.name}: {entry['status']} in {entry['seconds']:.0f} s (estimate {stage.estimate_seconds} s)",
+            flush=True,
+        )
+    missing = [stage.name for stage in asked if results.status(stage.name, shared) != "passed"]
     print(f"{len(asked) - len(missing)} of {len(asked)} stages passed; {results.path}")
     if missing:
         print(f"not passed: {' '.join(missing)}", file=sys.stderr)
@@ -98,30 +108,27 @@ def _parse(arguments: Sequence[str] | None, stages: Sequence[Stage]) -> argparse
 
 
 class Results:
-    """The file of results, written whole after every stage.
-
-    Raises ValueError where the file holds something else.
-    """
+    """The file of results, written whole after every stage. Raises SystemExit where it holds something else."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.stages: dict[str, dict[str, Any]] = json.loads(path.read_text())["stages"] if path.exists() else {}
+        self.stages: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            try:
+                self.stages = json.loads(path.read_text())["stages"]
+            except (ValueError, KeyError, TypeError):
+                raise SystemExit(f"{path} holds no results of stages; move it, or name another --output") from None
 
-    def has_passed(self, name: str, sources: str) -> bool:
-        """Whether a stage has passed with these sources."""
+    def status(self, name: str, setting: dict[str, Any]) -> str | None:
+        """How a stage ended with these sources, packages and device; None where it has not run with them."""
         entry = self.stages.get(name, {})
-        return entry.get("status") == "passed" and entry.get("sources") == sources
+        is_same = all(entry.get(key) == setting[key] for key in ("sources", "versions", "device"))
+        return entry.get("status") if is_same else None
 
     def put(self, name: str, entry: dict[str, Any]) -> None:
         """Keep what a stage found."""
         self.stages[name] = entry
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w") as file:
-            json.dump({"stages": self.stages}, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+        figures.write(self.path, {"stages": self.stages})
 
 
 def run_stage(stage: Stage, is_dry: bool, limit_seconds: float, packages: Sequence[str], log: Path) -> dict[str, Any]:
@@ -143,13 +150,13 @@ def run_stage(stage: Stage, is_dry: bool, limit_seconds: float, packages: Sequen
     if wrapper and shutil.which(wrapper[0]) is None:
         return entry | {"status": "unavailable", "tail": f"{wrapper[0]} is not on the path"}
     with tempfile.TemporaryDirectory() as folder:
-        figures = Path(folder) / "figures"
+        written = Path(folder) / "figures"
         arguments = stage.dry_command if is_dry else stage.command
-        command = [*wrapper, sys.executable, *(part.replace(FIGURES, str(figures)) for part in arguments)]
+        command = [*wrapper, sys.executable, *(part.replace(FIGURES, str(written)) for part in arguments)]
         began = time.monotonic()
         returncode, output = _run(command, _environment(stage, is_dry, packages), limit_seconds)
         entry["seconds"] = round(time.monotonic() - began, 1)
-        entry["figures"] = _read_figures(figures)
+        entry["figures"] = _read_figures(written)
     with log.open("a") as file:
         file.write(f"==== {stage.name}\n{output}\n")
     status = "timed out" if returncode is None else "passed" if returncode == 0 else "failed"
@@ -163,10 +170,14 @@ def _run(command: Sequence[str], environment: dict[str, str], limit_seconds: flo
         process = subprocess.Popen(
             command, cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
+        returncode: int | None = None
         try:
-            returncode: int | None = process.wait(limit_seconds)
+            returncode = process.wait(limit_seconds)
         except subprocess.TimeoutExpired:
-            returncode = None
+            # pytest then reports what it has.
+            os.killpg(process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(SECONDS_TO_REPORT)
         finally:
             # What a stage leaves running would hold the GPU's memory.
             with contextlib.suppress(ProcessLookupError):
@@ -191,11 +202,14 @@ def _environment(stage: Stage, is_dry: bool, packages: Sequence[str]) -> dict[st
 
 
 def _read_figures(path: Path) -> Any:
-    """What a stage wrote: JSON, or pytest's XML as counts and the first lines of failures; None for nothing."""
+    """What a stage wrote: JSON, or pytest's XML as counts and the first lines of failures; None for nothing whole."""
     if not path.exists():
         return None
     text = path.read_text()
-    return junit.read(text) if text.startswith("<?xml") else json.loads(text)
+    try:
+        return junit.read(text) if text.startswith("<?xml") else json.loads(text)
+    except (ValueError, SyntaxError):  # of JSON; of XML
+        return None
 
 
 def _device() -> str | None:
@@ -206,16 +220,6 @@ def _device() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.partition("\n")[0].strip() or None
-
-
-def _commit() -> str | None:
-    """The checkout's, None outside of one."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:

@@ -81,8 +81,10 @@ def install(folder: Path, repository: Path) -> Path:
         shutil.copy2(folder / name, repository / KERNELS / name)
     packages = Path(tempfile.mkdtemp(prefix="gpu-packages-"))
     wheels = sorted(map(str, (folder / "wheels").glob("*.whl")))
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
-    subprocess.run([*command, "--disable-pip-version-check", f"--target={packages}", *wheels], check=True)
+    pip = [sys.executable, "-m", "pip", "--isolated", "--disable-pip-version-check", "install", "--quiet"]
+    done = subprocess.run([*pip, "--no-index", "--no-deps", "--no-compile", f"--target={packages}", *wheels])
+    if done.returncode:
+        raise SystemExit(f"pip cannot install {folder / 'wheels'}; its own words are above")
     return packages
 
 

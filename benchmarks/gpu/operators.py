@@ -6,17 +6,17 @@ python -m benchmarks.gpu.operators [--dry] [--output FILE.json]
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import figures
 from benchmarks.kernel_cases import CASES
-from benchmarks.kernel_problem import OURS, TORCH, Setting
+from benchmarks.kernel_problem import OURS, TORCH, Case, Setting
 from benchmarks.kernels import MAX_DIFFERENCE, largest_difference, run
 from megatron_vlm import platform
 from vlm_kernels import library
@@ -27,47 +27,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry", action="store_true", help="on the host, where references run")
+    parser.add_argument("--uncounted", action="store_true", help="without the profiler, which checkers do not bear")
     parser.add_argument("--output", type=Path, help="JSON file of the figures")
     options = parser.parse_args(arguments)
-    began = time.perf_counter()
     platform.initialize()
-    device = torch.device("cpu" if options.dry else "cuda")
     torch.manual_seed(0)
-    figures: dict[str, Any] = {"seconds_to_import": round(time.perf_counter() - began, 1)}
-    if not options.dry:
-        figures |= describe_device()
-    called, errors = run_all(Setting(device, torch.bfloat16, is_tiny=True))
-    if missing := sorted(set(library.operators()) - called):
-        errors["operators"] = f"never called: {', '.join(missing)}"
-    if not options.dry and not figures["expandable_segments"]:
-        errors["allocator"] = "segments are not expandable; is PYTORCH_ALLOC_CONF set?"
-    figures |= {"operators": sorted(called), "errors": errors}
-    for name, error in errors.items():
-        print(f"{name}: {error}", file=sys.stderr)
+    found: dict[str, Any] = {} if options.dry else describe_device()
+    errors: dict[str, str] = {}
+
+    def run_all() -> None:
+        for name, call in calls(Setting(torch.device("cpu" if options.dry else "cuda"), torch.bfloat16, is_tiny=True)):
+            try:
+                call()
+            except Exception as error:  # whatever comes: the next operator is tried all the same
+                errors[name] = f"{type(error).__name__}: {error}"
+                print(f"{name}: {errors[name]}", file=sys.stderr, flush=True)
+            if options.output:
+                figures.write(options.output, found | {"last": name, "errors": errors})
+
+    called = set(library.operators())
+    if options.uncounted:
+        run_all()
+    else:
+        called = count(run_all)
+        if missing := sorted(set(library.operators()) - called):
+            errors["operators"] = f"never called: {', '.join(missing)}"
     print(f"{len(called)} operators called, {len(errors)} errors")
     if options.output:
-        options.output.write_text(json.dumps(figures, indent=1))
+        figures.write(options.output, found | {"operators": sorted(called), "errors": errors})
     return 1 if errors else 0
 
 
-def run_all(setting: Setting) -> tuple[set[str], dict[str, str]]:
-    """Names of the operators that ran, and what went wrong by case."""
-    errors: dict[str, str] = {}
-    activities = [torch.profiler.ProfilerActivity.CPU]  # calls, on whatever device and thread
-    with torch.profiler.profile(activities=activities) as profile:
-        for case in CASES:
-            problem = case.build(setting)
-            try:
-                run(problem, problem.sides[OURS])
-                sides = {side: problem.sides[side] for side in (OURS, TORCH)}
-                difference = largest_difference(problem, sides)
-                if not difference <= MAX_DIFFERENCE[setting.dtype]:
-                    errors[f"{case.operator}, {case.name}"] = f"differs from torch by {difference:.1e} of the norm"
-            except Exception as error:  # whatever comes: the next operator is tried all the same
-                errors[f"{case.operator}, {case.name}"] = f"{type(error).__name__}: {error}"
-        consume_inputs(setting)
+def calls(setting: Setting) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Every case of the benchmark, and what it does not call."""
+    for case in CASES:
+        yield f"{case.operator}, {case.name}", partial(compare, case, setting)
+    yield "inputs given up", partial(consume_inputs, setting)
+
+
+def compare(case: Case, setting: Setting) -> None:
+    """Our side and torch's, forward and backward. Raises ValueError where they differ."""
+    problem = case.build(setting)
+    run(problem, problem.sides[OURS])
+    difference = largest_difference(problem, {side: problem.sides[side] for side in (OURS, TORCH)})
+    if not difference <= MAX_DIFFERENCE[setting.dtype]:
+        raise ValueError(f"differs from torch by {difference:.1e} of the norm")
+
+
+def count(action: Callable[[], None]) -> set[str]:
+    """Names of the operators that an action calls, on whatever device and thread."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        action()
     prefix = f"{library.NAMESPACE}::"
-    return {event.key.removeprefix(prefix) for event in profile.key_averages() if event.key.startswith(prefix)}, errors
+    return {event.key.removeprefix(prefix) for event in profile.key_averages() if event.key.startswith(prefix)}
 
 
 def consume_inputs(setting: Setting) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import figures
 from benchmarks.gpu import models, trace
 from benchmarks.training_sides import build_batch, own_side
 from megatron_vlm import platform
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = platform.current().device
     dtype = torch.float32 if options.dry else torch.bfloat16
     config = models.qwen3_vl_2b(options.dry)
-    figures: dict[str, Any] = {}
+    found_by_length: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         models.write_random(config, Path(folder), dtype, device)
         patches = TINY_PATCHES if options.dry else IMAGE_PATCHES
@@ -50,26 +51,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             side = own_side(Path(folder), batches, dtype)
             for _ in range(WARM_UPS):
                 side.step()
-            figures[f"{length} tokens"] = found = profile(side.step, Path(folder) / "trace.json")
+            found_by_length[f"{length} tokens"] = found = profile(side.step, Path(folder) / "trace.json")
             idle = "-" if found["idle_share"] is None else f"{found['idle_share']:.0%}"
             print(f"{length} tokens: {found['launches']:.0f} launches, {idle} idle, waits {found['waits']}", flush=True)
             if options.output:
-                options.output.write_text(json.dumps(figures, indent=1))
+                figures.write(options.output, found_by_length)
             del side
             gc.collect()
     platform.current().leave_process_group(failed=False)
-    has_launches = all(found["launches"] for found in figures.values())
+    has_launches = all(found["launches"] for found in found_by_length.values())
     return 0 if options.dry or has_launches else 1
 
 
 def profile(step: Any, path: Path) -> dict[str, Any]:
-    """Figures of `STEPS` steps; the device has nothing to do before them and after them."""
+    """Figures of `STEPS` steps; the device has nothing to do before them."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     # What the host does is not recorded on a GPU: that alone would keep the device waiting.
     with torch.profiler.profile(activities=platform.current().profiler_activities()[-1:]) as recorded:
         for _ in range(STEPS):
             step()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
     recorded.export_chrome_trace(str(path))
     return trace.summarize(json.loads(path.read_text())["traceEvents"], STEPS)
 

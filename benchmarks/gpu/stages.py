@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 FIGURES = "FIGURES"
 """Stands in a command for the file to which the stage writes its figures."""
@@ -21,6 +21,7 @@ class Stage:
         dry_command: the same on the host, at tiny sizes or as far as it gets without a GPU.
         wrapper: a program that runs python on the GPU, and its arguments.
         environment: variables that are set on the GPU.
+        limit_seconds: after which it is ended.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Stage:
     dry_command: tuple[str, ...]
     wrapper: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    limit_seconds: int = 120
 
 
 def _tests(name: str, purpose: str, estimate_seconds: int, *arguments: str) -> Stage:
@@ -37,7 +39,8 @@ def _tests(name: str, purpose: str, estimate_seconds: int, *arguments: str) -> S
     command = ("-m", "pytest", "--color=no", f"--junitxml={FIGURES}", "-v", *arguments)
     # Eight processes with a pool of compilers each would fight for the cores.
     environment = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    return Stage(name, purpose, estimate_seconds, (*command, "-n", "8"), command, environment=environment)
+    processes = ("-n", "8"), ("-n", "2")
+    return Stage(name, purpose, estimate_seconds, *((*command, *each) for each in processes), environment=environment)
 
 
 def _script(name: str, purpose: str, estimate_seconds: int, module: str, *arguments: str, dry: str = "--dry") -> Stage:
@@ -47,47 +50,63 @@ def _script(name: str, purpose: str, estimate_seconds: int, module: str, *argume
 
 def _demo(model: str) -> Stage:
     command = ("-m", "demo.run", "--processes", "1", "--model", model)
-    # Even the shortest demo is minutes of a host: its command line is read, and its recipe.
-    return Stage(f"demo_{model}", "training, resuming, export, answers", 90, command, (*command, "--help"))
+    # A demo takes minutes on a host too: only its command line is read there.
+    return Stage(
+        f"demo_{model}", "training, resuming, export, answers", 150, command, (*command, "--help"), limit_seconds=400
+    )
 
 
 _KERNEL_TESTS = tuple(
     f"tests/gpu/test_kernels_{operator}.py"
-    for operator in ("permute", "rms_norm", "gated", "rope", "linear_cross_entropy", "span_attention")
+    for operator in ("permute", "rms_norm", "gated", "rope", "linear_cross_entropy")
 )
+_PRODUCT_CASES = ("plain", "capped at 30", "64, images", "256, images, window 1024", "512, images", "512, causal")
 _ATTENTION_CASES = ("128, images", "128, images, window 1024")
 
 STAGES = (
-    _script("operators", "every operator once in bf16, strict", 30, "benchmarks.gpu.operators"),
+    replace(
+        _script("operators", "every operator once in bf16, strict", 30, "benchmarks.gpu.operators"),
+        environment={"CUDA_LAUNCH_BLOCKING": "1"},  # an error names the call that made it
+    ),
     _tests("short_rows", "FlexAttention at one short row", 90, "tests/gpu/test_flex_attention.py"),
-    _tests("kernels", "every kernel against fp64", 100, *_KERNEL_TESTS),
+    _tests("kernels", "kernels of CUDA against fp64", 60, *_KERNEL_TESTS),
     _tests("experts", "grouped products, experts without tokens", 25, "tests/gpu/test_one_gpu.py", "-k", "experts"),
     _tests("steps", "a step of each family against transformers", 60, "tests/gpu/test_one_gpu.py", "-k", "not experts"),
-    _script("recompilations", "variants over 50 lengths", 50, "benchmarks.gpu.recompilations"),
+    _tests("attention", "kernels of Triton against fp64", 95, "tests/gpu/test_kernels_span_attention.py"),
+    _script("recompilations", "variants over 50 lengths", 45, "benchmarks.gpu.recompilations"),
     _script(
         "span_attention",
         "our kernels against FlexAttention at head size 128",
         50,
         "benchmarks.kernels",
-        *("--operators", "span_attention", "--cases", *_ATTENTION_CASES, "--no_compile"),
+        *("--operators", "span_attention", "--cases", *_ATTENTION_CASES, "--no_compile", "--measure_only"),
         dry="--tiny",
     ),
-    _script("profile", "launches, idle time, waits of a step", 75, "benchmarks.gpu.profile_steps"),
+    _script("profile", "launches, idle time, waits of a step", 70, "benchmarks.gpu.profile_steps"),
     Stage(
         "memory_checker",
         "accesses out of bounds, at tiny sizes",
         110,
-        ("-m", "benchmarks.gpu.operators", "--output", FIGURES),
-        ("-m", "benchmarks.gpu.operators", "--output", FIGURES, "--dry"),
-        ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"),
+        ("-m", "benchmarks.gpu.operators", "--output", FIGURES, "--uncounted"),
+        ("-m", "benchmarks.gpu.operators", "--output", FIGURES, "--uncounted", "--dry"),
+        ("compute-sanitizer", "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"),
         # A tensor beside another in one allocation would hide what lies beyond it.
         {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     ),
     _script(
         "kernel_benchmark",
-        "time of every kernel",
-        115,
-        *("benchmarks.kernels", "--no_compile", "--rounds", "7"),
+        "time of kernels that memory bounds",
+        55,
+        *("benchmarks.kernels", "--operators", "rms_norm", "rope", "gated", "permute"),
+        *("--no_compile", "--rounds", "7", "--measure_only"),
+        dry="--tiny",
+    ),
+    _script(
+        "product_benchmark",
+        "time of the loss, and of attention at other head sizes",
+        100,
+        *("benchmarks.kernels", "--operators", "linear_cross_entropy", "span_attention"),
+        *("--cases", *_PRODUCT_CASES, "--no_compile", "--rounds", "7", "--measure_only"),
         dry="--tiny",
     ),
     _script("step_time", "step time and MFU beside transformers with Liger", 110, "benchmarks.gpu.step_time"),

@@ -5,19 +5,21 @@ Source: the trace format of Chrome as torch.profiler writes it, with Kineto's ca
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 FROM_HOST = ("cuda_runtime", "cuda_driver")
-# Calls that return when the device has done something. A pageable copy to the host is followed by one of them.
+# Calls that return when the device has done something.
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cuStreamSynchronize")
+COPY = "cudaMemcpyAsync"  # returns when it is done where it copies from the device to memory that is not page-locked
 Event = dict[str, Any]
 
 
 def summarize(events: Iterable[Event], num_steps: int, top: int = 25) -> dict[str, Any]:
-    """Figures per step of a trace that holds `num_steps` steps and nothing else.
+    """Figures per step of a trace that holds `num_steps` steps, and what ends a profile: waiting for the device.
 
     Args:
         events: `traceEvents`; times in microseconds.
@@ -31,13 +33,19 @@ def summarize(events: Iterable[Event], num_steps: int, top: int = 25) -> dict[st
     complete = [event for event in events if event.get("ph") == "X" and "dur" in event]
     on_device = [event for event in complete if event.get("cat") in ON_DEVICE]
     kernels = [event for event in on_device if event["cat"] == "kernel"]
+    # Synchronisations after the last launch are the profiler's.
+    until = max((event["ts"] for event in complete if "aunch" in event["name"]), default=float("inf"))
     intervals = sorted((event["ts"], event["ts"] + event["dur"]) for event in on_device)
     busy = _union(intervals)
     span = max(end for _, end in intervals) - intervals[0][0] if intervals else 0.0
+    to_pageable = {_correlation(event) for event in on_device if re.search("DtoH.*Pageable", event["name"])}
     waits: dict[str, list[float]] = defaultdict(list)
     for event in complete:
-        if event.get("cat") in FROM_HOST and event["name"] in WAITS:
-            waits[event["name"]].append(event["dur"])
+        if event.get("cat") in FROM_HOST and event["ts"] < until:
+            if event["name"] in WAITS:
+                waits[event["name"]].append(event["dur"])
+            elif event["name"] == COPY and _correlation(event) in to_pageable:
+                waits[f"{COPY} to pageable memory"].append(event["dur"])
     seconds: Counter[str] = Counter()
     number: Counter[str] = Counter()
     for event in kernels:
@@ -58,6 +66,10 @@ def summarize(events: Iterable[Event], num_steps: int, top: int = 25) -> dict[st
             for name, total in seconds.most_common(top)
         ],
     }
+
+
+def _correlation(event: Event) -> Any:
+    return event.get("args", {}).get("correlation")
 
 
 def _union(intervals: list[tuple[float, float]]) -> float:

@@ -18,6 +18,7 @@ import torch
 from torch.nn.attention import flex_attention
 from torch.overrides import TorchFunctionMode
 
+from tests.gpu.poison import poison
 from vlm_kernels.span_attention import flex
 
 MODE = os.environ.get("GPU_TESTS", "")
@@ -67,6 +68,7 @@ def host_stands_in() -> Iterator[None]:
                 "memory_allocated": lambda: 0,
                 "max_memory_allocated": lambda: 0,
                 "reset_peak_memory_stats": lambda: None,
+                "empty_cache": lambda: None,
                 "Stream": lambda: stream,
                 "current_stream": lambda: stream,
                 "stream": lambda given: given,
@@ -75,3 +77,9 @@ def host_stands_in() -> Iterator[None]:
             stack.enter_context(mock.patch.object(flex, "compiled", lambda: flex_attention.flex_attention))
             stack.enter_context(mock.patch.object(flex_attention, "_validate_device", lambda *tensors: None))
         yield
+
+
+@pytest.fixture
+def poisoned() -> None:
+    """What is allocated next was not a number."""
+    poison()

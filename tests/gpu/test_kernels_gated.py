@@ -8,11 +8,7 @@ import torch
 from tests.kernels.test_gated import FORMULAS, ROUNDING
 from vlm_kernels.gated import ACTIVATIONS, Activation, gated, gated_halves
 
-
-@pytest.fixture(autouse=True)
-def poisoned() -> None:
-    """What is allocated next was NaN."""
-    torch.full((1 << 26,), float("nan"), device="cuda")
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -16,10 +16,7 @@ from vlm_kernels.linear_cross_entropy import logits_gradient_, vocabulary_statis
 MIB = 2**20
 
 
-@pytest.fixture(autouse=True)
-def poisoned() -> None:
-    """What is allocated next was NaN."""
-    torch.full((1 << 26,), float("nan"), device="cuda")
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.fixture(scope="module")

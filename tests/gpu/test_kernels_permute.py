@@ -8,11 +8,7 @@ import torch
 from tests.kernels.test_permute import MAPS, make_map
 from vlm_kernels.permute import Permutation, chunk_permutation, expert_permutation, permute, reference, unpermute
 
-
-@pytest.fixture(autouse=True)
-def poisoned() -> None:
-    """What is allocated next was NaN."""
-    torch.full((1 << 26,), float("nan"), device="cuda")
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def fresh_map(num_tokens: int, num_experts: int, top_k: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.gpu.poison import poison
 from tests.kernels.test_rms_norm import EPS, OPERATIONS, outputs
 from vlm_kernels.rms_norm import reference, rms_norm, rms_norm_add_rms_norm
 
@@ -22,11 +23,6 @@ SHAPES = [
     (1, 1),
 ]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-
-def poison() -> None:
-    """What is allocated next was NaN."""
-    torch.full((1 << 27,), torch.nan, device="cuda")
 
 
 def make(operation, shape: tuple[int, ...], dtype: torch.dtype, zero_centered: bool) -> list[torch.Tensor]:

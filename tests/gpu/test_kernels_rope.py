@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from tests.gpu.poison import poison
 from tests.kernels.rope_cases import Case, Inputs, make
 from tests.kernels.test_rope import call, expected, gradients, leaves
 from tests.kernels.test_rope_emulated import CASES
@@ -44,11 +45,6 @@ def on_gpu(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
 
     given = {field.name: getattr(inputs, field.name) for field in fields(Inputs)}
     return Inputs(**{name: None if x is None else copied(x) for name, x in given.items()})
-
-
-def poison() -> None:
-    """What is allocated next was NaN."""
-    torch.full((1 << 27,), torch.nan, device="cuda")
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -19,10 +19,7 @@ HEAD_DIMS = [64, 72, 80, 128, 256, 512]
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
-@pytest.fixture(autouse=True)
-def poisoned() -> None:
-    """What is allocated next was NaN."""
-    torch.full((1 << 27,), float("nan"), device="cuda")
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.fixture(autouse=True)

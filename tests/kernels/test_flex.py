@@ -13,13 +13,21 @@ import torch
 
 from tests.kernels.gpu_compiler import compiling_flex_attention
 from tests.kernels.span_compile import SHARED_BYTES
+from tests.ranks import run_ranks
 from vlm_kernels.span_attention import Spans, flex
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
 ROWS = (17, 60, 100, 127, 128, 300)
 WINDOWS = (None, 50)
 RATIOS = (1, 2, 4, 8)
 HEAD_DIMS = (64, 72, 128, 256, 512)
 KEY_HEADS = 2
+
+
+@pytest.fixture(scope="module")
+def forked_ranks() -> None:
+    """Ranks of later tests are forked first: autograd's threads, which are started here, would forbid it."""
+    run_ranks(1, int)
 
 
 def attend(
@@ -76,8 +84,10 @@ def test_the_compiler_by_itself_fails(monkeypatch: pytest.MonkeyPatch, is_traini
 @pytest.mark.parametrize("is_training", [True, False])
 def test_variants_are_few_over_lengths_and_windows(is_training: bool) -> None:
     lengths = [*random.Random(3).sample(range(2, 500), 48), 1024, 2500]
-    with compiling_flex_attention() as compilations:
+    with torch._dynamo.config.patch(recompile_limit=8), compiling_flex_attention() as compilations:
         attend(lengths, 2, 64, is_training, windows=(None, 7, 1024))
+        # Past its limit dynamo would run attention uncompiled.
+        assert torch._dynamo.config.recompile_limit >= 64
     # Rows of one block, rows of less than one block, and longer rows.
     assert len(compilations.variants) <= 3
 
