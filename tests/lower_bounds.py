@@ -8,6 +8,7 @@ Counts and versions go to benchmarks/results/lower_bounds.json. `make test_lower
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import subprocess
 import sys
 import tomllib
@@ -47,7 +48,9 @@ def main(arguments: list[str]) -> int:
     with TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", f"--junitxml={report}", *TESTS]
-        returncode = subprocess.run(command, cwd=ROOT).returncode
+        # Nothing of the project is installed there, and some tests start programs of it.
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+        returncode = subprocess.run(command, cwd=ROOT, env=environment).returncode
         found = junit.read(report.read_text())
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     figures.write(RECORD, {"versions": versions, "commit": figures.commit(), **found})

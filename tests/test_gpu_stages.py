@@ -121,13 +121,15 @@ def test_the_total_limit_ends_a_stage(run: Callable[..., Any]) -> None:
     assert code == 1 and results["hangs"]["status"] == "timed out" and time.monotonic() - began < 25
 
 
-def test_tests_that_are_ended_still_report(run: Callable[..., Any], tmp_path: Path) -> None:
-    tests = tmp_path / "test_some.py"
-    tests.write_text("import time\ndef test_a(): assert 0, 'wrong'\ndef test_b(): time.sleep(60)\n")
-    command = ("-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={FIGURES}", str(tests))
-    _, results = run(Stage("tests", "a test", 1, command, command, limit_seconds=6))
-    assert results["tests"]["status"] == "timed out"
-    assert results["tests"]["figures"]["failures"] == 1
+def test_a_stage_past_its_limit_may_still_report(run: Callable[..., Any]) -> None:
+    """As pytest does when it is interrupted."""
+    code = (
+        "import json, sys, time\n"
+        "try:\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    json.dump({'failures': 1}, open(sys.argv[1], 'w'))\n"
+    )
+    _, results = run(stage("tests", code, limit_seconds=4))
+    assert results["tests"]["status"] == "timed out" and results["tests"]["figures"] == {"failures": 1}
 
 
 def test_a_signal_ends_the_stage_that_runs(tmp_path: Path) -> None:
@@ -166,7 +168,7 @@ def test_a_stage_past_its_limit_is_ended_with_all_that_it_started(run: Callable[
         "print('begun', flush=True); time.sleep(60)"
     )
     began = time.monotonic()
-    code, results = run(stage("hangs", hangs, limit_seconds=2), stage("next", ""))
+    code, results = run(stage("hangs", hangs, limit_seconds=4), stage("next", ""))
     assert code == 1 and time.monotonic() - began < 30
     assert results["hangs"]["status"] == "timed out" and results["hangs"]["returncode"] is None
     assert results["hangs"]["figures"] == {"launches": 7} and results["hangs"]["tail"].startswith("begun\n")
