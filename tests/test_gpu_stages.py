@@ -369,7 +369,7 @@ def test_a_bundle_is_made_and_installed_offline(
 def test_stages_find_what_a_bundle_holds(
     repository: Path, tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And are told to be strict and not to ask a hub. Wheels that need others are taken as they are, offline."""
+    """They run strictly and without a hub. Wheels that need others are taken as they are, offline."""
     folder = tmp_path / "bundle"
     wheel(folder / "wheels", "some_package", requires="not-to-be-had")
     for name in (bundle.BINARY, bundle.BUILD_LOG):

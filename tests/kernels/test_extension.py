@@ -140,7 +140,7 @@ def test_an_operator_that_the_binary_lacks_runs_its_reference() -> None:
         double.redispatch(CUDA, torch.ones(3))
 
 
-# Stands in for nvcc: says what it is told to say, compiles for known architectures only and notes each call.
+# Stands in for nvcc: prints a given version and architectures, compiles for these alone and notes each call.
 NVCC = """#!{python}
 import sys
 arguments = sys.argv[1:]
