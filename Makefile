@@ -24,7 +24,7 @@ help:
 	@echo "make test           the test suite"
 	@echo "make test_full      the same with the further layouts and sizes that are marked full"
 	@echo "make test_lower_bounds  the test suite with the oldest torch, torchvision and transformers that are allowed"
-	@echo "make lint           ruff and mypy"
+	@echo "make lint           ruff, mypy and the order in which packages may import each other"
 	@echo "make gpu            tests, profiles, benchmarks and demos on one GPU, in stages of at most two minutes"
 	@echo "make gpu_bundle     what a container with a GPU and without network needs for that, in one folder"
 	@echo "make gpu_dry        starts each of those stages on this machine, at tiny sizes"
@@ -69,6 +69,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 # Where a container brings torch and there is no network: make gpu GPU_PYTHON=python3, beside a gpu_bundle made before.
 GPU_PYTHON ?=
@@ -85,4 +86,4 @@ bench: $(STAMP)
 	set -e; for script in convert train_step; do $(BIN)/python benchmarks/$$script.py; done
 
 clean:
-	rm -rf $(VENV) $(LOWER) .pytest_cache .mypy_cache .ruff_cache build gpu_bundle $(KERNELS)/_C.* *.egg-info
+	rm -rf $(VENV) $(LOWER) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build gpu_bundle $(KERNELS)/_C.* *.egg-info

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     try:
         command = parse_command_line(argv)
         if command.dry_run:
-            from megatron_vlm.training.dry_run import dry_run
+            from megatron_vlm.planning.dry_run import dry_run
 
             return dry_run(command.config)
         from megatron_vlm.training.loop import train

@@ -36,7 +36,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from megatron_vlm.checkpoint.hf import SafetensorsWriter  # noqa: E402
-from megatron_vlm.checkpoint.safetensors_files import WeightFiles  # noqa: E402
+from megatron_vlm.files.safetensors_headers import WeightFiles  # noqa: E402
 
 MAX_RATIO = 2.0
 MAX_EXTRA_BYTES = 2 * 2**30

@@ -13,12 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 
 from megatron_vlm import platform
-from megatron_vlm.checkpoint.hf_model import load_hf_into_model
 from megatron_vlm.config import OptimizerSettings
+from megatron_vlm.conversion.running_model import load_hf_into_model
 from megatron_vlm.data.collate import MicroBatch, PlacedSample, collate
 from megatron_vlm.data.prompts import Sample
 from megatron_vlm.families import registry
-from megatron_vlm.parallel.build import BuildSettings, build_chunks, wrap_data_parallel
+from megatron_vlm.families.build import BuildSettings, build_chunks, wrap_data_parallel
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.training.optimizer import apply_gradients, build_optimizer, gradient_norm
 from megatron_vlm.training.step import run_global_batch

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from demo.console import Phases, print_table
 from demo.evaluate import HeldoutSample, best_blind_guess, exact_match
-from megatron_vlm.training.report import Figure, Sample, write_report
+from megatron_vlm.report.run_report import Figure, Sample, write_report
 
 LEAST_EXACT_MATCH = 0.90
 MOST_SWAPPED_MATCH = 0.40

@@ -64,6 +64,18 @@ def parse_command_line(argv: list[str], program: str = "pretrain_vlm.py") -> Com
     return CommandLine(config, bool(parsed.dry_run))
 
 
+def load_config(argv: list[str]) -> Config:
+    """Read and validate a configuration from command-line arguments.
+
+    Args:
+        argv: arguments after the program's name, for example `["--config", "run.yaml", "--optimizer.lr", "1e-4"]`.
+
+    Raises:
+        ConfigError: a key is unknown, missing, ill-typed, or its value cannot work; all such problems in one message.
+    """
+    return parse_command_line(argv).config
+
+
 def _with_home(config: Config) -> Config:
     """The same with every "~" at the start of a path replaced: no shell does that in YAML or after `--key=`."""
     home, checkpoint = os.path.expanduser, config.checkpoint

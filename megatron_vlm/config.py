@@ -244,17 +244,3 @@ def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any], prefix
             yield from changed_settings(old, new, f"{prefix}{key}.")
         elif old != new:
             yield f"{prefix}{key} {json.dumps(old)} -> {json.dumps(new)}"
-
-
-def load_config(argv: list[str]) -> Config:
-    """Read and validate a configuration from command-line arguments (see `megatron_vlm.cli`).
-
-    Args:
-        argv: arguments after the program's name, for example `["--config", "run.yaml", "--optimizer.lr", "1e-4"]`.
-
-    Raises:
-        ConfigError: a key is unknown, missing, ill-typed, or its value cannot work; all such problems in one message.
-    """
-    from megatron_vlm.cli import parse_command_line
-
-    return parse_command_line(argv).config

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_vlm.cli import parse_command_line, valid_keys
-from megatron_vlm.config import Config, load_config, to_yaml
+from megatron_vlm.cli import load_config, parse_command_line, valid_keys
+from megatron_vlm.config import Config, to_yaml
 from megatron_vlm.errors import ConfigError, UserError, combine
 
 MINIMAL = {

@@ -15,8 +15,8 @@ from PIL import Image
 from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
 import pretrain_vlm
-from megatron_vlm.checkpoint.convert import import_checkpoint
 from megatron_vlm.checkpoint.run_folder import MANIFEST_NAME
+from megatron_vlm.conversion.convert import import_checkpoint
 from tests.data.rows import assistant, image, row, user, write_jsonl
 from tests.data.tiny_processor import build_processor
 

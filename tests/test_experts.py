@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn.functional import silu
 
 from megatron_vlm.layers.moe import Experts, MoE, TokenShare
-from megatron_vlm.parallel.chunk import ChunkSettings
-from megatron_vlm.parallel.engine import engine_config
+from megatron_vlm.parallel.chunk_settings import ChunkSettings
+from megatron_vlm.parallel.mcore_config import engine_config
 
 HIDDEN, WIDTH = 48, 32
 

@@ -18,8 +18,8 @@ from megatron_vlm.layers.linear import column_parallel_weights
 from megatron_vlm.layers.norm import RMSNorm
 from megatron_vlm.layers.rope import rope_table
 from megatron_vlm.layers.vocab_parallel_loss import Head, linear_cross_entropy
-from megatron_vlm.parallel.engine import engine_config
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
+from megatron_vlm.parallel.mcore_config import engine_config
 from tests.ranks import run_ranks
 from vlm_kernels.rope import qk_norm_rope
 

@@ -33,12 +33,12 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 
 from megatron_vlm import platform
 from megatron_vlm.checkpoint import optimizer_state
-from megatron_vlm.checkpoint.distributed import CheckpointManager, sharded_model_state
+from megatron_vlm.checkpoint.manager import CheckpointManager, sharded_model_state
 from megatron_vlm.checkpoint.run_folder import ModelIdentity
 from megatron_vlm.layers.moe import MoE, TokenShare
-from megatron_vlm.parallel.chunk import ChunkSettings
-from megatron_vlm.parallel.engine import engine_config
+from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.groups import build_groups
+from megatron_vlm.parallel.mcore_config import engine_config
 from megatron_vlm.platform import megatron_cpu
 from megatron_vlm.platform.fused_adam import FusedLayoutAdam
 from megatron_vlm.training.step import run_global_batch
@@ -438,7 +438,7 @@ ALLOWED_WORDS = {
         '"""Vision-language models trained natively in parallel on megatron-core\'s primitives, on CPU and on CUDA."""'
     },
     "megatron_vlm/parallel/groups.py": {"model_parallel_cuda_manual_seed"},
-    "megatron_vlm/parallel/engine.py": {"use_cpu_initialization"},
+    "megatron_vlm/parallel/mcore_config.py": {"use_cpu_initialization"},
 }
 
 

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 from transformers import PretrainedConfig
 
-from megatron_vlm.config import Config, load_config
+from megatron_vlm.cli import load_config
+from megatron_vlm.config import Config
 from megatron_vlm.errors import CheckpointError, ConfigError, LaunchError, UserError
 from megatron_vlm.families import registry
+from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.stages import assign_layers
-from megatron_vlm.training.memory import HeldParameter, estimate_memory, format_memory, held_parameters
-from megatron_vlm.training.preflight import Layout, check_export, check_layout, check_run_dir, record_export
+from megatron_vlm.planning.memory import HeldParameter, estimate_memory, format_memory, held_parameters
+from megatron_vlm.planning.preflight import check_export, check_layout, check_run_dir, record_export
 from tests import published_mistral3
 from tests.published_gemma3 import TEXT_ONLY, published_config
 

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
-from megatron_vlm.config import Config, load_config
+from megatron_vlm.cli import load_config
+from megatron_vlm.config import Config
 from megatron_vlm.errors import ConfigError, LaunchError, UserError
 from megatron_vlm.families.gemma3.config import config_from_hf as gemma3_from_hf
 from megatron_vlm.families.qwen3_vl.config import config_from_hf
-from megatron_vlm.training.dry_run import world_size_to_check
-from megatron_vlm.training.preflight import Layout, check_layout
+from megatron_vlm.parallel.layout import Layout
+from megatron_vlm.planning.dry_run import world_size_to_check
+from megatron_vlm.planning.preflight import check_layout
 from tests import published_gemma3
 from tests.published_qwen3_vl import published_config
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.cli import parse_command_line, valid_keys
-from megatron_vlm.config import load_config
+from megatron_vlm.cli import load_config, parse_command_line, valid_keys
 from tools import config_reference, convert, inspect_data
 
 REPOSITORY = Path(__file__).resolve().parent.parent

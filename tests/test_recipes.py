@@ -13,10 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 
-from megatron_vlm.config import Config, load_config
+from megatron_vlm.cli import load_config
+from megatron_vlm.config import Config
 from megatron_vlm.families import registry
-from megatron_vlm.training.memory import RankMemory, estimate_memory, held_parameters
-from megatron_vlm.training.preflight import Layout, check_layout
+from megatron_vlm.parallel.layout import Layout
+from megatron_vlm.planning.memory import RankMemory, estimate_memory, held_parameters
+from megatron_vlm.planning.preflight import check_layout
 from tests import published_gemma3, published_mistral3, published_qwen3_vl
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -60,7 +60,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from megatron_vlm.checkpoint.convert import import_checkpoint
+    from megatron_vlm.conversion.convert import import_checkpoint
 
     progress = _Progress("import")
     import_checkpoint(options.hf, options.out, progress)
@@ -69,7 +69,7 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from megatron_vlm.checkpoint.convert import export_checkpoint
+    from megatron_vlm.conversion.convert import export_checkpoint
 
     progress = _Progress("export")
     export_checkpoint(options.ckpt, options.hf, options.out, progress)
@@ -78,7 +78,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from megatron_vlm.checkpoint.convert import verify_checkpoint
+    from megatron_vlm.conversion.convert import verify_checkpoint
 
     result = verify_checkpoint(options.hf, options.ckpt, _Progress("verify"))
     for difference in result.differences[:DIFFERENCES_SHOWN]:

@@ -19,7 +19,9 @@ from typing import Self
 
 import torch
 
-from megatron_vlm.checkpoint.safetensors_files import (
+from megatron_vlm.errors import CheckpointError
+from megatron_vlm.files.durable import StreamedFile, copy_durably, read_bytes, sync_directory, write_durably
+from megatron_vlm.files.safetensors_headers import (
     BLOCK_BYTES,
     INDEX_FILE,
     SINGLE_FILE,
@@ -28,8 +30,6 @@ from megatron_vlm.checkpoint.safetensors_files import (
     read_shard_header,
     row_blocks,
 )
-from megatron_vlm.checkpoint.staging import StreamedFile, copy_durably, read_bytes, sync_directory, write_durably
-from megatron_vlm.errors import CheckpointError
 
 # What belongs to a checkpoint besides its weights: copied by an export, bit for bit.
 COMPANION_PATTERNS = (

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.checkpoint.staging import sync_directory, write_durably
 from megatron_vlm.errors import CheckpointError
+from megatron_vlm.files.durable import sync_directory, write_durably
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "megatron_vlm.json"

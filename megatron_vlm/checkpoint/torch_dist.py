@@ -40,9 +40,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import skip_data
 
-from megatron_vlm.checkpoint.safetensors_files import row_blocks
-from megatron_vlm.checkpoint.staging import StreamedFile, read_bytes, write_durably
 from megatron_vlm.errors import CheckpointError
+from megatron_vlm.files.durable import StreamedFile, read_bytes, write_durably
+from megatron_vlm.files.safetensors_headers import row_blocks
 
 MEGATRON_METADATA_FILE = "metadata.json"
 COMMON_STATE_KEY = "common_state/shard_0_1"  # megatron-core's unique key of its only ShardedObject

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from megatron_vlm.data.prompts import PositionFunction, PromptRules, Sample
+from megatron_vlm.data.prompts import Sample
+from megatron_vlm.data.rules import PositionFunction, PromptRules
 from megatron_vlm.data.visuals import VisionGrid
 
 NO_LOSS = -100

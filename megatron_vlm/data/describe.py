@@ -12,8 +12,9 @@ from megatron_vlm.config import Config
 from megatron_vlm.data.collate import PlacedSample
 from megatron_vlm.data.images import read_bytes
 from megatron_vlm.data.plan import SamplePlan
-from megatron_vlm.data.prompts import PromptBuilder, PromptRules
+from megatron_vlm.data.prompts import PromptBuilder
 from megatron_vlm.data.rows import RowReader, reader_for
+from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.data.videos import check_video_file
 from megatron_vlm.errors import DataError
 

@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_vlm.config import Config
 from megatron_vlm.data.collate import MicroBatch, collate
 from megatron_vlm.data.plan import SamplePlan, micro_batch_start
-from megatron_vlm.data.prompts import PromptRules
 from megatron_vlm.data.rows import RowReader, reader_for
+from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.errors import UserError
 
 FEWEST_AHEAD_PER_WORKER, MOST_AHEAD_PER_WORKER = 2, 16

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import AutoProcessor, AutoTokenizer
 
+from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.errors import ConfigError
-
-if TYPE_CHECKING:
-    from megatron_vlm.data.prompts import PromptRules
 
 # What processors call the tokens that they write around and instead of an image or video.
 IMAGE_TOKEN_NAMES = (

@@ -14,7 +14,8 @@ from megatron_vlm.data.formats import Conversation, parse_row
 from megatron_vlm.data.images import load_image
 from megatron_vlm.data.index import JsonlRows, build_index
 from megatron_vlm.data.plan import PlannedSource
-from megatron_vlm.data.prompts import PromptBuilder, PromptRules, Sample, turn_ends
+from megatron_vlm.data.prompts import PromptBuilder, Sample, turn_ends
+from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.data.videos import load_video, require_decoder
 from megatron_vlm.errors import ConfigError, DataError
 

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.module import MegatronModule
 
-    from megatron_vlm.checkpoint.weight_map import WeightMap
     from megatron_vlm.data.collate import MicroBatch
-    from megatron_vlm.data.prompts import PromptRules
-    from megatron_vlm.parallel.chunk import ChunkSettings
+    from megatron_vlm.data.rules import PromptRules
+    from megatron_vlm.model.weight_map import WeightMap
+    from megatron_vlm.parallel.chunk_settings import ChunkSettings
 
 
 @dataclass(frozen=True)

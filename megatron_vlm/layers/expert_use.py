@@ -13,7 +13,7 @@ import torch.distributed
 
 from megatron_vlm.layers.load_balancing import LoadBalancing
 from megatron_vlm.layers.moe import MoERecord, Routing, TokenShare
-from megatron_vlm.parallel.chunk import ChunkSettings
+from megatron_vlm.parallel.chunk_settings import ChunkSettings
 
 
 class LayerRecord(Protocol):

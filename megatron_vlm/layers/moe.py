@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import grouped_mm, linear, pad
 
 from megatron_vlm.layers.expert_permutation import install as install_expert_permutation
-from megatron_vlm.parallel.chunk import ChunkSettings
+from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.gradients import mark_partial
 from megatron_vlm.parallel.sharding import mark_expert
 from vlm_kernels.gated import gated_halves

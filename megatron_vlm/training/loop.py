@@ -15,17 +15,17 @@ import torch.distributed
 import yaml
 
 from megatron_vlm import platform
-from megatron_vlm.checkpoint.distributed import on_first_rank
-from megatron_vlm.checkpoint.hf_model import export_hf_from_model
+from megatron_vlm.checkpoint.manager import on_first_rank
 from megatron_vlm.config import Config, changed_settings, to_dict, to_yaml
+from megatron_vlm.conversion.running_model import export_hf_from_model
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.data.rows import BadRowTracker
 from megatron_vlm.errors import ConfigError, DataError, DivergenceError
+from megatron_vlm.planning.preflight import record_export
 from megatron_vlm.training.guard import StepGuard
 from megatron_vlm.training.loggers import Callback, build_loggers
 from megatron_vlm.training.metrics import StepMetrics, expert_statistics
 from megatron_vlm.training.optimizer import apply_gradients, gradient_norm, learning_rates
-from megatron_vlm.training.preflight import record_export
 from megatron_vlm.training.profiling import ProfileWindow
 from megatron_vlm.training.setup import Run, initialize_distributed, set_up
 from megatron_vlm.training.signals import StopRequests

@@ -17,21 +17,19 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_vlm import platform
-from megatron_vlm.checkpoint.distributed import CheckpointManager, load_weights
-from megatron_vlm.checkpoint.hf_model import load_hf_into_model
+from megatron_vlm.checkpoint.manager import CheckpointManager, load_weights
 from megatron_vlm.checkpoint.run_folder import ModelIdentity
 from megatron_vlm.config import Config
+from megatron_vlm.conversion.running_model import load_hf_into_model
 from megatron_vlm.data.loader import MicroBatchLoader, Share, build_train_loader, build_valid_loader
-from megatron_vlm.data.prompts import PromptRules
+from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.families import registry
-from megatron_vlm.parallel.build import BuildSettings, build_chunks, wrap_data_parallel
-from megatron_vlm.parallel.chunk import LossSettings, MoESettings
+from megatron_vlm.families.build import DTYPES, build_chunks, build_settings, wrap_data_parallel
+from megatron_vlm.model.init_weights import initialize_weights
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
-from megatron_vlm.parallel.initialize import initialize_weights
+from megatron_vlm.parallel.layout import Layout
+from megatron_vlm.planning.preflight import check_export, check_layout, check_run_dir
 from megatron_vlm.training.optimizer import build_optimizer, build_scheduler
-from megatron_vlm.training.preflight import Layout, check_export, check_layout, check_run_dir
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -172,23 +170,6 @@ def _layout_sizes(config: Config, layout: Layout) -> dict[str, int]:
         "expert_tensor": layout.expert_tensor_size,
         "sequence_parallel": int(config.parallel.sequence_parallel),
     }
-
-
-def build_settings(config: Config, layout: Layout) -> BuildSettings:
-    """How the configuration wants the model divided and held."""
-    return BuildSettings(
-        layout.chunks,
-        DTYPES[config.train.precision],
-        config.parallel.sequence_parallel,
-        config.model.recompute,
-        config.model.vision_parallelism,
-        config.train.deterministic,
-        config.parallel.overlap_grad_reduce or config.parallel.overlap_param_gather,
-        MoESettings(
-            config.parallel.moe_token_dispatcher_type, config.model.moe_load_balancing, config.model.moe_aux_loss_coeff
-        ),
-        LossSettings(config.model.loss_chunk_mib * 2**20, config.model.z_loss_coeff),
-    )
 
 
 def _build_model(

@@ -11,14 +11,13 @@ from unittest.mock import patch
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 
-from megatron_vlm.checkpoint.distributed import CheckpointManager
-from megatron_vlm.checkpoint.hf_model import load_hf_into_model
+from megatron_vlm.checkpoint.manager import CheckpointManager
 from megatron_vlm.checkpoint.run_folder import ModelIdentity
 from megatron_vlm.config import OptimizerSettings
+from megatron_vlm.conversion.running_model import load_hf_into_model
 from megatron_vlm.data.collate import MicroBatch
-from megatron_vlm.families import registry
-from megatron_vlm.parallel import build
-from megatron_vlm.parallel.build import BuildSettings, build_chunks, wrap_data_parallel
+from megatron_vlm.families import build, registry
+from megatron_vlm.families.build import BuildSettings, build_chunks, wrap_data_parallel
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.stages import assign_layers
 from megatron_vlm.training.optimizer import apply_gradients, build_optimizer, gradient_norm

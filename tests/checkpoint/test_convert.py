@@ -20,8 +20,8 @@ from megatron.core.dist_checkpointing.strategies.checkpointable import Checkpoin
 from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
 from megatron_vlm.checkpoint import torch_dist
-from megatron_vlm.checkpoint.convert import export_checkpoint, import_checkpoint, verify_checkpoint
 from megatron_vlm.checkpoint.torch_dist import TorchDistReader
+from megatron_vlm.conversion.convert import export_checkpoint, import_checkpoint, verify_checkpoint
 from megatron_vlm.errors import CheckpointError, UserError
 from tests.checkpoint import gemma3_files
 from tests.checkpoint.hf_files import (

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from megatron_vlm.checkpoint.convert import export_checkpoint, import_checkpoint, verify_checkpoint
+from megatron_vlm.conversion.convert import export_checkpoint, import_checkpoint, verify_checkpoint
 from tests.checkpoint.hf_files import load, load_tensors
 from tests.families import FAMILIES
 from tests.families.entry import TinyFamily

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, Mistral3ForConditionalGeneration, PreTrainedModel
 
 from megatron_vlm.checkpoint import torch_dist
-from megatron_vlm.checkpoint.convert import export_checkpoint, import_checkpoint, verify_checkpoint
+from megatron_vlm.conversion.convert import export_checkpoint, import_checkpoint, verify_checkpoint
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.families import registry
 from tests.checkpoint import hf_files, mistral3_files

@@ -13,8 +13,8 @@ from transformers import (
 )
 
 from megatron_vlm.checkpoint import torch_dist
-from megatron_vlm.checkpoint.convert import export_checkpoint, import_checkpoint, verify_checkpoint
 from megatron_vlm.checkpoint.torch_dist import TorchDistReader
+from megatron_vlm.conversion.convert import export_checkpoint, import_checkpoint, verify_checkpoint
 from megatron_vlm.errors import CheckpointError
 from tests.checkpoint import qwen3_vl_files
 from tests.checkpoint.hf_files import (

@@ -18,7 +18,7 @@ import torch.distributed.checkpoint
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch.distributed.checkpoint import FileSystemWriter
 
-from megatron_vlm.checkpoint.distributed import Resumed, load_weights
+from megatron_vlm.checkpoint.manager import Resumed, load_weights
 from megatron_vlm.checkpoint.run_folder import Manifest
 from megatron_vlm.errors import CheckpointError
 from tests.checkpoint.tiny_run import (

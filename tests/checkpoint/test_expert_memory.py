@@ -5,20 +5,20 @@ from __future__ import annotations
 import ctypes
 import gc
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import Qwen3VLMoeConfig
 
-from megatron_vlm.checkpoint import hf_model
-from megatron_vlm.checkpoint.convert import export_checkpoint, import_checkpoint, verify_checkpoint
 from megatron_vlm.checkpoint.hf import SafetensorsReader, SafetensorsWriter
-from megatron_vlm.checkpoint.hf_model import export_hf_from_model, load_hf_into_model
-from megatron_vlm.checkpoint.safetensors_files import WeightFiles
+from megatron_vlm.conversion import running_model
+from megatron_vlm.conversion.convert import export_checkpoint, import_checkpoint, verify_checkpoint
+from megatron_vlm.conversion.running_model import export_hf_from_model, load_hf_into_model
 from megatron_vlm.families import registry
-from megatron_vlm.parallel.build import BuildSettings, build_chunks
+from megatron_vlm.families.build import BuildSettings, build_chunks
+from megatron_vlm.files.safetensors_headers import WeightFiles
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from tests.families import qwen3_vl
 from tests.ranks import run_ranks
@@ -99,27 +99,29 @@ def test_conversion_takes_one_expert_at_a_time(published: dict[int, Path], tmp_p
         assert growth_bytes(lambda: [torch.zeros(MIB, dtype=torch.uint8) for _ in range(MANY)]) > 0.9 * MANY * MIB
 
 
-def load_and_export(source: Path, target: Path) -> tuple[int, int]:
-    """One rank: how far its memory rises while it loads and while it exports."""
+def load_and_export(sources: Sequence[Path], targets: Sequence[Path]) -> tuple[int, int]:
+    """How far one rank's memory rises while it loads the last model and while it exports it."""
     groups = build_groups(expert_size=2)
     initialize_megatron(0, groups)
-    family = registry.detect(source)
-    config = family.config_from_hf(registry.load_hf_config(source), False)
-    chunks = build_chunks(family, config, BuildSettings([[0]], dtype=torch.bfloat16), groups)
-    for chunk in chunks:
-        for parameter in chunk.parameters():
-            torch.nn.init.zeros_(parameter)  # so that its memory counts before
-    loading = growth_bytes(lambda: load_hf_into_model(chunks, source, family, config, groups))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf_model, "GATHERED_BYTES", MIB)
-        exporting = growth_bytes(lambda: export_hf_from_model(chunks, source, target, family, config, groups))
+    for source, target in zip(sources, targets, strict=True):
+        family = registry.detect(source)
+        config = family.config_from_hf(registry.load_hf_config(source), False)
+        chunks = build_chunks(family, config, BuildSettings([[0]], dtype=torch.bfloat16), groups)
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                torch.nn.init.zeros_(parameter)  # so that its memory counts before
+        loading = growth_bytes(lambda: load_hf_into_model(chunks, source, family, config, groups))  # noqa: B023
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(running_model, "GATHERED_BYTES", MIB)
+            exporting = growth_bytes(lambda: export_hf_from_model(chunks, source, target, family, config, groups))  # noqa: B023
     return loading, exporting
 
 
 def test_a_running_model_moves_one_expert_at_a_time(published: dict[int, Path], tmp_path: Path) -> None:
+    targets = {num_experts: tmp_path / str(num_experts) for num_experts in published}
+    growths = run_ranks(2, load_and_export, list(published.values()), list(targets.values()))
+    print([[f"{growth / MIB:.1f} MiB" for growth in rank] for rank in growths])
     for num_experts, source in published.items():
-        growths = run_ranks(2, load_and_export, source, tmp_path / str(num_experts))
-        print(num_experts, [[f"{growth / MIB:.1f} MiB" for growth in rank] for rank in growths])
-        written = (tmp_path / str(num_experts) / "model.safetensors").read_bytes()
+        written = (targets[num_experts] / "model.safetensors").read_bytes()
         assert written == (source / "model.safetensors").read_bytes()
     assert max(max(rank) for rank in growths) < ALLOWED_BYTES

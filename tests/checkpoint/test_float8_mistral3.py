@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, Mistral3ForConditionalGeneration
 from transformers.quantizers import quantizer_finegrained_fp8
 
-from megatron_vlm.checkpoint import fp8, hf
-from megatron_vlm.checkpoint.convert import export_checkpoint, import_checkpoint, verify_checkpoint
-from megatron_vlm.checkpoint.fp8 import open_weights
+from megatron_vlm.checkpoint import float8, hf
+from megatron_vlm.checkpoint.float8 import open_weights
+from megatron_vlm.conversion.convert import export_checkpoint, import_checkpoint, verify_checkpoint
 from megatron_vlm.errors import CheckpointError
 from tests.checkpoint import gemma3_files, mistral3_files, qwen3_vl_files
 from tests.checkpoint.hf_files import Tensors, check_holds, load_tensors, read_config, rename, rewrite, write_config
@@ -230,7 +230,7 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match=r"quantization_config is a JSON list.*unquantised weights"):
             open_weights(source)
 
-    @pytest.mark.parametrize("dtype", fp8.FLOAT8)
+    @pytest.mark.parametrize("dtype", float8.FLOAT8)
     def test_float8_without_scales_in_every_family(self, tmp_path: Path, dtype: torch.dtype) -> None:
         def cast(tensors: Tensors) -> Tensors:
             return {name: t.to(dtype) if "mlp.gate_proj" in name else t for name, t in tensors.items()}

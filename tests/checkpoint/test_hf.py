@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_vlm.checkpoint import hf, staging
+from megatron_vlm.checkpoint import hf
 from megatron_vlm.checkpoint.hf import SafetensorsReader, SafetensorsWriter
-from megatron_vlm.checkpoint.safetensors_files import TORCH_DTYPES, WeightFiles, row_blocks
 from megatron_vlm.errors import CheckpointError
+from megatron_vlm.files import durable
+from megatron_vlm.files.safetensors_headers import TORCH_DTYPES, WeightFiles, row_blocks
 from tests.checkpoint import gemma3_files
 from tests.checkpoint.hf_files import load_tensors, randomise, save
 
@@ -225,40 +226,40 @@ def test_companions_are_copied_and_weights_are_not(sharded: Path, tmp_path: Path
 class TestStagedDirectory:
     def test_appears_only_when_complete(self, tmp_path: Path) -> None:
         target = tmp_path / "new" / "parents" / "target"
-        with staging.staged_directory(target) as directory:
+        with durable.staged_directory(target) as directory:
             (directory / "file").write_text("x")
             assert not target.exists()
         assert [path.name for path in target.iterdir()] == ["file"]
         assert [path.name for path in target.parent.iterdir()] == ["target"]
 
     def test_leaves_nothing_after_an_error(self, tmp_path: Path) -> None:
-        with pytest.raises(RuntimeError), staging.staged_directory(tmp_path / "target") as directory:
+        with pytest.raises(RuntimeError), durable.staged_directory(tmp_path / "target") as directory:
             (directory / "file").write_text("x")
             raise RuntimeError
         assert not list(tmp_path.iterdir())
 
     def test_an_empty_directory_is_fine_and_a_filled_one_is_not(self, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
-        with staging.staged_directory(tmp_path / "empty") as directory:
+        with durable.staged_directory(tmp_path / "empty") as directory:
             (directory / "file").write_text("x")
-        with pytest.raises(CheckpointError, match="not empty"), staging.staged_directory(tmp_path / "empty"):
+        with pytest.raises(CheckpointError, match="not empty"), durable.staged_directory(tmp_path / "empty"):
             raise AssertionError("must not begin")
         assert (tmp_path / "empty" / "file").read_text() == "x"
 
     def test_a_file_in_the_way_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("x")
         with pytest.raises(CheckpointError, match="not a directory"):
-            staging.check_export_target(tmp_path / "file")
+            durable.check_export_target(tmp_path / "file")
         with (
             pytest.raises(CheckpointError, match="writing failed"),
-            staging.staged_directory(tmp_path / "file" / "below"),
+            durable.staged_directory(tmp_path / "file" / "below"),
         ):
             raise AssertionError("must not begin")
 
     def test_a_full_disk_is_a_clear_error(self, tmp_path: Path) -> None:
         with (
             pytest.raises(CheckpointError, match="No space left"),
-            staging.staged_directory(tmp_path / "target"),
+            durable.staged_directory(tmp_path / "target"),
             open("/dev/full", "wb", buffering=0) as full,
         ):
             full.write(b"x")

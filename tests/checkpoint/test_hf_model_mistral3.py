@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vlm.checkpoint.convert import export_checkpoint, identity_of, import_checkpoint, verify_checkpoint
-from megatron_vlm.checkpoint.distributed import CheckpointManager
-from megatron_vlm.checkpoint.hf_model import export_hf_from_model, load_hf_into_model
+from megatron_vlm.checkpoint.manager import CheckpointManager
 from megatron_vlm.checkpoint.torch_dist import TorchDistReader
+from megatron_vlm.conversion.convert import export_checkpoint, identity_of, import_checkpoint, verify_checkpoint
+from megatron_vlm.conversion.running_model import export_hf_from_model, load_hf_into_model
 from megatron_vlm.families import registry
-from megatron_vlm.parallel.build import BuildSettings, build_chunks, wrap_data_parallel
+from megatron_vlm.families.build import BuildSettings, build_chunks, wrap_data_parallel
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.sharding import own_part
 from megatron_vlm.parallel.stages import assign_layers

@@ -10,14 +10,15 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_vlm.checkpoint import hf, hf_model
-from megatron_vlm.checkpoint.convert import export_checkpoint, identity_of, verify_checkpoint
-from megatron_vlm.checkpoint.distributed import CheckpointManager
+from megatron_vlm.checkpoint import hf
 from megatron_vlm.checkpoint.hf import SafetensorsReader
-from megatron_vlm.checkpoint.hf_model import export_hf_from_model, load_hf_into_model
-from megatron_vlm.checkpoint.safetensors_files import StoredTensor
+from megatron_vlm.checkpoint.manager import CheckpointManager
+from megatron_vlm.conversion import running_model
+from megatron_vlm.conversion.convert import export_checkpoint, identity_of, verify_checkpoint
+from megatron_vlm.conversion.running_model import export_hf_from_model, load_hf_into_model
 from megatron_vlm.families import registry
-from megatron_vlm.parallel.build import BuildSettings, build_chunks, wrap_data_parallel
+from megatron_vlm.families.build import BuildSettings, build_chunks, wrap_data_parallel
+from megatron_vlm.files.safetensors_headers import StoredTensor
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.sharding import own_part
 from megatron_vlm.parallel.stages import assign_layers
@@ -66,7 +67,7 @@ def load_and_export(
     config = family.config_from_hf(registry.load_hf_config(source), text_only)
     wrapped = wrap_data_parallel(chunks, groups, use_distributed_optimizer=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf_model, "GATHERED_BYTES", 1000)  # an expert at a time
+        patch.setattr(running_model, "GATHERED_BYTES", 1000)  # an expert at a time
         load_hf_into_model(wrapped, source, family, config, groups)
         export_hf_from_model(wrapped, source, target, family, config, groups)
     expected = qwen3_vl_files.ours(load_tensors(saved))

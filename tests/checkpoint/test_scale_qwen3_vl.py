@@ -10,7 +10,7 @@ import torch
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 from megatron_vlm.families import registry
-from megatron_vlm.parallel.build import BuildSettings, build_chunks
+from megatron_vlm.families.build import BuildSettings, build_chunks
 from megatron_vlm.parallel.sharding import splits, whole_shape
 from megatron_vlm.parallel.simulate import simulated_rank
 from megatron_vlm.parallel.stages import assign_layers

@@ -24,7 +24,7 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_vlm.checkpoint.distributed import CheckpointManager
+from megatron_vlm.checkpoint.manager import CheckpointManager
 from megatron_vlm.checkpoint.run_folder import ModelIdentity
 from megatron_vlm.config import OptimizerSettings
 from megatron_vlm.parallel.gradients import finalize_gradients, is_partial, mark_partial

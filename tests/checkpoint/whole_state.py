@@ -12,7 +12,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_vlm.checkpoint import optimizer_state
-from megatron_vlm.checkpoint.distributed import sharded_model_state
+from megatron_vlm.checkpoint.manager import sharded_model_state
 
 Pieces = list[tuple[str, tuple[int, ...], tuple[slice, ...], torch.Tensor]]
 """(key, global shape, place, values) of tensors in a checkpoint."""

@@ -13,8 +13,9 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from megatron_vlm.config import Config, DataSettings, DataSource, ModelSettings, TrainSettings
-from megatron_vlm.data.prompts import PromptBuilder, PromptRules
+from megatron_vlm.data.prompts import PromptBuilder
 from megatron_vlm.data.rows import RowReader
+from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.families.gemma3.prompt import prompt_rules
 from megatron_vlm.families.mistral3 import prompt as mistral3
 from megatron_vlm.families.qwen3_vl import prompt as qwen3_vl

@@ -14,7 +14,8 @@ from transformers import AutoProcessor
 
 from megatron_vlm.data.formats import parse_row
 from megatron_vlm.data.images import load_image
-from megatron_vlm.data.prompts import PromptBuilder, PromptRules, Sample
+from megatron_vlm.data.prompts import PromptBuilder, Sample
+from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.data.videos import load_video
 from megatron_vlm.errors import ConfigError
 from tests.data.rows import row

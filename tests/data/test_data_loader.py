@@ -20,7 +20,7 @@ from megatron_vlm.config import Config, DataSource
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.data.describe import describe_samples
 from megatron_vlm.data.loader import MicroBatchLoader, Share, build_train_loader, build_valid_loader
-from megatron_vlm.data.prompts import PromptRules
+from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.errors import DataError
 from tests.data.rows import numbered_rows, write_jsonl
 

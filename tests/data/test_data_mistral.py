@@ -17,8 +17,9 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from megatron_vlm.data.collate import collate
 from megatron_vlm.data.describe import describe_sample
-from megatron_vlm.data.prompts import PromptBuilder, PromptRules
+from megatron_vlm.data.prompts import PromptBuilder
 from megatron_vlm.data.rows import RowReader
+from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.families.mistral3.prompt import pack_images, prompt_rules
 from tests.data import rows

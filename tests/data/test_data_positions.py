@@ -13,8 +13,9 @@ import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel
 
 from megatron_vlm.data.collate import MicroBatch, PlacedSample, collate
-from megatron_vlm.data.prompts import PromptRules, Sample
+from megatron_vlm.data.prompts import Sample
 from megatron_vlm.data.rows import RowReader
+from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.families.qwen3_vl.prompt import prompt_rules
 from tests.data.rows import assistant, image, row, user, video
 from tests.families import qwen3_vl

@@ -12,7 +12,8 @@ from packaging.version import Version
 from transformers import AutoTokenizer
 
 from megatron_vlm.data import prompts
-from megatron_vlm.data.prompts import PromptBuilder, PromptRules
+from megatron_vlm.data.prompts import PromptBuilder
+from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.errors import ConfigError, DataError
 from tests.data import rows
 from tests.data.references import check_trained, draw_pictures, encode, reference, refusal, trained_text

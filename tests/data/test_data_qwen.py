@@ -17,8 +17,9 @@ from megatron_vlm.config import DataSource
 from megatron_vlm.data.collate import collate
 from megatron_vlm.data.describe import check_rows, describe_sample
 from megatron_vlm.data.loader import Share, build_train_loader
-from megatron_vlm.data.prompts import PromptBuilder, PromptRules
+from megatron_vlm.data.prompts import PromptBuilder
 from megatron_vlm.data.rows import RowReader
+from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.data.visuals import pack_in_reading_order
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.families.qwen3_vl.prompt import prompt_rules

@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from megatron_vlm.training.report import Figure, Sample, image_data_uri, read_metrics, write_report
-from megatron_vlm.training.report_chart import line_chart
+from megatron_vlm.report.chart import line_chart
+from megatron_vlm.report.run_report import Figure, Sample, image_data_uri, read_metrics, write_report
 
 VOID_TAGS = {"meta", "img", "br", "hr", "input", "link"}
 HOSTILE = "<script>alert('x')</script> & \"quoted\""

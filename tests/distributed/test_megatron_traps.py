@@ -15,8 +15,8 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads 
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_model_config
 
-from megatron_vlm.checkpoint.distributed import sharded_model_state
-from megatron_vlm.parallel.engine import engine_config
+from megatron_vlm.checkpoint.manager import sharded_model_state
+from megatron_vlm.parallel.mcore_config import engine_config
 from megatron_vlm.training import step
 from megatron_vlm.training.step import LossSums, run_global_batch
 from tests.distributed.reference import TOLERANCE, label_tokens, loss_sum_gradients, micro_batches, relative_error

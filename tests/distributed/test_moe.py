@@ -20,9 +20,9 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTex
 
 from megatron_vlm.families.qwen3_vl.config import MoEConfig
 from megatron_vlm.layers.moe import MoE, TokenShare
-from megatron_vlm.parallel.chunk import ChunkSettings, MoESettings
-from megatron_vlm.parallel.engine import engine_config
+from megatron_vlm.parallel.chunk_settings import ChunkSettings, MoESettings
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
+from megatron_vlm.parallel.mcore_config import engine_config
 from megatron_vlm.parallel.sharding import gather_whole, is_expert, own_part, whole_shape
 from megatron_vlm.training.step import collect_expert_use, run_global_batch
 from tests.distributed.reference import micro_batches, references

@@ -17,7 +17,7 @@ import torch
 from transformers import PretrainedConfig
 
 from megatron_vlm.families import registry
-from megatron_vlm.parallel.build import BuildSettings, build_chunks
+from megatron_vlm.families.build import BuildSettings, build_chunks
 from megatron_vlm.parallel.sharding import is_expert, splits
 from megatron_vlm.parallel.simulate import simulated_rank
 from megatron_vlm.parallel.stages import assign_layers

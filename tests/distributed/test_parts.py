@@ -9,11 +9,10 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_vlm.families import registry
-from megatron_vlm.parallel import build
-from megatron_vlm.parallel.build import BuildSettings, build_chunks, wrap_data_parallel
+from megatron_vlm.families import build, registry
+from megatron_vlm.families.build import BuildSettings, build_chunks, wrap_data_parallel
+from megatron_vlm.model.init_weights import initialize_weights
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
-from megatron_vlm.parallel.initialize import initialize_weights
 from megatron_vlm.parallel.stages import assign_layers
 from megatron_vlm.training.step import run_global_batch
 from tests.distributed.reference import TOLERANCE, label_tokens, loss_sum_gradients, micro_batches, relative_error

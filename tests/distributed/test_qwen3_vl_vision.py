@@ -22,9 +22,9 @@ from megatron_vlm.families.qwen3_vl import vision
 from megatron_vlm.families.qwen3_vl.config import VisionConfig
 from megatron_vlm.families.qwen3_vl.vision import Grid, Projector, VisionTower
 from megatron_vlm.layers.patches import encode_packed
-from megatron_vlm.parallel.engine import engine_config
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.images import assign_images
+from megatron_vlm.parallel.mcore_config import engine_config
 from megatron_vlm.parallel.sharding import gather_whole, own_part, whole_shape
 from tests.ranks import run_ranks
 

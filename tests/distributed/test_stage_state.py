@@ -11,11 +11,11 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_vlm.data.collate import MicroBatch
-from megatron_vlm.layers.language_model import LanguageModelChunk
-from megatron_vlm.parallel.build import BuildSettings, build_chunks
-from megatron_vlm.parallel.chunk import ChunkSettings
+from megatron_vlm.families.build import BuildSettings, build_chunks
+from megatron_vlm.model.language_model import LanguageModelChunk
+from megatron_vlm.model.model_chunk import ModelChunk
+from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
-from megatron_vlm.parallel.model_chunk import ModelChunk
 from megatron_vlm.parallel.stage_state import Boundary, StageState, pack, unpack
 from megatron_vlm.training.step import run_global_batch
 from tests.ranks import run_ranks

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
-from megatron_vlm.parallel.chunk import MoESettings
+from megatron_vlm.parallel.chunk_settings import MoESettings
 from tests.families.rows import GLOBAL_BATCH
 from tests.parity.layouts import LAYOUTS, TestLayout
 

@@ -12,12 +12,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
 from megatron_vlm import platform
-from megatron_vlm.checkpoint.hf_model import load_hf_into_model
+from megatron_vlm.conversion.running_model import load_hf_into_model
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families import registry
+from megatron_vlm.families.build import BuildSettings, build_chunks, wrap_data_parallel
 from megatron_vlm.layers.linear import column_parallel_weights
-from megatron_vlm.parallel.build import BuildSettings, build_chunks, wrap_data_parallel
-from megatron_vlm.parallel.chunk import LossSettings, MoESettings
+from megatron_vlm.parallel.chunk_settings import LossSettings, MoESettings
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.sharding import gather_whole
 from megatron_vlm.parallel.stages import assign_layers

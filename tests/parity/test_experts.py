@@ -10,7 +10,7 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import switch_load_balancing_loss_func
 
-from megatron_vlm.parallel.chunk import MoESettings
+from megatron_vlm.parallel.chunk_settings import MoESettings
 from tests.families.layouts import PARITY_OF_EXPERTS
 from tests.families.qwen3_vl import MOE, QWEN3_VL_MOE, TOP_K
 from tests.parity.battery import Expected, check_layout, expected, record

@@ -10,7 +10,7 @@ import torch
 from megatron.core.utils import unwrap_model
 
 from megatron_vlm.data.collate import MicroBatch
-from megatron_vlm.parallel.chunk import LossSettings
+from megatron_vlm.parallel.chunk_settings import LossSettings
 from tests.families import gemma3
 from tests.families.gemma3 import GEMMA3, ROWS, make_batch
 from tests.parity.battery import LOSS_TOLERANCE, check_layout

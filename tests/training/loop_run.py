@@ -18,7 +18,7 @@ from megatron.core.utils import unwrap_model
 from PIL import Image
 
 import pretrain_vlm
-from megatron_vlm.config import load_config
+from megatron_vlm.cli import load_config
 from megatron_vlm.errors import UserError
 from megatron_vlm.training.loop import Trainer
 from megatron_vlm.training.setup import Run, set_up

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_vlm.config import Config
-from megatron_vlm.parallel import build
+from megatron_vlm.families import build
 from tests.families import FAMILIES
 from tests.families.entry import TinyFamily
 from tests.families.rows import GLOBAL_BATCH

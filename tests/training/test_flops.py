@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families import registry
-from megatron_vlm.families.flop_counts import visible_keys
 from megatron_vlm.families.gemma3.flops import batch_flops
+from megatron_vlm.model.flop_counts import visible_keys
 from tests.families.gemma3 import LENGTH, ROWS, build, make_batch, reference
 from tests.versions import needs_transformers_5_23
 

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Ministral3ForCausalLM, PreTrainedModel
 
 from megatron_vlm.families import registry
-from megatron_vlm.families.flop_counts import visible_keys
+from megatron_vlm.model.flop_counts import visible_keys
 from tests.families.mistral3 import build, make_batch
 from tests.parity.tiny_batches import Reference, Rows
 from tests.versions import needs_transformers_5_23

@@ -17,16 +17,16 @@ from torch.utils._pytree import tree_leaves
 from transformers import Gemma3Config, Mistral3Config, PretrainedConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 
 from megatron_vlm import platform
-from megatron_vlm.config import Config, load_config
+from megatron_vlm.cli import load_config
+from megatron_vlm.config import Config
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families import registry
-from megatron_vlm.parallel.build import build_chunks
+from megatron_vlm.families.build import build_chunks, build_settings
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.simulate import simulated_rank
-from megatron_vlm.training.activations import chunk_bytes, structure_of
-from megatron_vlm.training.memory import estimate_memory
-from megatron_vlm.training.preflight import check_layout
-from megatron_vlm.training.setup import build_settings
+from megatron_vlm.planning.activations import chunk_bytes, structure_of
+from megatron_vlm.planning.memory import estimate_memory
+from megatron_vlm.planning.preflight import check_layout
 from tests.ranks import run_ranks
 
 # Tables of positions, masks and indices are left out of the estimate, and a few tensors that two layers share are

@@ -19,10 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_vlm import platform
 from megatron_vlm.config import Config, DataSettings, DataSource, LoggingSettings, ModelSettings, TrainSettings
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.report.run_report import read_metrics, write_report
 from megatron_vlm.training.loggers import Console, JsonLines, TensorBoard, WandB, build_loggers
 from megatron_vlm.training.metrics import ExpertStatistics, StepMetrics, expert_statistics, to_record
 from megatron_vlm.training.profiling import ProfileWindow
-from megatron_vlm.training.report import read_metrics, write_report
 
 METRICS = StepMetrics(
     step=7,

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from megatron_vlm.config import Config, load_config
+from megatron_vlm.cli import load_config
+from megatron_vlm.config import Config
 from megatron_vlm.training.loop import Trainer
 from megatron_vlm.training.setup import set_up
 from megatron_vlm.training.signals import StopRequests

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Set
 
 from megatron_vlm.data.collate import MicroBatch
-from megatron_vlm.families.flop_counts import ForwardFlops, text_flops, tower_flops
 from megatron_vlm.families.gemma3.config import ModelConfig
+from megatron_vlm.model.flop_counts import ForwardFlops, text_flops, tower_flops
 
 
 def batch_flops(model_config: ModelConfig, batch: MicroBatch, frozen: Set[str] = frozenset()) -> float:

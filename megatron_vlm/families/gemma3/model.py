@@ -17,14 +17,14 @@ from megatron_vlm.families.gemma3.config import LayerConfig, ModelConfig, TextCo
 from megatron_vlm.families.gemma3.vision import Projector, VisionTower
 from megatron_vlm.layers.attention import SelfAttention
 from megatron_vlm.layers.embedding import place_features
-from megatron_vlm.layers.language_model import LanguageModelChunk, residual_norm
 from megatron_vlm.layers.linear import Group
 from megatron_vlm.layers.mlp import GatedMLP
 from megatron_vlm.layers.norm import norm_add_and_norm, norm_and_add
 from megatron_vlm.layers.rope import RopeTable, rope_table
-from megatron_vlm.parallel.chunk import ChunkSettings
+from megatron_vlm.model.language_model import LanguageModelChunk, residual_norm
+from megatron_vlm.model.model_chunk import ModelChunk
+from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.images import ImageDivision
-from megatron_vlm.parallel.model_chunk import ModelChunk
 from megatron_vlm.parallel.stage_state import StageState
 from vlm_kernels.span_attention import Spans
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_vlm.data.prompts import PromptRules
+from megatron_vlm.data.rules import PromptRules
 
 if TYPE_CHECKING:
     from megatron_vlm.families.gemma3.config import ModelConfig

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_vlm.checkpoint.weight_map import Weight, WeightGroup, WeightMap, resolve
-from megatron_vlm.families.decoder_weights import (
+from megatron_vlm.families.gemma3.config import ModelConfig
+from megatron_vlm.model.decoder_weights import (
     ATTENTION,
     GATED_MLP,
     LANGUAGE_MODEL_ALONE,
@@ -17,7 +17,7 @@ from megatron_vlm.families.decoder_weights import (
     decoder_weights,
     head_weights,
 )
-from megatron_vlm.families.gemma3.config import ModelConfig
+from megatron_vlm.model.weight_map import Weight, WeightGroup, WeightMap, resolve
 
 # Prefixes in files: published and re-saved, in memory, text only; the vision tower has one more when freshly saved.
 LANGUAGE_MODEL = ("language_model.model.", "model.language_model.")

@@ -10,8 +10,8 @@ from functools import partial
 
 from transformers import Ministral3Config, Mistral3Config, MistralConfig, PixtralVisionConfig, PretrainedConfig
 
-from megatron_vlm.families.records import DecoderConfig, DecoderLayerConfig, Narrowed, VisionLanguageConfig, require
 from megatron_vlm.layers.rope import YarnScaling
+from megatron_vlm.model.configs import DecoderConfig, DecoderLayerConfig, Narrowed, VisionLanguageConfig, require
 from vlm_kernels.gated import Activation
 
 _require = partial(require, model="Mistral3")

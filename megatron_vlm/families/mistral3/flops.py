@@ -9,8 +9,8 @@ from collections.abc import Sequence, Set
 
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.data.visuals import VisionGrid
-from megatron_vlm.families.flop_counts import ForwardFlops, text_flops, tower_flops
 from megatron_vlm.families.mistral3.config import ModelConfig, VisionConfig
+from megatron_vlm.model.flop_counts import ForwardFlops, text_flops, tower_flops
 
 
 def batch_flops(model_config: ModelConfig, batch: MicroBatch, frozen: Set[str] = frozenset()) -> float:

@@ -12,16 +12,16 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families.mistral3.config import ModelConfig, QueryScaling, TextConfig
 from megatron_vlm.families.mistral3.vision import Projector, VisionTower
-from megatron_vlm.families.records import DecoderLayerConfig
 from megatron_vlm.layers.attention import SelfAttention
 from megatron_vlm.layers.embedding import place_features
-from megatron_vlm.layers.language_model import LanguageModelChunk, residual_norm
 from megatron_vlm.layers.linear import Group
 from megatron_vlm.layers.mlp import GatedMLP
 from megatron_vlm.layers.norm import add_and_norm
 from megatron_vlm.layers.rope import RopeTable, rope_table, yarn_table
-from megatron_vlm.parallel.chunk import ChunkSettings
-from megatron_vlm.parallel.model_chunk import ModelChunk
+from megatron_vlm.model.configs import DecoderLayerConfig
+from megatron_vlm.model.language_model import LanguageModelChunk, residual_norm
+from megatron_vlm.model.model_chunk import ModelChunk
+from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.stage_state import StageState
 from vlm_kernels.span_attention import Spans
 

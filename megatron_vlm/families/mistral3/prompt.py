@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers.image_utils import SizeDict
 
-from megatron_vlm.data.prompts import PromptRules
+from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.data.visuals import Packed, VisualRules
 from megatron_vlm.errors import ConfigError, DataError
 

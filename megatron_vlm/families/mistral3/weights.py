@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_vlm.checkpoint.weight_map import Weight, WeightGroup, WeightMap, resolve
-from megatron_vlm.families.decoder_weights import (
+from megatron_vlm.families.mistral3.config import ModelConfig, VisionConfig
+from megatron_vlm.model.decoder_weights import (
     ATTENTION,
     GATED_MLP,
     LANGUAGE_MODEL_ALONE,
     decoder_weights,
     head_weights,
 )
-from megatron_vlm.families.mistral3.config import ModelConfig, VisionConfig
+from megatron_vlm.model.weight_map import Weight, WeightGroup, WeightMap, resolve
 
 # Prefixes in files: published, then the names that modules have in memory; of a language model alone.
 LANGUAGE_MODEL = ("language_model.model.", "model.language_model.")

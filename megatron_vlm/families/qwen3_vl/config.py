@@ -7,7 +7,7 @@ from functools import partial
 
 from transformers import PretrainedConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 
-from megatron_vlm.families.records import DecoderConfig, DecoderLayerConfig, Narrowed, VisionLanguageConfig, require
+from megatron_vlm.model.configs import DecoderConfig, DecoderLayerConfig, Narrowed, VisionLanguageConfig, require
 
 _require = partial(require, model="Qwen3-VL")
 

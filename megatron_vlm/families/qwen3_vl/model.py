@@ -20,13 +20,13 @@ from megatron_vlm.families.qwen3_vl.vision import Projector, VisionTower
 from megatron_vlm.layers.attention import SelfAttention
 from megatron_vlm.layers.embedding import place_features, spread_features
 from megatron_vlm.layers.expert_use import ExpertUse
-from megatron_vlm.layers.language_model import LanguageModelChunk, residual_norm
 from megatron_vlm.layers.mlp import GatedMLP
 from megatron_vlm.layers.moe import MoE, Routing, TokenShare
 from megatron_vlm.layers.norm import add_and_norm
 from megatron_vlm.layers.rope import RopeTable, mrope_table
-from megatron_vlm.parallel.chunk import ChunkSettings
-from megatron_vlm.parallel.model_chunk import ModelChunk
+from megatron_vlm.model.language_model import LanguageModelChunk, residual_norm
+from megatron_vlm.model.model_chunk import ModelChunk
+from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.stage_state import Boundary, StageState
 from vlm_kernels.span_attention import Spans
 

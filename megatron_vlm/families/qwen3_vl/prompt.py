@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_vlm.data.prompts import PromptRules
+from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.data.visuals import VisionGrid, VisualRules, limit_areas, pack_in_reading_order
 
 if TYPE_CHECKING:

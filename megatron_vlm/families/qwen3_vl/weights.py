@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_vlm.checkpoint.weight_map import Weight, WeightGroup, WeightMap, resolve
-from megatron_vlm.families.decoder_weights import (
+from megatron_vlm.families.qwen3_vl.config import LayerConfig, ModelConfig, MoEConfig, VisionConfig
+from megatron_vlm.model.decoder_weights import (
     ATTENTION,
     GATED_MLP,
     LANGUAGE_MODEL_ALONE,
@@ -18,7 +18,7 @@ from megatron_vlm.families.decoder_weights import (
     decoder_weights,
     head_weights,
 )
-from megatron_vlm.families.qwen3_vl.config import LayerConfig, ModelConfig, MoEConfig, VisionConfig
+from megatron_vlm.model.weight_map import Weight, WeightGroup, WeightMap, resolve
 
 # Prefixes in files: of the published files and of all that transformers saves; of a model saved without its head.
 LANGUAGE_MODEL = ("model.language_model.", "language_model.")

@@ -9,9 +9,9 @@ from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_vlm.data.collate import MicroBatch
-from megatron_vlm.layers.language_model import LanguageModelChunk
 from megatron_vlm.layers.patches import encode_packed
-from megatron_vlm.parallel.chunk import ChunkSettings
+from megatron_vlm.model.language_model import LanguageModelChunk
+from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.gradients import mark_partial
 from megatron_vlm.parallel.stage_state import Boundary, StageState, pack, unpack
 

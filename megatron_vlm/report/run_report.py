@@ -15,8 +15,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from megatron_vlm.training.report_chart import line_chart
-from megatron_vlm.training.report_style import STYLE
+from megatron_vlm.report.chart import line_chart
+from megatron_vlm.report.style import STYLE
 
 _THUMBNAIL_PIXELS = 192
 # Key in metrics.jsonl -> heading of its small chart; keys that a run did not log are left out.

@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 
-from megatron_vlm.checkpoint.export_plan import ExportPlan, plan_export
-from megatron_vlm.checkpoint.fp8 import open_weights
+from megatron_vlm.checkpoint.float8 import open_weights
 from megatron_vlm.checkpoint.hf import SafetensorsReader, SafetensorsWriter, has_weights
 from megatron_vlm.checkpoint.run_folder import Manifest, ModelIdentity, find_checkpoint
-from megatron_vlm.checkpoint.safetensors_files import BLOCK_BYTES, row_blocks
-from megatron_vlm.checkpoint.staging import check_export_target, staged_directory
 from megatron_vlm.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
-from megatron_vlm.checkpoint.weight_map import HfWeight, WeightMap
+from megatron_vlm.conversion.export_plan import ExportPlan, plan_export
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.families import registry
+from megatron_vlm.files.durable import check_export_target, staged_directory
+from megatron_vlm.files.safetensors_headers import BLOCK_BYTES, row_blocks
+from megatron_vlm.model.weight_map import HfWeight, WeightMap
 
 Progress = Callable[[int, int], None]
 

@@ -12,10 +12,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_vlm import platform
+from megatron_vlm.config import Config
 from megatron_vlm.families.registry import Family
-from megatron_vlm.parallel.chunk import ChunkSettings, LossSettings, MoESettings
-from megatron_vlm.parallel.engine import engine_config
+from megatron_vlm.parallel.chunk_settings import ChunkSettings, LossSettings, MoESettings
 from megatron_vlm.parallel.gradients import finalize_gradients
+from megatron_vlm.parallel.layout import Layout
+from megatron_vlm.parallel.mcore_config import engine_config
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,23 @@ class BuildSettings:
     overlapped: bool = False
     moe: MoESettings = field(default_factory=MoESettings)
     loss: LossSettings = field(default_factory=LossSettings)
+
+
+def build_settings(config: Config, layout: Layout) -> BuildSettings:
+    """How the configuration wants the model divided and held."""
+    return BuildSettings(
+        layout.chunks,
+        DTYPES[config.train.precision],
+        config.parallel.sequence_parallel,
+        config.model.recompute,
+        config.model.vision_parallelism,
+        config.train.deterministic,
+        config.parallel.overlap_grad_reduce or config.parallel.overlap_param_gather,
+        MoESettings(
+            config.parallel.moe_token_dispatcher_type, config.model.moe_load_balancing, config.model.moe_aux_loss_coeff
+        ),
+        LossSettings(config.model.loss_chunk_mib * 2**20, config.model.z_loss_coeff),
+    )
 
 
 def build_chunks(

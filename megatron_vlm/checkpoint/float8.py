@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from megatron_vlm.checkpoint.hf import SafetensorsReader
-from megatron_vlm.checkpoint.safetensors_files import StoredTensor, WeightFiles
 from megatron_vlm.errors import CheckpointError
+from megatron_vlm.files.safetensors_headers import StoredTensor, WeightFiles
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

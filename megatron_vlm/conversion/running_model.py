@@ -17,16 +17,16 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
 from megatron_vlm import platform
-from megatron_vlm.checkpoint.convert import check_tied_copies
-from megatron_vlm.checkpoint.distributed import gather_parameters, on_first_rank
-from megatron_vlm.checkpoint.export_plan import ExportPlan, plan_export
-from megatron_vlm.checkpoint.fp8 import open_weights
+from megatron_vlm.checkpoint.float8 import open_weights
 from megatron_vlm.checkpoint.hf import SafetensorsReader, SafetensorsWriter
-from megatron_vlm.checkpoint.safetensors_files import row_blocks
-from megatron_vlm.checkpoint.staging import check_export_target, staged_directory
-from megatron_vlm.checkpoint.weight_map import HfWeight
+from megatron_vlm.checkpoint.manager import gather_parameters, on_first_rank
+from megatron_vlm.conversion.convert import check_tied_copies
+from megatron_vlm.conversion.export_plan import ExportPlan, plan_export
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.families import registry
+from megatron_vlm.files.durable import check_export_target, staged_directory
+from megatron_vlm.files.safetensors_headers import row_blocks
+from megatron_vlm.model.weight_map import HfWeight
 from megatron_vlm.parallel.sharding import Group, is_expert, replica_group, splits, whole_shape
 
 GATHERED_BYTES = 16 * 2**20  # what goes to the writing rank at a time: enough that starting a transfer costs little

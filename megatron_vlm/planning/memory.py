@@ -15,15 +15,14 @@ from typing import Any
 import torch
 
 from megatron_vlm.config import Config
+from megatron_vlm.families.build import build_chunks, build_settings
 from megatron_vlm.families.registry import Family
 from megatron_vlm.layers.embedding import padded_vocab_size
 from megatron_vlm.layers.vocab_parallel_loss import chunk_tokens
-from megatron_vlm.parallel.build import build_chunks
+from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.sharding import is_expert
 from megatron_vlm.parallel.simulate import simulated_rank
-from megatron_vlm.training.activations import FP32_BYTES, activation_bytes, structure_of, value_bytes
-from megatron_vlm.training.preflight import Layout
-from megatron_vlm.training.setup import build_settings
+from megatron_vlm.planning.activations import FP32_BYTES, activation_bytes, structure_of, value_bytes
 
 ADAM_MOMENT_BYTES = 2 * FP32_BYTES
 

@@ -13,19 +13,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_vlm import platform
-from megatron_vlm.checkpoint.convert import check_tied_copies, identity_of
-from megatron_vlm.checkpoint.fp8 import open_weights
+from megatron_vlm.checkpoint.float8 import open_weights
 from megatron_vlm.checkpoint.run_folder import Manifest, find_checkpoint
 from megatron_vlm.checkpoint.torch_dist import TorchDistReader
 from megatron_vlm.config import Config
+from megatron_vlm.conversion.convert import check_tied_copies, identity_of
 from megatron_vlm.data.describe import RowCheck, check_rows, describe_samples
-from megatron_vlm.data.prompts import PromptRules
 from megatron_vlm.data.rows import reader_for
+from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.errors import ConfigError, UserError, combine
 from megatron_vlm.families import registry
-from megatron_vlm.training.expert_checks import experts_of, fewest_ranks
-from megatron_vlm.training.memory import estimate_memory, format_memory
-from megatron_vlm.training.preflight import Layout, check_export, check_layout, check_run_dir
+from megatron_vlm.parallel.layout import Layout
+from megatron_vlm.planning.expert_checks import experts_of, fewest_ranks
+from megatron_vlm.planning.memory import estimate_memory, format_memory
+from megatron_vlm.planning.preflight import check_export, check_layout, check_run_dir
 
 SAMPLES_SHOWN = 3
 

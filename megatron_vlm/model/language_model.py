@@ -18,7 +18,7 @@ from megatron_vlm.layers.linear import ColumnParallelLinear, Group
 from megatron_vlm.layers.norm import RMSNorm
 from megatron_vlm.layers.recompute import run_layer
 from megatron_vlm.layers.vocab_parallel_loss import Head, linear_cross_entropy
-from megatron_vlm.parallel.chunk import ChunkSettings
+from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.gradients import mark_partial
 from megatron_vlm.parallel.stage_state import StageState
 

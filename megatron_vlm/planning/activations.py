@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_vlm.config import Config
-from megatron_vlm.training.expert_checks import experts_of
-from megatron_vlm.training.preflight import Layout
+from megatron_vlm.parallel.layout import Layout
+from megatron_vlm.planning.expert_checks import experts_of
 
 FP32_BYTES, INDEX_BYTES = 4, 8
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_vlm.checkpoint.fp8 import find_quantization, open_weights
+from megatron_vlm.checkpoint.float8 import find_quantization, open_weights
 from megatron_vlm.checkpoint.hf import PROCESSOR_PATTERNS, copy_companion_files, has_weights
-from megatron_vlm.checkpoint.safetensors_files import WeightFiles
-from megatron_vlm.checkpoint.staging import write_durably
-from megatron_vlm.checkpoint.weight_map import HfWeight, WeightMap
 from megatron_vlm.families import registry
+from megatron_vlm.files.durable import write_durably
+from megatron_vlm.files.safetensors_headers import WeightFiles
+from megatron_vlm.model.weight_map import HfWeight, WeightMap
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -8,59 +8,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.checkpoint.staging import check_export_target
 from megatron_vlm.config import Config
 from megatron_vlm.config_checks import divisors, nearest_multiples
 from megatron_vlm.errors import ConfigError, LaunchError, UserError, combine
+from megatron_vlm.files.durable import check_export_target
+from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.stages import assign_layers
-from megatron_vlm.training.expert_checks import expert_problems, expert_rank_problems, experts_of
+from megatron_vlm.planning.expert_checks import expert_problems, expert_rank_problems, experts_of
 
 EXPORT_RECORD = "exported.json"
 LARGEST_TENSOR_SIZE = 64  # vocabulary rows are padded to a multiple of it
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one model and one global batch are divided over a world of ranks."""
-
-    world_size: int
-    tensor_size: int
-    pipeline_size: int
-    context_size: int
-    data_size: int
-    num_micro_batches: int
-    """Micro-batches per step of one data-parallel rank."""
-    chunks: tuple[tuple[int, ...], ...]
-    """Decoder layers of each global chunk."""
-    expert_size: int = 1
-    """Ranks that divide the experts among them; the ranks of a stage are divided anew for experts."""
-    expert_tensor_size: int = 1
-    """Ranks that share each expert."""
-
-    @property
-    def expert_data_size(self) -> int:
-        """Ranks that hold copies of one expert."""
-        return self.world_size // (self.pipeline_size * self.expert_size * self.expert_tensor_size)
-
-    def chunks_of(self, pipeline_rank: int) -> list[int]:
-        """Global chunk ids that one pipeline rank holds, in the order of its virtual stages."""
-        return list(range(pipeline_rank, len(self.chunks), self.pipeline_size))
-
-    def __str__(self) -> str:
-        text = (
-            f"{self.world_size} ranks = tensor {self.tensor_size} x pipeline {self.pipeline_size} "
-            f"x context {self.context_size} x data {self.data_size}"
-        )
-        if self.expert_size * self.expert_tensor_size > 1:
-            text += (
-                f"; for experts tensor {self.expert_tensor_size} x pipeline {self.pipeline_size} "
-                f"x expert {self.expert_size} x data {self.expert_data_size}"
-            )
-        return text
 
 
 def check_layout(config: Config, model_config: Any, world_size: int, parts: Iterable[str] | None = None) -> Layout:
