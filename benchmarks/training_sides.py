@@ -20,6 +20,7 @@ from megatron_vlm.data.prompts import Sample
 from megatron_vlm.families import registry
 from megatron_vlm.families.build import BuildSettings, build_chunks, wrap_data_parallel
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
+from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.training.optimizer import apply_gradients, build_optimizer, gradient_norm
 from megatron_vlm.training.step import run_global_batch
 
@@ -144,10 +145,10 @@ def own_side(folder: Path, batches: Sequence[MicroBatch], dtype: torch.dtype) ->
         dtype: of weights and activations; gradients and the optimizer's state are fp32.
     """
     family, model_config = record_of(registry.load_hf_config(str(folder)))
-    groups = build_groups()
+    layout = Layout.over(1, num_layers=len(model_config.text.layers))
+    groups = build_groups(layout)
     initialize_megatron(1, groups)
-    layers = [tuple(range(len(model_config.text.layers)))]
-    chunks = build_chunks(family, model_config, BuildSettings(layers, dtype), groups)
+    chunks = build_chunks(family, model_config, BuildSettings(layout, dtype), groups)
     load_hf_into_model(chunks, str(folder), family, model_config, groups)
     model = wrap_data_parallel(chunks, groups, use_distributed_optimizer=True)
     optimizer = build_optimizer(model, SETTINGS, dtype, True, groups)

@@ -149,6 +149,10 @@ class TrainSettings:
     deterministic: bool = False
     """Ask torch for deterministic algorithms only."""
 
+    def num_micro_batches(self, data_size: int) -> int:
+        """Micro-batches per step of each of `data_size` data-parallel ranks."""
+        return self.global_batch_size // (self.micro_batch_size * data_size)
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:

@@ -12,6 +12,7 @@ from torch.nn.functional import silu
 
 from megatron_vlm.layers.moe import Experts, MoE, TokenShare
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
+from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.mcore_config import engine_config
 
 HIDDEN, WIDTH = 48, 32
@@ -37,7 +38,9 @@ def check_experts(counts: list[int], device: str, dtype: torch.dtype, tolerance:
     generator = torch.Generator().manual_seed(3)
     alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
     groups = SimpleNamespace(ep=alone, expt_tp=alone)
-    experts = Experts(HIDDEN, Record(len(counts)), engine_config(HIDDEN, 1, 1, dtype), groups).to(device)
+    experts = Experts(
+        HIDDEN, Record(len(counts)), engine_config(HIDDEN, 1, dtype, Layout.over(1, num_layers=1)), groups
+    ).to(device)
     with torch.no_grad():
         for parameter in experts.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
@@ -78,7 +81,9 @@ def test_a_rank_with_all_experts_never_waits() -> None:
     """Fake tensors have no values: reading one on the host, or a size that depends on one, is an error."""
     alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
     groups = SimpleNamespace(ep=alone, expt_tp=alone, tp_ep=alone)
-    chunk = ChunkSettings((0,), 0, True, True, None, engine_config(HIDDEN, 1, 1, torch.bfloat16))
+    chunk = ChunkSettings(
+        (0,), 0, True, True, None, engine_config(HIDDEN, 1, torch.bfloat16, Layout.over(1, num_layers=1))
+    )
     with FakeTensorMode():
         layer = MoE(HIDDEN, Record(8), chunk, groups)
         x_SBH = torch.empty(5, 2, HIDDEN, dtype=torch.bfloat16, requires_grad=True)

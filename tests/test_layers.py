@@ -19,6 +19,7 @@ from megatron_vlm.layers.norm import RMSNorm
 from megatron_vlm.layers.rope import rope_table
 from megatron_vlm.layers.vocab_parallel_loss import Head, linear_cross_entropy
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
+from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.mcore_config import engine_config
 from tests.ranks import run_ranks
 from vlm_kernels.rope import qk_norm_rope
@@ -56,7 +57,7 @@ VOCABULARY, SEQUENCE, BATCH, HIDDEN = 30, 8, 3, 12
 
 def head_and_loss(sequence_parallel: bool) -> tuple[torch.Tensor, ...]:
     """Losses, whole input gradient and whole weight gradient of the divided head; padding rows are not zero here."""
-    groups = build_groups(torch.distributed.get_world_size())
+    groups = build_groups(Layout(tensor_size=torch.distributed.get_world_size()))
     initialize_megatron(1, groups)
     x, weight, labels = head_inputs()
     mine = share(weight, 0, groups.tp)
@@ -94,8 +95,10 @@ def test_padding_is_outside_the_softmax_and_unlabelled_tokens_cost_nothing(
 
 
 def embedding_gradient(padding_id: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    groups = build_groups(torch.distributed.get_world_size())
-    engine = engine_config(HIDDEN, 2, 1, torch.float32, tensor_size=groups.tp.size())
+    groups = build_groups(Layout(tensor_size=torch.distributed.get_world_size()))
+    engine = engine_config(
+        HIDDEN, 2, torch.float32, Layout.over(groups.tp.size(), num_layers=1, tensor_size=groups.tp.size())
+    )
     embedding = TokenEmbedding(VOCABULARY, HIDDEN, padding_id, engine, groups.tp)
     with torch.no_grad():
         embedding.weight.copy_(share(random(padded_vocab_size(VOCABULARY), HIDDEN), 0, groups.tp))
@@ -128,7 +131,7 @@ def test_embedding_of_padding_gets_no_gradient(world_size: int, padding_id: int 
 
 
 def column_parallel_results(sequence_parallel: bool, frozen: tuple[bool, ...], x_needs_grad: bool) -> tuple:
-    groups = build_groups(torch.distributed.get_world_size())
+    groups = build_groups(Layout(tensor_size=torch.distributed.get_world_size()))
     x, *weights = column_inputs(frozen, x_needs_grad)
     x = share(x, 0, groups.tp) if sequence_parallel else x.detach().clone().requires_grad_(x_needs_grad)
     mine = [share(weight, 0, groups.tp) for weight in weights]

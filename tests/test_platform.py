@@ -38,6 +38,7 @@ from megatron_vlm.checkpoint.run_folder import ModelIdentity
 from megatron_vlm.layers.moe import MoE, TokenShare
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.groups import build_groups
+from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.mcore_config import engine_config
 from megatron_vlm.platform import megatron_cpu
 from megatron_vlm.platform.fused_adam import FusedLayoutAdam
@@ -187,8 +188,8 @@ def _buffer() -> None:
 
 def _wrapped_model(overlap: bool = False, hidden_size: int = 4) -> tuple[Any, Any]:
     """A linear layer under distributed data parallelism."""
-    groups = build_groups()
-    config = engine_config(hidden_size, 1, 1, torch.float32)
+    groups = build_groups(Layout.over(torch.distributed.get_world_size()))
+    config = engine_config(hidden_size, 1, torch.float32, Layout.over(1, num_layers=1))
     module = MegatronModule(config)
     module.linear = torch.nn.Linear(hidden_size, hidden_size)
     module.forward = module.linear.forward
@@ -246,9 +247,9 @@ class _Experts:
 
 def _exchange_tokens() -> None:
     """Two ranks send each other's experts their tokens, and get them back."""
-    groups = build_groups(expert_size=2)
+    groups = build_groups(Layout.over(2, expert_size=2))
     MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = None  # one for all dispatchers, made by the first
-    chunk = ChunkSettings((0,), 0, True, True, None, engine_config(8, 1, 1, torch.float32))
+    chunk = ChunkSettings((0,), 0, True, True, None, engine_config(8, 1, torch.float32, Layout.over(1, num_layers=1)))
     layer = MoE(8, _Experts(), chunk, groups)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))

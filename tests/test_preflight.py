@@ -14,8 +14,7 @@ from megatron_vlm.cli import load_config
 from megatron_vlm.config import Config
 from megatron_vlm.errors import CheckpointError, ConfigError, LaunchError, UserError
 from megatron_vlm.families import registry
-from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.parallel.stages import assign_layers
+from megatron_vlm.parallel.layout import Layout, assign_layers
 from megatron_vlm.planning.memory import HeldParameter, estimate_memory, format_memory, held_parameters
 from megatron_vlm.planning.preflight import check_export, check_layout, check_run_dir, record_export
 from tests import published_mistral3
@@ -83,7 +82,6 @@ def test_assign_layers_refuses(arguments: tuple[Any, ...], expected: str) -> Non
 def test_layout_spells_out_the_world() -> None:
     layout = layout_of("4b", 16, f"{TENSOR}=4", f"{PIPELINE}=2")
     assert str(layout) == "16 ranks = tensor 4 x pipeline 2 x context 1 x data 2"
-    assert layout.num_micro_batches == 4
     assert layout.chunks_of(1) == [1]
 
 

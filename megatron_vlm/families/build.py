@@ -27,13 +27,12 @@ class BuildSettings:
     """How a model is divided and held.
 
     Attributes:
-        chunk_layers: decoder layers of every global chunk.
+        layout: sizes of all groups, and the decoder layers of every chunk.
         overlapped: `wrap_data_parallel` will be asked to overlap anything.
     """
 
-    chunk_layers: Sequence[Sequence[int]]
+    layout: Layout
     dtype: torch.dtype = torch.float32
-    sequence_parallel: bool = False
     recompute: Literal["none", "selective", "full"] = "none"
     vision_parallelism: Literal["tensor", "data"] = "tensor"
     deterministic: bool = False
@@ -45,9 +44,8 @@ class BuildSettings:
 def build_settings(config: Config, layout: Layout) -> BuildSettings:
     """How the configuration wants the model divided and held."""
     return BuildSettings(
-        layout.chunks,
+        layout,
         DTYPES[config.train.precision],
-        config.parallel.sequence_parallel,
         config.model.recompute,
         config.model.vision_parallelism,
         config.train.deterministic,
@@ -75,30 +73,23 @@ def build_chunks(
         groups: process groups.
         device: of the parameters; the platform's when None, `meta` to look at shapes.
     """
-    text, pipeline_size = model_config.text, groups.pp.size()
-    virtual_size = len(settings.chunk_layers) // pipeline_size
+    text, layout = model_config.text, settings.layout
     engine = engine_config(
         hidden_size=text.hidden_size,
         num_attention_heads=text.layers[0].num_attention_heads,
-        num_layers=len(text.layers),
         dtype=settings.dtype,
-        tensor_size=groups.tp.size(),
-        pipeline_size=pipeline_size,
-        virtual_size=virtual_size,
-        sequence_parallel=settings.sequence_parallel,
+        layout=layout,
         deterministic=settings.deterministic,
     )
     engine.finalize_model_grads_func = finalize_gradients
-    last = len(settings.chunk_layers) - 1
     chunks = []
-    for stage in range(virtual_size):
-        index = stage * pipeline_size + groups.pp.rank()
+    for stage, index in enumerate(layout.chunks_of(groups.pp.rank())):
         chunk = ChunkSettings(
-            layers=tuple(settings.chunk_layers[index]),
-            num_layers_before=sum(len(layers) for layers in settings.chunk_layers[:index]),
+            layers=layout.chunks[index],
+            num_layers_before=sum(map(len, layout.chunks[:index])),
             is_first=index == 0,
-            is_last=index == last,
-            virtual_stage=stage if virtual_size > 1 else None,
+            is_last=index == len(layout.chunks) - 1,
+            virtual_stage=stage if layout.virtual_size > 1 else None,
             engine=engine,
             recompute=settings.recompute,
             vision_parallelism=settings.vision_parallelism,
@@ -108,11 +99,11 @@ def build_chunks(
         )
         with device or platform.current().device:
             chunks.append(family.build_chunk(model_config, chunk, groups))
-    _mark_tied_embedding(chunks, pipeline_size, groups)
+    _mark_tied_embedding(chunks, layout.pipeline_size)
     return chunks
 
 
-def _mark_tied_embedding(chunks: Sequence[MegatronModule], pipeline_size: int, groups: ProcessGroupCollection) -> None:
+def _mark_tied_embedding(chunks: Sequence[MegatronModule], pipeline_size: int) -> None:
     """Tell megatron-core which embedding is on two stages: it gets a bucket of its own, and one norm counts."""
     if pipeline_size == 1 or not chunks[0].share_embeddings_and_output_weights:
         return

@@ -1,7 +1,6 @@
 """Process groups of a run, as megatron-core's `ProcessGroupCollection`.
 
-Ranks are numbered tensor fastest, then context, data, pipeline: a tensor group sits inside one node. For experts the
-same ranks of a pipeline stage are divided anew: expert-tensor fastest, then expert, then expert data.
+`Layout` says how ranks are numbered; a tensor group sits inside one node.
 """
 
 from __future__ import annotations
@@ -17,58 +16,34 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_vlm.errors import LaunchError
+from megatron_vlm.parallel.layout import Layout
 
 AXES = ("tp", "cp", "dp", "pp")
 EXPERT_AXES = ("expt_tp", "ep", "expt_dp", "pp")
 
 
-def build_groups(
-    tensor_size: int = 1,
-    pipeline_size: int = 1,
-    expert_size: int = 1,
-    expert_tensor_size: int = 1,
-    timeout: timedelta | None = None,
-    context_size: int = 1,
-) -> ProcessGroupCollection:
-    """Build this rank's process groups for megatron-core's engine; the data-parallel size is what remains.
+def build_groups(layout: Layout, timeout: timedelta | None = None) -> ProcessGroupCollection:
+    """Build this rank's process groups for megatron-core.
 
     A rank makes only the groups that it is in, and one group where several have the same ranks: a few calls at any
     number of ranks.
 
     Args:
-        tensor_size: tensor-parallel ranks.
-        pipeline_size: pipeline ranks.
-        expert_size: ranks that divide the experts among them.
-        expert_tensor_size: ranks that share each expert.
-        timeout: of collectives; torch's default when None.
-        context_size: ranks that divide each sequence.
+        layout: sizes of the groups.
+        timeout: how long a collective may take; torch's default when None.
 
     Returns:
         megatron-core's collection, and as `alone` the group of this rank only.
 
     Raises:
-        LaunchError: the world size is not a multiple of tensor x context x pipeline, or of expert x expert-tensor x
-            pipeline.
+        LaunchError: the layout is one of another number of ranks.
     """
     world_size = torch.distributed.get_world_size()
-    model_size = tensor_size * context_size * pipeline_size
-    if world_size % model_size:
-        context = f" x context {context_size}" if context_size > 1 else ""
-        raise LaunchError(
-            f"{world_size} ranks do not divide by tensor {tensor_size}{context} x pipeline {pipeline_size}",
-            fix=f"start a multiple of {model_size} ranks",
-        )
-    stage_size = world_size // pipeline_size
-    if stage_size % (expert_size * expert_tensor_size):
-        raise LaunchError(
-            f"the {stage_size} ranks of a pipeline stage do not divide by expert {expert_size} x expert-tensor "
-            f"{expert_tensor_size}",
-            fix=f"start a multiple of {expert_size * expert_tensor_size * pipeline_size} ranks",
-        )
-    data_size = world_size // model_size
-    grid = HyperCommGrid([tensor_size, context_size, data_size, pipeline_size], list(AXES))
-    expert_data_size = stage_size // (expert_size * expert_tensor_size)
-    expert_grid = HyperCommGrid([expert_tensor_size, expert_size, expert_data_size, pipeline_size], list(EXPERT_AXES))
+    if world_size != layout.world_size:
+        raise LaunchError(f"{world_size} ranks run, but the layout is {layout}", fix=f"start {layout.world_size} ranks")
+    grid = HyperCommGrid([layout.tensor_size, layout.context_size, layout.data_size, layout.pipeline_size], list(AXES))
+    sizes_of_experts = [layout.expert_tensor_size, layout.expert_size, layout.expert_data_size, layout.pipeline_size]
+    expert_grid = HyperCommGrid(sizes_of_experts, list(EXPERT_AXES))
     own = _OwnGroups(timeout)
     groups = ProcessGroupCollection()
     for axis in AXES:

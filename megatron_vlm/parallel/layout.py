@@ -1,36 +1,140 @@
-"""How ranks divide a model and a global batch."""
+"""How ranks divide a model and a global batch: the one place that says it.
+
+A pipeline of `pipeline_size` ranks with `virtual_size` chunks each has `pipeline_size * virtual_size` global chunks.
+Chunk c is run by pipeline rank `c % pipeline_size` as its virtual stage `c // pipeline_size`, as in megatron-core. The
+embedding and the towers belong to chunk 0, the final norm and the head to the last chunk, whatever the layers are.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from megatron_vlm.errors import ConfigError, LaunchError
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one model and one global batch are divided over a world of ranks."""
+    """Sizes of all groups of ranks, and the decoder layers of every pipeline chunk.
 
-    world_size: int
-    tensor_size: int
-    pipeline_size: int
-    context_size: int
-    data_size: int
-    num_micro_batches: int
-    """Micro-batches per step of one data-parallel rank."""
-    chunks: tuple[tuple[int, ...], ...]
-    """Decoder layers of each global chunk."""
+    Ranks are numbered tensor fastest, then context, data, pipeline. For experts the ranks of a pipeline stage are
+    divided anew: expert-tensor fastest, then expert, then expert data.
+
+    Attributes:
+        tensor_size: ranks that share each layer.
+        sequence_parallel: activations between sharded layers are divided along the sequence over the tensor ranks.
+        pipeline_size: ranks that each hold a stage.
+        context_size: ranks that share each sequence.
+        data_size: ranks that see different micro-batches.
+        expert_size: ranks that divide the experts among them.
+        expert_tensor_size: ranks that share each expert.
+        chunks: global ids of the decoder layers of every global chunk; empty where only groups of ranks matter.
+    """
+
+    tensor_size: int = 1
+    sequence_parallel: bool = False
+    pipeline_size: int = 1
+    context_size: int = 1
+    data_size: int = 1
     expert_size: int = 1
-    """Ranks that divide the experts among them; the ranks of a stage are divided anew for experts."""
     expert_tensor_size: int = 1
-    """Ranks that share each expert."""
+    chunks: tuple[tuple[int, ...], ...] = ()
+
+    @classmethod
+    def over(
+        cls,
+        world_size: int,
+        *,
+        num_layers: int = 0,
+        virtual_size: int = 1,
+        pipeline_layout: Sequence[int] | None = None,
+        tensor_size: int = 1,
+        sequence_parallel: bool = False,
+        pipeline_size: int = 1,
+        context_size: int = 1,
+        expert_size: int = 1,
+        expert_tensor_size: int = 1,
+    ) -> Layout:
+        """The layout of a number of ranks: the data-parallel size is what the other sizes leave.
+
+        Args:
+            world_size: number of ranks.
+            num_layers: decoder layers to assign; 0 leaves `chunks` empty.
+            virtual_size: chunks of each pipeline rank.
+            pipeline_layout: see `assign_layers`.
+            tensor_size: see `Layout`, as all that follow.
+            sequence_parallel: see `Layout`.
+            pipeline_size: see `Layout`.
+            context_size: see `Layout`.
+            expert_size: see `Layout`.
+            expert_tensor_size: see `Layout`.
+
+        Raises:
+            LaunchError: the number of ranks is not a multiple of tensor x context x pipeline, or of expert x
+                expert-tensor x pipeline.
+            ConfigError: see `assign_layers`.
+        """
+        model_size = tensor_size * context_size * pipeline_size
+        if world_size % model_size:
+            context = f" x context {context_size}" if context_size > 1 else ""
+            raise LaunchError(
+                f"{world_size} ranks do not divide by tensor {tensor_size}{context} x pipeline {pipeline_size}",
+                fix=f"start a multiple of {model_size} ranks",
+            )
+        stage_size, ranks_of_experts = world_size // pipeline_size, expert_size * expert_tensor_size
+        if stage_size % ranks_of_experts:
+            raise LaunchError(
+                f"the {stage_size} ranks of a pipeline stage do not divide by expert {expert_size} x expert-tensor "
+                f"{expert_tensor_size}",
+                fix=f"start a multiple of {ranks_of_experts * pipeline_size} ranks",
+            )
+        chunks = assign_layers(num_layers, pipeline_size, virtual_size, pipeline_layout) if num_layers else []
+        return cls(
+            tensor_size,
+            sequence_parallel,
+            pipeline_size,
+            context_size,
+            world_size // model_size,
+            expert_size,
+            expert_tensor_size,
+            tuple(map(tuple, chunks)),
+        )
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.tensor_size * self.context_size * self.data_size * self.pipeline_size
 
     @property
     def expert_data_size(self) -> int:
         """Ranks that hold copies of one expert."""
         return self.world_size // (self.pipeline_size * self.expert_size * self.expert_tensor_size)
 
+    @property
+    def virtual_size(self) -> int:
+        """Chunks of each pipeline rank."""
+        return max(1, len(self.chunks) // self.pipeline_size)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the whole model."""
+        return sum(map(len, self.chunks))
+
     def chunks_of(self, pipeline_rank: int) -> list[int]:
         """Global chunk ids that one pipeline rank holds, in the order of its virtual stages."""
         return list(range(pipeline_rank, len(self.chunks), self.pipeline_size))
+
+    def sizes(self) -> dict[str, int]:
+        """What decides on which rank an element lies: the sizes that a checkpoint's manifest states."""
+        return {
+            "tensor": self.tensor_size,
+            "pipeline": self.pipeline_size,
+            "virtual": self.virtual_size,
+            "data": self.data_size,
+            "expert": self.expert_size,
+            "expert_tensor": self.expert_tensor_size,
+            "sequence_parallel": int(self.sequence_parallel),
+        }
 
     def __str__(self) -> str:
         text = (
@@ -43,3 +147,50 @@ class Layout:
                 f"x expert {self.expert_size} x data {self.expert_data_size}"
             )
         return text
+
+
+def assign_layers(
+    num_layers: int, pipeline_size: int, virtual_size: int = 1, layout: Sequence[int] | None = None
+) -> list[list[int]]:
+    """Global layer ids of every global chunk, in chunk order.
+
+    Args:
+        num_layers: decoder layers of the whole model.
+        pipeline_size: pipeline ranks.
+        virtual_size: chunks per pipeline rank.
+        layout: layers of each chunk, zeros allowed; None splits evenly, and where the number does not divide gives one
+            layer more to the chunks in the middle, because the first also holds the towers and the last the head.
+
+    Returns:
+        `pipeline_size * virtual_size` lists of consecutive layer ids which together are `range(num_layers)`.
+
+    Raises:
+        ConfigError: the layout's length or sum is wrong, or the even split would leave a chunk empty.
+    """
+    num_chunks = pipeline_size * virtual_size
+    counts = _even_counts(num_layers, num_chunks) if layout is None else list(layout)
+    if len(counts) != num_chunks:
+        raise ConfigError(
+            f"parallel.pipeline_layout has {len(counts)} entries",
+            fix=f"give one per chunk: {pipeline_size} pipeline ranks x {virtual_size} virtual = {num_chunks}",
+        )
+    if min(counts) < 0 or sum(counts) != num_layers:
+        raise ConfigError(
+            f"parallel.pipeline_layout {counts} sums to {sum(counts)}, the model has {num_layers} decoder layers",
+            fix=f"give {num_chunks} numbers of at least 0 that sum to {num_layers}",
+        )
+    ends = [sum(counts[: chunk + 1]) for chunk in range(num_chunks)]
+    return [list(range(end - count, end)) for count, end in zip(counts, ends, strict=True)]
+
+
+def _even_counts(num_layers: int, num_chunks: int) -> list[int]:
+    """Equal counts, the remainder going to the middle chunks."""
+    if num_layers < num_chunks:
+        raise ConfigError(
+            f"{num_layers} decoder layers do not fill {num_chunks} pipeline chunks",
+            fix=f"use at most {num_layers} chunks (pipeline_model_parallel_size x "
+            "virtual_pipeline_model_parallel_size), or list zeros in parallel.pipeline_layout",
+        )
+    layers_per_chunk, remainder = divmod(num_layers, num_chunks)
+    first_larger = (num_chunks - remainder) // 2
+    return [layers_per_chunk + (first_larger <= chunk < first_larger + remainder) for chunk in range(num_chunks)]

@@ -5,17 +5,11 @@ from __future__ import annotations
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_vlm.parallel.layout import Layout
+
 
 def engine_config(
-    hidden_size: int,
-    num_attention_heads: int,
-    num_layers: int,
-    dtype: torch.dtype,
-    tensor_size: int = 1,
-    pipeline_size: int = 1,
-    virtual_size: int = 1,
-    sequence_parallel: bool = False,
-    deterministic: bool = False,
+    hidden_size: int, num_attention_heads: int, dtype: torch.dtype, layout: Layout, deterministic: bool = False
 ) -> TransformerConfig:
     """A `TransformerConfig` for the engine alone; our modules take what describes a model from the family's record.
 
@@ -23,14 +17,15 @@ def engine_config(
     stages always overlap their sends, because with two pipeline ranks the batched ones mix up the two directions, and
     the loss is divided by the number of tokens once, in `finalize_model_grads`.
     """
+    interleaved = layout.virtual_size > 1
     return TransformerConfig(
-        num_layers=num_layers,
+        num_layers=layout.num_layers,
         hidden_size=hidden_size,
         num_attention_heads=num_attention_heads,
-        tensor_model_parallel_size=tensor_size,
-        pipeline_model_parallel_size=pipeline_size,
-        virtual_pipeline_model_parallel_size=virtual_size if virtual_size > 1 else None,
-        sequence_parallel=sequence_parallel and tensor_size > 1,
+        tensor_model_parallel_size=layout.tensor_size,
+        pipeline_model_parallel_size=layout.pipeline_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_size if interleaved else None,
+        sequence_parallel=layout.sequence_parallel and layout.tensor_size > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -38,8 +33,8 @@ def engine_config(
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # asked for by variable_seq_lengths, also without experts
         gradient_accumulation_fusion=False,  # needs apex
-        overlap_p2p_comm=virtual_size > 1,
-        batch_p2p_comm=virtual_size == 1,
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         deallocate_pipeline_outputs=True,
         calculate_per_token_loss=True,
         perform_initialization=False,

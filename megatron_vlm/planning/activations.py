@@ -97,7 +97,7 @@ def activation_bytes(
         )
         kept.append(sum(parts))
         recomputed += [after - before for before, after in zip(parts, whole, strict=True)]
-    return math.ceil(_chunk_passes_alive(layout, pipeline_rank) * sum(kept) / len(kept) + max(recomputed))
+    return math.ceil(_chunk_passes_alive(config, layout, pipeline_rank) * sum(kept) / len(kept) + max(recomputed))
 
 
 def chunk_bytes(
@@ -138,10 +138,10 @@ def patches_per_row(config: Config, vision: Any, images_per_row: float) -> float
     return min(most, images_per_row * config.data.max_pixels / vision.patch_size**2)
 
 
-def _chunk_passes_alive(layout: Layout, pipeline_rank: int) -> int:
+def _chunk_passes_alive(config: Config, layout: Layout, pipeline_rank: int) -> int:
     """Forward passes of one chunk whose backward pass has not run, at most (1F1B; megatron-core's warm-up rule)."""
-    virtual_size = len(layout.chunks) // layout.pipeline_size
-    passes = layout.num_micro_batches * virtual_size
+    virtual_size = layout.virtual_size
+    passes = config.train.num_micro_batches(layout.data_size) * virtual_size
     ahead = layout.pipeline_size - pipeline_rank - 1
     warm_up = ahead if virtual_size == 1 else 2 * ahead + (virtual_size - 1) * layout.pipeline_size
     return min(passes, warm_up + 1)

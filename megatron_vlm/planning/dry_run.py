@@ -114,9 +114,10 @@ def _describe_layout(
     parts = list(dict.fromkeys(name.partition(".")[0] for name in shapes))
     layout = check_layout(config, model_config, world_size_to_check(config), parts)
     layouts.append(layout)
+    num_micro_batches = config.train.num_micro_batches(layout.data_size)
     lines = [
         f"layout    {layout} (set WORLD_SIZE to check another number of ranks)",
-        f"batch     {config.train.global_batch_size} rows = {layout.num_micro_batches} micro-batches "
+        f"batch     {config.train.global_batch_size} rows = {num_micro_batches} micro-batches "
         f"x {config.train.micro_batch_size} rows x {layout.data_size} data-parallel ranks",
     ]
     lines += _describe_experts(config, model_config, layout)

@@ -119,8 +119,7 @@ def held_parameters(
     settings = build_settings(config, layout)
     for stage in range(layout.pipeline_size):
         rank = stage * (layout.world_size // layout.pipeline_size)
-        sizes = (layout.tensor_size, layout.pipeline_size, layout.expert_size, layout.expert_tensor_size)
-        with simulated_rank(rank, layout.world_size, *sizes) as groups:
+        with simulated_rank(rank, layout) as groups:
             chunks = build_chunks(family, model_config, settings, groups, torch.device("meta"))
         parameters = (named for chunk in chunks for named in chunk.named_parameters())
         held.append({name: HeldParameter(tuple(entry.shape), is_expert(entry)) for name, entry in parameters})

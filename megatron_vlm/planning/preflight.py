@@ -15,8 +15,7 @@ from megatron_vlm.config import Config
 from megatron_vlm.config_checks import divisors, nearest_multiples
 from megatron_vlm.errors import ConfigError, LaunchError, UserError, combine
 from megatron_vlm.files.durable import check_export_target
-from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.parallel.stages import assign_layers
+from megatron_vlm.parallel.layout import Layout, assign_layers
 from megatron_vlm.planning.expert_checks import expert_problems, expert_rank_problems, experts_of
 
 EXPORT_RECORD = "exported.json"
@@ -48,7 +47,6 @@ def check_layout(config: Config, model_config: Any, world_size: int, parts: Iter
     ]
     if parts is not None:
         problems += _part_problems(config, set(parts))
-    chunks: list[list[int]] = []
     try:
         chunks = assign_layers(
             len(model_config.text.layers),
@@ -60,17 +58,15 @@ def check_layout(config: Config, model_config: Any, world_size: int, parts: Iter
         problems.append(problem)
     if problems:
         raise problems[0] if len(problems) == 1 else combine(ConfigError, problems)
-    data_size = world_size // _model_ranks(config)
     return Layout(
-        world_size=world_size,
         tensor_size=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
         pipeline_size=parallel.pipeline_model_parallel_size,
         context_size=parallel.context_parallel_size,
-        data_size=data_size,
-        num_micro_batches=config.train.global_batch_size // (config.train.micro_batch_size * data_size),
-        chunks=tuple(map(tuple, chunks)),
+        data_size=world_size // _model_ranks(config),
         expert_size=parallel.expert_model_parallel_size,
         expert_tensor_size=parallel.expert_tensor_parallel_size,
+        chunks=tuple(map(tuple, chunks)),
     )
 
 

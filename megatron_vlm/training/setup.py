@@ -84,10 +84,7 @@ def set_up(config: Config) -> Run:
     layout = check_layout(config, model_config, torch.distributed.get_world_size(), parts)
     check_run_dir(config)
     due_export = check_export(config)
-    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
-    groups = build_groups(
-        layout.tensor_size, layout.pipeline_size, layout.expert_size, layout.expert_tensor_size, timeout
-    )
+    groups = build_groups(layout, timedelta(minutes=config.parallel.distributed_timeout_minutes))
     initialize_megatron(config.train.seed, groups)
     if config.train.deterministic:
         platform.current().use_deterministic_algorithms()
@@ -104,7 +101,7 @@ def set_up(config: Config) -> Run:
         Path(config.run_dir) / "checkpoints",
         groups,
         identity,
-        _layout_sizes(config, layout),
+        layout.sizes(),
         config.train.precision,
         config.checkpoint.keep_last,
         config.checkpoint.async_save,
@@ -148,7 +145,7 @@ def _build_loaders(
         config.train.micro_batch_size,
         groups.dp.rank(),
         layout.data_size,
-        pad_to_multiple_of=layout.tensor_size if config.parallel.sequence_parallel else 1,
+        pad_to_multiple_of=layout.tensor_size if layout.sequence_parallel else 1,
         with_pixels=groups.pp.rank() == 0,
     )
     pin_memory = platform.current().accelerated
@@ -157,19 +154,6 @@ def _build_loaders(
         build_train_loader(config, rules, share, pin_memory=pin_memory, report_problems=reports),
         build_valid_loader(config, rules, share, pin_memory=pin_memory, report_problems=reports),
     )
-
-
-def _layout_sizes(config: Config, layout: Layout) -> dict[str, int]:
-    """What decides on which rank a number lies."""
-    return {
-        "tensor": layout.tensor_size,
-        "pipeline": layout.pipeline_size,
-        "virtual": config.parallel.virtual_pipeline_model_parallel_size,
-        "data": layout.data_size,
-        "expert": layout.expert_size,
-        "expert_tensor": layout.expert_tensor_size,
-        "sequence_parallel": int(config.parallel.sequence_parallel),
-    }
 
 
 def _build_model(

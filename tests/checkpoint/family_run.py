@@ -19,7 +19,6 @@ from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families import build, registry
 from megatron_vlm.families.build import BuildSettings, build_chunks, wrap_data_parallel
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
-from megatron_vlm.parallel.stages import assign_layers
 from megatron_vlm.training.optimizer import apply_gradients, build_optimizer, gradient_norm
 from megatron_vlm.training.step import run_global_batch
 from tests.checkpoint.tiny_run import prepare_process
@@ -52,15 +51,15 @@ class FamilyRun:
     ) -> None:
         prepare_process()
         self.batches_of_step, self.layout = batches_of_step, layout
-        self.groups = build_groups(layout.tensor, layout.pipeline, layout.expert, layout.expert_tensor)
-        initialize_megatron(1, self.groups)
         hf_config = registry.load_hf_config(hf_dir)
         family = registry.detect(hf_config)
         model_config = family.config_from_hf(hf_config, text_only=False)
+        ranks = layout.ranks(len(model_config.text.layers))
+        self.groups = build_groups(ranks)
+        initialize_megatron(1, self.groups)
         settings = BuildSettings(
-            assign_layers(len(model_config.text.layers), layout.pipeline, layout.virtual, layout.pipeline_layout),
+            ranks,
             dtype,
-            layout.sequence_parallel,
             vision_parallelism=layout.vision,
             overlapped=layout.overlap,
         )

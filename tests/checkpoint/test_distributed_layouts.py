@@ -29,7 +29,6 @@ from tests.checkpoint.tiny_run import (
     IDENTITY,
     LEARNING_RATE,
     WEIGHT_DECAY,
-    Layout,
     Run,
     Settings,
     gradient,
@@ -38,9 +37,10 @@ from tests.checkpoint.tiny_run import (
     parameter_shapes,
 )
 from tests.checkpoint.whole_state import Pieces, assemble, assert_same
+from tests.parity.layouts import TestLayout
 from tests.ranks import run_ranks
 
-SOURCE = Layout(tensor=2, pipeline=2, expert=2)
+SOURCE = TestLayout(4, tensor=2, pipeline=2, expert=2)
 STEPS, MORE_STEPS = 3, 2
 
 
@@ -166,16 +166,16 @@ def test_saved_state_follows_torch_adamw(source):
 @pytest.mark.parametrize(
     "layout",
     [
-        Layout(),
-        Layout(pipeline=4),
-        Layout(data=2, tensor=2),
-        Layout(pipeline=2, virtual=2),
-        Layout(data=4),
-        Layout(data=4, expert=4),
-        Layout(tensor=2, expert=2),
-        Layout(tensor=2, expert_tensor=2),
-        Layout(tensor=2, data=2, expert=2, expert_tensor=2),
-        Layout(pipeline=2, data=2, expert=2),
+        TestLayout(),
+        TestLayout(4, pipeline=4),
+        TestLayout(4, tensor=2),
+        TestLayout(2, pipeline=2, virtual=2),
+        TestLayout(4),
+        TestLayout(4, expert=4),
+        TestLayout(2, tensor=2, expert=2),
+        TestLayout(2, tensor=2, expert_tensor=2),
+        TestLayout(4, tensor=2, expert=2, expert_tensor=2),
+        TestLayout(4, pipeline=2, expert=2),
     ],
     ids=str,
 )
@@ -193,10 +193,10 @@ def test_continues_in_another_layout(source, layout):
 @pytest.mark.parametrize(
     ("layout", "bf16"),
     [
-        (Layout(tensor=2, expert_tensor=2), False),
-        (Layout(pipeline=2), True),
-        (Layout(data=2, expert=2), False),
-        (Layout(tensor=2, data=2, expert=2), True),
+        (TestLayout(2, tensor=2, expert_tensor=2), False),
+        (TestLayout(2, pipeline=2), True),
+        (TestLayout(2, expert=2), False),
+        (TestLayout(4, tensor=2, expert=2), True),
     ],
     ids=str,
 )
@@ -209,7 +209,7 @@ def test_same_layout_continues_bit_for_bit(tmp_path, layout, bf16):
 
 @pytest.mark.parametrize(("optimizer", "bf16"), [("adamw", False), ("adamw", True), ("sgd", False)])
 def test_plain_optimizers_continue_bit_for_bit(tmp_path, optimizer, bf16):
-    settings = Settings(Layout(tensor=2, expert=2), optimizer=optimizer, distributed_optimizer=False, bf16=bf16)
+    settings = Settings(TestLayout(2, tensor=2, expert=2), optimizer=optimizer, distributed_optimizer=False, bf16=bf16)
     for straight, resumed in run_ranks(2, straight_and_resumed, settings, str(tmp_path)):
         assert_same(straight, resumed)
 
@@ -226,7 +226,9 @@ def test_plain_optimizers_continue_bit_for_bit(tmp_path, optimizer, bf16):
     ids=["no parameter", "no parameter of a group"],
 )
 def test_partly_frozen_stages_continue_bit_for_bit(tmp_path, freeze, trained_tensors_by_stage, distributed_optimizer):
-    settings = Settings(Layout(pipeline=2), freeze=freeze, distributed_optimizer=distributed_optimizer, bf16=True)
+    settings = Settings(
+        TestLayout(2, pipeline=2), freeze=freeze, distributed_optimizer=distributed_optimizer, bf16=True
+    )
     results = run_ranks(2, straight_and_resumed, settings, str(tmp_path))
     for straight, resumed in results:
         assert_same(straight, resumed)
@@ -236,8 +238,8 @@ def test_partly_frozen_stages_continue_bit_for_bit(tmp_path, freeze, trained_ten
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("distributed_first", [False, True])
 def test_distributed_optimizer_can_be_switched(tmp_path, bf16, distributed_first):
-    first = Settings(Layout(tensor=2, expert=2), bf16=bf16, distributed_optimizer=distributed_first)
-    second = Settings(Layout(data=2), bf16=bf16, distributed_optimizer=not distributed_first)
+    first = Settings(TestLayout(2, tensor=2, expert=2), bf16=bf16, distributed_optimizer=distributed_first)
+    second = Settings(TestLayout(2), bf16=bf16, distributed_optimizer=not distributed_first)
     saved = assemble(run_ranks(2, train_and_save, first, str(tmp_path)))
     results = run_ranks(2, load_and_continue, second, str(tmp_path))
     loaded = assemble([before for before, *_ in results])
@@ -252,13 +254,13 @@ def test_distributed_optimizer_can_be_switched(tmp_path, bf16, distributed_first
 
 
 def test_step_is_saved_for_a_group_without_parameters_on_the_first_rank(tmp_path):
-    run_ranks(2, save_without_step, Settings(Layout(pipeline=2), distributed_optimizer=False), str(tmp_path))
+    run_ranks(2, save_without_step, Settings(TestLayout(2, pipeline=2), distributed_optimizer=False), str(tmp_path))
     description = Manifest.read(tmp_path / f"step_{STEPS:08d}").optimizer
     assert [group["step"] for group in description["groups"]] == [STEPS] * 3
 
 
 def test_parameters_still_to_be_gathered_are_saved_up_to_date(tmp_path):
-    settings = Settings(Layout(data=2, expert=2), overlap_param_gather=True)
+    settings = Settings(TestLayout(2, expert=2), overlap_param_gather=True)
     assert_follows_reference(assemble(run_ranks(2, train_and_save, settings, str(tmp_path))), STEPS)
     ((loaded, *_),) = run_ranks(1, load_and_continue, Settings(), str(tmp_path))
     assert_follows_reference(assemble([loaded]), STEPS)
@@ -275,7 +277,7 @@ def test_weights_only_converts_the_type(source):
 
 
 def test_experts_may_be_frozen_but_not_thawed(source, tmp_path):
-    frozen = Settings(Layout(data=2), freeze=rf"{FROZEN}|.*\.experts\.")
+    frozen = Settings(TestLayout(2), freeze=rf"{FROZEN}|.*\.experts\.")
     results = run_ranks(2, load_and_continue, frozen, source[0])
     loaded = assemble([found for found, *_ in results])
     assert_same({key: source[1][key] for key in loaded}, loaded)
@@ -288,13 +290,14 @@ def test_experts_may_be_frozen_but_not_thawed(source, tmp_path):
 
 
 def test_model_of_other_shape_is_refused(source):
-    message = run_ranks(2, load_fails, Settings(Layout(tensor=2), num_layers=8), source[0])[1]
+    message = run_ranks(2, load_fails, Settings(TestLayout(2, tensor=2), num_layers=8), source[0])[1]
     assert "language_model.layers.4.mlp.up_proj.bias is missing" in message and " more" in message
     assert "model.hf_path" in message
 
 
 def test_model_with_fewer_layers_is_refused(source):
-    message = run_ranks(2, load_weights_fails, Settings(Layout(pipeline=2), num_layers=2), source[0], IDENTITY)[0]
+    smaller = Settings(TestLayout(2, pipeline=2), num_layers=2)
+    message = run_ranks(2, load_weights_fails, smaller, source[0], IDENTITY)[0]
     assert "language_model.layers.2.mlp.up_proj.bias is in it and not in the model" in message
 
 
@@ -320,7 +323,7 @@ def test_damage_is_reported_on_every_rank(source, tmp_path, damage):
     file = checkpoint / ".metadata" if damage == "metadata" else max(checkpoint.glob("*.distcp"))
     file.unlink() if damage == "removed" else os.truncate(file, 300)
     for fails in (load_fails, partial(load_weights_fails, identity=IDENTITY)):
-        for message in run_ranks(2, fails, Settings(Layout(pipeline=2)), str(tmp_path)):
+        for message in run_ranks(2, fails, Settings(TestLayout(2, pipeline=2)), str(tmp_path)):
             assert str(checkpoint) in message and ("damaged" in message or "metadata" in message)
             assert "\n" not in message
 

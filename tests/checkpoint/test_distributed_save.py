@@ -20,10 +20,11 @@ from torch.distributed.checkpoint import FileSystemWriter
 from megatron_vlm.checkpoint import run_folder
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.platform import checkpointing
-from tests.checkpoint.tiny_run import EMBEDDING, Layout, Run, Settings
+from tests.checkpoint.tiny_run import EMBEDDING, Run, Settings
+from tests.parity.layouts import TestLayout
 from tests.ranks import run_ranks
 
-PAIR = Settings(Layout(data=2))
+PAIR = Settings(TestLayout(2))
 
 
 def embedding(run: Run) -> torch.Tensor:

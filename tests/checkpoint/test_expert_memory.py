@@ -20,6 +20,7 @@ from megatron_vlm.families import registry
 from megatron_vlm.families.build import BuildSettings, build_chunks
 from megatron_vlm.files.safetensors_headers import WeightFiles
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
+from megatron_vlm.parallel.layout import Layout
 from tests.families import qwen3_vl
 from tests.ranks import run_ranks
 
@@ -101,12 +102,13 @@ def test_conversion_takes_one_expert_at_a_time(published: dict[int, Path], tmp_p
 
 def load_and_export(sources: Sequence[Path], targets: Sequence[Path]) -> tuple[int, int]:
     """How far one rank's memory rises while it loads the last model and while it exports it."""
-    groups = build_groups(expert_size=2)
+    layout = Layout.over(2, num_layers=1, expert_size=2)
+    groups = build_groups(layout)
     initialize_megatron(0, groups)
     for source, target in zip(sources, targets, strict=True):
         family = registry.detect(source)
         config = family.config_from_hf(registry.load_hf_config(source), False)
-        chunks = build_chunks(family, config, BuildSettings([[0]], dtype=torch.bfloat16), groups)
+        chunks = build_chunks(family, config, BuildSettings(layout, torch.bfloat16), groups)
         for chunk in chunks:
             for parameter in chunk.parameters():
                 torch.nn.init.zeros_(parameter)  # so that its memory counts before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,68 +13,55 @@ from megatron_vlm.conversion.convert import export_checkpoint, identity_of, veri
 from megatron_vlm.conversion.running_model import export_hf_from_model, load_hf_into_model
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.families import registry
-from megatron_vlm.families.build import BuildSettings, build_chunks, wrap_data_parallel
+from megatron_vlm.families.build import DTYPES, BuildSettings, build_chunks, wrap_data_parallel
 from megatron_vlm.files.safetensors_headers import StoredTensor
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
-from megatron_vlm.parallel.stages import assign_layers
+from megatron_vlm.parallel.layout import Layout
 from tests.checkpoint import gemma3_files
 from tests.checkpoint.hf_files import files, load_tensors
+from tests.parity.layouts import TestLayout
 from tests.ranks import run_ranks
 
 FOUR_LAYERS = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
 
 
-@dataclass(frozen=True)
-class Layout:
-    tensor: int = 1
-    pipeline: int = 1
-    virtual: int = 1
-    data: int = 1
-    vision: str = "tensor"
-    dtype: torch.dtype = torch.bfloat16
-
-    @property
-    def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.data
-
-
 LAYOUTS = {
-    "single": Layout(),
-    "tp2": Layout(tensor=2),
-    "tp2 vision data": Layout(tensor=2, vision="data"),
-    "tp2 pp2 fp32": Layout(tensor=2, pipeline=2, dtype=torch.float32),
-    "pp4": Layout(pipeline=4),
-    "pp2 vpp2": Layout(pipeline=2, virtual=2),
-    "dp2 tp2": Layout(data=2, tensor=2),
+    "single": TestLayout(precision="bf16"),
+    "tp2": TestLayout(2, tensor=2, precision="bf16"),
+    "tp2 vision data": TestLayout(2, tensor=2, vision="data", precision="bf16"),
+    "tp2 pp2 fp32": TestLayout(4, tensor=2, pipeline=2),
+    "pp4": TestLayout(4, pipeline=4, precision="bf16"),
+    "pp2 vpp2": TestLayout(2, pipeline=2, virtual=2, precision="bf16"),
+    "dp2 tp2": TestLayout(4, tensor=2, precision="bf16", distributed_optimizer=True),
 }
 
 
-def load_and_export(source: Path, target: Path, layout: Layout, text_only: bool) -> dict[str, torch.Tensor]:
+def load_and_export(source: Path, target: Path, layout: TestLayout, text_only: bool) -> dict[str, torch.Tensor]:
     """One rank: build, load, export; returns this rank's parameters."""
-    groups = build_groups(layout.tensor, layout.pipeline)
-    initialize_megatron(0, groups)
     family = registry.detect(source)
     config = family.config_from_hf(registry.load_hf_config(source), text_only)
-    layers = assign_layers(len(config.text.layers), layout.pipeline, layout.virtual)
-    settings = BuildSettings(layers, dtype=layout.dtype, vision_parallelism=layout.vision)
+    ranks = layout.ranks(len(config.text.layers))
+    groups = build_groups(ranks)
+    initialize_megatron(0, groups)
+    settings = BuildSettings(ranks, DTYPES[layout.precision], vision_parallelism=layout.vision)
     chunks = build_chunks(family, config, settings, groups)
     for chunk in chunks:
         for parameter in chunk.parameters():
             torch.nn.init.constant_(parameter, float("nan"))  # whatever is not loaded must show
-    wrapped = wrap_data_parallel(chunks, groups, use_distributed_optimizer=layout.data > 1)
+    wrapped = wrap_data_parallel(chunks, groups, use_distributed_optimizer=layout.distributed_optimizer)
     load_hf_into_model(wrapped, source, family, config, groups)
     export_hf_from_model(wrapped, source, target, family, config, groups)
     return {name: parameter.detach().clone() for chunk in chunks for name, parameter in chunk.named_parameters()}
 
 
-def load_and_save(source: Path, directory: Path, layout: Layout) -> None:
+def load_and_save(source: Path, directory: Path, layout: TestLayout) -> None:
     """One rank: build, load, save a checkpoint as a run does, with megatron-core."""
-    groups = build_groups(layout.tensor, layout.pipeline)
-    initialize_megatron(0, groups)
     family = registry.detect(source)
     config = family.config_from_hf(registry.load_hf_config(source), False)
-    layers = assign_layers(len(config.text.layers), layout.pipeline, layout.virtual)
-    chunks = build_chunks(family, config, BuildSettings(layers, dtype=layout.dtype), groups)
+    ranks = layout.ranks(len(config.text.layers))
+    groups = build_groups(ranks)
+    initialize_megatron(0, groups)
+    chunks = build_chunks(family, config, BuildSettings(ranks, DTYPES[layout.precision]), groups)
     load_hf_into_model(chunks, source, family, config, groups)
     identity = identity_of(source, family.name, config)
     manager = CheckpointManager(directory, groups, identity, {}, "fp32", async_save=False)
@@ -148,11 +134,12 @@ def bytes_read(source: Path) -> tuple[int, int]:
         num_read += end_byte - begin_byte
         return read_range(reader, stored, begin_byte, end_byte, buffer)
 
-    groups = build_groups(1, 2)
+    layout = Layout.over(2, num_layers=4, pipeline_size=2)
+    groups = build_groups(layout)
     initialize_megatron(0, groups)
     family = registry.detect(source)
     config = family.config_from_hf(registry.load_hf_config(source), False)
-    chunks = build_chunks(family, config, BuildSettings(assign_layers(4, 2), dtype=torch.bfloat16), groups)
+    chunks = build_chunks(family, config, BuildSettings(layout, torch.bfloat16), groups)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SafetensorsReader, "_read_range", counted)
         load_hf_into_model(chunks, source, family, config, groups)

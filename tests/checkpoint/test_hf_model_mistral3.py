@@ -14,8 +14,8 @@ from megatron_vlm.conversion.running_model import export_hf_from_model, load_hf_
 from megatron_vlm.families import registry
 from megatron_vlm.families.build import BuildSettings, build_chunks, wrap_data_parallel
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
+from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.sharding import own_part
-from megatron_vlm.parallel.stages import assign_layers
 from tests.checkpoint import mistral3_files
 from tests.checkpoint.hf_files import files, load_tensors, read_config
 from tests.checkpoint.mistral3_files import saved_float8
@@ -33,14 +33,18 @@ def load_and_export(
     source: Path, target: Path, sizes: tuple[int, int], dtype: torch.dtype, text_only: bool, expected: dict
 ) -> set[str]:
     """One rank: load, compare with `expected`, export, save a checkpoint as a run does; the names it holds."""
-    groups = build_groups(*sizes)
-    initialize_megatron(0, groups)
     family = registry.detect(source)
     config = family.config_from_hf(registry.load_hf_config(source), text_only)
-    settings = BuildSettings(
-        assign_layers(len(config.text.layers), sizes[1]), dtype=dtype, sequence_parallel=sizes[0] > 1
+    layout = Layout.over(
+        torch.distributed.get_world_size(),
+        num_layers=len(config.text.layers),
+        tensor_size=sizes[0],
+        sequence_parallel=sizes[0] > 1,
+        pipeline_size=sizes[1],
     )
-    chunks = build_chunks(family, config, settings, groups)
+    groups = build_groups(layout)
+    initialize_megatron(0, groups)
+    chunks = build_chunks(family, config, BuildSettings(layout, dtype), groups)
     held = {name: parameter for chunk in chunks for name, parameter in chunk.named_parameters()}
     for parameter in held.values():
         torch.nn.init.constant_(parameter, float("nan"))  # whatever is not loaded must show

@@ -20,8 +20,8 @@ from megatron_vlm.families import registry
 from megatron_vlm.families.build import BuildSettings, build_chunks, wrap_data_parallel
 from megatron_vlm.files.safetensors_headers import StoredTensor
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
+from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.sharding import own_part
-from megatron_vlm.parallel.stages import assign_layers
 from tests.checkpoint import qwen3_vl_files
 from tests.checkpoint.hf_files import files, load_tensors, rename
 from tests.families.qwen3_vl import VOCABULARY
@@ -45,13 +45,22 @@ def build(
     source: Path, sizes: Sizes, dtype: torch.dtype, text_only: bool = False
 ) -> tuple[list[MegatronModule], ProcessGroupCollection]:
     """One rank's chunks, full of NaN: whatever is not loaded must show."""
-    groups = build_groups(*sizes)
+    tensor, pipeline, expert, expert_tensor = sizes
+    layout = Layout.over(
+        torch.distributed.get_world_size(),
+        num_layers=4,
+        pipeline_layout=[2, 0, 0, 2] if pipeline == 4 else None,
+        tensor_size=tensor,
+        sequence_parallel=tensor > 1,
+        pipeline_size=pipeline,
+        expert_size=expert,
+        expert_tensor_size=expert_tensor,
+    )
+    groups = build_groups(layout)
     initialize_megatron(0, groups)
     family = registry.detect(source)
     config = family.config_from_hf(registry.load_hf_config(source), text_only)
-    layers = assign_layers(4, groups.pp.size(), layout=[2, 0, 0, 2] if groups.pp.size() == 4 else None)
-    settings = BuildSettings(layers, dtype=dtype, sequence_parallel=groups.tp.size() > 1)
-    chunks = build_chunks(family, config, settings, groups)
+    chunks = build_chunks(family, config, BuildSettings(layout, dtype), groups)
     for chunk in chunks:
         for parameter in chunk.parameters():
             torch.nn.init.constant_(parameter, float("nan"))

@@ -11,9 +11,9 @@ from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 from megatron_vlm.families import registry
 from megatron_vlm.families.build import BuildSettings, build_chunks
+from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.sharding import splits, whole_shape
 from megatron_vlm.parallel.simulate import simulated_rank
-from megatron_vlm.parallel.stages import assign_layers
 from tests.checkpoint import qwen3_vl_files
 
 WORLD = 64
@@ -65,9 +65,19 @@ def expected() -> dict[str, Shape]:
 
 def held_parts(family: registry.Family, config: object, rank: int, sizes: Sizes) -> dict[str, tuple[Shape, Box]]:
     """Shape over all ranks and own part of every parameter of one rank."""
-    settings = BuildSettings(assign_layers(94, sizes[1]), dtype=torch.bfloat16, sequence_parallel=True)
+    tensor, pipeline, expert, expert_tensor = sizes
+    layout = Layout.over(
+        WORLD,
+        num_layers=94,
+        tensor_size=tensor,
+        sequence_parallel=True,
+        pipeline_size=pipeline,
+        expert_size=expert,
+        expert_tensor_size=expert_tensor,
+    )
+    settings = BuildSettings(layout, torch.bfloat16)
     held = {}
-    with simulated_rank(rank, WORLD, *sizes) as groups:
+    with simulated_rank(rank, layout) as groups:
         for chunk in build_chunks(family, config, settings, groups, torch.device("meta")):
             for name, parameter in chunk.named_parameters():
                 start = [0] * parameter.dim()

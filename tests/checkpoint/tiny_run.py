@@ -14,10 +14,9 @@ import math
 import multiprocessing
 import re
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
@@ -32,6 +31,7 @@ from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.sharding import mark_expert, replica_group, splits
 from megatron_vlm.training.optimizer import apply_gradients, build_optimizer, gradient_norm
 from tests.checkpoint.whole_state import Pieces, pieces
+from tests.parity.layouts import TestLayout
 
 NUM_LAYERS = 4
 FIRST_MOE_LAYER = 2  # so that some stages have experts and some have none
@@ -48,29 +48,9 @@ IDENTITY = ModelIdentity("gemma3", "gemma3", text_only=False, tied=True, hf_conf
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 1e-2, (0.9, 0.95), 1e-8, 0.1
 
 
-@dataclass(frozen=True)
-class Layout:
-    tensor: int = 1
-    pipeline: int = 1
-    virtual: int = 1
-    data: int = 1
-    expert: int = 1
-    expert_tensor: int = 1
-
-    @property
-    def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.data
-
-    def sizes(self) -> dict[str, int]:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        return " ".join(f"{name} {size}" for name, size in self.sizes().items() if size > 1) or "one rank"
-
-
 @dataclass
 class Settings:
-    layout: Layout = field(default_factory=Layout)
+    layout: TestLayout = field(default_factory=TestLayout)
     optimizer: str = "adamw"
     distributed_optimizer: bool = True
     bf16: bool = False
@@ -194,8 +174,8 @@ class Run:
         prepare_process()
         self.settings = settings
         layout = settings.layout
-        assert dist.get_world_size() == layout.world_size
-        self.groups = build_groups(layout.tensor, layout.pipeline, layout.expert, layout.expert_tensor)
+        self.ranks = layout.ranks(settings.num_layers)
+        self.groups = build_groups(self.ranks)
         initialize_megatron(1234, self.groups)
         config = TransformerConfig(
             num_layers=NUM_LAYERS, hidden_size=HIDDEN, num_attention_heads=4, calculate_per_token_loss=True
@@ -226,21 +206,18 @@ class Run:
         self.step = 0
         self.norms: list[float] = []
         self.manager = CheckpointManager(
-            folder, self.groups, IDENTITY, layout.sizes(), "bf16" if settings.bf16 else "fp32",
+            folder, self.groups, IDENTITY, self.ranks.sizes(), "bf16" if settings.bf16 else "fp32",
             **{"async_save": False, **manager_arguments},
         )  # fmt: skip
 
     def _chunk_names(self) -> list[tuple[list[str], bool]]:
         """Names of each of this rank's chunks, and whether its embedding is the last stage's copy."""
-        layout, rank = self.settings.layout, self.groups.pp.rank()
-        num_chunks = layout.pipeline * layout.virtual
-        per_chunk = self.settings.num_layers // num_chunks
         shapes = parameter_shapes(self.settings.num_layers)
         chunks = []
-        for chunk in range(rank, num_chunks, layout.pipeline):
-            layers = {str(layer) for layer in range(chunk * per_chunk, (chunk + 1) * per_chunk)}
+        for chunk in self.ranks.chunks_of(self.groups.pp.rank()):
+            layers = set(map(str, self.ranks.chunks[chunk]))
             names = [name for name in shapes if ".layers." in name and name.split(".")[2] in layers]
-            first, last = chunk == 0, chunk == num_chunks - 1
+            first, last = chunk == 0, chunk == len(self.ranks.chunks) - 1
             names = [EMBEDDING, FROZEN, PROJECTOR, FUSED_BIAS] * first + names + ["language_model.norm.weight"] * last
             names = names + [EMBEDDING] * (last and not first)
             chunks.append((names, last and not first))
@@ -262,7 +239,7 @@ class Run:
             for name, parameter in chunk.module.named_parameters():
                 if parameter.requires_grad:
                     parameter.main_grad.copy_(self._own_gradient(name, parameter))
-        num_tokens = torch.tensor(LABEL_TOKENS // self.settings.layout.data, dtype=torch.int)
+        num_tokens = torch.tensor(LABEL_TOKENS // self.ranks.data_size, dtype=torch.int)
         finalize_gradients(self.chunks, num_tokens, self.groups)
 
     def _own_gradient(self, name: str, parameter: torch.nn.Parameter) -> torch.Tensor:

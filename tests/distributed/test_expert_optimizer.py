@@ -12,27 +12,28 @@ import pytest
 from megatron.core.distributed import DistributedDataParallel
 
 from tests.checkpoint.test_distributed_layouts import assert_follows_reference
-from tests.checkpoint.tiny_run import Layout, Run, Settings, gradient_norm_at
+from tests.checkpoint.tiny_run import Run, Settings, gradient_norm_at
 from tests.checkpoint.whole_state import Pieces, assemble
+from tests.parity.layouts import TestLayout
 from tests.ranks import run_ranks
 
 STEPS = 2
 CLIP = 1.0  # norms are above 40
 
 LAYOUTS = [
-    Layout(),
-    Layout(data=4, expert=2),
-    Layout(data=4, expert=2, expert_tensor=2),
-    Layout(tensor=2, data=2),
-    Layout(tensor=2, data=2, expert=4),
-    Layout(tensor=2, data=2, expert=2, expert_tensor=2),
-    Layout(pipeline=2, data=2, expert=2),
-    Layout(pipeline=2, tensor=2, expert_tensor=2),
-    Layout(pipeline=4),
+    TestLayout(),
+    TestLayout(4, expert=2),
+    TestLayout(4, expert=2, expert_tensor=2),
+    TestLayout(4, tensor=2),
+    TestLayout(4, tensor=2, expert=4),
+    TestLayout(4, tensor=2, expert=2, expert_tensor=2),
+    TestLayout(4, pipeline=2, expert=2),
+    TestLayout(4, pipeline=2, tensor=2, expert_tensor=2),
+    TestLayout(4, pipeline=4),
 ]
 
 
-def train(layout: Layout) -> list[tuple[list[float], Pieces]]:
+def train(layout: TestLayout) -> list[tuple[list[float], Pieces]]:
     """With the optimizer whole on each rank, and distributed: norms and tensors."""
     results = []
     for distributed in (False, True):
@@ -43,7 +44,7 @@ def train(layout: Layout) -> list[tuple[list[float], Pieces]]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_norm_and_clipped_update(layout: Layout) -> None:
+def test_norm_and_clipped_update(layout: TestLayout) -> None:
     for results in zip(*run_ranks(layout.world_size, train, layout), strict=True):
         # A replica counted twice, or a share left out, moves it by 1e-3 or more.
         assert results[0][0] == pytest.approx([gradient_norm_at(step) for step in range(STEPS)], rel=1e-6)
@@ -52,7 +53,7 @@ def test_norm_and_clipped_update(layout: Layout) -> None:
         assert_follows_reference(assemble([found for _, found in results]), STEPS, CLIP)
 
 
-def norms_in_bf16(layout: Layout) -> list[list[float]]:
+def norms_in_bf16(layout: TestLayout) -> list[list[float]]:
     """With the optimizer whole on each rank, and distributed."""
     found = []
     for distributed in (False, True):
@@ -64,7 +65,7 @@ def norms_in_bf16(layout: Layout) -> list[list[float]]:
 
 def test_norm_in_bf16() -> None:
     """Gradients are fp32, so the norm is the same; what marks a parameter as a shard must reach its fp32 copy."""
-    layout = Layout(tensor=2, data=2, expert=2, expert_tensor=2)
+    layout = TestLayout(4, tensor=2, expert=2, expert_tensor=2)
     for norms in run_ranks(layout.world_size, norms_in_bf16, layout):
         assert norms == [pytest.approx([gradient_norm_at(0)], rel=1e-6)] * 2
 
@@ -83,5 +84,5 @@ def gathers_in_a_step(settings: Settings) -> tuple[int, int]:
 
 def test_parameters_are_gathered_once() -> None:
     """Each of megatron-core's two optimizers would gather the parameters of both."""
-    for calls, groups in run_ranks(2, gathers_in_a_step, Settings(Layout(data=2, expert=2))):
+    for calls, groups in run_ranks(2, gathers_in_a_step, Settings(TestLayout(2, expert=2))):
         assert calls == groups > 1

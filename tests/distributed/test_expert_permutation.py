@@ -43,7 +43,7 @@ def test_signatures_are_those_of_megatron(name: str) -> None:
 def run_both(layout: TestLayout) -> None:
     """On a rank: every load through both dispatchers, with either permutation."""
     expert_permutation.install()
-    groups = build_groups(layout.tensor, 1, layout.expert, layout.expert_tensor)
+    groups = build_groups(layout.ranks())
     initialize_megatron(1, groups)
     for dispatcher in DISPATCHERS:
         for name, load in LOADS.items():

@@ -16,6 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_vlm.errors import LaunchError
 from megatron_vlm.parallel import groups as module
 from megatron_vlm.parallel.groups import build_groups
+from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.simulate import simulated_rank
 from tests.ranks import run_ranks
 
@@ -56,7 +57,16 @@ def check(rank: int, layout: tuple[int, ...]) -> int:
     torch.distributed.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     try:
         with mock.patch.object(torch.distributed, "new_group", calls):
-            found = build_groups(tensor, pipeline, expert, expert_tensor, context_size=context)
+            found = build_groups(
+                Layout.over(
+                    world,
+                    tensor_size=tensor,
+                    context_size=context,
+                    pipeline_size=pipeline,
+                    expert_size=expert,
+                    expert_tensor_size=expert_tensor,
+                )
+            )
         dense = HyperCommGrid([tensor, context, world // (tensor * context * pipeline), pipeline], [*module.AXES])
         expert_data = world // (pipeline * expert * expert_tensor)
         of_experts = HyperCommGrid([expert_tensor, expert, expert_data, pipeline], [*module.EXPERT_AXES])
@@ -87,7 +97,7 @@ def test_sixteen_thousand_ranks() -> None:
     for rank in (0, 7, 1023, 1024, 9_999, 16_383):
         assert check(rank, layout) <= 16
     began = time.perf_counter()
-    with simulated_rank(5_000, 16_384, 8, 16, 16) as groups:
+    with simulated_rank(5_000, Layout.over(16_384, tensor_size=8, pipeline_size=16, expert_size=16)) as groups:
         assert groups.dp.size() == 128 and groups.tp.rank() == 0
     assert time.perf_counter() - began < 1  # takes 0.05 s
 
@@ -100,8 +110,9 @@ def test_sizes_that_do_not_divide() -> None:
 def sums(tensor: int, pipeline: int, expert: int, repeats: int) -> list[dict[str, float]]:
     """On a rank: the sum of all ranks' numbers over each group, for groups that are made several times."""
     found = []
+    layout = Layout.over(4, tensor_size=tensor, pipeline_size=pipeline, expert_size=expert)
     for _ in range(repeats):
-        groups = build_groups(tensor, pipeline, expert)
+        groups = build_groups(layout)
         result: dict[str, Any] = {}
         for name in ("tp", "dp", "pp", "dp_cp", "mp", "tp_ep", "expt_dp", "intra_dist_opt", "embd", "alone"):
             group = getattr(groups, name)

@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_model_config
 
 from megatron_vlm.checkpoint.manager import sharded_model_state
+from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.mcore_config import engine_config
 from megatron_vlm.training import step
 from megatron_vlm.training.step import LossSums, run_global_batch
@@ -100,7 +101,7 @@ def test_trap_of_replicated_parameters(hf_dir: str) -> None:
 
 
 def calculate_loss(loss: Any, per_token: bool) -> tuple[torch.Tensor, list[Any]]:
-    config = engine_config(8, 1, 1, torch.float32)
+    config = engine_config(8, 1, torch.float32, Layout.over(1, num_layers=1))
     assert config.calculate_per_token_loss, "without it, a mean of micro-batches' means"
     config.calculate_per_token_loss = per_token
     logged: list[Any] = []
@@ -160,7 +161,7 @@ def kinds_of_output(hf_dir: str) -> list[type]:
 
 
 def test_trap_of_several_tensors_per_stage() -> None:
-    config = engine_config(8, 1, 1, torch.float32)
+    config = engine_config(8, 1, torch.float32, Layout.over(1, num_layers=1))
     config.deallocate_pipeline_outputs = False
     received = [torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)]
     sent = [2 * received[0], 3 * received[1]]

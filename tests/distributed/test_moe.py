@@ -113,7 +113,7 @@ class Result:
 
 def run_loads(layout: TestLayout, loads: dict[str, Load], dtype: torch.dtype) -> dict[tuple[str, str], Result]:
     """On a rank: every load through both dispatchers."""
-    groups = build_groups(layout.tensor, 1, layout.expert, layout.expert_tensor)
+    groups = build_groups(layout.ranks())
     initialize_megatron(1, groups)
     return {
         (dispatcher, name): run_load(layout, load, dispatcher, dtype, groups)
@@ -125,7 +125,7 @@ def run_loads(layout: TestLayout, loads: dict[str, Load], dtype: torch.dtype) ->
 def run_load(
     layout: TestLayout, load: Load, dispatcher: Any, dtype: torch.dtype, groups: ProcessGroupCollection
 ) -> Result:
-    engine = engine_config(HIDDEN, 4, 1, dtype, tensor_size=layout.tensor, sequence_parallel=layout.sequence_parallel)
+    engine = engine_config(HIDDEN, 4, dtype, layout.ranks(num_layers=1))
     chunk = ChunkSettings((0,), 0, True, True, None, engine, moe=MoESettings(dispatcher))
     layer = MoE(HIDDEN, MoEConfig(EXPERTS, load.top_k, WIDTH), chunk, groups)
     weights = load.weights()

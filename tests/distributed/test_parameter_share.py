@@ -18,9 +18,9 @@ from transformers import PretrainedConfig
 
 from megatron_vlm.families import registry
 from megatron_vlm.families.build import BuildSettings, build_chunks
+from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.sharding import is_expert, splits
 from megatron_vlm.parallel.simulate import simulated_rank
-from megatron_vlm.parallel.stages import assign_layers
 from tests import published_gemma3, published_mistral3, published_qwen3_vl
 from tests.families import FAMILIES, gemma3
 from tests.families.entry import TinyFamily, find
@@ -62,19 +62,25 @@ class Case:
 def held_by_stage(hf_config: PretrainedConfig, case: Case) -> list[dict[str, tuple[int, int, bool]]]:
     """By name: bytes on one rank of each stage, how many ranks divide it by its marks, and whether it is an expert."""
     family, model_config = describe(hf_config)
-    layers = assign_layers(len(model_config.text.layers), case.pipeline, case.virtual)
-    settings = BuildSettings(
-        layers,
-        torch.bfloat16,
+    layout = Layout.over(
+        case.stage_size * case.pipeline,
+        num_layers=len(model_config.text.layers),
+        virtual_size=case.virtual,
+        tensor_size=case.tensor,
         sequence_parallel=case.sequence_parallel,
+        pipeline_size=case.pipeline,
+        expert_size=case.expert,
+        expert_tensor_size=case.expert_tensor,
+    )
+    settings = BuildSettings(
+        layout,
+        torch.bfloat16,
         vision_parallelism=case.vision,  # type: ignore[arg-type]
     )
     stages = []
     for stage in range(case.pipeline):
-        world_size = case.stage_size * case.pipeline
-        sizes = (case.tensor, case.pipeline, case.expert, case.expert_tensor)
         found: dict[str, tuple[int, int, bool]] = {}
-        with simulated_rank(stage * case.stage_size, world_size, *sizes) as groups:
+        with simulated_rank(stage * case.stage_size, layout) as groups:
             for chunk in build_chunks(family, model_config, settings, groups, device=torch.device("meta")):
                 assert not list(chunk.buffers()), "a buffer would be memory that this test does not see"
                 for name, parameter in chunk.named_parameters():

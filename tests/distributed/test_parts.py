@@ -13,7 +13,7 @@ from megatron_vlm.families import build, registry
 from megatron_vlm.families.build import BuildSettings, build_chunks, wrap_data_parallel
 from megatron_vlm.model.init_weights import initialize_weights
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
-from megatron_vlm.parallel.stages import assign_layers
+from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.training.step import run_global_batch
 from tests.distributed.reference import TOLERANCE, label_tokens, loss_sum_gradients, micro_batches, relative_error
 from tests.families import FAMILIES, gemma3
@@ -76,12 +76,13 @@ def test_a_data_rank_without_images(tmp_path: Path, family: TinyFamily, name: st
 
 def tensors_kept_by_eyes(frozen: tuple[str, ...]) -> tuple[dict[str, int], set[str]]:
     """Bytes kept for the backward pass inside the tower and the projector, and names with gradients."""
-    groups = build_groups()
+    layout = Layout.over(1, num_layers=4)
+    groups = build_groups(layout)
     initialize_megatron(1, groups)
     hf_config = gemma3.GEMMA3.config
     family = registry.detect(hf_config)
     model_config = family.config_from_hf(hf_config, text_only=False)
-    chunks = build_chunks(family, model_config, BuildSettings([range(4)]), groups)
+    chunks = build_chunks(family, model_config, BuildSettings(layout), groups)
     initialize_weights(chunks, 1, 0.1, gemma3.VOCABULARY, groups)
     for name, parameter in chunks[0].named_parameters():
         parameter.requires_grad_(name.partition(".")[0] not in frozen)
@@ -141,12 +142,12 @@ STD = 0.02
 
 
 def first_weights(family: TinyFamily, layout: TestLayout) -> dict[str, torch.Tensor]:
-    groups = build_groups(layout.tensor, layout.pipeline, layout.expert, layout.expert_tensor)
+    ranks = layout.ranks(num_layers=4)
+    groups = build_groups(ranks)
     hf_config = family.config
     registered = registry.detect(hf_config)
     model_config = registered.config_from_hf(hf_config, text_only=False)
-    layers = assign_layers(4, layout.pipeline, layout.virtual)
-    settings = BuildSettings(layers, sequence_parallel=layout.sequence_parallel, vision_parallelism=layout.vision)
+    settings = BuildSettings(ranks, vision_parallelism=layout.vision)
     chunks = build_chunks(registered, model_config, settings, groups)
     initialize_weights(chunks, 11, STD, family.vocabulary, groups)
     return {

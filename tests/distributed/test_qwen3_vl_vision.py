@@ -24,6 +24,7 @@ from megatron_vlm.families.qwen3_vl.vision import Grid, Projector, VisionTower
 from megatron_vlm.layers.patches import encode_packed
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.images import assign_images
+from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.mcore_config import engine_config
 from megatron_vlm.parallel.sharding import gather_whole, own_part, whole_shape
 from tests.ranks import run_ranks
@@ -114,7 +115,12 @@ def build(
     weights: dict[str, torch.Tensor], groups: ProcessGroupCollection, divided: bool = False, recompute: bool = False
 ) -> tuple[VisionTower, Projector]:
     """Our modules with transformers' weights, whose fused projections are ours in another shape."""
-    engine = engine_config(CONFIG.hidden_size, CONFIG.num_attention_heads, CONFIG.num_hidden_layers, torch.float32)
+    engine = engine_config(
+        CONFIG.hidden_size,
+        CONFIG.num_attention_heads,
+        torch.float32,
+        Layout.over(1, num_layers=CONFIG.num_hidden_layers),
+    )
     group = groups.cp if divided else groups.tp
     tower, projector = VisionTower(CONFIG, engine, group, recompute), Projector(CONFIG, engine, group)
     for name, parameter in named_parameters(tower, projector):
@@ -132,7 +138,7 @@ def named_parameters(*modules: torch.nn.Module) -> list[tuple[str, torch.nn.Para
 
 def encode(weights: dict[str, torch.Tensor], tensor_size: int, divided: bool, recompute: bool, case: str) -> Results:
     """This rank's whole features, and gradients under the rule of each parameter."""
-    groups, grids = build_groups(tensor_size), GRIDS[case]
+    groups, grids = build_groups(Layout(tensor_size=tensor_size)), GRIDS[case]
     initialize_megatron(1, groups)
     tower, projector = build(weights, groups, divided, recompute)
     if divided:
@@ -249,7 +255,7 @@ MISTAKES: dict[Callable[[VisionTower, Projector], None], float] = {
 
 
 def encode_with(mistake: Callable[[VisionTower, Projector], None] | None, weights: dict) -> list[torch.Tensor]:
-    groups, grids = build_groups(), GRIDS["many"]
+    groups, grids = build_groups(Layout()), GRIDS["many"]
     initialize_megatron(1, groups)
     tower, projector = build(weights, groups)
     try:
@@ -272,7 +278,7 @@ def test_the_comparison_sees_a_mistake(mistake: Callable[[VisionTower, Projector
 
 def features_of_a_naive_division(weights: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """A rank's rows of the fused projection taken together, not of each section."""
-    groups, grids = build_groups(2), GRIDS["many"]
+    groups, grids = build_groups(Layout(tensor_size=2)), GRIDS["many"]
     initialize_megatron(1, groups)
     tower, projector = build(weights, groups)
     for name, parameter in tower.named_parameters():
@@ -307,8 +313,8 @@ def test_positions_are_torchs_interpolation_in_fp32(grid: tuple[int, int]) -> No
 
 def rotated_in_bf16(grid: Grid) -> tuple[torch.Tensor, ...]:
     """Query and key as attention sees them in a bf16 tower, the projection before, and transformers' rotation of it."""
-    groups = build_groups()
-    engine = engine_config(CONFIG.hidden_size, CONFIG.num_attention_heads, 1, torch.bfloat16)
+    groups = build_groups(Layout())
+    engine = engine_config(CONFIG.hidden_size, CONFIG.num_attention_heads, torch.bfloat16, Layout.over(1, num_layers=1))
     attention = vision.VisionAttention(CONFIG, engine, groups.tp)
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
@@ -335,7 +341,7 @@ def test_queries_and_keys_turn_in_fp32() -> None:
 
 
 def shapes_on_meta() -> list[torch.Size]:
-    groups, grids = build_groups(), GRIDS["many"]
+    groups, grids = build_groups(Layout()), GRIDS["many"]
     tower, projector = build(state(), groups)
     features = projector.to("meta")(*tower.to("meta")(pixels_of(grids).to("meta"), grids))
     loss = torch.stack([feature.sum() for feature in features]).sum()

@@ -16,6 +16,7 @@ from megatron_vlm.model.language_model import LanguageModelChunk
 from megatron_vlm.model.model_chunk import ModelChunk
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
+from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.stage_state import Boundary, StageState, pack, unpack
 from megatron_vlm.training.step import run_global_batch
 from tests.ranks import run_ranks
@@ -111,12 +112,10 @@ def micro_batch(number: int) -> MicroBatch:
 
 def gradients(pipeline: int, virtual: int, recompute: str, num_micro_batches: int) -> dict[str, torch.Tensor]:
     """On a rank: the gradients of its parameters."""
-    groups = build_groups(1, pipeline)
+    layout = Layout.over(pipeline, num_layers=NUM_LAYERS, virtual_size=virtual, pipeline_size=pipeline)
+    groups = build_groups(layout)
     initialize_megatron(1, groups)
-    num_chunks = pipeline * virtual
-    per_chunk = NUM_LAYERS // num_chunks
-    layers = [range(index * per_chunk, (index + 1) * per_chunk) for index in range(num_chunks)]
-    settings = BuildSettings(layers, torch.float32, recompute=recompute)  # type: ignore[arg-type]
+    settings = BuildSettings(layout, torch.float32, recompute=recompute)  # type: ignore[arg-type]
     chunks = build_chunks(Toy, Model(), settings, groups)  # type: ignore[arg-type]
     named = {name: parameter for chunk in chunks for name, parameter in chunk.named_parameters()}
     with torch.no_grad():

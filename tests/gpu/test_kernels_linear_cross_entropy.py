@@ -9,6 +9,7 @@ import torch
 
 from megatron_vlm.layers.vocab_parallel_loss import Head, linear_cross_entropy
 from megatron_vlm.parallel.groups import build_groups
+from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.training.setup import initialize_distributed
 from tests.kernels.test_linear_cross_entropy import exact, index_of
 from vlm_kernels.linear_cross_entropy import logits_gradient_, vocabulary_statistics
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 @pytest.fixture(scope="module")
 def group() -> Iterator[torch.distributed.ProcessGroup]:
     initialize_distributed(timeout_minutes=2)
-    yield build_groups(1).tp
+    yield build_groups(Layout()).tp
     torch.distributed.destroy_process_group()
 
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_vlm.layers.vocab_parallel_loss import Head, chunk_tokens, linear_cross_entropy
 from megatron_vlm.parallel.groups import build_groups
+from megatron_vlm.parallel.layout import Layout
 from tests.kernels.emulator.emulate import EmulatorError, Order, compile_kernels
 from tests.kernels.marks import needs_extension
 from tests.kernels.static_code import ARCHITECTURES, read_code
@@ -78,7 +79,7 @@ def computed(
     chunk: int = 5,
 ) -> Results:
     """Losses and whole gradients by all ranks of the world as tensor ranks, `chunk` tokens at a time."""
-    group = build_groups(torch.distributed.get_world_size()).tp
+    group = build_groups(Layout(tensor_size=torch.distributed.get_world_size())).tp
     x, weight, labels, upstream = make_inputs(vocabulary, dtype, labelled)
     mine = weight.chunk(group.size())[group.rank()].clone().requires_grad_()
     x = (x.chunk(group.size())[group.rank()] if sequence_parallel else x).clone().requires_grad_()
@@ -147,7 +148,7 @@ def test_chunks_are_even_and_within_the_bound(tokens: int, most: int, size: int)
 
 
 def lone() -> torch.distributed.ProcessGroup:
-    return build_groups(1).tp
+    return build_groups(Layout()).tp
 
 
 def gradcheck() -> bool:

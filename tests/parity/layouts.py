@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -19,8 +19,8 @@ from megatron_vlm.families.build import BuildSettings, build_chunks, wrap_data_p
 from megatron_vlm.layers.linear import column_parallel_weights
 from megatron_vlm.parallel.chunk_settings import LossSettings, MoESettings
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
+from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.sharding import gather_whole
-from megatron_vlm.parallel.stages import assign_layers
 from megatron_vlm.training.step import collect_expert_use, run_global_batch
 
 
@@ -51,6 +51,25 @@ class TestLayout:
     freeze: tuple[str, ...] = ()
     micro_batch_size: int = 1
     precision: Literal["fp32", "bf16"] = "fp32"
+
+    def __str__(self) -> str:
+        values = ((entry.name, getattr(self, entry.name)) for entry in fields(self))
+        given = [f"{name} {value}" for name, value in values if isinstance(value, int) and value > 1]
+        return " ".join(given) or "one rank"
+
+    def ranks(self, num_layers: int = 0) -> Layout:
+        """The same as the model sees it; without layers where only groups of ranks matter."""
+        return Layout.over(
+            self.world_size,
+            num_layers=num_layers,
+            virtual_size=self.virtual,
+            pipeline_layout=self.pipeline_layout,
+            tensor_size=self.tensor,
+            sequence_parallel=self.sequence_parallel,
+            pipeline_size=self.pipeline,
+            expert_size=self.expert,
+            expert_tensor_size=self.expert_tensor,
+        )
 
     def settings(self) -> dict[str, Any]:
         """The same in the words of a run's configuration."""
@@ -102,16 +121,15 @@ def set_up(
     hf_dir: str, layout: TestLayout, dtype: torch.dtype = torch.float32
 ) -> tuple[list[torch.nn.Module], ProcessGroupCollection]:
     """A model loaded from a Hugging Face directory, wrapped for data parallelism, in this rank's place."""
-    groups = build_groups(layout.tensor, layout.pipeline, layout.expert, layout.expert_tensor)
-    initialize_megatron(1, groups)
     hf_config = registry.load_hf_config(hf_dir)
     family = registry.detect(hf_config)
     model_config = family.config_from_hf(hf_config, text_only=False)
-    layers = assign_layers(len(model_config.text.layers), layout.pipeline, layout.virtual, layout.pipeline_layout)
+    ranks = layout.ranks(len(model_config.text.layers))
+    groups = build_groups(ranks)
+    initialize_megatron(1, groups)
     settings = BuildSettings(
-        layers,
+        ranks,
         dtype,
-        layout.sequence_parallel,
         layout.recompute,
         layout.vision,
         overlapped=layout.overlap,

@@ -23,6 +23,7 @@ from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families import registry
 from megatron_vlm.families.build import build_chunks, build_settings
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
+from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.simulate import simulated_rank
 from megatron_vlm.planning.activations import chunk_bytes, structure_of
 from megatron_vlm.planning.memory import estimate_memory
@@ -228,7 +229,7 @@ def test_estimate_on_one_rank(name: str, recompute: str, precision: str) -> None
     platform.initialize()
     config = run_config(f"model.recompute={recompute}", f"train.precision={precision}")
     expected = estimate(name, config, 1)
-    with simulated_rank(0, 1, 1, 1) as groups:
+    with simulated_rank(0, Layout()) as groups:
         kept = kept_bytes(name, config, groups)
     print(f"{name} {recompute} {precision}: {kept / expected:.3f} of the estimate")
     assert kept == pytest.approx(expected, rel=TOLERANCE)
@@ -240,7 +241,7 @@ def test_estimate_with_frozen_parts(name: str, frozen: str) -> None:
     platform.initialize()
     config = run_config(f"model.freeze=[{frozen}]")
     expected = estimate(name, config, 1)
-    with simulated_rank(0, 1, 1, 1) as groups:
+    with simulated_rank(0, Layout()) as groups:
         kept = kept_bytes(name, config, groups)
     print(f"{name} without {frozen}: {kept / expected:.3f} of the estimate")
     assert kept == pytest.approx(expected, rel=TOLERANCE)
@@ -250,7 +251,7 @@ def test_nothing_outlives_the_backward_pass() -> None:
     """Recomputation must not leave the graph that it rebuilds with anything that lives on, such as a dispatcher."""
     platform.initialize()
     config = run_config("model.recompute=full", "train.precision=fp32")
-    with simulated_rank(0, 1, 1, 1) as groups:
+    with simulated_rank(0, Layout()) as groups:
         name = "qwen3_vl_moe"
         kept = kept_bytes(name, config, groups)
         left = kept_bytes(name, config, groups, with_backward=True)
@@ -271,8 +272,7 @@ DIVIDED = {
 
 def kept_by_rank(name: str) -> int:
     config = run_config(*DIVIDED[name], "train.global_batch_size=2")
-    sizes = config.parallel.expert_model_parallel_size, config.parallel.expert_tensor_parallel_size
-    return kept_bytes(name, config, build_groups(2, 1, *sizes))
+    return kept_bytes(name, config, build_groups(check_layout(config, record(name), 4)))
 
 
 @pytest.mark.parametrize("name", sorted(DIVIDED))
