@@ -28,7 +28,9 @@ class ModelSettings:
     """Vision tower over the tensor-parallel ranks: split by heads (tensor), or each rank encodes a share of the images
     with a whole tower (data)."""
     freeze: list[str] = field(default_factory=list)
-    """Parts that do not train: language_model, vision_tower, audio_tower, projector."""
+    """What does not train: parts (language_model, vision_tower, audio_tower, projector), and patterns of parameter
+    names, in which * also stands for dots (language_model.layers.[0-9].* are the first ten layers). Names are those in
+    checkpoints; an entry that matches none is refused with the nearest."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass: none, attention only (selective), or whole layers (full)."""
     moe_load_balancing: Literal["none", "transformers", "megatron"] = "none"

@@ -88,10 +88,11 @@ def _model(config: Config) -> Iterator[UserError]:
         if not path.strip():
             yield ConfigError(f"{key} is empty", fix="name a directory")
     freeze = config.model.freeze
-    for name in freeze:
-        if name not in PART_NAMES:
+    for entry in freeze:
+        if entry not in PART_NAMES and not set(entry) & set(".*?["):
             yield ConfigError(
-                f"model.freeze names {name!r}, which is no part", fix=f"parts are {', '.join(PART_NAMES)}"
+                f"model.freeze names {entry!r}, which is no part",
+                fix=f"parts are {', '.join(PART_NAMES)}; patterns of parameter names have dots or *",
             )
     if "language_model" in freeze and (config.model.text_only or {"vision_tower", "projector"} <= set(freeze)):
         yield ConfigError("model.freeze leaves nothing to train", fix="take a part out of the list")

@@ -99,7 +99,7 @@ def embedding_gradient(padding_id: int | None) -> tuple[torch.Tensor, torch.Tens
     engine = engine_config(
         HIDDEN, 2, torch.float32, Layout.over(groups.tp.size(), num_layers=1, tensor_size=groups.tp.size())
     )
-    embedding = TokenEmbedding(VOCABULARY, HIDDEN, padding_id, engine, groups.tp)
+    embedding = TokenEmbedding(VOCABULARY, HIDDEN, padding_id, False, engine, groups.tp)
     with torch.no_grad():
         embedding.weight.copy_(share(random(padded_vocab_size(VOCABULARY), HIDDEN), 0, groups.tp))
     embedded = embedding(embedding_ids())

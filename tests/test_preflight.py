@@ -40,7 +40,8 @@ def model_record(name: str) -> tuple[Any, dict[str, tuple[int, ...]]]:
 
 
 def layout_of(name: str, world_size: int, *overrides: str) -> Layout:
-    return check_layout(run_config(*overrides), model_record(name)[0], world_size, PARTS)
+    model_config, shapes = model_record(name)
+    return check_layout(run_config(*overrides), model_config, world_size, shapes)
 
 
 TENSOR, PIPELINE = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
@@ -111,6 +112,17 @@ def test_virtual_chunks_alternate_between_ranks() -> None:
         ("4b", 1, ["model.freeze=[audio_tower]"], ["model.freeze names audio_tower", "this model has language_model"]),
         ("4b", 1, ["optimizer.lr_multipliers={audio_tower: 1}"], ["optimizer.lr_multipliers names audio_tower"]),
         ("4b", 1, ["model.freeze=[language_model,vision_tower,projector]"], ["nothing to train"]),
+        ("4b", 1, ["model.freeze=['*']"], ["nothing to train", "this model has language_model"]),
+        ("4b", 1, ["model.freeze=['*.weight','*.bias',projector]"], ["nothing to train"]),
+        (
+            "4b",
+            1,
+            ["model.freeze=['language_model.layer.*.mlp.*',vision_tower,'language_model.layers.0.*']"],
+            [
+                "model.freeze names language_model.layer.*.mlp.*, which the model does not have",
+                "the nearest names are language_model.layers.*.mlp.",
+            ],
+        ),
     ],
 )
 def test_layouts_that_do_not_divide(name: str, world_size: int, overrides: list[str], expected: list[str]) -> None:
@@ -142,8 +154,8 @@ def test_key_value_heads_may_be_replicated_but_not_split_unevenly() -> None:
 def test_vision_heads_matter_only_when_the_tower_is_split(hf_config: PretrainedConfig) -> None:
     model_config = registry.detect(hf_config).config_from_hf(hf_config, text_only=False)
     with pytest.raises(ConfigError, match=r"vision attention heads 16 .* or model.vision_parallelism data"):
-        check_layout(run_config(f"{TENSOR}=32"), model_config, 32, PARTS)
-    check_layout(run_config(f"{TENSOR}=32", "model.vision_parallelism=data"), model_config, 32, PARTS)
+        check_layout(run_config(f"{TENSOR}=32"), model_config, 32)
+    check_layout(run_config(f"{TENSOR}=32", "model.vision_parallelism=data"), model_config, 32)
 
 
 def test_mistral3_problems_name_what_it_has() -> None:
@@ -151,13 +163,13 @@ def test_mistral3_problems_name_what_it_has() -> None:
     hf_config = published_mistral3.published_config("mistral3_24b")
     family = registry.detect(hf_config)
     model_config = family.config_from_hf(hf_config, text_only=False)
-    parts = {name.partition(".")[0] for name, _ in family.weight_map(model_config).items()}
-    assert parts == set(PARTS)
-    layout = check_layout(run_config(f"{TENSOR}=16", f"{PIPELINE}=2"), model_config, 32, parts)
+    names = [name for name, _ in family.weight_map(model_config).items()]
+    assert {name.partition(".")[0] for name in names} == set(PARTS)
+    layout = check_layout(run_config(f"{TENSOR}=16", f"{PIPELINE}=2"), model_config, 32, names)
     assert [len(chunk) for chunk in layout.chunks] == [20, 20]
     wrong = run_config(f"{TENSOR}=3", "parallel.expert_model_parallel_size=2", "model.freeze=[audio_tower]")
     with pytest.raises(ConfigError) as caught:
-        check_layout(wrong, model_config, 3, parts)
+        check_layout(wrong, model_config, 3, names)
     for text in (
         "attention heads 32",
         "feed-forward size 32768",

@@ -45,8 +45,7 @@ def recipe(name: str, *overrides: str) -> tuple[Config, Layout, str]:
     started = re.search(r"torchrun --nnodes (\d+) --nproc-per-node (\d+) ", path.read_text())
     assert started
     _, model_config, shapes = record(name)
-    parts = {name.partition(".")[0] for name in shapes}
-    return config, check_layout(config, model_config, int(started[1]) * int(started[2]), parts), path.read_text()
+    return config, check_layout(config, model_config, int(started[1]) * int(started[2]), shapes), path.read_text()
 
 
 @cache

@@ -23,7 +23,7 @@ import torch.distributed
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
@@ -38,7 +38,8 @@ from megatron_vlm.checkpoint import optimizer_state, run_folder
 from megatron_vlm.checkpoint.run_folder import Manifest, ModelIdentity
 from megatron_vlm.checkpoint.torch_dist import TorchDistReader
 from megatron_vlm.errors import CheckpointError, UserError
-from megatron_vlm.parallel.sharding import is_expert, replica_group, splits
+from megatron_vlm.parallel.parameters import spec_of
+from megatron_vlm.parallel.sharding import replica_group, splits
 from megatron_vlm.platform.checkpointing import SaveFailed, SaveStrategy, random_state, set_random_state
 
 _SHOWN_PROBLEMS = 4
@@ -66,26 +67,28 @@ def sharded_model_state(
 ) -> dict[str, ShardedTensor]:
     """Every parameter of this rank, described by its place in the global tensor of the same name.
 
-    How a parameter is divided is read from it (parallel/sharding.py). One marked `shared` (the last stage's copy of a
-    tied embedding) is a replica of the first stage's. Loading into the result writes into the parameters themselves.
+    How a parameter is divided is read from it (parallel/sharding.py). Copies of one that several pipeline chunks hold
+    are replicas of the first chunk's. Loading into the result writes into the parameters themselves.
 
     Args:
         model_chunks: this rank's stages, wrapped for data parallelism or not.
         groups: process groups.
 
     Returns:
-        Sharded tensors by parameter name.
+        Sharded tensors by parameter name, a rank's further copies by name and chunk.
     """
     state: dict[str, ShardedTensor] = {}
-    for chunk in unwrap_model(list(model_chunks)):
+    for number, chunk in enumerate(unwrap_model(list(model_chunks))):
         for name, parameter in chunk.named_parameters():
-            assert name not in state, f"two chunks of one rank hold {name}"
+            spec = spec_of(parameter, name)
+            assert name not in state or spec.stages == "all", f"two chunks of one rank hold {name}"
             offsets = [(split.dim, split.group.rank(), split.group.size()) for split in splits(parameter, groups)]
             # The ranks that share an expert divide it, in whichever of its groups they are.
-            tensor_copy = 0 if offsets or is_expert(parameter) else groups.tp.rank()
+            tensor_copy = 0 if offsets or spec.is_expert else groups.tp.rank()
             stage_copy = int(getattr(parameter, "shared", False))
             replica = (stage_copy, tensor_copy, replica_group(parameter, groups).rank())
-            state[name] = ShardedTensor.from_rank_offsets(name, parameter, *offsets, replica_id=replica)
+            key = f"{name} {number}" if name in state else name
+            state[key] = ShardedTensor.from_rank_offsets(name, parameter, *offsets, replica_id=replica)
     return state
 
 
@@ -217,7 +220,9 @@ class CheckpointManager:
             run_folder.publish(incomplete, final)
             run_folder.retire(self.directory, self.keep_last)
 
-        self._start_writing(self._state(model_chunks, optimizer, is_loading=False), incomplete, publish)
+        # megatron-core would let a rank that holds two copies write both.
+        _, state = extract_matching_values(self._state(model_chunks, optimizer, is_loading=False), _is_copy)
+        self._start_writing(state, incomplete, publish)
         if not self.async_save:
             self.finalize(blocking=True)
         return True
@@ -329,6 +334,11 @@ class CheckpointManager:
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         state["random"] = ShardedObject("random_state", random_state(), (world_size,), (rank,))
         return state
+
+
+def _is_copy(leaf: object) -> bool:
+    """Whether a tensor of the model or the optimizer belongs to a copy that another pipeline chunk holds."""
+    return isinstance(leaf, ShardedTensor) and leaf.replica_id[0] != 0
 
 
 def gather_parameters(model_chunks: Sequence[torch.nn.Module]) -> None:

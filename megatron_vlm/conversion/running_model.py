@@ -27,7 +27,8 @@ from megatron_vlm.families import registry
 from megatron_vlm.files.durable import check_export_target, staged_directory
 from megatron_vlm.files.safetensors_headers import row_blocks
 from megatron_vlm.model.weight_map import HfWeight
-from megatron_vlm.parallel.sharding import Group, is_expert, replica_group, splits, whole_shape
+from megatron_vlm.parallel.parameters import spec_of
+from megatron_vlm.parallel.sharding import Group, replica_group, splits, whole_shape
 
 GATHERED_BYTES = 16 * 2**20  # what goes to the writing rank at a time: enough that starting a transfer costs little
 
@@ -172,9 +173,9 @@ class _Gatherer:
 
     def __init__(self, model_chunks: Chunks, groups: ProcessGroupCollection) -> None:
         self._groups = groups
-        self._parameters = {name: torch.atleast_1d(parameter) for name, parameter in _named_parameters(model_chunks)}
+        self._parameters = dict(_named_parameters(model_chunks))
         mine = {
-            name: _Place(groups.pp.rank(), parameter.dtype, whole_shape(parameter, groups), len(parameter))
+            name: _Place(groups.pp.rank(), parameter.dtype, whole_shape(parameter, groups), _num_rows(parameter))
             for name, parameter in self._parameters.items()
         }
         stages: list[dict[str, _Place]] = [{} for _ in range(groups.pp.size())]
@@ -214,13 +215,13 @@ class _Gatherer:
     ) -> torch.Tensor | None:
         """Rows of a parameter of this stage on its first rank, None elsewhere."""
         divided = {split.dim: split.group for split in splits(parameter, self._groups)}
-        is_replica_over_tensor_ranks = not divided and not is_expert(parameter)
+        is_replica_over_tensor_ranks = not divided and not spec_of(parameter).is_expert
         if replica_group(parameter, self._groups).rank() or (is_replica_over_tensor_ranks and self._groups.tp.rank()):
             return None
         row_group, rows = divided.pop(0, None), None
-        owner, start = divmod(first_row, len(parameter))
+        owner, start = divmod(first_row, _num_rows(parameter))
         if row_group is None or row_group.rank() == owner:
-            rows = parameter.detach()[start : start + shape[0]].contiguous()
+            rows = torch.atleast_1d(parameter.detach())[start : start + shape[0]].contiguous()
             for dim, group in divided.items():
                 rows = None if rows is None else _gather_to_first(rows, dim, group)
         if row_group is not None and all(group.rank() == 0 for group in divided.values()):
@@ -241,6 +242,11 @@ class _Gatherer:
             rows = torch.empty(shape, dtype=dtype, device=platform.current().device)
         torch.distributed.broadcast(rows, torch.distributed.get_global_rank(group, owner), group=group)
         return rows if group.rank() == 0 else None
+
+
+def _num_rows(parameter: torch.nn.Parameter) -> int:
+    """Rows that this rank holds; a scalar is one."""
+    return parameter.shape[0] if parameter.dim() else 1
 
 
 def _gather_to_first(part: torch.Tensor, dim: int, group: Group) -> torch.Tensor | None:

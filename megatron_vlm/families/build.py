@@ -18,6 +18,7 @@ from megatron_vlm.parallel.chunk_settings import ChunkSettings, LossSettings, Mo
 from megatron_vlm.parallel.gradients import finalize_gradients
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.mcore_config import engine_config
+from megatron_vlm.parallel.parameters import mark_copies, spec_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -98,20 +99,13 @@ def build_chunks(
             overlapped=settings.overlapped,
         )
         with device or platform.current().device:
-            chunks.append(family.build_chunk(model_config, chunk, groups))
-    _mark_tied_embedding(chunks, layout.pipeline_size)
+            built = family.build_chunk(model_config, chunk, groups)
+        for name, parameter in built.named_parameters():
+            spec_of(parameter, name)
+        if layout.pipeline_size > 1:
+            mark_copies(built, chunk.is_first)
+        chunks.append(built)
     return chunks
-
-
-def _mark_tied_embedding(chunks: Sequence[MegatronModule], pipeline_size: int) -> None:
-    """Tell megatron-core which embedding is on two stages: it gets a bucket of its own, and one norm counts."""
-    if pipeline_size == 1 or not chunks[0].share_embeddings_and_output_weights:
-        return
-    for chunk in chunks:
-        if chunk.pre_process or chunk.post_process:
-            weight = chunk.shared_embedding_or_output_weight()
-            weight.shared_embedding = True
-            weight.shared = chunk.post_process
 
 
 def wrap_data_parallel(

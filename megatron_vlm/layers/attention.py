@@ -19,7 +19,6 @@ from megatron_vlm.layers.linear import (
     column_parallel_weights,
 )
 from megatron_vlm.layers.norm import RMSNorm
-from megatron_vlm.parallel.gradients import mark_partial
 from vlm_kernels.rope import RopeTable, qk_norm_rope
 from vlm_kernels.span_attention import Spans, span_attention
 
@@ -81,13 +80,11 @@ class SelfAttention(torch.nn.Module):
         self.o_proj = RowParallelLinear(query_size, hidden_size, engine, group)
         self.norms = norms
         if norms != "none":
-            self.q_norm, self.k_norm = (
-                RMSNorm(layer.head_dim, layer.norm_eps, norms == "zero_centered", engine.params_dtype) for _ in range(2)
-            )
             # These act on this rank's heads only.
-            mark_partial([self.q_norm.weight, self.k_norm.weight])
-        if self.replicated_keys:
-            mark_partial([self.k_proj.weight, self.v_proj.weight])
+            self.q_norm, self.k_norm = (
+                RMSNorm(layer.head_dim, layer.norm_eps, norms == "zero_centered", engine.params_dtype, partial=True)
+                for _ in range(2)
+            )
 
     def forward(
         self,

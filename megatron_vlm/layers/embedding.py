@@ -10,6 +10,7 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlm.layers.linear import Group
+from megatron_vlm.parallel.parameters import declare, normal_rows
 
 _VOCABULARY_MULTIPLE = 64
 
@@ -26,10 +27,24 @@ class TokenEmbedding(tensor_parallel.VocabParallelEmbedding):
     """Rows of the embedding table, split over the tensor ranks; `padding_id` gets no gradient through the lookup.
 
     A tied head still gives that row a gradient. Source: `torch.nn.Embedding(padding_idx=...)` in transformers.
+
+    Args:
+        vocab_size: rows without padding.
+        hidden_size: H.
+        padding_id: token of padding.
+        is_tied: the head of the last stage is a copy.
+        engine: megatron-core settings.
+        group: tensor ranks.
     """
 
     def __init__(
-        self, vocab_size: int, hidden_size: int, padding_id: int | None, engine: TransformerConfig, group: Group
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        padding_id: int | None,
+        is_tied: bool,
+        engine: TransformerConfig,
+        group: Group,
     ) -> None:
         super().__init__(
             padded_vocab_size(vocab_size),
@@ -39,6 +54,8 @@ class TokenEmbedding(tensor_parallel.VocabParallelEmbedding):
             tp_group=group,
         )
         self.padding_id = padding_id
+        stages = "first_and_last" if is_tied else "one"
+        declare(self.weight, "table", normal_rows(vocab_size, padding_id), tensor_dim=0, stages=stages)
 
     def forward(self, ids_BS: torch.Tensor | None) -> torch.Tensor:
         """Embeddings [B, S, H], whole on every tensor rank; without ids this rank's table, for a tied head.

@@ -13,6 +13,7 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import divide
 
+from megatron_vlm.parallel.parameters import declare, normal, zeros
 from megatron_vlm.parallel.sequence import Group, gather_sequence, reduce_input_gradient
 
 
@@ -25,6 +26,9 @@ class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
 
     def __init__(self, in_size: int, out_size: int, engine: TransformerConfig, group: Group, bias: bool = False):
         super().__init__(in_size, out_size, config=engine, init_method=_no_init, bias=bias, tp_group=group)
+        declare(self.weight, "matrix", normal, tensor_dim=0)
+        if bias:
+            declare(self.bias, "vector", zeros, tensor_dim=0)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(weight [out / tensor ranks, in], bias [out / tensor ranks] or None)."""
@@ -50,8 +54,8 @@ class SectionedColumnParallelLinear(torch.nn.Module):
         rows = divide(out_size, group.size())
         self.weight = torch.nn.Parameter(torch.empty(sections, rows, in_size, dtype=engine.params_dtype))
         self.bias = torch.nn.Parameter(torch.empty(sections, rows, dtype=engine.params_dtype))
-        for parameter in (self.weight, self.bias):
-            tensor_parallel.set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=1, stride=1)
+        declare(self.weight, "matrix", normal, tensor_dim=1)
+        declare(self.bias, "vector", zeros, tensor_dim=1)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(weight [sections * out / tensor ranks, in], bias [sections * out / tensor ranks])."""
@@ -59,10 +63,14 @@ class SectionedColumnParallelLinear(torch.nn.Module):
 
 
 class ReplicatedLinear(torch.nn.Linear):
-    """A whole weight [out, in] without bias on every tensor rank, used like `ColumnParallelLinear`."""
+    """A whole weight [out, in] without bias on every tensor rank, which uses some of its rows.
+
+    Called like `ColumnParallelLinear`.
+    """
 
     def __init__(self, in_size: int, out_size: int, engine: TransformerConfig) -> None:
         super().__init__(in_size, out_size, bias=False, dtype=engine.params_dtype)
+        declare(self.weight, "matrix", normal, partial=True)
 
     def forward(self) -> tuple[torch.Tensor, None]:
         """(weight [out, in], None)."""
@@ -83,6 +91,11 @@ class RowParallelLinear(tensor_parallel.RowParallelLinear):
             skip_bias_add=False,
             tp_group=group,
         )
+        declare(self.weight, "matrix", normal, tensor_dim=1)
+        if bias:
+            # Added to a shard of the sequence there; megatron-core would sum its gradient by a mark of its own.
+            self.bias.sequence_parallel = False
+            declare(self.bias, "vector", zeros, partial=engine.sequence_parallel)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [S, B, in / tensor ranks] to [S, B, out]."""
@@ -90,7 +103,7 @@ class RowParallelLinear(tensor_parallel.RowParallelLinear):
 
 
 def _no_init(weight: torch.Tensor) -> None:
-    """Weights are set by name after the model is built (`parallel.initialize`)."""
+    """Weights are set by their declarations after the model is built (`model.init_weights`)."""
 
 
 def column_parallel(

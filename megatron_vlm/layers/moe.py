@@ -26,8 +26,7 @@ from torch.nn.functional import grouped_mm, linear, pad
 
 from megatron_vlm.layers.expert_permutation import install as install_expert_permutation
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
-from megatron_vlm.parallel.gradients import mark_partial
-from megatron_vlm.parallel.sharding import mark_expert
+from megatron_vlm.parallel.parameters import declare, normal
 from vlm_kernels.gated import gated_halves
 from vlm_kernels.permute import expert_permutation, permute, unpermute
 
@@ -99,8 +98,8 @@ class Router(torch.nn.Module):
     def __init__(self, hidden_size: int, moe: MoERecord, engine: TransformerConfig) -> None:
         super().__init__()
         self.top_k = moe.top_k
-        self.weight = torch.nn.Parameter(torch.empty(moe.num_experts, hidden_size, dtype=engine.params_dtype))
-        mark_partial([self.weight], engine.sequence_parallel)
+        weight = torch.nn.Parameter(torch.empty(moe.num_experts, hidden_size, dtype=engine.params_dtype))
+        self.weight = declare(weight, "table", normal, partial=engine.sequence_parallel)
 
     def forward(self, x_TH: torch.Tensor, is_real_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Routing]:
         """Weights [T, E] fp32 (zero where not chosen), choices [T, E] bool, and their sums over real tokens."""
@@ -135,8 +134,8 @@ class Experts(torch.nn.Module):
         dtype = engine.params_dtype
         self.gate_up_proj = torch.nn.Parameter(torch.empty(count, 2, width, hidden_size, dtype=dtype))
         self.down_proj = torch.nn.Parameter(torch.empty(count, hidden_size, width, dtype=dtype))
-        mark_expert(self.gate_up_proj, tensor_dim=2)
-        mark_expert(self.down_proj, tensor_dim=2)
+        for weight in (self.gate_up_proj, self.down_proj):
+            declare(weight, "matrix", normal, tensor_dim=2, is_expert=True)
 
     def forward(self, x_TH: torch.Tensor, tokens_per_expert: torch.Tensor, weights_T: torch.Tensor) -> torch.Tensor:
         """Weighted outputs [T, H], partial sums if experts are shared.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from megatron_vlm.parallel.parameters import declare, ones, zeros
 from vlm_kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_add, rms_norm_add_rms_norm
 
 
@@ -21,17 +22,28 @@ class RMSNorm(torch.nn.Module):
         eps: added to the mean square.
         zero_centered: multiply by `1 + weight`.
         dtype: of the weight.
+        partial: each tensor rank normalises some of the heads, or some of the sequence.
     """
 
-    def __init__(self, size: int, eps: float, zero_centered: bool, dtype: torch.dtype) -> None:
+    def __init__(self, size: int, eps: float, zero_centered: bool, dtype: torch.dtype, partial: bool = False) -> None:
         super().__init__()
         self.eps = eps
         self.zero_centered = zero_centered
-        self.weight = torch.nn.Parameter(torch.empty(size, dtype=dtype))
+        initial = zeros if zero_centered else ones
+        self.weight = declare(torch.nn.Parameter(torch.empty(size, dtype=dtype)), "vector", initial, partial=partial)
 
     def forward(self, x: torch.Tensor | None = None) -> torch.Tensor:
         """Normalise the last dimension; shape and dtype stay. Without `x` the weight, for what norms and does more."""
         return self.weight if x is None else rms_norm(x, self.weight, self.eps, self.zero_centered)
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """Layer normalisation with weight and bias."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__(size, eps, dtype=dtype)
+        declare(self.weight, "vector", ones)
+        declare(self.bias, "vector", zeros)
 
 
 def add_and_norm(x: torch.Tensor, residual: torch.Tensor, norm: RMSNorm) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 
 from megatron_vlm.layers.linear import Group
 from megatron_vlm.parallel.images import ImageDivision
+from megatron_vlm.parallel.parameters import declare, normal, zeros
 
 Grid = tuple[int, int, int]
 
@@ -81,8 +82,10 @@ class PatchProjection(torch.nn.Module):
 
     def __init__(self, kernel: Sequence[int], hidden_size: int, dtype: torch.dtype, bias: bool) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.empty(hidden_size, *kernel, dtype=dtype))
-        self.bias = torch.nn.Parameter(torch.empty(hidden_size, dtype=dtype)) if bias else None
+        self.weight = declare(torch.nn.Parameter(torch.empty(hidden_size, *kernel, dtype=dtype)), "matrix", normal)
+        self.bias = (
+            declare(torch.nn.Parameter(torch.empty(hidden_size, dtype=dtype)), "vector", zeros) if bias else None
+        )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[P, patch features] to [P, hidden size]."""

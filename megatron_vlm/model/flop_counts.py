@@ -46,7 +46,7 @@ class ForwardFlops:
         """Operations of the forward and backward pass together.
 
         Args:
-            frozen: parts that do not train.
+            frozen: parts of which nothing trains; one of which something trains is counted as if all of it did.
         """
         trains_text = "language_model" not in frozen
         trains_tower = "vision_tower" not in frozen

@@ -19,7 +19,7 @@ from megatron_vlm.layers.norm import RMSNorm
 from megatron_vlm.layers.recompute import run_layer
 from megatron_vlm.layers.vocab_parallel_loss import Head, linear_cross_entropy
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
-from megatron_vlm.parallel.gradients import mark_partial
+from megatron_vlm.parallel.parameters import declare, normal_rows
 from megatron_vlm.parallel.stage_state import StageState
 
 
@@ -41,7 +41,7 @@ class TextRecord(Protocol):
 class LanguageModelChunk(torch.nn.Module):
     """The decoder layers of one chunk, the embedding on the first and what the head needs on the last.
 
-    A tied embedding is held by both; megatron-core keeps the two gradients equal.
+    A tied embedding is held by both; their gradients are summed.
 
     Args:
         text: the family's record.
@@ -69,7 +69,7 @@ class LanguageModelChunk(torch.nn.Module):
         self.expert_use: ExpertUse | None = None
         if chunk.is_first or (chunk.is_last and text.tie_word_embeddings):
             self.embed_tokens = TokenEmbedding(
-                text.vocab_size, text.hidden_size, text.pad_token_id, chunk.engine, group
+                text.vocab_size, text.hidden_size, text.pad_token_id, text.tie_word_embeddings, chunk.engine, group
             )
             # The head puts its share of the gradient into `main_grad` itself; megatron-core must then still add the
             # lookup's, which is there where one chunk has both.
@@ -80,6 +80,7 @@ class LanguageModelChunk(torch.nn.Module):
             if not text.tie_word_embeddings:
                 vocab_size = padded_vocab_size(text.vocab_size)
                 self.lm_head = ColumnParallelLinear(text.hidden_size, vocab_size, chunk.engine, group)
+                declare(self.lm_head.weight, "table", normal_rows(text.vocab_size), tensor_dim=0)
 
     def embed(self, ids_BS: torch.Tensor) -> torch.Tensor:
         """Embeddings [B, S, H]."""
@@ -130,6 +131,5 @@ class LanguageModelChunk(torch.nn.Module):
 
 def residual_norm(text: TextRecord, chunk: ChunkSettings, zero_centered: bool) -> RMSNorm:
     """A norm of the residual stream; each tensor rank normalises its shard under sequence parallelism."""
-    norm = RMSNorm(text.hidden_size, text.norm_eps, zero_centered=zero_centered, dtype=chunk.engine.params_dtype)
-    mark_partial(norm.parameters(), chunk.engine.sequence_parallel)
-    return norm
+    engine = chunk.engine
+    return RMSNorm(text.hidden_size, text.norm_eps, zero_centered, engine.params_dtype, engine.sequence_parallel)

@@ -12,7 +12,7 @@ from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.layers.patches import encode_packed
 from megatron_vlm.model.language_model import LanguageModelChunk
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
-from megatron_vlm.parallel.gradients import mark_partial
+from megatron_vlm.parallel.parameters import redeclare
 from megatron_vlm.parallel.stage_state import Boundary, StageState, pack, unpack
 
 
@@ -22,21 +22,21 @@ class ModelChunk(MegatronModule):
     Args:
         chunk: which part of the model, and how it is held.
         groups: process groups.
-        tied: embedding and head share their weight.
         has_vision: the model has a tower, wherever its first chunk is.
     """
 
     model_type = ModelType.encoder_or_decoder
+    # megatron-core would sum gradients of tied embeddings; `parallel.gradients` does that for all copies alike.
+    share_embeddings_and_output_weights = False
     language_model: LanguageModelChunk
     vision_tower: torch.nn.Module
     projector: torch.nn.Module
 
-    def __init__(self, chunk: ChunkSettings, groups: ProcessGroupCollection, tied: bool, has_vision: bool) -> None:
+    def __init__(self, chunk: ChunkSettings, groups: ProcessGroupCollection, has_vision: bool) -> None:
         super().__init__(chunk.engine)
         self.groups = groups
         self.first_layer, self.end_layer = chunk.num_layers_before, chunk.num_layers_before + len(chunk.layers)
         self.pre_process, self.post_process, self.vp_stage = chunk.is_first, chunk.is_last, chunk.virtual_stage
-        self.share_embeddings_and_output_weights = tied
         self.divides_images = chunk.vision_parallelism == "data" and groups.tp.size() > 1
         # Ranks that share each layer of a tower.
         self.tower_group = groups.alone if self.divides_images else groups.tp
@@ -75,10 +75,6 @@ class ModelChunk(MegatronModule):
         """Receive what the previous chunk sent (called by the schedule)."""
         self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
-    def shared_embedding_or_output_weight(self) -> torch.Tensor:
-        """The tied embedding, whose gradients megatron-core sums over the first and last stage."""
-        return self.language_model.embed_tokens.weight
-
     def to_sequence_first(self, x_BSH: torch.Tensor) -> torch.Tensor:
         """[B, S, H] as [S, B, H], this rank's shard of S under sequence parallelism."""
         x_SBH = x_BSH.transpose(0, 1).contiguous()
@@ -99,5 +95,4 @@ class ModelChunk(MegatronModule):
         """Declare whole towers on every tensor rank, each fed a share of the images, where images are divided."""
         if self.divides_images:
             for parameter in (parameter for tower in towers for parameter in tower.parameters()):
-                parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
-                mark_partial([parameter])
+                redeclare(parameter, tensor_dim=None, partial=True)

@@ -1,14 +1,15 @@
-"""Gradient rules of replicated parameters, in one place.
+"""Sums of gradients that megatron-core does not know of, in one place.
 
 A parameter that every tensor rank holds whole has a whole gradient if the rank's activations are whole, and a partial
-one if they are a share: heads (query and key norms), sequence (norms under sequence parallelism), or images (vision
-tower in data mode). Partial gradients are summed over the tensor ranks once per step. Shards (`tensor_model_parallel`)
-need nothing. tests/parity proves the rule of every parameter by comparing its gradient across layouts.
+one if they are some of the heads (query and key norms), of the sequence (norms under sequence parallelism), or of the
+images (vision tower in data mode): `ParameterSpec.partial`. A parameter of which several stages hold a copy (a tied
+embedding) has a part of its gradient on each: `ParameterSpec.stages`. Both are summed once per step; nothing else needs
+a rule. tests/parity proves that of every parameter by comparing its gradient across layouts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed
@@ -16,18 +17,9 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from megatron_vlm.parallel.parameters import spec_of
+
 _BUCKET_BYTES = 64 * 2**20
-
-
-def mark_partial(parameters: Iterable[torch.nn.Parameter], partial: bool = True) -> None:
-    """Declare that the gradients are sums over the tensor ranks (`partial` false: leave them as they are)."""
-    for parameter in parameters:
-        parameter.partial_over_tensor_ranks = partial  # type: ignore[attr-defined]
-
-
-def is_partial(parameter: torch.nn.Parameter) -> bool:
-    """Whether the gradient must be summed over the tensor ranks."""
-    return getattr(parameter, "partial_over_tensor_ranks", False)
 
 
 def finalize_gradients(
@@ -36,21 +28,45 @@ def finalize_gradients(
     pg_collection: ProcessGroupCollection | None = None,
     force_all_reduce: bool | None = False,
 ) -> None:
-    """megatron-core's `finalize_model_grads` (data ranks, tied embeddings, division by tokens), then our rule."""
+    """megatron-core's `finalize_model_grads` (sum over data ranks, division by tokens), then our sums."""
     assert pg_collection is not None
     megatron_finalize(list(model), num_tokens, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
-    if pg_collection.tp.size() > 1:
-        gradients = [
-            gradient
-            for chunk in model
-            for parameter in chunk.parameters()
-            if parameter.requires_grad and is_partial(parameter) and (gradient := _main_gradient(parameter)) is not None
-        ]
-        _in_buckets(gradients, lambda flat: torch.distributed.all_reduce(flat, group=pg_collection.tp))
+    partial: list[torch.Tensor] = []
+    copies: dict[str, dict[str, list[torch.Tensor]]] = {"first_and_last": {}, "all": {}}
+    for chunk in model:
+        for name, parameter in chunk.named_parameters():
+            gradient = getattr(parameter, "main_grad", parameter.grad)
+            if not parameter.requires_grad or gradient is None:
+                continue
+            spec = spec_of(parameter, name)
+            if spec.partial:
+                partial.append(gradient)
+            if spec.stages != "one":
+                copies[spec.stages].setdefault(name, []).append(gradient)
+    _sum(partial, pg_collection.tp)
+    _sum_copies(copies["first_and_last"], pg_collection.embd)
+    _sum_copies(copies["all"], pg_collection.pp)
 
 
-def _main_gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
-    return getattr(parameter, "main_grad", parameter.grad)
+def _sum_copies(gradients: Mapping[str, list[torch.Tensor]], group: torch.distributed.ProcessGroup | None) -> None:
+    """Sum the gradients of copies, of which a rank with several chunks has several, in place.
+
+    Args:
+        gradients: by the parameter's name.
+        group: pipeline ranks that hold copies; None on a rank that holds none.
+    """
+    for first, *others in gradients.values():
+        for other in others:
+            first += other
+    _sum([first for first, *_ in gradients.values()], group)
+    for first, *others in gradients.values():
+        for other in others:
+            other.copy_(first)
+
+
+def _sum(gradients: Sequence[torch.Tensor], group: torch.distributed.ProcessGroup | None) -> None:
+    if group is not None and group.size() > 1:
+        _in_buckets(gradients, lambda flat: torch.distributed.all_reduce(flat, group=group))
 
 
 def _in_buckets(tensors: Sequence[torch.Tensor], reduce: Callable[[torch.Tensor], object]) -> None:

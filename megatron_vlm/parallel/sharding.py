@@ -1,19 +1,19 @@
 """How a parameter is divided: the one place that knows, for loading, saving, exporting, initialising and comparing.
 
-Dense parameters carry megatron-core's attributes: `tensor_model_parallel` and `partition_dim` split one dimension over
-the tensor ranks, anything else is a replica there. Experts carry `expert_splits` instead: their first dimension is
-divided over the expert-parallel ranks, and one more over the expert-tensor ranks. Replicas of a dense parameter are the
-ranks of `dp_cp`, those of an expert the ranks of `expt_dp`.
+`ParameterSpec.tensor_dim` of a dense parameter is divided over the tensor ranks, which otherwise hold replicas. The
+first dimension of experts is divided over the expert-parallel ranks, and `tensor_dim` over the expert-tensor ranks.
+Replicas of a dense parameter are the ranks of `dp_cp`, those of an expert the ranks of `expt_dp`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed
 from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_vlm.parallel.parameters import spec_of
 
 Group = torch.distributed.ProcessGroup
 
@@ -26,37 +26,16 @@ class Split:
     group: Group
 
 
-def mark_expert(parameter: torch.nn.Parameter, tensor_dim: int) -> None:
-    """Declare an expert parameter: dim 0 over the expert ranks, `tensor_dim` over the expert-tensor ranks.
-
-    `allreduce = False` is megatron-core's mark for gradients that are summed over `expt_dp`. It is set with a single
-    expert rank too, so that the optimizer has the same parts in every layout and its state can be divided anew.
-    """
-    parameter.expert_splits = ((0, "ep"), (tensor_dim, "expt_tp"))  # type: ignore[attr-defined]
-    parameter.allreduce = False  # type: ignore[attr-defined]
-    # megatron-core's gradient norm counts such a parameter on every rank; over `expt_tp` and `ep` there are no copies.
-    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-
-
-def is_expert(parameter: torch.nn.Parameter) -> bool:
-    """Whether the parameter is divided over the expert ranks."""
-    return hasattr(parameter, "expert_splits")
-
-
 def splits(parameter: torch.nn.Parameter, groups: ProcessGroupCollection) -> list[Split]:
     """The divided dimensions of a parameter; groups of one rank are left out."""
-    if is_expert(parameter):
-        named: Sequence[tuple[int, str]] = parameter.expert_splits  # type: ignore[attr-defined]
-    elif getattr(parameter, "tensor_model_parallel", False):
-        named = ((parameter.partition_dim, "tp"),)  # type: ignore[attr-defined]
-    else:
-        named = ()
-    return [Split(dim, group) for dim, name in named if (group := getattr(groups, name)).size() > 1]
+    spec = spec_of(parameter)
+    divided = [(0, groups.ep), (spec.tensor_dim, groups.expt_tp)] if spec.is_expert else [(spec.tensor_dim, groups.tp)]
+    return [Split(dim, group) for dim, group in divided if dim is not None and group.size() > 1]
 
 
 def replica_group(parameter: torch.nn.Parameter, groups: ProcessGroupCollection) -> Group:
     """The data ranks that hold copies of this parameter and share its optimizer state."""
-    return groups.expt_dp if is_expert(parameter) else groups.dp_cp
+    return groups.expt_dp if spec_of(parameter).is_expert else groups.dp_cp
 
 
 def whole_shape(parameter: torch.nn.Parameter, groups: ProcessGroupCollection) -> tuple[int, ...]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_vlm.config import Config
+from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.planning.expert_checks import experts_of
 
@@ -36,6 +37,7 @@ class Structure:
         tower_norms: of the whole tower.
         tower_has_gates: its feed-forward layers have.
         tower_joins_queries: queries, keys and values of the tower are one product.
+        frozen_parts: of which nothing trains; what a partly frozen one keeps is counted as if all of it trained.
     """
 
     decoder_norms: int
@@ -43,14 +45,16 @@ class Structure:
     tower_norms: int
     tower_has_gates: bool
     tower_joins_queries: bool
+    frozen_parts: frozenset[str]
 
 
-def structure_of(shapes: Mapping[str, tuple[int, ...]], hidden_size: int) -> Structure:
+def structure_of(shapes: Mapping[str, tuple[int, ...]], hidden_size: int, freeze: Iterable[str] = ()) -> Structure:
     """Read it off the model's parameters; all decoder layers have the same norms.
 
     Args:
         shapes: whole, by our names.
         hidden_size: of the language model.
+        freeze: `model.freeze`.
     """
     norms_of_layer: Counter[str] = Counter()
     query_norms_of_layer: Counter[str] = Counter()
@@ -67,6 +71,7 @@ def structure_of(shapes: Mapping[str, tuple[int, ...]], hidden_size: int) -> Str
         tower_norms=sum(name.endswith(".weight") and len(shapes[name]) == 1 for name in tower),
         tower_has_gates=any(".gate_proj." in name for name in tower),
         tower_joins_queries=any(".qkv." in name for name in tower),
+        frozen_parts=frozenset(Trainable(freeze).frozen_parts(shapes)),
     )
 
 
@@ -201,7 +206,7 @@ def _vision_bytes(
     value, size, hidden = value_bytes(config), layout.tensor_size, vision.hidden_size
     width_share, image_share = (size, 1) if config.model.vision_parallelism == "tensor" else (1, size)
     patches /= image_share
-    trains_tower = "vision_tower" not in config.model.freeze
+    trains_tower = "vision_tower" not in structure.frozen_parts
     layers: list[float] = []
     if trains_tower:
         norm = 2 * hidden * value  # its input and result
@@ -216,7 +221,7 @@ def _vision_bytes(
         # Norms before the first layer or after the last, and pixels in the tower's type.
         outside = structure.tower_norms - 2 * vision.num_hidden_layers
         layers += [patches * outside * norm, patches * vision.patch_features * value]
-    if hasattr(vision, "spatial_merge_size") and (trains_tower or "projector" not in config.model.freeze):
+    if hasattr(vision, "spatial_merge_size") and (trains_tower or "projector" not in structure.frozen_parts):
         # Each merger's norm and its GELU keep their input and result; a tapped layer's output is the next one's input.
         widened = vision.projector_hidden_size / vision.spatial_merge_size**2 / width_share
         merger = 2 * (hidden + widened) * value

@@ -23,6 +23,7 @@ from megatron_vlm.data.rows import reader_for
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.errors import ConfigError, UserError, combine
 from megatron_vlm.families import registry
+from megatron_vlm.model.trainable import Trainable, part_of
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.planning.expert_checks import experts_of, fewest_ranks
 from megatron_vlm.planning.memory import estimate_memory, format_memory
@@ -111,8 +112,7 @@ def world_size_to_check(config: Config) -> int:
 def _describe_layout(
     config: Config, model_config: Any, shapes: dict[str, tuple[int, ...]], layouts: list[Layout]
 ) -> str:
-    parts = list(dict.fromkeys(name.partition(".")[0] for name in shapes))
-    layout = check_layout(config, model_config, world_size_to_check(config), parts)
+    layout = check_layout(config, model_config, world_size_to_check(config), shapes)
     layouts.append(layout)
     num_micro_batches = config.train.num_micro_batches(layout.data_size)
     lines = [
@@ -121,12 +121,16 @@ def _describe_layout(
         f"x {config.train.micro_batch_size} rows x {layout.data_size} data-parallel ranks",
     ]
     lines += _describe_experts(config, model_config, layout)
-    towers = [part for part in parts if part != "language_model"]
+    towers = [part for part in dict.fromkeys(map(part_of, shapes)) if part != "language_model"]
     last = len(layout.chunks) - 1
     for chunk, layers in enumerate(layout.chunks):
         held = [f"layers {layers[0]}-{layers[-1]}" if layers else "no layers"]
         held = ([*towers, "embedding"] if chunk == 0 else []) + held + (["head"] if chunk == last else [])
         lines.append(f"  chunk {chunk} on pipeline rank {chunk % layout.pipeline_size}: {', '.join(held)}")
+    if config.model.freeze:
+        trainable = Trainable(config.model.freeze)
+        trained = {name: shape for name, shape in shapes.items() if trainable.trains(name)}
+        lines.append(f"frozen    all but {len(trained)} of {len(shapes)} tensors, {_millions(trained)} parameters")
     return "\n".join(lines)
 
 

@@ -19,8 +19,9 @@ from megatron_vlm.families.build import build_chunks, build_settings
 from megatron_vlm.families.registry import Family
 from megatron_vlm.layers.embedding import padded_vocab_size
 from megatron_vlm.layers.vocab_parallel_loss import chunk_tokens
+from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.parallel.sharding import is_expert
+from megatron_vlm.parallel.parameters import spec_of
 from megatron_vlm.parallel.simulate import simulated_rank
 from megatron_vlm.planning.activations import FP32_BYTES, activation_bytes, structure_of, value_bytes
 
@@ -57,6 +58,7 @@ class HeldParameter:
 
     shape: tuple[int, ...]
     is_expert: bool
+    trains: bool
 
     @property
     def num_values(self) -> int:
@@ -85,10 +87,10 @@ def estimate_memory(
     """
     held = held_parameters(config, family, model_config, layout)
     shapes = {name: weight.shape for name, weight in family.weight_map(model_config).items()}
-    structure = structure_of(shapes, model_config.text.hidden_size)
+    structure = structure_of(shapes, model_config.text.hidden_size, config.model.freeze)
     memory = []
     for rank, parameters in enumerate(held):
-        trainable = [entry for name, entry in parameters.items() if name.partition(".")[0] not in config.model.freeze]
+        trainable = [entry for entry in parameters.values() if entry.trains]
         total = sum(entry.num_values for entry in parameters.values())
         experts = sum(entry.num_values for entry in trainable if entry.is_expert)
         dense = sum(entry.num_values for entry in trainable if not entry.is_expert)
@@ -121,8 +123,15 @@ def held_parameters(
         rank = stage * (layout.world_size // layout.pipeline_size)
         with simulated_rank(rank, layout) as groups:
             chunks = build_chunks(family, model_config, settings, groups, torch.device("meta"))
-        parameters = (named for chunk in chunks for named in chunk.named_parameters())
-        held.append({name: HeldParameter(tuple(entry.shape), is_expert(entry)) for name, entry in parameters})
+        Trainable(config.model.freeze).freeze(chunks)
+        parameters: dict[str, HeldParameter] = {}
+        for number, chunk in enumerate(chunks):
+            for name, parameter in chunk.named_parameters():
+                key = f"{name} {number}" if name in parameters else name  # a copy
+                parameters[key] = HeldParameter(
+                    tuple(parameter.shape), spec_of(parameter).is_expert, parameter.requires_grad
+                )
+        held.append(parameters)
     return held
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from megatron_vlm.config import Config
 from megatron_vlm.config_checks import divisors, nearest_multiples
 from megatron_vlm.errors import ConfigError, LaunchError, UserError, combine
 from megatron_vlm.files.durable import check_export_target
+from megatron_vlm.model.trainable import Trainable, part_of
 from megatron_vlm.parallel.layout import Layout, assign_layers
 from megatron_vlm.planning.expert_checks import expert_problems, expert_rank_problems, experts_of
 
@@ -22,14 +23,14 @@ EXPORT_RECORD = "exported.json"
 LARGEST_TENSOR_SIZE = 64  # vocabulary rows are padded to a multiple of it
 
 
-def check_layout(config: Config, model_config: Any, world_size: int, parts: Iterable[str] | None = None) -> Layout:
+def check_layout(config: Config, model_config: Any, world_size: int, names: Iterable[str] | None = None) -> Layout:
     """Divide the model and the global batch over the ranks.
 
     Args:
         config: a validated configuration.
         model_config: the family's record of the model (`.text`, `.vision`).
         world_size: ranks that run.
-        parts: parts that the model has, to check `model.freeze` and `optimizer.lr_multipliers`; None skips that.
+        names: of the model's parameters, to check `model.freeze` and `optimizer.lr_multipliers`; None skips that.
 
     Returns:
         The layout.
@@ -45,8 +46,8 @@ def check_layout(config: Config, model_config: Any, world_size: int, parts: Iter
         *_batch_problems(config, world_size),
         *expert_rank_problems(config, world_size),
     ]
-    if parts is not None:
-        problems += _part_problems(config, set(parts))
+    if names is not None:
+        problems += _name_problems(config, list(names))
     try:
         chunks = assign_layers(
             len(model_config.text.layers),
@@ -149,18 +150,16 @@ def _tensor_problems(config: Config, model_config: Any) -> Iterator[UserError]:
             )
 
 
-def _part_problems(config: Config, parts: set[str]) -> Iterator[UserError]:
-    has = f"this model has {', '.join(sorted(parts))}"
-    named: Mapping[str, Iterable[str]] = {
-        "model.freeze": config.model.freeze,
-        "optimizer.lr_multipliers": config.optimizer.lr_multipliers,
-    }
-    for key, names in named.items():
-        for name in names:
-            if name not in parts:
-                yield ConfigError(f"{key} names {name}, which the model does not have", fix=has)
-    if parts <= set(config.model.freeze):
-        yield ConfigError("model.freeze leaves nothing to train", fix=has)
+def _name_problems(config: Config, names: list[str]) -> Iterator[UserError]:
+    """Parts and parameters that the configuration names, against those of the model."""
+    yield from Trainable(config.model.freeze).problems(names)
+    parts = sorted(set(map(part_of, names)))
+    for part in config.optimizer.lr_multipliers:
+        if part not in parts:
+            yield ConfigError(
+                f"optimizer.lr_multipliers names {part}, which the model does not have",
+                fix=f"this model has {', '.join(parts)}",
+            )
 
 
 def check_run_dir(config: Config) -> None:

@@ -21,6 +21,7 @@ from megatron_vlm.conversion.running_model import export_hf_from_model
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.data.rows import BadRowTracker
 from megatron_vlm.errors import ConfigError, DataError, DivergenceError
+from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.planning.preflight import record_export
 from megatron_vlm.training.guard import StepGuard
 from megatron_vlm.training.loggers import Callback, build_loggers
@@ -74,6 +75,8 @@ class Trainer:
         self.guard = StepGuard(self.config.train.spike_ratio)
         rows = sum(source.num_rows for source in run.train_loader.plan.sources)
         self.bad_rows = BadRowTracker(self.config.data.max_bad_fraction, rows)
+        names = (name for name, _ in run.family.weight_map(run.model_config).items())
+        self.frozen_parts = Trainable(self.config.model.freeze).frozen_parts(names)
         self.step = 0
         self.loggers: list[Callback] = []
         self.profile = ProfileWindow(self.run_dir, self.config.logging.profile if run.is_first_rank else None)
@@ -127,8 +130,7 @@ class Trainer:
         waited = run.train_loader.wait_seconds
         batches = run.train_loader.global_batch()
         waited = run.train_loader.wait_seconds - waited
-        frozen = set(self.config.model.freeze)
-        flops = sum(run.family.flops(run.model_config, batch, frozen) for batch in batches)
+        flops = sum(run.family.flops(run.model_config, batch, self.frozen_parts) for batch in batches)
         for chunk in run.model:
             chunk.train()
             chunk.zero_grad_buffer()

@@ -13,6 +13,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_vlm.config import Config, OptimizerSettings
+from megatron_vlm.model.trainable import part_of
+from megatron_vlm.parallel.parameters import spec_of
 
 _SCHEDULES = {"constant": "constant", "cosine": "cosine", "linear": "linear", "wsd": "WSD"}
 
@@ -26,9 +28,8 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """AdamW or SGD over the trainable parameters of this rank's chunks.
 
-    One-dimensional parameters and biases (that of queries, keys and values in one has two dimensions) have no weight
-    decay; parts named in `lr_multipliers` have groups of their own. Experts have an optimizer of their own in the
-    chain, because their replicas are other ranks.
+    Weight decay is what each parameter declares; parts named in `lr_multipliers` have groups of their own. Experts have
+    an optimizer of their own in the chain, because their replicas are other ranks.
 
     Args:
         model: chunks wrapped for data parallelism.
@@ -69,12 +70,12 @@ def build_optimizer(
 
 
 def _has_no_decay(parameter: torch.nn.Parameter, name: str) -> bool:
-    return parameter.dim() == 1 or name.endswith(".bias")
+    return not spec_of(parameter, name).decay
 
 
 def _is_in(part: str) -> Callable[[torch.nn.Parameter, str], bool]:
     """Whether a parameter belongs to a part, by its name with the data-parallel wrapper's prefix."""
-    return lambda parameter, name: name.removeprefix("module.").startswith(f"{part}.")
+    return lambda parameter, name: part_of(name.removeprefix("module.")) == part
 
 
 def build_scheduler(optimizer: MegatronOptimizer, config: Config) -> OptimizerParamScheduler:

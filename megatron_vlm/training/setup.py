@@ -26,6 +26,7 @@ from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.families import registry
 from megatron_vlm.families.build import DTYPES, build_chunks, build_settings, wrap_data_parallel
 from megatron_vlm.model.init_weights import initialize_weights
+from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.planning.preflight import check_export, check_layout, check_run_dir
@@ -80,8 +81,8 @@ def set_up(config: Config) -> Run:
     hf_config = registry.load_hf_config(config.model.hf_path)
     family = registry.detect(hf_config)
     model_config = family.config_from_hf(hf_config, text_only=config.model.text_only)
-    parts = {name.partition(".")[0] for name, _ in family.weight_map(model_config).items()}
-    layout = check_layout(config, model_config, torch.distributed.get_world_size(), parts)
+    names = [name for name, _ in family.weight_map(model_config).items()]
+    layout = check_layout(config, model_config, torch.distributed.get_world_size(), names)
     check_run_dir(config)
     due_export = check_export(config)
     groups = build_groups(layout, timedelta(minutes=config.parallel.distributed_timeout_minutes))
@@ -160,10 +161,7 @@ def _build_model(
     config: Config, layout: Layout, family: registry.Family, model_config: Any, groups: ProcessGroupCollection
 ) -> list[MegatronModule]:
     chunks = build_chunks(family, model_config, build_settings(config, layout), groups)
-    for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            if name.partition(".")[0] in config.model.freeze:
-                parameter.requires_grad_(False)  # and what a family holds without reading it is so already
+    Trainable(config.model.freeze).freeze(chunks)
     return chunks
 
 
@@ -181,5 +179,4 @@ def _load_first_weights(
     elif config.model.load_weights:
         load_hf_into_model(chunks, config.model.hf_path, family, model_config, groups)
     else:
-        text = model_config.text
-        initialize_weights(chunks, config.train.seed, text.initializer_range, text.vocab_size, groups)
+        initialize_weights(chunks, config.train.seed, model_config.text.initializer_range, groups)

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from megatron_vlm.checkpoint.manager import Resumed, load_weights
 from megatron_vlm.checkpoint.run_folder import Manifest
+from megatron_vlm.checkpoint.torch_dist import TorchDistReader
 from megatron_vlm.errors import CheckpointError
 from tests.checkpoint.tiny_run import (
     BETAS,
@@ -28,6 +29,7 @@ from tests.checkpoint.tiny_run import (
     FROZEN,
     IDENTITY,
     LEARNING_RATE,
+    PER_LAYER_NORM,
     WEIGHT_DECAY,
     Run,
     Settings,
@@ -128,7 +130,7 @@ def reference(num_steps: int, clip_grad: float = math.inf) -> dict[str, torch.Te
     for name, shape in parameter_shapes().items():
         parameter = torch.nn.Parameter(initial_value(name, shape.sizes))
         result[name] = parameter.detach()
-        if name == FROZEN:
+        if name == FROZEN or not shape.trains:
             continue
         decay = WEIGHT_DECAY if len(shape.sizes) > 1 and not name.endswith(".bias") else 0.0
         optimizer = torch.optim.AdamW([parameter], betas=BETAS, eps=EPS, weight_decay=decay)
@@ -195,6 +197,7 @@ def test_continues_in_another_layout(source, layout):
     [
         (TestLayout(2, tensor=2, expert_tensor=2), False),
         (TestLayout(2, pipeline=2), True),
+        (TestLayout(4, pipeline=2, virtual=2), True),
         (TestLayout(2, expert=2), False),
         (TestLayout(4, tensor=2, expert=2), True),
     ],
@@ -221,7 +224,7 @@ def test_plain_optimizers_continue_bit_for_bit(tmp_path, optimizer, bf16):
         ("language_model|vision_tower", [2, 0]),
         # The second stage trains norms, biases and experts: of its dense groups the first is empty. The first
         # stage has no experts.
-        (r"vision_tower|.*embed_tokens|.*layers\.[23]\..*proj\.weight", [10, 9]),
+        (r"vision_tower|.*embed_tokens|.*layers\.[23]\..*proj\.weight", [11, 10]),
     ],
     ids=["no parameter", "no parameter of a group"],
 )
@@ -251,6 +254,28 @@ def test_distributed_optimizer_can_be_switched(tmp_path, bf16, distributed_first
     assert_same(canonical(saved), canonical(loaded))
     if not bf16:
         assert_follows_reference(assemble([after for _, after, *_ in results]), STEPS + MORE_STEPS)
+
+
+@pytest.mark.parametrize("distributed_optimizer", [False, True])
+def test_copies_on_all_chunks_are_saved_once(tmp_path, distributed_optimizer):
+    """And are equal after loading and in the steps that follow: `assemble` compares them."""
+    settings = Settings(TestLayout(4, pipeline=2, virtual=2), distributed_optimizer=distributed_optimizer)
+    saved = assemble(run_ranks(4, train_and_save, settings, str(tmp_path)))
+    assert_follows_reference(saved, STEPS)
+    with TorchDistReader(tmp_path / f"step_{STEPS:08d}") as reader:
+        for key in (PER_LAYER_NORM, f"optimizer.state.exp_avg.{PER_LAYER_NORM}"):
+            records = [index for index in reader._storage if index.fqn == key]
+            assert len(records) == len(reader.tensors[key].chunks) == 1, key
+    results = run_ranks(4, load_and_continue, settings, str(tmp_path))
+    assert_same(saved, assemble([loaded for loaded, *_ in results]))
+    assert_follows_reference(assemble([after for _, after, *_ in results]), STEPS + MORE_STEPS)
+
+
+def test_buffers_are_saved_and_never_trained(source):
+    for name, shape in parameter_shapes().items():
+        if not shape.trains:
+            assert torch.equal(source[1][name], initial_value(name, shape.sizes)), name
+            assert [key for key in source[1] if key.endswith(name)] == [name]
 
 
 def test_step_is_saved_for_a_group_without_parameters_on_the_first_rank(tmp_path):

@@ -19,16 +19,16 @@ from dataclasses import dataclass, field
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlm.checkpoint.manager import CheckpointManager
 from megatron_vlm.checkpoint.run_folder import ModelIdentity
 from megatron_vlm.config import OptimizerSettings
-from megatron_vlm.parallel.gradients import finalize_gradients, is_partial, mark_partial
+from megatron_vlm.parallel.gradients import finalize_gradients
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
-from megatron_vlm.parallel.sharding import mark_expert, replica_group, splits
+from megatron_vlm.parallel.parameters import Kind, Stages, declare, mark_copies, normal, spec_of
+from megatron_vlm.parallel.sharding import replica_group, splits
 from megatron_vlm.training.optimizer import apply_gradients, build_optimizer, gradient_norm
 from tests.checkpoint.whole_state import Pieces, pieces
 from tests.parity.layouts import TestLayout
@@ -44,6 +44,8 @@ FROZEN = "vision_tower.embeddings.patch_embedding.weight"
 PROJECTOR = "projector.mm_soft_emb_norm.weight"
 EMBEDDING = "language_model.embed_tokens.weight"
 FUSED_BIAS = "projector.qkv.bias"
+CLIP_BOUND = "vision_tower.clip_bound"
+PER_LAYER_NORM = "language_model.per_layer_norm.weight"  # on every chunk
 IDENTITY = ModelIdentity("gemma3", "gemma3", text_only=False, tied=True, hf_config={"hidden_size": HIDDEN})
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 1e-2, (0.9, 0.95), 1e-8, 0.1
 
@@ -67,38 +69,49 @@ class Shape:
 
     sizes: tuple[int, ...]
     tensor_dim: int | None = None
+    kind: Kind = "matrix"
     expert: bool = False
     partial: bool = False
+    stages: Stages = "one"
 
-    def mark(self, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-        if self.expert:
-            mark_expert(parameter, 2)
-        else:
-            dim = self.tensor_dim
-            set_tensor_model_parallel_attributes(parameter, dim is not None, 0 if dim is None else dim, 1)
-        mark_partial([parameter], self.partial)
-        return parameter
+    @property
+    def trains(self) -> bool:
+        return self.kind != "buffer"
+
+    def declare(self, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+        return declare(
+            parameter,
+            self.kind,
+            normal,
+            tensor_dim=self.tensor_dim,
+            is_expert=self.expert,
+            partial=self.partial,
+            stages=self.stages,
+        )
 
 
 def parameter_shapes(num_layers: int = NUM_LAYERS) -> dict[str, Shape]:
     """Of all parameters, by name."""
     shapes = {
-        EMBEDDING: Shape((VOCABULARY, HIDDEN), 0),
+        EMBEDDING: Shape((VOCABULARY, HIDDEN), 0, "table", stages="first_and_last"),
         FROZEN: Shape((8, 3, 2, 2)),
-        PROJECTOR: Shape((HIDDEN,)),
-        FUSED_BIAS: Shape((3, 8), 1),
+        CLIP_BOUND: Shape((), kind="buffer"),
+        PROJECTOR: Shape((HIDDEN,), kind="vector"),
+        FUSED_BIAS: Shape((3, 8), 1, "vector"),
+        PER_LAYER_NORM: Shape((HIDDEN + 1,), kind="vector", partial=True, stages="all"),
     }
     for layer in range(num_layers):
         prefix = f"language_model.layers.{layer}"
         shapes[f"{prefix}.self_attn.q_proj.weight"] = Shape((HIDDEN, HIDDEN), 0)
         shapes[f"{prefix}.self_attn.o_proj.weight"] = Shape((HIDDEN, HIDDEN), 1)
-        shapes[f"{prefix}.self_attn.q_norm.weight"] = Shape((HIDDEN,), partial=True)
-        shapes[f"{prefix}.mlp.up_proj.bias"] = Shape((2 * HIDDEN,), 0)
+        shapes[f"{prefix}.self_attn.q_norm.weight"] = Shape((HIDDEN,), kind="vector", partial=True)
+        shapes[f"{prefix}.mlp.up_proj.bias"] = Shape((2 * HIDDEN,), 0, "vector")
+        shapes[f"{prefix}.layer_scalar"] = Shape((1,), kind="buffer")
         if layer >= FIRST_MOE_LAYER:
             up = (NUM_EXPERTS, 2, EXPERT_HIDDEN, HIDDEN)
-            shapes[f"{prefix}.mlp.experts.gate_up_proj"] = Shape(up, expert=True)
-            shapes[f"{prefix}.mlp.experts.down_proj"] = Shape((NUM_EXPERTS, HIDDEN, EXPERT_HIDDEN), expert=True)
-    shapes["language_model.norm.weight"] = Shape((HIDDEN,))
+            shapes[f"{prefix}.mlp.experts.gate_up_proj"] = Shape(up, 2, expert=True)
+            shapes[f"{prefix}.mlp.experts.down_proj"] = Shape((NUM_EXPERTS, HIDDEN, EXPERT_HIDDEN), 2, expert=True)
+    shapes["language_model.norm.weight"] = Shape((HIDDEN,), kind="vector")
     return shapes
 
 
@@ -112,9 +125,9 @@ def gradient(name: str, shape: tuple[int, ...], step: int) -> torch.Tensor:
 
 def gradient_norm_at(step: int) -> float:
     """Over all trained parameters, each counted once."""
-    squares = [gradient(name, shape.sizes, step).double().square().sum() for name, shape in parameter_shapes().items()]
-    frozen = gradient(FROZEN, parameter_shapes()[FROZEN].sizes, step).double().square().sum()
-    return float((sum(squares) - frozen).sqrt())
+    trained = {name: shape for name, shape in parameter_shapes().items() if shape.trains and name != FROZEN}
+    squares = [gradient(name, shape.sizes, step).double().square().sum() for name, shape in trained.items()]
+    return float(torch.stack(squares).sum().sqrt())
 
 
 def share(rank: int, size: int) -> float:
@@ -125,21 +138,20 @@ def share(rank: int, size: int) -> float:
 class Stage(MegatronModule):
     """The parameters of one pipeline chunk."""
 
-    def __init__(self, config: TransformerConfig, names: list[str], settings: Settings, groups, copy: bool) -> None:
+    share_embeddings_and_output_weights = False  # as in `ModelChunk`
+
+    def __init__(self, config: TransformerConfig, index: int, names: list[str], settings: Settings, groups) -> None:
         super().__init__(config)
-        self.pre_process, self.post_process = EMBEDDING in names and not copy, "language_model.norm.weight" in names
-        self.share_embeddings_and_output_weights = settings.layout.pipeline > 1
+        self.index, self.pre_process = index, index == 0
         for name in names:
             shape = parameter_shapes(settings.num_layers)[name]
             value = own_part(initial_value(name, shape.sizes), shape, groups).contiguous()
-            parameter = shape.mark(torch.nn.Parameter(value.to(torch.bfloat16 if settings.bf16 else torch.float32)))
-            parameter.requires_grad_(not re.match(settings.freeze, name))
-            if name == EMBEDDING and settings.layout.pipeline > 1:  # as megatron-core's pipelines mark it
-                parameter.shared, parameter.shared_embedding = copy, True
+            parameter = shape.declare(torch.nn.Parameter(value.to(torch.bfloat16 if settings.bf16 else torch.float32)))
+            if re.match(settings.freeze, name):
+                parameter.requires_grad_(False)
             self._place(name, parameter)
-
-    def shared_embedding_or_output_weight(self) -> torch.nn.Parameter:
-        return self.language_model.embed_tokens.weight
+        if settings.layout.pipeline > 1:
+            mark_copies(self, self.pre_process)
 
     def _place(self, name: str, parameter: torch.nn.Parameter) -> None:
         *path, last = name.split(".")
@@ -153,7 +165,7 @@ class Stage(MegatronModule):
 
 def own_part(whole: torch.Tensor, shape: Shape, groups) -> torch.Tensor:
     """This rank's part, before there is a parameter."""
-    for split in splits(shape.mark(torch.nn.Parameter(torch.empty(shape.sizes, device="meta"))), groups):
+    for split in splits(shape.declare(torch.nn.Parameter(torch.empty(shape.sizes, device="meta"))), groups):
         whole = whole.chunk(split.group.size(), split.dim)[split.group.rank()]
     return whole
 
@@ -180,7 +192,7 @@ class Run:
         config = TransformerConfig(
             num_layers=NUM_LAYERS, hidden_size=HIDDEN, num_attention_heads=4, calculate_per_token_loss=True
         )
-        chunks = [Stage(config, names, settings, self.groups, copy) for names, copy in self._chunk_names()]
+        chunks = [Stage(config, index, names, settings, self.groups) for index, names in self._chunk_names()]
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=settings.distributed_optimizer,
@@ -210,17 +222,17 @@ class Run:
             **{"async_save": False, **manager_arguments},
         )  # fmt: skip
 
-    def _chunk_names(self) -> list[tuple[list[str], bool]]:
-        """Names of each of this rank's chunks, and whether its embedding is the last stage's copy."""
+    def _chunk_names(self) -> list[tuple[int, list[str]]]:
+        """The global number and the names of each of this rank's chunks."""
         shapes = parameter_shapes(self.settings.num_layers)
         chunks = []
         for chunk in self.ranks.chunks_of(self.groups.pp.rank()):
             layers = set(map(str, self.ranks.chunks[chunk]))
             names = [name for name in shapes if ".layers." in name and name.split(".")[2] in layers]
             first, last = chunk == 0, chunk == len(self.ranks.chunks) - 1
-            names = [EMBEDDING, FROZEN, PROJECTOR, FUSED_BIAS] * first + names + ["language_model.norm.weight"] * last
-            names = names + [EMBEDDING] * (last and not first)
-            chunks.append((names, last and not first))
+            names = [EMBEDDING, FROZEN, CLIP_BOUND, PROJECTOR, FUSED_BIAS] * first + [PER_LAYER_NORM] + names
+            names += ["language_model.norm.weight"] * last + [EMBEDDING] * (last and not first)
+            chunks.append((chunk, names))
         return chunks
 
     def train(self, num_steps: int) -> None:
@@ -238,17 +250,19 @@ class Run:
         for chunk in self.chunks:
             for name, parameter in chunk.module.named_parameters():
                 if parameter.requires_grad:
-                    parameter.main_grad.copy_(self._own_gradient(name, parameter))
+                    parameter.main_grad.copy_(self._own_gradient(chunk.module.index, name, parameter))
         num_tokens = torch.tensor(LABEL_TOKENS // self.ranks.data_size, dtype=torch.int)
         finalize_gradients(self.chunks, num_tokens, self.groups)
 
-    def _own_gradient(self, name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """What this rank's tokens add to the sum over all label tokens."""
+    def _own_gradient(self, chunk: int, name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """What this rank's tokens add in a chunk to the sum over all label tokens."""
         shape = parameter_shapes(self.settings.num_layers)[name]
-        groups = [replica_group(parameter, self.groups)] + [self.groups.tp] * is_partial(parameter)
-        if getattr(parameter, "shared_embedding", False):
+        groups = [replica_group(parameter, self.groups)] + [self.groups.tp] * spec_of(parameter).partial
+        if shape.stages == "first_and_last":
             groups.append(self.groups.embd)
         factor = math.prod([share(group.rank(), group.size()) for group in groups], start=float(LABEL_TOKENS))
+        if shape.stages == "all":
+            factor *= share(chunk, len(self.ranks.chunks))
         return own_part(gradient(name, shape.sizes, self.step), shape, self.groups) * factor
 
     def pieces(self) -> Pieces:

@@ -17,8 +17,8 @@ import torch
 import torch.distributed
 from megatron.core.utils import get_model_config
 
-from megatron_vlm.parallel.gradients import is_partial
-from megatron_vlm.parallel.sharding import is_expert, replica_group, splits
+from megatron_vlm.parallel.parameters import spec_of
+from megatron_vlm.parallel.sharding import replica_group, splits
 from megatron_vlm.training.step import run_global_batch
 from tests.distributed.reference import TOLERANCE, loss_sum_gradients, micro_batches, relative_error
 from tests.families import FAMILIES
@@ -73,8 +73,8 @@ def raw_gradients(hf_dir: str, layout: TestLayout, family: TinyFamily) -> dict[s
         torch.distributed.all_reduce(total, group=groups.tp)
         found[name] = Raw(
             bool(splits(parameter, groups)),
-            is_partial(parameter),
-            is_expert(parameter),
+            spec_of(parameter).partial,
+            spec_of(parameter).is_expert,
             replicas.size(),
             gather_parameter(parameter, alone, groups),
             own,

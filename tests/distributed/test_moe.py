@@ -23,7 +23,8 @@ from megatron_vlm.layers.moe import MoE, TokenShare
 from megatron_vlm.parallel.chunk_settings import ChunkSettings, MoESettings
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.mcore_config import engine_config
-from megatron_vlm.parallel.sharding import gather_whole, is_expert, own_part, whole_shape
+from megatron_vlm.parallel.parameters import spec_of
+from megatron_vlm.parallel.sharding import gather_whole, own_part, whole_shape
 from megatron_vlm.training.step import collect_expert_use, run_global_batch
 from tests.distributed.reference import micro_batches, references
 from tests.families.qwen3_vl import QWEN3_VL_MOE, TOP_K
@@ -153,7 +154,7 @@ def run_load(
         # In fp32, as main gradients are. The router is a replica on ranks with tokens of their own; so are experts on
         # those of `expt_dp`.
         gradient = parameter.grad.float()
-        torch.distributed.all_reduce(gradient, group=groups.expt_dp if is_expert(parameter) else None)
+        torch.distributed.all_reduce(gradient, group=groups.expt_dp if spec_of(parameter).is_expert else None)
         gradients[name] = gather_whole(gradient, parameter, groups).reshape(weights[name].shape)
     torch.distributed.all_reduce(routing.tokens)
     place = (groups.dp.rank(), groups.tp.rank())

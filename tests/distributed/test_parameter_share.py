@@ -19,7 +19,8 @@ from transformers import PretrainedConfig
 from megatron_vlm.families import registry
 from megatron_vlm.families.build import BuildSettings, build_chunks
 from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.parallel.sharding import is_expert, splits
+from megatron_vlm.parallel.parameters import spec_of
+from megatron_vlm.parallel.sharding import splits
 from megatron_vlm.parallel.simulate import simulated_rank
 from tests import published_gemma3, published_mistral3, published_qwen3_vl
 from tests.families import FAMILIES, gemma3
@@ -87,7 +88,7 @@ def held_by_stage(hf_config: PretrainedConfig, case: Case) -> list[dict[str, tup
                     assert parameter.device.type == "meta"
                     assert name not in found, f"{name} is on this rank twice"
                     divisor = math.prod(split.group.size() for split in splits(parameter, groups))
-                    found[name] = (parameter.nbytes, divisor, is_expert(parameter))
+                    found[name] = (parameter.nbytes, divisor, spec_of(parameter).is_expert)
         stages.append(found)
     return stages
 

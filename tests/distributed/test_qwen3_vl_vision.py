@@ -26,6 +26,7 @@ from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.images import assign_images
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.mcore_config import engine_config
+from megatron_vlm.parallel.parameters import redeclare
 from megatron_vlm.parallel.sharding import gather_whole, own_part, whole_shape
 from tests.ranks import run_ranks
 
@@ -125,7 +126,7 @@ def build(
     tower, projector = VisionTower(CONFIG, engine, group, recompute), Projector(CONFIG, engine, group)
     for name, parameter in named_parameters(tower, projector):
         if divided:
-            parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
+            redeclare(parameter, tensor_dim=None)
         whole = weights[name].view(whole_shape(parameter, groups))
         with torch.no_grad():
             parameter.copy_(own_part(whole, parameter, groups))

@@ -17,6 +17,7 @@ from megatron_vlm.model.model_chunk import ModelChunk
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
+from megatron_vlm.parallel.parameters import declare, normal
 from megatron_vlm.parallel.stage_state import Boundary, StageState, pack, unpack
 from megatron_vlm.training.step import run_global_batch
 from tests.ranks import run_ranks
@@ -53,7 +54,8 @@ class Layer(torch.nn.Module):
         if index in CONSUMERS:
             shapes |= {"queries": (WIDTH, HIDDEN), "output": (HIDDEN, WIDTH)}
         for name, shape in shapes.items():
-            self.register_parameter(name, torch.nn.Parameter(torch.empty(shape, dtype=dtype)))
+            weight = torch.nn.Parameter(torch.empty(shape, dtype=dtype))
+            self.register_parameter(name, declare(weight, "matrix", normal))
 
     def forward(self, x_SBH: torch.Tensor, *keys: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         if self.index in CONSUMERS:
@@ -79,7 +81,7 @@ class ToyLanguageModel(LanguageModelChunk):
 
 class ToyChunk(ModelChunk):
     def __init__(self, config: Model, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
-        super().__init__(chunk, groups, tied=False, has_vision=False)
+        super().__init__(chunk, groups, has_vision=False)
         dtype = chunk.engine.params_dtype
         make_layer = lambda index: Layer(index, dtype)  # noqa: E731
         self.language_model = ToyLanguageModel(config.text, chunk, groups.tp, make_layer, zero_centered_norm=False)

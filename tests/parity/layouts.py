@@ -17,6 +17,7 @@ from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families import registry
 from megatron_vlm.families.build import BuildSettings, build_chunks, wrap_data_parallel
 from megatron_vlm.layers.linear import column_parallel_weights
+from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.parallel.chunk_settings import LossSettings, MoESettings
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
@@ -138,9 +139,7 @@ def set_up(
     )
     chunks = build_chunks(family, model_config, settings, groups)
     load_hf_into_model(chunks, hf_dir, family, model_config, groups)
-    for name, parameter in (pair for chunk in chunks for pair in chunk.named_parameters()):
-        if name.partition(".")[0] in layout.freeze:
-            parameter.requires_grad_(False)
+    Trainable(layout.freeze).freeze(chunks)
     return wrap_data_parallel(chunks, groups, layout.distributed_optimizer, layout.overlap), groups
 
 

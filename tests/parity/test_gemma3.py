@@ -37,6 +37,14 @@ def test_loss_in_many_chunks(name: str, tmp_path: Path) -> None:
     check_layout(chunked, GEMMA3.write(tmp_path), {"mixed": GEMMA3.expected("mixed")}, GEMMA3.vocabulary)
 
 
+@pytest.mark.parametrize("name", ["TP2+SP", "PP2xVPP2", "TP2xPP2+SP, full recompute", "DP2, overlapped"])
+def test_every_second_layer_frozen(name: str, tmp_path: Path) -> None:
+    """By patterns: gradients pass through what does not train."""
+    frozen = ("language_model.layers.*[13].*", "vision_tower.encoder.layers.1.*", "*norm.weight")
+    layout = replace(LAYOUTS[name], freeze=frozen)
+    check_layout(layout, GEMMA3.write(tmp_path), {"mixed": GEMMA3.expected("mixed")}, GEMMA3.vocabulary)
+
+
 Z_LOSS = 0.1
 
 

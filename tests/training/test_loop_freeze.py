@@ -1,11 +1,20 @@
-"""Frozen parts: nothing of them changes, nothing is held for them, and the rest trains as in every other layout."""
+"""Frozen parts and layers: nothing of them changes, nothing is held for them, and the rest trains as in every other
+layout."""
 
 from __future__ import annotations
 
+import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from megatron_vlm.cli import load_config
+from megatron_vlm.families import registry
+from megatron_vlm.planning.memory import RankMemory, estimate_memory
+from megatron_vlm.planning.preflight import check_layout
 from tests.ranks import run_ranks
 from tests.training.loop_run import PARTS, Outcome, Place, build_place, train_here
 
@@ -28,7 +37,9 @@ FROZEN = {
     "projector": ["projector"],
     "towers": ["vision_tower", "projector"],
     "all but projector": ["language_model", "vision_tower"],
+    "every second layer": ["'language_model.layers.*[02468].*'", "'vision_tower.encoder.layers.0.*'"],
 }
+EVERY_SECOND = "every second layer"
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +65,18 @@ def outcomes(place: Place, run_dir: Path, frozen: list[str], ranks: int, *overri
     return results
 
 
+def is_frozen(name: str, frozen: list[str]) -> bool:
+    return any(fnmatchcase(name, entry.strip("'")) or name.startswith(f"{entry}.") for entry in frozen)
+
+
 def check_changes(results: list[Outcome], frozen: list[str]) -> None:
     for outcome in results:
-        for part in frozen:
-            assert not outcome.changed(part)
+        assert not any(is_frozen(name, frozen) for name in outcome.changed(""))
         # A key bias moves all scores of a query alike: its gradient is zero but for rounding.
         still = {name for name in outcome.trainable if name.endswith("k_proj.bias")}
         moved = {name for part in PARTS for name in outcome.changed(part)}
         assert outcome.trainable - still <= moved
-        assert all(name.partition(".")[0] not in frozen for name in outcome.trainable)
+        assert outcome.trainable == {name for name in outcome.after if not is_frozen(name, frozen)}
 
 
 @pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
@@ -77,6 +91,7 @@ def test_what_is_held(place: Place, tmp_path: Path, frozen: list[str]) -> None:
 
 CASES = [("language model", layout) for layout in LAYOUTS]
 CASES += [(name, layout) for name in ("all but projector", "towers") for layout in ("PP2", "DP2, overlapped")]
+CASES += [(EVERY_SECOND, layout) for layout in ("PP2xVPP2", "DP2, overlapped", "TP2xPP2+SP, overlapped")]
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
@@ -96,3 +111,46 @@ def test_layouts(place: Place, alone: dict[str, list[float]], tmp_path: Path, na
     for outcome in results:
         if not outcome.trainable:
             assert outcome.gradient_buffer_elements == outcome.optimizer_elements == 0
+
+
+def estimated(arguments: list[str], ranks: int) -> list[RankMemory]:
+    config = load_config(arguments)
+    hf_config = registry.load_hf_config(config.model.hf_path)
+    family = registry.detect(hf_config)
+    model_config = family.config_from_hf(hf_config, text_only=False)
+    return estimate_memory(config, family, model_config, check_layout(config, model_config, ranks))
+
+
+@pytest.mark.parametrize("overrides", [[PLAIN], [PLAIN, TENSOR], [PLAIN, PIPELINE]], ids=["one rank", "TP2", "PP2"])
+def test_memory_is_estimated_exactly(place: Place, tmp_path: Path, overrides: list[str]) -> None:
+    """Weights, gradients and moments of every rank, where every second layer is frozen."""
+    ranks = 1 if len(overrides) == 1 else 2
+    frozen = FROZEN[EVERY_SECOND]
+    results = outcomes(place, tmp_path, frozen, ranks, *overrides)
+    settings = [f"model.freeze=[{', '.join(frozen)}]", *overrides]
+    memory = estimated(place.arguments(tmp_path, *settings), ranks)
+    for rank, outcome in enumerate(results):
+        expected = memory[rank if PIPELINE in overrides else 0]
+        assert expected.parameter_bytes == 4 * sum(values.numel() for values in outcome.after.values())
+        assert expected.gradient_bytes == 4 * outcome.gradient_buffer_elements
+        assert expected.optimizer_bytes == 4 * outcome.optimizer_elements
+    assert 0 < sum(entry.gradient_bytes for entry in memory) < sum(entry.parameter_bytes for entry in memory)
+
+
+def test_resuming_and_exporting(place: Place, alone: dict[str, list[float]], tmp_path: Path) -> None:
+    """Every second layer frozen: two steps in one layout, two in another, and frozen weights as they were, bit for
+    bit."""
+    frozen, target = FROZEN[EVERY_SECOND], tmp_path / "exported"
+    settings = ["train.exit_interval=2", f"checkpoint.export_hf={target}"]
+    outcomes(place, tmp_path / "run", frozen, 2, TENSOR, SEQUENCE, *settings)
+    assert not target.exists()
+    results = outcomes(place, tmp_path / "run", frozen, 2, PIPELINE, *settings)
+    losses = [record["loss"] for record in results[0].metrics]
+    assert losses == pytest.approx(alone[EVERY_SECOND], rel=1e-5)
+    before, after = (load_file(folder / "model.safetensors") for folder in (place.model, target))
+    assert before.keys() == after.keys()
+    moved = {name for name, values in before.items() if not torch.equal(values, after[name])}
+    frozen_layers = re.compile(r".*(language_model\.(model\.)?layers\.[02]|encoder\.layers\.0)\.")
+    expected = {name for name in before if not frozen_layers.match(name)}
+    assert moved <= expected and len(before) - len(expected) > 20
+    assert all(name.endswith("k_proj.bias") for name in expected - moved)

@@ -22,6 +22,7 @@ from megatron_vlm.config import Config
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families import registry
 from megatron_vlm.families.build import build_chunks, build_settings
+from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.simulate import simulated_rank
@@ -189,9 +190,9 @@ def kept_bytes(name: str, config: Config, groups: ProcessGroupCollection, with_b
     layout = check_layout(config, model_config, torch.distributed.get_world_size())
     initialize_megatron(1, groups)
     (chunk,) = build_chunks(family, model_config, build_settings(config, layout), groups)
-    for parameter_name, parameter in chunk.named_parameters():
+    for parameter in chunk.parameters():
         torch.nn.init.constant_(parameter, 0.01)
-        parameter.requires_grad_(parameter_name.partition(".")[0] not in config.model.freeze)
+    Trainable(config.model.freeze).freeze([chunk])
     with ExitStack() as patches:
         for place in ATTENTION:
             patches.enter_context(mock.patch(place, attention))
@@ -214,7 +215,7 @@ def estimate(name: str, config: Config, world_size: int) -> float:
     layout = check_layout(config, model_config, world_size)
     (memory,) = estimate_memory(config, family, model_config, layout)
     shapes = {name: weight.shape for name, weight in family.weight_map(model_config).items()}
-    structure = structure_of(shapes, model_config.text.hidden_size)
+    structure = structure_of(shapes, model_config.text.hidden_size, config.model.freeze)
     parts = chunk_bytes(config, model_config, layout, 0, structure, 1, config.model.recompute)
     if config.model.recompute == "none":
         assert memory.activation_bytes == pytest.approx(sum(parts))

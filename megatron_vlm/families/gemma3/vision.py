@@ -10,7 +10,6 @@ import torch
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_tensor_model_parallel_region,
-    set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import avg_pool2d, scaled_dot_product_attention
@@ -18,8 +17,9 @@ from torch.nn.functional import avg_pool2d, scaled_dot_product_attention
 from megatron_vlm.families.gemma3.config import VisionConfig
 from megatron_vlm.layers.linear import ColumnParallelLinear, Group, RowParallelLinear, column_parallel
 from megatron_vlm.layers.mlp import MLP
-from megatron_vlm.layers.norm import RMSNorm
+from megatron_vlm.layers.norm import LayerNorm, RMSNorm
 from megatron_vlm.layers.recompute import run_layer
+from megatron_vlm.parallel.parameters import declare, normal, zeros
 
 
 class VisionEmbeddings(torch.nn.Module):
@@ -30,6 +30,10 @@ class VisionEmbeddings(torch.nn.Module):
         side, patch = config.image_size // config.patch_size, config.patch_size
         self.patch_embedding = torch.nn.Conv2d(config.num_channels, config.hidden_size, patch, patch, dtype=dtype)
         self.position_embedding = torch.nn.Embedding(side * side, config.hidden_size, dtype=dtype)
+        declare(self.patch_embedding.weight, "matrix", normal)
+        assert self.patch_embedding.bias is not None
+        declare(self.patch_embedding.bias, "vector", zeros)
+        declare(self.position_embedding.weight, "table", normal)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """[I, channels, height, width] to [I, P, H]."""
@@ -64,9 +68,7 @@ class VisionLayer(torch.nn.Module):
     def __init__(self, config: VisionConfig, engine: TransformerConfig, group: Group) -> None:
         super().__init__()
         size = config.hidden_size
-        self.layer_norm1, self.layer_norm2 = (
-            torch.nn.LayerNorm(size, config.norm_eps, dtype=engine.params_dtype) for _ in range(2)
-        )
+        self.layer_norm1, self.layer_norm2 = (LayerNorm(size, config.norm_eps, engine.params_dtype) for _ in range(2))
         self.self_attn = VisionAttention(config, engine, group)
         self.mlp = MLP((size, config.intermediate_size, size), ("fc1", "fc2"), "tanh", engine, group)
 
@@ -94,7 +96,7 @@ class VisionTower(torch.nn.Module):
         self.encoder.layers = torch.nn.ModuleList(
             VisionLayer(config, engine, group) for _ in range(config.num_hidden_layers)
         )
-        self.post_layernorm = torch.nn.LayerNorm(config.hidden_size, config.norm_eps, dtype=engine.params_dtype)
+        self.post_layernorm = LayerNorm(config.hidden_size, config.norm_eps, engine.params_dtype)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """[I, channels, height, width] to [I, P, H]."""
@@ -117,10 +119,8 @@ class Projector(torch.nn.Module):
         self.group = group
         self.patches_per_side = config.image_size // config.patch_size
         self.pool_size = self.patches_per_side // round(tokens_per_image**0.5)
-        self.mm_input_projection_weight = torch.nn.Parameter(
-            torch.empty(config.hidden_size, out_size // group.size(), dtype=dtype)
-        )
-        set_tensor_model_parallel_attributes(self.mm_input_projection_weight, is_parallel=True, dim=1, stride=1)
+        weight = torch.nn.Parameter(torch.empty(config.hidden_size, out_size // group.size(), dtype=dtype))
+        self.mm_input_projection_weight = declare(weight, "matrix", normal, tensor_dim=1)
         self.mm_soft_emb_norm = RMSNorm(config.hidden_size, config.norm_eps, zero_centered=True, dtype=dtype)
 
     def forward(self, x_IPH: torch.Tensor) -> torch.Tensor:

@@ -97,7 +97,7 @@ class Mistral3Chunk(ModelChunk):
     language_model: Mistral3LanguageModel
 
     def __init__(self, config: ModelConfig, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
-        super().__init__(chunk, groups, config.text.tie_word_embeddings, config.vision is not None)
+        super().__init__(chunk, groups, config.vision is not None)
         self.language_model = Mistral3LanguageModel(config.text, chunk, groups.tp)
         if chunk.is_first and config.vision is not None:
             engine = chunk.tower_engine

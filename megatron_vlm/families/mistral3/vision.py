@@ -22,6 +22,7 @@ from megatron_vlm.layers.norm import RMSNorm, add_and_norm
 from megatron_vlm.layers.patches import Grid, PatchProjection, Places, patch_places, split_frames
 from megatron_vlm.layers.recompute import run_layer
 from megatron_vlm.layers.rope import geometric_frequencies
+from megatron_vlm.parallel.parameters import declare, normal
 from vlm_kernels.packed_attention import Segments, packed_attention
 from vlm_kernels.rope import RopeTable, qk_norm_rope
 
@@ -125,6 +126,7 @@ class PatchMerger(torch.nn.Module):
         self.block = config.spatial_merge_size**2
         joined = config.hidden_size * self.block
         self.merging_layer = torch.nn.Linear(joined, config.hidden_size, bias=False, dtype=dtype)
+        declare(self.merging_layer.weight, "matrix", normal)
 
     def forward(self, x_PH: torch.Tensor) -> torch.Tensor:
         """[P, H] to [T, H]; the numbers of one channel of all patches of a block lie together."""

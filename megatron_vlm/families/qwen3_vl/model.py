@@ -118,7 +118,7 @@ class Qwen3VLChunk(ModelChunk):
     language_model: Qwen3VLLanguageModel
 
     def __init__(self, config: ModelConfig, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
-        super().__init__(chunk, groups, config.text.tie_word_embeddings, config.vision is not None)
+        super().__init__(chunk, groups, config.vision is not None)
         self.num_levels = 0 if config.vision is None else len(config.vision.deepstack_layers)
         self.language_model = Qwen3VLLanguageModel(config.text, chunk, groups)
         if chunk.is_first and config.vision is not None:

@@ -18,9 +18,11 @@ from torch.nn.functional import embedding_bag
 from megatron_vlm.families.qwen3_vl.config import VisionConfig
 from megatron_vlm.layers.linear import Group, RowParallelLinear, SectionedColumnParallelLinear, column_parallel
 from megatron_vlm.layers.mlp import MLP
+from megatron_vlm.layers.norm import LayerNorm
 from megatron_vlm.layers.patches import Grid, PatchProjection, Places, patch_places, split_frames
 from megatron_vlm.layers.recompute import run_layer
 from megatron_vlm.layers.rope import geometric_frequencies
+from megatron_vlm.parallel.parameters import declare, normal
 from vlm_kernels.packed_attention import Segments, packed_attention
 from vlm_kernels.rope import RopeTable, qk_norm_rope
 
@@ -41,7 +43,8 @@ class PositionTable(torch.nn.Module):
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.side = config.num_positions_per_side
-        self.weight = torch.nn.Parameter(torch.empty(self.side**2, config.hidden_size, dtype=dtype))
+        weight = torch.nn.Parameter(torch.empty(self.side**2, config.hidden_size, dtype=dtype))
+        self.weight = declare(weight, "table", normal)
 
     def forward(self, places: Places) -> torch.Tensor:
         """Bilinear samples [P, H] in fp32; corners of the frame lie on corners of the table."""
@@ -85,9 +88,7 @@ class VisionLayer(torch.nn.Module):
     def __init__(self, config: VisionConfig, engine: TransformerConfig, group: Group) -> None:
         super().__init__()
         size = config.hidden_size
-        self.norm1, self.norm2 = (
-            torch.nn.LayerNorm(size, config.norm_eps, dtype=engine.params_dtype) for _ in range(2)
-        )
+        self.norm1, self.norm2 = (LayerNorm(size, config.norm_eps, engine.params_dtype) for _ in range(2))
         self.attn = VisionAttention(config, engine, group)
         self.mlp = MLP((size, config.intermediate_size, size), MLP_NAMES, "tanh", engine, group)
 
@@ -157,7 +158,7 @@ class Merger(MLP):
         joined_size = config.projector_hidden_size
         super().__init__((joined_size, joined_size, config.out_hidden_size), MLP_NAMES, "none", engine, group)
         self.joined_size, norm_size = joined_size, joined_size if norm_after else config.hidden_size
-        self.norm = torch.nn.LayerNorm(norm_size, config.norm_eps, dtype=engine.params_dtype)
+        self.norm = LayerNorm(norm_size, config.norm_eps, engine.params_dtype)
 
     def forward(self, x_PH: torch.Tensor) -> torch.Tensor:
         """[P, H] to [P / patches per block, text hidden]."""

@@ -1,0 +1,67 @@
+"""Which parameters train: all but those that `model.freeze` names."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from megatron_vlm.config import PART_NAMES
+from megatron_vlm.errors import ConfigError
+
+_SHOWN_NAMES = 3
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to: `language_model`, `vision_tower`, `projector`, ..."""
+    return name.partition(".")[0]
+
+
+class Trainable:
+    """The one place that knows what `model.freeze` means.
+
+    An entry is a part, or a pattern of parameter names as in a shell, in which `*` also stands for dots:
+    `language_model.layers.[0-9].*` are the first ten layers.
+
+    Args:
+        freeze: the entries.
+    """
+
+    def __init__(self, freeze: Iterable[str]) -> None:
+        self._patterns = {
+            entry: re.compile(fnmatch.translate(f"{entry}.*" if entry in PART_NAMES else entry)) for entry in freeze
+        }
+
+    def trains(self, name: str) -> bool:
+        """Whether a parameter may train; a buffer never does."""
+        return not any(pattern.match(name) for pattern in self._patterns.values())
+
+    def freeze(self, chunks: Iterable[torch.nn.Module]) -> None:
+        """Switch off gradients of what does not train."""
+        for name, parameter in (named for chunk in chunks for named in chunk.named_parameters()):
+            if not self.trains(name):
+                parameter.requires_grad_(False)
+
+    def frozen_parts(self, names: Iterable[str]) -> set[str]:
+        """Parts of which nothing trains, of a model with parameters of these names."""
+        names = list(names)
+        return {part_of(name) for name in names} - {part_of(name) for name in names if self.trains(name)}
+
+    def problems(self, names: Iterable[str]) -> Iterator[ConfigError]:
+        """What is wrong with the entries for a model with parameters of these names."""
+        names = list(names)
+        parts = sorted({part_of(name) for name in names})
+        # Layers and experts have the same names, but for numbers.
+        patterns = sorted({re.sub(r"\.\d+(?=\.)", ".*", name) for name in names})
+        for entry, pattern in self._patterns.items():
+            if not any(pattern.match(name) for name in names):
+                nearest = difflib.get_close_matches(entry, parts + patterns, _SHOWN_NAMES, cutoff=0)
+                yield ConfigError(
+                    f"model.freeze names {entry}, which the model does not have",
+                    fix=f"this model has {', '.join(parts)}; the nearest names are {', '.join(nearest)}",
+                )
+        if names and not any(map(self.trains, names)):
+            yield ConfigError("model.freeze leaves nothing to train", fix=f"this model has {', '.join(parts)}")

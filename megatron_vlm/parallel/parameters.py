@@ -1,0 +1,152 @@
+"""What a parameter is, declared where it is created.
+
+Initialisation, optimizer, gradient sums, sharding, memory and checkpoints read the declaration: none of them looks at
+names, classes or numbers of dimensions. It is one attribute of the parameter, beside those of megatron-core that follow
+from it and are set with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+Kind = Literal["matrix", "table", "vector", "buffer"]
+Stages = Literal["one", "first_and_last", "all"]
+Initial = Callable[[torch.Tensor, float, torch.Generator], object]
+"""Fills a whole tensor in place, given the model's standard deviation and the parameter's own generator."""
+
+
+def zeros(whole: torch.Tensor, std: float, generator: torch.Generator) -> None:
+    """Fill with zeros."""
+    whole.zero_()
+
+
+def ones(whole: torch.Tensor, std: float, generator: torch.Generator) -> None:
+    """Fill with ones."""
+    whole.fill_(1.0)
+
+
+def normal(whole: torch.Tensor, std: float, generator: torch.Generator) -> None:
+    """Draw from a normal distribution."""
+    whole.normal_(0.0, std, generator=generator)
+
+
+def normal_rows(count: int, padding_id: int | None = None) -> Initial:
+    """Draw `count` rows from a normal distribution; those behind them, which pad the vocabulary, and that of the
+    padding token are zero."""
+
+    def initial(whole: torch.Tensor, std: float, generator: torch.Generator) -> None:
+        normal(whole, std, generator)
+        whole[count:] = 0
+        if padding_id is not None:
+            whole[padding_id] = 0
+
+    return initial
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """The declaration of one parameter.
+
+    Attributes:
+        kind: `matrix` maps vectors to vectors (leading dimensions count several of them); `table` has rows that are
+            looked up or scored one by one (embedding, positions, head, router); `vector` scales or shifts channels;
+            `buffer` is a value of the checkpoint that never trains, of any shape.
+        initial: fills it when a run starts from random weights.
+        decay: the optimizer applies weight decay.
+        tensor_dim: dimension that is split over the tensor ranks (of an expert, over the expert-tensor ranks); None if
+            each of them holds the whole.
+        is_expert: dimension 0 counts experts, which are split over the expert ranks; gradients are summed over the
+            ranks of `expt_dp`.
+        partial: each tensor rank's gradient is a part of it, from some heads, some of the sequence or some images; the
+            parts are summed over the tensor ranks once per step.
+        stages: pipeline chunks that hold a copy. Gradients of copies are summed over them, and the first chunk's copy
+            counts in the gradient norm and in checkpoints. With `all`, every chunk must compute with its copy.
+    """
+
+    kind: Kind
+    initial: Initial
+    decay: bool
+    tensor_dim: int | None
+    is_expert: bool
+    partial: bool
+    stages: Stages
+
+
+def declare(
+    parameter: torch.Tensor,
+    kind: Kind,
+    initial: Initial,
+    *,
+    decay: bool | None = None,
+    tensor_dim: int | None = None,
+    is_expert: bool = False,
+    partial: bool = False,
+    stages: Stages = "one",
+) -> torch.nn.Parameter:
+    """Say what a parameter is; see `ParameterSpec`.
+
+    Args:
+        parameter: has just been created.
+        kind: of the parameter.
+        initial: its values in a new model.
+        decay: by default, matrices and tables decay.
+        tensor_dim: dimension that is split over tensor ranks.
+        is_expert: it holds experts.
+        partial: tensor ranks have parts of its gradient.
+        stages: chunks that hold a copy.
+
+    Returns:
+        The parameter.
+    """
+    assert isinstance(parameter, torch.nn.Parameter)
+    decays = kind in ("matrix", "table") if decay is None else decay
+    _attach(parameter, ParameterSpec(kind, initial, decays, tensor_dim, is_expert, partial, stages))
+    return parameter
+
+
+def redeclare(parameter: torch.nn.Parameter, **changes: Any) -> None:
+    """Change fields of a declaration: for what only the owner of a layer knows."""
+    _attach(parameter, dataclasses.replace(spec_of(parameter), **changes))
+
+
+def spec_of(parameter: torch.nn.Parameter, name: str = "a parameter") -> ParameterSpec:
+    """The declaration of a parameter; `name` is for the message if there is none."""
+    spec: ParameterSpec | None = getattr(parameter, "spec", None)
+    assert spec is not None, f"{name} is not declared: give it to `declare` of {__name__} where it is created"
+    return spec
+
+
+def mark_copies(chunk: torch.nn.Module, is_first: bool) -> None:
+    """Tell megatron-core which parameters other chunks of the pipeline hold too.
+
+    Each gets a bucket of its own, so that data ranks divide all copies alike, and only the first chunk's copy counts in
+    the gradient norm and is saved.
+    """
+    for parameter in chunk.parameters():
+        if spec_of(parameter).stages != "one":
+            parameter.shared_embedding = True  # type: ignore[attr-defined]
+            parameter.shared = not is_first  # type: ignore[attr-defined]
+
+
+def _attach(parameter: torch.nn.Parameter, spec: ParameterSpec) -> None:
+    marks: dict[str, Any] = {
+        "spec": spec,
+        # megatron-core's gradient norm counts a parameter with this mark on every rank, others on the first tensor
+        # rank. There are no copies of an expert over `expt_tp` and `ep`.
+        "tensor_model_parallel": spec.tensor_dim is not None or spec.is_expert,
+        "partition_dim": -1 if spec.tensor_dim is None else spec.tensor_dim,
+        "partition_stride": 1,
+    }
+    if spec.is_expert:
+        # Also with a single expert rank, so that the optimizer has the same parts in every layout and its state can be
+        # divided anew.
+        marks["allreduce"] = False
+    for name, value in marks.items():
+        setattr(parameter, name, value)
+    if spec.kind == "buffer":
+        parameter.requires_grad_(False)
