@@ -16,7 +16,8 @@ from megatron_vlm.conversion.running_model import export_hf_from_model, load_hf_
 from megatron_vlm.families import registry
 from megatron_vlm.model.weight_map import Weight, WeightGroup, WeightMap
 from megatron_vlm.parallel.groups import build_groups
-from tests.distributed.test_stage_copies import HIDDEN, NUM_LAYERS, Layout, Text, Toy, build
+from tests.distributed.test_stage_copies import HIDDEN, NUM_LAYERS, Text, Toy, build
+from tests.parity.layouts import TestLayout
 from tests.ranks import run_ranks
 
 TABLE = (Text.vocab_size, HIDDEN)
@@ -43,9 +44,9 @@ class Stored(Toy):
         return MAP
 
 
-def load_and_export(source: Path, target: Path, layout: Layout) -> dict[str, torch.Tensor]:
+def load_and_export(source: Path, target: Path, layout: TestLayout) -> dict[str, torch.Tensor]:
     """On a rank: the parameters of its chunks."""
-    groups = build_groups(1, layout.pipeline)
+    groups = build_groups(layout.ranks())
     chunks = build(layout, groups)
     load_hf_into_model(chunks, source, Stored, None, groups)  # type: ignore[arg-type]
     with SafetensorsReader(source) as reader:
@@ -62,8 +63,10 @@ def load_and_export(source: Path, target: Path, layout: Layout) -> dict[str, tor
     }
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(3), Layout(3, virtual=2)], ids=["one rank", "PP3", "PP3xVPP2"])
-def test_round_trip(tmp_path: Path, layout: Layout) -> None:
+@pytest.mark.parametrize(
+    "layout", [TestLayout(), TestLayout(3, pipeline=3), TestLayout(3, pipeline=3, virtual=2)], ids=str
+)
+def test_round_trip(tmp_path: Path, layout: TestLayout) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
     generator = torch.Generator().manual_seed(3)

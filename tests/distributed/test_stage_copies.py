@@ -22,13 +22,14 @@ from megatron_vlm.model.model_chunk import ModelChunk
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.gradients import finalize_gradients
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
+from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.mcore_config import engine_config
 from megatron_vlm.parallel.parameters import declare, normal, ones
 from megatron_vlm.parallel.stage_state import StageState
-from megatron_vlm.parallel.stages import assign_layers
 from megatron_vlm.training.optimizer import apply_gradients, build_optimizer, gradient_norm
 from megatron_vlm.training.step import run_global_batch
 from tests.distributed.test_stage_state import micro_batch
+from tests.parity.layouts import TestLayout
 from tests.ranks import run_ranks
 
 HIDDEN, NUM_LAYERS, STD = 8, 6, 0.3
@@ -110,19 +111,6 @@ class Undeclared(Toy):
         return chunk
 
 
-@dataclass(frozen=True)
-class Layout:
-    pipeline: int = 1
-    virtual: int = 1
-    data: int = 1
-    distributed_optimizer: bool = False
-    overlap: bool = False
-
-    @property
-    def world_size(self) -> int:
-        return self.pipeline * self.data
-
-
 @dataclass
 class Copy:
     """A parameter of one chunk."""
@@ -134,15 +122,14 @@ class Copy:
     decays: bool | None
 
 
-def build(layout: Layout, groups: ProcessGroupCollection, family: type[Toy] = Toy) -> list[Any]:
-    layers = assign_layers(NUM_LAYERS, layout.pipeline, layout.virtual)
-    settings = BuildSettings(layers, overlapped=layout.overlap)
+def build(layout: TestLayout, groups: ProcessGroupCollection, family: type[Toy] = Toy) -> list[Any]:
+    settings = BuildSettings(layout.ranks(NUM_LAYERS), overlapped=layout.overlap)
     return build_chunks(family, Model(), settings, groups)  # type: ignore[arg-type]
 
 
-def one_step(layout: Layout, num_micro_batches: int) -> tuple[float, list[Copy]]:
+def one_step(layout: TestLayout, num_micro_batches: int) -> tuple[float, list[Copy]]:
     """On a rank: the gradient norm, and every parameter before, with its gradient, and after a step."""
-    groups = build_groups(1, layout.pipeline)
+    groups = build_groups(layout.ranks())
     initialize_megatron(1, groups)
     chunks = build(layout, groups)
     initialize_weights(chunks, 5, STD, groups)
@@ -157,7 +144,7 @@ def one_step(layout: Layout, num_micro_batches: int) -> tuple[float, list[Copy]]
     )
     settings = OptimizerSettings(lr=0.01, weight_decay=0.1)
     optimizer = build_optimizer(model, settings, torch.float32, layout.distributed_optimizer, groups)
-    batches = [micro_batch(number) for number in range(num_micro_batches)][groups.dp.rank() :: layout.data]
+    batches = [micro_batch(number) for number in range(num_micro_batches)][groups.dp.rank() :: groups.dp.size()]
     for _ in range(2 if layout.overlap else 1):  # megatron-core overlaps from the second step on
         for chunk in model:
             chunk.train()
@@ -188,20 +175,20 @@ def _whole_gradients(model: Sequence[torch.nn.Module], groups: ProcessGroupColle
 
 
 LAYOUTS = {
-    "PP3": Layout(3),
-    "PP3, distributed optimizer": Layout(3, distributed_optimizer=True),
-    "PP3xVPP2": Layout(3, virtual=2),
-    "PP3xVPP2, distributed optimizer": Layout(3, virtual=2, distributed_optimizer=True),
-    "PP2xDP2, overlapped": Layout(2, data=2, distributed_optimizer=True, overlap=True),
-    "PP2xVPP2xDP2, overlapped": Layout(2, virtual=2, data=2, distributed_optimizer=True, overlap=True),
+    "PP3": TestLayout(3, pipeline=3),
+    "PP3, distributed optimizer": TestLayout(3, pipeline=3, distributed_optimizer=True),
+    "PP3xVPP2": TestLayout(3, pipeline=3, virtual=2),
+    "PP3xVPP2, distributed optimizer": TestLayout(3, pipeline=3, virtual=2, distributed_optimizer=True),
+    "PP2xDP2, overlapped": TestLayout(4, pipeline=2, distributed_optimizer=True, overlap=True),
+    "PP2xVPP2xDP2, overlapped": TestLayout(4, pipeline=2, virtual=2, distributed_optimizer=True, overlap=True),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_copies_on_all_chunks(layout: Layout) -> None:
+def test_copies_on_all_chunks(layout: TestLayout) -> None:
     """Equal first values, the gradient of one process, one part of the norm, and equal values after a step."""
-    num_micro_batches = 2 * layout.pipeline * layout.data
-    ((_, alone),) = run_ranks(1, one_step, Layout(), num_micro_batches)
+    num_micro_batches = 2 * layout.world_size
+    ((_, alone),) = run_ranks(1, one_step, TestLayout(), num_micro_batches)
     expected = {copy.name: copy for copy in alone}
     trained = [copy.gradient for copy in alone if copy.gradient is not None]
     norm = torch.stack([gradient.square().sum() for gradient in trained]).sum().sqrt().item()
@@ -225,7 +212,7 @@ def test_copies_on_all_chunks(layout: Layout) -> None:
 
 
 def test_what_is_declared() -> None:
-    ((_, alone),) = run_ranks(1, one_step, Layout(), 2)
+    ((_, alone),) = run_ranks(1, one_step, TestLayout(), 2)
     for copy in alone:
         *_, last = copy.name.split(".")
         if last in ("clip_bound", "layer_scalar"):
@@ -238,9 +225,9 @@ def test_what_is_declared() -> None:
 
 
 def build_undeclared() -> str:
-    groups = build_groups()
+    groups = build_groups(Layout())
     with pytest.raises(AssertionError) as caught:
-        build(Layout(), groups, Undeclared)
+        build(TestLayout(), groups, Undeclared)
     return str(caught.value)
 
 
@@ -249,17 +236,20 @@ def test_an_undeclared_parameter_is_refused() -> None:
     assert "language_model.extra.weight is not declared" in message and "declare" in message
 
 
+SHARDED = Layout(tensor_size=2, sequence_parallel=True, chunks=((0,),))
+
+
 class Biased(MegatronModule):
     share_embeddings_and_output_weights = False
 
     def __init__(self, groups: ProcessGroupCollection) -> None:
-        engine = engine_config(HIDDEN, 2, 1, torch.float32, tensor_size=2, sequence_parallel=True)
+        engine = engine_config(HIDDEN, 2, torch.float32, SHARDED)
         super().__init__(engine)
         self.linear = RowParallelLinear(HIDDEN, HIDDEN, engine, groups.tp, bias=True)
 
 
 def bias_gradient() -> torch.Tensor:
-    groups = build_groups(2)
+    groups = build_groups(SHARDED)
     initialize_megatron(1, groups)
     model = wrap_data_parallel([Biased(groups)], groups, use_distributed_optimizer=False)  # type: ignore[list-item]
     linear = model[0].module.linear
