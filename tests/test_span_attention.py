@@ -2,7 +2,7 @@
 
 The form for GPUs runs here too: FlexAttention without compilation is correct on the host, forward and backward, once
 its check of the device is lifted (tests only).
-Shapes: B batch, N query heads, G key/value heads, S sequence, D head dim.
+Shapes: B batch, N query heads, G key/value heads, S sequence, Sq queries, Sk keys, D head dim.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model, get_block_sequence_ids_for_mask
 
 from megatron_vlm.data.collate import spans
-from vlm_kernels.span_attention import Spans, reference, span_attention
+from vlm_kernels.span_attention import QueryShard, Spans, reference, span_attention
 from vlm_kernels.span_attention import flex as module
 
 
@@ -69,13 +69,47 @@ def causal_spans() -> Spans:
     return make_spans((Row(LENGTH), Row(LENGTH)))
 
 
+def deal(batch: int, length: int, block: int, parts: int) -> list[torch.Tensor]:
+    """Positions [B, Sq] of the queries of every context rank: blocks of tokens in random order, another in each row."""
+    generator = torch.Generator().manual_seed(7)
+    dealt = []
+    for _ in range(batch):
+        blocks = torch.arange(length, dtype=torch.int32).split(block)
+        order = torch.randperm(length // block, generator=generator)
+        dealt.append([torch.cat([blocks[index] for index in part]) for part in order.tensor_split(parts)])
+    return [torch.stack(rows) for rows in zip(*dealt, strict=True)]
+
+
+def shard_of(spans: Spans, positions: torch.Tensor) -> Spans:
+    """The spans of the queries at `positions` alone."""
+    low, high = (bound.gather(1, positions.long()) for bound in (spans.low, spans.high))
+    return Spans(low, high, QueryShard(positions, spans.num_keys))
+
+
+def image_shard_spans() -> Spans:
+    """Images and padding, seen by the first of two context ranks."""
+    return shard_of(make_spans(), deal(len(ROWS), LENGTH, 4, 2)[0])
+
+
+def packed_shard_spans() -> Spans:
+    """Documents, seen by the second of three context ranks."""
+    return shard_of(packed_spans(), deal(1, LENGTH, 4, 3)[1])
+
+
 def make_tensors(
-    batch: int, dtype: torch.dtype = torch.float64, heads: int = 4, key_heads: int = 2, length: int = LENGTH
+    batch: int,
+    dtype: torch.dtype = torch.float64,
+    heads: int = 4,
+    key_heads: int = 2,
+    length: int = LENGTH,
+    num_keys: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`length` queries, and as many keys where nothing else is asked for."""
     generator = torch.Generator().manual_seed(0)
+    key_shape = (key_heads, num_keys or length)
     q, k, v = (
-        torch.randn((batch, count, length, 16), generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-        for count in (heads, key_heads, key_heads)
+        torch.randn((batch, *shape, 16), generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for shape in ((heads, length), key_shape, key_shape)
     )
     return q, k, v
 
@@ -92,7 +126,8 @@ def by_query(
             for query in range(length):
                 first, last = int(spans.low[b, query]), int(spans.high[b, query])
                 if window is not None:
-                    first = max(first, query - window + 1)
+                    position = query if spans.shard is None else int(spans.shard.positions[b, query])
+                    first = max(first, position - window + 1)
                 keys, values = k[b, group, first : last + 1], v[b, group, first : last + 1]
                 rows.append(torch.softmax(keys @ q[b, n, query] * scale, dim=0) @ values)
     return torch.stack(rows).view(batch, heads, length, -1)
@@ -105,7 +140,8 @@ def results(
     attention: Attention, spans: Spans, window: int | None, dtype: torch.dtype = torch.float64, **shape: int
 ) -> list[torch.Tensor]:
     """Output and the gradients of q, k and v."""
-    q, k, v = make_tensors(spans.low.shape[0], dtype, **shape)
+    batch, length = spans.low.shape
+    q, k, v = make_tensors(batch, dtype, length=length, num_keys=spans.num_keys, **shape)
     output = attention(q, k, v, spans, window, 0.3)
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     (output.double() * weights).sum().backward()
@@ -121,7 +157,7 @@ def flex(monkeypatch: pytest.MonkeyPatch) -> Iterator[Attention]:
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("make", [make_spans, packed_spans, causal_spans])
+@pytest.mark.parametrize("make", [make_spans, packed_spans, causal_spans, image_shard_spans, packed_shard_spans])
 def test_reference_is_the_definition(make: Callable[[], Spans], window: int | None) -> None:
     spans = make()
     ours, theirs = results(reference, spans, window), results(by_query, spans, window)
@@ -136,7 +172,7 @@ FLEX = {"rtol": 1e-4, "atol": 2e-5}
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("make", [make_spans, packed_spans])
+@pytest.mark.parametrize("make", [make_spans, packed_spans, image_shard_spans, packed_shard_spans])
 def test_flex_attention_is_the_reference(flex: Attention, make: Callable[[], Spans], window: int | None) -> None:
     spans = make()
     ours, theirs = (results(form, spans, window, torch.float32) for form in (flex, reference))
@@ -151,16 +187,52 @@ def test_flex_attention_over_several_blocks(flex: Attention, heads: int, key_hea
     length = 300
     spans = make_spans((Row(length, ((120, 20),)), Row(200, ((150, 50),))), length)
     for window in (None, 60):
-        shape = {"heads": heads, "key_heads": key_heads, "length": length}
-        ours, theirs = (results(form, spans, window, torch.float32, **shape) for form in (flex, reference))
-        for mine, other in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(mine, other, **FLEX)
+        shape = {"heads": heads, "key_heads": key_heads}
+        for queries in (spans, *(shard_of(spans, positions) for positions in deal(2, length, 20, 2))):
+            ours, theirs = (results(form, queries, window, torch.float32, **shape) for form in (flex, reference))
+            for mine, other in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(mine, other, **FLEX)
     # The window leaves out whole blocks: that is what the block mask is for.
     assert spans.block_mask(60).sparsity() > spans.block_mask(None).sparsity()
 
 
+def check_shards(attention: Attention, spans: Spans, window: int | None, parts: int) -> None:
+    """Context ranks' queries over the whole keys give the whole result and gradients."""
+    batch = spans.low.shape[0]
+    whole, shards = make_tensors(batch), make_tensors(batch)
+    weights = torch.randn(whole[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = attention(*whole, spans, window, 0.3)
+    (expected * weights).sum().backward()
+    q, k, v = shards
+    for positions in deal(batch, LENGTH, 4, parts):
+        index = positions.long()[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
+        output = attention(q.gather(2, index), k, v, shard_of(spans, positions), window, 0.3)
+        (output * weights.gather(2, index)).sum().backward()
+        torch.testing.assert_close(output, expected.gather(2, index), rtol=1e-11, atol=1e-12)
+    for mine, other in zip(shards, whole, strict=True):
+        # float64 on both sides: the gradients of keys are summed over shards.
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("make", [make_spans, packed_spans, causal_spans])
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_shards_of_queries_make_the_whole(parts: int, make: Callable[[], Spans], window: int | None) -> None:
+    check_shards(reference, make(), window, parts)
+
+
+def test_positions_are_checked() -> None:
+    spans = image_shard_spans()
+    assert spans.shard is not None
+    for positions in (spans.shard.positions.long(), spans.shard.positions[:, 1:]):
+        with pytest.raises(AssertionError):
+            Spans(spans.low, spans.high, QueryShard(positions, LENGTH))
+
+
 def test_only_whole_rows_of_one_text_need_no_mask() -> None:
     assert causal_spans().all_causal
+    # Not even where the order happens to be that of the keys: nobody waits for the device to learn that.
+    assert not shard_of(causal_spans(), torch.arange(LENGTH, dtype=torch.int32).repeat(2, 1)).all_causal
     assert not packed_spans().all_causal
     assert not any(make_spans((row,)).all_causal for row in ROWS if row != Row(LENGTH))
 

@@ -7,6 +7,7 @@ import torch
 
 from megatron_vlm.data.collate import spans
 from tests.kernels import test_flex
+from tests.test_span_attention import deal, shard_of
 from vlm_kernels.span_attention import Spans, flex, reference
 
 SHORT_ROWS = [(ratio, head_dim) for head_dim in test_flex.HEAD_DIMS for ratio in test_flex.RATIOS]
@@ -29,13 +30,15 @@ def test_short_rows(ratio: int, head_dim: int, is_training: bool) -> None:
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("window", [None, 130])
 def test_images_and_padding(head_dim: int, window: int | None) -> None:
-    """Two rows in fp32, one of them shorter."""
+    """Two rows in fp32, one of them shorter, all queries and half of them."""
     is_real = torch.arange(300) < torch.tensor([300, 283])[:, None]
     is_image = torch.zeros_like(is_real)
     is_image[0, 60:230] = is_image[1, 10:40] = True
     visible = Spans(*(bound.cuda() for bound in spans(is_real, is_image & is_real)))
-    inputs = [torch.randn((2, heads, 300, head_dim), device="cuda", requires_grad=True) for heads in (4, 2, 2)]
-    check(inputs, visible, window, tolerance=5e-3)  # Triton's fp32 products may use TF32, 10 bits of mantissa
+    for queries in (visible, shard_of(visible, deal(2, 300, 20, 2)[0].cuda())):
+        shapes = ((4, queries.low.shape[1]), (2, 300), (2, 300))
+        inputs = [torch.randn((2, *shape, head_dim), device="cuda", requires_grad=True) for shape in shapes]
+        check(inputs, queries, window, tolerance=5e-3)  # Triton's fp32 products may use TF32, 10 bits of mantissa
 
 
 def check(inputs: list[torch.Tensor], visible: Spans, window: int | None, tolerance: float) -> None:

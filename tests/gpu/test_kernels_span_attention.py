@@ -1,7 +1,7 @@
 """Span attention's kernels on CUDA against fp64: new inputs in every run, memory that is NaN before a kernel writes it.
 
 Every head dim of the table runs here, proven or not; passing here is what `blocks.PROVEN` asks for.
-Shapes: B batch, N query heads, G key/value heads, S sequence, D head dim.
+Shapes: B batch, N query heads, G key/value heads, Sq queries, Sk keys, D head dim.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from vlm_kernels.span_attention import Spans, operators, reference
+from vlm_kernels.span_attention import QueryShard, Spans, operators, reference
 from vlm_kernels.span_attention.blocks import CONFIGURATIONS, columns_of
 
 HEAD_DIMS = [64, 72, 80, 128, 256, 512]
@@ -30,10 +30,13 @@ def has_launches() -> None:
 
 
 def spans_of(kind: str, length: int) -> Spans:
-    """Two rows, as the data path makes them: text with an image, with padding at the end, or packed documents."""
+    """Two rows, as the data path makes them: text with an image, with padding at the end, or packed documents.
+
+    A shard is half the queries of the first kind: blocks of 64 in random order, in each row another.
+    """
     place = torch.arange(length, dtype=torch.int32)
     low, high = torch.zeros((2, length), dtype=torch.int32), place.repeat(2, 1)
-    if kind == "images":
+    if kind in ("images", "shard"):
         high[0, 130:400], high[1, 3:40] = 399, 39
         low[1, -57:] = place[-57:]
     elif kind == "documents":
@@ -48,6 +51,11 @@ def spans_of(kind: str, length: int) -> Spans:
     elif kind == "empty":  # whole blocks of queries, and single ones
         low[0, 200:500], high[0, 200:500] = 5, 4
         low[1, ::3], high[1, ::3] = length, -1
+    if kind == "shard":
+        blocks = place[: length // 64 * 64].view(-1, 64)
+        positions = torch.stack([blocks[torch.randperm(len(blocks))[: len(blocks) // 2]].flatten() for _ in range(2)])
+        low, high = (bound.gather(1, positions.long()).cuda() for bound in (low, high))
+        return Spans(low, high, QueryShard(positions.cuda(), length))
     return Spans(low.cuda(), high.cuda())
 
 
@@ -58,7 +66,8 @@ def check(
     spans = spans_of(kind, length)
     # Tokens before heads in memory, as projections write them, and all three in one tensor where they fit.
     packed = torch.randn((length, 2, heads[0] + 2 * heads[1], head_dim), device="cuda").to(dtype).permute(1, 2, 0, 3)
-    inputs = [tensor.requires_grad_() for tensor in packed.split((heads[0], heads[1], heads[1]), dim=1)]
+    q, k, v = packed.split((heads[0], heads[1], heads[1]), dim=1)
+    inputs = [tensor.requires_grad_() for tensor in (q[:, :, : spans.low.shape[1]], k, v)]
     wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
     scale = head_dim**-0.5
     ours, exact = (
@@ -78,7 +87,7 @@ def check(
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("window", [None, 130])
-@pytest.mark.parametrize("kind", ["causal", "images", "documents", "segments", "empty"])
+@pytest.mark.parametrize("kind", ["causal", "images", "documents", "segments", "empty", "shard"])
 def test_against_fp64(kind: str, window: int | None, head_dim: int) -> None:
     check(head_dim, kind, window, 777, (4, 2), torch.bfloat16)
 

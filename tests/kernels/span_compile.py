@@ -25,8 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from vlm_kernels.span_attention import Spans, launch
-from vlm_kernels.span_attention.blocks import CONFIGURATIONS, configuration
+from vlm_kernels.span_attention import QueryShard, Spans, launch
+from vlm_kernels.span_attention.blocks import CONFIGURATIONS, Configuration, configuration
 
 SHARED_BYTES = {8: 163 * 1024, 9: 227 * 1024, 10: 227 * 1024}
 TENSOR_MEMORY_COLUMNS = 512
@@ -39,6 +39,7 @@ class Code:
     """Machine code of one kernel.
 
     Attributes:
+        variants: codes compiled for queries that are the whole sequence of keys and for a part of them.
         registers: of a thread.
         stack: bytes of a thread.
         spills: loads and stores of local memory.
@@ -50,6 +51,7 @@ class Code:
         narrow: other loads from global memory.
     """
 
+    variants: int
     registers: int
     stack: int
     spills: int
@@ -63,28 +65,41 @@ class Code:
 
 def compile_kernels(head_dim: int, major: int) -> dict[str, Code]:
     """Machine code of all four kernels for bf16 tensors on a GPU of a major compute capability."""
-    q = torch.zeros((130, 1, 4, head_dim), dtype=torch.bfloat16).permute(1, 2, 0, 3)
-    k = v = q[:, :2].clone()
-    place = torch.arange(130, dtype=torch.int32)
-    spans, launches, scale = Spans(torch.zeros_like(place)[None], place[None]), configuration(head_dim, major), 0.1
-    forward, by_query, by_key = (
-        spans.block_ranges(None, blocks) for blocks in (launches.forward, launches.queries, launches.keys)
-    )
-    first, last = spans.low, spans.high
+    positions = torch.arange(130, dtype=torch.int32)[None]
+    part = positions[:, :128:2]  # a number of queries, and of keys below, that a compiler would like to know
     with _compiling_only(GPUTarget("cuda", major * 10, 32)) as compiled:
-        out, lse = launch.forward(q, k, v, first, last, forward.by_query, scale, launches)
-        launch.backward(out, q, k, v, out, lse, first, last, by_query.by_query, by_key.by_key, scale, launches)
-    return {name: _read(kernel, major) for name, kernel in compiled.items()}
+        for spans in (
+            Spans(torch.zeros_like(positions), positions),
+            Spans(torch.zeros_like(part), part, QueryShard(part, 160)),
+        ):
+            _launch(spans, head_dim, configuration(head_dim, major))
+    return {name: _read(kernels, major) for name, kernels in compiled.items()}
+
+
+def _launch(spans: Spans, head_dim: int, launches: Configuration) -> None:
+    """Both passes, in a window."""
+    length, window, scale = spans.low.shape[1], 50, 0.1
+    q = torch.zeros((length, 1, 4, head_dim), dtype=torch.bfloat16).permute(1, 2, 0, 3)
+    k = v = torch.zeros((spans.num_keys, 1, 2, head_dim), dtype=torch.bfloat16).permute(1, 2, 0, 3)
+    forward, by_query, by_key = (
+        spans.block_ranges(window, blocks) for blocks in (launches.forward, launches.queries, launches.keys)
+    )
+    bounds = (spans.first_key(window), spans.high)
+    out, lse = launch.forward(q, k, v, *bounds, forward.by_query, scale, launches)
+    launch.backward(out, q, k, v, out, lse, *bounds, by_query.by_query, by_key.by_key, scale, launches)
 
 
 @contextmanager
-def _compiling_only(target: GPUTarget) -> Iterator[dict[str, Any]]:
-    """Launches compile for the target and do no more; gives what they compiled, by name."""
-    compiled: dict[str, Any] = {}
+def _compiling_only(target: GPUTarget) -> Iterator[dict[str, list[Any]]]:
+    """Launches compile for the target and do no more; gives what they compiled, by name, each variant once."""
+    compiled: dict[str, list[Any]] = {}
     run = JITFunction.run
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
-        compiled[self.__name__] = run(self, *arguments, grid=grid, warmup=True, **keywords)
+        kernel = run(self, *arguments, grid=grid, warmup=True, **keywords)
+        variants = compiled.setdefault(self.__name__, [])
+        if not any(kernel is known for known in variants):
+            variants.append(kernel)
 
     stand_in = mock.Mock(spec_set=["get_current_device", "get_current_stream", "get_current_target"])
     stand_in.get_current_device.return_value = target.arch  # launches keep what they compiled by device
@@ -94,7 +109,9 @@ def _compiling_only(target: GPUTarget) -> Iterator[dict[str, Any]]:
         yield compiled
 
 
-def _read(kernel: Any, major: int) -> Code:
+def _read(variants: list[Any], major: int) -> Code:
+    """Of the first variant."""
+    kernel = variants[0]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -108,6 +125,7 @@ def _read(kernel: Any, major: int) -> Code:
 
     wide = count(r"\bLDG(?:STS)?\b\S*\.128\b")
     return Code(
+        variants=len(variants),
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         stack=int(re.search(r"STACK:(\d+)", usage)[1]),
         spills=count(r"\b(LDL|STL)\b"),

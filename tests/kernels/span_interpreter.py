@@ -3,7 +3,7 @@
 The interpreter must be chosen before the kernels are imported. Prints one line per case, as JSON: the largest error of
 the output, the logarithms and the gradients of q, k and v, each divided by the largest value. Mutants, each a change of
 one line of the sources, follow in the same form: their errors must be large.
-Shapes: B batch, N query heads, G key/value heads, S sequence, D head dim.
+Shapes: B batch, N query heads, G key/value heads, Sq queries, Sk keys, D head dim.
 """
 
 from __future__ import annotations
@@ -26,12 +26,17 @@ from vlm_kernels.span_attention.reference import backward, forward
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes, window and block sizes; two key blocks to a query block where nothing else is said."""
+    """Sizes, window and block sizes; two key blocks to a query block where nothing else is said.
+
+    `length` is Sk, and Sq but for what `queries` says of a context rank's: blocks of so many tokens, of all blocks so
+    many, in random order and in each row others.
+    """
 
     head_dim: int
     kind: str
     window: int | None = None
     length: int = 68
+    queries: tuple[int, int] | None = None
     heads: tuple[int, int] = (1, 1)
     blocks: tuple[int, int] = (32, 16)
     chunk: int = 0
@@ -56,6 +61,13 @@ CASES = {
     "512, columns shared": Case(512, "images", length=70, heads=(2, 1), shares=2, blocks=(32, 32), tma=True),
     "512, in chunks": Case(512, "documents", length=40, chunk=128, tma=True),
     "512, both": Case(512, "causal", length=40, chunk=256, shares=4, blocks=(32, 32)),
+    "shard, images in a window": Case(64, "images", window=20, heads=(4, 2), queries=(16, 2), tma=True),
+    "shard, documents": Case(128, "documents", blocks=(16, 32), queries=(4, 9)),
+    "shard, a block of tokens to a block of queries": Case(64, "images", window=90, length=160, queries=(32, 3)),
+    "shard, queries that see nothing": Case(72, "empty", queries=(4, 8), tma=True),
+    "shard, ranges in no order": Case(64, "scattered", blocks=(16, 16), queries=(1, 50)),
+    "shard, 512": Case(512, "images", length=70, chunk=128, shares=2, blocks=(32, 32), queries=(10, 4), tma=True),
+    "more queries than keys": Case(64, "causal", length=40, queries=(8, 9)),
     "fp16": Case(64, "images", window=20, dtype=torch.float16),
     "fp16, 512": Case(512, "documents", length=40, chunk=128, shares=2, tma=True, dtype=torch.float16),
 }
@@ -87,19 +99,42 @@ def spans_of(kind: str, length: int) -> spans.Spans:
     return spans.Spans(low, high)
 
 
+def shard_of(whole: spans.Spans, block: int, count: int) -> spans.Spans:
+    """Blocks of the queries in random order, and again from the first if there are not enough."""
+    length = whole.low.shape[1]
+    generator = torch.Generator().manual_seed(2)
+    blocks = torch.arange(length, dtype=torch.int32).split(block)
+    orders = [torch.randperm(len(blocks), generator=generator).repeat(2)[:count] for _ in whole.low]
+    # Two rows have as many queries: a short last block is left to its end.
+    positions = [torch.cat([blocks[index] for index in order]) for order in orders]
+    size = min(map(len, positions))
+    positions = torch.stack([row[:size] for row in positions])
+    low, high = (bound.gather(1, positions.long()) for bound in (whole.low, whole.high))
+    return spans.Spans(low, high, spans.QueryShard(positions, length))
+
+
 def check(case: Case) -> list[float]:
     """Relative errors of output, logarithms, dq, dk and dv. Tensors lie in memory as in the models: tokens first."""
     generator = torch.Generator().manual_seed(1)
 
-    def random(heads: int) -> torch.Tensor:
-        made = torch.randn((case.length, 2, heads, case.head_dim), generator=generator)
+    visible, scale = spans_of(case.kind, case.length), case.head_dim**-0.5
+    place = torch.arange(case.length)
+    if case.queries is not None:
+        visible = shard_of(visible, *case.queries)
+        place = visible.shard.positions
+
+    def random(heads: int, length: int) -> torch.Tensor:
+        made = torch.randn((length, 2, heads, case.head_dim), generator=generator)
         return made.to(case.dtype).permute(1, 2, 0, 3)
 
     heads, key_heads = case.heads
-    q, k, v, d_out = random(heads), random(key_heads), random(key_heads), random(heads)
+    num_queries = visible.low.shape[1]
+    q, k, v, d_out = (
+        random(*shape)
+        for shape in ((heads, num_queries), (key_heads, case.length), (key_heads, case.length), (heads, num_queries))
+    )
     if case.kind == "segments":  # as autograd hands over the gradient of a sum
         d_out = d_out[:1, :, :1].expand(q.shape)
-    visible, scale = spans_of(case.kind, case.length), case.head_dim**-0.5
     first, last = visible.first_key(case.window), visible.high
     if case.kind == "documents":  # in another order in memory
         first, last = (tensor.t().contiguous().t() for tensor in (first, last))
@@ -114,7 +149,6 @@ def check(case: Case) -> list[float]:
     out, lse = launch.forward(q, k, v, first, last, by_query, scale, launches)
     gradients = launch.backward(d_out, q, k, v, out, lse, first, last, by_query, by_key, scale, launches)
     exact = [tensor.double() for tensor in (q, k, v)]
-    place = torch.arange(case.length)
     first = visible.low if case.window is None else torch.maximum(visible.low, place - case.window + 1)
     expected_out, expected_lse = forward(*exact, first, last, scale)
     expected = backward(d_out.double(), *exact, expected_out, expected_lse, first, last, scale)
@@ -142,9 +176,10 @@ class Mutant:
 
 
 _SMALL = Case(64, "images", length=60, tma=True)
+_SHARD = Case(64, "images", length=60, queries=(8, 4))
 MUTANTS = {
     "no window": Mutant(
-        spans, "torch.maximum(self.low, query - window + 1)", "self.low", Case(64, "causal", 20, 60, (1, 1))
+        spans, "torch.maximum(self.low, self.query_positions - window + 1)", "self.low", Case(64, "causal", 20, 60)
     ),
     "bound of keys": Mutant(triton_kernels, "<= last[:, None]", "< last[:, None]", _SMALL),
     "bound of queries": Mutant(triton_kernels, "<= last_key[None, :]", "< last_key[None, :]", _SMALL),
@@ -162,6 +197,19 @@ MUTANTS = {
     "a chunk left out": Mutant(
         triton_kernels, "tl.range(0, COLUMNS, CHUNK", "tl.range(0, COLUMNS - CHUNK, CHUNK", replace(_SMALL, chunk=32)
     ),
+    "positions of a whole sequence": Mutant(
+        spans, "return self.shard.positions", "pass", Case(64, "causal", 20, 60, (16, 2), tma=True)
+    ),
+    "as many keys as queries": Mutant(
+        triton_kernels, "k_head, k_token, num_keys)", "k_head, k_token, num_queries)", _SHARD
+    ),
+    "as many values as queries": Mutant(
+        triton_kernels, "v_head, v_token, num_keys)", "v_head, v_token, num_queries)", _SHARD
+    ),
+    "as many gradients of keys as queries": Mutant(
+        triton_kernels, "dk_head, dk_token, num_keys)", "dk_head, dk_token, num_queries)", _SHARD
+    ),
+    "as many blocks of keys as queries": Mutant(spans, "-(-num_keys // keys)", "-(-first.shape[1] // keys)", _SHARD),
     "column of a share": Mutant(
         triton_kernels, "_load(v, key_start, own_column,", "_load(v, key_start, 0,", replace(_SMALL, shares=2)
     ),

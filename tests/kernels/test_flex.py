@@ -14,7 +14,7 @@ import torch
 from tests.kernels.gpu_compiler import compiling_flex_attention
 from tests.kernels.span_compile import SHARED_BYTES
 from tests.ranks import run_ranks
-from vlm_kernels.span_attention import Spans, flex
+from vlm_kernels.span_attention import QueryShard, Spans, flex
 
 pytestmark = pytest.mark.usefixtures("forked_ranks")
 ROWS = (17, 60, 100, 127, 128, 300)
@@ -37,14 +37,19 @@ def attend(
     is_training: bool,
     windows: Iterable[int | None] = WINDOWS,
     dtype: torch.dtype = torch.bfloat16,
+    ranks: int = 1,
 ) -> None:
-    """One row of each length, as projections write queries, keys and values: tokens before heads."""
+    """One row of each length, as projections write queries, keys and values: tokens before heads.
+
+    With several context ranks the queries are those of the last one, to which every so many tokens belong.
+    """
     for length in rows:
-        heads = (ratio * KEY_HEADS, KEY_HEADS, KEY_HEADS)
-        made = (torch.randn((length, 1, count, head_dim)).to(dtype).permute(1, 2, 0, 3) for count in heads)
+        positions = torch.arange(ranks - 1, length, ranks, dtype=torch.int32)[None]
+        shapes = ((positions.shape[1], ratio * KEY_HEADS), (length, KEY_HEADS), (length, KEY_HEADS))
+        made = (torch.randn((tokens, 1, heads, head_dim)).to(dtype).permute(1, 2, 0, 3) for tokens, heads in shapes)
         q, k, v = (tensor.requires_grad_(is_training) for tensor in made)
-        place = torch.arange(length, dtype=torch.int32)[None]
-        spans = Spans(torch.zeros_like(place), place)
+        shard = QueryShard(positions, length) if ranks > 1 else None
+        spans = Spans(torch.zeros_like(positions), positions, shard)
         for window in windows:
             flex.attend(q, k, v, spans, window, head_dim**-0.5)
 
@@ -62,8 +67,19 @@ def cases() -> list[object]:
 
 @pytest.mark.parametrize(("ratio", "head_dim", "is_training"), cases())
 def test_short_rows_take_the_general_kernel(ratio: int, head_dim: int, is_training: bool) -> None:
+    check_kernels(ROWS, ratio, head_dim, is_training)
+
+
+@pytest.mark.parametrize("is_training", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_shards_of_queries_take_the_general_kernel(is_training: bool) -> None:
+    """25, 75 and 150 queries, over one block of keys and over several."""
+    check_kernels((100, 300, 600), 4, 64, is_training, ranks=4)
+
+
+def check_kernels(rows: tuple[int, ...], ratio: int, head_dim: int, is_training: bool, ranks: int = 1) -> None:
+    """Nothing but FlexAttention's general kernels is compiled."""
     with compiling_flex_attention() as compilations:
-        attend(ROWS, ratio, head_dim, is_training)
+        attend(rows, ratio, head_dim, is_training, ranks=ranks)
     passes = ["flex_attention", "flex_attention_backward"][: 1 + is_training]
     for variant in compilations.variants:
         assert len(variant) == len(passes)
@@ -81,11 +97,13 @@ def test_the_compiler_by_itself_fails(monkeypatch: pytest.MonkeyPatch, is_traini
         attend([100], 8, 64, is_training)
 
 
-@pytest.mark.parametrize("is_training", [True, False])
-def test_variants_are_few_over_lengths_and_windows(is_training: bool) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "is_training"), [(1, True), (1, False), (2, True), pytest.param(2, False, marks=pytest.mark.full)]
+)
+def test_variants_are_few_over_lengths_and_windows(ranks: int, is_training: bool) -> None:
     lengths = [*random.Random(3).sample(range(2, 500), 48), 1024, 2500]
     with torch._dynamo.config.patch(recompile_limit=8), compiling_flex_attention() as compilations:
-        attend(lengths, 2, 64, is_training, windows=(None, 7, 1024))
+        attend(lengths, 2, 64, is_training, windows=(None, 7, 1024), ranks=ranks)
         # Past its limit dynamo would run attention uncompiled.
         assert torch._dynamo.config.recompile_limit >= 64
     # Rows of one block, rows of less than one block, and longer rows.

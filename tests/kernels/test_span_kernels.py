@@ -50,8 +50,8 @@ def interpreted() -> dict[str, dict[str, list[float]]]:
 
 @needs_triton_3_9
 def test_kernels_equal_the_reference(interpreted: dict[str, dict[str, list[float]]]) -> None:
-    """Output, logarithms and every gradient: windows, images, documents, groups of heads, tails, every head dim."""
-    assert len(interpreted["case"]) == 17
+    """Output, logarithms and every gradient: windows, images, documents, shards, groups of heads, tails, head dims."""
+    assert len(interpreted["case"]) == 24
     for name, errors in interpreted["case"].items():
         assert max(errors) < (FP16_ERROR if name.startswith("fp16") else FP32_ERROR), (name, errors)
 
@@ -59,7 +59,7 @@ def test_kernels_equal_the_reference(interpreted: dict[str, dict[str, list[float
 @needs_triton_3_9
 def test_mutants_are_noticed(interpreted: dict[str, dict[str, list[float]]]) -> None:
     """The comparison can fail: a change of one line shows."""
-    assert len(interpreted["mutant"]) == 12
+    assert len(interpreted["mutant"]) == 17
     for name, errors in interpreted["mutant"].items():
         assert max(errors) > MUTANT_ERROR, (name, errors)
         assert not any(math.isnan(error) for error in errors)
@@ -91,10 +91,11 @@ def test_descriptors_take_any_strides(strides: tuple[int, ...], is_copied: bool)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("head_dim", "major"), [(72, 8), (72, 9), (512, 9), (512, 10)])
 def test_machine_code(head_dim: int, major: int) -> None:
-    """No spills, tensor cores, loads in bulk or by 16 bytes, and memory that the GPU has."""
+    """No spills, tensor cores, loads in bulk or by 16 bytes, and memory that the GPU has; for shards the same code."""
     kernels = compile_kernels(head_dim, major)
     assert len(kernels) == 4
     for name, code in kernels.items():
+        assert code.variants == 1, name
         assert code.stack == code.spills == 0, (name, code)
         assert code.shared <= SHARED_BYTES[major] and code.tensor_memory <= TENSOR_MEMORY_COLUMNS, (name, code)
         if name == "delta_of":

@@ -1,20 +1,33 @@
 """Span attention's operators, their tables of blocks, and the choice between forms on a GPU.
 
-Shapes: B batch, N query heads, G key/value heads, S sequence, D head dim.
+Shapes: B batch, N query heads, G key/value heads, Sq queries, Sk keys, D head dim.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tests.test_span_attention import LENGTH, make_spans, make_tensors, packed_spans, results
-from vlm_kernels.span_attention import Spans, blocks, flex, operators, reference, span_attention
+from tests.test_span_attention import (
+    LENGTH,
+    check_shards,
+    image_shard_spans,
+    make_spans,
+    make_tensors,
+    packed_shard_spans,
+    packed_spans,
+    results,
+)
+from vlm_kernels.span_attention import QueryShard, Spans, blocks, flex, operators, reference, span_attention
 from vlm_kernels.span_attention.blocks import Blocks, Configuration
 
 LAUNCHES = Configuration(Blocks(16, 8, 4, 1), Blocks(8, 16, 4, 1), Blocks(8, 8, 4, 1))
 WINDOWS = (None, 1, 7, LENGTH)
+KINDS = (make_spans, packed_spans, image_shard_spans, packed_shard_spans)
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +37,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("make", [make_spans, packed_spans])
+@pytest.mark.parametrize("make", KINDS)
 @pytest.mark.parametrize("heads", [(4, 2), (2, 2), (3, 1)])
 def test_operator_is_the_reference(make, window, heads) -> None:  # type: ignore[no-untyped-def]
     spans, shape = make(), {"heads": heads[0], "key_heads": heads[1]}
@@ -52,17 +65,25 @@ def test_low_precision(dtype: torch.dtype) -> None:
         torch.testing.assert_close(mine.double(), other, rtol=2 * eps, atol=8 * eps + 1e-5)
 
 
-def _arguments(dtype: torch.dtype, batch: int = 1) -> tuple[object, ...]:
-    spans = packed_spans()
-    q, k, v = make_tensors(batch, dtype)
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("make", [make_spans, packed_spans])
+def test_shards_of_queries_make_the_whole(make, window) -> None:  # type: ignore[no-untyped-def]
+    check_shards(operators.attend, make(), window, 2)
+
+
+def _arguments(make: Callable[[], Spans], dtype: torch.dtype, **shape: int) -> tuple[Any, ...]:
+    """What the operator takes, for one row of documents."""
+    spans = make()
+    q, k, v = make_tensors(1, dtype, length=spans.low.shape[1], num_keys=spans.num_keys, **shape)
     ranges = [spans.block_ranges(7, launch) for launch in (LAUNCHES.forward, LAUNCHES.queries, LAUNCHES.keys)]
     tables = (ranges[0].by_query, ranges[1].by_query, ranges[2].by_key)
     return q, k, v, spans.first_key(7), spans.high, *tables, 0.3
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_operators_are_well_formed() -> None:
-    q, k, v, *others = _arguments(torch.float32)
+@pytest.mark.parametrize("make", [packed_spans, packed_shard_spans])
+def test_operators_are_well_formed(make) -> None:  # type: ignore[no-untyped-def]
+    q, k, v, *others = _arguments(make, torch.float32)
     torch.library.opcheck(operators._attention, (q, k, v, *others))
     q, k, v = (tensor.detach() for tensor in (q, k, v))
     out, lse = operators._attention(q, k, v, *others)
@@ -71,17 +92,20 @@ def test_operators_are_well_formed() -> None:
     torch.library.opcheck(operators._attention_backward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_gradcheck() -> None:
-    others = _arguments(torch.float64)[3:]
-    q, k, v = (tensor[..., :LENGTH, :4].detach().requires_grad_() for tensor in make_tensors(1, torch.float64, 2, 1))
+@pytest.mark.parametrize("make", [packed_spans, packed_shard_spans])
+def test_gradcheck(make) -> None:  # type: ignore[no-untyped-def]
+    arguments = _arguments(make, torch.float64, heads=2, key_heads=1)
+    others = arguments[3:]
+    q, k, v = (tensor[..., :4].detach().requires_grad_() for tensor in arguments[:3])
     assert torch.autograd.gradcheck(
         lambda *inputs: operators._attention(*inputs, *others)[0], (q, k, v), fast_mode=True
     )
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_recomputation_and_compilation() -> None:
-    spans = make_spans()
+@pytest.mark.parametrize("make", [make_spans, image_shard_spans])
+def test_recomputation_and_compilation(make) -> None:  # type: ignore[no-untyped-def]
+    spans = make()
     expected = results(operators.attend, spans, 7)
     forms = (
         lambda *inputs: checkpoint(operators.attend, *inputs, use_reentrant=False),
@@ -101,8 +125,21 @@ def _scattered() -> Spans:
     return Spans(low, high)
 
 
+def _scattered_shard() -> Spans:
+    """The same for a third of the queries."""
+    whole = _scattered()
+    positions = torch.arange(0, LENGTH, 3, dtype=torch.int32).repeat(3, 1)
+    return Spans(whole.low[:, ::3], whole.high[:, ::3], QueryShard(positions, LENGTH))
+
+
+def _more_queries_than_keys() -> Spans:
+    """Every key is asked for twice."""
+    low, high = (torch.arange(2 * LENGTH, dtype=torch.int32)[None] // 2 + shift for shift in (-5, 3))
+    return Spans(low.clamp(min=0), high.clamp(max=LENGTH - 1), QueryShard((low + 5).contiguous(), LENGTH))
+
+
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("make", [make_spans, packed_spans, _scattered])
+@pytest.mark.parametrize("make", [*KINDS, _scattered, _scattered_shard, _more_queries_than_keys])
 @pytest.mark.parametrize("sizes", [(8, 8), (16, 8), (8, 16), (12, 7)])
 def test_ranges_of_blocks(make, window, sizes) -> None:  # type: ignore[no-untyped-def]
     """Every visible pair is in a range, whole blocks are seen whole, and ranges of queries are as narrow as can be."""

@@ -1,8 +1,8 @@
 """Attention from spans: every query sees a range of keys, cut by its layer's window on the past side.
 
-Key k is visible to query q iff `low[q] <= k <= high[q]` and `q - k < window` (`spans.py`).
+Key k is visible to query q iff `low[q] <= k <= high[q]` and `position[q] - k < window` (`spans.py`).
 
-Shapes: B batch, N query heads, G key/value heads, S sequence, D head dim.
+Shapes: B batch, N query heads, G key/value heads, Sq queries, Sk keys (equal unless queries are a shard), D head dim.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from vlm_kernels.device import is_on_gpu
 from vlm_kernels.span_attention import flex, operators
 from vlm_kernels.span_attention.blocks import is_proven
 from vlm_kernels.span_attention.reference import reference
-from vlm_kernels.span_attention.spans import Spans
+from vlm_kernels.span_attention.spans import QueryShard, Spans
 
-__all__ = ["Spans", "reference", "span_attention"]
+__all__ = ["QueryShard", "Spans", "reference", "span_attention"]
 
 
 def span_attention(
@@ -24,15 +24,15 @@ def span_attention(
     """Grouped-query attention over spans, with no mask over all pairs of tokens on a GPU.
 
     Args:
-        q: [B, N, S, D].
-        k: [B, G, S, D].
-        v: [B, G, S, D].
-        spans: visible ranges.
+        q: [B, N, Sq, D].
+        k: [B, G, Sk, D].
+        v: [B, G, Sk, D].
+        spans: visible ranges, and which part of the sequence of keys the queries are.
         window: keys visible on the past side, the query included; None is unlimited.
         scale: factor on the scores.
 
     Returns:
-        [B, N, S, D].
+        [B, N, Sq, D].
     """
     return (_on_gpu if is_on_gpu(q) else reference)(q, k, v, spans, window, scale)
 

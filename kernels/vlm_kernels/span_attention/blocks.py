@@ -100,7 +100,7 @@ PROVEN: frozenset[tuple[int, tuple[int, int]]] = frozenset()
 
 
 def is_proven(q: torch.Tensor) -> bool:
-    """Whether our kernels take queries [B, N, S, D] on this GPU; fp32 products would be rounded to TF32."""
+    """Whether our kernels take queries [B, N, Sq, D] on this GPU; fp32 products would be rounded to TF32."""
     if not PROVEN or q.dtype not in (torch.bfloat16, torch.float16):
         return False
     return (q.shape[-1], compute_capability(q)) in PROVEN

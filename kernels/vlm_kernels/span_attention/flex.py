@@ -21,7 +21,7 @@ def attend(
 
 
 def kernel_options(q: torch.Tensor) -> dict[str, Any]:
-    """Options that the compiler needs for queries [B, N, S, D].
+    """Options that the compiler needs for queries [B, N, Sq, D].
 
     The general kernel: for one row of fewer than 128 tokens it would choose the one for decoding, also in training, and
     then refuse it where tokens x query heads of a key head exceed 128. Loads two deep where the three of its tables do

@@ -1,6 +1,6 @@
 """Launch of the Triton kernels: grids, strides and descriptors. Only a GPU, or Triton's interpreter, needs this module.
 
-Shapes: B batch, N query heads, G key/value heads, S sequence, D head dim.
+Shapes: B batch, N query heads, G key/value heads, Sq queries, Sk keys, D head dim.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ def forward(
     """Output and the logarithms of the softmax's sums; `table` is `BlockRanges.by_query` for the launch's blocks."""
     q, k, v = map(_in_vectors, (q, k, v))
     first, last, table = first.contiguous(), last.contiguous(), table.contiguous()
-    batch, heads, length, head_dim = q.shape
+    batch, heads, num_queries, head_dim = q.shape
     out = torch.empty_like(q)
-    lse = q.new_empty((batch, heads, length), dtype=torch.float32)
+    lse = q.new_empty((batch, heads, num_queries), dtype=torch.float32)
     blocks = launches.forward
     triton_kernels.forward[(table.shape[1], heads * blocks.shares, batch)](
         *_tiles(blocks, launches.tma, q=q, k=k),
         *_tiles(blocks, launches.tma, own=True, v=v, out=out),
         *(lse, first, last, table),
         *_strides(q, k, v, out),
-        *(heads, heads // k.shape[1], length, table.shape[1], scale),
+        *(heads, heads // k.shape[1], num_queries, k.shape[2], table.shape[1], scale),
         **_constants(blocks, head_dim, launches.tma, upcast),
     )
     return out, lse
@@ -69,9 +69,9 @@ def backward(
     lse, first, last, by_query, by_key = (tensor.contiguous() for tensor in (lse, first, last, by_query, by_key))
     dq, dk, dv = (torch.empty_like(tensor) for tensor in (q, k, v))
     delta = _delta(out, d_out, lse)
-    batch, heads, length, head_dim = q.shape
-    key_heads = k.shape[1]
-    sizes = (heads, heads // key_heads, length)
+    batch, heads, num_queries, head_dim = q.shape
+    key_heads, num_keys = k.shape[1:3]
+    sizes = (heads, heads // key_heads, num_queries, num_keys)
 
     blocks, tma = launches.queries, launches.tma
     triton_kernels.backward_queries[(by_query.shape[1], heads * blocks.shares, batch)](
@@ -94,12 +94,12 @@ def backward(
 
 def _delta(out: torch.Tensor, d_out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
     """sum(out * d_out) over D, like `lse`."""
-    batch, heads, length, head_dim = out.shape
+    batch, heads, num_queries, head_dim = out.shape
     columns = columns_of(head_dim)
     rows = _DELTA_ELEMENTS // columns
     delta = torch.empty_like(lse)
-    triton_kernels.delta_of[(-(-length // rows), heads, batch)](
-        *(out, d_out, delta, *_strides(out, d_out), heads, length),
+    triton_kernels.delta_of[(-(-num_queries // rows), heads, batch)](
+        *(out, d_out, delta, *_strides(out, d_out), heads, num_queries),
         HEAD_DIM=head_dim,
         COLUMNS=columns,
         BLOCK=rows,

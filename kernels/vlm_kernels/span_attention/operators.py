@@ -1,8 +1,9 @@
 """The operators of span attention, whose kernels for GPUs are written in Triton.
 
-`first` and `last` [B, S] int32 are the visible keys of a query, the window included. The tables are `BlockRanges` for
-the launches of the forward pass (by query), of dq (by query), and of dk with dv (by key); the reference needs none.
-Shapes: B batch, N query heads, G key/value heads, S sequence, D head dim.
+`first` and `last` [B, Sq] int32 are the visible keys of a query, the window included, as indices of keys: nothing else
+asks for a query's position. The tables are `BlockRanges` for the launches of the forward pass (by query), of dq (by
+query), and of dk with dv (by key); the reference needs none.
+Shapes: B batch, N query heads, G key/value heads, Sq queries, Sk keys, D head dim.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Span attention in plain PyTorch: what a host runs, and the definition of the operators by explicit formulas.
 
-Shapes: B batch, N query heads, G key/value heads, S sequence, D head dim.
+Shapes: B batch, N query heads, G key/value heads, Sq queries, Sk keys, D head dim.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def reference(
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor, last: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [B, N, S, D] in q's dtype and layout, and the logarithms [B, N, S] of the softmax's sums.
+    """Output [B, N, Sq, D] in q's dtype and layout, and the logarithms [B, N, Sq] of the softmax's sums.
 
     A query that sees no key has output zero and logarithm -inf.
     """

@@ -1,9 +1,10 @@
 """Visible key ranges of a micro-batch, and the tables of blocks that attention makes of them, once for all layers.
 
-Key k is visible to query q iff `low[q] <= k <= high[q]` and `q - k < window`. With `low` the start of the document and
-`high` the query itself this is causal attention; `high` at the end of an image makes the image bidirectional.
+Key k is visible to query q iff `low[q] <= k <= high[q]` and `position[q] - k < window`, all of them indices in the
+sequence of keys. With `low` the start of the document and `high` the query itself this is causal attention; `high` at
+the end of an image makes the image bidirectional. Queries are that same sequence, or any part of it in any order.
 
-Shapes: B batch, S sequence.
+Shapes: B batch, Sq queries, Sk keys, G key/value heads, D head dim.
 """
 
 from __future__ import annotations
@@ -34,72 +35,108 @@ class BlockRanges:
     by_key: torch.Tensor
 
 
+@dataclass(frozen=True)
+class QueryShard:
+    """Which part of the sequence of keys the queries are, where they are not all of it: those of a context rank.
+
+    Attributes:
+        positions: [B, Sq] int32, index of each query in the sequence of keys, in any order. Blocks that attention
+            visits are fewest where the queries of a block lie together and blocks ascend.
+        num_keys: Sk.
+        gather: takes the keys and values [Sq, B, G, D] of these tokens and returns those of all, [Sk, B, G, D], through
+            which gradients flow. Layers call it before `span_attention`; None where keys and values are complete.
+    """
+
+    positions: torch.Tensor
+    num_keys: int
+    gather: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
+
+
 @dataclass
 class Spans:
     """Visible key ranges of one micro-batch, and tables built from them, one per distinct window and block size.
 
     Attributes:
-        low: [B, S] int32, first visible key.
-        high: [B, S] int32, last visible key.
+        low: [B, Sq] int32, first visible key.
+        high: [B, Sq] int32, last visible key.
+        shard: which part of the sequence the queries are; None is all of it, in order.
     """
 
     low: torch.Tensor
     high: torch.Tensor
+    shard: QueryShard | None = None
     _block_masks: dict[int | None, BlockMask] = field(default_factory=dict, repr=False)
     _first_keys: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
     _block_ranges: dict[tuple[int | None, int, int], BlockRanges] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        if self.shard is not None:
+            assert self.shard.positions.shape == self.low.shape, "a position for every query"
+            # Wider positions would widen the first visible keys, which kernels read from memory as int32.
+            assert self.shard.positions.dtype == self.low.dtype, "positions of the bounds' dtype"
+
+    @property
+    def num_keys(self) -> int:
+        """Sk."""
+        return self.low.shape[1] if self.shard is None else self.shard.num_keys
+
+    @property
+    def query_positions(self) -> torch.Tensor:
+        """[Sq] or [B, Sq] int32, index of each query in the sequence of keys."""
+        if self.shard is not None:
+            return self.shard.positions
+        return torch.arange(self.low.shape[1], device=self.low.device, dtype=torch.int32)
+
     def block_mask(self, window: int | None) -> BlockMask:
-        """Block-sparse form of `dense`, built from a table of [B, S, S / 128]; nothing of size [S, S] exists."""
+        """Block-sparse form of `dense`, built from a table of [B, Sq, Sk / 128]; nothing of size [Sq, Sk] exists."""
         if window not in self._block_masks:
-            self._block_masks[window] = _block_mask(self.first_key(window), self.high)
+            self._block_masks[window] = _block_mask(self.first_key(window), self.high, self.num_keys)
         return self._block_masks[window]
 
     def first_key(self, window: int | None) -> torch.Tensor:
-        """[B, S] int32, first key that is visible within the window; `high` is the last."""
+        """[B, Sq] int32, first key that is visible within the window; `high` is the last."""
         if window is None:
             return self.low
         if window not in self._first_keys:
-            query = torch.arange(self.low.shape[1], device=self.low.device, dtype=torch.int32)
-            self._first_keys[window] = torch.maximum(self.low, query - window + 1)
+            self._first_keys[window] = torch.maximum(self.low, self.query_positions - window + 1)
         return self._first_keys[window]
 
     def block_ranges(self, window: int | None, blocks: Blocks) -> BlockRanges:
         """Ranges of blocks of a launch's sizes, from a table of [B, blocks of queries, blocks of keys]."""
         key = (window, blocks.queries, blocks.keys)
         if key not in self._block_ranges:
-            self._block_ranges[key] = _block_ranges(self.first_key(window), self.high, blocks.queries, blocks.keys)
+            self._block_ranges[key] = _block_ranges(
+                self.first_key(window), self.high, self.num_keys, blocks.queries, blocks.keys
+            )
         return self._block_ranges[key]
 
     @cached_property
     def all_causal(self) -> bool:
-        """Whether every query sees all keys up to itself; the host waits for the answer."""
-        place = torch.arange(self.low.shape[1], device=self.low.device)
-        return bool((self.low == 0).all() & (self.high == place).all())
+        """Whether queries are the whole sequence and each sees all keys up to itself; the host waits for the answer."""
+        return self.shard is None and bool((self.low == 0).all() & (self.high == self.query_positions).all())
 
     def dense(self, window: int | None) -> torch.Tensor:
-        """[B, 1, S, S] bool, true where the key is visible."""
-        place = torch.arange(self.low.shape[1], device=self.low.device)
-        visible = (place >= self.low[..., None]) & (place <= self.high[..., None])
+        """[B, 1, Sq, Sk] bool, true where the key is visible."""
+        key = torch.arange(self.num_keys, device=self.low.device)
+        visible = (key >= self.low[..., None]) & (key <= self.high[..., None])
         if window is not None:
-            visible &= place[:, None] - place < window
+            visible &= self.query_positions[..., None] - key < window
         return visible.unsqueeze(1)
 
 
-def _block_ranges(first: torch.Tensor, last: torch.Tensor, queries: int, keys: int) -> BlockRanges:
-    """Ranges from the first and last visible key [B, S] of every query; the host waits for nothing."""
-    length = first.shape[1]
-    missing = -length % queries
+def _block_ranges(first: torch.Tensor, last: torch.Tensor, num_keys: int, queries: int, keys: int) -> BlockRanges:
+    """Ranges from the first and last visible key [B, Sq] of every query; the host waits for nothing."""
+    missing = -first.shape[1] % queries
 
     def blocks(values: torch.Tensor, past_the_end: int) -> torch.Tensor:
         return pad(values, (0, missing), value=past_the_end).unflatten(1, (-1, queries))
 
     sees_any = first <= last
-    lowest = blocks(first.where(sees_any, length), length).amin(2)
+    lowest = blocks(first.where(sees_any, num_keys), num_keys).amin(2)
     highest = blocks(last.where(sees_any, -1), -1).amax(2)
     # What every query of the block sees, a single query that sees nothing leaving nothing.
     latest_first = blocks(first, 0).amax(2)
-    earliest_last = blocks(last, length).amin(2)
+    earliest_last = blocks(last, num_keys).amin(2)
     begin = lowest.div(keys, rounding_mode="floor")
     end = torch.maximum(highest.div(keys, rounding_mode="floor") + 1, begin)
     whole = (latest_first + keys - 1).div(keys, rounding_mode="floor")
@@ -107,7 +144,7 @@ def _block_ranges(first: torch.Tensor, last: torch.Tensor, queries: int, keys: i
     nothing_whole = whole_end <= whole
     whole, whole_end = end.where(nothing_whole, whole), end.where(nothing_whole, whole_end)
 
-    key_block = torch.arange(-(-length // keys), device=first.device, dtype=torch.int32)
+    key_block = torch.arange(-(-num_keys // keys), device=first.device, dtype=torch.int32)
     touched = (key_block >= begin[..., None]) & (key_block < end[..., None])
     covered = (key_block >= whole[..., None]) & (key_block < whole_end[..., None])
     return BlockRanges(
@@ -131,37 +168,35 @@ def _key_block_ranges(touched: torch.Tensor, covered: torch.Tensor) -> torch.Ten
     return torch.stack((begin, whole, whole_end, end), dim=-1).int().contiguous()
 
 
-def _block_mask(first: torch.Tensor, last: torch.Tensor) -> BlockMask:
+def _block_mask(first: torch.Tensor, last: torch.Tensor, num_keys: int) -> BlockMask:
     """Blocks of keys that some query of a block of queries sees, split into those that all of them see whole.
 
     Args:
-        first: [B, S], first visible key of each query, its window included: a window of its own in the mask's function
-            would be compiled again for each.
-        last: [B, S], last visible key.
+        first: [B, Sq], first visible key of each query, its window included: a window of its own in the mask's
+            function would be compiled again for each.
+        last: [B, Sq], last visible key.
+        num_keys: Sk.
     """
-    length = first.shape[1]
-    num_blocks = -(-length // _BLOCK)
-    first_key = torch.arange(num_blocks, device=first.device) * _BLOCK
+    num_queries = first.shape[1]
+    first_key = torch.arange(0, num_keys, _BLOCK, device=first.device)
     last_key = first_key + _BLOCK - 1
     touched = (first[..., None] <= last_key) & (last[..., None] >= first_key)
     covered = (first[..., None] <= first_key) & (last[..., None] >= last_key)
     # Queries past the end see nothing, so that their block is masked like one that some query sees in part.
-    missing = num_blocks * _BLOCK - length
-    touched, covered = (
-        pad(blocks, (0, 0, 0, missing)).unflatten(1, (num_blocks, _BLOCK)) for blocks in (touched, covered)
-    )
+    missing = -num_queries % _BLOCK
+    touched, covered = (pad(blocks, (0, 0, 0, missing)).unflatten(1, (-1, _BLOCK)) for blocks in (touched, covered))
     touched, covered = touched.any(2), covered.all(2)
     return BlockMask.from_kv_blocks(
         *_block_lists(touched & ~covered),
         *_block_lists(covered),
         BLOCK_SIZE=_BLOCK,
         mask_mod=_visible(first, last),
-        seq_lengths=(length, length),
+        seq_lengths=(num_queries, num_keys),
     )
 
 
 def _block_lists(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Number and indices of the blocks that are set, [B, 1, blocks] and [B, 1, blocks, blocks]; the rest follows."""
+    """Number [B, 1, query blocks] and indices [B, 1, query blocks, key blocks] of the set ones; the rest follows."""
     order = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32).unsqueeze(1), order.int().unsqueeze(1)
 

@@ -17,14 +17,14 @@ the code that runs.
 
 Nothing here may be imported where Triton is missing. In Triton's interpreter UPCAST must be set: products are then of
 fp32 operands (already rounded).
-Shapes: B batch, N query heads, G key/value heads, S sequence, D head dim.
+Shapes: B batch, N query heads, G key/value heads, Sq queries, Sk keys, D head dim.
 """
 
 import triton
 import triton.language as tl
 
 _STRIDES = [f"{name}_{axis}" for name in "q k v out d dq dk dv".split() for axis in ("batch", "head", "token")]
-_RUNTIME = [*_STRIDES, "heads", "group", "length", "num_blocks"]
+_RUNTIME = [*_STRIDES, "heads", "group", "num_queries", "num_keys", "num_blocks"]
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _NO_KEY = tl.constexpr(2147483647)
 
@@ -139,11 +139,11 @@ def _attend(
 def forward(
     q, k, v, out, lse, first, last, table,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, out_batch, out_head, out_token,
-    heads, group, length, num_blocks, scale,
+    heads, group, num_queries, num_keys, num_blocks, scale,
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, OWN: tl.constexpr, DEPTH: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of queries, N * shares of the columns, B). `first`, `last` [B, S], `table` [B, blocks, 4] int32."""
+    """Grid (blocks of queries, N * shares of the columns, B). `first`, `last` [B, Sq], `table` [B, blocks, 4] int32."""
     # Later queries see more keys under a causal mask: they start first, so that the short ones fill the end.
     block = num_blocks - 1 - tl.program_id(0)
     head = tl.program_id(1) % heads
@@ -151,12 +151,12 @@ def forward(
     batch = tl.program_id(2)
     start = block * BLOCK_Q
     rows = start + tl.arange(0, BLOCK_Q)
-    real = rows < length
-    q_of = (q, batch, head, q_batch, q_head, q_token, length)
-    k_of = (k, batch, head // group, k_batch, k_head, k_token, length)
-    v_of = (v, batch, head // group, v_batch, v_head, v_token, length)
-    first_key = tl.load(first + batch.to(tl.int64) * length + rows, mask=real, other=_NO_KEY)
-    last_key = tl.load(last + batch.to(tl.int64) * length + rows, mask=real, other=-1)
+    real = rows < num_queries
+    q_of = (q, batch, head, q_batch, q_head, q_token, num_queries)
+    k_of = (k, batch, head // group, k_batch, k_head, k_token, num_keys)
+    v_of = (v, batch, head // group, v_batch, v_head, v_token, num_keys)
+    first_key = tl.load(first + batch.to(tl.int64) * num_queries + rows, mask=real, other=_NO_KEY)
+    last_key = tl.load(last + batch.to(tl.int64) * num_queries + rows, mask=real, other=-1)
     begin, whole_begin, whole_end, end = _ranges(table, batch * num_blocks + block)
 
     q_tile = 0
@@ -180,29 +180,29 @@ def forward(
         )  # fmt: skip
     # A query that sees nothing: zero, and -inf as the logarithm of an empty sum.
     sums = tl.where(sums == 0.0, 1.0, sums)
-    out_of = (out, batch, head, out_batch, out_head, out_token, length)
+    out_of = (out, batch, head, out_batch, out_head, out_token, num_queries)
     _store(out_of, start, own_column, total / sums[:, None], HEAD_DIM, BLOCK_Q, OWN, TMA)
     if own_column == 0:
-        statistics = (batch * heads + head).to(tl.int64) * length
+        statistics = (batch * heads + head).to(tl.int64) * num_queries
         tl.store(lse + statistics + rows, (peak + tl.log2(sums)) / _LOG2_E, mask=real)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def delta_of(
-    out, d_out, delta, out_batch, out_head, out_token, d_batch, d_head, d_token, heads, length,
+    out, d_out, delta, out_batch, out_head, out_token, d_batch, d_head, d_token, heads, num_queries,
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """delta [B, N, S] = sum(out * d_out) over D, by pointers. Grid (blocks of queries, N, B)."""
+    """delta [B, N, Sq] = sum(out * d_out) over D, by pointers. Grid (blocks of queries, N, B)."""
     start = tl.program_id(0) * BLOCK
     head = tl.program_id(1)
     batch = tl.program_id(2)
-    out_of = (out, batch, head, out_batch, out_head, out_token, length)
-    d_of = (d_out, batch, head, d_batch, d_head, d_token, length)
+    out_of = (out, batch, head, out_batch, out_head, out_token, num_queries)
+    d_of = (d_out, batch, head, d_batch, d_head, d_token, num_queries)
     a = _load(out_of, start, 0, HEAD_DIM, BLOCK, COLUMNS, False).to(tl.float32)
     b = _load(d_of, start, 0, HEAD_DIM, BLOCK, COLUMNS, False).to(tl.float32)
     rows = start + tl.arange(0, BLOCK)
-    statistics = (batch * heads + head).to(tl.int64) * length
-    tl.store(delta + statistics + rows, tl.sum(a * b, 1), mask=rows < length)
+    statistics = (batch * heads + head).to(tl.int64) * num_queries
+    tl.store(delta + statistics + rows, tl.sum(a * b, 1), mask=rows < num_queries)
 
 
 @triton.jit
@@ -244,7 +244,7 @@ def backward_queries(
     q, k, k_own, v, d_out, lse, delta, dq, first, last, table,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, d_batch, d_head, d_token,
     dq_batch, dq_head, dq_token,
-    heads, group, length, num_blocks, scale,
+    heads, group, num_queries, num_keys, num_blocks, scale,
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, OWN: tl.constexpr, DEPTH: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -255,16 +255,16 @@ def backward_queries(
     batch = tl.program_id(2)
     start = block * BLOCK_Q
     rows = start + tl.arange(0, BLOCK_Q)
-    real = rows < length
-    q_of = (q, batch, head, q_batch, q_head, q_token, length)
-    d_of = (d_out, batch, head, d_batch, d_head, d_token, length)
-    k_of = (k, batch, head // group, k_batch, k_head, k_token, length)
-    k_own_of = (k_own, batch, head // group, k_batch, k_head, k_token, length)
-    v_of = (v, batch, head // group, v_batch, v_head, v_token, length)
-    first_key = tl.load(first + batch.to(tl.int64) * length + rows, mask=real, other=_NO_KEY)
-    last_key = tl.load(last + batch.to(tl.int64) * length + rows, mask=real, other=-1)
+    real = rows < num_queries
+    q_of = (q, batch, head, q_batch, q_head, q_token, num_queries)
+    d_of = (d_out, batch, head, d_batch, d_head, d_token, num_queries)
+    k_of = (k, batch, head // group, k_batch, k_head, k_token, num_keys)
+    k_own_of = (k_own, batch, head // group, k_batch, k_head, k_token, num_keys)
+    v_of = (v, batch, head // group, v_batch, v_head, v_token, num_keys)
+    first_key = tl.load(first + batch.to(tl.int64) * num_queries + rows, mask=real, other=_NO_KEY)
+    last_key = tl.load(last + batch.to(tl.int64) * num_queries + rows, mask=real, other=-1)
     begin, whole_begin, whole_end, end = _ranges(table, batch * num_blocks + block)
-    statistics = (batch * heads + head).to(tl.int64) * length
+    statistics = (batch * heads + head).to(tl.int64) * num_queries
     # exp2 of minus infinity: rows past the end have no weight.
     lse_rows = tl.load(lse + statistics + rows, mask=real, other=float("inf")) * _LOG2_E
     delta_rows = tl.load(delta + statistics + rows, mask=real, other=0.0)
@@ -290,20 +290,20 @@ def backward_queries(
             delta_rows, own_column, scale_2,
             HEAD_DIM, COLUMNS, CHUNK, OWN, DEPTH, BLOCK_Q, BLOCK_K, False, UPCAST, TMA,
         )  # fmt: skip
-    dq_of = (dq, batch, head, dq_batch, dq_head, dq_token, length)
+    dq_of = (dq, batch, head, dq_batch, dq_head, dq_token, num_queries)
     _store(dq_of, start, own_column, total * scale, HEAD_DIM, BLOCK_Q, OWN, TMA)
 
 
 @triton.jit
 def _add_dk_dv(
-    dk, dv, k_tile, v_tile, k, v, key_start, q, q_own, d_out, d_own, query_start, lse, delta, first, last, length,
+    dk, dv, k_tile, v_tile, k, v, key_start, q, q_own, d_out, d_own, query_start, lse, delta, first, last, num_queries,
     own_column, scale,
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, OWN: tl.constexpr, DEPTH: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One block of queries' share of dk, without the factor `scale`, and of dv. Scores are held as [keys, queries]."""
     rows = query_start + tl.arange(0, BLOCK_Q)
-    real = rows < length
+    real = rows < num_queries
     if CHUNK == COLUMNS:
         q_tile = _load(q, query_start, 0, HEAD_DIM, BLOCK_Q, COLUMNS, TMA)
         scores = _product(k_tile, tl.trans(q_tile), UPCAST)
@@ -347,7 +347,7 @@ def backward_keys(
     q, q_own, k, v, d_out, d_own, lse, delta, dk, dv, first, last, table,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, d_batch, d_head, d_token,
     dk_batch, dk_head, dk_token, dv_batch, dv_head, dv_token,
-    heads, group, length, num_blocks, scale,
+    heads, group, num_queries, num_keys, num_blocks, scale,
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, OWN: tl.constexpr, DEPTH: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -362,10 +362,10 @@ def backward_keys(
     own_column = (tl.program_id(1) // key_heads) * OWN
     batch = tl.program_id(2)
     start = block * BLOCK_K
-    k_of = (k, batch, key_head, k_batch, k_head, k_token, length)
-    v_of = (v, batch, key_head, v_batch, v_head, v_token, length)
-    first += batch.to(tl.int64) * length
-    last += batch.to(tl.int64) * length
+    k_of = (k, batch, key_head, k_batch, k_head, k_token, num_keys)
+    v_of = (v, batch, key_head, v_batch, v_head, v_token, num_keys)
+    first += batch.to(tl.int64) * num_queries
+    last += batch.to(tl.int64) * num_queries
     begin, whole_begin, whole_end, end = _ranges(table, batch * num_blocks + block)
 
     k_tile = 0
@@ -378,26 +378,26 @@ def backward_keys(
     scale_2 = scale * _LOG2_E
     for member in range(group):
         head = key_head * group + member
-        q_of = (q, batch, head, q_batch, q_head, q_token, length)
-        q_own_of = (q_own, batch, head, q_batch, q_head, q_token, length)
-        d_of = (d_out, batch, head, d_batch, d_head, d_token, length)
-        d_own_of = (d_own, batch, head, d_batch, d_head, d_token, length)
-        statistics = (batch * heads + head).to(tl.int64) * length
+        q_of = (q, batch, head, q_batch, q_head, q_token, num_queries)
+        q_own_of = (q_own, batch, head, q_batch, q_head, q_token, num_queries)
+        d_of = (d_out, batch, head, d_batch, d_head, d_token, num_queries)
+        d_own_of = (d_own, batch, head, d_batch, d_head, d_token, num_queries)
+        statistics = (batch * heads + head).to(tl.int64) * num_queries
         for step in range((end - begin) - (whole_end - whole_begin)):
             query_start = _partial(step, begin, whole_begin, whole_end) * BLOCK_Q
             dk_total, dv_total = _add_dk_dv(
                 dk_total, dv_total, k_tile, v_tile, k_of, v_of, start, q_of, q_own_of, d_of, d_own_of, query_start,
-                lse + statistics, delta + statistics, first, last, length, own_column, scale_2,
+                lse + statistics, delta + statistics, first, last, num_queries, own_column, scale_2,
                 HEAD_DIM, COLUMNS, CHUNK, OWN, DEPTH, BLOCK_Q, BLOCK_K, True, UPCAST, TMA,
             )  # fmt: skip
         for step in range(whole_end - whole_begin):
             query_start = (whole_begin + step) * BLOCK_Q
             dk_total, dv_total = _add_dk_dv(
                 dk_total, dv_total, k_tile, v_tile, k_of, v_of, start, q_of, q_own_of, d_of, d_own_of, query_start,
-                lse + statistics, delta + statistics, first, last, length, own_column, scale_2,
+                lse + statistics, delta + statistics, first, last, num_queries, own_column, scale_2,
                 HEAD_DIM, COLUMNS, CHUNK, OWN, DEPTH, BLOCK_Q, BLOCK_K, False, UPCAST, TMA,
             )  # fmt: skip
-    dk_of = (dk, batch, key_head, dk_batch, dk_head, dk_token, length)
-    dv_of = (dv, batch, key_head, dv_batch, dv_head, dv_token, length)
+    dk_of = (dk, batch, key_head, dk_batch, dk_head, dk_token, num_keys)
+    dv_of = (dv, batch, key_head, dv_batch, dv_head, dv_token, num_keys)
     _store(dk_of, start, own_column, dk_total * scale, HEAD_DIM, BLOCK_K, OWN, TMA)
     _store(dv_of, start, own_column, dv_total, HEAD_DIM, BLOCK_K, OWN, TMA)
