@@ -1,6 +1,7 @@
 """Grouped-query self-attention with query/key norms, rotary positions and spans, over tensor-parallel heads.
 
-Shapes: S sequence (whole inside attention, also under sequence parallelism), B batch, H hidden, N heads, D head dim.
+Shapes: S sequence (whole inside attention, also under sequence parallelism; under context parallelism a rank's part of
+it), B batch, H hidden, N query heads, G key/value heads, D head dim.
 """
 
 from __future__ import annotations
@@ -40,6 +41,45 @@ class AttentionRecord(Protocol):
     def norm_eps(self) -> float: ...
 
 
+class AttentionCore(torch.nn.Module):
+    """Attention between projected heads: all of a layer's attention but its projections, norms and rotation.
+
+    Where queries are a context rank's part of the sequence, keys and values of all ranks meet here and nowhere else.
+
+    Args:
+        window: keys visible on the past side, the query included; None is unlimited.
+        scale: factor on the scores.
+        recompute: compute attention again in the backward pass, and bring keys and values together again.
+    """
+
+    def __init__(self, window: int | None, scale: float, recompute: bool) -> None:
+        super().__init__()
+        self.window, self.scale, self.recompute = window, scale, recompute
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans) -> torch.Tensor:
+        """Return the attended values of this rank's queries.
+
+        Args:
+            q: [S, B, N, D].
+            k: [S, B, G, D].
+            v: [S, B, G, D].
+            spans: visible ranges, which part of the sequence S is, and how its ranks bring keys and values together.
+
+        Returns:
+            [S, B, N * D].
+        """
+        if self.recompute and self.training:
+            return checkpoint(self._attend, q, k, v, spans, use_reentrant=False)
+        return self._attend(q, k, v, spans)
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans) -> torch.Tensor:
+        if spans.shard is not None and spans.shard.gather is not None:
+            k, v = spans.shard.gather(k, v)
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (q, k, v))
+        attended_BNSD = span_attention(q, k, v, spans, self.window, self.scale)
+        return attended_BNSD.permute(2, 0, 1, 3).flatten(2).contiguous()
+
+
 class SelfAttention(torch.nn.Module):
     """Self-attention of one decoder layer; heads are split over the tensor ranks.
 
@@ -65,7 +105,7 @@ class SelfAttention(torch.nn.Module):
         recompute_core: bool,
     ) -> None:
         super().__init__()
-        self.layer, self.group, self.recompute_core = layer, group, recompute_core
+        self.layer, self.group = layer, group
         self.sequence_parallel = engine.sequence_parallel
         query_size = layer.num_attention_heads * layer.head_dim
         key_size = layer.num_key_value_heads * layer.head_dim
@@ -77,6 +117,7 @@ class SelfAttention(torch.nn.Module):
             else ColumnParallelLinear(hidden_size, key_size, engine, group)
             for _ in range(2)
         )
+        self.core = AttentionCore(layer.window, layer.softmax_scale, recompute_core)
         self.o_proj = RowParallelLinear(query_size, hidden_size, engine, group)
         self.norms = norms
         if norms != "none":
@@ -97,7 +138,7 @@ class SelfAttention(torch.nn.Module):
 
         Args:
             x_SBH: a shard of the sequence under sequence parallelism.
-            rope: cosines and sines [S, B, D / 2] of the whole sequence.
+            rope: cosines and sines [S, B, D / 2].
             spans: visible ranges.
             query_scale: [S, B], factor on rotated queries that depends on their place.
 
@@ -110,18 +151,7 @@ class SelfAttention(torch.nn.Module):
             for projected in column_parallel_weights(x_SBH, weights, self.group, self.sequence_parallel)
         )
         q, k = qk_norm_rope(q, k, rope, query_scale=query_scale, **self._norms())
-        attended = (
-            checkpoint(self._core, q, k, v, spans, use_reentrant=False)
-            if self.recompute_core and self.training
-            else self._core(q, k, v, spans)
-        )
-        return self.o_proj(attended)
-
-    def _core(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans) -> torch.Tensor:
-        layer = self.layer
-        heads_first = (tensor.permute(1, 2, 0, 3) for tensor in (q, k, v))
-        attended_BNSD = span_attention(*heads_first, spans, window=layer.window, scale=layer.softmax_scale)
-        return attended_BNSD.permute(2, 0, 1, 3).flatten(2).contiguous()
+        return self.o_proj(self.core(q, k, v, spans))
 
     def _norms(self) -> dict[str, Any]:
         if self.norms == "none":
