@@ -16,10 +16,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_vlm.layers.attention import AttentionCore, SelfAttention
 from megatron_vlm.layers.rope import rope_table
-from megatron_vlm.parallel.gradients import is_partial
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.mcore_config import engine_config
+from megatron_vlm.parallel.parameters import spec_of
 from megatron_vlm.parallel.sharding import gather_whole, own_part, whole_shape
 from tests.ranks import run_ranks
 from tests.test_span_attention import LENGTH, ROWS, deal, make_spans, shard_of
@@ -146,7 +146,7 @@ def attend(layout: Layout, recompute: bool) -> Results:
 
 def _whole_gradient(parameter: torch.nn.Parameter, groups: ProcessGroupCollection) -> torch.Tensor:
     gradient = parameter.grad
-    for group in (groups.cp, groups.tp) if is_partial(parameter) else (groups.cp,):
+    for group in (groups.cp, groups.tp) if spec_of(parameter).partial else (groups.cp,):
         torch.distributed.all_reduce(gradient, group=group)
     return gather_whole(gradient, parameter, groups)
 

@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.functional import silu
 
-from megatron_vlm.layers.moe import Experts, MoE, TokenShare
+from megatron_vlm.layers.moe import Experts, MoE, TokenShare, TopKRouter
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.mcore_config import engine_config
@@ -23,6 +23,7 @@ class Record:
     num_experts: int
     top_k: int = 2
     intermediate_size: int = WIDTH
+    activation: str = "silu"
 
 
 COUNTS = {
@@ -85,7 +86,7 @@ def test_a_rank_with_all_experts_never_waits() -> None:
         (0,), 0, True, True, None, engine_config(HIDDEN, 1, torch.bfloat16, Layout.over(1, num_layers=1))
     )
     with FakeTensorMode():
-        layer = MoE(HIDDEN, Record(8), chunk, groups)
+        layer = MoE(HIDDEN, Record(8), TopKRouter(HIDDEN, Record(8), chunk.engine), chunk, groups)
         x_SBH = torch.empty(5, 2, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
         is_real = torch.ones(10, dtype=torch.bool)
         output, routing = layer(x_SBH, TokenShare(is_real, is_real.sum(), None))

@@ -14,8 +14,9 @@ from transformers.models.gemma3.modeling_gemma3 import (
 )
 
 from megatron_vlm.layers.embedding import TokenEmbedding, padded_vocab_size
-from megatron_vlm.layers.linear import column_parallel_weights
+from megatron_vlm.layers.linear import multiply
 from megatron_vlm.layers.norm import RMSNorm
+from megatron_vlm.layers.operands import Operand
 from megatron_vlm.layers.rope import rope_table
 from megatron_vlm.layers.vocab_parallel_loss import Head, linear_cross_entropy
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
@@ -135,7 +136,7 @@ def column_parallel_results(sequence_parallel: bool, frozen: tuple[bool, ...], x
     x, *weights = column_inputs(frozen, x_needs_grad)
     x = share(x, 0, groups.tp) if sequence_parallel else x.detach().clone().requires_grad_(x_needs_grad)
     mine = [share(weight, 0, groups.tp) for weight in weights]
-    outputs = column_parallel_weights(x, mine, groups.tp, sequence_parallel)
+    outputs = multiply(x, [Operand(weight) for weight in mine], groups.tp, sequence_parallel)
     whole = [joined(output, -1, groups.tp) for output in outputs]
     if any(output.requires_grad for output in outputs):
         sum(
@@ -156,7 +157,7 @@ def column_inputs(frozen: tuple[bool, ...], x_needs_grad: bool) -> list[torch.Te
 @pytest.mark.parametrize("frozen", [(False,) * 3, (True, False, True), (True,) * 3], ids=["none", "some", "all"])
 @pytest.mark.parametrize("x_needs_grad", [True, False])
 @pytest.mark.parametrize(("world_size", "sequence_parallel"), [(1, True), (2, False), (2, True)])
-def test_column_parallel_weights(
+def test_linears_on_one_input(
     world_size: int, sequence_parallel: bool, x_needs_grad: bool, frozen: tuple[bool, ...]
 ) -> None:
     x, *weights = column_inputs(frozen, x_needs_grad)

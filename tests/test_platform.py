@@ -35,7 +35,7 @@ from megatron_vlm import platform
 from megatron_vlm.checkpoint import optimizer_state
 from megatron_vlm.checkpoint.manager import CheckpointManager, sharded_model_state
 from megatron_vlm.checkpoint.run_folder import ModelIdentity
-from megatron_vlm.layers.moe import MoE, TokenShare
+from megatron_vlm.layers.moe import MoE, TokenShare, TopKRouter
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.groups import build_groups
 from megatron_vlm.parallel.layout import Layout
@@ -243,6 +243,7 @@ class _Experts:
     num_experts: int = 4
     top_k: int = 2
     intermediate_size: int = 8
+    activation: str = "silu"
 
 
 def _exchange_tokens() -> None:
@@ -250,7 +251,7 @@ def _exchange_tokens() -> None:
     groups = build_groups(Layout.over(2, expert_size=2))
     MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = None  # one for all dispatchers, made by the first
     chunk = ChunkSettings((0,), 0, True, True, None, engine_config(8, 1, torch.float32, Layout.over(1, num_layers=1)))
-    layer = MoE(8, _Experts(), chunk, groups)
+    layer = MoE(8, _Experts(), TopKRouter(8, _Experts(), chunk.engine), chunk, groups)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
     x_SBH = torch.randn(3 + groups.ep.rank(), 1, 8)

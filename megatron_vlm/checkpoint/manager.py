@@ -84,8 +84,9 @@ def sharded_model_state(
             assert name not in state or spec.stages == "all", f"two chunks of one rank hold {name}"
             offsets = [(split.dim, split.group.rank(), split.group.size()) for split in splits(parameter, groups)]
             # The ranks that share an expert divide it, in whichever of its groups they are.
-            tensor_copy = 0 if offsets or spec.is_expert else groups.tp.rank()
-            stage_copy = int(getattr(parameter, "shared", False))
+            tensor_group = groups.expt_tp if spec.is_expert else groups.tp
+            tensor_copy = 0 if spec.tensor_dim is not None else tensor_group.rank()
+            stage_copy = int(spec.stages != "one" and getattr(parameter, "shared", False))
             replica = (stage_copy, tensor_copy, replica_group(parameter, groups).rank())
             key = f"{name} {number}" if name in state else name
             state[key] = ShardedTensor.from_rank_offsets(name, parameter, *offsets, replica_id=replica)

@@ -17,9 +17,10 @@ from megatron_vlm.layers.linear import (
     Group,
     ReplicatedLinear,
     RowParallelLinear,
-    column_parallel_weights,
+    multiply,
 )
 from megatron_vlm.layers.norm import RMSNorm
+from megatron_vlm.layers.operands import Operand
 from vlm_kernels.rope import RopeTable, qk_norm_rope
 from vlm_kernels.span_attention import Spans, span_attention
 
@@ -145,10 +146,10 @@ class SelfAttention(torch.nn.Module):
         Returns:
             Like `x_SBH`.
         """
-        weights = (self.q_proj()[0], *self._key_value_weights())
+        operands = (self.q_proj(), *self._key_value_operands())
         q, k, v = (
             projected.unflatten(-1, (-1, self.layer.head_dim))
-            for projected in column_parallel_weights(x_SBH, weights, self.group, self.sequence_parallel)
+            for projected in multiply(x_SBH, operands, self.group, self.sequence_parallel)
         )
         q, k = qk_norm_rope(q, k, rope, query_scale=query_scale, **self._norms())
         return self.o_proj(self.core(q, k, v, spans))
@@ -163,10 +164,10 @@ class SelfAttention(torch.nn.Module):
             "zero_centered": self.norms == "zero_centered",
         }
 
-    def _key_value_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        k, v = self.k_proj()[0], self.v_proj()[0]
+    def _key_value_operands(self) -> tuple[Operand, Operand]:
+        k, v = self.k_proj(), self.v_proj()
         if not self.replicated_keys:
             return k, v
         head = self.group.rank() * self.layer.num_key_value_heads // self.group.size()
         start, size = head * self.layer.head_dim, self.layer.head_dim
-        return k.narrow(0, start, size), v.narrow(0, start, size)
+        return k.rows(start, size), v.rows(start, size)

@@ -1,11 +1,14 @@
 """Tensor-parallel linear layers on megatron-core's, and several column-parallel ones that share one input.
 
+What a linear multiplies with is an `Operand` (`layers.operands`): a parameter or what a provider makes of other
+storage, and possibly a low-rank pair.
+
 Shapes: S sequence (a shard of it under sequence parallelism), B batch, H hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +16,15 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import divide
 
+from megatron_vlm.layers.operands import Operand, OperandOwner, Provider
 from megatron_vlm.parallel.parameters import declare, normal, zeros
 from megatron_vlm.parallel.sequence import Group, gather_sequence, reduce_input_gradient
 
 
-class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
+class ColumnParallelLinear(OperandOwner, tensor_parallel.ColumnParallelLinear):
     """Holds rows of a weight [out, in]; `column_parallel` multiplies.
 
-    Calling it returns (weight, bias): reading them past the call would bypass the hooks by which megatron-core's
+    Calling it returns its operand: reading weights past the call would bypass the hooks by which megatron-core's
     overlapped parameter gathering waits for them.
     """
 
@@ -30,12 +34,17 @@ class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
         if bias:
             declare(self.bias, "vector", zeros, tensor_dim=0)
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(weight [out / tensor ranks, in], bias [out / tensor ranks] or None)."""
-        return self.weight, self.bias
+    def forward(self) -> Operand:
+        """Weight [out / tensor ranks, in] and bias [out / tensor ranks] or None."""
+        return self.operand(self.weight, self.bias)
+
+    def add_low_rank(self, rank: int, scale: float) -> None:
+        """Add a low-rank pair; see `OperandOwner`."""
+        out_size, in_size = self.output_size_per_partition, self.input_size
+        self._add_pair(rank, in_size, (out_size,), scale, a_partial=True, b_tensor_dim=0)
 
 
-class SectionedColumnParallelLinear(torch.nn.Module):
+class SectionedColumnParallelLinear(OperandOwner, torch.nn.Module):
     """Several column-parallel linears in one weight [sections, out, in], each section split over the tensor ranks.
 
     A fused weight [sections * out, in] is the same numbers in the same order, but a rank's rows of it do not lie
@@ -51,18 +60,22 @@ class SectionedColumnParallelLinear(torch.nn.Module):
 
     def __init__(self, in_size: int, out_size: int, sections: int, engine: TransformerConfig, group: Group) -> None:
         super().__init__()
-        rows = divide(out_size, group.size())
+        rows, self.in_size = divide(out_size, group.size()), in_size
         self.weight = torch.nn.Parameter(torch.empty(sections, rows, in_size, dtype=engine.params_dtype))
         self.bias = torch.nn.Parameter(torch.empty(sections, rows, dtype=engine.params_dtype))
         declare(self.weight, "matrix", normal, tensor_dim=1)
         declare(self.bias, "vector", zeros, tensor_dim=1)
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(weight [sections * out / tensor ranks, in], bias [sections * out / tensor ranks])."""
-        return self.weight.flatten(0, 1), self.bias.flatten()
+    def forward(self) -> Operand:
+        """Weight [sections * out / tensor ranks, in] and bias [sections * out / tensor ranks]."""
+        return self.operand(None if self.weight is None else self.weight.flatten(0, 1), self.bias.flatten())
+
+    def add_low_rank(self, rank: int, scale: float) -> None:
+        """Add a low-rank pair, its B in sections too; see `OperandOwner`."""
+        self._add_pair(rank, self.in_size, tuple(self.bias.shape), scale, a_partial=True, b_tensor_dim=1)
 
 
-class ReplicatedLinear(torch.nn.Linear):
+class ReplicatedLinear(OperandOwner, torch.nn.Linear):
     """A whole weight [out, in] without bias on every tensor rank, which uses some of its rows.
 
     Called like `ColumnParallelLinear`.
@@ -72,12 +85,16 @@ class ReplicatedLinear(torch.nn.Linear):
         super().__init__(in_size, out_size, bias=False, dtype=engine.params_dtype)
         declare(self.weight, "matrix", normal, partial=True)
 
-    def forward(self) -> tuple[torch.Tensor, None]:
-        """(weight [out, in], None)."""
-        return self.weight, None
+    def forward(self) -> Operand:  # type: ignore[override]
+        """Weight [out, in]."""
+        return self.operand(self.weight, None)
+
+    def add_low_rank(self, rank: int, scale: float) -> None:
+        """Add a low-rank pair; see `OperandOwner`."""
+        self._add_pair(rank, self.in_features, (self.out_features,), scale, a_partial=True, b_partial=True)
 
 
-class RowParallelLinear(tensor_parallel.RowParallelLinear):
+class RowParallelLinear(OperandOwner, tensor_parallel.RowParallelLinear):
     """Holds columns of a weight [out, in]; sums over the tensor ranks (and scatters under sequence parallelism)."""
 
     def __init__(self, in_size: int, out_size: int, engine: TransformerConfig, group: Group, bias: bool = False):
@@ -101,6 +118,15 @@ class RowParallelLinear(tensor_parallel.RowParallelLinear):
         """Map [S, B, in / tensor ranks] to [S, B, out]."""
         return super().forward(x)[0]
 
+    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor | None, *_: Any, **__: Any) -> torch.Tensor:
+        """This rank's summand, in place of megatron-core's product of input and weight alone."""
+        return multiply(input, (self.operand(weight, None),))[0]
+
+    def add_low_rank(self, rank: int, scale: float) -> None:
+        """Add a low-rank pair; see `OperandOwner`."""
+        in_size, out_size = self.input_size_per_partition, self.output_size
+        self._add_pair(rank, in_size, (out_size,), scale, a_tensor_dim=1, b_partial=True)
+
 
 def _no_init(weight: torch.Tensor) -> None:
     """Weights are set by their declarations after the model is built (`model.init_weights`)."""
@@ -123,20 +149,27 @@ def column_parallel(
     Returns:
         One [S, B, out / tensor ranks] per linear, over the whole sequence.
     """
-    weights, biases = zip(*(linear() for linear in linears), strict=True)
-    outputs = column_parallel_weights(x, weights, group, sequence_parallel)
+    return multiply(x, [linear() for linear in linears], group, sequence_parallel)
+
+
+def multiply(
+    x: torch.Tensor, operands: Sequence[Operand], group: Group | None = None, sequence_parallel: bool = False
+) -> list[torch.Tensor]:
+    """`column_parallel` on bare operands; without a group, nothing is exchanged."""
+    tensors = [tensor for operand in operands for tensor in operand.tensors()]
+    providers = (None if isinstance(operand.weight, torch.Tensor) else operand.weight for operand in operands)
+    forms = [(provider, operand.scale) for provider, operand in zip(providers, operands, strict=True)]
+    gathers = sequence_parallel and group is not None and group.size() > 1
+    outputs = _SharedInputLinear.apply(x, group, gathers, forms, *tensors)
+    biases = [operand.bias for operand in operands]
     return [output if bias is None else output + bias for output, bias in zip(outputs, biases, strict=True)]
 
 
-def column_parallel_weights(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], group: Group, sequence_parallel: bool
-) -> tuple[torch.Tensor, ...]:
-    """`column_parallel` on bare weights."""
-    return _SharedInputLinear.apply(x, group, sequence_parallel and group.size() > 1, *weights)
-
-
 class _SharedInputLinear(torch.autograd.Function):
-    """y_i = gather(x) W_i^T. Saves only the shard of x; gathers it again in the backward pass.
+    """y_i = gather(x) W_i^T + s_i (gather(x) A_i^T) B_i^T.
+
+    Of the input only the shard is saved, and gathered again in the backward pass; nothing of it where no weight trains.
+    A weight from a provider is not saved either, but asked for again.
 
     megatron-core's column-parallel linear does the same for one weight; three of them on one input would gather the
     sequence three times, or sum three input gradients over the tensor ranks.
@@ -144,34 +177,82 @@ class _SharedInputLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, group: Group, sequence_parallel: bool, *weights: torch.Tensor
+        ctx: Any,
+        x: torch.Tensor,
+        group: Group | None,
+        gathers: bool,
+        forms: Sequence[tuple[Provider | None, float]],
+        *tensors: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
-        ctx.save_for_backward(x, *weights)
-        ctx.group, ctx.sequence_parallel = group, sequence_parallel
-        whole = gather_sequence(x, group)[0] if sequence_parallel else x
-        return tuple(torch.matmul(whole, weight.t()) for weight in weights)
+        full = gather_sequence(x, group)[0] if gathers and group is not None else x
+        outputs, inners = [], []
+        for (provider, scale), weight, a, b in _operands(forms, tensors):
+            output = torch.matmul(full, _weight(provider, weight).t())
+            inner = None
+            if a is not None and b is not None:
+                inner = torch.matmul(full, a.t())
+                output.flatten(0, -2).addmm_(inner.flatten(0, -2), b.t(), alpha=scale)
+            outputs.append(output)
+            inners.append(inner)
+        # B's gradient needs the inner activations, W's and A's the input.
+        trains = any(ctx.needs_input_grad[4::3]) or any(ctx.needs_input_grad[5::3])
+        ctx.save_for_backward(x if trains else None, *inners, *tensors)
+        ctx.group, ctx.gathers, ctx.forms = group, gathers, forms
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
-        needs_x, needs_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
-        whole, gathering = x, None
-        if ctx.sequence_parallel and any(needs_weights):
-            whole, gathering = gather_sequence(x, ctx.group, async_op=True)
+        x, *saved = ctx.saved_tensors
+        inners, tensors = saved[: len(ctx.forms)], saved[len(ctx.forms) :]
+        operands = list(_operands(ctx.forms, tensors))
+        full, gathering = x, None
+        if ctx.gathers and x is not None:
+            full, gathering = gather_sequence(x, ctx.group, async_op=True)
+        inner_gradients = [
+            None if b is None else scale * torch.matmul(gradient, b)
+            for gradient, ((_, scale), _, _, b) in zip(gradients, operands, strict=True)
+        ]
         grad_x, reducing = None, None
-        if needs_x:
-            grad_x = _sum_of_products(gradients, weights)
-            grad_x, reducing = reduce_input_gradient(grad_x, ctx.group, ctx.sequence_parallel)
+        if ctx.needs_input_grad[0]:
+            weights = [_weight(provider, weight) for (provider, _), weight, *_ in operands]
+            pairs = [
+                (of_inner, a) for of_inner, (_, _, a, _) in zip(inner_gradients, operands, strict=True) if a is not None
+            ]
+            of_inners, matrices = zip(*pairs, strict=True) if pairs else ((), ())
+            grad_x = _sum_of_products((*gradients, *of_inners), (*weights, *matrices))
+            if ctx.group is not None:
+                grad_x, reducing = reduce_input_gradient(grad_x, ctx.group, ctx.gathers)
         if gathering is not None:
             gathering.wait()
-        rows = whole.flatten(0, -2)
-        grad_weights = [
-            torch.matmul(gradient.flatten(0, -2).t(), rows) if needed else None
-            for gradient, needed in zip(gradients, needs_weights, strict=True)
-        ]
+        grads: list[torch.Tensor | None] = []
+        for index, (gradient, of_inner, inner) in enumerate(zip(gradients, inner_gradients, inners, strict=True)):
+            (_, scale), *_ = operands[index]
+            of_weight, of_a, of_b = ctx.needs_input_grad[4 + 3 * index : 7 + 3 * index]
+            grads.append(_outer(gradient, full) if of_weight else None)
+            grads.append(_outer(of_inner, full) if of_a else None)
+            grads.append(scale * _outer(gradient, inner) if of_b else None)
         if reducing is not None:
             reducing.wait()
-        return grad_x, None, None, *grad_weights
+        return grad_x, None, None, None, *grads
+
+
+def _operands(
+    forms: Sequence[tuple[Provider | None, float]], tensors: Sequence[torch.Tensor | None]
+) -> Iterator[tuple[tuple[Provider | None, float], torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
+    """Of every linear: (provider, scale), weight, A, B."""
+    return zip(forms, tensors[::3], tensors[1::3], tensors[2::3], strict=True)
+
+
+def _weight(provider: Provider | None, weight: torch.Tensor | None) -> torch.Tensor:
+    weight = weight if provider is None else provider()
+    assert weight is not None
+    return weight
+
+
+def _outer(gradient: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor:
+    """Sum over tokens of the outer products of an output's gradient and an input."""
+    assert gradient is not None and rows is not None
+    return torch.matmul(gradient.flatten(0, -2).t(), rows.flatten(0, -2))
 
 
 def _sum_of_products(inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Mixture of experts: a router, megatron-core's token dispatchers, and all experts of a rank in one grouped product.
+"""Mixture of experts: a router, megatron-core's token dispatchers, and all experts of a rank in one grouped matmul.
 
 The dispatchers permute tokens by our kernels (`layers.expert_permutation`); a rank that holds all experts needs none.
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed
@@ -25,9 +25,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import grouped_mm, linear, pad
 
 from megatron_vlm.layers.expert_permutation import install as install_expert_permutation
+from megatron_vlm.layers.operands import Operand, Provider
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
-from megatron_vlm.parallel.parameters import declare, normal
-from vlm_kernels.gated import gated_halves
+from megatron_vlm.parallel.parameters import declare, normal, zeros
+from vlm_kernels.gated import Activation, gated_halves
 from vlm_kernels.permute import expert_permutation, permute, unpermute
 
 DISPATCHERS = {"alltoall": MoEAlltoAllTokenDispatcher, "allgather": MoEAllGatherTokenDispatcher}
@@ -42,6 +43,8 @@ class MoERecord(Protocol):
     def top_k(self) -> int: ...
     @property
     def intermediate_size(self) -> int: ...
+    @property
+    def activation(self) -> Activation: ...
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class TokenShare:
         return TokenShare(is_real, num_real, common_length)
 
 
-class Router(torch.nn.Module):
+class TopKRouter(torch.nn.Module):
     """Chooses experts: top-k of the logits, softmax over the chosen ones, in fp32.
 
     The softmax over all experts, cut to its top k and normalised to sum to one, is the same. transformers computes the
@@ -114,7 +117,7 @@ class Router(torch.nn.Module):
 
 
 class Experts(torch.nn.Module):
-    """down(silu(gate(x)) * up(x)) of this rank's experts, each on its own rows, by grouped products.
+    """down(activation(gate(x)) * up(x)) of this rank's experts, each on its own rows, by grouped matmuls.
 
     Gate and up are two sections of one weight, [experts, 2, I, H], so that a share of I has both; in memory that is
     transformers' [experts, 2 I, H].
@@ -131,11 +134,14 @@ class Experts(torch.nn.Module):
     ) -> None:
         super().__init__()
         count, width = moe.num_experts // groups.ep.size(), moe.intermediate_size // groups.expt_tp.size()
-        dtype = engine.params_dtype
+        self.activation, dtype = moe.activation, engine.params_dtype
         self.gate_up_proj = torch.nn.Parameter(torch.empty(count, 2, width, hidden_size, dtype=dtype))
         self.down_proj = torch.nn.Parameter(torch.empty(count, hidden_size, width, dtype=dtype))
         for weight in (self.gate_up_proj, self.down_proj):
             declare(weight, "matrix", normal, tensor_dim=2, is_expert=True)
+        self.expert_tensor_rank = groups.expt_tp.rank()
+        self.providers: dict[str, Provider] = {}
+        self.low_rank_scales: dict[str, float] = {}
 
     def forward(self, x_TH: torch.Tensor, tokens_per_expert: torch.Tensor, weights_T: torch.Tensor) -> torch.Tensor:
         """Weighted outputs [T, H], partial sums if experts are shared.
@@ -146,10 +152,78 @@ class Experts(torch.nn.Module):
             weights_T: the router's weight of each row.
         """
         ends = tokens_per_expert.to(x_TH.device, non_blocking=True).cumsum(0, dtype=torch.int32)
-        gate_up = grouped_mm(x_TH, self.gate_up_proj.flatten(1, 2).transpose(1, 2), offs=ends)
-        # The weight is applied where rows are narrow; the last product is linear.
-        hidden = gated_halves(gate_up, "silu", weights_T, consume=True)
-        return grouped_mm(hidden, self.down_proj.transpose(1, 2), offs=ends)
+        gate_up = grouped_linear(x_TH, self._operand("gate_up_proj"), ends)
+        # The weight is applied where rows are narrow; the last matmul is linear.
+        hidden = gated_halves(gate_up, self.activation, weights_T, consume=True)
+        return grouped_linear(hidden, self._operand("down_proj"), ends)
+
+    def provide_weight(self, name: Literal["gate_up_proj", "down_proj"], provider: Provider) -> None:
+        """Take a weight [experts, out, in] of this rank from a provider; the parameter goes, and with it its memory."""
+        self.providers[name] = provider
+        self.register_parameter(name, None)
+
+    def add_low_rank(self, name: Literal["gate_up_proj", "down_proj"], rank: int, scale: float) -> None:
+        """Add a pair to each expert: A [experts, rank, in] is drawn, B [experts, out, rank] is zero.
+
+        The side of the experts' width is divided like the weight. The other is whole on each of the ranks that share an
+        expert, with a partial gradient. A GPU's grouped matmul needs rows of a multiple of 16 bytes: in bf16, a rank
+        that is a multiple of 8.
+        """
+        like = getattr(self, name) if name not in self.providers else self.providers[name]()
+        gate_up = name == "gate_up_proj"
+        count, in_size, out_sizes = like.shape[0], like.shape[-1], like.flatten(1, -2).shape[1:-1]
+        if gate_up:
+            out_sizes = (2, out_sizes[0] // 2)
+        shapes = (count, rank, in_size), (count, *out_sizes, rank)
+        a, b = (torch.nn.Parameter(like.new_empty(shape)) for shape in shapes)
+        declare(a, "matrix", normal, is_expert=True, tensor_dim=None if gate_up else 2, partial=gate_up)
+        declare(b, "matrix", zeros, is_expert=True, tensor_dim=2 if gate_up else None, partial=not gate_up)
+        self.register_parameter(f"{name}_lora_A", a)
+        self.register_parameter(f"{name}_lora_B", b)
+        self.low_rank_scales[name] = scale
+        # megatron-core's gradient norm would count the copies of the undivided side.
+        (a if gate_up else b).shared = self.expert_tensor_rank != 0  # type: ignore[attr-defined]
+
+    def _operand(self, name: str) -> Operand:
+        """Weight [experts, out, in] and low-rank pair of a linear, gate and up together."""
+        weight = self.providers[name] if name in self.providers else getattr(self, name).flatten(1, -2)
+        if name not in self.low_rank_scales:
+            return Operand(weight)
+        a, b = getattr(self, f"{name}_lora_A"), getattr(self, f"{name}_lora_B").flatten(1, -2)
+        return Operand(weight, None, a, b, self.low_rank_scales[name])
+
+
+def grouped_linear(x_TH: torch.Tensor, operand: Operand, ends: torch.Tensor) -> torch.Tensor:
+    """Each expert's linear on its own rows, [T, in] to [T, out].
+
+    Args:
+        x_TH: rows grouped by expert.
+        operand: of all experts of the rank, [experts, out, in].
+        ends: [experts] int32, where each expert's rows end.
+    """
+    if isinstance(operand.weight, torch.Tensor):
+        output = grouped_mm(x_TH, operand.weight.transpose(1, 2), offs=ends)
+    else:
+        output = _ProvidedGroupedLinear.apply(x_TH, operand.weight, ends)
+    if operand.a is None or operand.b is None:
+        return output
+    inner = grouped_mm(x_TH, operand.a.transpose(1, 2), offs=ends)
+    return output + operand.scale * grouped_mm(inner, operand.b.transpose(1, 2), offs=ends)
+
+
+class _ProvidedGroupedLinear(torch.autograd.Function):
+    """A grouped matmul whose weights are asked for again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: torch.Tensor, provider: Provider, ends: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(ends)
+        ctx.provider = provider
+        return grouped_mm(x_TH, provider().transpose(1, 2), offs=ends)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        (ends,) = ctx.saved_tensors
+        return grouped_mm(gradient.contiguous(), ctx.provider(), offs=ends), None, None
 
 
 class MoE(torch.nn.Module):
@@ -161,14 +235,23 @@ class MoE(torch.nn.Module):
     Args:
         hidden_size: H.
         moe: the layer's record.
+        router: chooses experts: called with its input [T, H] and which tokens are real, it returns what
+            `TopKRouter` does. Its parameters are the layer's `gate`.
         chunk: how the chunk is held.
         groups: process groups.
     """
 
-    def __init__(self, hidden_size: int, moe: MoERecord, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        moe: MoERecord,
+        router: torch.nn.Module,
+        chunk: ChunkSettings,
+        groups: ProcessGroupCollection,
+    ) -> None:
         super().__init__()
         self.top_k = moe.top_k
-        self.gate = Router(hidden_size, moe, chunk.engine)
+        self.gate = router
         self.experts = Experts(hidden_size, moe, chunk.engine, groups)
         self.dispatcher = None
         if groups.tp_ep.size() == 1:
@@ -193,15 +276,20 @@ class MoE(torch.nn.Module):
             count, list(range(first, first + count)), engine, groups
         )
 
-    def forward(self, x_SBH: torch.Tensor, share: TokenShare) -> tuple[torch.Tensor, Routing]:
+    def forward(
+        self, x_SBH: torch.Tensor, share: TokenShare, router_input: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Routing]:
         """[S, B, H] to the same, and where the tokens went.
 
         Args:
-            x_SBH: normalised hidden states.
+            x_SBH: what experts compute with.
             share: about these tokens.
+            router_input: [S, B, H], what the router looks at; None for the same.
         """
         x_TH = x_SBH.flatten(0, 1)
-        weights, chosen, routing = self.gate(x_TH, share.is_real)
+        weights, chosen, routing = self.gate(
+            x_TH if router_input is None else router_input.flatten(0, 1), share.is_real
+        )
         if share.common_length is not None:
             # Rows that choose no expert.
             missing = (0, 0, 0, share.common_length - x_TH.shape[0])

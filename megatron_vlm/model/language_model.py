@@ -120,7 +120,9 @@ class LanguageModelChunk(torch.nn.Module):
 
     def head_weight(self) -> torch.Tensor:
         """This rank's rows of the head, [vocabulary / tensor ranks, H]."""
-        return self.embed_tokens(None) if self.text.tie_word_embeddings else self.lm_head()[0]
+        weight = self.embed_tokens(None) if self.text.tie_word_embeddings else self.lm_head().weight
+        assert isinstance(weight, torch.Tensor)
+        return weight
 
     def losses(self, x_SBH: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         """Loss of every token in fp32, [B, S], 0 without a label; while training with the z-loss."""

@@ -32,6 +32,7 @@ def finalize_gradients(
     assert pg_collection is not None
     megatron_finalize(list(model), num_tokens, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
     partial: list[torch.Tensor] = []
+    partial_of_experts: list[torch.Tensor] = []
     copies: dict[str, dict[str, list[torch.Tensor]]] = {"first_and_last": {}, "all": {}}
     for chunk in model:
         for name, parameter in chunk.named_parameters():
@@ -40,10 +41,11 @@ def finalize_gradients(
                 continue
             spec = spec_of(parameter, name)
             if spec.partial:
-                partial.append(gradient)
+                (partial_of_experts if spec.is_expert else partial).append(gradient)
             if spec.stages != "one":
                 copies[spec.stages].setdefault(name, []).append(gradient)
     _sum(partial, pg_collection.tp)
+    _sum(partial_of_experts, pg_collection.expt_tp)
     _sum_copies(copies["first_and_last"], pg_collection.embd)
     _sum_copies(copies["all"], pg_collection.pp)
 

@@ -63,7 +63,7 @@ class ParameterSpec:
         is_expert: dimension 0 counts experts, which are split over the expert ranks; gradients are summed over the
             ranks of `expt_dp`.
         partial: each tensor rank's gradient is a part of it, from some heads, some of the sequence or some images; the
-            parts are summed over the tensor ranks once per step.
+            parts are summed over the tensor ranks (of an expert, the expert-tensor ranks) once per step.
         stages: pipeline chunks that hold a copy. Gradients of copies are summed over them, and the first chunk's copy
             counts in the gradient norm and in checkpoints. With `all`, every chunk must compute with its copy.
     """

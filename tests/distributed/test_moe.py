@@ -19,7 +19,7 @@ from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLM
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextSparseMoeBlock
 
 from megatron_vlm.families.qwen3_vl.config import MoEConfig
-from megatron_vlm.layers.moe import MoE, TokenShare
+from megatron_vlm.layers.moe import MoE, TokenShare, TopKRouter
 from megatron_vlm.parallel.chunk_settings import ChunkSettings, MoESettings
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.mcore_config import engine_config
@@ -128,7 +128,8 @@ def run_load(
 ) -> Result:
     engine = engine_config(HIDDEN, 4, dtype, layout.ranks(num_layers=1))
     chunk = ChunkSettings((0,), 0, True, True, None, engine, moe=MoESettings(dispatcher))
-    layer = MoE(HIDDEN, MoEConfig(EXPERTS, load.top_k, WIDTH), chunk, groups)
+    config = MoEConfig(EXPERTS, load.top_k, WIDTH)
+    layer = MoE(HIDDEN, config, TopKRouter(HIDDEN, config, engine), chunk, groups)
     weights = load.weights()
     for name, parameter in layer.named_parameters():
         with torch.no_grad():

@@ -16,7 +16,8 @@ from megatron_vlm.conversion.running_model import load_hf_into_model
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families import registry
 from megatron_vlm.families.build import BuildSettings, build_chunks, wrap_data_parallel
-from megatron_vlm.layers.linear import column_parallel_weights
+from megatron_vlm.layers.linear import multiply
+from megatron_vlm.layers.operands import Operand
 from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.parallel.chunk_settings import LossSettings, MoESettings
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
@@ -188,9 +189,8 @@ def _record_logits(model: Sequence[torch.nn.Module], groups: ProcessGroupCollect
     @torch.no_grad()
     def logits(x: torch.Tensor) -> torch.Tensor:
         head = language_model.head
-        (part,) = column_parallel_weights(
-            language_model.norm(x), [language_model.head_weight()], groups.tp, head.sequence_parallel
-        )
+        weight = Operand(language_model.head_weight())
+        (part,) = multiply(language_model.norm(x), [weight], groups.tp, head.sequence_parallel)
         parts = [torch.empty_like(part) for _ in range(groups.tp.size())]
         torch.distributed.all_gather(parts, part.contiguous(), group=groups.tp)
         return torch.cat(parts, dim=-1).transpose(0, 1).cpu()

@@ -8,6 +8,7 @@ from functools import partial
 from transformers import PretrainedConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 
 from megatron_vlm.model.configs import DecoderConfig, DecoderLayerConfig, Narrowed, VisionLanguageConfig, require
+from vlm_kernels.gated import Activation
 
 _require = partial(require, model="Qwen3-VL")
 
@@ -19,11 +20,13 @@ class MoEConfig:
     Attributes:
         top_k: experts per token; their softmax weights are normalised to sum to one.
         intermediate_size: width of one expert.
+        activation: of the gate.
     """
 
     num_experts: int
     top_k: int
     intermediate_size: int
+    activation: Activation = "silu"
 
 
 @dataclass(frozen=True)

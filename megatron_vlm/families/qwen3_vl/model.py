@@ -21,7 +21,7 @@ from megatron_vlm.layers.attention import SelfAttention
 from megatron_vlm.layers.embedding import place_features, spread_features
 from megatron_vlm.layers.expert_use import ExpertUse
 from megatron_vlm.layers.mlp import GatedMLP
-from megatron_vlm.layers.moe import MoE, Routing, TokenShare
+from megatron_vlm.layers.moe import MoE, Routing, TokenShare, TopKRouter
 from megatron_vlm.layers.norm import add_and_norm
 from megatron_vlm.layers.rope import RopeTable, mrope_table
 from megatron_vlm.model.language_model import LanguageModelChunk, residual_norm
@@ -51,7 +51,7 @@ class DecoderLayer(torch.nn.Module):
         self.mlp: MoE | GatedMLP = (
             GatedMLP(text.hidden_size, layer.intermediate_size, "silu", chunk.engine, groups.tp)
             if layer.moe is None
-            else MoE(text.hidden_size, layer.moe, chunk, groups)
+            else MoE(text.hidden_size, layer.moe, TopKRouter(text.hidden_size, layer.moe, chunk.engine), chunk, groups)
         )
 
     def forward(
