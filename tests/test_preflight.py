@@ -21,7 +21,6 @@ from tests import published_mistral3
 from tests.published_gemma3 import TEXT_ONLY, published_config
 
 FAMILY = registry.FAMILIES[0]
-PARTS = ("language_model", "vision_tower", "projector")
 
 
 def run_config(*overrides: str) -> Config:
@@ -40,7 +39,7 @@ def model_record(name: str) -> tuple[Any, dict[str, tuple[int, ...]]]:
 
 
 def layout_of(name: str, world_size: int, *overrides: str) -> Layout:
-    return check_layout(run_config(*overrides), model_record(name)[0], world_size, PARTS)
+    return check_layout(run_config(*overrides), model_record(name)[0], world_size)
 
 
 TENSOR, PIPELINE = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
@@ -142,8 +141,8 @@ def test_key_value_heads_may_be_replicated_but_not_split_unevenly() -> None:
 def test_vision_heads_matter_only_when_the_tower_is_split(hf_config: PretrainedConfig) -> None:
     model_config = registry.detect(hf_config).config_from_hf(hf_config, text_only=False)
     with pytest.raises(ConfigError, match=r"vision attention heads 16 .* or model.vision_parallelism data"):
-        check_layout(run_config(f"{TENSOR}=32"), model_config, 32, PARTS)
-    check_layout(run_config(f"{TENSOR}=32", "model.vision_parallelism=data"), model_config, 32, PARTS)
+        check_layout(run_config(f"{TENSOR}=32"), model_config, 32)
+    check_layout(run_config(f"{TENSOR}=32", "model.vision_parallelism=data"), model_config, 32)
 
 
 def test_mistral3_problems_name_what_it_has() -> None:
@@ -151,13 +150,11 @@ def test_mistral3_problems_name_what_it_has() -> None:
     hf_config = published_mistral3.published_config("mistral3_24b")
     family = registry.detect(hf_config)
     model_config = family.config_from_hf(hf_config, text_only=False)
-    parts = {name.partition(".")[0] for name, _ in family.weight_map(model_config).items()}
-    assert parts == set(PARTS)
-    layout = check_layout(run_config(f"{TENSOR}=16", f"{PIPELINE}=2"), model_config, 32, parts)
+    layout = check_layout(run_config(f"{TENSOR}=16", f"{PIPELINE}=2"), model_config, 32)
     assert [len(chunk) for chunk in layout.chunks] == [20, 20]
     wrong = run_config(f"{TENSOR}=3", "parallel.expert_model_parallel_size=2", "model.freeze=[audio_tower]")
     with pytest.raises(ConfigError) as caught:
-        check_layout(wrong, model_config, 3, parts)
+        check_layout(wrong, model_config, 3)
     for text in (
         "attention heads 32",
         "feed-forward size 32768",
@@ -189,7 +186,7 @@ def test_counts_per_rank_add_up() -> None:
     embedding = math.prod(shapes["language_model.embed_tokens.weight"])
     assert total == sum(map(math.prod, shapes.values())) + embedding
     parts = [{name.partition(".")[0] for name in parameters} for parameters in held]
-    assert parts[0] == set(PARTS) and parts[1] == {"language_model"}
+    assert parts[0] == set(model_config.parts) and parts[1] == {"language_model"}
     assert count(held[3]) == embedding + model_config.text.hidden_size  # the head and the final norm
 
 

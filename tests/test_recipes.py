@@ -44,9 +44,8 @@ def recipe(name: str, *overrides: str) -> tuple[Config, Layout, str]:
     config = load_config(["--config", str(path), *overrides])
     started = re.search(r"torchrun --nnodes (\d+) --nproc-per-node (\d+) ", path.read_text())
     assert started
-    _, model_config, shapes = record(name)
-    parts = {name.partition(".")[0] for name in shapes}
-    return config, check_layout(config, model_config, int(started[1]) * int(started[2]), parts), path.read_text()
+    _, model_config, _ = record(name)
+    return config, check_layout(config, model_config, int(started[1]) * int(started[2])), path.read_text()
 
 
 @cache
@@ -62,9 +61,10 @@ def test_parameters_equal_transformers(name: str) -> None:
     auto = AutoModelForCausalLM if SIZES[name].model_type == "gemma3_text" else AutoModelForImageTextToText
     with torch.device("meta"):
         reference = auto.from_config(SIZES[name])
-    family, model_config, _ = record(name)
+    family, model_config, shapes = record(name)
     counted = sum(math.prod(weight.shape) for _, weight in family.weight_map(model_config).items())
     assert counted == sum(parameter.numel() for parameter in reference.parameters())
+    assert {*model_config.parts} == {name.partition(".")[0] for name in shapes}
 
 
 @pytest.mark.parametrize("name", published_mistral3.SIZES)

@@ -72,7 +72,7 @@ def dry_run(config: Config, say: Callable[[str], None] = print) -> int:
     report = _Report(say)
     layouts: list[Layout] = []
     checks: list[RowCheck] = []
-    report.attempt(lambda: _describe_layout(config, model_config, shapes, layouts))
+    report.attempt(lambda: _describe_layout(config, model_config, layouts))
     report.attempt(lambda: _check_weights(config, family, model_config))
     report.attempt(lambda: _check_load(config, family, model_config))
     report.attempt(lambda: _check_places(config))
@@ -108,11 +108,8 @@ def world_size_to_check(config: Config) -> int:
     return int(given)
 
 
-def _describe_layout(
-    config: Config, model_config: Any, shapes: dict[str, tuple[int, ...]], layouts: list[Layout]
-) -> str:
-    parts = list(dict.fromkeys(name.partition(".")[0] for name in shapes))
-    layout = check_layout(config, model_config, world_size_to_check(config), parts)
+def _describe_layout(config: Config, model_config: Any, layouts: list[Layout]) -> str:
+    layout = check_layout(config, model_config, world_size_to_check(config))
     layouts.append(layout)
     num_micro_batches = config.train.num_micro_batches(layout.data_size)
     lines = [
@@ -121,7 +118,7 @@ def _describe_layout(
         f"x {config.train.micro_batch_size} rows x {layout.data_size} data-parallel ranks",
     ]
     lines += _describe_experts(config, model_config, layout)
-    towers = [part for part in parts if part != "language_model"]
+    towers = [part for part in model_config.parts if part != "language_model"]
     last = len(layout.chunks) - 1
     for chunk, layers in enumerate(layout.chunks):
         held = [f"layers {layers[0]}-{layers[-1]}" if layers else "no layers"]

@@ -22,14 +22,13 @@ EXPORT_RECORD = "exported.json"
 LARGEST_TENSOR_SIZE = 64  # vocabulary rows are padded to a multiple of it
 
 
-def check_layout(config: Config, model_config: Any, world_size: int, parts: Iterable[str] | None = None) -> Layout:
+def check_layout(config: Config, model_config: Any, world_size: int) -> Layout:
     """Divide the model and the global batch over the ranks.
 
     Args:
         config: a validated configuration.
-        model_config: the family's record of the model (`.text`, `.vision`).
+        model_config: the family's record of the model (`.parts`, `.text`, `.vision`).
         world_size: ranks that run.
-        parts: parts that the model has, to check `model.freeze` and `optimizer.lr_multipliers`; None skips that.
 
     Returns:
         The layout.
@@ -45,8 +44,7 @@ def check_layout(config: Config, model_config: Any, world_size: int, parts: Iter
         *_batch_problems(config, world_size),
         *expert_rank_problems(config, world_size),
     ]
-    if parts is not None:
-        problems += _part_problems(config, set(parts))
+    problems += _part_problems(config, set(model_config.parts))
     try:
         chunks = assign_layers(
             len(model_config.text.layers),
@@ -125,7 +123,7 @@ def _tensor_problems(config: Config, model_config: Any) -> Iterator[UserError]:
         if experts_of(layer) is None:
             divided[("feed-forward size", layer.intermediate_size)] = None
     vision = model_config.vision
-    if vision is not None and config.model.vision_parallelism == "tensor":
+    if "vision_tower" in model_config.parts and config.model.vision_parallelism == "tensor":
         divided[("vision attention heads", vision.num_attention_heads)] = None
         divided[("vision feed-forward size", vision.intermediate_size)] = None
         # A projector of a single linear layer divides what the language model takes.

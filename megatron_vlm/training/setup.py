@@ -80,8 +80,7 @@ def set_up(config: Config) -> Run:
     hf_config = registry.load_hf_config(config.model.hf_path)
     family = registry.detect(hf_config)
     model_config = family.config_from_hf(hf_config, text_only=config.model.text_only)
-    parts = {name.partition(".")[0] for name, _ in family.weight_map(model_config).items()}
-    layout = check_layout(config, model_config, torch.distributed.get_world_size(), parts)
+    layout = check_layout(config, model_config, torch.distributed.get_world_size())
     check_run_dir(config)
     due_export = check_export(config)
     groups = build_groups(layout, timedelta(minutes=config.parallel.distributed_timeout_minutes))
