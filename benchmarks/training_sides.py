@@ -16,6 +16,7 @@ from megatron_vlm import platform
 from megatron_vlm.config import OptimizerSettings
 from megatron_vlm.conversion.running_model import load_hf_into_model
 from megatron_vlm.data.collate import MicroBatch, PlacedSample, collate
+from megatron_vlm.data.media import Medium
 from megatron_vlm.data.prompts import Sample
 from megatron_vlm.families import registry
 from megatron_vlm.families.build import BuildSettings, build_chunks, wrap_data_parallel
@@ -67,9 +68,9 @@ def build_batch(config: PretrainedConfig, num_tokens: int, image_patches: tuple[
         ids[9 : 9 + num_visual] = config.image_token_id
         features = 3 * vision.temporal_patch_size * vision.patch_size**2
         pixels = torch.from_numpy(generator.standard_normal((rows * columns, features), dtype=np.float32))
-        sample.vision_inputs = {"pixel_values": pixels}
-        sample.num_images, sample.vision_grids = 1, [(1, rows, columns)]
-    return collate([PlacedSample(sample, 0, "row 0")], family.prompt_rules(model_config), filler_token_id=0)
+        sample.media_inputs = {"pixel_values": pixels}
+        sample.media = [Medium("image", (1, rows, columns))]
+    return collate([[PlacedSample(sample, 0, "row 0")]], family.prompt_rules(model_config), filler_token_id=0)
 
 
 def transformers_side(
@@ -127,11 +128,11 @@ def _transformers_inputs(
     # transformers shifts labels itself.
     labels = torch.nn.functional.pad(batch.labels[:, :-1], (1, 0), value=-100)
     inputs = {"input_ids": batch.input_ids, "attention_mask": torch.ones_like(batch.input_ids), "labels": labels}
-    if batch.vision_inputs:
+    if batch.media_inputs:
         inputs |= {
             "mm_token_type_ids": (batch.input_ids == config.image_token_id).int(),
-            "pixel_values": batch.vision_inputs["pixel_values"].to(dtype),
-            "image_grid_thw": torch.tensor(batch.vision_grids),
+            "pixel_values": batch.media_inputs["pixel_values"].to(dtype),
+            "image_grid_thw": torch.tensor(batch.grids),
         }
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 

@@ -21,7 +21,6 @@ from tests import published_mistral3
 from tests.published_gemma3 import TEXT_ONLY, published_config
 
 FAMILY = registry.FAMILIES[0]
-PARTS = ("language_model", "vision_tower", "projector")
 
 
 def run_config(*overrides: str) -> Config:
@@ -164,7 +163,7 @@ def test_mistral3_problems_name_what_it_has() -> None:
     family = registry.detect(hf_config)
     model_config = family.config_from_hf(hf_config, text_only=False)
     names = [name for name, _ in family.weight_map(model_config).items()]
-    assert {name.partition(".")[0] for name in names} == set(PARTS)
+    assert {name.partition(".")[0] for name in names} == set(model_config.parts)
     layout = check_layout(run_config(f"{TENSOR}=16", f"{PIPELINE}=2"), model_config, 32, names)
     assert [len(chunk) for chunk in layout.chunks] == [20, 20]
     wrong = run_config(f"{TENSOR}=3", "parallel.expert_model_parallel_size=2", "model.freeze=[audio_tower]")
@@ -201,7 +200,7 @@ def test_counts_per_rank_add_up() -> None:
     embedding = math.prod(shapes["language_model.embed_tokens.weight"])
     assert total == sum(map(math.prod, shapes.values())) + embedding
     parts = [{name.partition(".")[0] for name in parameters} for parameters in held]
-    assert parts[0] == set(PARTS) and parts[1] == {"language_model"}
+    assert parts[0] == set(model_config.parts) and parts[1] == {"language_model"}
     assert count(held[3]) == embedding + model_config.text.hidden_size  # the head and the final norm
 
 

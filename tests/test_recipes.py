@@ -61,9 +61,10 @@ def test_parameters_equal_transformers(name: str) -> None:
     auto = AutoModelForCausalLM if SIZES[name].model_type == "gemma3_text" else AutoModelForImageTextToText
     with torch.device("meta"):
         reference = auto.from_config(SIZES[name])
-    family, model_config, _ = record(name)
+    family, model_config, shapes = record(name)
     counted = sum(math.prod(weight.shape) for _, weight in family.weight_map(model_config).items())
     assert counted == sum(parameter.numel() for parameter in reference.parameters())
+    assert {*model_config.parts} == {name.partition(".")[0] for name in shapes}
 
 
 @pytest.mark.parametrize("name", published_mistral3.SIZES)

@@ -46,10 +46,11 @@ def describe_sample(placed: PlacedSample, builder: PromptBuilder) -> str:
         return f"{placed.row_name}\n{placed.problem}"
     sample = placed.sample
     figures = [f"{len(sample.input_ids)} tokens", f"{int(sample.trained.sum())} trained"]
-    if sample.vision_inputs:
-        shapes = [f"{name} {'x'.join(map(str, value.shape))}" for name, value in sample.vision_inputs.items()]
-        videos = f" and {sample.num_videos} videos" if sample.num_videos else ""
-        figures.append(f"{sample.num_images} images{videos} ({', '.join(shapes)})")
+    if sample.media:
+        shapes = [f"{name} {'x'.join(map(str, value.shape))}" for name, value in sample.media_inputs.items()]
+        num_images, num_videos = sample.count("image"), sample.count("video")
+        videos = f" and {num_videos} videos" if num_videos else ""
+        figures.append(f"{num_images} images{videos} ({', '.join(shapes)})")
     if placed.truncated:
         figures.append("cut at a turn boundary")
     return f"{placed.row_name} ({', '.join(figures)})\n{marked_text(sample.input_ids, sample.trained, builder)}"
@@ -58,13 +59,13 @@ def describe_sample(placed: PlacedSample, builder: PromptBuilder) -> str:
 def marked_text(input_ids: np.ndarray, trained: np.ndarray, builder: PromptBuilder) -> str:
     """Decoded tokens with the trained text between [[ and ]]; runs of placeholders are counted, not repeated."""
     pieces = []
-    placeholders = builder.rules.vision_token_ids
-    for (is_trained, is_visual), run in groupby(
+    placeholders = builder.rules.media_token_ids
+    for (is_trained, is_medium), run in groupby(
         zip(input_ids.tolist(), trained.tolist(), strict=True), key=lambda pair: (pair[1], pair[0] in placeholders)
     ):
         tokens = [token for token, _ in run]
-        text = builder.tokenizer.decode(tokens[:1] if is_visual else tokens, clean_up_tokenization_spaces=False)
-        text = f"{text} x {len(tokens)} " if is_visual else text
+        text = builder.tokenizer.decode(tokens[:1] if is_medium else tokens, clean_up_tokenization_spaces=False)
+        text = f"{text} x {len(tokens)} " if is_medium else text
         pieces.append(f"{TRAINED_OPEN}{text}{TRAINED_CLOSE}" if is_trained else text)
     return "".join(pieces)
 

@@ -88,7 +88,7 @@ class _MicroBatches(Dataset[MicroBatch | _Refusal]):
             share.micro_batch_size,
         )
         try:
-            rows = [
+            samples = [
                 self.reader.empty(place.source)
                 if self.one_pass and place.epoch > 0
                 else self.reader.read(place.source, place.row)
@@ -97,7 +97,13 @@ class _MicroBatches(Dataset[MicroBatch | _Refusal]):
         except UserError as error:
             return _Refusal(error)
         builder = self.reader.builder
-        return collate(rows, builder.rules, builder.filler_token_id, share.pad_to_multiple_of, share.with_pixels)
+        return collate(
+            [[sample] for sample in samples],
+            builder.rules,
+            builder.filler_token_id,
+            share.pad_to_multiple_of,
+            share.with_pixels,
+        )
 
 
 class _Order:

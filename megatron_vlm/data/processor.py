@@ -34,8 +34,8 @@ def load_processor(hf_path: str, rules: PromptRules, min_pixels: int | None, max
     _check_pixel_limits(rules, min_pixels, max_pixels)
     processor = _load(hf_path, has_images=rules.image_token_id is not None)
     _check_tokens_and_patches(processor, hf_path, rules)
-    if rules.visuals is not None and (min_pixels, max_pixels) != (None, None):
-        rules.visuals.limit_pixels(processor, min_pixels, max_pixels)
+    if rules.media is not None and (min_pixels, max_pixels) != (None, None):
+        rules.media.limit_pixels(processor, min_pixels, max_pixels)
     return processor
 
 
@@ -92,7 +92,7 @@ def _check_tokens_and_patches(processor: Any, hf_path: str, rules: PromptRules) 
                 hf_path,
                 "take the tokenizer's and the processor's files from one model",
             )
-    for name, expected in rules.visuals.sizes.items() if rules.visuals is not None else ():
+    for name, expected in rules.media.sizes.items() if rules.media is not None else ():
         own = reduce(lambda part, attribute: getattr(part, attribute, None), name.split("."), processor)
         if own != expected:
             raise ConfigError(
@@ -105,6 +105,5 @@ def _check_tokens_and_patches(processor: Any, hf_path: str, rules: PromptRules) 
 def _check_pixel_limits(rules: PromptRules, min_pixels: int | None, max_pixels: int | None) -> None:
     given = {"data.min_pixels": min_pixels, "data.max_pixels": max_pixels}
     for key, value in given.items():
-        if value is not None and rules.visuals is None:
-            reason = "scales every image to one size" if rules.image_token_id is not None else "takes no images"
-            raise ConfigError(f"{key} is {value}, but this model {reason}", key, "set it to null")
+        if value is not None and rules.media is None:
+            raise ConfigError(f"{key} is {value}, but this model takes no images", key, "set it to null")

@@ -1,4 +1,4 @@
-"""Conversations into token ids, trained-token masks and vision inputs, by the model's own processor and chat template.
+"""Conversations into token ids, trained-token masks and media, by the model's own processor and chat template.
 
 Ids and pixels are what `processor.apply_chat_template(messages, tokenize=True)` gives; nothing is added. Which tokens
 are trained is decided in this order:
@@ -26,10 +26,10 @@ from PIL import Image
 from transformers.video_utils import VideoMetadata
 
 from megatron_vlm.data.formats import Conversation, ImagePart, ImageSource, Message, TextPart
+from megatron_vlm.data.media import Medium
 from megatron_vlm.data.processor import IMAGE_TOKEN_NAMES, load_processor
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.data.videos import Video
-from megatron_vlm.data.visuals import VisionGrid
 from megatron_vlm.errors import ConfigError, DataError
 
 TRANSFORMERS = Version(transformers.__version__)
@@ -40,19 +40,20 @@ GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 @dataclass
 class Sample:
-    """One row as the model sees it: S tokens, I images (and videos)."""
+    """One row of the data as the model sees it: a document of S tokens with its images and videos."""
 
     input_ids: np.ndarray
     """[S] int64."""
     trained: np.ndarray
     """[S] bool: the token at this place is a target."""
-    vision_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Processor outputs by name, images along the first dimension; of images that vary in size the patches of all
-    images and videos, in reading order."""
-    num_images: int = 0
-    num_videos: int = 0
-    vision_grids: list[VisionGrid] = field(default_factory=list)
-    """Frames, height and width in patches of each image or video in reading order; empty for images of one size."""
+    media: list[Medium] = field(default_factory=list)
+    """Its images and videos in reading order."""
+    media_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    """What the towers take of all media in reading order, by name; see `media.Packed`. Empty without media."""
+
+    def count(self, kind: str) -> int:
+        """How many media are of a kind."""
+        return sum(medium.kind == kind for medium in self.media)
 
 
 class PromptBuilder:
@@ -98,7 +99,7 @@ class PromptBuilder:
         self._control_token = _control_token_pattern(self.tokenizer, rules)
 
     def encode(self, conversation: Conversation, images: Sequence[Image.Image], videos: Sequence[Video] = ()) -> Sample:
-        """Tokens, trained mask and vision inputs of one conversation.
+        """Tokens, trained mask and media of one conversation.
 
         Args:
             conversation: the row.
@@ -129,8 +130,10 @@ class PromptBuilder:
         trained = _drop_untrained_turns(trained, conversation)
         if not trained.any():
             raise DataError("no token of the row is trained", conversation.row_name, "add an assistant message")
-        vision_inputs, grids = self._vision_inputs(input_ids, output if images or videos else {}, conversation)
-        return Sample(input_ids, trained, vision_inputs, len(images), len(videos), grids)
+        if self.rules.media is None:
+            return Sample(input_ids, trained)
+        pixels, media = self.rules.media.pack(output if images or videos else {}, input_ids, conversation.row_name)
+        return Sample(input_ids, trained, media, {} if pixels is None else {"pixel_values": pixels})
 
     def sample_frames(self, metadata: VideoMetadata, frames_per_second: float | None) -> np.ndarray:
         """Indices of the frames that the video processor takes of a file; see `videos.Sampler`."""
@@ -218,35 +221,8 @@ class PromptBuilder:
         for span in spans:
             start, end = (position + _characters_gained(position, replacements) for position in span)
             trained |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])
-        # Features of an image inside an answer are inputs, never targets.
-        return trained & ~np.isin(output["input_ids"], self.rules.vision_token_ids)
-
-    def _vision_inputs(
-        self, input_ids: np.ndarray, output: dict[str, Any], conversation: Conversation
-    ) -> tuple[dict[str, torch.Tensor], list[VisionGrid]]:
-        """What the vision tower takes, checked against the placeholders; and the grids of images that vary in size."""
-        name = conversation.row_name
-        if self.rules.visuals is not None:
-            pixels, grids = self.rules.visuals.pack(output, input_ids, name)
-        else:
-            pixels, grids = self._images_of_one_size(input_ids, output, name), []
-        return ({} if pixels is None else {"pixel_values": pixels}), grids
-
-    def _images_of_one_size(self, input_ids: np.ndarray, output: dict[str, Any], row_name: str) -> torch.Tensor | None:
-        """[I, channels, height, width]; with a fixed number of tokens each, placeholders and images must agree."""
-        pixels = torch.stack(list(output["pixel_values"])) if "pixel_values" in output else None
-        tokens = self.rules.tokens_per_image
-        if tokens is None:
-            return pixels
-        found = int((input_ids == self.rules.image_token_id).sum())
-        pictures = 0 if pixels is None else len(pixels)
-        if found != pictures * tokens:
-            raise DataError(
-                f"{found} image tokens for {pictures} images of {tokens} tokens",
-                row_name,
-                "check that the processor's image_seq_length is config.json's mm_tokens_per_image",
-            )
-        return pixels
+        # Features of a medium inside an answer are inputs, never targets.
+        return trained & ~np.isin(output["input_ids"], self.rules.media_token_ids)
 
 
 def turn_ends(trained: np.ndarray) -> np.ndarray:

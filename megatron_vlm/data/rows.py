@@ -117,7 +117,7 @@ class RowReader:
 
     def _too_long(self, conversation: Conversation, sample: Sample, source: int) -> PlacedSample:
         limit, name = self.settings.seq_length, conversation.row_name
-        if sample.num_images:
+        if sample.count("image"):
             self._refuse_short_sequences(name)
         what = f"the row has {len(sample.input_ids)} tokens, more than data.seq_length {limit}"
         if self.settings.too_long == "error":
@@ -179,13 +179,13 @@ def reader_for(config: Config, sources: Sequence[DataSource], rules: PromptRules
 
 @dataclass
 class BadRowTracker:
-    """Ends a run whose share of bad rows passes the limit.
+    """Ends a run whose fraction of bad rows passes the limit.
 
-    The share is over the rows seen so far, but over no fewer than 100 (or all rows of smaller data sets), so that one
-    bad row at the start does not end a run that is fine.
+    The fraction is of the rows seen so far, but of no fewer than 100 (or all rows of smaller data sets), so that one
+    bad row at the start does not end a run that is fine. A row is one of the data, a sample; not one of a batch.
 
     Args:
-        max_bad_fraction: largest share of bad rows.
+        max_bad_fraction: largest fraction of bad rows.
         total_rows: rows of all training sources.
     """
 
@@ -199,12 +199,12 @@ class BadRowTracker:
         """Count one step; every rank passes the sums over all ranks, so that all ranks stop together.
 
         Args:
-            bad_rows: bad rows of the global batch.
-            rows: rows of the global batch.
+            bad_rows: bad rows among those of the global batch.
+            rows: rows of the data that the global batch holds.
             problems: descriptions known to this rank.
 
         Raises:
-            DataError: the share passed the limit.
+            DataError: the fraction passed the limit.
         """
         self.bad_rows += bad_rows
         self.rows_seen += rows

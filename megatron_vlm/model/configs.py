@@ -42,18 +42,30 @@ class DecoderConfig:
     initializer_range: float
 
 
+# The parts of a language model without media, and of one with images and videos.
+TEXT_PARTS = ("language_model",)
+VISION_PARTS = ("language_model", "vision_tower", "projector")
+
+
 @dataclass(frozen=True)
 class VisionLanguageConfig:
-    """A model; `text` and `vision` are a family's own records, and `vision` is None when it is text only."""
+    """A model; `text` and `vision` are a family's own records.
 
+    Attributes:
+        parts: that the model has, by the first words of its parameters' names.
+        vision: the tower and the projector; None where the model has none.
+        image_token_id: of the placeholders of images; None where the model takes none.
+    """
+
+    parts: tuple[str, ...]
     text: Any
     vision: Any
     image_token_id: int | None
 
     @property
     def text_only(self) -> bool:
-        """No vision tower and no projector."""
-        return self.vision is None
+        """The model is a language model alone, which takes no media."""
+        return self.parts == TEXT_PARTS
 
 
 def require(condition: bool, what: str, model: str) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from megatron_vlm.data.collate import MicroBatch
-from megatron_vlm.data.visuals import VisionGrid
+from megatron_vlm.data.media import Grid
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def text_flops(text: Any, batch: MicroBatch, feed_forward_weights: Callable[[Any
     return 2 * weights * int(is_real.sum()), attention
 
 
-def tower_flops(vision: Any, grids: Sequence[VisionGrid]) -> tuple[int, int]:
+def tower_flops(vision: Any, grids: Sequence[Grid]) -> tuple[int, int]:
     """Forward operations of a vision tower: its patch embedding, and its layers, where a frame attends to itself alone.
 
     Args:

@@ -85,11 +85,11 @@ class ModelChunk(MegatronModule):
     def packed_features(self, batch: MicroBatch) -> list[torch.Tensor]:
         """Features of a micro-batch's packed images and videos, as the projector returns them; empty if none is
         encoded."""
-        if not (batch.vision_grids or self.always_encodes):
+        if not (batch.grids or self.always_encodes):
             return []
-        pixels = batch.vision_inputs.get("pixel_values")
+        pixels = batch.media_inputs.get("pixel_values")
         divided_over = self.groups.tp if self.divides_images else None
-        return encode_packed(self.vision_tower, self.projector, pixels, batch.vision_grids, divided_over)
+        return encode_packed(self.vision_tower, self.projector, pixels, batch.grids, divided_over)
 
     def mark_tower(self, *towers: torch.nn.Module) -> None:
         """Declare whole towers on every tensor rank, each fed a share of the images, where images are divided."""

@@ -121,7 +121,7 @@ def chunk_bytes(
     kept = [
         tokens * _text_layer_bytes(config, layout, text.hidden_size, layer, structure, recompute) for layer in layers
     ]
-    if chunk == 0 and vision is not None:
+    if chunk == 0 and "vision_tower" in model_config.parts:
         patches = rows * patches_per_row(config, vision, images_per_row)
         kept += _vision_bytes(config, layout, vision, structure, patches, recompute)
     if chunk > 0:

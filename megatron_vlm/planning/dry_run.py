@@ -23,7 +23,7 @@ from megatron_vlm.data.rows import reader_for
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.errors import ConfigError, UserError, combine
 from megatron_vlm.families import registry
-from megatron_vlm.model.trainable import Trainable, part_of
+from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.planning.expert_checks import experts_of, fewest_ranks
 from megatron_vlm.planning.memory import estimate_memory, format_memory
@@ -73,7 +73,7 @@ def dry_run(config: Config, say: Callable[[str], None] = print) -> int:
     report = _Report(say)
     layouts: list[Layout] = []
     checks: list[RowCheck] = []
-    report.attempt(lambda: _describe_layout(config, model_config, shapes, layouts))
+    report.attempt(lambda: _describe_layout(config, model_config, layouts))
     report.attempt(lambda: _check_weights(config, family, model_config))
     report.attempt(lambda: _check_load(config, family, model_config))
     report.attempt(lambda: _check_places(config))
@@ -121,7 +121,7 @@ def _describe_layout(
         f"x {config.train.micro_batch_size} rows x {layout.data_size} data-parallel ranks",
     ]
     lines += _describe_experts(config, model_config, layout)
-    towers = [part for part in dict.fromkeys(map(part_of, shapes)) if part != "language_model"]
+    towers = [part for part in model_config.parts if part != "language_model"]
     last = len(layout.chunks) - 1
     for chunk, layers in enumerate(layout.chunks):
         held = [f"layers {layers[0]}-{layers[-1]}" if layers else "no layers"]

@@ -28,7 +28,7 @@ def check_layout(config: Config, model_config: Any, world_size: int, names: Iter
 
     Args:
         config: a validated configuration.
-        model_config: the family's record of the model (`.text`, `.vision`).
+        model_config: the family's record of the model (`.parts`, `.text`, `.vision`).
         world_size: ranks that run.
         names: of the model's parameters, to check `model.freeze` and `optimizer.lr_multipliers`; None skips that.
 
@@ -126,7 +126,7 @@ def _tensor_problems(config: Config, model_config: Any) -> Iterator[UserError]:
         if experts_of(layer) is None:
             divided[("feed-forward size", layer.intermediate_size)] = None
     vision = model_config.vision
-    if vision is not None and config.model.vision_parallelism == "tensor":
+    if "vision_tower" in model_config.parts and config.model.vision_parallelism == "tensor":
         divided[("vision attention heads", vision.num_attention_heads)] = None
         divided[("vision feed-forward size", vision.intermediate_size)] = None
         # A projector of a single linear layer divides what the language model takes.

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from megatron_vlm.training.setup import Run, initialize_distributed, set_up
 from megatron_vlm.training.signals import StopRequests
 from megatron_vlm.training.step import collect_expert_use, run_global_batch
 
-COUNTERS = ("bad_rows", "too_long_rows", "real_tokens", "label_tokens", "padded_tokens", "images", "videos")
+COUNTERS = "samples bad_rows too_long_rows real_tokens label_tokens padded_tokens images videos".split()
 EXIT_DONE = 0
 
 
@@ -148,13 +148,16 @@ class Trainer:
             self.guard.applied(norm)
         elif self.config.train.nonfinite == "stop":
             self._stop_for(problem, batches)
-        counts = self._sum_over_data_ranks([*(sum(b.counters[name] for b in batches) for name in COUNTERS), flops])
+        own = [sum(batch.counters[name] for batch in batches) for name in COUNTERS]
+        *counts, flops = self._sum_over_data_ranks([*own, flops])
+        counters = {name: int(count) for name, count in zip(COUNTERS, counts, strict=True)}
         # Bringing these figures to the host waits for the update too, so that the step's time is honest.
         request, wait, peak = self._largest([self.requests.number, waited, platform.current().peak_memory_bytes()])
-        self._log(losses, loss, norm, counts, expert_use, time.perf_counter() - began, wait, peak, problem is not None)
+        seconds = time.perf_counter() - began
+        self._log(losses, loss, norm, counters, flops, expert_use, seconds, wait, peak, problem is not None)
         problems = [problem for batch in batches for problem in batch.problems]
         try:
-            self.bad_rows.update(int(counts[0]), self.config.train.global_batch_size, problems)
+            self.bad_rows.update(counters["bad_rows"], counters["samples"], problems)
         except DataError:
             self._publish_before_failing()
             raise
@@ -165,7 +168,8 @@ class Trainer:
         losses: Sequence[Sequence[float]],
         loss: float,
         norm: float,
-        counts: Sequence[float],
+        counters: Mapping[str, int],
+        flops: float,
         expert_use: tuple[torch.Tensor, torch.Tensor] | None,
         seconds: float,
         wait_seconds: float,
@@ -177,7 +181,6 @@ class Trainer:
             return
         names = run.train_loader.source_names
         lr, lr_by_part = learning_rates(run.optimizer, self.config.optimizer)
-        counters = dict(zip(COUNTERS, map(int, counts), strict=False))
         balance = None
         if expert_use is not None and self.config.model.moe_load_balancing != "none":
             balance = expert_use[1].item() / max(1, counters["label_tokens"])
@@ -200,7 +203,7 @@ class Trainer:
             source_losses={name: total / count for name, (total, count) in zip(names, losses, strict=True) if count},
             source_label_tokens={name: int(count) for name, (_, count) in zip(names, losses, strict=True)},
             peak_memory_bytes=int(peak_bytes),
-            model_flops=counts[-1],
+            model_flops=flops,
             world_size=torch.distributed.get_world_size(),
             skipped=skipped,
             experts=None if expert_use is None else expert_statistics(expert_use[0]),
@@ -298,7 +301,7 @@ class Trainer:
         """End the run with the names of all rows of the global batch."""
         self._publish_before_failing()
         rows: list[list[str]] = [[] for _ in range(self.run_state.groups.dp.size())]
-        mine = [name for batch in batches for name in batch.row_names]
+        mine = [name for batch in batches for name in batch.document_names]
         torch.distributed.all_gather_object(rows, mine, group=self.run_state.groups.dp)
         raise DivergenceError(
             f"{problem} at step {self.step}, which was not applied",

@@ -26,20 +26,23 @@ class LossSums:
     """
 
     def __init__(self, num_sources: int, device: torch.device) -> None:
-        self._sums = torch.zeros((num_sources, 2), dtype=torch.float64, device=device)
+        self._sums = torch.zeros((2, num_sources), dtype=torch.float64, device=device)
 
     def add(self, losses_BS: torch.Tensor, batch: MicroBatch) -> None:
-        """Count one micro-batch."""
-        labels = (batch.labels != NO_LOSS).sum(-1)
-        rows = torch.stack((losses_BS.detach().sum(-1).double(), labels.double()), dim=-1)
-        self._sums.index_add_(0, batch.source_ids.long(), rows)
+        """Count one micro-batch; a label token counts for the source of its document."""
+        losses, documents = (
+            values.t().flatten()[batch.label_index] for values in (losses_BS.detach(), batch.document_ids)
+        )
+        sources, losses = batch.document_sources[documents], losses.double()
+        for sums, values in zip(self._sums, (losses, torch.ones_like(losses)), strict=True):
+            sums.index_add_(0, sources, values)
 
     def reduce(self, groups: ProcessGroupCollection) -> torch.Tensor:
         """[sources, (loss sum, label tokens)] over the global batch, on every rank."""
         torch.distributed.all_reduce(self._sums, group=groups.dp_cp)
         # Only the last pipeline stage counted; the others hold zeros.
         torch.distributed.all_reduce(self._sums, group=groups.pp)
-        return self._sums
+        return self._sums.t()
 
 
 def run_global_batch(

@@ -19,6 +19,7 @@ from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.families.gemma3.prompt import prompt_rules
 from megatron_vlm.families.mistral3 import prompt as mistral3
 from megatron_vlm.families.qwen3_vl import prompt as qwen3_vl
+from tests.data.references import gemma3_rules
 from tests.data.rows import write_jsonl
 from tests.data.tiny_processor import (
     GEMMA3_GENERATION_TEMPLATE,
@@ -42,13 +43,12 @@ def written(factory: pytest.TempPathFactory, build: Callable[..., object], **opt
 
 @pytest.fixture(scope="session")
 def rules() -> PromptRules:
-    """Gemma 3's rules for the tiny processor, whose image token is id 8."""
-    return prompt_rules(SimpleNamespace(text_only=False, image_token_id=8, mm_tokens_per_image=SOFT_TOKENS))
+    return gemma3_rules(SOFT_TOKENS)
 
 
 @pytest.fixture(scope="session")
 def text_rules() -> PromptRules:
-    return prompt_rules(SimpleNamespace(text_only=True, image_token_id=8, mm_tokens_per_image=SOFT_TOKENS))
+    return prompt_rules(SimpleNamespace(text_only=True, image_token_id=8))
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +96,9 @@ def qwen_rules(qwen_path: Path) -> PromptRules:
     tokenizer = AutoTokenizer.from_pretrained(qwen_path, local_files_only=True)
     image, video = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
     vision = SimpleNamespace(patch_size=4, temporal_patch_size=2, spatial_merge_size=2)
-    return qwen3_vl.prompt_rules(SimpleNamespace(vision=vision, image_token_id=image, video_token_id=video))
+    return qwen3_vl.prompt_rules(
+        SimpleNamespace(text_only=False, vision=vision, image_token_id=image, video_token_id=video)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -124,7 +126,7 @@ def tagged_mistral_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mistral_rules() -> PromptRules:
     """Mistral3's rules for the tiny processor, with the published image token."""
     vision = SimpleNamespace(patch_size=4, spatial_merge_size=2)
-    return mistral3.prompt_rules(SimpleNamespace(vision=vision, image_token_id=10))
+    return mistral3.prompt_rules(SimpleNamespace(text_only=False, vision=vision, image_token_id=10))
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,9 @@ if __name__ == "__main__":
         data=DataSettings(train=[DataSource(path)], seq_length=128, num_workers=2),
         train=TrainSettings(train_iters=1, global_batch_size=2),
     )
-    rules = prompt_rules(SimpleNamespace(text_only=False, image_token_id=8, mm_tokens_per_image=4))
+    vision = SimpleNamespace(image_size=16, patch_size=4)
+    model = SimpleNamespace(text_only=False, image_token_id=8, mm_tokens_per_image=4, vision=vision)
+    rules = prompt_rules(model)
     loader = build_train_loader(config, rules, Share(2, 1))
     next(loader)
     print(*[process.pid for process in multiprocessing.active_children()], flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,17 @@ from megatron_vlm.data.prompts import PromptBuilder, Sample
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.data.videos import load_video
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.families.gemma3.prompt import prompt_rules
 from tests.data.rows import row
 
 Messages = list[dict[str, Any]]
+
+
+def gemma3_rules(tokens_per_image: int) -> PromptRules:
+    """Gemma 3's rules for the tiny processor, whose image token is id 8."""
+    vision = SimpleNamespace(image_size=16, patch_size=4)
+    model = SimpleNamespace(text_only=False, image_token_id=8, mm_tokens_per_image=tokens_per_image, vision=vision)
+    return prompt_rules(model)
 
 
 def draw_pictures(folder: Path, sizes: dict[str, tuple[int, int]]) -> Path:

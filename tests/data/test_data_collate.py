@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,6 +13,10 @@ from transformers.models.gemma3.modeling_gemma3 import get_block_sequence_ids_fo
 from megatron_vlm.data.collate import NO_LOSS, MicroBatch, collate, spans
 from megatron_vlm.data.rows import RowReader
 from tests.data.rows import assistant, image, row, user
+from tests.families.entry import TinyFamily
+from tests.families.gemma3 import GEMMA3
+from tests.families.mistral3 import MISTRAL3
+from tests.families.qwen3_vl import QWEN3_VL
 
 ROWS = [
     row(user(image("0.png"), "and", image("3.png"), "?"), assistant("Two.")),
@@ -28,7 +33,9 @@ def reader(make_reader: Callable[..., RowReader]) -> RowReader:
 
 def make_batch(reader: RowReader, multiple: int = 1, with_pixels: bool = True) -> MicroBatch:
     placed = [reader.read(0, number) for number in range(len(ROWS))]
-    return collate(placed, reader.builder.rules, reader.builder.filler_token_id, multiple, with_pixels)
+    return collate(
+        [[each] for each in placed], reader.builder.rules, reader.builder.filler_token_id, multiple, with_pixels
+    )
 
 
 def test_shapes_types_and_counters(reader: RowReader) -> None:
@@ -37,10 +44,11 @@ def test_shapes_types_and_counters(reader: RowReader) -> None:
     longest = max(len(sample.input_ids) for sample in samples)
     assert batch.input_ids.shape == (4, -(-longest // 16) * 16)
     assert {batch.input_ids.dtype, batch.labels.dtype, batch.position_ids.dtype} == {torch.int64}
-    int32 = (batch.document_ids, batch.span_low, batch.span_high, batch.feature_index, batch.source_ids)
+    int32 = (batch.document_ids, batch.span_low, batch.span_high, batch.feature_index, batch.document_sources)
     assert {tensor.dtype for tensor in int32} == {torch.int32}
     real = sum(len(sample.input_ids) for sample in samples)
     assert batch.counters == {
+        "samples": 4,
         "bad_rows": 1,
         "too_long_rows": 0,
         "truncated_rows": 0,
@@ -49,9 +57,9 @@ def test_shapes_types_and_counters(reader: RowReader) -> None:
         "real_tokens": real,
         "label_tokens": sum(int(sample.trained.sum()) for sample in samples),
         "padded_tokens": batch.input_ids.numel() - real,
-        "vision_tokens": 12,
+        "media_tokens": 12,
     }
-    assert [name.rpartition(":")[2] for name in batch.row_names] == ["1", "2", "3", "4"]
+    assert [name.rpartition(":")[2] for name in batch.document_names] == ["1", "2", "3", "4"]
     assert len(batch.problems) == 1 and "rows.jsonl:4" in batch.problems[0]
     assert torch.equal(batch.to("cpu").labels, batch.labels)
 
@@ -81,7 +89,7 @@ def visible(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
 def test_spans_equal_the_masks_of_transformers(reader: RowReader) -> None:
     """Global layers of Gemma 3: causal, or within the same image."""
     batch = make_batch(reader, multiple=8)
-    assert_same_masks(batch.document_ids == 0, batch.input_ids == 8, batch.span_low, batch.span_high)
+    assert_same_masks(batch.document_ids >= 0, batch.input_ids == 8, batch.span_low, batch.span_high)
 
 
 def test_spans_of_random_image_runs() -> None:
@@ -90,7 +98,56 @@ def test_spans_of_random_image_runs() -> None:
     lengths = torch.randint(1, 30, (64, 1), generator=generator)
     is_real = torch.arange(30) < lengths
     is_image = is_real & (torch.rand(64, 30, generator=generator) < 0.6)
-    assert_same_masks(is_real, is_image, *spans(is_real, is_image))
+    assert_same_masks(is_real, is_image, *spans(is_real.int() - 1, is_image))
+
+
+def test_spans_of_packed_documents() -> None:
+    """As each document alone, whatever image runs end it and begin the next; nothing is seen of other documents."""
+    generator = torch.Generator().manual_seed(1)
+    length = 40
+    for _ in range(50):
+        cuts = (torch.randperm(length - 1, generator=generator)[:5] + 1).sort().values.tolist()
+        bounds = list(pairwise([0, *cuts]))
+        document_ids = torch.full((1, length), -1)
+        for number, (start, end) in enumerate(bounds):
+            document_ids[0, start:end] = number
+        is_image = (document_ids >= 0) & (torch.rand(1, length, generator=generator) < 0.6)
+        low, high = spans(document_ids, is_image)
+        seen = visible(low, high)
+        for start, end in bounds:
+            alone = (values[:, start:end] for values in (document_ids >= 0, is_image, low - start, high - start))
+            assert_same_masks(*alone)
+            assert seen[0, start:end].sum() == seen[0, start:end, start:end].sum()
+        assert torch.equal(seen[document_ids < 0], torch.eye(length).bool()[document_ids[0] < 0])
+
+
+@pytest.mark.parametrize("family", [GEMMA3, QWEN3_VL, MISTRAL3], ids=str)
+def test_packed_documents_are_as_each_alone(family: TinyFamily) -> None:
+    """Ids, labels, positions, spans, features and media, but for where a document lies in its row."""
+    for seed, rows in enumerate(family.cases["packed"]):
+        documents = [document for row in rows for document in row]
+        packed = family.make_batch(documents, seed, documents_per_row=[len(row) for row in rows]).batch
+        alone = family.make_batch(documents, seed).batch
+        assert (packed.media, packed.document_names) == (alone.media, alone.document_names)
+        assert torch.equal(packed.document_sources, alone.document_sources)
+        assert packed.counters | {"padded_tokens": 0} == alone.counters | {"padded_tokens": 0}
+        for name, pixels in alone.media_inputs.items():
+            assert torch.equal(packed.media_inputs[name], pixels)
+        is_padding = torch.ones_like(packed.input_ids, dtype=torch.bool)
+        number = 0
+        for b in range(len(rows)):
+            start = 0
+            for _ in rows[b]:
+                length = int((alone.document_ids[number] >= 0).sum())
+                here, there = (..., b, slice(start, start + length)), (..., number, slice(length))
+                for name in ("input_ids", "labels", "position_ids", "document_ids", "feature_index"):
+                    assert torch.equal(getattr(packed, name)[here], getattr(alone, name)[there])
+                for name in ("span_low", "span_high"):
+                    assert torch.equal(getattr(packed, name)[here] - start, getattr(alone, name)[there])
+                is_padding[here] = False
+                start, number = start + length, number + 1
+        assert torch.equal(packed.document_ids == -1, is_padding) and (packed.labels[is_padding] == NO_LOSS).all()
+        assert not packed.position_ids[..., is_padding].any()
 
 
 def assert_same_masks(is_real: torch.Tensor, is_image: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> None:
@@ -109,8 +166,8 @@ def test_features_go_to_their_own_tokens(reader: RowReader) -> None:
     is_image = batch.input_ids == 8
     assert torch.equal(batch.feature_index[is_image], torch.arange(12, dtype=torch.int32))
     assert (batch.feature_index[~is_image] == -1).all()
-    pixels = batch.vision_inputs["pixel_values"]
-    rows = [reader.read(0, number).sample.vision_inputs.get("pixel_values") for number in range(4)]
+    pixels = batch.media_inputs["pixel_values"]
+    rows = [reader.read(0, number).sample.media_inputs.get("pixel_values") for number in range(4)]
     assert torch.equal(pixels, torch.cat([row for row in rows if row is not None]))
     # Four tokens per image: the first row's eight tokens take the first two images, the third row's the last.
     assert (batch.feature_index // 4)[2].max() == 2 and pixels.shape[0] == 3
@@ -118,7 +175,7 @@ def test_features_go_to_their_own_tokens(reader: RowReader) -> None:
 
 def test_stages_without_pixels_see_the_same_tokens(reader: RowReader) -> None:
     with_pixels, without = make_batch(reader), make_batch(reader, with_pixels=False)
-    assert without.vision_inputs == {}
+    assert without.media_inputs == {}
     for name in ("input_ids", "labels", "span_low", "span_high", "feature_index"):
         assert torch.equal(getattr(with_pixels, name), getattr(without, name))
     assert without.counters == with_pixels.counters

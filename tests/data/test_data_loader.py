@@ -36,7 +36,7 @@ def sources(folder: Path) -> list[DataSource]:
 
 
 def names(batches: list[MicroBatch]) -> list[str]:
-    return [Path(name).name for batch in batches for name in batch.row_names]
+    return [Path(name).name for batch in batches for name in batch.document_names]
 
 
 def global_batch_names(loaders: list[MicroBatchLoader]) -> list[str]:
@@ -53,13 +53,13 @@ def rank_loaders(
 
 
 def assert_same(first: MicroBatch, second: MicroBatch) -> None:
-    assert first.row_names == second.row_names and first.counters == second.counters
+    assert first.document_names == second.document_names and first.counters == second.counters
     for name, value in vars(first).items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, getattr(second, name)), name
-    assert first.vision_inputs.keys() == second.vision_inputs.keys()
-    for name, value in first.vision_inputs.items():
-        assert torch.equal(value, second.vision_inputs[name])
+    assert first.media_inputs.keys() == second.media_inputs.keys()
+    for name, value in first.media_inputs.items():
+        assert torch.equal(value, second.media_inputs[name])
 
 
 def test_workers_change_nothing_and_survive_signals(
@@ -151,7 +151,7 @@ def test_without_shuffle_global_batch_k_has_the_kth_rows(
 
 def test_blend_reaches_the_micro_batches(make_config: Make, rules: PromptRules, sources: list[DataSource]) -> None:
     loader = rank_loaders(make_config(sources), rules, 1, 8)[0]
-    ids = torch.cat([next(loader).source_ids for _ in range(12)])
+    ids = torch.cat([next(loader).document_sources for _ in range(12)])
     assert ids.bincount().tolist() == [64, 32]
     assert loader.source_names == [source.path for source in sources]
 
@@ -200,7 +200,7 @@ def test_evaluation_reads_every_row_once(make_config: Make, rules: PromptRules, 
 def test_description_of_a_run(make_config: Make, rules: PromptRules, sources: list[DataSource]) -> None:
     described = describe_samples(make_config(sources), rules, num=2)
     assert described.count("[[") == 2 and described.startswith("sample 1 of 2: ")
-    first = next(build_train_loader(make_config(sources), rules, Share(8, 1))).row_names[0]
+    first = next(build_train_loader(make_config(sources), rules, Share(8, 1))).document_names[0]
     assert described.splitlines()[0].startswith(f"sample 1 of 2: {first} (")
 
 

@@ -17,6 +17,7 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from megatron_vlm.data.collate import collate
 from megatron_vlm.data.describe import describe_sample
+from megatron_vlm.data.media import Medium, Packed
 from megatron_vlm.data.prompts import PromptBuilder
 from megatron_vlm.data.rows import RowReader
 from megatron_vlm.data.rules import PromptRules
@@ -84,10 +85,10 @@ def test_ids_and_patches_equal_the_processor(
     assert sample.input_ids.tolist() == theirs["input_ids"][0].tolist()
     assert (sample.input_ids == 1).nonzero()[0].tolist() == [0]
     grids, patches = patches_in_blocks(theirs)
-    assert sample.vision_grids == grids and sample.num_images == len(grids)
-    assert ("pixel_values" in sample.vision_inputs) == bool(grids)
+    assert sample.media == [Medium("image", grid) for grid in grids]
+    assert ("pixel_values" in sample.media_inputs) == bool(grids)
     if grids:
-        assert torch.equal(sample.vision_inputs["pixel_values"], patches)
+        assert torch.equal(sample.media_inputs["pixel_values"], patches)
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -172,8 +173,10 @@ def test_most_pixels_are_a_longest_edge(
     size = {"images_kwargs": {"size": {"longest_edge": edge}}}
     theirs = reference(mistral_path, messages, pictures, processor_kwargs=size)
     grids, patches = patches_in_blocks(theirs)
-    assert sample.input_ids.tolist() == theirs["input_ids"][0].tolist() and sample.vision_grids == grids
-    assert torch.equal(sample.vision_inputs["pixel_values"], patches)
+    assert sample.input_ids.tolist() == theirs["input_ids"][0].tolist() and sample.media == [
+        Medium("image", grid) for grid in grids
+    ]
+    assert torch.equal(sample.media_inputs["pixel_values"], patches)
     areas = [height * width * PATCH**2 for _, height, width in grids]
     assert max(areas) <= max_pixels
     # Images are shrunk and rounded up to whole tokens, but never enlarged further.
@@ -210,13 +213,13 @@ def test_placeholders_must_be_those_of_the_images() -> None:
     }
     i, b, e = IMAGE, BREAK, END
 
-    def pack(*ids: int) -> tuple[torch.Tensor | None, list[tuple[int, int, int]]]:
+    def pack(*ids: int) -> Packed:
         return pack_images(output, np.array(ids), "rows.jsonl:7", image_token_id=i, patch_size=1, merge_size=1)
 
-    pixels, grids = pack(0, i, i, i, b, i, i, i, e, i, e, 0)
-    assert grids == [(1, 2, 3), (1, 1, 1)]
+    pixels, images = pack(0, i, i, i, b, i, i, i, e, i, e, 0)
+    assert images == [Medium("image", (1, 2, 3)), Medium("image", (1, 1, 1))]
     assert pixels is not None and pixels.flatten().tolist() == [0, 1, 2, 3, 4, 5, 6]
-    assert pack(i, i, i, b, i, i, i, e, 0, 0, i)[1] == grids
+    assert pack(i, i, i, b, i, i, i, e, 0, 0, i)[1] == images
     first, second = "image 1 of 2 is not 2 rows of 3 placeholders", "image 2 of 2 is not 1 rows of 1 placeholders"
     for ids, reason in {
         (i, i, i, b, i, i, e, i, e): first,
@@ -245,7 +248,7 @@ def test_templates_that_write_other_placeholders(
     builder = PromptBuilder(tmp_path / "odd", mistral_rules)
     messages = [user(image("0.png"), image("1.png"), "a"), assistant("b")]
     if reason is None:
-        assert len(encode(builder, messages, folder).vision_grids) == 2
+        assert len(encode(builder, messages, folder).media) == 2
         return
     with pytest.raises(DataError) as raised:
         encode(builder, messages, folder)
@@ -264,7 +267,7 @@ BAD_ROWS = {
 @pytest.mark.parametrize("reason", BAD_ROWS)
 def test_bad_rows_name_their_reason(make_mistral_reader: Make, pictures: Path, reason: str) -> None:
     placed = make_mistral_reader([row(user("a"), assistant("b")), row(*BAD_ROWS[reason])]).read(0, 1)
-    assert placed.bad and not placed.sample.vision_inputs
+    assert placed.bad and not placed.sample.media_inputs
     assert placed.problem and reason in placed.problem and "rows.jsonl:2]" in placed.problem
     assert "\n" not in placed.problem
 
@@ -276,23 +279,21 @@ def test_features_go_to_placeholders_alone(
     names = ("images in two turns", "text", "images of several sizes")
     reader = make_mistral_reader([row(*CONVERSATIONS[name]) for name in names], seq_length=400)
     placed = [reader.read(0, number) for number in range(3)]
-    batch = collate(placed, mistral_rules, 0, pad_to_multiple_of=16)
+    batch = collate([[each] for each in placed], mistral_rules, 0, pad_to_multiple_of=16)
     is_image = batch.input_ids == IMAGE
-    sizes = [height * width for _, height, width in batch.vision_grids]
+    sizes = [height * width for _, height, width in batch.grids]
     assert torch.equal(batch.feature_index[is_image], torch.arange(sum(sizes) // MERGE**2, dtype=torch.int32))
     assert (batch.feature_index[~is_image] == -1).all()
-    assert ((batch.input_ids == BREAK) | (batch.input_ids == END)).sum() == sum(
-        h // MERGE for _, h, _ in batch.vision_grids
-    )
-    assert batch.vision_inputs["pixel_values"].shape == (sum(sizes), 3 * PATCH**2)
-    assert batch.vision_grids == placed[0].sample.vision_grids + placed[2].sample.vision_grids
-    assert batch.counters["images"] == 7 and batch.counters["vision_tokens"] == sum(sizes) // MERGE**2
+    assert ((batch.input_ids == BREAK) | (batch.input_ids == END)).sum() == sum(h // MERGE for _, h, _ in batch.grids)
+    assert batch.media_inputs["pixel_values"].shape == (sum(sizes), 3 * PATCH**2)
+    assert batch.media == placed[0].sample.media + placed[2].sample.media
+    assert batch.counters["images"] == 7 and batch.counters["media_tokens"] == sum(sizes) // MERGE**2
     # Causal, and positions count on through images.
-    positions = torch.arange(batch.input_ids.shape[1])
-    assert torch.equal(batch.position_ids, positions.expand(3, -1))
-    assert torch.equal(batch.span_high, positions.expand(3, -1).int())
-    later = collate(placed, mistral_rules, 0, pad_to_multiple_of=16, with_pixels=False)
-    assert later.vision_inputs == {} and later.vision_grids == batch.vision_grids
+    positions = torch.arange(batch.input_ids.shape[1]).expand(3, -1)
+    assert torch.equal(batch.position_ids, torch.where(batch.document_ids >= 0, positions, 0))
+    assert torch.equal(batch.span_high, positions.int())
+    later = collate([[each] for each in placed], mistral_rules, 0, pad_to_multiple_of=16, with_pixels=False)
+    assert later.media_inputs == {} and later.media == batch.media
     assert torch.equal(later.feature_index, batch.feature_index)
 
 
@@ -302,7 +303,7 @@ def test_length_of_rows_with_images(make_mistral_reader: Make, pictures: Path) -
     head = len(make_mistral_reader([row(*whole["messages"][:2])]).read(0, 0).sample.input_ids)
     cut = make_mistral_reader([whole], seq_length=head, too_long="truncate").read(0, 0)
     assert cut.truncated and len(cut.sample.input_ids) == head
-    assert (cut.sample.num_images, len(cut.sample.vision_grids)) == (1, 1)
+    assert (cut.sample.count("image"), len(cut.sample.media)) == (1, 1)
     assert make_mistral_reader([whole], seq_length=head - 1, too_long="truncate").read(0, 0).too_long
     smallest = row(user(image("dot.png")), assistant("a"))
     assert not make_mistral_reader([smallest], seq_length=7).read(0, 0).too_long
@@ -320,7 +321,7 @@ def test_description(make_mistral_reader: Make, pictures: Path) -> None:
 
 def test_text_only_model(tmp_path: Path, folder: Path) -> None:
     build_mistral_tokenizer().save_pretrained(tmp_path)
-    builder = PromptBuilder(tmp_path, prompt_rules(SimpleNamespace(vision=None, image_token_id=None)))
+    builder = PromptBuilder(tmp_path, prompt_rules(SimpleNamespace(text_only=True, image_token_id=None)))
     messages = CONVERSATIONS["system parts"]
     theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(messages, return_dict=True)["input_ids"]
     sample = encode(builder, messages, folder)
@@ -349,7 +350,7 @@ def test_tekken_alone_gives_the_same_tokens(
         assert sample.input_ids.tolist() == same.input_ids.tolist()
         assert sample.trained.tolist() == same.trained.tolist()
     assert builder.shortest_image_row_tokens == 7
-    text_only = PromptBuilder(tekken_path, prompt_rules(SimpleNamespace(vision=None, image_token_id=None)))
+    text_only = PromptBuilder(tekken_path, prompt_rules(SimpleNamespace(text_only=True, image_token_id=None)))
     messages = CONVERSATIONS["system"][:1] + CONVERSATIONS["text"]
     expected = encode(mistral_builder, messages, pictures)
     assert encode(text_only, messages, pictures).input_ids.tolist() == expected.input_ids.tolist()
@@ -362,7 +363,7 @@ def test_tekken_is_not_left_to_an_installed_package(tekken_path: Path, monkeypat
     monkeypatch.setattr(
         AutoTokenizer, "from_pretrained", lambda path, **options: loaded.update(options) or original(path, **options)
     )
-    PromptBuilder(tekken_path, prompt_rules(SimpleNamespace(vision=None, image_token_id=None)))
+    PromptBuilder(tekken_path, prompt_rules(SimpleNamespace(text_only=True, image_token_id=None)))
     assert loaded["mistral_format"] is False
 
 

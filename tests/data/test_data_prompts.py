@@ -16,7 +16,7 @@ from megatron_vlm.data.prompts import PromptBuilder
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.errors import ConfigError, DataError
 from tests.data import rows
-from tests.data.references import check_trained, draw_pictures, encode, reference, refusal, trained_text
+from tests.data.references import check_trained, draw_pictures, encode, gemma3_rules, reference, refusal, trained_text
 from tests.data.rows import assistant, image, user
 from tests.data.tiny_processor import CHAT_TEMPLATE, build_processor, build_tokenizer
 
@@ -40,10 +40,10 @@ def test_ids_and_pixels_equal_the_processor(builder: PromptBuilder, hf_path: Pat
     sample = encode(builder, messages, pictures)
     theirs = reference(hf_path, messages, pictures)
     assert sample.input_ids.tolist() == theirs["input_ids"][0]
-    assert ("pixel_values" in theirs) == bool(sample.vision_inputs)
-    if sample.vision_inputs:
-        assert torch.equal(sample.vision_inputs["pixel_values"], torch.stack(list(theirs["pixel_values"])))
-        assert sample.num_images == len(theirs["pixel_values"])
+    assert ("pixel_values" in theirs) == bool(sample.media_inputs)
+    if sample.media_inputs:
+        assert torch.equal(sample.media_inputs["pixel_values"], torch.stack(list(theirs["pixel_values"])))
+        assert sample.count("image") == len(theirs["pixel_values"])
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -161,8 +161,8 @@ def test_directories_that_do_not_serve(tmp_path: Path, rules: PromptRules) -> No
     assert "data.max_pixels is 100" in refusal(tmp_path / "good", rules, max_pixels=100)
 
 
-def test_tokens_per_image_must_match_the_model(hf_path: Path, rules: PromptRules, folder: Path) -> None:
-    builder = PromptBuilder(hf_path, dataclasses.replace(rules, tokens_per_image=5))
+def test_tokens_per_image_must_match_the_model(hf_path: Path, folder: Path) -> None:
+    builder = PromptBuilder(hf_path, gemma3_rules(tokens_per_image=5))
     with pytest.raises(DataError, match="4 image tokens for 1 images of 5 tokens"):
         encode(builder, CONVERSATIONS["one image"], folder)
 

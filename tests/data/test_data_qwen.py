@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -17,10 +18,10 @@ from megatron_vlm.config import DataSource
 from megatron_vlm.data.collate import collate
 from megatron_vlm.data.describe import check_rows, describe_sample
 from megatron_vlm.data.loader import Share, build_train_loader
+from megatron_vlm.data.media import Medium, Packed, pack_in_reading_order
 from megatron_vlm.data.prompts import PromptBuilder
 from megatron_vlm.data.rows import RowReader
 from megatron_vlm.data.rules import PromptRules
-from megatron_vlm.data.visuals import pack_in_reading_order
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.families.qwen3_vl.prompt import prompt_rules
 from tests.data import rows
@@ -87,24 +88,25 @@ def with_folder(part: dict[str, Any]) -> dict[str, Any]:
     return part
 
 
-def in_reading_order(theirs: dict[str, Any], rules: PromptRules) -> tuple[list[tuple[int, ...]], torch.Tensor]:
-    """Grids and patches of transformers' two sequences, interleaved by the first placeholder of each."""
+def in_reading_order(theirs: dict[str, Any], rules: PromptRules) -> tuple[list[Medium], torch.Tensor]:
+    """Media and patches of transformers' two sequences, interleaved by the first placeholder of each."""
     taken = {"image": 0, "video": 0}
     pixels = {"image": theirs.get("pixel_values"), "video": theirs.get("pixel_values_videos")}
-    grids, patches, tokens_left = [], [], 0
+    media: list[Medium] = []
+    patches, tokens_left = [], 0
     for token in theirs["input_ids"][0]:
         if token not in (rules.image_token_id, rules.video_token_id):
             continue
         if tokens_left == 0:
-            kind = "image" if token == rules.image_token_id else "video"
+            kind: Literal["image", "video"] = "image" if token == rules.image_token_id else "video"
             before = theirs[f"{kind}_grid_thw"][: taken[kind]].prod(1).sum()
-            grids.append(tuple(theirs[f"{kind}_grid_thw"][taken[kind]].tolist()))
-            count = int(np.prod(grids[-1]))
+            media.append(Medium(kind, tuple(theirs[f"{kind}_grid_thw"][taken[kind]].tolist())))
+            count = int(np.prod(media[-1].grid))
             patches.append(pixels[kind][before : before + count])
             taken[kind] += 1
             tokens_left = count // 4
         tokens_left -= 1
-    return grids, torch.cat(patches) if patches else torch.empty(0)
+    return media, torch.cat(patches) if patches else torch.empty(0)
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -116,13 +118,13 @@ def test_ids_and_patches_equal_the_processor(
     sample = encode(qwen_builder, messages, pictures)
     theirs = reference(qwen_path, messages, pictures)
     assert sample.input_ids.tolist() == theirs["input_ids"][0]
-    grids, patches = in_reading_order(theirs, qwen_builder.rules)
-    assert sample.vision_grids == grids
-    assert ("pixel_values" in sample.vision_inputs) == bool(grids)
-    if grids:
-        assert torch.equal(sample.vision_inputs["pixel_values"], patches)
-    images, videos = theirs.get("image_grid_thw", ()), theirs.get("video_grid_thw", ())
-    assert (sample.num_images, sample.num_videos) == (len(images), len(videos))
+    media, patches = in_reading_order(theirs, qwen_builder.rules)
+    assert sample.media == media
+    assert ("pixel_values" in sample.media_inputs) == bool(media)
+    if media:
+        assert torch.equal(sample.media_inputs["pixel_values"], patches)
+    for kind in ("image", "video"):
+        assert sample.count(kind) == len(theirs.get(f"{kind}_grid_thw", ()))
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -143,7 +145,7 @@ def test_trained_tokens_equal_assistant_masks(
 
 def test_text_only_model(tmp_path: Path, folder: Path) -> None:
     build_qwen_tokenizer().save_pretrained(tmp_path / "text")
-    rules = prompt_rules(SimpleNamespace(vision=None, image_token_id=None, video_token_id=None))
+    rules = prompt_rules(SimpleNamespace(text_only=True))
     builder = PromptBuilder(tmp_path / "text", rules)
     messages = CONVERSATIONS["system"][:1] + CONVERSATIONS["text"]
     theirs = builder.tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
@@ -186,10 +188,10 @@ def test_pixel_limits_are_the_processor_s(
     sample = encode(builder, messages, pictures)
     processor = AutoProcessor.from_pretrained(qwen_path, local_files_only=True)
     theirs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, processor_kwargs=given)
-    grids, patches = in_reading_order(dict(theirs), qwen_rules)
-    assert sample.vision_grids == grids and sample.input_ids.tolist() == theirs["input_ids"][0]
-    assert torch.equal(sample.vision_inputs["pixel_values"], patches)
-    areas = [frames * height * width * 4 * 4 for frames, height, width in grids]
+    media, patches = in_reading_order(dict(theirs), qwen_rules)
+    assert sample.media == media and sample.input_ids.tolist() == theirs["input_ids"][0]
+    assert torch.equal(sample.media_inputs["pixel_values"], patches)
+    areas = [math.prod(medium.grid) * 4 * 4 for medium in media]
     assert (min(areas) >= 600) == (limits[0] is not None and limits[0] >= 600)
 
 
@@ -229,7 +231,7 @@ BAD_ROWS = {
 def test_bad_rows_name_their_reason(make_qwen_reader: Make, pictures: Path, reason: str) -> None:
     good = row(user("a"), assistant("b"))
     placed = make_qwen_reader([good, row(user(*BAD_ROWS[reason]), assistant("b")), good]).read(0, 1)
-    assert placed.bad and len(placed.sample.input_ids) == 1 and not placed.sample.vision_inputs
+    assert placed.bad and len(placed.sample.input_ids) == 1 and not placed.sample.media_inputs
     assert placed.problem and reason in placed.problem and "rows.jsonl:2]" in placed.problem
     assert "\n" not in placed.problem
 
@@ -264,13 +266,13 @@ def test_placeholders_must_match_the_features() -> None:
         "video_grid_thw": torch.tensor([[2, 2, 2]]),
     }
 
-    def pack(*ids: int) -> tuple[torch.Tensor | None, list[tuple[int, int, int]]]:
+    def pack(*ids: int) -> Packed:
         return pack_in_reading_order(
             output, np.array(ids), "rows.jsonl:7", image_token_id=1, video_token_id=2, merge_size=2
         )
 
-    pixels, grids = pack(0, 2, 0, 2, 1, 1)
-    assert grids == [(2, 2, 2), (1, 2, 4)]
+    pixels, media = pack(0, 2, 0, 2, 1, 1)
+    assert media == [Medium("video", (2, 2, 2)), Medium("image", (1, 2, 4))]
     assert pixels is not None and pixels.flatten().tolist() == [*range(8, 16), *range(8)]
     for ids, reason in {
         (0, 1, 0, 2, 0, 2): "1 placeholders in a run where 2 features belong",
@@ -291,22 +293,22 @@ def test_features_go_to_their_own_tokens(make_qwen_reader: Make, pictures: Path,
     names = ("video between images", "text", "images of several sizes")
     reader = make_qwen_reader([row(*CONVERSATIONS[name]) for name in names] + ["broken"], seq_length=400)
     placed = [reader.read(0, number) for number in range(4)]
-    batch = collate(placed, qwen_rules, 0, pad_to_multiple_of=16)
-    is_visual = torch.isin(batch.input_ids, torch.tensor(qwen_rules.vision_token_ids))
-    sizes = [frames * height * width for frames, height, width in batch.vision_grids]
-    assert batch.feature_index.max() + 1 == sum(sizes) // 4 == batch.counters["vision_tokens"] == is_visual.sum()
+    batch = collate([[each] for each in placed], qwen_rules, 0, pad_to_multiple_of=16)
+    is_visual = torch.isin(batch.input_ids, torch.tensor(qwen_rules.media_token_ids))
+    sizes = [frames * height * width for frames, height, width in batch.grids]
+    assert batch.feature_index.max() + 1 == sum(sizes) // 4 == batch.counters["media_tokens"] == is_visual.sum()
     assert torch.equal(batch.feature_index[is_visual], torch.arange(sum(sizes) // 4, dtype=torch.int32))
     assert (batch.feature_index[~is_visual] == -1).all()
-    assert batch.vision_inputs["pixel_values"].shape == (sum(sizes), 3 * 2 * 4 * 4)
-    assert batch.vision_grids == placed[0].sample.vision_grids + placed[2].sample.vision_grids
+    assert batch.media_inputs["pixel_values"].shape == (sum(sizes), 3 * 2 * 4 * 4)
+    assert batch.media == placed[0].sample.media + placed[2].sample.media
     assert (batch.counters["images"], batch.counters["videos"], batch.counters["bad_rows"]) == (6, 3, 1)
     # Causal: no token sees beyond itself.
     assert torch.equal(batch.span_high[0], torch.arange(batch.input_ids.shape[1], dtype=torch.int32))
-    later = collate(placed, qwen_rules, 0, pad_to_multiple_of=16, with_pixels=False)
-    assert later.vision_inputs == {} and later.vision_grids == batch.vision_grids
+    later = collate([[each] for each in placed], qwen_rules, 0, pad_to_multiple_of=16, with_pixels=False)
+    assert later.media_inputs == {} and later.media == batch.media
     assert torch.equal(later.position_ids, batch.position_ids)
-    without = collate(placed[1::2], qwen_rules, 0)
-    assert without.vision_inputs == {} and without.vision_grids == []
+    without = collate([[each] for each in placed[1::2]], qwen_rules, 0)
+    assert without.media_inputs == {} and without.media == []
     assert without.position_ids.shape == (3, *without.input_ids.shape)
 
 
@@ -316,7 +318,7 @@ def test_length_of_rows_with_images_of_any_size(make_qwen_reader: Make, pictures
     head = len(make_qwen_reader([row(*whole["messages"][:2])]).read(0, 0).sample.input_ids)
     cut = make_qwen_reader([whole], seq_length=head, too_long="truncate").read(0, 0)
     assert cut.truncated and len(cut.sample.input_ids) == head
-    assert (cut.sample.num_images, cut.sample.num_videos, len(cut.sample.vision_grids)) == (1, 0, 1)
+    assert [medium.kind for medium in cut.sample.media] == ["image"]
     assert make_qwen_reader([whole], seq_length=head - 1, too_long="truncate").read(0, 0).too_long
     smallest = row(user(image("dot.png")), assistant(""))
     needed = make_qwen_reader([smallest]).builder.shortest_image_row_tokens
@@ -355,8 +357,8 @@ def test_workers_send_grids(
     loaders = [build_train_loader(settings, qwen_rules, Share(4, 2)) for settings in (config, here)]
     for _ in range(4):
         sent, own = (next(loader) for loader in loaders)
-        assert sent.vision_grids == own.vision_grids and len(own.vision_grids) == 4
+        assert sent.media == own.media and len(own.media) == 4
         assert torch.equal(sent.position_ids, own.position_ids)
-        assert torch.equal(sent.vision_inputs["pixel_values"], own.vision_inputs["pixel_values"])
+        assert torch.equal(sent.media_inputs["pixel_values"], own.media_inputs["pixel_values"])
     for loader in loaders:
         loader.close()

@@ -39,7 +39,7 @@ def test_bad_rows_keep_their_slot(make_reader: Make, reason: str) -> None:
     placed = make_reader([GOOD, BAD_ROWS[reason], GOOD]).read(0, 1)
     assert placed.bad and not placed.too_long
     assert len(placed.sample.input_ids) == 1 and not placed.sample.trained.any()
-    assert not placed.sample.vision_inputs
+    assert not placed.sample.media_inputs
     assert placed.row_name.endswith("rows.jsonl:2")
     assert placed.problem and reason in placed.problem and placed.row_name in placed.problem
 
@@ -96,7 +96,7 @@ def test_truncation_cuts_at_turns(make_reader: Make) -> None:
         assert cut.truncated and not cut.too_long
         assert np.array_equal(cut.sample.input_ids, whole.sample.input_ids)
         assert np.array_equal(cut.sample.trained, whole.sample.trained)
-        assert cut.sample.num_images == len(cut.sample.vision_inputs["pixel_values"]) == 1
+        assert cut.sample.count("image") == len(cut.sample.media_inputs["pixel_values"]) == 1
     nothing = make_reader([LONG], seq_length=two - 1, too_long="truncate").read(0, 0)
     assert nothing.too_long and nothing.problem and "no leading turns of it fit" in nothing.problem
 

@@ -19,6 +19,7 @@ from transformers.video_utils import load_video as load_video_of_transformers
 from megatron_vlm.data import videos
 from megatron_vlm.data.describe import check_rows
 from megatron_vlm.data.formats import Conversation, ImagePart, ImageSource, TextPart, VideoPart, VideoSource, parse_row
+from megatron_vlm.data.media import Medium
 from megatron_vlm.data.prompts import PromptBuilder
 from megatron_vlm.data.rows import RowReader
 from megatron_vlm.data.videos import load_video
@@ -78,8 +79,8 @@ def test_files_give_the_frames_of_transformers(
     options = {"do_sample_frames": False, "video_metadata": [dict(metadata)]}
     theirs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, processor_kwargs=options)
     assert sample.input_ids.tolist() == theirs["input_ids"][0]
-    assert torch.equal(sample.vision_inputs["pixel_values"], theirs["pixel_values_videos"])
-    assert sample.vision_grids == [tuple(theirs["video_grid_thw"][0].tolist())]
+    assert torch.equal(sample.media_inputs["pixel_values"], theirs["pixel_values_videos"])
+    assert sample.media == [Medium("video", tuple(theirs["video_grid_thw"][0].tolist()))]
 
 
 def test_containers_that_store_no_count(qwen_builder: PromptBuilder, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ Gradients = dict[str, torch.Tensor]
 
 def references(family: TinyFamily, cases: Sequence[str]) -> list[Reference]:
     """A micro-batch of each case, another one for each time that a case is named."""
-    return [family.make_batch(family.cases[case][cases[:seed].count(case)], seed) for seed, case in enumerate(cases)]
+    return [family.micro_batch(case, cases[:seed].count(case), seed) for seed, case in enumerate(cases)]
 
 
 def micro_batches(family: TinyFamily, cases: Sequence[str]) -> list[MicroBatch]:

@@ -39,9 +39,11 @@ class TinyFamily:
         build: makes transformers' model with random parameters, the same each time; given a `tokenizer`, with its
             special tokens and as many rows.
         vocabulary: rows of the embedding without padding, where no tokenizer is given.
-        make_batch: a micro-batch of random tokens and pixels, from rows and a seed.
-        cases: global batches of micro-batches of rows; "text" and "mixed" (micro-batches with and without images) are
-            among them, and others have an odd number of images in the first micro-batch.
+        make_batch: a micro-batch of random tokens and pixels, from documents and a seed; given `documents_per_row`,
+            with several documents in a row.
+        cases: global batches of micro-batches of documents, one in each row; "text" and "mixed" (micro-batches with and
+            without images) are among them, and others have an odd number of images in the first micro-batch. The last
+            is "packed", of micro-batches of rows of several documents.
         replicated: names of the parameters that every tensor rank holds whole, and why (regular expressions).
         build_processor: writes processor and tokenizer into a directory.
         text_class: transformers' class of the language model alone.
@@ -54,7 +56,7 @@ class TinyFamily:
     name: str
     build: Callable[..., PreTrainedModel]
     vocabulary: int
-    make_batch: Callable[[Any, int], Reference]
+    make_batch: Callable[..., Reference]
     cases: Mapping[str, Sequence[Any]]
     replicated: Mapping[str, str]
     build_processor: Callable[[Path], ProcessorMixin]
@@ -106,9 +108,17 @@ class TinyFamily:
         self.model().save_pretrained(folder)
         return str(folder)
 
+    def micro_batch(self, case: str, number: int, seed: int) -> Reference:
+        """A micro-batch of a case, with random numbers of a seed."""
+        rows = self.cases[case][number]
+        if case != "packed":
+            return self.make_batch(rows, seed)
+        documents = [document for row in rows for document in row]
+        return self.make_batch(documents, seed, documents_per_row=[len(row) for row in rows])
+
     def micro_batches(self, case: str) -> list[Reference]:
         """The global batch of a case."""
-        return [self.make_batch(rows, seed) for seed, rows in enumerate(self.cases[case])]
+        return [self.micro_batch(case, number, seed=number) for number in range(len(self.cases[case]))]
 
     @cache  # noqa: B019
     def expected(self, case: str) -> Expected:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 from transformers import (
     Gemma3Config,
     Gemma3ForCausalLM,
@@ -19,12 +18,15 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from megatron_vlm.data.collate import MicroBatch, spans
+from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.data.media import Medium
+from megatron_vlm.data.prompts import Sample
 from tests.data.tiny_processor import build_processor
 from tests.families.entry import DECODER, QUERY_NORMS, TinyFamily
 from tests.families.layouts import ALL_RULES, EVERYTHING, FEW_PARITY, FIRST_WEIGHTS, NOTHING, some
 from tests.parity.layouts import LAYOUTS
-from tests.parity.tiny_batches import Reference, randomise
+from tests.parity.tiny_batches import Reference, by_document, collate_documents, randomise, text_inputs
+from tests.parity.tiny_batches import reference as reference_of
 
 VOCABULARY = 250  # rows are padded to 256: the last tensor rank holds padding
 BEGIN, IMAGE, END = 200, 201, 202
@@ -60,32 +62,38 @@ VISION = {
 }
 
 
-def build(with_vision: bool = True, tied: bool = True, tokenizer: Any = None, **text: object) -> PreTrainedModel:
-    """A tiny model; `text` goes to the text configuration, and the ids of a tokenizer stand for those above."""
+def build_config(with_vision: bool = True, tied: bool = True, tokenizer: Any = None, **text: object) -> Any:
+    """`text` goes to the text configuration, and the ids of a tokenizer stand for those above."""
     if tokenizer is not None:
         special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
         text = {"vocab_size": len(tokenizer)} | special | text
     text_config = Gemma3TextConfig(**(TEXT | text), tie_word_embeddings=tied)
-    if with_vision:
-        config = Gemma3Config(
-            text_config=text_config,
-            vision_config=SiglipVisionConfig(**VISION),
-            mm_tokens_per_image=TOKENS_PER_IMAGE,
-            image_token_index=tokenizer.image_token_id if tokenizer else IMAGE,
-            boi_token_index=tokenizer.boi_token_id if tokenizer else BEGIN,
-            eoi_token_index=tokenizer.eoi_token_id if tokenizer else END,
-            tie_word_embeddings=tied,
-        )
-        return randomise(Gemma3ForConditionalGeneration(config))
-    return randomise(Gemma3ForCausalLM(text_config))
+    if not with_vision:
+        return text_config
+    return Gemma3Config(
+        text_config=text_config,
+        vision_config=SiglipVisionConfig(**VISION),
+        mm_tokens_per_image=TOKENS_PER_IMAGE,
+        image_token_index=tokenizer.image_token_id if tokenizer else IMAGE,
+        boi_token_index=tokenizer.boi_token_id if tokenizer else BEGIN,
+        eoi_token_index=tokenizer.eoi_token_id if tokenizer else END,
+        tie_word_embeddings=tied,
+    )
 
 
-Row = tuple[int, Sequence[int]]
-"""Number of real tokens and places where an image begins."""
+def build(with_vision: bool = True, tied: bool = True, tokenizer: Any = None, **text: object) -> PreTrainedModel:
+    """A tiny model; see `build_config`."""
+    model_class: Any = Gemma3ForConditionalGeneration if with_vision else Gemma3ForCausalLM
+    return randomise(model_class(build_config(with_vision, tied, tokenizer, **text)))
+
+
+Document = tuple[int, Sequence[int]]
+"""Number of tokens, and places of the tokens that begin an image (-1: before the document, whose first token is then
+the image's)."""
 
 # What the issue names: text only, one image, several images in one sample, and rows without images among them. The
 # rows differ in length and in label tokens; an image is longer than what the window leaves of its past.
-ROWS: dict[str, Sequence[Row]] = {
+ROWS: dict[str, Sequence[Document]] = {
     "text": [(LENGTH, []), (15, []), (18, []), (9, [])],
     "one image": [(LENGTH, [3]), (LENGTH, [1]), (17, [8]), (12, [2])],
     "several images": [(LENGTH, [1, 9]), (20, [2, 8, 14]), (LENGTH, [4, 12]), (16, [0, 7])],
@@ -95,85 +103,80 @@ ROWS: dict[str, Sequence[Row]] = {
 CASES = {name: [[rows[place - 1], rows[place]] for place in range(len(rows))] for name, rows in ROWS.items()}
 
 
-def make_batch(rows: Sequence[Row], seed: int = 0, length: int = LENGTH) -> MicroBatch:
-    """A micro-batch of random tokens; labels are missing at random, on images and on padding."""
+# Several documents in each row: images end documents, begin them, and touch those of the document before.
+PACKED: list[Sequence[Sequence[Document]]] = [
+    [[(LENGTH, [1, 9]), (13, [8])], [(15, [4]), (20, [2, 8, 14])]],
+    [[(9, [4]), (12, [-1, 6]), (7, [])], [(17, [12]), (6, [-1])]],
+    [[(LENGTH, []), (5, [])], [(11, []), (3, [])]],
+    [[(7, [0]), (10, [2])], [(14, []), (8, [3]), (5, [-1])]],
+]
+PACKED_TEXT = [[[(count, ()) for count, _ in row] for row in rows] for rows in PACKED]
+
+
+def draw(documents: Sequence[Document], seed: int = 0) -> list[Sample]:
+    """Random tokens and pixels; some tokens that are no placeholders are trained."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, BEGIN, (len(rows), length), generator=generator)
-    is_real = torch.arange(length) < torch.tensor([count for count, _ in rows])[:, None]
+    length = max(LENGTH, *(count for count, _ in documents))
+    ids = torch.randint(3, BEGIN, (len(documents), length), generator=generator)
     ids[:, -3] = 0  # the padding id inside the text: its embedding has no gradient
-    for row, (_, begins) in zip(ids, rows, strict=True):
+    for row, (_, begins) in zip(ids, documents, strict=True):
         for begin in begins:
-            row[begin] = BEGIN
-            row[begin + 1 : begin + 1 + TOKENS_PER_IMAGE] = IMAGE
-            row[begin + 1 + TOKENS_PER_IMAGE] = END
-    ids[~is_real] = 0
-    is_image = ids == IMAGE
-    labels = torch.full_like(ids, -100)
-    labels[:, :-1] = ids[:, 1:]
-    hidden = torch.rand(ids.shape, generator=generator) < 0.4
-    labels[(labels == IMAGE) | hidden | ~is_real] = -100
-    labels[torch.arange(len(rows)), torch.tensor([count - 1 for count, _ in rows])] = -100
-    low, high = spans(is_real, is_image)
-    num_images = sum(len(begins) for _, begins in rows)
-    feature_index = torch.where(is_image, is_image.flatten().cumsum(0).view_as(ids) - 1, -1).int()
-    pixels = torch.randn((num_images, 3, VISION["image_size"], VISION["image_size"]), generator=generator)
-    return MicroBatch(
-        input_ids=ids,
-        labels=labels,
-        position_ids=torch.arange(length).expand(len(rows), -1),
-        document_ids=torch.where(is_real, 0, -1).int(),
-        span_low=low,
-        span_high=high,
-        feature_index=feature_index,
-        vision_inputs={"pixel_values": pixels} if num_images else {},
-        source_ids=torch.zeros(len(rows), dtype=torch.int32),
-    )
+            end = begin + 1 + TOKENS_PER_IMAGE
+            row[max(begin, 0)] = BEGIN
+            row[begin + 1 : end] = IMAGE
+            row[end] = END
+    is_target = torch.nn.functional.pad(torch.rand(ids.shape, generator=generator) >= 0.4, (1, -1)) & (ids != IMAGE)
+    size, patches = VISION["image_size"], VISION["image_size"] // VISION["patch_size"]
+    pixels = torch.randn((sum(len(begins) for _, begins in documents), 3, size, size), generator=generator)
+    return [
+        Sample(
+            row[:count].numpy(),
+            trained[:count].numpy(),
+            [Medium("image", (1, patches, patches))] * len(begins),
+            {"pixel_values": images} if begins else {},
+        )
+        for row, trained, images, (count, begins) in zip(
+            ids, is_target, pixels.split([len(begins) for _, begins in documents]), documents, strict=True
+        )
+    ]
 
 
-def split_rows(whole: MicroBatch) -> list[MicroBatch]:
-    """One micro-batch per row, with its own images."""
-    micro_batches = []
-    for row in range(whole.input_ids.shape[0]):
-        index = whole.feature_index[row : row + 1]
-        images = torch.unique(index[index >= 0] // TOKENS_PER_IMAGE).long()
-        fields = {
-            name: value[row : row + 1]
-            for name, value in vars(whole).items()
-            if isinstance(value, torch.Tensor) and name != "label_index"
-        }
-        if len(images):
-            offset = int(images[0]) * TOKENS_PER_IMAGE
-            fields["feature_index"] = torch.where(index >= 0, index - offset, -1)
-        pixels = {"pixel_values": whole.vision_inputs["pixel_values"][images]} if len(images) else {}
-        micro_batches.append(MicroBatch(**fields, vision_inputs=pixels))
-    return micro_batches
+def collate_drawn(
+    drawn: Sequence[Sample], pad_to_multiple_of: int = LENGTH, documents_per_row: Sequence[int] | None = None
+) -> MicroBatch:
+    """The micro-batch of documents, by our own pipeline."""
+    return collate_documents(drawn, build_config(), pad_to_multiple_of, documents_per_row)
+
+
+def make_batch(documents: Sequence[Document], seed: int = 0, **options: Any) -> MicroBatch:
+    """A micro-batch of random tokens; `options` go to `collate_drawn`."""
+    return collate_drawn(draw(documents, seed), **options)
 
 
 def transformers_inputs(batch: MicroBatch, with_vision: bool) -> dict[str, torch.Tensor]:
     """What transformers' model takes for a micro-batch."""
-    inputs = {"input_ids": batch.input_ids, "attention_mask": (batch.document_ids >= 0).long()}
+    inputs = text_inputs(batch)
     if with_vision:
-        inputs["token_type_ids"] = (batch.feature_index >= 0).long()
-        inputs |= batch.vision_inputs
+        inputs["token_type_ids"] = by_document(batch, (batch.feature_index >= 0).long())
+        inputs |= batch.media_inputs
     return inputs
 
 
 def reference(model: PreTrainedModel, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [B, S, V] and the loss, the mean over label tokens, by transformers."""
-    logits = model(**transformers_inputs(batch, hasattr(model.config, "vision_config"))).logits
-    loss = cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=-100)
-    return logits, loss
+    """Logits [documents, longest, V] and the loss, the mean over label tokens, by transformers."""
+    inputs = transformers_inputs(batch, hasattr(model.config, "vision_config"))
+    logits, loss_sum = reference_of(model, Reference(batch, inputs))
+    return logits, loss_sum / len(batch.label_index)
 
 
-def _make_reference(rows: Sequence[Row], seed: int) -> Reference:
-    batch = make_batch(rows, seed)
-    # Padding sees only itself here; transformers' padding sees the row.
-    return Reference(batch, transformers_inputs(batch, with_vision=True), [count for count, _ in rows])
+def _make_reference(documents: Sequence[Document], seed: int, **options: Any) -> Reference:
+    batch = make_batch(documents, seed, **options)
+    return Reference(batch, transformers_inputs(batch, with_vision=True))
 
 
-def _make_text_reference(rows: Sequence[Row], seed: int) -> Reference:
-    reference = _make_reference(rows, seed)
-    return replace(reference, inputs=transformers_inputs(reference.batch, with_vision=False))
+def _make_text_reference(documents: Sequence[Document], seed: int, **options: Any) -> Reference:
+    batch = make_batch(documents, seed, **options)
+    return Reference(batch, transformers_inputs(batch, with_vision=False))
 
 
 def _write_processor(folder: Path) -> ProcessorMixin:
@@ -201,7 +204,7 @@ GEMMA3 = TinyFamily(
     build=build,
     vocabulary=VOCABULARY,
     make_batch=_make_reference,
-    cases=CASES,
+    cases=CASES | {"packed": PACKED},
     replicated=REPLICATED,
     build_processor=_write_processor,
     text_class=Gemma3ForCausalLM,
@@ -215,11 +218,12 @@ TEXT_ONLY = GEMMA3.variant(
         parity=some(LAYOUTS, "TP1", "TP2+SP", "TP4", "PP2xVPP2", "TP2xPP2+SP", "DP2, distributed optimizer"),
         rules=some(ALL_RULES, "TP2", "TP2+SP", "TP4"),
     ),
-    ["text"],
+    ["text", "packed"],
     with_vision=False,
 )
 ENTRIES = (
     GEMMA3,
-    replace(TEXT_ONLY, make_batch=_make_text_reference),
-    GEMMA3.variant("untied", replace(FEW_PARITY, first_weights=FIRST_WEIGHTS), ["mixed"], tied=False),
+    replace(TEXT_ONLY, make_batch=_make_text_reference, cases=TEXT_ONLY.cases | {"packed": PACKED_TEXT}),
+    GEMMA3.variant("with windows shorter than an image", FEW_PARITY, ["mixed", "packed"], sliding_window=3),
+    GEMMA3.variant("untied", replace(FEW_PARITY, first_weights=FIRST_WEIGHTS), ["mixed", "packed"], tied=False),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,17 @@ from tests.data.tiny_processor import build_mistral_processor
 from tests.families.entry import DECODER, TinyFamily
 from tests.families.layouts import FEW_PARITY, NOTHING, some
 from tests.parity.layouts import LAYOUTS
-from tests.parity.tiny_batches import Random, Reference, Rows, RowWriter, collate_rows, randomise
+from tests.parity.tiny_batches import (
+    DocumentWriter,
+    PackedRows,
+    Random,
+    Reference,
+    Rows,
+    collate_documents,
+    pieces,
+    randomise,
+    text_inputs,
+)
 
 VOCABULARY = 152  # rows are padded to 192: the last of four tensor ranks holds padding alone
 IMAGE, BREAK, END = 140, 141, 142
@@ -72,6 +83,14 @@ CASES: dict[str, list[Rows]] = {
     ],
     "mixed": [[[3, (4, 6), 5], [17]], [[12], [9]], [[21], [2, (4, 4), 8]], [[4, (2, 4), 3], [11]]],
 }
+# Documents that begin or end with images, that are longer than the window and begin past where queries would grow in
+# the row; and a micro-batch without images.
+PACKED: list[PackedRows] = [
+    [[[3, (4, 6), 5], [(2, 4), 4]], [[(2, 2)], [1, (4, 4), 3, (4, 4)]]],
+    [[[9], [2, (6, 4)], [4]], [[5, (2, 2), 3, (4, 2)]]],
+    [[[17], [3]], [[6], [12]]],
+    [[[(4, 4), 2], [(2, 6), 3]], [[2], [14, (2, 4), 1]]],
+]
 
 
 def build_config(ministral: bool = True, tied: bool = False, tokenizer: Any = None, **settings: Any) -> Mistral3Config:
@@ -105,22 +124,21 @@ def _write_image(frames: int, height: int, width: int, is_video: bool, generator
     return [*(token for row in rows for token in row)][:-1] + [END]
 
 
-WRITER = RowWriter(IMAGE, 3 * VISION["patch_size"] ** 2, _write_image)
+WRITER = DocumentWriter(IMAGE, 3 * VISION["patch_size"] ** 2, _write_image)
 
 
-def make_batch(rows: Rows, seed: int = 0, pad_to_multiple_of: int = 4, config: Any = None) -> Reference:
+def make_batch(
+    documents: Rows,
+    seed: int = 0,
+    pad_to_multiple_of: int = 4,
+    documents_per_row: Sequence[int] | None = None,
+) -> Reference:
     """A micro-batch of random tokens and pixels."""
     generator = np.random.default_rng(seed)
-    written = [WRITER.row(parts, generator) for parts in rows]
-    batch = collate_rows(written, config or build_config(ministral=False), pad_to_multiple_of)
-    lengths = [len(row.sample.input_ids) for row in written]
-    inputs = {
-        "input_ids": batch.input_ids,
-        "attention_mask": (torch.arange(batch.input_ids.shape[1]) < torch.tensor(lengths)[:, None]).long(),
-    }
-    pixels = [
-        _image(patches, height, width) for row in written for (_, height, width), patches in row.pieces(is_video=False)
-    ]
+    written = [WRITER.document(parts, generator) for parts in documents]
+    batch = collate_documents(written, build_config(ministral=False), pad_to_multiple_of, documents_per_row)
+    inputs = text_inputs(batch)
+    pixels = [_image(patches, height, width) for (_, height, width), patches in pieces(written, "image")]
     if pixels:
         height, width = (max(image.shape[side] for image in pixels) for side in (1, 2))
         inputs["image_sizes"] = torch.tensor([image.shape[1:] for image in pixels])
@@ -130,7 +148,7 @@ def make_batch(rows: Rows, seed: int = 0, pad_to_multiple_of: int = 4, config: A
                 for image in pixels
             ]
         )
-    return Reference(batch, inputs, lengths)
+    return Reference(batch, inputs)
 
 
 def _image(patches: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -145,7 +163,7 @@ MISTRAL3 = TinyFamily(
     build=build,
     vocabulary=VOCABULARY,
     make_batch=make_batch,
-    cases=CASES,
+    cases=CASES | {"packed": PACKED},
     replicated=DECODER
     | {
         r"vision_tower\.patch_conv\.weight": (
@@ -164,7 +182,7 @@ MISTRAL3 = TinyFamily(
 MISTRAL_TEXT = replace(NOTHING, parity=some(LAYOUTS, "TP1", "TP4", "TP2xPP2+SP"))
 ENTRIES = (
     MISTRAL3,
-    MISTRAL3.variant("tied", FEW_PARITY, ["mixed"], tied=True),
-    MISTRAL3.variant("with Mistral's text", MISTRAL_TEXT, ["images", "mixed"], ministral=False),
-    MISTRAL3.variant("with a window", FEW_PARITY, ["mixed"], ministral=False, sliding_window=6),
+    MISTRAL3.variant("tied", FEW_PARITY, ["mixed", "packed"], tied=True),
+    MISTRAL3.variant("with Mistral's text", MISTRAL_TEXT, ["images", "mixed", "packed"], ministral=False),
+    MISTRAL3.variant("with a window", FEW_PARITY, ["mixed", "packed"], sliding_window=6),
 )

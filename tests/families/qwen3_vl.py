@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,7 +27,18 @@ from tests.families.entry import DECODER, QUERY_NORMS, TinyFamily
 from tests.families.layouts import ADAMW, FEW_PARITY, PARITY, WITH_EXPERTS, Batteries, some
 from tests.families.rows import VIDEO_ROWS
 from tests.parity.layouts import TestLayout
-from tests.parity.tiny_batches import Random, Reference, Rows, RowWriter, collate_rows, randomise
+from tests.parity.tiny_batches import (
+    DocumentWriter,
+    PackedRows,
+    Random,
+    Reference,
+    Rows,
+    by_document,
+    collate_documents,
+    pieces,
+    randomise,
+    text_inputs,
+)
 
 VOCABULARY = 152  # rows are padded to 192: the last of four tensor ranks holds padding alone
 IMAGE, VIDEO, START, END = 140, 141, 142, 143
@@ -109,6 +121,13 @@ CASES: dict[str, list[Rows]] = {
     ],
     "mixed": [[[3, (4, 6), 5], [17]], [[12], [9]], [[21], [2, (2, 4, 4), 8]], [[4, (2, 2), 3], [11]]],
 }
+# Documents that begin or end with images and videos, and a micro-batch without any.
+PACKED: list[PackedRows] = [
+    [[[3, (4, 6), 5], [(2, 2, 4), 4]], [[(2, 2)], [1, (4, 4), 3, (2, 4, 4)]]],
+    [[[9], [2, (6, 4)], [4]], [[5, (2, 2, 2), 3, (4, 2)]]],
+    [[[17], [3]], [[6], [12]]],
+    [[[(4, 4), 2], [(3, 2, 2), 3]], [[2], [4, (2, 4), 1]]],
+]
 
 
 def _write(frames: int, height: int, width: int, is_video: bool, generator: Random) -> list[int]:
@@ -121,27 +140,28 @@ def _write(frames: int, height: int, width: int, is_video: bool, generator: Rand
     return ids
 
 
-WRITER = RowWriter(IMAGE, 3 * VISION["temporal_patch_size"] * VISION["patch_size"] ** 2, _write)
+WRITER = DocumentWriter(IMAGE, 3 * VISION["temporal_patch_size"] * VISION["patch_size"] ** 2, _write)
 
 
-def make_batch(rows: Rows, seed: int = 0, pad_to_multiple_of: int = 4, moe: bool = False) -> Reference:
+def make_batch(
+    documents: Rows,
+    seed: int = 0,
+    pad_to_multiple_of: int = 4,
+    moe: bool = False,
+    documents_per_row: Sequence[int] | None = None,
+) -> Reference:
     """A micro-batch of random tokens and pixels."""
     generator = np.random.default_rng(seed)
-    written = [WRITER.row(parts, generator) for parts in rows]
-    batch = collate_rows(written, build_config(moe), pad_to_multiple_of)
-    lengths = [len(row.sample.input_ids) for row in written]
-    ids = batch.input_ids
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": (torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]).long(),
-        "mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int(),
-    }
-    for is_video, kind, suffix in ((False, "image", ""), (True, "video", "_videos")):
-        parts = [piece for row in written for piece in row.pieces(is_video)]
-        if parts:
-            inputs[f"{kind}_grid_thw"] = torch.tensor([grid for grid, _ in parts])
-            inputs[f"pixel_values{suffix}"] = torch.cat([patches for _, patches in parts])
-    return Reference(batch, inputs, lengths)
+    written = [WRITER.document(parts, generator) for parts in documents]
+    batch = collate_documents(written, build_config(moe), pad_to_multiple_of, documents_per_row)
+    kinds = (batch.input_ids == IMAGE).int() + 2 * (batch.input_ids == VIDEO).int()
+    inputs = text_inputs(batch) | {"mm_token_type_ids": by_document(batch, kinds)}
+    for kind, suffix in (("image", ""), ("video", "_videos")):
+        found = pieces(written, kind)
+        if found:
+            inputs[f"{kind}_grid_thw"] = torch.tensor([grid for grid, _ in found])
+            inputs[f"pixel_values{suffix}"] = torch.cat([patches for _, patches in found])
+    return Reference(batch, inputs)
 
 
 # The language model alone: a Qwen3 model rotates all axes alike, and has a flag of its own for what Qwen3-VL's router
@@ -192,7 +212,7 @@ QWEN3_VL = TinyFamily(
     build=partial(build, moe=False, tied=True),
     vocabulary=VOCABULARY,
     make_batch=make_batch,
-    cases=CASES,
+    cases=CASES | {"packed": PACKED},
     replicated=REPLICATED,
     build_processor=build_qwen_processor,
     text_class=Qwen3ForCausalLM,
@@ -216,4 +236,4 @@ QWEN3_VL_MOE = replace(
     text_class=Qwen3MoeForCausalLM,
     batteries=WITH_EXPERTS,
 )
-ENTRIES = (QWEN3_VL, QWEN3_VL.variant("untied", FEW_PARITY, ["mixed"], tied=False), QWEN3_VL_MOE)
+ENTRIES = (QWEN3_VL, QWEN3_VL.variant("untied", FEW_PARITY, ["mixed", "packed"], tied=False), QWEN3_VL_MOE)

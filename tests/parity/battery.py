@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from megatron_vlm.data.collate import MicroBatch
 from tests.parity.layouts import RankResult, TestLayout, hf_gradients, run_case
-from tests.parity.tiny_batches import Reference, reference
+from tests.parity.tiny_batches import Reference, documents_of, reference
 from tests.ranks import run_ranks
 
 # fp32 sums in another order: one product of 32 to 250 terms differs by about 1e-7 relative, a network of 4 layers
@@ -23,6 +23,8 @@ from tests.ranks import run_ranks
 LOGITS_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-4
 LOSS_TOLERANCE = 1e-6
+# A mistake that a case is to show must be at least three times as wrong.
+CLEARLY_WRONG = 3 * LOGITS_TOLERANCE
 
 # Softmax does not change when one number is added to all scores of a query: a key bias has no gradient.
 ZERO_GRADIENT = "k_proj.bias"
@@ -37,8 +39,7 @@ class Expected:
     Attributes:
         micro_batches: the global batch.
         gradients: of the mean loss over all label tokens, by our names.
-        logits: of each micro-batch, [B, S, V].
-        lengths: of the rows of each micro-batch, without padding.
+        logits: of each micro-batch, [documents, longest, V].
         loss_sum: over all label tokens.
         label_tokens: how many.
     """
@@ -46,7 +47,6 @@ class Expected:
     micro_batches: list[MicroBatch]
     gradients: dict[str, torch.Tensor]
     logits: list[torch.Tensor]
-    lengths: list[list[int]]
     loss_sum: float
     label_tokens: int
 
@@ -72,13 +72,33 @@ def expected(model: PreTrainedModel, micro_batches: Sequence[Reference], extra_l
     gradients = {
         name: torch.zeros(1) if gradient is None else gradient.clone() for name, gradient in hf_gradients(model).items()
     }
-    batches, lengths = [each.batch for each in micro_batches], [each.lengths for each in micro_batches]
-    return Expected(batches, gradients, logits, lengths, loss_sum, label_tokens)
+    return Expected([each.batch for each in micro_batches], gradients, logits, loss_sum, label_tokens)
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """Largest difference relative to the largest value of the tensor."""
     return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item()
+
+
+def logits_errors(batch: MicroBatch, ours: torch.Tensor, theirs: torch.Tensor, vocabulary: int) -> list[float]:
+    """Relative error of each document of a micro-batch.
+
+    Args:
+        batch: the micro-batch.
+        ours: [B, S, padded vocabulary].
+        theirs: [documents, longest, vocabulary].
+        vocabulary: entries without padding.
+    """
+    return [
+        relative_error(found, right[: len(found)])
+        for found, right in zip(documents_of(batch, ours[..., :vocabulary]), theirs, strict=True)
+    ]
+
+
+def worst_logits(ours: Sequence[torch.Tensor], expected: Expected, vocabulary: int) -> float:
+    """The worst document's error over a global batch on one rank."""
+    each = zip(expected.micro_batches, ours, expected.logits, strict=True)
+    return max(error for batch, found, right in each for error in logits_errors(batch, found, right, vocabulary))
 
 
 def check_layout(
@@ -108,10 +128,10 @@ def check_case(
         micro_batches = range(result.data_rank, len(expected.micro_batches), data_size)
         assert len(result.logits) in (0, len(micro_batches)), "logits of some micro-batches are missing"
         for index, ours in zip(micro_batches, result.logits, strict=False):
-            for row, count in enumerate(expected.lengths[index]):
-                error = relative_error(ours[row, :count, :vocabulary], expected.logits[index][row, :count])
-                assert error <= LOGITS_TOLERANCE, f"logits of row {row} of micro-batch {index}: {error}"
-                worst_logits = max(worst_logits, error)
+            errors = logits_errors(expected.micro_batches[index], ours, expected.logits[index], vocabulary)
+            for document, error in enumerate(errors):
+                assert error <= LOGITS_TOLERANCE, f"logits of document {document} of micro-batch {index}: {error}"
+            worst_logits = max(worst_logits, *errors)
     patterns = [pattern for entry in frozen for pattern in (entry, f"{entry}.*")]
     trained = {name for name in expected.gradients if not any(fnmatchcase(name, pattern) for pattern in patterns)}
     assert set(seen) <= trained

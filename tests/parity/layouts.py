@@ -150,7 +150,7 @@ def own_micro_batches(
     """This data rank's share, its sequence padded for sequence parallelism, without pixels past the first stage."""
     mine = [batch.to(platform.current().device) for batch in micro_batches[groups.dp.rank() :: groups.dp.size()]]
     assert not layout.sequence_parallel or mine[0].input_ids.shape[1] % layout.tensor == 0
-    return mine if groups.pp.rank() == 0 else [replace(batch, vision_inputs={}) for batch in mine]
+    return mine if groups.pp.rank() == 0 else [replace(batch, media_inputs={}) for batch in mine]
 
 
 @dataclass

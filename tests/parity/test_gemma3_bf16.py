@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.training.step import run_global_batch
 from tests.families import gemma3
-from tests.families.gemma3 import ROWS, make_batch, split_rows
+from tests.families.gemma3 import ROWS, collate_drawn, draw, make_batch
 from tests.parity.battery import ZERO_GRADIENT
 from tests.parity.layouts import LAYOUTS, TestLayout, hf_gradients, own_micro_batches, set_up, whole_gradients
 from tests.ranks import run_ranks
@@ -42,7 +42,8 @@ def model_of_bf16_values() -> PreTrainedModel:
 @cache
 def micro_batches() -> list[MicroBatch]:
     """Short rows with and without images, and a long one: positions past 256 are not exact in bf16."""
-    return [*split_rows(make_batch(ROWS["mixed"])), make_batch([(400, [])], seed=3, length=400)]
+    short = [collate_drawn([document]) for document in draw(ROWS["mixed"])]
+    return [*short, make_batch([(400, [])], seed=3, pad_to_multiple_of=4)]
 
 
 @cache

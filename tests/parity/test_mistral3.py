@@ -1,11 +1,11 @@
-"""What only Mistral3 has: positions in packed rows, growing queries, YaRN, Pixtral's rotation; and what goes unseen."""
+"""What only Mistral3 has: growing queries, YaRN, Pixtral's rotation; and what goes unseen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -20,108 +20,19 @@ from megatron_vlm.families.mistral3.config import ModelConfig, QueryScaling, con
 from megatron_vlm.families.mistral3.model import query_scale
 from megatron_vlm.layers import rope
 from megatron_vlm.layers.patches import Places
-from tests.families import mistral3
 from tests.families.mistral3 import MISTRAL3
-from tests.parity.battery import Expected, check_layout, expected, record, relative_error
-from tests.parity.layouts import LAYOUTS, RankResult, TestLayout, run_case
-from tests.parity.tiny_batches import Part
+from tests.parity.battery import CLEARLY_WRONG, worst_logits
+from tests.parity.layouts import RankResult, TestLayout, run_case
 from tests.published_mistral3 import published_config
 from tests.ranks import run_ranks
 
-# Two documents in each of two rows, of one length together; all but the first are past where queries begin to grow
-# before they begin.
-PACKED_ROWS: list[list[Sequence[Part]]] = [[[3, (4, 6), 5], [20]], [[21], [2, (4, 4), 7]]]
-# Three times what comparisons allow. The smallest below, of the approximate gelu, is 5.7e-4.
-CLEARLY_WRONG = 3e-4
-
+# The smallest error of those below, of the approximate gelu, is 5.7e-4.
 Mistake = Callable[[], AbstractContextManager[None]]
 
 
 @pytest.fixture(scope="module")
 def hf_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
     return MISTRAL3.write(tmp_path_factory.mktemp("hf"))
-
-
-# Several documents in one row
-
-
-def pack(rows: Sequence[Sequence[MicroBatch]]) -> MicroBatch:
-    """Documents one after another: positions begin again, and no document sees another."""
-    packed, num_features = [], 0
-    for documents in rows:
-        offset, parts = 0, []
-        for number, document in enumerate(documents):
-            index = document.feature_index
-            parts.append(
-                {
-                    "input_ids": document.input_ids,
-                    "labels": document.labels,
-                    "position_ids": document.position_ids,
-                    "document_ids": document.document_ids + number,
-                    "span_low": document.span_low + offset,
-                    "span_high": document.span_high + offset,
-                    "feature_index": torch.where(index >= 0, index + num_features, -1),
-                }
-            )
-            offset += index.shape[1]
-            num_features += int((index >= 0).sum())
-        packed.append({name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]})
-    everything = [document for documents in rows for document in documents]
-    pixels = [document.vision_inputs["pixel_values"] for document in everything if document.vision_inputs]
-    return MicroBatch(
-        **{name: torch.cat([row[name] for row in packed]) for name in packed[0]},
-        vision_inputs={"pixel_values": torch.cat(pixels)},
-        source_ids=torch.zeros(len(rows), dtype=torch.int32),
-        vision_grids=[grid for document in everything for grid in document.vision_grids],
-    )
-
-
-@cache
-def packed_expected() -> Expected:
-    """The packed rows, and what transformers computes of each document alone."""
-    documents = [
-        [mistral3.make_batch([parts], 10 * row + place, 1) for place, parts in enumerate(of_row)]
-        for row, of_row in enumerate(PACKED_ROWS)
-    ]
-    alone = expected(MISTRAL3.model(), [document for of_row in documents for document in of_row])
-    logits = iter(alone.logits)
-    rows = [torch.cat([next(logits) for _ in of_row], dim=1) for of_row in documents]
-    return replace(
-        alone,
-        micro_batches=[pack([[document.batch for document in of_row] for of_row in documents])],
-        logits=[torch.cat(rows)],
-        lengths=[[row.shape[1] for row in rows]],
-    )
-
-
-@pytest.mark.parametrize("layout", ["TP1", "TP2xPP2+SP"])
-def test_packed_documents_are_as_each_alone(layout: str, hf_directory: str) -> None:
-    cases = {"packed": packed_expected()}
-    worst = check_layout(LAYOUTS[layout], hf_directory, cases, MISTRAL3.vocabulary)
-    record(f"Ministral3 packed, {layout}", *worst)
-
-
-def logits_error(result: RankResult, truth: Expected) -> float:
-    """Of the worst row."""
-    rows = [
-        relative_error(ours[row, :count, : MISTRAL3.vocabulary], theirs[row, :count])
-        for ours, theirs, lengths in zip(result.logits, truth.logits, truth.lengths, strict=True)
-        for row, count in enumerate(lengths)
-    ]
-    return max(rows)
-
-
-@pytest.mark.parametrize("mistake", ["positions run on", "documents see each other"])
-def test_packing_wrongly_shows(mistake: str, hf_directory: str) -> None:
-    truth = packed_expected()
-    (right,) = truth.micro_batches
-    wrong = (
-        replace(right, position_ids=torch.arange(right.input_ids.shape[1]).expand_as(right.input_ids))
-        if mistake == "positions run on"
-        else replace(right, span_low=torch.zeros_like(right.span_low))
-    )
-    (found,) = run_ranks(1, run_case, hf_directory, TestLayout(), {"wrong": [wrong]})
-    assert logits_error(found["wrong"], truth) >= CLEARLY_WRONG
 
 
 # Positions
@@ -291,6 +202,6 @@ def run_with(mistake: Mistake, hf_dir: str, batches: list[MicroBatch]) -> RankRe
 def test_the_battery_sees_a_mistake(mistake: Mistake, hf_directory: str) -> None:
     truth = MISTRAL3.expected("images")
     (found,) = run_ranks(1, run_with, mistake, hf_directory, truth.micro_batches)
-    error = logits_error(found, truth)
+    error = worst_logits(found.logits, truth, MISTRAL3.vocabulary)
     print(f"\n{mistake.__name__}: {error:.1e}")
     assert error >= CLEARLY_WRONG

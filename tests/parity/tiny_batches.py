@@ -4,54 +4,70 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedModel
 
-from megatron_vlm.data.collate import MicroBatch, PlacedSample, collate
+from megatron_vlm.data.collate import NO_LOSS, MicroBatch, PlacedSample, collate
+from megatron_vlm.data.media import Grid, Medium
 from megatron_vlm.data.prompts import Sample
-from megatron_vlm.data.visuals import VisionGrid
 from megatron_vlm.families import registry
 
 Part = int | tuple[int, int] | tuple[int, int, int]
 """Text tokens; or an image's rows and columns of patches; or a video's frames, rows and columns."""
-Rows = Sequence[Sequence[Part]]
+Document = Sequence[Part]
+Rows = Sequence[Document]
+"""One document in each row."""
+PackedRows = Sequence[Sequence[Document]]
+"""Several documents in each row."""
 Random = np.random.Generator
-
-
-@dataclass
-class TinyRow:
-    """One row, and which of its grids are videos."""
-
-    sample: Sample
-    is_video: list[bool] = field(default_factory=list)
-
-    def pieces(self, is_video: bool) -> list[tuple[VisionGrid, torch.Tensor]]:
-        """Grid and patches of each image, or of each video."""
-        grids = self.sample.vision_grids
-        if not grids:
-            return []
-        patches = self.sample.vision_inputs["pixel_values"].split([math.prod(grid) for grid in grids])
-        return [
-            (grid, part) for grid, part, kind in zip(grids, patches, self.is_video, strict=True) if kind == is_video
-        ]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """One micro-batch as both sides take it."""
+    """One micro-batch as both sides take it; each of our documents is a row of its own for transformers."""
 
     batch: MicroBatch
     inputs: dict[str, torch.Tensor]
-    lengths: list[int]
+
+
+def documents_of(batch: MicroBatch, values_BS: torch.Tensor) -> list[torch.Tensor]:
+    """Values of the tokens of each document, [its tokens, ...]."""
+    return [values_BS[batch.document_ids == number] for number in range(len(batch.document_sources))]
+
+
+def by_document(batch: MicroBatch, values_BS: torch.Tensor, padding: int = 0) -> torch.Tensor:
+    """The same as rows of one length, [documents, longest, ...]."""
+    return pad_sequence(documents_of(batch, values_BS), batch_first=True, padding_value=padding)
+
+
+def text_inputs(batch: MicroBatch) -> dict[str, torch.Tensor]:
+    """What every model of transformers takes for the tokens of a micro-batch."""
+    return {
+        "input_ids": by_document(batch, batch.input_ids),
+        "attention_mask": by_document(batch, torch.ones_like(batch.input_ids)),
+    }
+
+
+def pieces(samples: Sequence[Sample], kind: str) -> list[tuple[Grid, torch.Tensor]]:
+    """Grid and patches of each medium of a kind."""
+    found = []
+    for sample in (sample for sample in samples if sample.media):
+        patches = sample.media_inputs["pixel_values"].split([math.prod(medium.grid) for medium in sample.media])
+        found += [
+            (medium.grid, part) for medium, part in zip(sample.media, patches, strict=True) if medium.kind == kind
+        ]
+    return found
 
 
 @dataclass(frozen=True)
-class RowWriter:
-    """How a family writes rows.
+class DocumentWriter:
+    """How a family writes documents.
 
     Attributes:
         first_special_id: smaller ids are text.
@@ -68,11 +84,10 @@ class RowWriter:
         ids: list[int] = generator.integers(3, self.first_special_id, count).tolist()
         return ids
 
-    def row(self, parts: Sequence[Part], generator: Random) -> TinyRow:
-        """A row of random tokens and pixels; some text tokens are trained, and the last one is."""
+    def document(self, parts: Document, generator: Random) -> Sample:
+        """A document of random tokens and pixels; some text tokens are trained, and the last token is."""
         ids: list[int] = []
-        row = TinyRow(Sample(np.zeros(0, np.int64), np.zeros(0, bool)))
-        grids = row.sample.vision_grids
+        media: list[Medium] = []
         for part in parts:
             if isinstance(part, int):
                 ids += self.text(part, generator)
@@ -80,32 +95,43 @@ class RowWriter:
             is_video = len(part) == 3
             frames, height, width = part if len(part) == 3 else (1, *part)
             ids += self.write(frames, height, width, is_video, generator)
-            grids.append((frames, height, width))
-            row.is_video.append(is_video)
-        row.sample.input_ids = np.array(ids, np.int64)
-        row.sample.trained = (generator.random(len(ids)) < 0.6) & (row.sample.input_ids < self.first_special_id)
-        row.sample.trained[-1] = True
-        row.sample.num_images = len(grids)
-        if grids:
-            patches = sum(frames * height * width for frames, height, width in grids)
+            media.append(Medium("video" if is_video else "image", (frames, height, width)))
+        sample = Sample(np.array(ids, np.int64), np.zeros(0, bool), media)
+        sample.trained = (generator.random(len(ids)) < 0.6) & (sample.input_ids < self.first_special_id)
+        sample.trained[-1] = True
+        if media:
+            patches = sum(math.prod(medium.grid) for medium in media)
             pixels = generator.standard_normal((patches, self.patch_features), np.float32)
-            row.sample.vision_inputs = {"pixel_values": torch.from_numpy(pixels)}
-        return row
+            sample.media_inputs = {"pixel_values": torch.from_numpy(pixels)}
+        return sample
 
 
-def collate_rows(rows: Sequence[TinyRow], config: PretrainedConfig, pad_to_multiple_of: int) -> MicroBatch:
-    """By our own pipeline, whose positions tests/data compares with transformers'."""
+def collate_documents(
+    documents: Sequence[Sample],
+    config: PretrainedConfig,
+    pad_to_multiple_of: int,
+    documents_per_row: Sequence[int] | None = None,
+) -> MicroBatch:
+    """Collate by our own pipeline, whose positions and spans tests/data compares with transformers'.
+
+    Args:
+        documents: in order.
+        config: of transformers.
+        pad_to_multiple_of: see `collate`.
+        documents_per_row: how many documents each row holds; None: one.
+    """
     family = registry.detect(config)
     rules = family.prompt_rules(family.config_from_hf(config, text_only=False))
-    placed = [PlacedSample(row.sample, 0, f"row {number}") for number, row in enumerate(rows)]
-    return collate(placed, rules, 0, pad_to_multiple_of)
+    placed = [PlacedSample(sample, 0, f"document {number}") for number, sample in enumerate(documents)]
+    bounds = accumulate(documents_per_row or [1] * len(placed), initial=0)
+    return collate([placed[start:end] for start, end in pairwise(bounds)], rules, 0, pad_to_multiple_of)
 
 
 def reference(model: PreTrainedModel, micro_batch: Reference) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [B, S, V], and the sum of token losses, by transformers."""
+    """Logits [documents, longest, V], and the sum of token losses, by transformers."""
     logits = model(**micro_batch.inputs).logits
-    labels = micro_batch.batch.labels.flatten()
-    return logits, cross_entropy(logits.flatten(0, 1), labels, ignore_index=-100, reduction="sum")
+    labels = by_document(micro_batch.batch, micro_batch.batch.labels, NO_LOSS).flatten()
+    return logits, cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=NO_LOSS, reduction="sum")
 
 
 def randomise(model: PreTrainedModel, seed: int = 8) -> PreTrainedModel:

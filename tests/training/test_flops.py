@@ -27,10 +27,6 @@ def _model(with_vision: bool, **text: object) -> tuple[PreTrainedModel, Any]:
     return model, registry.detect(model.config).config_from_hf(model.config, text_only=False)
 
 
-def _counted(batch: MicroBatch, num_images: int) -> MicroBatch:
-    return replace(batch, counters={"images": num_images})
-
-
 def _torch_flops(model: PreTrainedModel, batch: MicroBatch, backward: bool) -> int:
     with FlopCounterMode(display=False) as counter:
         loss = reference(model, batch)[1]
@@ -65,10 +61,10 @@ def test_count_equals_torch(kind: str, frozen: set[str]) -> None:
     _freeze(model, frozen)
     batch = make_batch(FULL_ROWS[kind])
     everything = replace(
-        _counted(batch, sum(len(places) for _, places in FULL_ROWS[kind])),
+        batch,
         span_low=torch.zeros_like(batch.span_low),
         span_high=torch.full_like(batch.span_high, LENGTH - 1),
-        vision_inputs={},  # as on later pipeline stages
+        media_inputs={},  # as on later pipeline stages
     )
     assert batch_flops(config, everything, frozen) == _torch_flops(model, batch, backward=True)
     # Only the forward pass: the same count with everything frozen.
@@ -109,9 +105,7 @@ def test_visible_keys_equal_transformers_masks(kind: str) -> None:
     is_real = batch.document_ids >= 0
     inputs = {"attention_mask": is_real.long(), "token_type_ids": (batch.feature_index >= 0).long()}
     with torch.no_grad():
-        attentions = model(
-            input_ids=batch.input_ids, **inputs, **batch.vision_inputs, output_attentions=True
-        ).attentions
+        attentions = model(input_ids=batch.input_ids, **inputs, **batch.media_inputs, output_attentions=True).attentions
     for layer, weights_BNSS in zip(config.text.layers, attentions, strict=True):
         expected = int(((weights_BNSS[:, 0] > 0) & is_real[..., None]).sum())
         assert visible_keys(batch, is_real, layer.window) == expected
@@ -121,5 +115,5 @@ def test_padding_is_free() -> None:
     """Twice the padded length costs nothing."""
     _, config = _model(True)
     rows = [(14, [2]), (9, [])]
-    short, long = (_counted(make_batch(rows, length=length), 1) for length in (LENGTH, 2 * LENGTH))
+    short, long = (make_batch(rows, pad_to_multiple_of=length) for length in (LENGTH, 2 * LENGTH))
     assert batch_flops(config, short) == batch_flops(config, long)

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.data.media import Medium
 from megatron_vlm.families.qwen3_vl.config import config_from_hf
 from megatron_vlm.families.qwen3_vl.flops import batch_flops
 from tests.versions import needs_transformers_5_23
@@ -94,27 +95,27 @@ def make_batch(rows: Sequence[Sequence[Grid]], record: Any) -> MicroBatch:
         input_ids=ids,
         labels=ids,
         position_ids=torch.arange(LENGTH).expand(3, len(rows), -1),
-        document_ids=places,
+        document_ids=torch.arange(len(rows), dtype=torch.int32)[:, None].expand_as(ids),
         span_low=places,
         span_high=places + LENGTH - 1,
         feature_index=places,
-        vision_inputs={"pixel_values": patches},
-        source_ids=torch.zeros(len(rows), dtype=torch.int32),
-        vision_grids=grids,
+        media_inputs={"pixel_values": patches},
+        document_sources=torch.zeros(len(rows), dtype=torch.int32),
+        media=[Medium("video" if grid[0] > 1 else "image", grid) for grid in grids],
     )
 
 
 def torch_flops(model: PreTrainedModel, batch: MicroBatch, backward: bool) -> int:
     inputs: dict[str, torch.Tensor] = {}
-    patches = batch.vision_inputs["pixel_values"].split([t * h * w for t, h, w in batch.vision_grids])
+    patches = batch.media_inputs["pixel_values"].split([t * h * w for t, h, w in batch.grids])
     for kind, (pixels, grid) in {
         "image": ("pixel_values", "image_grid_thw"),
         "video": ("pixel_values_videos", "video_grid_thw"),
     }.items():
-        held = [index for index, (t, _, _) in enumerate(batch.vision_grids) if (t > 1) == (kind == "video")]
+        held = [index for index, (t, _, _) in enumerate(batch.grids) if (t > 1) == (kind == "video")]
         if held:
             inputs[pixels] = torch.cat([patches[index] for index in held])
-            inputs[grid] = torch.tensor([batch.vision_grids[index] for index in held])
+            inputs[grid] = torch.tensor([batch.grids[index] for index in held])
     with FlopCounterMode(display=False) as counter:
         loss = model(input_ids=batch.input_ids, position_ids=batch.position_ids, **inputs).logits.sum()
         if backward and loss.requires_grad:
@@ -139,7 +140,7 @@ def test_count_equals_torch(with_experts: bool, kind: str, frozen: set[str]) -> 
     model, record = build(with_experts)
     freeze(model, frozen)
     batch = make_batch(ROWS[kind], record)
-    on_later_stages = replace(batch, vision_inputs={})
+    on_later_stages = replace(batch, media_inputs={})
     assert batch_flops(record, on_later_stages, frozen) == torch_flops(model, batch, backward=True)
     everything = {"language_model", "vision_tower", "projector"}
     assert batch_flops(record, on_later_stages, everything) == torch_flops(model, batch, backward=False)
@@ -169,4 +170,4 @@ def test_padding_and_hidden_keys_are_free() -> None:
 def test_text_only_model_counts_no_vision() -> None:
     model, record = build(False)
     batch = make_batch(ROWS["text"], record)
-    assert batch_flops(replace(record, vision=None), batch) == torch_flops(model, batch, backward=True)
+    assert batch_flops(config_from_hf(model.config, text_only=True), batch) == torch_flops(model, batch, backward=True)

@@ -93,9 +93,9 @@ def test_norm_and_clipped_step(family: TinyFamily, name: str, directory_of: Dire
 def unequal(family: TinyFamily) -> Expected:
     """For four data ranks, two micro-batches each: one rank has no label, one a few, and some have no image."""
     references = [
-        family.make_batch(rows, seed=7 * turn + rank)
+        family.micro_batch(case, rank, seed=7 * turn + rank)
         for turn, case in enumerate(("mixed", "text"))
-        for rank, rows in enumerate(family.cases[case])
+        for rank in range(len(family.cases[case]))
     ]
     for place, num_kept in ((0, 0), (1, 3), (4, 0), (5, 3)):
         labels = references[place].batch.labels.clone()

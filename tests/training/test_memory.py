@@ -20,6 +20,7 @@ from megatron_vlm import platform
 from megatron_vlm.cli import load_config
 from megatron_vlm.config import Config
 from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.data.media import Medium
 from megatron_vlm.families import registry
 from megatron_vlm.families.build import build_chunks, build_settings
 from megatron_vlm.model.trainable import Trainable
@@ -178,9 +179,9 @@ def make_batch(vision: Any) -> MicroBatch:
         span_low=torch.zeros_like(places).int(),
         span_high=places.int(),
         feature_index=torch.where(places < num_features, places, -1).int(),
-        vision_inputs={"pixel_values": pixels},
-        source_ids=torch.zeros(1, dtype=torch.int32),
-        vision_grids=[(1, 16, PATCHES // 16)] if varying else [],
+        media_inputs={"pixel_values": pixels},
+        document_sources=torch.zeros(1, dtype=torch.int32),
+        media=[Medium("image", (1, 16, 16 if not varying else PATCHES // 16))],
     )
 
 

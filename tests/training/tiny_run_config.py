@@ -90,7 +90,7 @@ def train_on_rank(config: Config) -> list[list[str]]:
 
     def global_batch() -> Any:
         batches = read()
-        names.append([name for batch in batches for name in batch.row_names])
+        names.append([name for batch in batches for name in batch.document_names])
         return batches
 
     loader.global_batch = global_batch  # type: ignore[method-assign]

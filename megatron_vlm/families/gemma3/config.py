@@ -7,7 +7,15 @@ from functools import partial
 
 from transformers import Gemma3Config, Gemma3TextConfig, PretrainedConfig
 
-from megatron_vlm.model.configs import DecoderConfig, DecoderLayerConfig, Narrowed, VisionLanguageConfig, require
+from megatron_vlm.model.configs import (
+    TEXT_PARTS,
+    VISION_PARTS,
+    DecoderConfig,
+    DecoderLayerConfig,
+    Narrowed,
+    VisionLanguageConfig,
+    require,
+)
 
 _require = partial(require, model="Gemma 3")
 
@@ -78,15 +86,17 @@ def config_from_hf(hf_config: PretrainedConfig, text_only: bool) -> ModelConfig:
         ConfigError: the configuration asks for something these modules do not compute.
     """
     if isinstance(hf_config, Gemma3TextConfig):
-        return ModelConfig(_text(hf_config, hf_config.tie_word_embeddings), None, None, None)
+        return ModelConfig(TEXT_PARTS, _text(hf_config, hf_config.tie_word_embeddings), None, None, None)
     assert isinstance(hf_config, Gemma3Config)
     text = _text(hf_config.text_config, bool(hf_config.tie_word_embeddings))
     if text_only:
-        return ModelConfig(text, None, None, None)
+        return ModelConfig(TEXT_PARTS, text, None, None, None)
     # transformers' multimodal class never caps its logits, whatever the text configuration says.
     text = replace(text, final_logit_softcapping=None)
     _check_projector(hf_config)
-    return ModelConfig(text, _vision(hf_config.vision_config), hf_config.image_token_id, hf_config.mm_tokens_per_image)
+    return ModelConfig(
+        VISION_PARTS, text, _vision(hf_config.vision_config), hf_config.image_token_id, hf_config.mm_tokens_per_image
+    )
 
 
 def _text(hf: Narrowed, tied: bool) -> TextConfig:

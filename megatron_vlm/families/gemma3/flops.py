@@ -14,17 +14,15 @@ def batch_flops(model_config: ModelConfig, batch: MicroBatch, frozen: Set[str] =
 
     Args:
         model_config: the model.
-        batch: on the host, so that counting waits for no device; images are counted by its counters, because pipeline
-            stages other than the first read no pixels.
+        batch: on the host, so that counting waits for no device; images are counted by its grids, which every pipeline
+            stage has.
         frozen: parts that do not train.
     """
     text, vision = model_config.text, model_config.vision
     linear, attention = text_flops(text, batch, lambda layer: 3 * text.hidden_size * layer.intermediate_size)
-    if vision is None:
+    if model_config.text_only:
         return ForwardFlops(linear, attention).with_backward(frozen)
-    assert model_config.mm_tokens_per_image is not None
-    num_images, side = batch.counters["images"], vision.image_size // vision.patch_size
-    # Images of one size, which attend to themselves alone as frames of a video do.
-    embedding, layers = tower_flops(vision, [(num_images, side, side)])
-    projector = num_images * 2 * model_config.mm_tokens_per_image * vision.hidden_size * text.hidden_size
+    assert vision is not None and model_config.mm_tokens_per_image is not None
+    embedding, layers = tower_flops(vision, batch.grids)
+    projector = len(batch.media) * 2 * model_config.mm_tokens_per_image * vision.hidden_size * text.hidden_size
     return ForwardFlops(linear, attention, embedding, layers, projector).with_backward(frozen)

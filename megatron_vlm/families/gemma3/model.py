@@ -97,9 +97,10 @@ class Gemma3Chunk(ModelChunk):
     language_model: Gemma3LanguageModel
 
     def __init__(self, config: ModelConfig, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
-        super().__init__(chunk, groups, config.vision is not None)
+        super().__init__(chunk, groups, "vision_tower" in config.parts)
         self.language_model = Gemma3LanguageModel(config.text, chunk, groups.tp)
-        if chunk.is_first and config.vision is not None:
+        if chunk.is_first and "vision_tower" in config.parts:
+            assert config.vision is not None
             size = config.vision.image_size
             self.blank_shape = (1, config.vision.num_channels, size, size)
             assert config.mm_tokens_per_image is not None
@@ -120,7 +121,7 @@ class Gemma3Chunk(ModelChunk):
         # Soft image tokens may lie outside the vocabulary; what is looked up for them is replaced.
         x_BSH = self.language_model.embed(batch.input_ids.masked_fill(batch.feature_index >= 0, 0))
         if hasattr(self, "vision_tower"):
-            pixels = batch.vision_inputs.get("pixel_values")
+            pixels = batch.media_inputs.get("pixel_values")
             if pixels is None and self.always_encodes:
                 pixels = x_BSH.new_zeros(self.blank_shape)
             if pixels is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_vlm.families.gemma3.config import ModelConfig
+from megatron_vlm.families.gemma3.config import ModelConfig, VisionConfig
 from megatron_vlm.model.decoder_weights import (
     ATTENTION,
     GATED_MLP,
@@ -60,19 +60,19 @@ VISION_LAYER = {
 
 def weight_map(config: ModelConfig) -> WeightMap:
     """The weights of a Gemma 3 model, multimodal or its language model alone."""
-    text, vision = config.text, config.vision
-    alone = vision is None
+    text, vision, alone = config.text, config.vision, config.text_only
     language_prefixes = (*LANGUAGE_MODEL_ALONE, *LANGUAGE_MODEL) if alone else LANGUAGE_MODEL
     head = head_weights(text, HEAD[::-1] if alone else HEAD)
     groups = [WeightGroup("language_model.", language_prefixes, tuple(decoder_weights(text, lambda _: TEXT_LAYER)))]
     if not text.tie_word_embeddings:
         groups.append(head)
-    if vision is not None:
+    if "vision_tower" in config.parts:
+        assert vision is not None
         projector = (
             Weight("mm_input_projection_weight", (vision.hidden_size, text.hidden_size)),
             Weight("mm_soft_emb_norm.weight", (vision.hidden_size,)),
         )
-        groups.append(WeightGroup("vision_tower.", VISION_TOWER, tuple(_vision_tower(config))))
+        groups.append(WeightGroup("vision_tower.", VISION_TOWER, tuple(_vision_tower(vision))))
         groups.append(WeightGroup("projector.", PROJECTOR, projector))
     return WeightMap(
         groups=tuple(groups),
@@ -82,9 +82,7 @@ def weight_map(config: ModelConfig) -> WeightMap:
     )
 
 
-def _vision_tower(config: ModelConfig) -> Iterator[Weight]:
-    vision = config.vision
-    assert vision is not None
+def _vision_tower(vision: VisionConfig) -> Iterator[Weight]:
     sizes = {
         "hidden": vision.hidden_size,
         "ffn": vision.intermediate_size,

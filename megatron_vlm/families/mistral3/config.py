@@ -11,7 +11,15 @@ from functools import partial
 from transformers import Ministral3Config, Mistral3Config, MistralConfig, PixtralVisionConfig, PretrainedConfig
 
 from megatron_vlm.layers.rope import YarnScaling
-from megatron_vlm.model.configs import DecoderConfig, DecoderLayerConfig, Narrowed, VisionLanguageConfig, require
+from megatron_vlm.model.configs import (
+    TEXT_PARTS,
+    VISION_PARTS,
+    DecoderConfig,
+    DecoderLayerConfig,
+    Narrowed,
+    VisionLanguageConfig,
+    require,
+)
 from vlm_kernels.gated import Activation
 
 _require = partial(require, model="Mistral3")
@@ -88,13 +96,13 @@ def config_from_hf(hf_config: PretrainedConfig, text_only: bool) -> ModelConfig:
         ConfigError: the configuration asks for something these modules do not compute.
     """
     if isinstance(hf_config, MistralConfig | Ministral3Config):
-        return ModelConfig(_text(hf_config, bool(hf_config.tie_word_embeddings)), None, None)
+        return ModelConfig(TEXT_PARTS, _text(hf_config, bool(hf_config.tie_word_embeddings)), None, None)
     assert isinstance(hf_config, Mistral3Config)
     # Only the top-level flag decides; the text configuration has one of its own, which transformers ignores.
     text = _text(hf_config.text_config, bool(hf_config.tie_word_embeddings))
     if text_only:
-        return ModelConfig(text, None, None)
-    return ModelConfig(text, _vision(hf_config, text), hf_config.image_token_index)
+        return ModelConfig(TEXT_PARTS, text, None, None)
+    return ModelConfig(VISION_PARTS, text, _vision(hf_config, text), hf_config.image_token_index)
 
 
 def _text(hf: Narrowed, tied: bool) -> TextConfig:

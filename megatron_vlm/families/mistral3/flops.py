@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 
 from megatron_vlm.data.collate import MicroBatch
-from megatron_vlm.data.visuals import VisionGrid
+from megatron_vlm.data.media import Grid
 from megatron_vlm.families.mistral3.config import ModelConfig, VisionConfig
 from megatron_vlm.model.flop_counts import ForwardFlops, text_flops, tower_flops
 
@@ -24,13 +24,14 @@ def batch_flops(model_config: ModelConfig, batch: MicroBatch, frozen: Set[str] =
     """
     text, vision = model_config.text, model_config.vision
     linear, attention = text_flops(text, batch, lambda layer: 3 * text.hidden_size * layer.intermediate_size)
-    if vision is None:
+    if model_config.text_only:
         return ForwardFlops(linear, attention).with_backward(frozen)
-    forward = ForwardFlops(linear, attention, *vision_flops(vision, batch.vision_grids))
+    assert vision is not None
+    forward = ForwardFlops(linear, attention, *vision_flops(vision, batch.grids))
     return forward.with_backward(frozen)
 
 
-def vision_flops(vision: VisionConfig, grids: Sequence[VisionGrid]) -> tuple[int, int, int]:
+def vision_flops(vision: VisionConfig, grids: Sequence[Grid]) -> tuple[int, int, int]:
     """Forward operations of images: patch embedding, tower layers, and projector.
 
     Args:

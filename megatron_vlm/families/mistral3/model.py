@@ -97,9 +97,10 @@ class Mistral3Chunk(ModelChunk):
     language_model: Mistral3LanguageModel
 
     def __init__(self, config: ModelConfig, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
-        super().__init__(chunk, groups, config.vision is not None)
+        super().__init__(chunk, groups, "vision_tower" in config.parts)
         self.language_model = Mistral3LanguageModel(config.text, chunk, groups.tp)
-        if chunk.is_first and config.vision is not None:
+        if chunk.is_first and "vision_tower" in config.parts:
+            assert config.vision is not None
             engine = chunk.tower_engine
             self.vision_tower = VisionTower(config.vision, engine, self.tower_group, chunk.recompute == "full")
             self.projector = Projector(config.vision, engine, self.tower_group)

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from transformers.image_utils import SizeDict
 
+from megatron_vlm.data.media import MediaRules, Medium, Packed
 from megatron_vlm.data.rules import PromptRules
-from megatron_vlm.data.visuals import Packed, VisualRules
 from megatron_vlm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from megatron_vlm.families.mistral3.config import ModelConfig, VisionConfig
+    from megatron_vlm.families.mistral3.config import ModelConfig
 
 
 def prompt_rules(config: ModelConfig) -> PromptRules:
@@ -36,17 +36,19 @@ def prompt_rules(config: ModelConfig) -> PromptRules:
         assistant_start="[/INST]",
         assistant_end="</s>",
         image_token_id=config.image_token_id,
-        visuals=None if config.vision is None else _visual_rules(config.image_token_id, config.vision),
+        media=None if config.text_only else _media_rules(config),
     )
 
 
-def _visual_rules(image_token_id: int | None, vision: VisionConfig) -> VisualRules:
+def _media_rules(config: ModelConfig) -> MediaRules:
+    vision = config.vision
+    assert vision is not None
     sizes = {"patch_size": vision.patch_size, "spatial_merge_size": vision.spatial_merge_size}
-    return VisualRules(
+    return MediaRules(
         sizes=sizes,
         pack=partial(
             pack_images,
-            image_token_id=image_token_id,
+            image_token_id=config.image_token_id,
             patch_size=vision.patch_size,
             merge_size=vision.spatial_merge_size,
         ),
@@ -75,7 +77,7 @@ def pack_images(
 
     Returns:
         [P, channels * patch_size^2] in blocks of what one token stands for, blocks in raster order and patches in
-        raster order inside each; the numbers of a patch by channel, row and column. And the grids.
+        raster order inside each; the numbers of a patch by channel, row and column. And the images.
 
     Raises:
         DataError: the rows of placeholders are not those of the images.
@@ -88,7 +90,7 @@ def pack_images(
     for image, (height, width), (rows, columns) in zip(output.get("pixel_values", ()), sizes, tokens, strict=True):
         blocks = image[:, :height, :width].reshape(-1, rows, merge_size, patch_size, columns, merge_size, patch_size)
         patches.append(blocks.permute(1, 4, 2, 5, 0, 3, 6).reshape(rows * columns * merge_size**2, -1))
-    return (torch.cat(patches) if patches else None), grids
+    return (torch.cat(patches) if patches else None), [Medium("image", grid) for grid in grids]
 
 
 def _check_placeholders(is_image: np.ndarray, images: Sequence[tuple[int, int]], row_name: str) -> None:

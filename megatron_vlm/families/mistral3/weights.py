@@ -56,19 +56,20 @@ PROJECTOR_BIASES = {"linear_1.bias": "text", "linear_2.bias": "text"}
 
 def weight_map(config: ModelConfig) -> WeightMap:
     """The weights of a Mistral3 model, multimodal or its language model alone."""
-    text, vision = config.text, config.vision
-    head = head_weights(text, HEAD[::-1] if vision is None else HEAD)
-    language_prefixes = (*LANGUAGE_MODEL_ALONE, *LANGUAGE_MODEL) if vision is None else LANGUAGE_MODEL
+    text, vision, alone = config.text, config.vision, config.text_only
+    head = head_weights(text, HEAD[::-1] if alone else HEAD)
+    language_prefixes = (*LANGUAGE_MODEL_ALONE, *LANGUAGE_MODEL) if alone else LANGUAGE_MODEL
     groups = [WeightGroup("language_model.", language_prefixes, tuple(decoder_weights(text, lambda _: TEXT_LAYER)))]
     if not text.tie_word_embeddings:
         groups.append(head)
-    if vision is not None:
+    if "vision_tower" in config.parts:
+        assert vision is not None
         groups.append(WeightGroup("vision_tower.", VISION_TOWER, tuple(_vision_tower(vision))))
         groups.append(WeightGroup("projector.", PROJECTOR, tuple(_projector(vision))))
     return WeightMap(
         groups=tuple(groups),
         tied_groups=((head, "language_model.embed_tokens.weight"),) if text.tie_word_embeddings else (),
-        unread_hf_prefixes=(*VISION_TOWER, *PROJECTOR) if vision is None else (),
+        unread_hf_prefixes=(*VISION_TOWER, *PROJECTOR) if alone else (),
         # They differ in the scaling of queries only.
         text_only_class=("Ministral3ForCausalLM", "ministral3")
         if text.query_scaling

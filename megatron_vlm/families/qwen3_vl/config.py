@@ -7,7 +7,15 @@ from functools import partial
 
 from transformers import PretrainedConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 
-from megatron_vlm.model.configs import DecoderConfig, DecoderLayerConfig, Narrowed, VisionLanguageConfig, require
+from megatron_vlm.model.configs import (
+    TEXT_PARTS,
+    VISION_PARTS,
+    DecoderConfig,
+    DecoderLayerConfig,
+    Narrowed,
+    VisionLanguageConfig,
+    require,
+)
 from vlm_kernels.gated import Activation
 
 _require = partial(require, model="Qwen3-VL")
@@ -110,7 +118,7 @@ def config_from_hf(hf_config: PretrainedConfig, text_only: bool) -> ModelConfig:
     # Only the top-level flag decides; the text configuration has one of its own, which transformers ignores.
     text = _text(hf_config.text_config, bool(hf_config.tie_word_embeddings))
     if text_only:
-        return ModelConfig(text, None, None, None)
+        return ModelConfig(TEXT_PARTS, text, None, None, None)
     vision = _vision(hf_config.vision_config)
     _require(
         vision.out_hidden_size == text.hidden_size,
@@ -120,7 +128,7 @@ def config_from_hf(hf_config: PretrainedConfig, text_only: bool) -> ModelConfig:
         len(vision.deepstack_layers) <= len(text.layers),
         f"{len(vision.deepstack_layers)} deepstack_visual_indexes with {len(text.layers)} decoder layers",
     )
-    return ModelConfig(text, vision, hf_config.image_token_id, hf_config.video_token_id)
+    return ModelConfig(VISION_PARTS, text, vision, hf_config.image_token_id, hf_config.video_token_id)
 
 
 def _text(hf: Narrowed, tied: bool) -> TextConfig:

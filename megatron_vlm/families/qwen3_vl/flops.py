@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 
 from megatron_vlm.data.collate import MicroBatch
-from megatron_vlm.data.visuals import VisionGrid
+from megatron_vlm.data.media import Grid
 from megatron_vlm.families.qwen3_vl.config import LayerConfig, ModelConfig, VisionConfig
 from megatron_vlm.model.flop_counts import ForwardFlops, text_flops, tower_flops
 
@@ -25,9 +25,10 @@ def batch_flops(model_config: ModelConfig, batch: MicroBatch, frozen: Set[str] =
     """
     text, vision = model_config.text, model_config.vision
     linear, attention = text_flops(text, batch, lambda layer: _feed_forward_weights(layer, text.hidden_size))
-    if vision is None:
+    if model_config.text_only:
         return ForwardFlops(linear, attention).with_backward(frozen)
-    forward = ForwardFlops(linear, attention, *vision_flops(vision, batch.vision_grids))
+    assert vision is not None
+    forward = ForwardFlops(linear, attention, *vision_flops(vision, batch.grids))
     return forward.with_backward(frozen)
 
 
@@ -38,7 +39,7 @@ def _feed_forward_weights(layer: LayerConfig, hidden_size: int) -> int:
     return hidden_size * (layer.moe.num_experts + 3 * layer.moe.top_k * layer.moe.intermediate_size)
 
 
-def vision_flops(vision: VisionConfig, grids: Sequence[VisionGrid]) -> tuple[int, int, int]:
+def vision_flops(vision: VisionConfig, grids: Sequence[Grid]) -> tuple[int, int, int]:
     """Forward operations of images and videos: patch embedding, tower layers, and all mergers.
 
     Args:

@@ -118,10 +118,14 @@ class Qwen3VLChunk(ModelChunk):
     language_model: Qwen3VLLanguageModel
 
     def __init__(self, config: ModelConfig, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
-        super().__init__(chunk, groups, config.vision is not None)
-        self.num_levels = 0 if config.vision is None else len(config.vision.deepstack_layers)
+        super().__init__(chunk, groups, "vision_tower" in config.parts)
         self.language_model = Qwen3VLLanguageModel(config.text, chunk, groups)
-        if chunk.is_first and config.vision is not None:
+        self.num_levels = 0
+        if "vision_tower" in config.parts:
+            assert config.vision is not None
+            self.num_levels = len(config.vision.deepstack_layers)
+        if chunk.is_first and "vision_tower" in config.parts:
+            assert config.vision is not None
             engine = chunk.tower_engine
             self.vision_tower = VisionTower(config.vision, engine, self.tower_group, chunk.recompute == "full")
             self.projector = Projector(config.vision, engine, self.tower_group)
@@ -130,7 +134,7 @@ class Qwen3VLChunk(ModelChunk):
     def boundary(self, layer: int, batch: MicroBatch) -> Boundary:
         """Hidden states, DeepStack levels that are left, and the load-balancing sum."""
         hidden = super().boundary(layer, batch).hidden
-        is_visual, use = bool(batch.vision_grids) or self.always_encodes, self.language_model.expert_use
+        is_visual, use = bool(batch.grids) or self.always_encodes, self.language_model.expert_use
         levels = range(layer, self.num_levels) if is_visual else ()
         return Boundary(hidden, {level_name(level): hidden for level in levels}, 0 if use is None else use.num_carried)
 

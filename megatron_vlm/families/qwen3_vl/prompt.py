@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_vlm.data.media import MediaRules, Medium, limit_areas, pack_in_reading_order
 from megatron_vlm.data.rules import PromptRules
-from megatron_vlm.data.visuals import VisionGrid, VisualRules, limit_areas, pack_in_reading_order
 
 if TYPE_CHECKING:
     from megatron_vlm.families.qwen3_vl.config import ModelConfig, VisionConfig
@@ -27,19 +27,23 @@ def prompt_rules(config: ModelConfig) -> PromptRules:
     Args:
         config: the model's configuration; a text-only one takes no images and videos.
     """
-    tokens = [token for token in (config.image_token_id, config.video_token_id) if token is not None]
-    merge_size = 1 if config.vision is None else config.vision.spatial_merge_size
+    start, end = "<|im_start|>assistant\n", "<|im_end|>"
+    if config.text_only:
+        numbered = partial(position_ids, media_token_ids=[], merge_size=1)
+        return PromptRules(start, end, image_token_id=None, position_ids=numbered)
+    image, video, vision = config.image_token_id, config.video_token_id, config.vision
+    assert image is not None and video is not None and vision is not None
     return PromptRules(
-        assistant_start="<|im_start|>assistant\n",
-        assistant_end="<|im_end|>",
-        image_token_id=config.image_token_id,
-        video_token_id=config.video_token_id,
-        visuals=None if config.vision is None else _visual_rules(config, config.vision),
-        position_ids=partial(position_ids, vision_token_ids=tokens, merge_size=merge_size),
+        start,
+        end,
+        image_token_id=image,
+        video_token_id=video,
+        media=_media_rules(image, video, vision),
+        position_ids=partial(position_ids, media_token_ids=[image, video], merge_size=vision.spatial_merge_size),
     )
 
 
-def _visual_rules(config: ModelConfig, vision: VisionConfig) -> VisualRules:
+def _media_rules(image_token_id: int, video_token_id: int, vision: VisionConfig) -> MediaRules:
     sizes = {
         "patch_size": vision.patch_size,
         "temporal_patch_size": vision.temporal_patch_size,
@@ -47,16 +51,16 @@ def _visual_rules(config: ModelConfig, vision: VisionConfig) -> VisualRules:
     }
     pack = partial(
         pack_in_reading_order,
-        image_token_id=config.image_token_id,
-        video_token_id=config.video_token_id,
+        image_token_id=image_token_id,
+        video_token_id=video_token_id,
         merge_size=vision.spatial_merge_size,
     )
     parts = ("image_processor", "video_processor")
-    return VisualRules({f"{part}.{name}": size for part in parts for name, size in sizes.items()}, pack, limit_areas)
+    return MediaRules({f"{part}.{name}": size for part in parts for name, size in sizes.items()}, pack, limit_areas)
 
 
 def position_ids(
-    input_ids: np.ndarray, vision_grids: Sequence[VisionGrid], vision_token_ids: Sequence[int], merge_size: int
+    input_ids: np.ndarray, media: Sequence[Medium], media_token_ids: Sequence[int], merge_size: int
 ) -> np.ndarray:
     """Positions of one document: a text token advances all axes by one, a frame spans a plane of height and width.
 
@@ -65,8 +69,8 @@ def position_ids(
 
     Args:
         input_ids: [S] int64, with one placeholder for each `merge_size` x `merge_size` patches.
-        vision_grids: frames, height and width in patches of each image or video in reading order.
-        vision_token_ids: the placeholders.
+        media: the document's images and videos in reading order.
+        media_token_ids: the placeholders.
         merge_size: patches on each side of what one token stands for.
 
     Returns:
@@ -74,9 +78,9 @@ def position_ids(
 
     Source: `Qwen3VLModel.get_rope_index` in transformers, which walks through the runs of placeholders.
     """
-    is_vision = np.isin(input_ids, vision_token_ids)
+    is_vision = np.isin(input_ids, media_token_ids)
     text_before = np.cumsum(~is_vision) - ~is_vision
-    grids = np.array(vision_grids, np.int64).reshape(-1, 3)
+    grids = np.array([medium.grid for medium in media], np.int64).reshape(-1, 3)
     # Every frame of a video is placed like an image: time is told by the text before it.
     heights, widths = np.repeat(grids[:, 1:] // merge_size, grids[:, 0], axis=0).T
     ends = np.cumsum(heights * widths)

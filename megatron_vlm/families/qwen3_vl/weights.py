@@ -70,23 +70,24 @@ def weight_map(config: ModelConfig) -> WeightMap:
     The language model alone is a Qwen3 model: with equal positions on all axes, the interleaved rotation is the plain
     one.
     """
-    text, vision = config.text, config.vision
+    text, vision, alone = config.text, config.vision, config.text_only
     head = head_weights(text, HEAD)
-    language_prefixes = (*LANGUAGE_MODEL_ALONE, *LANGUAGE_MODEL) if vision is None else LANGUAGE_MODEL
+    language_prefixes = (*LANGUAGE_MODEL_ALONE, *LANGUAGE_MODEL) if alone else LANGUAGE_MODEL
     groups = [WeightGroup("language_model.", language_prefixes, tuple(decoder_weights(text, _layer_table)))]
     for index, layer in enumerate(text.layers):
         if layer.moe is not None:
             groups.append(_experts(index, layer.moe, text.hidden_size, language_prefixes))
     if not text.tie_word_embeddings:
         groups.append(head)
-    if vision is not None:
+    if "vision_tower" in config.parts:
+        assert vision is not None
         groups.append(WeightGroup("vision_tower.", VISION, tuple(_vision_tower(vision))))
         groups.append(WeightGroup("projector.", VISION, tuple(_projector(vision))))
     has_experts = any(layer.moe for layer in text.layers)
     return WeightMap(
         groups=tuple(groups),
         tied_groups=((head, "language_model.embed_tokens.weight"),) if text.tie_word_embeddings else (),
-        unread_hf_prefixes=VISION if vision is None else (),
+        unread_hf_prefixes=VISION if alone else (),
         text_only_class=("Qwen3MoeForCausalLM", "qwen3_moe") if has_experts else ("Qwen3ForCausalLM", "qwen3"),
         text_only_settings={
             "rope_parameters": {"rope_type": "default", "rope_theta": text.rope_theta},

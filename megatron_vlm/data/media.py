@@ -1,13 +1,14 @@
-"""Images and videos of any size as one sequence of patches, in the order in which their placeholders are read.
+"""Images and videos of a row: what they are, and those of any size as one sequence of patches in reading order.
 
-Shapes: S tokens, P patches.
+Shapes: S tokens, P patches, I images.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,21 +16,36 @@ from transformers.image_utils import SizeDict
 
 from megatron_vlm.errors import ConfigError, DataError
 
-VisionGrid = tuple[int, int, int]
-"""Frames, height and width of an image or video, in patches; "frames" are patches in time."""
-Packed = tuple[torch.Tensor | None, list[VisionGrid]]
-"""[P, patch features] float32 of all images and videos in reading order, or None without any; and their grids."""
+Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class VisualRules:
-    """What a family's processor does with images and videos of any size."""
+class Medium:
+    """An image or a video of a row.
+
+    Attributes:
+        kind: what it is; an image is one frame.
+        grid: frames, height and width in patches; "frames" are patches in time.
+    """
+
+    kind: Literal["image", "video"]
+    grid: Grid
+
+
+Packed = tuple[torch.Tensor | None, list[Medium]]
+"""What the vision tower takes of all images and videos in reading order, float32, or None without any; and what they
+are. Media of any size: [P, patch features]; images scaled to one size: [I, channels, height, width]."""
+
+
+@dataclass(frozen=True)
+class MediaRules:
+    """What a family's processor does with images and videos."""
 
     sizes: Mapping[str, int]
     """How config.json cuts images, by the attribute of the processor that must say the same."""
     pack: Callable[[Mapping[str, Any], np.ndarray, str], Packed]
-    """Patches from (the processor's output, token ids [S], file and line of the row); DataError where the placeholders
-    are not those of the images."""
+    """Pixels and media from (the processor's output, token ids [S], file and line of the row); DataError where the
+    placeholders are not those of the media."""
     limit_pixels: Callable[[Any, int | None, int | None], None]
     """Sets data.min_pixels and data.max_pixels, at least one of them given, on a processor; ConfigError where it cannot
     keep to them."""
@@ -59,18 +75,18 @@ def pack_in_reading_order(
     """
     images, videos = _pieces(output, "pixel_values", "image"), _pieces(output, "pixel_values_videos", "video")
     patches: list[torch.Tensor] = []
-    grids: list[VisionGrid] = []
-    frames_left = 0
+    media: list[Medium] = []
+    frames_left, expected = 0, 0
     for token, length in _runs(input_ids, image_token_id, video_token_id):
         if frames_left == 0 or token != video_token_id:
-            pixels, grid = next(videos if token == video_token_id else images, (None, (0, 0, 0)))
-            if pixels is None or frames_left:
+            pixels, medium = next(videos if token == video_token_id else images, (None, None))
+            if pixels is None or medium is None or frames_left:
                 raise _mismatch("more runs of placeholders than images and frames", row_name)
             patches.append(pixels)
-            grids.append(grid)
-            frames_left = grid[0]
+            media.append(medium)
+            frames_left, height, width = medium.grid
+            expected = height * width // merge_size**2
         frames_left -= 1
-        expected = grids[-1][1] * grids[-1][2] // merge_size**2
         if length != expected:
             raise _mismatch(f"{length} placeholders in a run where {expected} features belong", row_name)
     if frames_left or next(images, None) or next(videos, None):
@@ -78,17 +94,18 @@ def pack_in_reading_order(
     # One kind alone is in order already; patches are large, so they are not copied without need.
     whole = [output[key] for key in ("pixel_values", "pixel_values_videos") if key in output]
     if len(whole) < 2:
-        return (whole[0] if whole else None), grids
-    return torch.cat(patches), grids
+        return (whole[0] if whole else None), media
+    return torch.cat(patches), media
 
 
-def _pieces(output: Mapping[str, Any], pixels: str, kind: str) -> Iterator[tuple[torch.Tensor, VisionGrid]]:
-    """Patches and grid of each image, or of each video."""
+def _pieces(
+    output: Mapping[str, Any], pixels: str, kind: Literal["image", "video"]
+) -> Iterator[tuple[torch.Tensor, Medium]]:
+    """Patches of each image, or of each video, and what it is."""
     if pixels not in output:
         return iter(())
-    grids = [tuple(grid) for grid in output[f"{kind}_grid_thw"].tolist()]
-    sizes = [frames * height * width for frames, height, width in grids]
-    return zip(output[pixels].split(sizes), grids, strict=True)
+    media = [Medium(kind, (*grid,)) for grid in output[f"{kind}_grid_thw"].tolist()]
+    return zip(output[pixels].split([math.prod(medium.grid) for medium in media]), media, strict=True)
 
 
 def _runs(input_ids: np.ndarray, image_token_id: int | None, video_token_id: int | None) -> Iterator[tuple[int, int]]:
