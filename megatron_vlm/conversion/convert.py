@@ -13,7 +13,6 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,6 +26,7 @@ from megatron_vlm.families import registry
 from megatron_vlm.files.durable import check_export_target, staged_directory
 from megatron_vlm.files.safetensors_headers import BLOCK_BYTES, row_blocks
 from megatron_vlm.model.weight_map import HfWeight, WeightMap
+from megatron_vlm.model_configs import VisionLanguageConfig
 
 Progress = Callable[[int, int], None]
 
@@ -249,7 +249,7 @@ def open_for_export(
         raise
 
 
-def identity_of(hf_dir: str | os.PathLike, family: str, model_config: Any) -> ModelIdentity:
+def identity_of(hf_dir: str | os.PathLike, family: str, model_config: VisionLanguageConfig) -> ModelIdentity:
     """What a checkpoint of this model says about itself, with config.json as it stands on disk."""
     hf_config = json.loads((Path(hf_dir) / "config.json").read_bytes())
     return ModelIdentity(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed
@@ -27,6 +27,7 @@ from megatron_vlm.families import registry
 from megatron_vlm.files.durable import check_export_target, staged_directory
 from megatron_vlm.files.safetensors_headers import row_blocks
 from megatron_vlm.model.weight_map import HfWeight
+from megatron_vlm.model_configs import VisionLanguageConfig
 from megatron_vlm.parallel.parameters import spec_of
 from megatron_vlm.parallel.sharding import Group, replica_group, splits, whole_shape
 
@@ -39,7 +40,7 @@ def load_hf_into_model(
     model_chunks: Chunks,
     hf_dir: str | os.PathLike,
     family: registry.Family,
-    model_config: Any,
+    model_config: VisionLanguageConfig,
     groups: ProcessGroupCollection,
 ) -> None:
     """Fill this rank's parameters from a Hugging Face directory; values are converted to the parameters' types.
@@ -93,7 +94,7 @@ def export_hf_from_model(
     hf_dir: str | os.PathLike,
     out_dir: str | os.PathLike,
     family: registry.Family,
-    model_config: Any,
+    model_config: VisionLanguageConfig,
     groups: ProcessGroupCollection,
 ) -> None:
     """Write the model as a Hugging Face directory; called on every rank.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -14,6 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron_vlm import platform
 from megatron_vlm.config import Config
 from megatron_vlm.families.registry import Family
+from megatron_vlm.model_configs import VisionLanguageConfig
 from megatron_vlm.parallel.chunk_settings import ChunkSettings, LossSettings, MoESettings
 from megatron_vlm.parallel.gradients import finalize_gradients
 from megatron_vlm.parallel.layout import Layout
@@ -60,7 +61,7 @@ def build_settings(config: Config, layout: Layout) -> BuildSettings:
 
 def build_chunks(
     family: Family,
-    model_config: Any,
+    model_config: VisionLanguageConfig,
     settings: BuildSettings,
     groups: ProcessGroupCollection,
     device: torch.device | None = None,

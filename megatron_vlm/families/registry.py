@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from megatron_vlm.data.collate import MicroBatch
     from megatron_vlm.data.rules import PromptRules
     from megatron_vlm.model.weight_map import WeightMap
+    from megatron_vlm.model_configs import VisionLanguageConfig
     from megatron_vlm.parallel.chunk_settings import ChunkSettings
 
 
@@ -49,19 +50,21 @@ class Family:
         """The family's frozen model configuration; ConfigError where its modules cannot compute what is asked."""
         return self._function("config", "config_from_hf")(hf_config, text_only)
 
-    def build_chunk(self, model_config: Any, chunk: ChunkSettings, groups: ProcessGroupCollection) -> MegatronModule:
+    def build_chunk(
+        self, model_config: VisionLanguageConfig, chunk: ChunkSettings, groups: ProcessGroupCollection
+    ) -> MegatronModule:
         """One pipeline chunk with uninitialised parameters."""
         return self._function("model", self.chunk_class)(model_config, chunk, groups)
 
-    def weight_map(self, model_config: Any) -> WeightMap:
+    def weight_map(self, model_config: VisionLanguageConfig) -> WeightMap:
         """Names and shapes of all weights, here and in Hugging Face files."""
         return self._function("weights", "weight_map")(model_config)
 
-    def prompt_rules(self, model_config: Any) -> PromptRules:
+    def prompt_rules(self, model_config: VisionLanguageConfig) -> PromptRules:
         """How turns and images are written."""
         return self._function("prompt", "prompt_rules")(model_config)
 
-    def flops(self, model_config: Any, batch: MicroBatch, frozen: Set[str] = frozenset()) -> float:
+    def flops(self, model_config: VisionLanguageConfig, batch: MicroBatch, frozen: Set[str] = frozenset()) -> float:
         """Operations that a forward and backward pass of a micro-batch on the host needs, over all ranks sharing it."""
         return self._function("flops", "batch_flops")(model_config, batch, frozen)
 

@@ -6,7 +6,7 @@ it), B batch, H hidden, N query heads, G key/value heads, D head dim.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -21,25 +21,9 @@ from megatron_vlm.layers.linear import (
 )
 from megatron_vlm.layers.norm import RMSNorm
 from megatron_vlm.layers.operands import Operand
+from megatron_vlm.model_configs import DecoderLayerConfig
 from vlm_kernels.rope import RopeTable, qk_norm_rope
 from vlm_kernels.span_attention import Spans, span_attention
-
-
-class AttentionRecord(Protocol):
-    """What a layer's configuration record says about attention."""
-
-    @property
-    def num_attention_heads(self) -> int: ...
-    @property
-    def num_key_value_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def window(self) -> int | None: ...
-    @property
-    def softmax_scale(self) -> float: ...
-    @property
-    def norm_eps(self) -> float: ...
 
 
 class AttentionCore(torch.nn.Module):
@@ -89,7 +73,7 @@ class SelfAttention(torch.nn.Module):
 
     Args:
         hidden_size: H.
-        layer: this layer's record.
+        layer: this layer's configuration.
         engine: megatron-core settings.
         group: tensor ranks.
         norms: of queries and keys before they are rotated: none, by their weight, or by one plus their weight.
@@ -99,7 +83,7 @@ class SelfAttention(torch.nn.Module):
     def __init__(
         self,
         hidden_size: int,
-        layer: AttentionRecord,
+        layer: DecoderLayerConfig,
         engine: TransformerConfig,
         group: Group,
         norms: Literal["none", "plain", "zero_centered"],

@@ -6,34 +6,27 @@ Shapes: E experts, B batch, S sequence.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 import torch.distributed
 
 from megatron_vlm.layers.load_balancing import LoadBalancing
-from megatron_vlm.layers.moe import MoERecord, Routing, TokenShare
+from megatron_vlm.layers.moe import Routing, TokenShare
+from megatron_vlm.model_configs import DecoderLayerConfig
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
-
-
-class LayerRecord(Protocol):
-    """What a decoder layer's record says about experts."""
-
-    @property
-    def moe(self) -> MoERecord | None: ...
 
 
 class ExpertUse:
     """Adds up what the layers with experts report, over the micro-batches of a step.
 
     Args:
-        layers: records of all decoder layers of the model, at least one of which has experts; all alike.
+        layers: configurations of all decoder layers of the model, at least one of which has experts; all alike.
         chunk: how the chunk is held.
         group: tensor ranks, which share the tokens under sequence parallelism.
     """
 
     def __init__(
-        self, layers: Sequence[LayerRecord], chunk: ChunkSettings, group: torch.distributed.ProcessGroup
+        self, layers: Sequence[DecoderLayerConfig], chunk: ChunkSettings, group: torch.distributed.ProcessGroup
     ) -> None:
         experts = {index: layer.moe for index, layer in enumerate(layers) if layer.moe is not None}
         assert len({*experts.values()}) == 1, "layers differ in their experts"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.distributed
@@ -26,25 +26,13 @@ from torch.nn.functional import grouped_mm, linear, pad
 
 from megatron_vlm.layers.expert_permutation import install as install_expert_permutation
 from megatron_vlm.layers.operands import Operand, Provider
+from megatron_vlm.model_configs import MoEConfig
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.parameters import declare, normal, zeros
-from vlm_kernels.gated import Activation, gated_halves
+from vlm_kernels.gated import gated_halves
 from vlm_kernels.permute import expert_permutation, permute, unpermute
 
 DISPATCHERS = {"alltoall": MoEAlltoAllTokenDispatcher, "allgather": MoEAllGatherTokenDispatcher}
-
-
-class MoERecord(Protocol):
-    """What a layer's configuration record says about its experts."""
-
-    @property
-    def num_experts(self) -> int: ...
-    @property
-    def top_k(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def activation(self) -> Activation: ...
 
 
 @dataclass(frozen=True)
@@ -98,7 +86,7 @@ class TopKRouter(torch.nn.Module):
     logits in the activations' type; in bf16 nearly equal experts may then be chosen otherwise.
     """
 
-    def __init__(self, hidden_size: int, moe: MoERecord, engine: TransformerConfig) -> None:
+    def __init__(self, hidden_size: int, moe: MoEConfig, engine: TransformerConfig) -> None:
         super().__init__()
         self.top_k = moe.top_k
         weight = torch.nn.Parameter(torch.empty(moe.num_experts, hidden_size, dtype=engine.params_dtype))
@@ -124,13 +112,13 @@ class Experts(torch.nn.Module):
 
     Args:
         hidden_size: H.
-        moe: the layer's record.
+        moe: the layer's experts.
         engine: megatron-core settings.
         groups: process groups; `ep` divides experts, `expt_tp` their width.
     """
 
     def __init__(
-        self, hidden_size: int, moe: MoERecord, engine: TransformerConfig, groups: ProcessGroupCollection
+        self, hidden_size: int, moe: MoEConfig, engine: TransformerConfig, groups: ProcessGroupCollection
     ) -> None:
         super().__init__()
         count, width = moe.num_experts // groups.ep.size(), moe.intermediate_size // groups.expt_tp.size()
@@ -234,7 +222,7 @@ class MoE(torch.nn.Module):
 
     Args:
         hidden_size: H.
-        moe: the layer's record.
+        moe: the layer's experts.
         router: chooses experts: called with its input [T, H] and which tokens are real, it returns what
             `TopKRouter` does. Its parameters are the layer's `gate`.
         chunk: how the chunk is held.
@@ -244,7 +232,7 @@ class MoE(torch.nn.Module):
     def __init__(
         self,
         hidden_size: int,
-        moe: MoERecord,
+        moe: MoEConfig,
         router: torch.nn.Module,
         chunk: ChunkSettings,
         groups: ProcessGroupCollection,

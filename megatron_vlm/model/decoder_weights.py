@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from megatron_vlm.model.configs import DecoderConfig
 from megatron_vlm.model.weight_map import Weight, WeightGroup, resolve
+from megatron_vlm.model_configs import DecoderConfig
 
 # Prefix of a language model alone, in its files.
 LANGUAGE_MODEL_ALONE = ("model.",)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -18,24 +18,10 @@ from megatron_vlm.layers.linear import ColumnParallelLinear, Group
 from megatron_vlm.layers.norm import RMSNorm
 from megatron_vlm.layers.recompute import run_layer
 from megatron_vlm.layers.vocab_parallel_loss import Head, linear_cross_entropy
+from megatron_vlm.model_configs import DecoderConfig
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.parameters import declare, normal_rows
 from megatron_vlm.parallel.stage_state import StageState
-
-
-class TextRecord(Protocol):
-    """What a family's record of its language model says about embedding and head."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def norm_eps(self) -> float: ...
-    @property
-    def pad_token_id(self) -> int | None: ...
-    @property
-    def tie_word_embeddings(self) -> bool: ...
 
 
 class LanguageModelChunk(torch.nn.Module):
@@ -44,7 +30,7 @@ class LanguageModelChunk(torch.nn.Module):
     A tied embedding is held by both; their gradients are summed.
 
     Args:
-        text: the family's record.
+        text: configuration of the language model.
         chunk: which part of the model, and how it is held.
         group: tensor ranks.
         make_layer: builds the decoder layer with a global id.
@@ -54,7 +40,7 @@ class LanguageModelChunk(torch.nn.Module):
 
     def __init__(
         self,
-        text: TextRecord,
+        text: DecoderConfig,
         chunk: ChunkSettings,
         group: Group,
         make_layer: Callable[[int], torch.nn.Module],
@@ -131,7 +117,7 @@ class LanguageModelChunk(torch.nn.Module):
         return linear_cross_entropy(x_SBH, weight, batch.labels, batch.label_index, self.head, z_loss_coeff)
 
 
-def residual_norm(text: TextRecord, chunk: ChunkSettings, zero_centered: bool) -> RMSNorm:
+def residual_norm(text: DecoderConfig, chunk: ChunkSettings, zero_centered: bool) -> RMSNorm:
     """A norm of the residual stream; each tensor rank normalises its shard under sequence parallelism."""
     engine = chunk.engine
     return RMSNorm(text.hidden_size, text.norm_eps, zero_centered, engine.params_dtype, engine.sequence_parallel)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 from megatron_vlm.config import Config
 from megatron_vlm.config_checks import alternatives, divisors, nearest_multiples
 from megatron_vlm.errors import ConfigError, LaunchError, UserError
+from megatron_vlm.model_configs import DecoderLayerConfig, MoEConfig, VisionLanguageConfig
 
 GROUPED_PRODUCT_ALIGNMENT_BYTES = 16  # torch's grouped_mm: rows of every operand start at multiples of it
 
 
-def experts_of(layer: Any) -> Any | None:
-    """A decoder layer's record of its experts (`num_experts`, `top_k`, `intermediate_size`); None where it is dense."""
-    return getattr(layer, "moe", None)
+def experts_of(layer: DecoderLayerConfig) -> MoEConfig | None:
+    """The experts of a decoder layer; None where it is dense."""
+    return layer.moe
 
 
-def expert_problems(config: Config, model_config: Any) -> Iterator[UserError]:
+def expert_problems(config: Config, model_config: VisionLanguageConfig) -> Iterator[UserError]:
     """Experts, their width and the settings about them against the expert sizes."""
     parallel, text = config.parallel, model_config.text
     experts = list(dict.fromkeys(moe for layer in text.layers if (moe := experts_of(layer)) is not None))

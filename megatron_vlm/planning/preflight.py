@@ -16,6 +16,7 @@ from megatron_vlm.config_checks import divisors, nearest_multiples
 from megatron_vlm.errors import ConfigError, LaunchError, UserError, combine
 from megatron_vlm.files.durable import check_export_target
 from megatron_vlm.model.trainable import Trainable, part_of
+from megatron_vlm.model_configs import VisionLanguageConfig
 from megatron_vlm.parallel.layout import Layout, assign_layers
 from megatron_vlm.planning.expert_checks import expert_problems, expert_rank_problems, experts_of
 
@@ -23,7 +24,9 @@ EXPORT_RECORD = "exported.json"
 LARGEST_TENSOR_SIZE = 64  # vocabulary rows are padded to a multiple of it
 
 
-def check_layout(config: Config, model_config: Any, world_size: int, names: Iterable[str] | None = None) -> Layout:
+def check_layout(
+    config: Config, model_config: VisionLanguageConfig, world_size: int, names: Iterable[str] | None = None
+) -> Layout:
     """Divide the model and the global batch over the ranks.
 
     Args:
@@ -109,7 +112,7 @@ def _batch_problems(config: Config, world_size: int) -> Iterator[UserError]:
         )
 
 
-def _tensor_problems(config: Config, model_config: Any) -> Iterator[UserError]:
+def _tensor_problems(config: Config, model_config: VisionLanguageConfig) -> Iterator[UserError]:
     """Heads, feed-forward columns and vocabulary rows against the tensor-parallel size."""
     size = config.parallel.tensor_model_parallel_size
     if size == 1:
@@ -126,7 +129,7 @@ def _tensor_problems(config: Config, model_config: Any) -> Iterator[UserError]:
         if experts_of(layer) is None:
             divided[("feed-forward size", layer.intermediate_size)] = None
     vision = model_config.vision
-    if "vision_tower" in model_config.parts and config.model.vision_parallelism == "tensor":
+    if vision is not None and config.model.vision_parallelism == "tensor":
         divided[("vision attention heads", vision.num_attention_heads)] = None
         divided[("vision feed-forward size", vision.intermediate_size)] = None
         # A projector of a single linear layer divides what the language model takes.

@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed
@@ -27,6 +26,7 @@ from megatron_vlm.families import registry
 from megatron_vlm.families.build import DTYPES, build_chunks, build_settings, wrap_data_parallel
 from megatron_vlm.model.init_weights import initialize_weights
 from megatron_vlm.model.trainable import Trainable
+from megatron_vlm.model_configs import VisionLanguageConfig
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.planning.preflight import check_export, check_layout, check_run_dir
@@ -45,7 +45,7 @@ class Run:
     layout: Layout
     groups: ProcessGroupCollection
     family: registry.Family
-    model_config: Any
+    model_config: VisionLanguageConfig
     model: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
@@ -158,7 +158,11 @@ def _build_loaders(
 
 
 def _build_model(
-    config: Config, layout: Layout, family: registry.Family, model_config: Any, groups: ProcessGroupCollection
+    config: Config,
+    layout: Layout,
+    family: registry.Family,
+    model_config: VisionLanguageConfig,
+    groups: ProcessGroupCollection,
 ) -> list[MegatronModule]:
     chunks = build_chunks(family, model_config, build_settings(config, layout), groups)
     Trainable(config.model.freeze).freeze(chunks)
@@ -169,7 +173,7 @@ def _load_first_weights(
     config: Config,
     chunks: list[MegatronModule],
     family: registry.Family,
-    model_config: Any,
+    model_config: VisionLanguageConfig,
     groups: ProcessGroupCollection,
     identity: ModelIdentity,
 ) -> None:

@@ -6,7 +6,7 @@ Shapes: P patches, H vision hidden.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from unittest import mock
 
@@ -18,10 +18,9 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionCon
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel, apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_position_ids
 
-from megatron_vlm.families.qwen3_vl import vision
-from megatron_vlm.families.qwen3_vl.config import VisionConfig
-from megatron_vlm.families.qwen3_vl.vision import Grid, Projector, VisionTower
 from megatron_vlm.layers.patches import encode_packed
+from megatron_vlm.model import qwen_vision as vision
+from megatron_vlm.model.qwen_vision import Grid, Projector, QwenVisionConfig, VisionTower
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.images import assign_images
 from megatron_vlm.parallel.layout import Layout
@@ -30,7 +29,7 @@ from megatron_vlm.parallel.parameters import redeclare
 from megatron_vlm.parallel.sharding import gather_whole, own_part, whole_shape
 from tests.ranks import run_ranks
 
-CONFIG = VisionConfig(
+CONFIG = QwenVisionConfig(
     hidden_size=32,
     intermediate_size=44,
     num_hidden_layers=4,
@@ -219,7 +218,7 @@ def torch_default_eps(tower: VisionTower, projector: Projector) -> None:
 def channel_major_blocks(tower: VisionTower, projector: Projector) -> None:
     forward = projector.merger.linear_fc1.forward
     order = torch.arange(4 * CONFIG.hidden_size).view(4, -1).t().flatten()
-    projector.merger.linear_fc1.forward = lambda: (forward()[0][:, order], forward()[1])  # type: ignore[method-assign]
+    projector.merger.linear_fc1.forward = lambda: replace(forward(), weight=forward().weight[:, order])
 
 
 def patches_in_raster_order(tower: VisionTower, projector: Projector) -> None:
@@ -325,7 +324,8 @@ def rotated_in_bf16(grid: Grid) -> tuple[torch.Tensor, ...]:
     with mock.patch.object(vision, "packed_attention", side_effect=lambda q, *_: q) as attend:
         attention(x, vision.patch_rope(places, 8), segments)
     q, k = (tensor.transpose(0, 1) for tensor in attend.call_args.args[:2])
-    weight, bias = attention.qkv()
+    qkv = attention.qkv()
+    weight, bias = qkv.weight, qkv.bias
     projected = (torch.matmul(x, weight.t()) + bias).view(len(x), 3, -1, 8)
     positions = get_vision_position_ids(torch.tensor([grid]), 2)
     cosine, sine = hf_model().rotary_pos_emb(x, positions)

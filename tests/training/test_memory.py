@@ -153,7 +153,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: 
 
 ATTENTION = (
     "megatron_vlm.layers.attention.span_attention",
-    "megatron_vlm.families.qwen3_vl.vision.packed_attention",
+    "megatron_vlm.model.qwen_vision.packed_attention",
     "megatron_vlm.families.mistral3.vision.packed_attention",
     "megatron_vlm.families.gemma3.vision.scaled_dot_product_attention",
 )

@@ -7,12 +7,13 @@ from functools import partial
 
 from transformers import Gemma3Config, Gemma3TextConfig, PretrainedConfig
 
-from megatron_vlm.model.configs import (
+from megatron_vlm.model_configs import (
     TEXT_PARTS,
     VISION_PARTS,
     DecoderConfig,
     DecoderLayerConfig,
     Narrowed,
+    TowerConfig,
     VisionLanguageConfig,
     require,
 )
@@ -20,7 +21,7 @@ from megatron_vlm.model.configs import (
 _require = partial(require, model="Gemma 3")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerConfig(DecoderLayerConfig):
     """One decoder layer: windows alternate with global attention; scores are scaled by query_pre_attn_scalar ** -0.5
     (27B: 168, though its heads have 128).
@@ -43,14 +44,9 @@ class TextConfig(DecoderConfig):
 
 
 @dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(TowerConfig):
     """The SigLIP tower, without pooling head."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_channels: int
     image_size: int
     patch_size: int
     norm_eps: float

@@ -11,12 +11,13 @@ from functools import partial
 from transformers import Ministral3Config, Mistral3Config, MistralConfig, PixtralVisionConfig, PretrainedConfig
 
 from megatron_vlm.layers.rope import YarnScaling
-from megatron_vlm.model.configs import (
+from megatron_vlm.model_configs import (
     TEXT_PARTS,
     VISION_PARTS,
     DecoderConfig,
     DecoderLayerConfig,
     Narrowed,
+    TowerConfig,
     VisionLanguageConfig,
     require,
 )
@@ -37,21 +38,15 @@ class QueryScaling:
 class TextConfig(DecoderConfig):
     """The language model; `yarn` and `query_scaling` are None in Mistral."""
 
-    layers: tuple[DecoderLayerConfig, ...]
     rope_theta: float
     yarn: YarnScaling | None
     query_scaling: QueryScaling | None
 
 
 @dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(TowerConfig):
     """The Pixtral tower and the projector that merges blocks of its patches."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_channels: int
     patch_size: int
     rope_theta: float
     activation: Activation

@@ -18,9 +18,9 @@ from megatron_vlm.layers.linear import Group
 from megatron_vlm.layers.mlp import GatedMLP
 from megatron_vlm.layers.norm import add_and_norm
 from megatron_vlm.layers.rope import RopeTable, rope_table, yarn_table
-from megatron_vlm.model.configs import DecoderLayerConfig
 from megatron_vlm.model.language_model import LanguageModelChunk, residual_norm
 from megatron_vlm.model.model_chunk import ModelChunk
+from megatron_vlm.model_configs import DecoderLayerConfig
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.stage_state import StageState
 from vlm_kernels.span_attention import Spans

@@ -7,41 +7,19 @@ from functools import partial
 
 from transformers import PretrainedConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 
-from megatron_vlm.model.configs import (
+from megatron_vlm.model.qwen_vision import QwenVisionConfig
+from megatron_vlm.model_configs import (
     TEXT_PARTS,
     VISION_PARTS,
     DecoderConfig,
     DecoderLayerConfig,
+    MoEConfig,
     Narrowed,
     VisionLanguageConfig,
     require,
 )
-from vlm_kernels.gated import Activation
 
 _require = partial(require, model="Qwen3-VL")
-
-
-@dataclass(frozen=True)
-class MoEConfig:
-    """The experts of one layer.
-
-    Attributes:
-        top_k: experts per token; their softmax weights are normalised to sum to one.
-        intermediate_size: width of one expert.
-        activation: of the gate.
-    """
-
-    num_experts: int
-    top_k: int
-    intermediate_size: int
-    activation: Activation = "silu"
-
-
-@dataclass(frozen=True)
-class LayerConfig(DecoderLayerConfig):
-    """One decoder layer; `moe` is None where the feed-forward layer is dense, of width `intermediate_size`."""
-
-    moe: MoEConfig | None
 
 
 @dataclass(frozen=True)
@@ -52,47 +30,8 @@ class TextConfig(DecoderConfig):
         mrope_section: frequencies of the time, height and width axes, interleaved; they sum to head_dim / 2.
     """
 
-    layers: tuple[LayerConfig, ...]
     rope_theta: float
     mrope_section: tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """The vision tower and its mergers into the language model's width.
-
-    Attributes:
-        num_positions_per_side: side of the square table of learned positions.
-        deepstack_layers: tower layers after which features are tapped, one for each of the first decoder layers.
-    """
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_channels: int
-    patch_size: int
-    temporal_patch_size: int
-    spatial_merge_size: int
-    num_positions_per_side: int
-    out_hidden_size: int
-    deepstack_layers: tuple[int, ...]
-    norm_eps: float = 1e-6
-
-    @property
-    def patch_features(self) -> int:
-        """Numbers in one flattened patch."""
-        return self.num_channels * self.temporal_patch_size * self.patch_size**2
-
-    @property
-    def layer_weights(self) -> int:
-        """Numbers of a layer that each patch is multiplied with."""
-        return 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
-
-    @property
-    def projector_hidden_size(self) -> int:
-        """Between the two linear layers of a merger."""
-        return self.hidden_size * self.spatial_merge_size**2
 
 
 @dataclass(frozen=True)
@@ -100,7 +39,7 @@ class ModelConfig(VisionLanguageConfig):
     """A Qwen3-VL model."""
 
     text: TextConfig
-    vision: VisionConfig | None
+    vision: QwenVisionConfig | None
     video_token_id: int | None
 
 
@@ -157,7 +96,7 @@ def _text(hf: Narrowed, tied: bool) -> TextConfig:
     )
 
 
-def _layer(hf: Narrowed, head_dim: int, index: int) -> LayerConfig:
+def _layer(hf: Narrowed, head_dim: int, index: int) -> DecoderLayerConfig:
     num_experts = getattr(hf, "num_experts", None) or getattr(hf, "num_local_experts", None)
     moe = None
     if num_experts and index not in hf.mlp_only_layers and (index + 1) % hf.decoder_sparse_step == 0:
@@ -166,7 +105,7 @@ def _layer(hf: Narrowed, head_dim: int, index: int) -> LayerConfig:
             f"num_experts_per_tok {hf.num_experts_per_tok} of {num_experts} experts",
         )
         moe = MoEConfig(num_experts, hf.num_experts_per_tok, hf.moe_intermediate_size)
-    return LayerConfig(
+    return DecoderLayerConfig(
         num_attention_heads=hf.num_attention_heads,
         num_key_value_heads=hf.num_key_value_heads,
         head_dim=head_dim,
@@ -178,7 +117,7 @@ def _layer(hf: Narrowed, head_dim: int, index: int) -> LayerConfig:
     )
 
 
-def _vision(hf: Narrowed) -> VisionConfig:
+def _vision(hf: Narrowed) -> QwenVisionConfig:
     _require(hf.hidden_act == "gelu_pytorch_tanh", f"vision hidden_act {hf.hidden_act!r}")
     # transformers' tower follows these; no published model has others.
     rope = hf.rope_parameters
@@ -197,7 +136,7 @@ def _vision(hf: Narrowed) -> VisionConfig:
         list(taps) == sorted(set(taps)) and all(0 <= tap < hf.depth for tap in taps),
         f"deepstack_visual_indexes {list(taps)} of {hf.depth} tower layers",
     )
-    return VisionConfig(
+    return QwenVisionConfig(
         hidden_size=hf.hidden_size,
         intermediate_size=hf.intermediate_size,
         num_hidden_layers=hf.depth,

@@ -10,8 +10,10 @@ from collections.abc import Sequence, Set
 
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.data.media import Grid
-from megatron_vlm.families.qwen3_vl.config import LayerConfig, ModelConfig, VisionConfig
+from megatron_vlm.families.qwen3_vl.config import ModelConfig
 from megatron_vlm.model.flop_counts import ForwardFlops, text_flops, tower_flops
+from megatron_vlm.model.qwen_vision import QwenVisionConfig
+from megatron_vlm.model_configs import DecoderLayerConfig
 
 
 def batch_flops(model_config: ModelConfig, batch: MicroBatch, frozen: Set[str] = frozenset()) -> float:
@@ -32,14 +34,14 @@ def batch_flops(model_config: ModelConfig, batch: MicroBatch, frozen: Set[str] =
     return forward.with_backward(frozen)
 
 
-def _feed_forward_weights(layer: LayerConfig, hidden_size: int) -> int:
+def _feed_forward_weights(layer: DecoderLayerConfig, hidden_size: int) -> int:
     """Numbers that a token is multiplied with: gate, up and down, of each of its experts, and the router."""
     if layer.moe is None:
         return 3 * hidden_size * layer.intermediate_size
     return hidden_size * (layer.moe.num_experts + 3 * layer.moe.top_k * layer.moe.intermediate_size)
 
 
-def vision_flops(vision: VisionConfig, grids: Sequence[Grid]) -> tuple[int, int, int]:
+def vision_flops(vision: QwenVisionConfig, grids: Sequence[Grid]) -> tuple[int, int, int]:
     """Forward operations of images and videos: patch embedding, tower layers, and all mergers.
 
     Args:

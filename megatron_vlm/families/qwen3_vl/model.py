@@ -15,8 +15,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_vlm.data.collate import NO_LOSS, MicroBatch
-from megatron_vlm.families.qwen3_vl.config import LayerConfig, ModelConfig, TextConfig
-from megatron_vlm.families.qwen3_vl.vision import Projector, VisionTower
+from megatron_vlm.families.qwen3_vl.config import ModelConfig, TextConfig
 from megatron_vlm.layers.attention import SelfAttention
 from megatron_vlm.layers.embedding import place_features, spread_features
 from megatron_vlm.layers.expert_use import ExpertUse
@@ -26,6 +25,8 @@ from megatron_vlm.layers.norm import add_and_norm
 from megatron_vlm.layers.rope import RopeTable, mrope_table
 from megatron_vlm.model.language_model import LanguageModelChunk, residual_norm
 from megatron_vlm.model.model_chunk import ModelChunk
+from megatron_vlm.model.qwen_vision import Projector, VisionTower
+from megatron_vlm.model_configs import DecoderLayerConfig
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.stage_state import Boundary, StageState
 from vlm_kernels.span_attention import Spans
@@ -35,7 +36,7 @@ class DecoderLayer(torch.nn.Module):
     """Pre-norm attention and feed-forward; the latter is dense or made of experts."""
 
     def __init__(
-        self, text: TextConfig, layer: LayerConfig, chunk: ChunkSettings, groups: ProcessGroupCollection
+        self, text: TextConfig, layer: DecoderLayerConfig, chunk: ChunkSettings, groups: ProcessGroupCollection
     ) -> None:
         super().__init__()
         self.input_layernorm = residual_norm(text, chunk, zero_centered=False)

@@ -15,7 +15,8 @@ from megatron_vlm.data.media import MediaRules, Medium, limit_areas, pack_in_rea
 from megatron_vlm.data.rules import PromptRules
 
 if TYPE_CHECKING:
-    from megatron_vlm.families.qwen3_vl.config import ModelConfig, VisionConfig
+    from megatron_vlm.families.qwen3_vl.config import ModelConfig
+    from megatron_vlm.model.qwen_vision import QwenVisionConfig
 
 
 def prompt_rules(config: ModelConfig) -> PromptRules:
@@ -43,7 +44,7 @@ def prompt_rules(config: ModelConfig) -> PromptRules:
     )
 
 
-def _media_rules(image_token_id: int, video_token_id: int, vision: VisionConfig) -> MediaRules:
+def _media_rules(image_token_id: int, video_token_id: int, vision: QwenVisionConfig) -> MediaRules:
     sizes = {
         "patch_size": vision.patch_size,
         "temporal_patch_size": vision.temporal_patch_size,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_vlm.families.qwen3_vl.config import LayerConfig, ModelConfig, MoEConfig, VisionConfig
+from megatron_vlm.families.qwen3_vl.config import ModelConfig
 from megatron_vlm.model.decoder_weights import (
     ATTENTION,
     GATED_MLP,
@@ -18,7 +18,9 @@ from megatron_vlm.model.decoder_weights import (
     decoder_weights,
     head_weights,
 )
+from megatron_vlm.model.qwen_vision import QwenVisionConfig
 from megatron_vlm.model.weight_map import Weight, WeightGroup, WeightMap, resolve
+from megatron_vlm.model_configs import DecoderLayerConfig, MoEConfig
 
 # Prefixes in files: of the published files and of all that transformers saves; of a model saved without its head.
 LANGUAGE_MODEL = ("model.language_model.", "language_model.")
@@ -96,7 +98,7 @@ def weight_map(config: ModelConfig) -> WeightMap:
     )
 
 
-def _layer_table(layer: LayerConfig) -> dict[str, str]:
+def _layer_table(layer: DecoderLayerConfig) -> dict[str, str]:
     """All but the experts."""
     return TEXT_LAYER | (GATED_MLP if layer.moe is None else {"mlp.gate.weight": f"{layer.moe.num_experts} hidden"})
 
@@ -118,7 +120,7 @@ def _experts(index: int, moe: MoEConfig, hidden_size: int, language_prefixes: tu
     )
 
 
-def _vision_tower(vision: VisionConfig) -> Iterator[Weight]:
+def _vision_tower(vision: QwenVisionConfig) -> Iterator[Weight]:
     sizes = {
         "hidden": vision.hidden_size,
         "ffn": vision.intermediate_size,
@@ -132,7 +134,7 @@ def _vision_tower(vision: VisionConfig) -> Iterator[Weight]:
         yield from resolve(VISION_LAYER, sizes, f"blocks.{index}.")
 
 
-def _projector(vision: VisionConfig) -> Iterator[Weight]:
+def _projector(vision: QwenVisionConfig) -> Iterator[Weight]:
     """The mergers: the main one normalises patches, those of DeepStack what they have merged."""
     merged = vision.projector_hidden_size
     sizes = {"merged": merged, "text": vision.out_hidden_size}

@@ -1,4 +1,4 @@
-"""What the records of every family have in common. A family adds its own fields by subclassing."""
+"""Configuration classes of models: what layers and planning read. A family adds its own fields by subclassing."""
 
 from __future__ import annotations
 
@@ -6,18 +6,37 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_vlm.errors import ConfigError
+from vlm_kernels.gated import Activation
 
 # transformers declares its fields as unions (of None, dictionaries, pairs) that it narrows when it builds them.
 Narrowed = Any
 
 
 @dataclass(frozen=True)
+class MoEConfig:
+    """The experts of one layer.
+
+    Attributes:
+        top_k: experts per token; their softmax weights are normalised to sum to one.
+        intermediate_size: width of one expert.
+        activation: of the gate.
+    """
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    activation: Activation = "silu"
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderLayerConfig:
     """One decoder layer.
 
     Attributes:
+        intermediate_size: width of the dense feed-forward layer.
         window: keys visible on the past side, the token itself included; None is unlimited.
         softmax_scale: factor on attention scores.
+        moe: experts instead of the dense feed-forward layer; None for none.
     """
 
     num_attention_heads: int
@@ -27,15 +46,16 @@ class DecoderLayerConfig:
     window: int | None
     softmax_scale: float
     norm_eps: float
+    moe: MoEConfig | None = None
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A language model; `layers` has a family's own records."""
+    """A language model; a family may have its own class of layers."""
 
     vocab_size: int
     hidden_size: int
-    layers: tuple[Any, ...]
+    layers: tuple[DecoderLayerConfig, ...]
     norm_eps: float
     pad_token_id: int | None
     tie_word_embeddings: bool
@@ -48,8 +68,19 @@ VISION_PARTS = ("language_model", "vision_tower", "projector")
 
 
 @dataclass(frozen=True)
+class TowerConfig:
+    """A vision tower."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_channels: int
+
+
+@dataclass(frozen=True)
 class VisionLanguageConfig:
-    """A model; `text` and `vision` are a family's own records.
+    """A model; `text` and `vision` are of a family's own classes.
 
     Attributes:
         parts: that the model has, by the first words of its parameters' names.
@@ -58,8 +89,8 @@ class VisionLanguageConfig:
     """
 
     parts: tuple[str, ...]
-    text: Any
-    vision: Any
+    text: DecoderConfig
+    vision: TowerConfig | None
     image_token_id: int | None
 
     @property

@@ -1,4 +1,4 @@
-"""Qwen3-VL's eyes: a vision transformer over patches of images and videos of any size, and mergers into the text.
+"""The vision encoder of Qwen3-VL and its successors: images and videos of any size, and mergers into the text.
 
 Patches of all images lie in one packed sequence, in blocks of merge x merge that make one token of the language model
 each; those of a frame attend to each other, whatever image or video it belongs to.
@@ -10,24 +10,58 @@ Shapes: P patches, H vision hidden, N heads, D head dim, F frames.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import embedding_bag
 
-from megatron_vlm.families.qwen3_vl.config import VisionConfig
 from megatron_vlm.layers.linear import Group, RowParallelLinear, SectionedColumnParallelLinear, column_parallel
 from megatron_vlm.layers.mlp import MLP
 from megatron_vlm.layers.norm import LayerNorm
 from megatron_vlm.layers.patches import Grid, PatchProjection, Places, patch_places, split_frames
 from megatron_vlm.layers.recompute import run_layer
 from megatron_vlm.layers.rope import geometric_frequencies
+from megatron_vlm.model_configs import TowerConfig
 from megatron_vlm.parallel.parameters import declare, normal
 from vlm_kernels.packed_attention import Segments, packed_attention
 from vlm_kernels.rope import RopeTable, qk_norm_rope
 
 ROPE_THETA = 10_000.0
 MLP_NAMES = ("linear_fc1", "linear_fc2")
+
+
+@dataclass(frozen=True)
+class QwenVisionConfig(TowerConfig):
+    """The vision tower and its mergers into the language model's width.
+
+    Attributes:
+        num_positions_per_side: side of the square table of learned positions.
+        deepstack_layers: tower layers after which features are tapped, one for each of the first decoder layers.
+    """
+
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    num_positions_per_side: int
+    out_hidden_size: int
+    deepstack_layers: tuple[int, ...]
+    norm_eps: float = 1e-6
+
+    @property
+    def patch_features(self) -> int:
+        """Numbers in one flattened patch."""
+        return self.num_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def layer_weights(self) -> int:
+        """Numbers of a layer that each patch is multiplied with."""
+        return 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
+
+    @property
+    def projector_hidden_size(self) -> int:
+        """Between the two linear layers of a merger."""
+        return self.hidden_size * self.spatial_merge_size**2
 
 
 def patch_rope(places: Places, head_dim: int) -> RopeTable:
@@ -40,7 +74,7 @@ def patch_rope(places: Places, head_dim: int) -> RopeTable:
 class PositionTable(torch.nn.Module):
     """A square table of learned positions, stretched over each frame. Replicated: under one percent of the tower."""
 
-    def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: QwenVisionConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.side = config.num_positions_per_side
         weight = torch.nn.Parameter(torch.empty(self.side**2, config.hidden_size, dtype=dtype))
@@ -67,7 +101,7 @@ class PositionTable(torch.nn.Module):
 class VisionAttention(torch.nn.Module):
     """Attention over the patches of a frame; heads split over the tensor ranks."""
 
-    def __init__(self, config: VisionConfig, engine: TransformerConfig, group: Group) -> None:
+    def __init__(self, config: QwenVisionConfig, engine: TransformerConfig, group: Group) -> None:
         super().__init__()
         self.group, self.head_dim = group, config.hidden_size // config.num_attention_heads
         self.qkv = SectionedColumnParallelLinear(config.hidden_size, config.hidden_size, 3, engine, group)
@@ -85,7 +119,7 @@ class VisionAttention(torch.nn.Module):
 class VisionLayer(torch.nn.Module):
     """A pre-norm layer; its norms act on whole activations, so they are replicas with whole gradients."""
 
-    def __init__(self, config: VisionConfig, engine: TransformerConfig, group: Group) -> None:
+    def __init__(self, config: QwenVisionConfig, engine: TransformerConfig, group: Group) -> None:
         super().__init__()
         size = config.hidden_size
         self.norm1, self.norm2 = (LayerNorm(size, config.norm_eps, engine.params_dtype) for _ in range(2))
@@ -111,7 +145,7 @@ class VisionTower(torch.nn.Module):
         recompute: compute each layer again in the backward pass.
     """
 
-    def __init__(self, config: VisionConfig, engine: TransformerConfig, group: Group, recompute: bool) -> None:
+    def __init__(self, config: QwenVisionConfig, engine: TransformerConfig, group: Group, recompute: bool) -> None:
         super().__init__()
         self.config, self.recompute = config, recompute
         self.patch_embed = torch.nn.Module()
@@ -154,7 +188,7 @@ class Merger(MLP):
         group: tensor ranks.
     """
 
-    def __init__(self, config: VisionConfig, norm_after: bool, engine: TransformerConfig, group: Group) -> None:
+    def __init__(self, config: QwenVisionConfig, norm_after: bool, engine: TransformerConfig, group: Group) -> None:
         joined_size = config.projector_hidden_size
         super().__init__((joined_size, joined_size, config.out_hidden_size), MLP_NAMES, "none", engine, group)
         self.joined_size, norm_size = joined_size, joined_size if norm_after else config.hidden_size
@@ -175,7 +209,7 @@ class Projector(torch.nn.Module):
         group: ranks that share each merger.
     """
 
-    def __init__(self, config: VisionConfig, engine: TransformerConfig, group: Group) -> None:
+    def __init__(self, config: QwenVisionConfig, engine: TransformerConfig, group: Group) -> None:
         super().__init__()
         self.merger = Merger(config, norm_after=False, engine=engine, group=group)
         self.deepstack_merger_list = torch.nn.ModuleList(
