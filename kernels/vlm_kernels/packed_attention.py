@@ -67,8 +67,8 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segme
     attended: list[torch.Tensor] = [q.new_empty(0)] * len(lengths)
     for length in dict.fromkeys(lengths):
         members = [index for index, other in enumerate(lengths) if other == length]
-        batches = [torch.stack([parts[index] for index in members]) for parts in split]
-        outputs_FNPD = scaled_dot_product_attention(*batches, scale=scale)
+        q_FNPD, k_FNPD, v_FNPD = (torch.stack([parts[index] for index in members]) for parts in split)
+        outputs_FNPD = scaled_dot_product_attention(q_FNPD, k_FNPD, v_FNPD, scale=scale)
         for index, output in zip(members, outputs_FNPD, strict=True):
             attended[index] = output
     return torch.cat(attended, dim=1)

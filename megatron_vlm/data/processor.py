@@ -65,7 +65,7 @@ def _load(hf_path: str, has_images: bool) -> Any:
         for name, token in TEKKEN_TOKENS.items():
             setattr(tokenizer, name, token)
     video_processor = getattr(processor, "video_processor", None)
-    if getattr(video_processor, "cap_pixels_per_frame", False) is None:
+    if video_processor is not None and getattr(video_processor, "cap_pixels_per_frame", False) is None:
         # What leaving it unset means, without the warning that transformers gives for that.
         video_processor.cap_pixels_per_frame = False
     return processor

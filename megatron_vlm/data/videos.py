@@ -73,7 +73,8 @@ def load_video(source: VideoSource, row_name: str, allow_urls: bool, sample_fram
         if len({frame.shape for frame in frames}) > 1:
             sizes = sorted({f"{frame.shape[1]} x {frame.shape[0]}" for frame in frames})
             raise DataError(f"the frames of a video differ in size: {', '.join(sizes)}", row_name, "scale them alike")
-        _check_size(len(frames), *frames[0].shape[:2], source, row_name)
+        height, width = frames[0].shape[:2]
+        _check_size(len(frames), height, width, source, row_name)
         rate = source.frames_per_second or DEFAULT_FRAMES_PER_SECOND
         return Video(_stack(frames), tuple(range(len(frames))), rate, len(frames))
     check_video_file(source, row_name)

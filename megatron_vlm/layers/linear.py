@@ -259,7 +259,7 @@ def _sum_of_products(inputs: Sequence[torch.Tensor], weights: Sequence[torch.Ten
     """Sum of inputs_i weights_i, added up in fp32 whatever the dtype."""
     if inputs[0].dtype is not torch.float32 and len(inputs) > 1:
         # One product sums in fp32; adding bf16 products would round each.
-        return torch.matmul(torch.cat(inputs, dim=-1), torch.cat(weights))
+        return torch.matmul(torch.cat(tuple(inputs), dim=-1), torch.cat(tuple(weights)))
     total = torch.matmul(inputs[0], weights[0])
     for rows, weight in zip(inputs[1:], weights[1:], strict=True):
         total.flatten(0, -2).addmm_(rows.flatten(0, -2), weight)

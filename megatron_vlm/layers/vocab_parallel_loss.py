@@ -224,7 +224,7 @@ class _WeightGradient:
         wide = torch.promote_types(weight.dtype, torch.float32)
         main = getattr(weight, "main_grad", None)
         self.into_main = main is not None and main.dtype == wide and hasattr(weight, "grad_added_to_main_grad")
-        self.total: torch.Tensor = main if self.into_main else torch.zeros_like(weight, dtype=wide)
+        self.total = torch.zeros_like(weight, dtype=wide) if main is None or not self.into_main else main
 
     def add(self, logits_gradient_TV: torch.Tensor, rows_TH: torch.Tensor) -> None:
         """Add one chunk's product."""

@@ -100,7 +100,9 @@ class _OwnGroups:
         return made if rank in (first, last) else None, groups.alone if rank == first else None
 
     def _make(self, ranks: Sequence[int]) -> torch.distributed.ProcessGroup:
-        return torch.distributed.new_group(list(ranks), use_local_synchronization=True, **self._options)
+        made = torch.distributed.new_group(list(ranks), use_local_synchronization=True, **self._options)
+        assert isinstance(made, torch.distributed.ProcessGroup), f"this rank is not one of {ranks}"
+        return made
 
 
 def initialize_megatron(seed: int, groups: ProcessGroupCollection) -> None:

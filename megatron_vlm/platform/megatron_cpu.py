@@ -163,8 +163,8 @@ def install() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.") and module is not None:
             substitute(module)
-    torch.Tensor.cuda = _tensor_cuda_for_megatron  # type: ignore[method-assign]
-    torch.Tensor.type = _tensor_type_for_megatron  # type: ignore[method-assign]
+    torch.Tensor.cuda = _tensor_cuda_for_megatron  # type: ignore[method-assign, assignment]
+    torch.Tensor.type = _tensor_type_for_megatron  # type: ignore[method-assign, assignment]
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import token_dispatcher
 

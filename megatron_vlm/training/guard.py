@@ -27,9 +27,9 @@ class StepGuard:
             return f"the loss is {loss}"
         if not math.isfinite(norm):
             return f"the gradient norm is {norm}"
-        counts = self.spike_ratio is not None and self.steps >= _STEPS_BEFORE_SPIKES_COUNT
-        if counts and norm > self.spike_ratio * self.mean:
-            return f"the gradient norm {norm:.4g} is over {self.spike_ratio} times the recent {self.mean:.4g}"
+        ratio = self.spike_ratio
+        if ratio is not None and self.steps >= _STEPS_BEFORE_SPIKES_COUNT and norm > ratio * self.mean:
+            return f"the gradient norm {norm:.4g} is over {ratio} times the recent {self.mean:.4g}"
         return None
 
     def applied(self, norm: float) -> None:

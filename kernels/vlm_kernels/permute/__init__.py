@@ -42,7 +42,8 @@ def expert_permutation(routing_map: torch.Tensor, num_rows: int) -> Permutation:
         routing_map: [T, E] bool, true where a token chose an expert.
         num_rows: how many choices there are, R.
     """
-    return Permutation(*_expert_permutation(routing_map.contiguous(), num_rows), routing_map.shape[1])
+    entry_of_row, rows, starts = _expert_permutation(routing_map.contiguous(), num_rows)
+    return Permutation(entry_of_row, rows, starts, routing_map.shape[1])
 
 
 def chunk_permutation(sizes: torch.Tensor, order: torch.Tensor, num_rows: int, device: torch.device) -> Permutation:
@@ -144,8 +145,8 @@ def _save_index(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward_of_permute(
     ctx: Any, grad_rows: torch.Tensor, grad_probs: torch.Tensor
 ) -> tuple[torch.Tensor | None, ...]:
-    grad_probs = grad_probs.contiguous() if ctx.has_probs else None
-    grad_x, dense = _permute_backward(grad_rows.contiguous(), grad_probs, *ctx.saved_tensors, ctx.num_experts)
+    of_probs = grad_probs.contiguous() if ctx.has_probs else None
+    grad_x, dense = _permute_backward(grad_rows.contiguous(), of_probs, *ctx.saved_tensors, ctx.num_experts)
     return grad_x, dense if ctx.has_probs else None, None, None, None, None
 
 
