@@ -136,6 +136,17 @@ def write_durably(path: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
+def replace_durably(path: Path, content: str) -> None:
+    """Write a small UTF-8 file, over one of that name if there is one: readers see the old content or the new."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
+    sync_directory(path.parent)
+
+
 def copy_durably(source: Path, target: Path) -> None:
     """Copy a small file bit for bit (a link is followed) and sync it to disk."""
     write_durably(target, source.read_bytes())

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_vlm.config import Config
 from megatron_vlm.config_checks import divisors, nearest_multiples
 from megatron_vlm.errors import ConfigError, LaunchError, UserError, combine
-from megatron_vlm.files.durable import check_export_target
+from megatron_vlm.files.durable import check_export_target, replace_durably
 from megatron_vlm.model.trainable import Trainable, part_of
 from megatron_vlm.model_configs import VisionLanguageConfig
 from megatron_vlm.parallel.layout import Layout, assign_layers
@@ -197,10 +197,7 @@ def check_export(config: Config) -> bool:
 
 def record_export(config: Config) -> None:
     """Remember in the run folder that the export of the last step is complete; call it on one rank."""
-    record = Path(config.run_dir) / EXPORT_RECORD
-    partial = record.with_suffix(".partial")
-    partial.write_text(json.dumps(_export_record(config)), encoding="utf-8")
-    os.replace(partial, record)
+    replace_durably(Path(config.run_dir) / EXPORT_RECORD, json.dumps(_export_record(config)))
 
 
 def _export_record(config: Config) -> dict[str, Any]:

@@ -7,7 +7,6 @@ is fetched.
 import base64
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from megatron_vlm.files.durable import replace_durably
 from megatron_vlm.report.chart import line_chart
 from megatron_vlm.report.style import STYLE
 
@@ -103,12 +103,7 @@ def write_report(
         + "\n</main></body></html>\n"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(page)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    replace_durably(path, page)
     return path
 
 

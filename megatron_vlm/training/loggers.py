@@ -14,6 +14,7 @@ from typing import Any, Protocol, TextIO
 
 from megatron_vlm.config import Config, to_dict
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.files.durable import replace_durably
 from megatron_vlm.training.metrics import StepMetrics, evaluation_record, scalars, to_record
 
 
@@ -137,12 +138,7 @@ def _open_from(path: Path, resume_step: int) -> TextIO:
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     kept = "".join(line + "\n" for line in text.splitlines() if _is_up_to(line, resume_step))
     if kept != text:
-        temporary = path.with_name(path.name + ".partial")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace_durably(path, kept)
     return path.open("a", encoding="utf-8", buffering=1)
 
 
@@ -217,9 +213,7 @@ class WandB:
 
 def _stable_id(path: Path) -> str:
     if not path.exists():
-        temporary = path.with_name(path.name + ".partial")
-        temporary.write_text(uuid.uuid4().hex)
-        os.replace(temporary, path)
+        replace_durably(path, uuid.uuid4().hex)
     return path.read_text()
 
 

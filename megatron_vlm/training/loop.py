@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +19,7 @@ from megatron_vlm.conversion.running_model import export_hf_from_model
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.data.rows import BadRowTracker
 from megatron_vlm.errors import ConfigError, DataError, DivergenceError
+from megatron_vlm.files.durable import replace_durably
 from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.planning.preflight import record_export
 from megatron_vlm.training.guard import StepGuard
@@ -291,7 +290,7 @@ class Trainer:
             changes = list(changed_settings(yaml.safe_load(path.read_text(encoding="utf-8")), to_dict(self.config)))
             if changes:
                 print(f"settings changed since the last start: {', '.join(changes)}", flush=True)
-        _write_text(path, to_yaml(self.config))
+        replace_durably(path, to_yaml(self.config))
         (self.run_dir / "stopped.json").unlink(missing_ok=True)
 
     def _open_loggers(self) -> None:
@@ -330,15 +329,4 @@ class Trainer:
 
 
 def _write_json(path: Path, content: object) -> None:
-    _write_text(path, json.dumps(content) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        with contextlib.suppress(OSError):
-            os.fsync(file.fileno())
-    os.replace(partial, path)
+    replace_durably(path, json.dumps(content) + "\n")
