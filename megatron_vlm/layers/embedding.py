@@ -10,7 +10,7 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlm.layers.linear import Group
-from megatron_vlm.parallel.parameters import declare, normal_rows
+from megatron_vlm.parallel.parameters import Stages, declare, normal_rows
 
 _VOCABULARY_MULTIPLE = 64
 
@@ -54,7 +54,7 @@ class TokenEmbedding(tensor_parallel.VocabParallelEmbedding):
             tp_group=group,
         )
         self.padding_id = padding_id
-        stages = "first_and_last" if is_tied else "one"
+        stages: Stages = "first_and_last" if is_tied else "one"
         declare(self.weight, "table", normal_rows(vocab_size, padding_id), tensor_dim=0, stages=stages)
 
     def forward(self, ids_BS: torch.Tensor | None) -> torch.Tensor:

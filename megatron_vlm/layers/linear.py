@@ -28,10 +28,13 @@ class ColumnParallelLinear(OperandOwner, tensor_parallel.ColumnParallelLinear):
     overlapped parameter gathering waits for them.
     """
 
+    input_size: int
+    output_size_per_partition: int
+
     def __init__(self, in_size: int, out_size: int, engine: TransformerConfig, group: Group, bias: bool = False):
         super().__init__(in_size, out_size, config=engine, init_method=_no_init, bias=bias, tp_group=group)
         declare(self.weight, "matrix", normal, tensor_dim=0)
-        if bias:
+        if self.bias is not None:
             declare(self.bias, "vector", zeros, tensor_dim=0)
 
     def forward(self) -> Operand:
@@ -97,6 +100,9 @@ class ReplicatedLinear(OperandOwner, torch.nn.Linear):
 class RowParallelLinear(OperandOwner, tensor_parallel.RowParallelLinear):
     """Holds columns of a weight [out, in]; sums over the tensor ranks (and scatters under sequence parallelism)."""
 
+    input_size_per_partition: int
+    output_size: int
+
     def __init__(self, in_size: int, out_size: int, engine: TransformerConfig, group: Group, bias: bool = False):
         super().__init__(
             in_size,
@@ -109,7 +115,7 @@ class RowParallelLinear(OperandOwner, tensor_parallel.RowParallelLinear):
             tp_group=group,
         )
         declare(self.weight, "matrix", normal, tensor_dim=1)
-        if bias:
+        if self.bias is not None:
             # Added to a shard of the sequence there; megatron-core would sum its gradient by a mark of its own.
             self.bias.sequence_parallel = False
             declare(self.bias, "vector", zeros, partial=engine.sequence_parallel)

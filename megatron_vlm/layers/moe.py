@@ -209,7 +209,7 @@ class _ProvidedGroupedLinear(torch.autograd.Function):
         return grouped_mm(x_TH, provider().transpose(1, 2), offs=ends)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (ends,) = ctx.saved_tensors
         return grouped_mm(gradient.contiguous(), ctx.provider(), offs=ends), None, None
 

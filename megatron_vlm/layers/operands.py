@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -62,6 +63,8 @@ class OperandOwner(torch.nn.Module):
     tensor ranks divide, the other whole on each of them with a partial gradient.
     """
 
+    weight: torch.Tensor
+    bias: Any
     provider: Provider | None = None
     low_rank_scale: float | None = None
 

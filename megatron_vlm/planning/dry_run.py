@@ -73,7 +73,7 @@ def dry_run(config: Config, say: Callable[[str], None] = print) -> int:
     report = _Report(say)
     layouts: list[Layout] = []
     checks: list[RowCheck] = []
-    report.attempt(lambda: _describe_layout(config, model_config, layouts))
+    report.attempt(lambda: _describe_layout(config, model_config, shapes, layouts))
     report.attempt(lambda: _check_weights(config, family, model_config))
     report.attempt(lambda: _check_load(config, family, model_config))
     report.attempt(lambda: _check_places(config))

@@ -90,7 +90,8 @@ def _reference_backward(
 def _kernel_backward(d_out: torch.Tensor, q: torch.Tensor, *others: Any) -> tuple[torch.Tensor, ...]:
     from vlm_kernels.span_attention import launch  # needs Triton
 
-    return launch.backward(d_out, q, *others, _launches(q))
+    gradients: tuple[torch.Tensor, ...] = launch.backward(d_out, q, *others, _launches(q))  # type: ignore[call-arg]
+    return gradients
 
 
 def _fake_backward(
