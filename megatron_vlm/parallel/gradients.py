@@ -77,8 +77,11 @@ def _in_buckets(tensors: Sequence[torch.Tensor], reduce: Callable[[torch.Tensor]
     for index, tensor in enumerate(tensors):
         bucket.append(tensor)
         if index == len(tensors) - 1 or sum(part.nbytes for part in bucket) >= _BUCKET_BYTES:
-            flat = _flatten_dense_tensors(bucket)
-            reduce(flat)
-            for part, reduced in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
-                part.copy_(reduced)
+            if len(bucket) == 1:  # which may be large: a tied embedding
+                reduce(tensor)
+            else:
+                flat = _flatten_dense_tensors(bucket)
+                reduce(flat)
+                for part, reduced in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
+                    part.copy_(reduced)
             bucket = []

@@ -15,6 +15,8 @@ from megatron_vlm.families.build import BuildSettings, build_chunks, wrap_data_p
 from megatron_vlm.model.init_weights import initialize_weights
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
+from megatron_vlm.parallel.parameters import spec_of
+from megatron_vlm.parallel.simulate import simulated_rank
 from megatron_vlm.training.step import run_global_batch
 from tests.distributed.reference import TOLERANCE, label_tokens, loss_sum_gradients, micro_batches, relative_error
 from tests.families import FAMILIES, gemma3
@@ -169,6 +171,27 @@ def test_first_weights_do_not_depend_on_the_layout(family: TinyFamily, name: str
     for found in ranks:
         for parameter, value in found.items():
             assert torch.equal(value, alone[parameter]), parameter
+
+
+TABLES = re.compile(r".*(embed_tokens|lm_head|position_embedding|pos_embed|mlp\.gate)\.weight")
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_every_parameter_is_declared(family: TinyFamily) -> None:
+    """Vectors are what has one dimension in transformers, and do not decay; tables have rows that are looked up."""
+    registered = registry.detect(family.config)
+    model_config = registered.config_from_hf(family.config, text_only=False)
+    theirs = {our_name(name): parameter for name, parameter in family.model().named_parameters()}
+    layout = LAYOUTS["TP1"].ranks(len(model_config.text.layers))
+    with simulated_rank(0, layout) as groups:
+        (chunk,) = build_chunks(registered, model_config, BuildSettings(layout), groups, torch.device("meta"))
+    specs = {name: spec_of(parameter, name) for name, parameter in chunk.named_parameters()}
+    assert specs.keys() == theirs.keys()
+    for name, spec in specs.items():
+        is_vector = theirs[name].dim() == 1
+        assert spec.kind == ("vector" if is_vector else "table" if TABLES.fullmatch(name) else "matrix"), name
+        assert spec.decay != is_vector, name
+        assert spec.is_expert == (".experts." in name), name
 
 
 # What transformers draws otherwise. Gemma 3's tower comes from Flax, whose matrices follow their sizes, and whose
