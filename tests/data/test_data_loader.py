@@ -217,10 +217,13 @@ def test_inspect_data_prints_samples(
     (hf_path / "config.json").write_text(json.dumps(config))
     tool = Path(__file__).parents[2] / "tools" / "inspect_data.py"
     command = [str(tool), "--hf", str(hf_path), "--num", "2", "--check", "--data"]
-    printed = subprocess.run([sys.executable, *command, sources[0].path], capture_output=True, text=True, check=True)
-    assert "[[0.<end_of_turn>]]" in printed.stdout and "21 rows, 7 images, 0 bad rows" in printed.stdout
-    monkeypatch.setattr(sys, "argv", [*command, "nothing.jsonl"])
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", [*command, sources[0].path])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(tool), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "[[0.<end_of_turn>]]" in printed and "21 rows, 7 images, 0 bad rows" in printed
+    monkeypatch.setattr(sys, "argv", [*command, "nothing.jsonl"])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(tool), run_name="__main__")
     line = capsys.readouterr().err.strip().splitlines()[-1]
