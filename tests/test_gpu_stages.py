@@ -79,7 +79,7 @@ def test_what_passed_is_not_run_again(run: Callable[..., Any], tmp_path: Path, m
     for options, expected in (((), "xf"), ((), "xff"), (("--only", "once"), "xff"), (("--again",), "xffxf")):
         code, _ = run(once, fails, options=options)
         assert (code, counted.read_text()) == (0 if options == ("--only", "once") else 1, expected)
-    monkeypatch.setattr(runner, "sources_hash", lambda: "of other sources")
+    monkeypatch.setattr(runner.figures, "sources_hash", lambda paths: "of other sources")
     run(once)
     assert counted.read_text() == "xffxfx"
     monkeypatch.setattr(runner, "_versions", lambda packages: {"torch": "another"})
