@@ -21,9 +21,9 @@ help:
 	@echo "make demo           train a tiny Gemma 3 on drawn images, resume it in another layout, export and check it"
 	@echo "make demo_moe       train a tiny Qwen3-VL-MoE with expert parallelism, export and check it"
 	@echo "make demo_mistral3  the first one with a tiny Mistral3 (Ministral 3's text)"
-	@echo "make test           the test suite"
-	@echo "make test_full      the same with the further layouts and sizes that are marked full"
-	@echo "make test_lower_bounds  the test suite with the oldest torch, torchvision and transformers that are allowed"
+	@echo "make test           tests of every family and kind, in layouts in which every two features meet"
+	@echo "make test_full      tests in all layouts and sizes; goes on where it was stopped; FAMILY=gemma3 for one family"
+	@echo "make test_lower_bounds  make test's tests with the oldest torch, torchvision and transformers that are allowed"
 	@echo "make lint           ruff, mypy and the order in which packages may import each other"
 	@echo "make gpu            tests, profiles, benchmarks and demos on one GPU, in stages of at most two minutes"
 	@echo "make gpu_bundle     what a container with a GPU and without network needs for that, in one folder"
@@ -54,8 +54,10 @@ demo_mistral3: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not full" tests
 
+# What has passed with the present sources and packages is not run again (tests/resume.py).
+FAMILY ?=
 test_full: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -p tests.resume -n 2 --dist loadfile $(if $(FAMILY),-k $(FAMILY)) tests
 
 # The extension that `make install` built serves both environments.
 LOWER := .venv_lower

@@ -5,11 +5,17 @@ The suite runs on the host also where there is a GPU, which forked ranks could n
 
 import os
 
+import pytest
+
 if not os.environ.get("GPU_TESTS"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from megatron_vlm import platform
 
-platform.initialize()
+def pytest_configure(config: pytest.Config) -> None:
+    """Not in a process that hands tests to others: it imports none."""
+    if not config.getoption("numprocesses", None):
+        from megatron_vlm import platform
+
+        platform.initialize()

@@ -20,6 +20,7 @@ from benchmarks.gpu import __main__ as runner
 from benchmarks.gpu import bundle, trace
 from benchmarks.gpu.stages import FIGURES, STAGES, Stage
 from benchmarks.kernel_cases import CASES
+from tests.sizes import two_sizes
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,7 +79,7 @@ def test_what_passed_is_not_run_again(run: Callable[..., Any], tmp_path: Path, m
     for options, expected in (((), "xf"), ((), "xff"), (("--only", "once"), "xff"), (("--again",), "xffxf")):
         code, _ = run(once, fails, options=options)
         assert (code, counted.read_text()) == (0 if options == ("--only", "once") else 1, expected)
-    monkeypatch.setattr(runner, "sources_hash", lambda: "of other sources")
+    monkeypatch.setattr(runner.figures, "sources_hash", lambda paths: "of other sources")
     run(once)
     assert counted.read_text() == "xffxfx"
     monkeypatch.setattr(runner, "_versions", lambda packages: {"torch": "another"})
@@ -239,7 +240,7 @@ SCRIPTS = [stage.name for stage in STAGES if not stage.name.startswith("demo")]
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in ("operators", "experts") else pytest.param(name, marks=pytest.mark.full) for name in SCRIPTS],
+    two_sizes(SCRIPTS, "operators"),
 )
 def test_stages_start_on_the_host(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--only", name, "--output", str(tmp_path)]

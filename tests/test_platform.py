@@ -56,44 +56,47 @@ on_cpu = pytest.mark.skipif(platform.current().accelerated, reason="nothing is r
 
 # CUDA's allocator
 
-# A start on a GPU, as far as a host gets: torch's own account of its allocator, which works without a device.
+# Starts on a GPU, as far as a host gets, with each environment: torch's own account of its allocator, which works
+# without a device. They are forked from a process that has imported everything and used no allocator.
 STARTED_ON_A_GPU = """
 import json, os, sys
 from unittest import mock
-import torch
-asked_before = []
-first_use = lambda device: asked_before.append("expandable_segments:True" in os.environ.get("PYTORCH_ALLOC_CONF", ""))
-with mock.patch("torch.cuda.is_available", lambda: True), mock.patch("torch.cuda.set_device", first_use):
-    from megatron_vlm import platform
-    platform.initialize()
-settings = torch._C._cuda_memorySnapshot(None)["allocator_settings"]
-children = {name: value for name, value in os.environ.items() if name.endswith("ALLOC_CONF")}
-assert asked_before == [settings["expandable_segments"]]
-print(json.dumps([settings["expandable_segments"], settings["max_split_size"], children]))
+import megatron.core.optimizer, torch
+from megatron_vlm import platform
+for given in json.loads(sys.argv[1]):
+    if os.fork():
+        os.wait()
+        continue
+    os.environ.update(given)
+    asked_before = []
+    is_set = lambda device: asked_before.append("expandable_segments:True" in os.environ.get("PYTORCH_ALLOC_CONF", ""))
+    with mock.patch("torch.cuda.is_available", lambda: True), mock.patch("torch.cuda.set_device", is_set):
+        platform.initialize()
+    settings = torch._C._cuda_memorySnapshot(None)["allocator_settings"]
+    children = {name: value for name, value in os.environ.items() if name.endswith("ALLOC_CONF")}
+    assert asked_before == [settings["expandable_segments"]]
+    print(json.dumps([settings["expandable_segments"], settings["max_split_size"], children]))
+    sys.exit()
 """
 
 
 @on_cpu
-@pytest.mark.parametrize(
-    ("given", "expandable", "max_split_size"),
-    [
+def test_memory_is_held_in_expandable_segments_unless_the_user_says_otherwise() -> None:
+    cases: list[tuple[dict[str, str], bool, int]] = [
         ({}, True, -1),
         ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:128"}, False, 128 << 20),
         ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}, False, 128 << 20),
         ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, False, -1),
-    ],
-    ids=str,
-)
-def test_memory_is_held_in_expandable_segments_unless_the_user_says_otherwise(
-    given: dict[str, str], expandable: bool, max_split_size: int
-) -> None:
+    ]
     environment = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
-    done = subprocess.run(
-        [sys.executable, "-c", STARTED_ON_A_GPU], cwd=ROOT, env=environment | given, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    children = given or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-    assert json.loads(done.stdout.splitlines()[-1]) == [expandable, max_split_size, children]
+    command = [sys.executable, "-c", STARTED_ON_A_GPU, json.dumps([given for given, *_ in cases])]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    expected = [
+        [expandable, max_split_size, given or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}]
+        for given, expandable, max_split_size in cases
+    ]
+    assert found == expected, done.stderr
 
 
 # torch outside megatron-core

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -29,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,12 @@ def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGE
     folder.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
     results, log = Results(folder / f"gpu_{slug}.json"), folder / f"gpu_{slug}.log"
-    shared = {"sources": sources_hash(), "commit": figures.commit(), "device": device, "versions": _versions(packages)}
+    shared = {
+        "sources": figures.sources_hash(sources()),
+        "commit": figures.commit(),
+        "device": device,
+        "versions": _versions(packages),
+    }
     # So that a stage that runs is ended too.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     # What has not run comes before what has failed.
@@ -232,14 +236,10 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def sources_hash(repository: Path = REPOSITORY) -> str:
-    """Of everything that the stages run."""
-    digest = hashlib.sha256()
+def sources() -> Iterator[Path]:
+    """Everything that the stages run."""
     for folder in SOURCES:
-        for path in sorted((repository / folder).rglob("*")):
-            if path.suffix in (".py", ".cu", ".cuh", ".h"):
-                digest.update(f"{path.relative_to(repository)}\n".encode() + path.read_bytes())
-    return digest.hexdigest()
+        yield from (path for path in (REPOSITORY / folder).rglob("*") if path.suffix in (".py", ".cu", ".cuh", ".h"))
 
 
 def _table(stages: Sequence[Stage]) -> str:

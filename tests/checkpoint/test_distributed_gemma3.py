@@ -12,6 +12,7 @@ from tests.checkpoint.family_run import STEPS, Figures, continue_run, start_run
 from tests.families import gemma3
 from tests.parity.layouts import TestLayout
 from tests.ranks import run_ranks
+from tests.sizes import full
 
 SOURCE = TestLayout(4, tensor=2, pipeline=2, sequence_parallel=True, distributed_optimizer=True)
 
@@ -57,10 +58,10 @@ def test_same_layout_repeats_losses_and_norms_exactly(source):
 @pytest.mark.parametrize(
     "layout",
     [
-        TestLayout(distributed_optimizer=True),
+        full(TestLayout(distributed_optimizer=True)),
         TestLayout(4, tensor=4, sequence_parallel=True, distributed_optimizer=True),
         TestLayout(2, pipeline=2, virtual=2, distributed_optimizer=True),
-        TestLayout(4, tensor=2, sequence_parallel=True, vision="data", distributed_optimizer=True),
+        full(TestLayout(4, tensor=2, sequence_parallel=True, vision="data", distributed_optimizer=True)),
     ],
     ids=["one rank", "TP4, more than key/value heads", "PP2xVPP2", "DP2xTP2, vision DP"],
 )

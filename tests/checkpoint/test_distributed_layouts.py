@@ -41,6 +41,7 @@ from tests.checkpoint.tiny_run import (
 from tests.checkpoint.whole_state import Pieces, assemble, assert_same
 from tests.parity.layouts import TestLayout
 from tests.ranks import run_ranks
+from tests.sizes import full
 
 SOURCE = TestLayout(4, tensor=2, pipeline=2, expert=2)
 STEPS, MORE_STEPS = 3, 2
@@ -169,13 +170,13 @@ def test_saved_state_follows_torch_adamw(source):
     "layout",
     [
         TestLayout(),
-        TestLayout(4, pipeline=4),
-        TestLayout(4, tensor=2),
+        full(TestLayout(4, pipeline=4)),
+        full(TestLayout(4, tensor=2)),
         TestLayout(2, pipeline=2, virtual=2),
-        TestLayout(4),
+        full(TestLayout(4)),
         TestLayout(4, expert=4),
-        TestLayout(2, tensor=2, expert=2),
-        TestLayout(2, tensor=2, expert_tensor=2),
+        full(TestLayout(2, tensor=2, expert=2)),
+        full(TestLayout(2, tensor=2, expert_tensor=2)),
         TestLayout(4, tensor=2, expert=2, expert_tensor=2),
         TestLayout(4, pipeline=2, expert=2),
     ],

@@ -19,6 +19,7 @@ from tests.families.qwen3_vl import CASES
 from tests.parity.layouts import TestLayout
 from tests.parity.tiny_batches import Reference, reference
 from tests.ranks import run_ranks
+from tests.sizes import full
 
 
 def micro_batches_of_step(step: int) -> list[Reference]:
@@ -82,10 +83,10 @@ def expected() -> Figures:
     "layout",
     [
         TestLayout(distributed_optimizer=True),
-        TestLayout(4, expert=4, distributed_optimizer=True),
-        TestLayout(4, expert=2, distributed_optimizer=True, overlap=True),
+        full(TestLayout(4, expert=4, distributed_optimizer=True)),
+        full(TestLayout(4, expert=2, distributed_optimizer=True, overlap=True)),
         TestLayout(2, tensor=2, sequence_parallel=True, expert_tensor=2),
-        TestLayout(4, tensor=2, pipeline=2, sequence_parallel=True, expert=2, distributed_optimizer=True),
+        full(TestLayout(4, tensor=2, pipeline=2, sequence_parallel=True, expert=2, distributed_optimizer=True)),
     ],
     ids=["one rank", "EP4", "DP4 EP2, overlapped", "TP2 ETP2, whole optimizer", "TP2 PP2 EP2"],
 )
@@ -104,6 +105,7 @@ def test_training_continues_in_another_layout(
             assert ours == pytest.approx(theirs, rel=5e-6)
 
 
+@pytest.mark.full  # `make test` has a whole run in tests/training/test_resume.py
 def test_same_layout_continues_bit_for_bit_in_bf16(hf_dir: str, tmp_path: Path) -> None:
     layout = TestLayout(2, expert=2, distributed_optimizer=True)
     straight, resumed = (

@@ -20,6 +20,7 @@ from tests.checkpoint import mistral3_files
 from tests.checkpoint.hf_files import files, load_tensors, read_config
 from tests.checkpoint.mistral3_files import saved_float8
 from tests.ranks import run_ranks
+from tests.sizes import two_sizes
 
 # Ranks, and the tensor and pipeline sizes.
 LAYOUTS = {
@@ -64,7 +65,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return mistral3_files.saved(tmp_path_factory.mktemp("saved") / "hf")
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", two_sizes(LAYOUTS, "tp4, more than key heads", "tp2 pp2"))
 def test_every_rank_holds_its_parts_and_they_come_together_again(saved: Path, tmp_path: Path, name: str) -> None:
     ranks, sizes = LAYOUTS[name]
     dtype = torch.float32 if name == "tp2 pp2" else torch.bfloat16

@@ -26,6 +26,7 @@ from tests.checkpoint import qwen3_vl_files
 from tests.checkpoint.hf_files import files, load_tensors, rename
 from tests.families.qwen3_vl import VOCABULARY
 from tests.ranks import run_ranks
+from tests.sizes import two_sizes
 
 # Ranks, and the tensor, pipeline, expert and expert-tensor sizes.
 LAYOUTS = {
@@ -96,7 +97,7 @@ def published(saved: Path) -> Path:
     return qwen3_vl_files.published(saved, saved.parent / "published")
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", two_sizes(LAYOUTS, "single", "tp2 ep2 etp2", "pp2 ep2", "pp4 with empty stages"))
 def test_every_rank_holds_its_parts_and_they_come_together_again(
     saved: Path, published: Path, tmp_path: Path, name: str
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import runpy
@@ -22,7 +23,7 @@ from megatron_vlm.data.describe import describe_samples
 from megatron_vlm.data.loader import MicroBatchLoader, Share, build_train_loader, build_valid_loader
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.errors import DataError
-from tests.data.rows import numbered_rows, write_jsonl
+from tests.data.rows import assistant, image, numbered_rows, row, user, video, write_jsonl
 
 Make = Callable[..., Config]
 
@@ -82,6 +83,21 @@ def test_workers_change_nothing_and_survive_signals(
         loader.seek(16)
     assert_same(next(plain), next(parallel))
     parallel.close()
+
+
+def test_workers_send_grids(make_config: Make, qwen_path: Path, qwen_rules: PromptRules, folder: Path) -> None:
+    rows = [row(user(image(f"{n % 8}.png"), video(["0.png"] * (2 + n % 3))), assistant(f"{n}.")) for n in range(8)]
+    config = make_config([DataSource(write_jsonl(folder / "a.jsonl", rows))], global_batch_size=4, num_workers=1)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, hf_path=str(qwen_path)))
+    here = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=0))
+    loaders = [build_train_loader(settings, qwen_rules, Share(4, 2)) for settings in (config, here)]
+    for _ in range(4):
+        sent, own = (next(loader) for loader in loaders)
+        assert sent.media == own.media and len(own.media) == 4
+        assert torch.equal(sent.position_ids, own.position_ids)
+        assert torch.equal(sent.media_inputs["pixel_values"], own.media_inputs["pixel_values"])
+    for loader in loaders:
+        loader.close()
 
 
 def test_workers_end_with_their_rank(hf_path: Path, sources: list[DataSource]) -> None:
@@ -217,10 +233,13 @@ def test_inspect_data_prints_samples(
     (hf_path / "config.json").write_text(json.dumps(config))
     tool = Path(__file__).parents[2] / "tools" / "inspect_data.py"
     command = [str(tool), "--hf", str(hf_path), "--num", "2", "--check", "--data"]
-    printed = subprocess.run([sys.executable, *command, sources[0].path], capture_output=True, text=True, check=True)
-    assert "[[0.<end_of_turn>]]" in printed.stdout and "21 rows, 7 images, 0 bad rows" in printed.stdout
-    monkeypatch.setattr(sys, "argv", [*command, "nothing.jsonl"])
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", [*command, sources[0].path])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(tool), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "[[0.<end_of_turn>]]" in printed and "21 rows, 7 images, 0 bad rows" in printed
+    monkeypatch.setattr(sys, "argv", [*command, "nothing.jsonl"])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(tool), run_name="__main__")
     line = capsys.readouterr().err.strip().splitlines()[-1]

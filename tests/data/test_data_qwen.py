@@ -14,10 +14,8 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from megatron_vlm.config import DataSource
 from megatron_vlm.data.collate import collate
 from megatron_vlm.data.describe import check_rows, describe_sample
-from megatron_vlm.data.loader import Share, build_train_loader
 from megatron_vlm.data.media import Medium, Packed, pack_in_reading_order
 from megatron_vlm.data.prompts import PromptBuilder
 from megatron_vlm.data.rows import RowReader
@@ -26,7 +24,7 @@ from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.families.qwen3_vl.prompt import prompt_rules
 from tests.data import rows
 from tests.data.references import check_trained, draw_pictures, encode, refusal
-from tests.data.rows import assistant, image, row, user, video, write_jsonl
+from tests.data.rows import assistant, image, row, user, video
 from tests.data.tiny_processor import QWEN3_VL_TEMPLATE, build_qwen_processor, build_qwen_tokenizer
 from tests.versions import needs_transformers_5_23
 
@@ -345,20 +343,3 @@ def test_description_and_check(make_qwen_reader: Make, pictures: Path) -> None:
 def test_gemma_takes_no_videos(make_reader: Make) -> None:
     placed = make_reader([row(user(video(["0.png"] * 2)), assistant("b"))]).read(0, 0)
     assert placed.bad and placed.problem and "videos, which this model does not take" in placed.problem
-
-
-def test_workers_send_grids(
-    make_config: Callable[..., Any], qwen_path: Path, qwen_rules: PromptRules, folder: Path
-) -> None:
-    rows = [row(user(image(f"{n % 8}.png"), video(["0.png"] * (2 + n % 3))), assistant(f"{n}.")) for n in range(8)]
-    config = make_config([DataSource(write_jsonl(folder / "a.jsonl", rows))], global_batch_size=4, num_workers=1)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, hf_path=str(qwen_path)))
-    here = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=0))
-    loaders = [build_train_loader(settings, qwen_rules, Share(4, 2)) for settings in (config, here)]
-    for _ in range(4):
-        sent, own = (next(loader) for loader in loaders)
-        assert sent.media == own.media and len(own.media) == 4
-        assert torch.equal(sent.position_ids, own.position_ids)
-        assert torch.equal(sent.media_inputs["pixel_values"], own.media_inputs["pixel_values"])
-    for loader in loaders:
-        loader.close()

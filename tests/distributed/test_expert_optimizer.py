@@ -16,20 +16,21 @@ from tests.checkpoint.tiny_run import Run, Settings, gradient_norm_at
 from tests.checkpoint.whole_state import Pieces, assemble
 from tests.parity.layouts import TestLayout
 from tests.ranks import run_ranks
+from tests.sizes import full
 
 STEPS = 2
 CLIP = 1.0  # norms are above 40
 
 LAYOUTS = [
     TestLayout(),
-    TestLayout(4, expert=2),
+    full(TestLayout(4, expert=2)),
     TestLayout(4, expert=2, expert_tensor=2),
-    TestLayout(4, tensor=2),
+    full(TestLayout(4, tensor=2)),
     TestLayout(4, tensor=2, expert=4),
-    TestLayout(4, tensor=2, expert=2, expert_tensor=2),
+    full(TestLayout(4, tensor=2, expert=2, expert_tensor=2)),
     TestLayout(4, pipeline=2, expert=2),
     TestLayout(4, pipeline=2, tensor=2, expert_tensor=2),
-    TestLayout(4, pipeline=4),
+    full(TestLayout(4, pipeline=4)),
 ]
 
 

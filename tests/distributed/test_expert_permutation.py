@@ -17,6 +17,7 @@ from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from tests.distributed.test_moe import DISPATCHERS, LOADS, run_load
 from tests.parity.layouts import TestLayout
 from tests.ranks import run_ranks
+from tests.sizes import two_sizes
 
 FUNCTIONS = ("permute", "unpermute", "sort_chunks_by_idxs")
 CALLS = {
@@ -70,6 +71,6 @@ def counted(name: str, calls: Counter[str]) -> Callable[..., Any]:
     return call
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", two_sizes(LAYOUTS, "TP2, experts shared", "EP2xTP2"))
 def test_dispatchers_give_what_they_gave(name: str) -> None:
     run_ranks(LAYOUTS[name].world_size, run_both, LAYOUTS[name])

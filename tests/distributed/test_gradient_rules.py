@@ -21,8 +21,8 @@ from megatron_vlm.parallel.parameters import spec_of
 from megatron_vlm.parallel.sharding import replica_group, splits
 from megatron_vlm.training.step import run_global_batch
 from tests.distributed.reference import TOLERANCE, loss_sum_gradients, micro_batches, relative_error
-from tests.families import FAMILIES
 from tests.families.entry import TinyFamily
+from tests.families.parameters import each_layout
 from tests.parity.battery import ZERO_GRADIENT
 from tests.parity.layouts import TestLayout, gather_parameter, own_micro_batches, set_up
 from tests.ranks import run_ranks
@@ -113,9 +113,7 @@ def check_rule(name: str, ranks: list[Raw], reference: torch.Tensor, tensor_size
     assert wrong >= CLEARLY_WRONG or tensor_size == 1, f"{name}: the test cannot tell its two rules apart"
 
 
-@pytest.mark.parametrize(
-    ("family", "name"), [(family, name) for family in FAMILIES for name in family.batteries.rules], ids=str
-)
+@pytest.mark.parametrize(("family", "name"), each_layout("rules"))
 def test_every_parameter_declares_its_rule(hf_dirs: Callable[[TinyFamily], str], family: TinyFamily, name: str) -> None:
     """A sum over tensor ranks would count an expert's gradient several times: its tokens have come to it already."""
     layout, reference = family.batteries.rules[name], loss_sum_gradients(family, cases_of(family))

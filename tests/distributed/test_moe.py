@@ -31,6 +31,7 @@ from tests.families.qwen3_vl import QWEN3_VL_MOE, TOP_K
 from tests.parity.layouts import TestLayout, own_micro_batches, set_up
 from tests.parity.tiny_batches import Reference
 from tests.ranks import run_ranks
+from tests.sizes import two_sizes
 
 HIDDEN, WIDTH, EXPERTS = 64, 32, 8
 PADDING = 3  # tokens at the end of the first data rank's
@@ -204,7 +205,7 @@ def relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
     return ((ours - expected).abs().max() / expected.abs().max()).item()
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", two_sizes(LAYOUTS, "EP1", "EP2xTP2+SP", "ETP2xEP2"))
 def test_any_load_gives_what_transformers_gives(name: str) -> None:
     layout = LAYOUTS[name]
     ranks, worst = run_ranks(layout.world_size, run_loads, layout, LOADS, torch.float32), 0.0

@@ -21,6 +21,7 @@ from megatron_vlm.training.step import run_global_batch
 from tests.distributed.reference import TOLERANCE, label_tokens, loss_sum_gradients, micro_batches, relative_error
 from tests.families import FAMILIES, gemma3
 from tests.families.entry import TinyFamily
+from tests.families.parameters import each_layout
 from tests.parity.battery import ZERO_GRADIENT
 from tests.parity.layouts import (
     LAYOUTS,
@@ -58,9 +59,7 @@ def gradients(hf_dir: str, layout: TestLayout, family: TinyFamily) -> dict[str, 
     return whole_gradients(model, groups)
 
 
-@pytest.mark.parametrize(
-    ("family", "name"), [(family, name) for family in FAMILIES for name in family.batteries.no_images], ids=str
-)
+@pytest.mark.parametrize(("family", "name"), each_layout("no_images"))
 def test_a_data_rank_without_images(tmp_path: Path, family: TinyFamily, name: str) -> None:
     """Overlapped exchanges begin as gradients are ready: every rank must have them in the same order."""
     layout, cases = family.batteries.no_images[name], text_on_one_rank(family)
@@ -160,9 +159,7 @@ def first_weights(family: TinyFamily, layout: TestLayout) -> dict[str, torch.Ten
     }
 
 
-@pytest.mark.parametrize(
-    ("family", "name"), [(family, name) for family in FAMILIES for name in family.batteries.first_weights], ids=str
-)
+@pytest.mark.parametrize(("family", "name"), each_layout("first_weights"))
 def test_first_weights_do_not_depend_on_the_layout(family: TinyFamily, name: str) -> None:
     layout = family.batteries.first_weights[name]
     (alone,) = run_ranks(1, first_weights, family, LAYOUTS["TP1"])

@@ -28,6 +28,7 @@ from megatron_vlm.parallel.mcore_config import engine_config
 from megatron_vlm.parallel.parameters import redeclare
 from megatron_vlm.parallel.sharding import gather_whole, own_part, whole_shape
 from tests.ranks import run_ranks
+from tests.sizes import two_sizes
 
 CONFIG = QwenVisionConfig(
     hidden_size=32,
@@ -188,7 +189,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("case", GRIDS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", two_sizes(LAYOUTS, "TP1", "TP4", "TP2, recompute", "vision DP4"))
 def test_tower_and_mergers_are_those_of_transformers(layout: str, case: str) -> None:
     size, divided, recompute = LAYOUTS[layout]
     for ours in run_ranks(size, encode, state(), size, divided, recompute, case):

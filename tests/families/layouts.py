@@ -1,6 +1,8 @@
 """The layouts in which each battery runs a family: by default, with experts, and all that there are (Gemma 3).
 
-A row is in one table only where another battery shows the same of every family.
+A row is in one table only where another battery shows the same of every family. `make test` runs the rows that
+`Batteries.small` names, in which every two features of layouts meet that meet in any row (`test_layouts.py`);
+`make test_full` runs all rows.
 """
 
 from __future__ import annotations
@@ -171,6 +173,61 @@ CONTINUED = {"TP2+SP, bf16": _shared(2, tensor=2, sequence_parallel=True, precis
 Turns = Sequence[tuple[TestLayout, int]]
 IN_TURN: Turns = ((_shared(2, tensor=2, sequence_parallel=True), 3), (_shared(2, pipeline=2), 3))
 
+# What `make test` runs of each battery: these layouts, and all of a battery that is not named
+
+Small = Mapping[str, Sequence[str]]
+SMALL: Small = {
+    "parity": (
+        "TP1",
+        "PP2xVPP2",
+        "PP4, stages without layers between",
+        "TP2+SP, selective recompute",
+        "TP2xPP2+SP, full recompute",
+    ),
+    "no_images": ("DP2xTP2, vision DP",),
+    "step": ("TP4", "PP2 uneven"),
+    "norm": ("DP2xTP2, distributed optimizer, vision DP",),
+}
+SMALL_OF_EXPERTS: Small = {
+    "parity": (
+        "TP1",
+        "TP4+SP",
+        "TP2+SP, vision DP",
+        "PP2 uneven",
+        "PP2xVPP2",
+        "PP4",
+        "PP4, stages without layers between",
+        "EP2, full recompute",
+        "EP2xTP2+SP, all-gather",
+        "EP4xTP2+SP",
+    ),
+    "rules": ("EP2 of tensor ranks", "ETP2xTP2+SP", "DP2xTP2+SP, EP2"),
+    "no_images": ("EP2xTP2+SP, vision DP",),
+    "step": ("EP2, overlapped", "EP4", "EP2xTP2+SP", "ETP2 of data ranks, all-gather"),
+    "adamw": ("DP2, overlapped", "EP2xDP2, overlapped", "EP2xPP2, overlapped", "ETP2xTP2+SP"),
+}
+SMALL_OF_EVERYTHING: Small = {
+    "parity": (
+        "TP1",
+        "PP2 uneven",
+        "PP4, stages without layers between",
+        "TP2+SP, selective recompute",
+        "TP2xPP2+SP, full recompute",
+    ),
+    "rules": ("TP4+SP", "TP4, vision DP"),
+    "no_images": ("DP2",),
+    "step": ("TP2xPP2+SP", "DP2, overlapped", "DP4, one rank without images"),
+    "text_step": ("TP1",),
+    "adamw": ("DP2xTP2+SP", "DP2xPP2xVPP2, overlapped"),
+    "norm": (
+        "TP4, keys and values replicated",
+        "PP2, tied embedding on both",
+        "TP2xPP2",
+        "DP2xTP2, distributed optimizer, vision DP",
+    ),
+    "continued": ("PP2, fp32",),
+}
+
 
 @dataclass(frozen=True)
 class Batteries:
@@ -187,6 +244,7 @@ class Batteries:
         norm: gradient norm and clipped step.
         continued: stopped and started again, bit for bit.
         in_turn: stopped and started again in other layouts.
+        small: names of the layouts that `make test` runs, by battery.
     """
 
     parity: Table = field(default_factory=lambda: PARITY)
@@ -203,9 +261,15 @@ class Batteries:
     )
     continued: Table = field(default_factory=lambda: CONTINUED)
     in_turn: Turns = IN_TURN
+    small: Small = field(default_factory=lambda: SMALL)
+
+    def is_small(self, battery: str, layout: str) -> bool:
+        """Whether `make test` runs a battery in a layout."""
+        return layout in self.small.get(battery, (layout,))
 
 
-NOTHING = Batteries(**{battery.name: {} for battery in fields(Batteries)})
+BATTERIES = tuple(battery.name for battery in fields(Batteries) if battery.name != "small")
+NOTHING = Batteries(**{battery: {} for battery in BATTERIES}, small={})
 FEW_PARITY = replace(NOTHING, parity=FEW)
 WITH_EXPERTS = Batteries(
     parity=PARITY_OF_EXPERTS,
@@ -223,6 +287,7 @@ WITH_EXPERTS = Batteries(
         (_shared(2, tensor=2, sequence_parallel=True), 1),
         (_shared(2, pipeline=2), 1),
     ),
+    small=SMALL_OF_EXPERTS,
 )
 EVERYTHING = Batteries(
     parity=LAYOUTS,
@@ -237,4 +302,5 @@ EVERYTHING = Batteries(
         "PP2, fp32": _shared(2, pipeline=2),
     },
     in_turn=((_shared(2, tensor=2), 2), (_shared(2, pipeline=2), 2), (_shared(2), 2)),
+    small=SMALL_OF_EVERYTHING,
 )

@@ -225,6 +225,20 @@ QWEN3_VL = TinyFamily(
         adamw=some(ADAMW, "TP2xPP2+SP", "DP2xTP2, vision DP, overlapped"),
         continued={},
         in_turn=(),
+        small={
+            "parity": (
+                "TP1",
+                "PP4",
+                "PP2xVPP2, DeepStack crossing",
+                "TP2+SP, selective recompute",
+                "TP2xPP2+SP, vision alone",
+                "DP2, overlapped, full recompute",
+                "DP2xPP2, overlapped, DeepStack crossing",
+            ),
+            "step": ("TP4", "TP2xPP2+SP"),
+            "adamw": ("TP2xPP2+SP",),
+            "norm": ("DP2xTP2, distributed optimizer, vision DP",),
+        },
     ),
 )
 QWEN3_VL_MOE = replace(

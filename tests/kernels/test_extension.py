@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.kernels.load_extension import CUDA, check_calls, kernel_of, registered
+from tests.kernels.marks import needs_extension
 from tests.kernels.static_code import ARCHITECTURES, read_code
 from vlm_kernels import library
 
@@ -85,6 +86,21 @@ def test_no_spills_and_wide_accesses(architecture: str) -> None:
         assert any(code.wide_loads for code in variants), f"no variant of {kernel} loads 16 bytes"
         if kernel not in NO_WIDE_STORES:
             assert any(code.wide_stores for code in variants), f"no variant of {kernel} stores 16 bytes"
+
+
+@needs_extension
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_of_the_loss_are_compiled_as_intended(architecture: str) -> None:
+    """Rows that divide into vectors are read, and written, 16 bytes at a time, and blocks fill a multiprocessor."""
+    codes = [code for code in read_code(architecture) if code.kernel in ("statistics_kernel", "gradient_kernel")]
+    assert len(codes) == 24
+    for code in codes:
+        # 2048 threads of 32 registers, or 1536 of 40, or 1280 of 48 fit.
+        assert code.stack_bytes == 0 and code.registers <= 48
+        if ", 1, " not in code.name:
+            # Vectors under way at once, and those of the rest; or those and the token's factors.
+            assert code.wide_loads >= 5
+            assert code.wide_stores == (4 if code.kernel == "gradient_kernel" else 0)
 
 
 @pytest.fixture

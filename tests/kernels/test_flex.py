@@ -14,6 +14,7 @@ import torch
 from tests.kernels.gpu_compiler import compiling_flex_attention
 from tests.kernels.span_compile import SHARED_BYTES
 from tests.ranks import run_ranks
+from tests.sizes import full
 from vlm_kernels.span_attention import QueryShard, Spans, flex
 
 pytestmark = pytest.mark.usefixtures("forked_ranks")
@@ -54,23 +55,22 @@ def attend(
             flex.attend(q, k, v, spans, window, head_dim**-0.5)
 
 
-def cases() -> list[object]:
-    """Every ratio with every head dim; in `make test` each of both once, trained or not in turn."""
-    found = []
-    for column, head_dim in enumerate(HEAD_DIMS):
-        for row, ratio in enumerate(RATIOS):
-            for is_training in (True, False):
-                is_short = row == (column + 3) % len(RATIOS) and is_training == (column % 2 == 0)
-                found.append(pytest.param(ratio, head_dim, is_training, marks=[] if is_short else pytest.mark.full))
-    return found
+SMALL_CASES = {(8, 64, True), (1, 72, False), (4, 256, False), (8, 512, True)}
+CASES = [
+    case if case in SMALL_CASES else full(*case)
+    for head_dim in HEAD_DIMS
+    for ratio in RATIOS
+    for is_training in (True, False)
+    for case in [(ratio, head_dim, is_training)]
+]
 
 
-@pytest.mark.parametrize(("ratio", "head_dim", "is_training"), cases())
+@pytest.mark.parametrize(("ratio", "head_dim", "is_training"), CASES)
 def test_short_rows_take_the_general_kernel(ratio: int, head_dim: int, is_training: bool) -> None:
     check_kernels(ROWS, ratio, head_dim, is_training)
 
 
-@pytest.mark.parametrize("is_training", [True, pytest.param(False, marks=pytest.mark.full)])
+@pytest.mark.parametrize("is_training", [True, full(False)])
 def test_shards_of_queries_take_the_general_kernel(is_training: bool) -> None:
     """25, 75 and 150 queries, over one block of keys and over several."""
     check_kernels((100, 300, 600), 4, 64, is_training, ranks=4)
@@ -97,9 +97,7 @@ def test_the_compiler_by_itself_fails(monkeypatch: pytest.MonkeyPatch, is_traini
         attend([100], 8, 64, is_training)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "is_training"), [(1, True), (1, False), (2, True), pytest.param(2, False, marks=pytest.mark.full)]
-)
+@pytest.mark.parametrize(("ranks", "is_training"), [(1, True), full(1, False), (2, True), full(2, False)])
 def test_variants_are_few_over_lengths_and_windows(ranks: int, is_training: bool) -> None:
     lengths = [*random.Random(3).sample(range(2, 500), 48), 1024, 2500]
     with torch._dynamo.config.patch(recompile_limit=8), compiling_flex_attention() as compilations:
@@ -110,13 +108,13 @@ def test_variants_are_few_over_lengths_and_windows(ranks: int, is_training: bool
     assert len(compilations.variants) <= 3
 
 
+SMALL_SIZES = {(9, "bfloat16", 512), (8, "float32", 72)}
 SIZES = [
-    pytest.param(*sizes, marks=[] if is_short else pytest.mark.full, id="-".join(map(str, sizes)))
+    sizes if sizes in SMALL_SIZES else full(*sizes)
     for major in SHARED_BYTES
     for dtype in ("bfloat16", "float32")
     for head_dim in HEAD_DIMS
     for sizes in [(major, dtype, head_dim)]
-    for is_short in [sizes in ((9, "bfloat16", 512), (8, "float32", 72))]
 ]
 
 
@@ -134,7 +132,7 @@ def test_kernels_fit_in_shared_memory(major: int, dtype: str, head_dim: int) -> 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize(
     ("major", "dtype", "head_dim"),
-    [(9, torch.bfloat16, 512), pytest.param(8, torch.float32, 72, marks=pytest.mark.full)],
+    [(9, torch.bfloat16, 512), full(8, torch.float32, 72)],
 )
 def test_the_compilers_own_launch_does_not_fit(
     monkeypatch: pytest.MonkeyPatch, major: int, dtype: torch.dtype, head_dim: int

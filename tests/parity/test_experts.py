@@ -15,9 +15,12 @@ from tests.families.layouts import PARITY_OF_EXPERTS
 from tests.families.qwen3_vl import MOE, QWEN3_VL_MOE, TOP_K
 from tests.parity.battery import Expected, check_layout, expected, record
 from tests.parity.tiny_batches import Reference
+from tests.sizes import two_sizes
 
 Definition = Literal["transformers", "megatron"]
-BALANCING_LAYOUTS = ("TP1", "TP2+SP", "PP2", "PP2xVPP2", "TP2xPP2+SP", "EP2xTP2+SP", "EP2xPP2")
+BALANCING_LAYOUTS = two_sizes(
+    ("TP1", "TP2+SP", "PP2", "PP2xVPP2", "TP2xPP2+SP", "EP2xTP2+SP", "EP2xPP2"), "PP2xVPP2", "EP2xTP2+SP", "EP2xPP2"
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,9 @@ def balanced(definition: Definition) -> Expected:
     return expected(QWEN3_VL_MOE.model(), QWEN3_VL_MOE.micro_batches("mixed"), partial(balancing_loss, definition))
 
 
-@pytest.mark.parametrize("name", ["EP2", "EP2, all-gather", "EP2xPP2", "ETP2, TP1"])
+@pytest.mark.parametrize(
+    "name", two_sizes(("EP2", "EP2, all-gather", "EP2xPP2", "ETP2, TP1"), "EP2, all-gather", "EP2xPP2")
+)
 @pytest.mark.parametrize("frozen", [("language_model",), ("language_model", "vision_tower")])
 def test_frozen_parts(name: str, frozen: tuple[str, ...], hf_directory: str) -> None:
     """A data rank's micro-batch without images trains nothing, and yet its experts take part in the backward pass."""

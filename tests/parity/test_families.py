@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from functools import cache
 
 import pytest
@@ -12,7 +11,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from megatron_vlm.families import registry
 from tests.families import FAMILIES
 from tests.families.entry import TinyFamily
-from tests.families.layouts import Batteries
+from tests.families.layouts import BATTERIES
+from tests.families.parameters import each_layout
 from tests.parity.battery import check_layout, record
 
 
@@ -32,11 +32,7 @@ def cases_of(family: TinyFamily, layout: str) -> list[str]:
     return list(family.cases)[-2:] if family.batteries.parity[layout].world_size == 4 else list(family.cases)
 
 
-@pytest.mark.parametrize(
-    ("family", "layout"),
-    [(family, layout) for family in FAMILIES for layout in family.batteries.parity],
-    ids=[f"{family}, {layout}" for family in FAMILIES for layout in family.batteries.parity],
-)
+@pytest.mark.parametrize(("family", "layout"), each_layout("parity"))
 def test_parity(family: TinyFamily, layout: str, hf_directory: Callable[[TinyFamily], str]) -> None:
     cases = {case: family.expected(case) for case in cases_of(family, layout)}
     worst = check_layout(family.batteries.parity[layout], hf_directory(family), cases, family.vocabulary)
@@ -51,5 +47,5 @@ def test_every_registered_family_runs_every_battery(registered: registry.Family)
     missing = with_tower - entries.keys()
     assert entries and not missing, f"no entry in tests/families for {missing or registered.name}"
     assert all(registry.detect(family.config) is registered for family in entries.values())
-    for battery in fields(Batteries):
-        assert any(getattr(family.batteries, battery.name) for family in entries.values()), battery.name
+    for battery in BATTERIES:
+        assert any(getattr(family.batteries, battery) for family in entries.values()), battery

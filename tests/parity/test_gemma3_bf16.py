@@ -16,6 +16,7 @@ from tests.families.gemma3 import ROWS, collate_drawn, draw, make_batch
 from tests.parity.battery import ZERO_GRADIENT
 from tests.parity.layouts import LAYOUTS, TestLayout, hf_gradients, own_micro_batches, set_up, whole_gradients
 from tests.ranks import run_ranks
+from tests.sizes import full
 
 # bf16 keeps 8 bits: rounding every activation costs transformers 2 % of each gradient here. We round at the same places
 # but for sums over tensor ranks, which round once per rank more. Seen: at most 1.05 times as much over all gradients
@@ -85,7 +86,7 @@ def distances(gradients: dict[str, torch.Tensor]) -> tuple[float, dict[str, floa
     return together, {name: errors[name] / theirs.norm().item() for name, theirs in compared.items()}
 
 
-@pytest.mark.parametrize("name", ["TP1", "TP2+SP", "TP4", "PP2", "TP2, vision DP", "DP2, overlapped"])
+@pytest.mark.parametrize("name", ["TP1", "TP2+SP", full("TP4"), "PP2", full("TP2, vision DP"), "DP2, overlapped"])
 def test_as_close_as_transformers(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     directory = tmp_path_factory.mktemp("hf")
     model_of_bf16_values().save_pretrained(directory)

@@ -12,8 +12,8 @@ import torch
 
 from megatron_vlm.config import Config
 from megatron_vlm.families import build
-from tests.families import FAMILIES
 from tests.families.entry import TinyFamily
+from tests.families.parameters import each_layout
 from tests.families.rows import GLOBAL_BATCH
 from tests.parity.layouts import our_name
 from tests.ranks import run_ranks
@@ -113,9 +113,7 @@ def train_with_small_buckets(config: Config) -> None:
         build.DistributedDataParallelConfig = original  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(
-    ("family", "name"), [(family, name) for family in FAMILIES for name in family.batteries.adamw], ids=str
-)
+@pytest.mark.parametrize(("family", "name"), each_layout("adamw"))
 def test_five_steps(
     family: TinyFamily, name: str, multimodal_of: Callable[[TinyFamily], TinyFiles], tmp_path: Path
 ) -> None:

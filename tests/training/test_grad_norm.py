@@ -17,6 +17,7 @@ from megatron_vlm.training.step import run_global_batch
 from tests.families import FAMILIES
 from tests.families.entry import TinyFamily
 from tests.families.gemma3 import GEMMA3
+from tests.families.parameters import each_layout
 from tests.parity.battery import Expected, expected
 from tests.parity.layouts import TestLayout, gather_parameter, own_micro_batches, set_up
 from tests.ranks import run_ranks
@@ -82,9 +83,7 @@ def check(directory: str, layout: TestLayout, theirs: Expected) -> None:
             assert (ours - gradient.flatten()).abs().max() <= STEP_TOLERANCE, name
 
 
-@pytest.mark.parametrize(
-    ("family", "name"), [(family, name) for family in TRAINED for name in family.batteries.norm], ids=str
-)
+@pytest.mark.parametrize(("family", "name"), each_layout("norm"))
 def test_norm_and_clipped_step(family: TinyFamily, name: str, directory_of: DirectoryOf) -> None:
     check(directory_of(family), family.batteries.norm[name], family.expected("mixed"))
 

@@ -12,6 +12,7 @@ from transformers import Gemma3ForConditionalGeneration
 
 from megatron_vlm.training.loop import Trainer
 from tests.ranks import run_ranks
+from tests.sizes import full
 from tests.training.loop_run import Interference, Outcome, Place, build_place, checkpoint_names, read_lines, train_here
 
 LR, MIN_LR, WARMUP, ITERS = 3e-3, 3e-4, 2, 8
@@ -168,7 +169,7 @@ def expected_rates(schedule: str) -> list[float]:
     return rates
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
+@pytest.mark.parametrize("schedule", [full("constant"), full("linear"), "cosine", "wsd"])
 def test_schedule(place: Place, tmp_path: Path, schedule: str) -> None:
     """The rates that the steps used, also after a stop in the middle."""
     settings = [f"optimizer.schedule={schedule}", f"train.train_iters={ITERS}"]

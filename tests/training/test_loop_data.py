@@ -16,6 +16,7 @@ from megatron_vlm.training.guard import StepGuard
 from megatron_vlm.training.loop import Trainer
 from tests.data.rows import assistant, image, row, user, write_jsonl
 from tests.ranks import run_ranks
+from tests.sizes import full
 from tests.training.loop_run import Interference, Outcome, Place, build_place, checkpoint_names, train_here
 
 TENSOR, PIPELINE = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
@@ -51,7 +52,7 @@ def _poison_parameter(trainer: Trainer) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
-    [(1, []), (2, []), (2, [TENSOR]), (2, [PIPELINE, "parallel.overlap_grad_reduce=true"])],
+    [full(1, []), (2, []), full(2, [TENSOR]), (2, [PIPELINE, "parallel.overlap_grad_reduce=true"])],
     ids=["one rank", "DP2", "TP2", "PP2"],
 )
 def test_stop_names_the_rows(place: Place, tmp_path: Path, ranks: int, overrides: list[str]) -> None:
@@ -93,7 +94,9 @@ def _poison_gradient(trainer: Trainer, factor: float, at_step: int) -> None:
     optimizer.prepare_grads = prepare_and_poison
 
 
-@pytest.mark.parametrize(("ranks", "overrides"), [(2, []), (2, [TENSOR]), (2, [PIPELINE])], ids=["DP2", "TP2", "PP2"])
+@pytest.mark.parametrize(
+    ("ranks", "overrides"), [(2, []), full(2, [TENSOR]), full(2, [PIPELINE])], ids=["DP2", "TP2", "PP2"]
+)
 def test_skip_leaves_the_update_out(place: Place, tmp_path: Path, ranks: int, overrides: list[str]) -> None:
     """One rank's gradient is infinite: no rank applies the step, the log says so, training goes on."""
     poison = partial(_poison_gradient, factor=math.inf, at_step=3)
@@ -186,7 +189,9 @@ def test_strict_ends_at_the_row(place: Place, tmp_path: Path) -> None:
     assert outcome.error and "missing.jsonl:3" in outcome.error and "gone.png" in outcome.error
 
 
-@pytest.mark.parametrize(("ranks", "overrides"), [(1, []), (2, []), (2, [PIPELINE])], ids=["one rank", "DP2", "PP2"])
+@pytest.mark.parametrize(
+    ("ranks", "overrides"), [full(1, []), full(2, []), (2, [PIPELINE])], ids=["one rank", "DP2", "PP2"]
+)
 def test_a_batch_without_any_label(place: Place, tmp_path: Path, ranks: int, overrides: list[str]) -> None:
     """Four bad rows: no division by zero, nothing changes without weight decay, and the next batch trains."""
     rows = [row(user(image("gone.png"), "?"), assistant("!"))] * 4

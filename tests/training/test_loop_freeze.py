@@ -16,6 +16,7 @@ from megatron_vlm.families import registry
 from megatron_vlm.planning.memory import RankMemory, estimate_memory
 from megatron_vlm.planning.preflight import check_layout
 from tests.ranks import run_ranks
+from tests.sizes import full
 from tests.training.loop_run import PARTS, Outcome, Place, build_place, train_here
 
 TENSOR, PIPELINE = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
@@ -89,9 +90,22 @@ def test_what_is_held(place: Place, tmp_path: Path, frozen: list[str]) -> None:
     assert outcome.optimizer_elements == 2 * trainable
 
 
-CASES = [("language model", layout) for layout in LAYOUTS]
-CASES += [(name, layout) for name in ("all but projector", "towers") for layout in ("PP2", "DP2, overlapped")]
-CASES += [(EVERY_SECOND, layout) for layout in ("PP2xVPP2", "DP2, overlapped", "TP2xPP2+SP, overlapped")]
+CASES = [
+    full("language model", "TP2+SP"),
+    ("language model", "TP2, vision DP"),
+    full("language model", "PP2"),
+    ("language model", "PP2xVPP2"),
+    full("language model", "DP2, overlapped"),
+    ("language model", "DP2, plain"),
+    ("language model", "TP2xPP2+SP, overlapped"),
+    ("all but projector", "PP2"),
+    full("all but projector", "DP2, overlapped"),
+    full("towers", "PP2"),
+    ("towers", "DP2, overlapped"),
+    (EVERY_SECOND, "PP2xVPP2"),
+    full(EVERY_SECOND, "DP2, overlapped"),
+    (EVERY_SECOND, "TP2xPP2+SP, overlapped"),
+]
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)

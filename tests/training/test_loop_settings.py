@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
+from tests.sizes import full
 from tests.training.loop_run import Outcome, Place, build_place, train_here
 
 TENSOR, SEQUENCE = "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"
@@ -39,15 +40,15 @@ def plain(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
     [
-        (1, ["model.recompute=selective"]),
-        (1, ["model.recompute=full"]),
+        full(1, ["model.recompute=selective"]),
+        full(1, ["model.recompute=full"]),
         (1, ["train.deterministic=true"]),
         (1, ["train.micro_batch_size=4"]),
-        (2, [TENSOR, SEQUENCE, "model.recompute=full"]),
-        (2, [TENSOR, "model.vision_parallelism=data"]),
+        full(2, [TENSOR, SEQUENCE, "model.recompute=full"]),
+        full(2, [TENSOR, "model.vision_parallelism=data"]),
         (2, ["parallel.pipeline_model_parallel_size=2", "model.recompute=selective"]),
         (2, ["parallel.overlap_grad_reduce=true"]),
-        (4, []),
+        full(4, []),
     ],
     ids=lambda value: " ".join(item.rpartition(".")[2] for item in value) if isinstance(value, list) else str(value),
 )
@@ -117,7 +118,7 @@ def test_random_weights_do_not_depend_on_the_layout(place: Place, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
-    [(2, [TENSOR, SEQUENCE]), (2, ["parallel.overlap_grad_reduce=true"])],
+    [full(2, [TENSOR, SEQUENCE]), (2, ["parallel.overlap_grad_reduce=true"])],
     ids=["TP2+SP", "DP2, distributed optimizer"],
 )
 def test_bf16_learns(place: Place, tmp_path: Path, ranks: int, overrides: list[str]) -> None:

@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.families import FAMILIES
 from tests.families.entry import TinyFamily
 from tests.families.gemma3 import GEMMA3
 from tests.families.layouts import STEP
+from tests.families.parameters import each_layout
 from tests.parity.battery import ZERO_GRADIENT
 from tests.parity.layouts import TestLayout
 from tests.ranks import run_ranks
@@ -101,9 +101,7 @@ def check_step(folder: Path, exported: torch.nn.Module, step: Step) -> None:
     print(f"worst gradient error beyond rounding: {worst:.1e}")
 
 
-@pytest.mark.parametrize(
-    ("family", "layout"), [(family, layout) for family in FAMILIES for layout in family.batteries.step], ids=str
-)
+@pytest.mark.parametrize(("family", "layout"), each_layout("step"))
 def test_step_of_vision_language_model(family: TinyFamily, layout: str, multimodal_of: FilesOf, tmp_path: Path) -> None:
     files = multimodal_of(family)
     export = train_one_step(files, tmp_path, family.batteries.step[layout])
@@ -122,9 +120,7 @@ def test_step_of_text_model(layout: str, text_model: TinyFiles, tmp_path: Path) 
     check_files(export, text_model.model)
 
 
-@pytest.mark.parametrize(
-    ("family", "layout"), [(family, layout) for family in FAMILIES for layout in family.batteries.text_step], ids=str
-)
+@pytest.mark.parametrize(("family", "layout"), each_layout("text_step"))
 def test_step_of_language_model_taken_out(
     family: TinyFamily, layout: str, multimodal_of: FilesOf, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from megatron_vlm.checkpoint.torch_dist import TorchDistReader
 from tests import ranks
 from tests.families import FAMILIES
 from tests.families.entry import TinyFamily
+from tests.families.parameters import each_layout
 from tests.parity.layouts import TestLayout
 from tests.ranks import run_ranks
 from tests.training.tiny_run_config import TinyFiles, read_metrics, tiny_config, train_on_rank
@@ -90,9 +91,7 @@ def check_equal_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tens
     assert not different
 
 
-@pytest.mark.parametrize(
-    ("family", "name"), [(family, name) for family in FAMILIES for name in family.batteries.continued], ids=str
-)
+@pytest.mark.parametrize(("family", "name"), each_layout("continued"))
 def test_same_layout_continues_bit_for_bit(
     family: TinyFamily, name: str, multimodal_of: FilesOf, tmp_path: Path
 ) -> None:

@@ -1,0 +1,104 @@
+"""What `make test` leaves to `make test_full`: every two features of layouts that meet anywhere meet in it too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from itertools import combinations
+from typing import Any
+
+import pytest
+
+from tests.families import FAMILIES
+from tests.families.entry import TinyFamily
+from tests.families.layouts import BATTERIES
+from tests.parity.layouts import TestLayout
+
+# Those that compare gradients, their norm or an update with transformers'.
+COMPARED = ("parity", "rules", "no_images", "step", "text_step", "adamw", "norm")
+# What says nothing about how ranks divide the work, or what the other fields say already.
+NO_FEATURES = {"world_size", "loss", "freeze", "micro_batch_size", "precision"}
+MODEL_TYPES = sorted({family.config.model_type for family in FAMILIES})
+
+Feature = tuple[str, Any]
+Pair = tuple[Feature, ...]
+
+
+def data_size(layout: TestLayout) -> int:
+    return layout.world_size // (layout.tensor * layout.pipeline)
+
+
+def features(family: TinyFamily, layout: TestLayout) -> list[Feature]:
+    found = {each.name: getattr(layout, each.name) for each in fields(layout) if each.name not in NO_FEATURES}
+    if layout.pipeline_layout is not None:
+        found["pipeline_layout"] = "stages without layers" if 0 in layout.pipeline_layout else "uneven"
+    return [("family", family.name), ("data", data_size(layout)), *found.items()]
+
+
+def small_layouts(family: TinyFamily, battery: str) -> list[TestLayout]:
+    """Those that `make test` runs."""
+    table = getattr(family.batteries, battery)
+    return [layout for name, layout in table.items() if family.batteries.is_small(battery, name)]
+
+
+def all_layouts(family: TinyFamily, battery: str) -> list[TestLayout]:
+    return list(getattr(family.batteries, battery).values())
+
+
+def pairs(families: Sequence[TinyFamily], layouts: Callable[[TinyFamily, str], list[TestLayout]]) -> set[Pair]:
+    """Every two features that meet in some layout."""
+    return {
+        pair
+        for family in families
+        for battery in COMPARED
+        for layout in layouts(family, battery)
+        for pair in combinations(features(family, layout), 2)
+    }
+
+
+def of_kind(has_experts: bool) -> list[TinyFamily]:
+    return [family for family in FAMILIES if family.has_experts == has_experts]
+
+
+@pytest.mark.parametrize("has_experts", [False, True])
+def test_every_two_features_meet_in_make_test(has_experts: bool) -> None:
+    """Among them the family, which meets every feature that any of its layouts has."""
+    families = of_kind(has_experts)
+    missing = pairs(families, all_layouts) - pairs(families, small_layouts)
+    assert not missing, "name a layout with these in `Batteries.small`"
+
+
+@pytest.mark.parametrize(
+    ("battery", "left_out"),
+    [("step", "DP4, one rank without images"), ("parity", "TP2xPP2+SP, full recompute"), ("rules", "TP4, vision DP")],
+)
+def test_a_layout_that_is_left_out_shows(battery: str, left_out: str) -> None:
+    def without(family: TinyFamily) -> TinyFamily:
+        batteries = family.batteries
+        kept = [name for name in getattr(batteries, battery) if name != left_out and batteries.is_small(battery, name)]
+        return replace(family, batteries=replace(batteries, small={**batteries.small, battery: kept}))
+
+    families = of_kind(has_experts=False)
+    assert pairs(families, all_layouts) - pairs([without(family) for family in families], small_layouts)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_every_battery_of_a_family_runs_in_make_test(family: TinyFamily) -> None:
+    for battery, names in family.batteries.small.items():
+        assert battery in BATTERIES
+        assert set(names) <= getattr(family.batteries, battery).keys(), f"{battery} has no such layouts"
+        assert names or not getattr(family.batteries, battery), battery
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_model_type_equals_transformers_in_several_layouts(model_type: str) -> None:
+    """In three at least, one of which divides it over four ranks in two ways."""
+    layouts = [
+        layout
+        for family in FAMILIES
+        if family.config.model_type == model_type
+        for layout in small_layouts(family, "parity")
+    ]
+    assert len(set(layouts)) >= 3
+    sizes = [(layout.tensor, layout.pipeline, data_size(layout)) for layout in layouts if layout.world_size == 4]
+    assert any(sorted(each) == [1, 2, 2] for each in sizes)
