@@ -28,7 +28,7 @@ def hf_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TinyFami
 
 
 def cases_of(family: TinyFamily, layout: str) -> list[str]:
-    """Four ranks, whose messages take longest, see a mixed batch and one full of images; fewer see every case."""
+    """Four ranks, whose messages take longest, see a mixed batch and a packed one; fewer see every case."""
     return list(family.cases)[-2:] if family.batteries.parity[layout].world_size == 4 else list(family.cases)
 
 
