@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron_vlm.config import Config
 from megatron_vlm.errors import CheckpointError, ConfigError, LaunchError, UserError
 from megatron_vlm.families import registry
 from megatron_vlm.parallel.layout import Layout, assign_layers
-from megatron_vlm.planning.memory import HeldParameter, estimate_memory, format_memory, held_parameters
+from megatron_vlm.planning.memory import HeldParameter, estimate_memory, format_memory, trace_stages
 from megatron_vlm.planning.preflight import check_export, check_layout, check_run_dir, record_export
 from tests import published_mistral3
 from tests.published_gemma3 import TEXT_ONLY, published_config
@@ -187,7 +188,12 @@ def test_all_layout_problems_are_reported_together() -> None:
         assert text in str(caught.value)
 
 
-def count(held: dict[str, HeldParameter]) -> int:
+def held_parameters(config: Config, model_config: Any, layout: Layout) -> list[Mapping[str, HeldParameter]]:
+    """By one rank of every pipeline stage."""
+    return [stage.parameters for stage in trace_stages(config, FAMILY, model_config, layout, images_per_row=0)]
+
+
+def count(held: Mapping[str, HeldParameter]) -> int:
     return sum(entry.num_values for entry in held.values())
 
 
@@ -195,7 +201,7 @@ def test_counts_per_rank_add_up() -> None:
     """Over a pipeline every parameter is held once, but for the tied embedding, which both ends hold."""
     model_config, shapes = model_record("4b")
     config = run_config(f"{PIPELINE}=4", f"{STAGES}=[0,17,17,0]")
-    held = held_parameters(config, FAMILY, model_config, check_layout(config, model_config, 4))
+    held = held_parameters(config, model_config, check_layout(config, model_config, 4))
     total = sum(map(count, held))
     embedding = math.prod(shapes["language_model.embed_tokens.weight"])
     assert total == sum(map(math.prod, shapes.values())) + embedding
@@ -211,7 +217,7 @@ def test_counts_per_rank_over_tensor_ranks() -> None:
     rest = re.compile(r"norm|(out_proj|fc2)\.bias|patch_embedding|position")
     replicated = sum(math.prod(shape) for name, shape in shapes.items() if rest.search(name))
     total = sum(map(math.prod, shapes.values()))
-    (held,) = held_parameters(config, FAMILY, model_config, check_layout(config, model_config, 4))
+    (held,) = held_parameters(config, model_config, check_layout(config, model_config, 4))
     assert count(held) == (total - replicated) / 4 + replicated
     assert replicated < 0.0025 * total
 

@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch.nn.attention import flex_attention as flex_module
 from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model, get_block_sequence_ids_for_mask
 
 from megatron_vlm.data.collate import spans
-from vlm_kernels.span_attention import QueryShard, Spans, reference, span_attention
+from vlm_kernels.span_attention import QueryShard, Spans, operators, reference, span_attention
 from vlm_kernels.span_attention import flex as module
 
 
@@ -277,3 +278,16 @@ def test_padding_sees_only_itself() -> None:
     torch.testing.assert_close(padding, v[3, :, 11:].repeat_interleave(2, dim=0))
     (gradient,) = torch.autograd.grad(output[3, :, :11].sum(), v)
     assert not gradient[3, :, 11:].any()
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_flops_are_those_of_visible_pairs(window: int | None) -> None:
+    """Two products forward; backward four, and the scores again."""
+    spans, tensors = packed_spans(), make_tensors(1)
+    pairs = int(spans.dense(window).sum())
+    with FlopCounterMode(display=False) as counter:
+        output = operators.attend(*tensors, spans, window, scale=0.25)
+    assert counter.get_total_flops() == 2 * (2 * 4 * 16 * pairs)
+    with FlopCounterMode(display=False) as counter:
+        output.sum().backward()
+    assert counter.get_total_flops() == 5 * (2 * 4 * 16 * pairs)

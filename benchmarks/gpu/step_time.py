@@ -7,7 +7,7 @@ after the other, full and without padding, nothing recomputed, the same weights 
 kernels, as Liger chooses them, where Liger knows this transformers (0.8.5 knows 5.17 and does not know 5.23), and holds
 all in bf16, Adam's moments too; here gradients, main weights and moments are fp32, as in every run: more bytes for the
 same step. Losses are compared first. Sides take turns and the one that begins changes; figures are medians. MFU counts
-what the model needs (`Family.flops`) over the dense bf16 peak of the data sheet.
+what the model needs (`ModelFlops`) over the dense bf16 peak of the data sheet.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ from benchmarks import figures
 from benchmarks.gpu import models
 from benchmarks.training_sides import Side, build_batch, own_side, record_of, transformers_side
 from megatron_vlm import platform
+from megatron_vlm.model.trainable import Trainable
+from megatron_vlm.parallel.groups import build_groups
+from megatron_vlm.parallel.layout import Layout
+from megatron_vlm.planning.flops import ModelFlops
 from megatron_vlm.training.setup import initialize_distributed
 
 LENGTH, TINY_LENGTH = 4096, 40
@@ -93,7 +97,8 @@ def measure(
             side.step()
     seconds, peaks = _take_turns(sides, rounds)
     family, model_config = record_of(config)
-    flops = MICRO_BATCHES * family.flops(model_config, batches[0])
+    counted = ModelFlops(family, model_config, Trainable([]), build_groups(Layout()))
+    flops = MICRO_BATCHES * counted.of(counted.lengths(batches[0]))
     peak_flops = platform.current().peak_flops()
     found: dict[str, Any] = {
         "tokens": MICRO_BATCHES * length,

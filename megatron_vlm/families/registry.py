@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.module import MegatronModule
 
-    from megatron_vlm.data.collate import MicroBatch
     from megatron_vlm.data.rules import PromptRules
     from megatron_vlm.model.weight_map import WeightMap
     from megatron_vlm.model_configs import VisionLanguageConfig
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: a folder under `megatron_vlm.families` with the same six files each.
+    """One architecture: a folder under `megatron_vlm.families` with the same five files each.
 
     Attributes:
         name: of the folder.
@@ -63,10 +62,6 @@ class Family:
     def prompt_rules(self, model_config: VisionLanguageConfig) -> PromptRules:
         """How turns and images are written."""
         return self._function("prompt", "prompt_rules")(model_config)
-
-    def flops(self, model_config: VisionLanguageConfig, batch: MicroBatch, frozen: Set[str] = frozenset()) -> float:
-        """Operations that a forward and backward pass of a micro-batch on the host needs, over all ranks sharing it."""
-        return self._function("flops", "batch_flops")(model_config, batch, frozen)
 
     def _function(self, module: str, name: str) -> Callable[..., Any]:
         # Imported when asked for: converting and reading data need no model code.

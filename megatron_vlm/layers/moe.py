@@ -94,9 +94,9 @@ class TopKRouter(torch.nn.Module):
 
     def forward(self, x_TH: torch.Tensor, is_real_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Routing]:
         """Weights [T, E] fp32 (zero where not chosen), choices [T, E] bool, and their sums over real tokens."""
-        if len(x_TH):
+        if len(x_TH) and self.weight.requires_grad:
             logits = router_gating_linear(x_TH, self.weight, None, torch.float32)  # keeps its input as it is
-        else:  # which it cannot reshape
+        else:  # it cannot reshape no rows, and computes the gradient of a frozen weight
             logits = linear(x_TH.float(), self.weight.float())
         weights, chosen = topk_routing_with_score_function(logits, self.top_k)
         real = is_real_T.float()

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
+LayerRunner = Callable[[torch.nn.Module, Callable[..., Any], tuple[Any, ...]], Any]
+"""Called with a layer, what runs it, and its inputs; returns the layer's output."""
+_runners: list[LayerRunner] = []
+
 
 def run_layer(layer: torch.nn.Module, *inputs: Any, recompute: bool) -> Any:
     """Output of a layer, which while it trains keeps only its inputs if `recompute`."""
-    if recompute and layer.training:
-        return checkpoint(layer, *inputs, use_reentrant=False)
-    return layer(*inputs)
+    run = partial(checkpoint, layer, use_reentrant=False) if recompute and layer.training else layer
+    return _runners[-1](layer, run, inputs) if _runners else run(*inputs)
+
+
+@contextmanager
+def layers_run_by(runner: LayerRunner) -> Iterator[None]:
+    """Let `runner` decide how `run_layer` runs layers: a trace runs each kind of layer once."""
+    _runners.append(runner)
+    try:
+        yield
+    finally:
+        _runners.pop()

@@ -20,8 +20,8 @@ import torch
 import torch.distributed
 from torch.autograd.function import once_differentiable
 
-from megatron_vlm import platform
 from megatron_vlm.parallel.sequence import Group, gather_sequence, reduce_input_gradient
+from vlm_kernels.device import is_on_gpu
 from vlm_kernels.linear_cross_entropy.operators import logits_gradient_, vocabulary_statistics
 
 # Products are made of tiles of this many rows.
@@ -231,7 +231,7 @@ class _WeightGradient:
         columns_VT, wide = logits_gradient_TV.t(), self.total.dtype
         if columns_VT.dtype == wide:
             self.total.addmm_(columns_VT, rows_TH)
-        elif platform.current().accelerated:
+        elif is_on_gpu(columns_VT):
             torch.addmm(self.total, columns_VT, rows_TH, out_dtype=wide, out=self.total)
         else:
             self.total.addmm_(columns_VT.to(wide), rows_TH.to(wide))

@@ -45,11 +45,6 @@ class Trainable:
             if not self.trains(name):
                 parameter.requires_grad_(False)
 
-    def frozen_parts(self, names: Iterable[str]) -> set[str]:
-        """Parts of which nothing trains, of a model with parameters of these names."""
-        names = list(names)
-        return {part_of(name) for name in names} - {part_of(name) for name in names if self.trains(name)}
-
     def problems(self, names: Iterable[str]) -> Iterator[ConfigError]:
         """What is wrong with the entries for a model with parameters of these names."""
         names = list(names)

@@ -100,3 +100,10 @@ def _rows(tensor: torch.Tensor, row: int) -> torch.Tensor:
     """All elements in whole rows, zeros at the end."""
     flat = tensor.flatten()
     return pad(flat, (0, -flat.numel() % row)) if flat.numel() % row else flat
+
+
+def packed_shape(boundary: Boundary) -> tuple[int, int, int]:
+    """Shape of the tensor that `pack` makes."""
+    rest = [prod(shape) for shape in boundary.carried.values()] + [2 * boundary.num_numbers]
+    rows = sum(_num_rows(num_elements, prod(boundary.hidden[1:])) for num_elements in rest)
+    return boundary.hidden[0] + rows, *boundary.hidden[1:]

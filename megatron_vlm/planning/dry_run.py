@@ -26,7 +26,7 @@ from megatron_vlm.families import registry
 from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.planning.expert_checks import experts_of, fewest_ranks
-from megatron_vlm.planning.memory import estimate_memory, format_memory
+from megatron_vlm.planning.memory import estimate_memory, format_communication, format_memory
 from megatron_vlm.planning.preflight import check_export, check_layout, check_run_dir
 
 SAMPLES_SHOWN = 3
@@ -150,7 +150,9 @@ def _describe_memory(
     config: Config, family: registry.Family, model_config: Any, layout: Layout, images_per_row: float
 ) -> str:
     estimate = estimate_memory(config, family, model_config, layout, images_per_row)
-    return "\n  ".join(["memory", *format_memory(estimate)])
+    lines = ["memory", *(f"  {line}" for line in format_memory(estimate))]
+    sent = [f"  {line}" for line in format_communication(estimate)]
+    return "\n".join([*lines, "sent by a rank", *sent] if sent else lines)
 
 
 def _check_weights(config: Config, family: registry.Family, model_config: Any) -> str:

@@ -1,36 +1,46 @@
-"""Memory that a run will need on each pipeline rank, from shapes alone.
+"""Memory and communication of a run on each pipeline rank, counted without a GPU.
 
-Parameters, gradients and optimizer state are counted exactly, those of experts over the ranks that hold them.
-Activations are an estimate (see `activations`). Not counted: the runtime itself (about 1 GiB per GPU), communication
+Parameters, gradients and optimizer state are exact, those of experts over the ranks that hold them. Activations are
+counted by running every stage on tensors without memory (`trace`), with rows of `data.seq_length` tokens that all have
+labels, and experts that all get equally many. Not counted: the runtime itself (about 1 GiB per GPU), communication
 buffers, and what the allocator loses to fragmentation.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from megatron_vlm import platform
 from megatron_vlm.config import Config
 from megatron_vlm.families.build import build_chunks, build_settings
 from megatron_vlm.families.registry import Family
-from megatron_vlm.layers.embedding import padded_vocab_size
-from megatron_vlm.layers.vocab_parallel_loss import chunk_tokens
 from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.parameters import spec_of
 from megatron_vlm.parallel.simulate import simulated_rank
-from megatron_vlm.planning.activations import FP32_BYTES, activation_bytes, structure_of, value_bytes
+from megatron_vlm.planning.example_batch import example_batch
+from megatron_vlm.planning.recorder import fake_tensors
+from megatron_vlm.planning.trace import ChunkCounts, Tracer
 
+FP32_BYTES = 4
 ADAM_MOMENT_BYTES = 2 * FP32_BYTES
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """One rank of one pipeline stage; all fields but the first two are in bytes."""
+    """One rank of one pipeline stage; all fields but the first two are in bytes.
+
+    Attributes:
+        activation_bytes: what micro-batches in flight keep, and the most that a pass needs besides.
+        logits_bytes: what the head and the loss keep, of one micro-batch.
+        sent_bytes: what the rank sends for a micro-batch, forward and backward, by group.
+        sent_bytes_per_step: what it sends to data-parallel ranks for a step: gradients, and parameters where the
+            optimizer is distributed.
+    """
 
     pipeline_rank: int
     num_parameters: int
@@ -39,6 +49,8 @@ class RankMemory:
     optimizer_bytes: int
     activation_bytes: int
     logits_bytes: int
+    sent_bytes: Mapping[str, int]
+    sent_bytes_per_step: int
 
     @property
     def total_bytes(self) -> int:
@@ -50,6 +62,11 @@ class RankMemory:
             + self.activation_bytes
             + self.logits_bytes
         )
+
+
+def value_bytes(config: Config) -> int:
+    """Bytes of a parameter or an activation."""
+    return FP32_BYTES if config.train.precision == "fp32" else 2
 
 
 @dataclass(frozen=True)
@@ -64,6 +81,19 @@ class HeldParameter:
     def num_values(self) -> int:
         """Numbers in it."""
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class StageCounts:
+    """What one rank of a pipeline stage holds and does.
+
+    Attributes:
+        parameters: by name.
+        chunks: what a micro-batch does on each of its chunks.
+    """
+
+    parameters: Mapping[str, HeldParameter]
+    chunks: list[ChunkCounts]
 
 
 def estimate_memory(
@@ -85,11 +115,9 @@ def estimate_memory(
     Returns:
         One entry per pipeline rank.
     """
-    held = held_parameters(config, family, model_config, layout)
-    shapes = {name: weight.shape for name, weight in family.weight_map(model_config).items()}
-    structure = structure_of(shapes, model_config.text.hidden_size, config.model.freeze)
     memory = []
-    for rank, parameters in enumerate(held):
+    for rank, stage in enumerate(trace_stages(config, family, model_config, layout, images_per_row)):
+        parameters = stage.parameters
         trainable = [entry for entry in parameters.values() if entry.trains]
         total = sum(entry.num_values for entry in parameters.values())
         experts = sum(entry.num_values for entry in trainable if entry.is_expert)
@@ -102,37 +130,81 @@ def estimate_memory(
                 gradient_bytes=(dense + experts) * FP32_BYTES,
                 optimizer_bytes=_optimizer_bytes(config, dense, layout.data_size)
                 + _optimizer_bytes(config, experts, layout.expert_data_size),
-                activation_bytes=activation_bytes(config, model_config, layout, rank, structure, images_per_row),
-                logits_bytes=_logits_bytes(config, model_config, layout, rank),
+                activation_bytes=_activation_bytes(stage.chunks, _passes_alive(config, layout, rank)),
+                logits_bytes=sum(chunk.head.kept_bytes for chunk in stage.chunks if chunk.head is not None),
+                sent_bytes=_sent_bytes(stage.chunks),
+                sent_bytes_per_step=_data_parallel_bytes(config, dense, layout.data_size)
+                + _data_parallel_bytes(config, experts, layout.expert_data_size),
             )
         )
     return memory
 
 
-def held_parameters(
-    config: Config, family: Family, model_config: Any, layout: Layout
-) -> list[dict[str, HeldParameter]]:
-    """Parameters by name that one rank of every pipeline stage holds; the other ranks' are of the same shapes.
+def trace_stages(
+    config: Config, family: Family, model_config: Any, layout: Layout, images_per_row: float
+) -> Iterator[StageCounts]:
+    """Parameters of the first rank of every pipeline stage, and what a micro-batch does there.
 
-    The model's own code builds each stage on torch's meta device, so nothing is allocated and nothing told twice.
-    torch.distributed must not be initialised.
+    The other ranks of a stage hold parameters of the same shapes. torch.distributed must not be initialised.
     """
-    held: list[dict[str, HeldParameter]] = []
-    settings = build_settings(config, layout)
+    settings, tracer, device = build_settings(config, layout), Tracer(), platform.current().device
+    length = config.data.seq_length
+    if layout.sequence_parallel:
+        length = -(-length // layout.tensor_size) * layout.tensor_size
     for stage in range(layout.pipeline_size):
         rank = stage * (layout.world_size // layout.pipeline_size)
-        with simulated_rank(rank, layout) as groups:
-            chunks = build_chunks(family, model_config, settings, groups, torch.device("meta"))
-        Trainable(config.model.freeze).freeze(chunks)
-        parameters: dict[str, HeldParameter] = {}
-        for number, chunk in enumerate(chunks):
-            for name, parameter in chunk.named_parameters():
-                key = f"{name} {number}" if name in parameters else name  # a copy
-                parameters[key] = HeldParameter(
-                    tuple(parameter.shape), spec_of(parameter).is_expert, parameter.requires_grad
-                )
-        held.append(parameters)
-    return held
+        with simulated_rank(rank, layout) as groups, fake_tensors():
+            chunks = build_chunks(family, model_config, settings, groups, device)
+            Trainable(config.model.freeze).freeze(chunks)
+            parameters: dict[str, HeldParameter] = {}
+            for number, chunk in enumerate(chunks):
+                for name, parameter in chunk.named_parameters():
+                    key = f"{name} {number}" if name in parameters else name  # a copy
+                    parameters[key] = HeldParameter(
+                        tuple(parameter.shape), spec_of(parameter).is_expert, parameter.requires_grad
+                    )
+            batch = example_batch(
+                model_config,
+                family.prompt_rules(model_config),
+                config.train.micro_batch_size,
+                length,
+                images_per_row,
+                config.data.max_pixels,
+            )
+            batch = batch.to(device)
+            counts = [tracer.trace(chunk, batch) for chunk in chunks]
+        yield StageCounts(parameters, counts)
+
+
+def _passes_alive(config: Config, layout: Layout, pipeline_rank: int) -> int:
+    """Forward passes of one chunk whose backward pass has not run, at most (1F1B; megatron-core's warm-up rule)."""
+    virtual_size = layout.virtual_size
+    passes = config.train.num_micro_batches(layout.data_size) * virtual_size
+    ahead = layout.pipeline_size - pipeline_rank - 1
+    warm_up = ahead if virtual_size == 1 else 2 * ahead + (virtual_size - 1) * layout.pipeline_size
+    return min(passes, warm_up + 1)
+
+
+def _activation_bytes(chunks: list[ChunkCounts], passes_alive: int) -> int:
+    """What passes in flight keep, which are as many of each chunk, and the most that one needs besides."""
+    kept = [chunk.kept_bytes - (0 if chunk.head is None else chunk.head.kept_bytes) for chunk in chunks]
+    return math.ceil(passes_alive * sum(kept) / len(kept)) + max(chunk.total.working_bytes for chunk in chunks)
+
+
+def _sent_bytes(chunks: list[ChunkCounts]) -> Counter[str]:
+    sent: Counter[str] = Counter()
+    for chunk in chunks:
+        for (_, group), num_bytes in chunk.total.sent_bytes.items():
+            sent[group] += num_bytes
+        # Outputs go on, and gradients of inputs back.
+        sent["pipeline"] += chunk.returned_bytes + chunk.received_bytes
+    return +sent
+
+
+def _data_parallel_bytes(config: Config, trainable: int, copies: int) -> int:
+    """A ring's reduction of gradients, and gathering of what was reduced: of gradients, or of updated parameters."""
+    gathered = value_bytes(config) if config.parallel.use_distributed_optimizer else FP32_BYTES
+    return trainable * (FP32_BYTES + gathered) * (copies - 1) // copies
 
 
 def _optimizer_bytes(config: Config, trainable: int, copies: int) -> int:
@@ -141,15 +213,6 @@ def _optimizer_bytes(config: Config, trainable: int, copies: int) -> int:
     moment_bytes = ADAM_MOMENT_BYTES if config.optimizer.name == "adamw" else 0
     shards = copies if config.parallel.use_distributed_optimizer else 1
     return math.ceil(trainable / shards) * (main_bytes + moment_bytes)
-
-
-def _logits_bytes(config: Config, model_config: Any, layout: Layout, pipeline_rank: int) -> int:
-    """Logits that exist at a time, for one micro-batch, on the last pipeline rank."""
-    if pipeline_rank != layout.pipeline_size - 1:
-        return 0
-    token_bytes = padded_vocab_size(model_config.text.vocab_size) // layout.tensor_size * value_bytes(config)
-    tokens = config.train.micro_batch_size * config.data.seq_length
-    return chunk_tokens(tokens, token_bytes, config.model.loss_chunk_mib * 2**20) * token_bytes
 
 
 def format_memory(memory: list[RankMemory]) -> Iterator[str]:
@@ -166,6 +229,18 @@ def format_memory(memory: list[RankMemory]) -> Iterator[str]:
         )
         figures = "".join(f"{count / 2**30:{width}.2f}" for count, width in columns)
         yield f"{entry.pipeline_rank:13d}{_abbreviated(entry.num_parameters):>12s}{figures}"
+
+
+def format_communication(memory: list[RankMemory]) -> Iterator[str]:
+    """What a rank sends, one line per kind of group that there is, of the pipeline stage that sends most."""
+    sent = {
+        group: max(entry.sent_bytes.get(group, 0) for entry in memory) for entry in memory for group in entry.sent_bytes
+    }
+    lines = [(group, num_bytes, "micro-batch") for group, num_bytes in sent.items()]
+    lines.append(("data", max(entry.sent_bytes_per_step for entry in memory), "step"))
+    for group, num_bytes, unit in lines:
+        if num_bytes:
+            yield f"{group:13s} {num_bytes / 2**30:8.2f} GiB per {unit}"
 
 
 def _abbreviated(count: int) -> str:

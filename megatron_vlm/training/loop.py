@@ -21,6 +21,7 @@ from megatron_vlm.data.rows import BadRowTracker
 from megatron_vlm.errors import ConfigError, DataError, DivergenceError
 from megatron_vlm.files.durable import replace_durably
 from megatron_vlm.model.trainable import Trainable
+from megatron_vlm.planning.flops import ModelFlops
 from megatron_vlm.planning.preflight import record_export
 from megatron_vlm.training.guard import StepGuard
 from megatron_vlm.training.loggers import Callback, build_loggers
@@ -74,8 +75,7 @@ class Trainer:
         self.guard = StepGuard(self.config.train.spike_ratio)
         rows = sum(source.num_rows for source in run.train_loader.plan.sources)
         self.bad_rows = BadRowTracker(self.config.data.max_bad_fraction, rows)
-        names = (name for name, _ in run.family.weight_map(run.model_config).items())
-        self.frozen_parts = Trainable(self.config.model.freeze).frozen_parts(names)
+        self.flops = ModelFlops(run.family, run.model_config, Trainable(self.config.model.freeze), run.groups)
         self.step = 0
         self.loggers: list[Callback] = []
         self.profile = ProfileWindow(self.run_dir, self.config.logging.profile if run.is_first_rank else None)
@@ -129,7 +129,7 @@ class Trainer:
         waited = run.train_loader.wait_seconds
         batches = run.train_loader.global_batch()
         waited = run.train_loader.wait_seconds - waited
-        flops = sum(run.family.flops(run.model_config, batch, self.frozen_parts) for batch in batches)
+        lengths = map(sum, zip(*map(self.flops.lengths, batches), strict=True))
         for chunk in run.model:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -148,12 +148,14 @@ class Trainer:
         elif self.config.train.nonfinite == "stop":
             self._stop_for(problem, batches)
         own = [sum(batch.counters[name] for batch in batches) for name in COUNTERS]
-        *counts, flops = self._sum_over_data_ranks([*own, flops])
-        counters = {name: int(count) for name, count in zip(COUNTERS, counts, strict=True)}
+        counts = self._sum_over_data_ranks([*own, *lengths])
+        counters = {name: int(count) for name, count in zip(COUNTERS, counts, strict=False)}
         # Bringing these figures to the host waits for the update too, so that the step's time is honest.
         request, wait, peak = self._largest([self.requests.number, waited, platform.current().peak_memory_bytes()])
         seconds = time.perf_counter() - began
-        self._log(losses, loss, norm, counters, flops, expert_use, seconds, wait, peak, problem is not None)
+        self._log(
+            losses, loss, norm, counters, counts[len(own) :], expert_use, seconds, wait, peak, problem is not None
+        )
         problems = [problem for batch in batches for problem in batch.problems]
         try:
             self.bad_rows.update(counters["bad_rows"], counters["samples"], problems)
@@ -168,7 +170,7 @@ class Trainer:
         loss: float,
         norm: float,
         counters: Mapping[str, int],
-        flops: float,
+        lengths: Sequence[float],
         expert_use: tuple[torch.Tensor, torch.Tensor] | None,
         seconds: float,
         wait_seconds: float,
@@ -202,7 +204,7 @@ class Trainer:
             source_losses={name: total / count for name, (total, count) in zip(names, losses, strict=True) if count},
             source_label_tokens={name: int(count) for name, (_, count) in zip(names, losses, strict=True)},
             peak_memory_bytes=int(peak_bytes),
-            model_flops=flops,
+            model_flops=self.flops.of(lengths),
             world_size=torch.distributed.get_world_size(),
             skipped=skipped,
             experts=None if expert_use is None else expert_statistics(expert_use[0]),

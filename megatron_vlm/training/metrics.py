@@ -70,7 +70,7 @@ class StepMetrics:
         source_losses: mean loss per data source that has label tokens.
         source_label_tokens: label tokens per data source.
         peak_memory_bytes: of the rank that held most.
-        model_flops: operations that the model needs for the batch, forward and backward (`Family.flops`).
+        model_flops: what the model needs for the batch, forward and backward (`planning.flops`).
         world_size: devices.
         skipped: the update was left out, because loss or gradient norm was not finite or leapt up.
         load_balancing_loss: without its coefficient, mean over the micro-batches weighted by their label tokens; None

@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families import registry
-from megatron_vlm.families.gemma3.flops import batch_flops
-from megatron_vlm.model.flop_counts import visible_keys
+from megatron_vlm.planning.flops import visible_keys
 from tests.families.gemma3 import LENGTH, ROWS, build, make_batch, reference
+from tests.training.model_flops import batch_flops
 from tests.versions import needs_transformers_5_23
 
+FAMILY = registry.FAMILIES[0]
 FULL_ROWS = {"images": [(LENGTH, [3]), (LENGTH, [1, 9]), (LENGTH, [])], "text": [(LENGTH, []), (LENGTH, [])]}
 
 
@@ -66,9 +67,9 @@ def test_count_equals_torch(kind: str, frozen: set[str]) -> None:
         span_high=torch.full_like(batch.span_high, LENGTH - 1),
         media_inputs={},  # as on later pipeline stages
     )
-    assert batch_flops(config, everything, frozen) == _torch_flops(model, batch, backward=True)
+    assert batch_flops(FAMILY, config, everything, frozen) == _torch_flops(model, batch, backward=True)
     # Only the forward pass: the same count with everything frozen.
-    assert batch_flops(config, everything, {"language_model", "vision_tower", "projector"}) == _torch_flops(
+    assert batch_flops(FAMILY, config, everything, {"language_model", "vision_tower", "projector"}) == _torch_flops(
         model, batch, backward=False
     )
 
@@ -91,7 +92,7 @@ def test_text_only_model_counts_no_vision() -> None:
     everything = replace(
         batch, span_low=torch.zeros_like(batch.span_low), span_high=torch.full_like(batch.span_high, LENGTH - 1)
     )
-    assert registry.detect(model.config).flops(config, everything) == _torch_flops(model, batch, backward=True)
+    assert batch_flops(FAMILY, config, everything) == _torch_flops(model, batch, backward=True)
 
 
 @pytest.mark.parametrize("kind", sorted(ROWS))
@@ -116,4 +117,4 @@ def test_padding_is_free() -> None:
     _, config = _model(True)
     rows = [(14, [2]), (9, [])]
     short, long = (make_batch(rows, pad_to_multiple_of=length) for length in (LENGTH, 2 * LENGTH))
-    assert batch_flops(config, short) == batch_flops(config, long)
+    assert batch_flops(FAMILY, config, short) == batch_flops(FAMILY, config, long)

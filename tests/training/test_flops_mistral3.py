@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Ministral3ForCausalLM, PreTrainedModel
 
 from megatron_vlm.families import registry
-from megatron_vlm.model.flop_counts import visible_keys
+from megatron_vlm.planning.flops import visible_keys
 from tests.families.mistral3 import build, make_batch
 from tests.parity.tiny_batches import Reference, Rows
+from tests.training.model_flops import batch_flops
 from tests.versions import needs_transformers_5_23
 
 # Two rows of 22 tokens each: an image of h x w patches takes (h / 2) x (w / 2 + 1) tokens.
@@ -90,9 +91,9 @@ def test_count_equals_torch(kind: str, frozen: set[str]) -> None:
     case = make_batch(FULL_ROWS[kind], pad_to_multiple_of=1)
     family = registry.detect(model.config)
     record, batch = family.config_from_hf(model.config, text_only=False), on_later_stages(case)
-    assert family.flops(record, batch, frozen) == torch_flops(model, case.inputs, backward=True)
+    assert batch_flops(family, record, batch, frozen) == torch_flops(model, case.inputs, backward=True)
     everything = {"language_model", "vision_tower", "projector"}
-    assert family.flops(record, batch, everything) == torch_flops(model, case.inputs, backward=False)
+    assert batch_flops(family, record, batch, everything) == torch_flops(model, case.inputs, backward=False)
 
 
 @needs_transformers_5_23
@@ -101,7 +102,7 @@ def test_text_only_model_counts_no_vision() -> None:
     model = Ministral3ForCausalLM._from_config(whole.config.text_config, attn_implementation="eager")
     family, case = registry.detect(model.config), make_batch(FULL_ROWS["text"], pad_to_multiple_of=1)
     record = family.config_from_hf(model.config, text_only=False)
-    assert family.flops(record, on_later_stages(case)) == torch_flops(model, case.inputs, backward=True)
+    assert batch_flops(family, record, on_later_stages(case)) == torch_flops(model, case.inputs, backward=True)
     assert record == family.config_from_hf(whole.config, text_only=True)
 
 

@@ -19,10 +19,12 @@ from transformers import (
 
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.data.media import Medium
+from megatron_vlm.families import registry
 from megatron_vlm.families.qwen3_vl.config import config_from_hf
-from megatron_vlm.families.qwen3_vl.flops import batch_flops
+from tests.training.model_flops import batch_flops
 from tests.versions import needs_transformers_5_23
 
+FAMILY = registry.FAMILIES[1]
 VOCABULARY, IMAGE, VIDEO, LENGTH = 152, 150, 151, 24
 Grid = tuple[int, int, int]
 # Images and videos (frames, height, width in patches) of each of the two rows.
@@ -141,9 +143,9 @@ def test_count_equals_torch(with_experts: bool, kind: str, frozen: set[str]) -> 
     freeze(model, frozen)
     batch = make_batch(ROWS[kind], record)
     on_later_stages = replace(batch, media_inputs={})
-    assert batch_flops(record, on_later_stages, frozen) == torch_flops(model, batch, backward=True)
+    assert batch_flops(FAMILY, record, on_later_stages, frozen) == torch_flops(model, batch, backward=True)
     everything = {"language_model", "vision_tower", "projector"}
-    assert batch_flops(record, on_later_stages, everything) == torch_flops(model, batch, backward=False)
+    assert batch_flops(FAMILY, record, on_later_stages, everything) == torch_flops(model, batch, backward=False)
 
 
 def test_padding_and_hidden_keys_are_free() -> None:
@@ -161,13 +163,15 @@ def test_padding_and_hidden_keys_are_free() -> None:
     pairs = sum(range(1, LENGTH + 1)) + sum(range(1, 11))
     layers = record.text.layers
     attention = sum(3 * 4 * layer.num_attention_heads * layer.head_dim for layer in layers)
-    whole = batch_flops(record, batch)
+    whole = batch_flops(FAMILY, record, batch)
     linear_per_token = (whole - attention * 2 * LENGTH**2) / (2 * LENGTH)
-    assert batch_flops(record, causal) == linear_per_token * (LENGTH + 10) + attention * pairs
+    assert batch_flops(FAMILY, record, causal) == linear_per_token * (LENGTH + 10) + attention * pairs
 
 
 @needs_transformers_5_23
 def test_text_only_model_counts_no_vision() -> None:
     model, record = build(False)
     batch = make_batch(ROWS["text"], record)
-    assert batch_flops(config_from_hf(model.config, text_only=True), batch) == torch_flops(model, batch, backward=True)
+    assert batch_flops(FAMILY, config_from_hf(model.config, text_only=True), batch) == torch_flops(
+        model, batch, backward=True
+    )

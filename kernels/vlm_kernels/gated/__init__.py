@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from vlm_kernels.gated import reference
 from vlm_kernels.library import define
@@ -109,10 +110,11 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
 def _are_last_uses(*saved: torch.Tensor) -> bool:
     """Whether nothing reads what a node of the graph saved after its backward pass, if it was given up.
 
-    AOTAutograd asks the same before it donates saved tensors' memory. Its tracing runs on a subclass.
+    AOTAutograd asks the same before it donates saved tensors' memory. Its tracing runs on a subclass, which does not
+    count; what has a shape only stands for a tensor.
     """
     ends = not torch._C._autograd._get_current_graph_task_keep_graph()
-    return ends and all(not tensor.is_leaf and type(tensor) is torch.Tensor for tensor in saved)
+    return ends and all(not tensor.is_leaf and type(tensor) in (torch.Tensor, FakeTensor) for tensor in saved)
 
 
 _gated = define(

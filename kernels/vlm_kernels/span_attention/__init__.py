@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from vlm_kernels.device import is_on_gpu
+from vlm_kernels.device import is_fake, is_on_gpu
 from vlm_kernels.span_attention import flex, operators
 from vlm_kernels.span_attention.blocks import is_proven
 from vlm_kernels.span_attention.reference import reference
@@ -40,6 +40,6 @@ def span_attention(
 def _on_gpu(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, window: int | None, scale: float
 ) -> torch.Tensor:
-    """Our kernels where they are proven, FlexAttention elsewhere."""
-    form = operators.attend if is_proven(q) else flex.attend
+    """Our kernels where they are proven or only shapes are wanted, FlexAttention elsewhere."""
+    form = operators.attend if is_fake(q) or is_proven(q) else flex.attend
     return form(q, k, v, spans, window, scale)

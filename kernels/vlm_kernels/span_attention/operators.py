@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from vlm_kernels.device import compute_capability
 from vlm_kernels.library import define
@@ -116,3 +117,19 @@ _attention_backward = define(
     _fake_backward,
     kernel=_kernel_backward,
 )
+
+
+@register_flop_formula(torch.ops.vlm_kernels.span_attention, get_raw=True)
+def _flops(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *spans: Any, **_: Any) -> int:
+    """Two products over the pairs of a query and a key that it sees."""
+    first, last = spans[:2]
+    pairs = int((last - first + 1).clamp(min=0).sum())
+    return 2 * 2 * q.shape[1] * q.shape[-1] * pairs
+
+
+@register_flop_formula(torch.ops.vlm_kernels.span_attention_backward, get_raw=True)
+def _backward_flops(
+    d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any, **_: Any
+) -> int:
+    """Four products for gradients, and the scores again."""
+    return 5 * _flops(q, k, v, *others[2:4]) // 2

@@ -1,0 +1,63 @@
+"""A micro-batch as large as the configuration allows, for counting what it takes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.data.media import Grid, Medium
+from megatron_vlm.data.rules import PromptRules
+
+
+def example_batch(
+    model_config: Any,
+    rules: PromptRules,
+    num_rows: int,
+    length: int,
+    images_per_row: float = 0.0,
+    max_pixels: int | None = None,
+) -> MicroBatch:
+    """Causal rows full of tokens that all have labels, and images; call it inside `fake_tensors`.
+
+    Which tokens stand for images changes nothing that is counted.
+
+    Args:
+        model_config: the family's configuration of the model.
+        rules: of its prompts.
+        num_rows: rows of the micro-batch.
+        length: tokens of each row.
+        images_per_row: images in an average row; infinite for as many as fit.
+        max_pixels: of an image, where images vary in size; None for images that fill their row.
+    """
+    token = torch.arange(length).expand(num_rows, length)
+    row = torch.arange(num_rows)[:, None].expand(num_rows, length)
+    zeros, vision = torch.zeros_like(token), model_config.vision
+    num_images = 0 if model_config.text_only else num_rows * images_per_row
+    grids: list[Grid] = []
+    inputs: dict[str, torch.Tensor] = {}
+    if num_images and hasattr(vision, "image_size"):
+        side = vision.image_size // vision.patch_size
+        grids = [(1, side, side)] * math.ceil(num_images)
+        inputs = {"pixel_values": torch.empty(len(grids), vision.num_channels, vision.image_size, vision.image_size)}
+    elif num_images:
+        merge = vision.spatial_merge_size
+        largest = length if max_pixels is None else max(1, max_pixels // (vision.patch_size * merge) ** 2)
+        num_features = math.ceil(min(num_images * largest, num_rows * length))
+        sizes = [largest] * (num_features // largest) + [num_features % largest]
+        grids = [(1, merge, merge * size) for size in sizes if size]
+        inputs = {"pixel_values": torch.empty(num_features * merge**2, vision.patch_features)}
+    return MicroBatch(
+        input_ids=zeros,
+        labels=zeros,
+        position_ids=token if rules.position_ids is None else token.expand(3, num_rows, length),
+        document_ids=row.int(),
+        span_low=zeros.int(),
+        span_high=token.int(),
+        feature_index=zeros.int() - 1,
+        media_inputs=inputs,
+        document_sources=torch.zeros(num_rows, dtype=torch.int32),
+        media=[Medium("image", grid) for grid in grids],
+    )

@@ -1,0 +1,200 @@
+"""Records what operators do to tensors without memory: FLOPs, launches, bytes sent, and bytes alive.
+
+Source: storages are followed as in `torch.distributed._tools.mem_tracker`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+
+def _product_flops(rows: torch.Tensor, weights: torch.Tensor) -> int:
+    """Two operations per multiply-add; none for products of vectors, by which sums are written."""
+    return 0 if 1 in (*rows.shape, *weights.shape) else 2 * rows.numel() * weights.shape[-1]
+
+
+def _attention_flops(q: torch.Tensor, k: torch.Tensor, num_products: int) -> int:
+    return 2 * num_products * q.numel() * k.shape[-2]
+
+
+_aten = torch.ops.aten
+# What torch does not count, or counts otherwise.
+_FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
+    _aten.mm: lambda rows, weights, **_: _product_flops(rows, weights),
+    _aten.addmm_: lambda _, rows, weights, **__: _product_flops(rows, weights),
+    # However many rows each expert gets, together they are all rows.
+    _aten._grouped_mm: lambda rows, weights, *_, **__: _product_flops(rows, weights),
+    # A fused backward pass computes the scores again: five products for the forward pass's two.
+    _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_, **__: _attention_flops(q, k, 2),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, q, k, *__, **___: _attention_flops(q, k, 5),
+}
+
+
+@dataclass
+class Counts:
+    """What a forward and backward pass does on one rank.
+
+    Attributes:
+        kept_bytes: memory that the forward pass leaves to the backward pass, outputs not included.
+        forward_peak_bytes: most memory in the forward pass.
+        backward_peak_bytes: most memory in the backward pass, what is kept included.
+        flops: of matrix products, by phase: "forward", "backward", "recompute".
+        attention_flops: those of attention among them.
+        launches: operators that compute something, by phase.
+        sent_bytes: bytes that the rank sends, by kind of collective and group.
+    """
+
+    kept_bytes: int = 0
+    forward_peak_bytes: int = 0
+    backward_peak_bytes: int = 0
+    flops: Counter[str] = field(default_factory=Counter)
+    attention_flops: Counter[str] = field(default_factory=Counter)
+    launches: Counter[str] = field(default_factory=Counter)
+    sent_bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    @property
+    def working_bytes(self) -> int:
+        """Most memory beyond what is kept."""
+        return max(self.forward_peak_bytes, self.backward_peak_bytes) - self.kept_bytes
+
+    def add_work(self, other: Counts) -> None:
+        """Add all but memory."""
+        for name in ("flops", "attention_flops", "launches", "sent_bytes"):
+            getattr(self, name).update(getattr(other, name))
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Give new tensors of floating-point values a shape and no memory; those of integers stay real."""
+    with FakeTensorMode(allow_non_fake_inputs=True), _RealIntegers():
+        yield
+
+
+class _RealIntegers(TorchDispatchMode):
+    """Computes with values where all tensors have some, and makes tensors of integers with values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = list(_tensors((args, kwargs)))
+        are_real = [not isinstance(tensor, FakeTensor) for tensor in tensors]
+        with unset_fake_temporarily():
+            if all(are_real) and (tensors or _makes_integers(func, args, kwargs)):
+                return func(*args, **kwargs)
+            num_selected = int(args[1].sum()) if func is _aten.masked_select.default and are_real[1] else None
+        if num_selected is not None:
+            return args[0].new_empty(num_selected)
+        return func(*args, **kwargs)
+
+
+def _makes_integers(func: Any, args: Any, kwargs: Any) -> bool:
+    if kwargs.get("dtype") is not None:
+        return not kwargs["dtype"].is_floating_point
+    return func._schema.name == "aten::arange" and all(isinstance(number, int) for number in args)
+
+
+class Recorder(TorchDispatchMode):
+    """Counts operators while it is on, and follows the memory that they make.
+
+    Args:
+        group_names: names of process groups, by torch's.
+    """
+
+    def __init__(self, group_names: Mapping[str, str]) -> None:
+        super().__init__()
+        self.counts = Counts()
+        self.live_bytes = self.peak_bytes = 0
+        self.in_backward = False
+        self._group_names = group_names
+        self._is_paused = False
+        self._bytes: dict[int, int] = {}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count nothing inside."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
+    def bytes_of(self, tensors: Iterable[torch.Tensor]) -> int:
+        """Memory of tensors that was made while this was on."""
+        return sum(self._bytes.get(key, 0) for key in _storages(tensors))
+
+    def grow(self, num_bytes: int, peak_bytes: int = 0) -> None:
+        """Note that memory grew, or shrank where negative, after it had grown by `peak_bytes` in between."""
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes + max(num_bytes, peak_bytes))
+        self.live_bytes += num_bytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if self._is_paused:
+            return output
+        if func.namespace == "c10d":
+            self._add_collective(func, args)
+            return output
+        makes_memory = self._follow(_storages(_tensors((args, kwargs))), _storages(_tensors(output)))
+        if (makes_memory or func._schema.is_mutable) and "empty" not in func._schema.name:
+            self.counts.launches[self._phase] += 1
+        formula = _FLOP_FORMULAS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            flops = formula(*args, **kwargs, out_val=output)
+            self.counts.flops[self._phase] += flops
+            if "attention" in func._schema.name:
+                self.counts.attention_flops[self._phase] += flops
+        return output
+
+    @property
+    def _phase(self) -> str:
+        if not self.in_backward:
+            return "forward"
+        # What is computed again fills in for saved tensors, under hooks; nothing else in a backward pass has any.
+        return "recompute" if torch._C._autograd._top_saved_tensors_default_hooks(True) else "backward"
+
+    def _follow(self, inputs: Mapping[int, Any], outputs: Mapping[int, torch.UntypedStorage]) -> bool:
+        """Add new memory, which is subtracted when it is freed; returns whether there is any."""
+        made = {key: storage for key, storage in outputs.items() if key not in inputs and key not in self._bytes}
+        for key, storage in made.items():
+            self._bytes[key] = storage.nbytes()
+            self.grow(storage.nbytes())
+            weakref.finalize(storage, self._free, key)
+        return bool(made)
+
+    def _free(self, key: int) -> None:
+        self.grow(-self._bytes.pop(key))
+
+    def _add_collective(self, func: Any, args: Any) -> None:
+        """Add what a ring sends: of an all-reduce its tensor twice, of others the larger side, each less one part."""
+        (group,) = (torch.distributed.ProcessGroup.unbox(arg) for arg in args if _is_group(arg))
+        size = group.size()
+        if size == 1:
+            return
+        kind = func._schema.name.removeprefix("c10d::").strip("_").removesuffix("_base")
+        payload = max(sum(tensor.nbytes for tensor in _tensors(arg)) for arg in args)
+        sent = payload * (size - 1) // size * (2 if kind == "allreduce" else 1)
+        self.counts.sent_bytes[kind, self._group_names.get(group.group_name, f"{size} ranks")] += sent
+
+
+def _is_group(arg: Any) -> bool:
+    return isinstance(arg, torch.ScriptObject) and arg._type().name() == "ProcessGroup"  # type: ignore[attr-defined]
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, torch.UntypedStorage]:
+    return {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}

@@ -1,0 +1,301 @@
+"""Counts what a pipeline chunk keeps, computes, launches and sends, by running its own code on tensors without memory.
+
+Floating-point tensors have shapes and no values. Tensors of integers (token ids, spans, choices of experts) are real,
+so that visible keys and the sizes of exchanges are those of the batch. Every distinct layer runs once, forward and
+backward; in its other places a stand-in has its outputs and adds what was counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.moe import moe_utils
+
+from megatron_vlm import platform
+from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.layers.moe import MoE
+from megatron_vlm.layers.recompute import layers_run_by
+from megatron_vlm.model.model_chunk import ModelChunk
+from megatron_vlm.parallel.stage_state import packed_shape
+from megatron_vlm.planning.recorder import Counts, Recorder
+
+_GROUPS = {"tp": "tensor", "cp": "context", "ep": "expert", "expt_tp": "expert-tensor", "tp_ep": "experts"}
+"""Names of the groups that a chunk communicates in; of two that are the same the first."""
+
+
+@dataclass(frozen=True)
+class ChunkCounts:
+    """What a micro-batch does on a chunk.
+
+    Attributes:
+        total: all of it.
+        layers: its decoder layers, by global id.
+        head: the final norm, the head and the loss; None on all chunks but the last.
+        received_bytes: what it gets from the chunk before, and keeps.
+        returned_bytes: what it sends to the next chunk, and does not keep.
+    """
+
+    total: Counts
+    layers: Mapping[int, Counts]
+    head: Counts | None
+    received_bytes: int
+    returned_bytes: int
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory between the forward and the backward pass."""
+        return self.total.kept_bytes + self.received_bytes
+
+
+class Tracer:
+    """Traces chunks of one model, layout and batch; what a distinct layer does is remembered from one to the next."""
+
+    def __init__(self) -> None:
+        self._counted: dict[Any, tuple[Counts, Any]] = {}
+        self._recorder: Recorder | None = None
+        self._group_names: dict[str, str] = {}
+
+    def trace(self, chunk: ModelChunk, batch: MicroBatch) -> ChunkCounts:
+        """Run a chunk as training does; call it inside `fake_tensors`, where the chunk was built.
+
+        Args:
+            chunk: its parameters require gradients where they train.
+            batch: on the device of the chunk.
+        """
+        self._group_names = {getattr(chunk.groups, key).group_name: name for key, name in reversed(_GROUPS.items())}
+        language_model = chunk.language_model
+        ids = {layer: int(name) for name, layer in language_model.layers.items()}
+        layers: dict[int, Counts] = {}
+        heads: list[Counts] = []
+        received: list[_Shape] = []
+
+        def run_layer(layer: torch.nn.Module, run: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+            counts, outputs = self._once(_signature(layer), run, inputs)
+            if layer in ids:
+                layers[ids[layer]] = counts
+            return outputs
+
+        def losses(*inputs: Any) -> Any:
+            counts, outputs = self._once("head", type(language_model).losses.__get__(language_model), inputs)
+            heads.append(counts)
+            return outputs
+
+        with _as_in_training(chunk), layers_run_by(run_layer):
+            language_model.losses = losses  # type: ignore[method-assign,assignment]
+            if not chunk.pre_process:
+                shape = packed_shape(chunk.boundary(chunk.first_layer, batch))
+                received.append(_Shape(torch.Size(shape), chunk.config.params_dtype, batch.labels.device, True))
+                chunk.set_input_tensor(received[0].make())
+            total, outputs = self._count(chunk.train(), (batch,))
+        returned = [] if chunk.post_process else _leaves(outputs, _Shape)
+        received_bytes, returned_bytes = (sum(shape.num_bytes for shape in shapes) for shapes in (received, returned))
+        return ChunkCounts(total, layers, heads[0] if heads else None, received_bytes, returned_bytes)
+
+    def _count(self, run: Callable[..., Any], inputs: tuple[Any, ...]) -> tuple[Counts, Any]:
+        """Counts of a pass forward and backward, and the outputs with a shape for every tensor."""
+        outer, self._recorder = self._recorder, Recorder(self._group_names)
+        recorder, counts = self._recorder, self._recorder.counts
+        with recorder:
+            outputs = run(*inputs)
+            tensors = _leaves(outputs, torch.Tensor)
+            counts.kept_bytes = recorder.live_bytes - recorder.bytes_of(tensors)
+            counts.forward_peak_bytes, recorder.peak_bytes = recorder.peak_bytes, 0
+            shapes = _mapped(outputs, torch.Tensor, _Shape.of)
+            trained = [tensor for tensor in tensors if tensor.requires_grad]
+            rest = _Rest.apply(*trained) if trained else None
+            del outputs, tensors, trained  # what follows holds them no longer than it needs them
+            recorder.in_backward = True
+            if rest is not None:
+                rest.backward()
+            counts.backward_peak_bytes = recorder.peak_bytes
+        self._recorder = outer
+        return counts, shapes
+
+    def _once(self, key: Any, run: Callable[..., Any], inputs: tuple[Any, ...]) -> tuple[Counts, Any]:
+        """Counts of a part of the model, which runs if it is the first of its kind, and outputs of a stand-in."""
+        recorder = self._recorder
+        assert recorder is not None
+        differentiable = [value for value in inputs if _is_differentiable(value)]
+        key = (key, *map(_Shape.of, differentiable))
+        if key not in self._counted:
+            own_inputs = (_Shape.of(value).make() if _is_differentiable(value) else value for value in inputs)
+            with recorder.paused():
+                self._counted[key] = self._count(run, tuple(own_inputs))
+        counts, shapes = self._counted[key]
+        recorder.counts.add_work(counts)
+        outputs = iter(_StandIn.of(recorder, counts, _leaves(shapes, _Shape), inputs, differentiable))
+        return counts, _mapped(shapes, _Shape, lambda _: next(outputs))
+
+
+def _is_differentiable(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What is left of a tensor when it has been counted."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> _Shape:
+        return _Shape(tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+    def make(self) -> torch.Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device, requires_grad=self.requires_grad)
+
+
+class _StandIn(torch.autograd.Function):
+    """Stands for a part of the model that has been counted: has its outputs, and its memory between the two passes."""
+
+    @staticmethod
+    def of(
+        recorder: Recorder, counts: Counts, shapes: list[_Shape], inputs: Any, differentiable: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        """The outputs.
+
+        Args:
+            recorder: of what is around the part.
+            counts: of the part.
+            shapes: of the outputs.
+            inputs: all of them; a part that trains holds them up to its backward pass.
+            differentiable: those among them that may have gradients.
+        """
+        # Parameters may train where no input does.
+        anchor = torch.zeros((), requires_grad=any(shape.requires_grad for shape in shapes))
+        outputs: tuple[torch.Tensor, ...] = _StandIn.apply(recorder, counts, shapes, inputs, anchor, *differentiable)
+        return outputs
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        recorder: Recorder,
+        counts: Counts,
+        shapes: list[_Shape],
+        inputs: Any,
+        anchor: torch.Tensor,
+        *differentiable: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.recorder, ctx.counts, ctx.inputs = recorder, counts, inputs
+        ctx.shapes = [dataclasses.replace(_Shape.of(tensor), requires_grad=False) for tensor in differentiable]
+        recorder.grow(counts.kept_bytes, counts.forward_peak_bytes)
+        outputs = tuple(dataclasses.replace(shape, requires_grad=False).make() for shape in shapes)
+        pairs = zip(outputs, shapes, strict=True)
+        ctx.mark_non_differentiable(*(output for output, shape in pairs if not shape.requires_grad))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        ctx.inputs = None
+        ctx.recorder.grow(-ctx.counts.kept_bytes)
+        ctx.recorder.grow(0, ctx.counts.backward_peak_bytes)
+        needed = zip(ctx.shapes, ctx.needs_input_grad[5:], strict=True)
+        return *[None] * 5, *(shape.make() if is_needed else None for shape, is_needed in needed)
+
+
+class _Rest(torch.autograd.Function):
+    """Stands for what follows: takes outputs, and returns gradients for them that nobody else holds."""
+
+    @staticmethod
+    def forward(ctx: Any, *outputs: torch.Tensor) -> torch.Tensor:
+        ctx.shapes = [dataclasses.replace(_Shape.of(output), requires_grad=False) for output in outputs]
+        return outputs[0].new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(shape.make() for shape in ctx.shapes)
+
+
+@contextmanager
+def _as_in_training(chunk: ModelChunk) -> Iterator[None]:
+    """Give parameters the gradients that data parallelism holds, and experts equally many tokens."""
+    with ExitStack() as undo:
+        for parameter in chunk.parameters():
+            if parameter.requires_grad:
+                parameter.main_grad = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
+                parameter.grad_added_to_main_grad = False
+                undo.callback(parameter.register_post_accumulate_grad_hook(_add_to_main_gradient).remove)
+        for module in chunk.modules():
+            if isinstance(module, MoE):
+                undo.callback(module.gate.register_forward_hook(partial(_choose_evenly, module.top_k)).remove)
+        # Transformer Engine's product would read memory, and megatron-core's buffers would outlive the trace.
+        without = ((moe_utils, "te_general_gemm", None), (parallel_state, "_GLOBAL_MEMORY_BUFFER", _NewMemory()))
+        for module, name, value in without:
+            undo.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, value)
+        yield
+
+
+class _NewMemory:
+    """Stands for megatron-core's `GlobalMemoryBuffer`, without keeping anything."""
+
+    def get_tensor(self, tensor_shape: Any, dtype: torch.dtype, name: str) -> torch.Tensor:
+        return torch.empty(tensor_shape, dtype=dtype, device=platform.current().device)
+
+
+def _add_to_main_gradient(parameter: torch.Tensor) -> None:
+    """As the hook of megatron-core's `DistributedDataParallel`."""
+    if not parameter.grad_added_to_main_grad:  # type: ignore[attr-defined]
+        parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
+    parameter.grad = None
+
+
+def _choose_evenly(top_k: int, router: torch.nn.Module, inputs: Any, output: Any) -> Any:
+    """A router's outputs with a choice that has values: a token takes the experts that follow its predecessor's."""
+    weights, chosen, routing = output
+    (num_tokens, num_experts), device = chosen.shape, chosen.device
+    choices = torch.arange(num_tokens * top_k, device=device).view(num_tokens, top_k) % num_experts
+    even = torch.zeros(num_tokens, num_experts, dtype=torch.bool, device=device).scatter_(1, choices, True)
+    return weights, even, routing
+
+
+def _signature(module: torch.nn.Module) -> Any:
+    """What layers that do the same have in common: classes, settings and parameters."""
+    parts = [
+        (name, type(part), *((key, value) for key, value in vars(part).items() if _is_setting(value)))
+        for name, part in module.named_modules()
+    ]
+    parameters = [(name, _Shape.of(parameter)) for name, parameter in module.named_parameters()]
+    return (*parts, *parameters)
+
+
+def _is_setting(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_setting, value))
+    is_config = dataclasses.is_dataclass(value) and isinstance(value, Hashable)  # frozen
+    return is_config or value is None or isinstance(value, bool | int | float | str)
+
+
+def _mapped(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """`value` with everything of a kind replaced, inside tuples, lists and dataclasses."""
+    if isinstance(value, kind):
+        return function(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {
+            entry.name: _mapped(getattr(value, entry.name), kind, function) for entry in dataclasses.fields(value)
+        }
+        return dataclasses.replace(value, **fields)
+    if isinstance(value, tuple | list):
+        return type(value)(_mapped(item, kind, function) for item in value)
+    return value
+
+
+def _leaves(value: Any, kind: type) -> list[Any]:
+    """Everything of a kind in `value`."""
+    found: list[Any] = []
+    _mapped(value, kind, found.append)
+    return found
