@@ -18,7 +18,8 @@ from megatron_vlm.model.decoder_weights import (
     decoder_weights,
     head_weights,
 )
-from megatron_vlm.model.weight_map import Weight, WeightGroup, WeightMap, resolve
+from megatron_vlm.model.weight_map import WeightMap
+from megatron_vlm.model.weight_tables import Weight, WeightGroup, resolve
 
 # Prefixes in files: of the published files and of all that transformers saves; of a model saved without its head.
 LANGUAGE_MODEL = ("model.language_model.", "language_model.")
