@@ -7,7 +7,7 @@
 
 A checkpoint is a folder in megatron-core's `torch_dist` format plus `megatron_vlm.json`, the manifest, and
 `passthrough/`, safetensors that are only carried through, for models that have such. Nothing here
-uses torch.distributed: these functions run on one rank (or in a tool), and `distributed.py` shares the outcome.
+uses torch.distributed: these functions run on one rank (or in a tool), and `manager.py` shares the outcome.
 """
 
 from __future__ import annotations
@@ -176,7 +176,10 @@ def publish(incomplete: Path, final: Path) -> None:
     if final.exists():
         raise CheckpointError("a checkpoint of this step exists", str(final), "move it away, or use another run_dir")
     for entry in (*incomplete.rglob("*"), incomplete):
-        sync_directory(entry) if entry.is_dir() else _sync_file(entry)
+        if entry.is_dir():
+            sync_directory(entry)
+        else:
+            _sync_file(entry)
     os.rename(incomplete, final)
     sync_directory(final.parent)
 

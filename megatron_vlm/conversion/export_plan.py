@@ -54,7 +54,7 @@ class ExportPlan:
 
     def copy_passthrough(self, writer: SafetensorsWriter) -> None:
         """Write what is only carried through."""
-        if self.passthrough_source is not None:
+        if self.passthrough_source is not None and self.passthrough:
             with open_weights(self.passthrough_source) as reader:
                 copy_tensors(reader, [reader.tensors[name] for name in self.passthrough], writer)
 

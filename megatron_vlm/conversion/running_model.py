@@ -106,10 +106,11 @@ def _load(
             part[band.dim] = (part[band.dim][0] + weight.part_of.start, part[band.dim][1] + weight.part_of.start)
         parts.append((parameter[:count], part))
     if band.is_transposed:
+        memory = BlockMemory()
         for target, (rows, *inner) in parts:
-            for place, row in enumerate(range(*rows)):
-                (whole,) = band.from_file(reader.read_rows(tensor.hf_name, row, row + 1))
-                target[place].copy_(whole[0][tuple(slice(*bounds) for bounds in inner)])
+            for index, row in enumerate(range(*rows)):
+                (matrices,) = band.from_file(reader.read_rows(tensor.hf_name, row, row + 1, memory))
+                target[index].copy_(matrices[0][tuple(slice(*bounds) for bounds in inner)])
         return
     shape = band.shape if len(band.parts) > 1 else held[0][0].own_shape
     reader.read_parts(tensor.hf_name, shape, parts, band.first_row * math.prod(band.shape[1:]))

@@ -97,7 +97,7 @@ class HfBand:
 
 
 def _transpose(matrices: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-    """Into `result`, one at a time: torch copies a single transposed matrix three times as fast."""
+    """Transpose matrices into `result`, one at a time: torch copies a single one three times as fast."""
     for target, matrix in zip(result, matrices, strict=True):
         target.copy_(matrix.t())
     return result
@@ -118,16 +118,17 @@ class HfTensor:
     is_transposed: bool = False
 
     def __post_init__(self) -> None:
-        slices = [part.weight.part_of for part in self.parts]
-        if slices == [None]:
+        if [part.weight.part_of for part in self.parts] == [None]:
             return
         end = 0
-        for part, section in zip(self.parts, slices, strict=True):
+        for part in self.parts:
+            shape, section = part.weight.shape, part.weight.part_of
             assert section is not None and not self.is_transposed, f"{part.name} cannot be a part of {self.hf_name}"
             assert (section.dim, section.start) == (self.dim, end), f"{part.name} does not follow in {self.hf_name}"
-            assert section.stop - section.start == part.weight.shape[section.dim], f"{part.name} has another size"
-            assert section.dim == 0 or part.weight.divided_shape is None, f"{part.name} has another shape"
             end = section.stop
+            whole_shape = (*shape[: self.dim], sum(self._sizes), *shape[self.dim + 1 :])
+            assert (end - section.start, whole_shape) == (shape[self.dim], self.shape), f"{part.name} is {shape}"
+            assert self.dim == 0 or part.weight.divided_shape is None, f"{part.name} has another shape here"
 
     @property
     def dim(self) -> int:
@@ -137,14 +138,18 @@ class HfTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """In the file."""
+        """Its shape in the file."""
         weight = self.parts[0].weight
         if self.is_transposed:
             return weight.transposed_shape
         if weight.part_of is None:
             return weight.shape
-        size = sum(part.weight.shape[self.dim] for part in self.parts)
-        return (*weight.shape[: self.dim], size, *weight.shape[self.dim + 1 :])
+        return (*weight.shape[: self.dim], sum(self._sizes), *weight.shape[self.dim + 1 :])
+
+    @property
+    def _sizes(self) -> list[int]:
+        """Sizes of its parts along `dim`."""
+        return [part.weight.shape[self.dim] for part in self.parts]
 
     @property
     def bands(self) -> tuple[HfBand, ...]:

@@ -36,7 +36,7 @@ class FoundTensors:
 
     @property
     def with_copies(self) -> dict[str, HfTensor]:
-        """All that hold weights."""
+        """All tensors that hold weights."""
         return self.tensors | self.tied_copies
 
 

@@ -232,7 +232,9 @@ class Run:
             layers = set(map(str, self.ranks.chunks[chunk]))
             names = [name for name in shapes if ".layers." in name and name.split(".")[2] in layers]
             first, last = chunk == 0, chunk == len(self.ranks.chunks) - 1
-            names = [EMBEDDING, FROZEN, CLIP_BOUND, PROJECTOR, FUSED_BIAS, TEMPERATURE] * first + [PER_LAYER_NORM] + names
+            names = (
+                [EMBEDDING, FROZEN, CLIP_BOUND, PROJECTOR, FUSED_BIAS, TEMPERATURE] * first + [PER_LAYER_NORM] + names
+            )
             names += ["language_model.norm.weight"] * last + [EMBEDDING] * (last and not first)
             chunks.append((chunk, names))
         return chunks

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from safetensors.torch import save_file
 from transformers import AutoConfig, PretrainedConfig
 
@@ -25,6 +24,7 @@ from megatron_vlm.families import registry
 from megatron_vlm.model.decoder_weights import LANGUAGE_MODEL_ALONE, head_weights
 from megatron_vlm.model.weight_map import WeightMap
 from megatron_vlm.model.weight_tables import PartOf, Weight, WeightGroup, resolve
+from megatron_vlm.parallel.parameters import declare, ones
 from megatron_vlm.parallel.sharding import splits
 from tests.checkpoint.hf_files import Tensors
 
@@ -263,8 +263,13 @@ class Stage(torch.nn.Module):
         if dim is not None:
             shape[dim] //= groups.tp.size()
         parameter = torch.nn.Parameter(torch.full(shape, float("nan"), dtype=dtype or tensor.dtype))
-        set_tensor_model_parallel_attributes(parameter, dim is not None, 0 if dim is None else dim, 1)
-        parameter.requires_grad_(not name.endswith(BUFFERS))
+        declare(
+            parameter,
+            "buffer" if name.endswith(BUFFERS) else "matrix",
+            ones,
+            tensor_dim=dim,
+            stages="first_and_last" if name.endswith("embed_tokens.weight") else "one",
+        )
         *path, last = name.split(".")
         module: torch.nn.Module = self
         for part in path:
