@@ -23,6 +23,8 @@ from megatron_vlm.conversion.running_model import export_hf_from_model, load_hf_
 from megatron_vlm.families import registry
 from megatron_vlm.files.safetensors_headers import StoredTensor, row_blocks
 from megatron_vlm.model import hf_tensors
+from megatron_vlm.model.hf_tensors import tensors_of
+from megatron_vlm.model.weight_tables import PartOf, Weight, WeightGroup
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
 from tests.checkpoint import toy_family
@@ -235,6 +237,27 @@ def test_checkpoints_reshard_and_are_exported_without_ranks(
 def test_an_import_is_loaded_in_any_layout(source: Path, tmp_path: Path) -> None:
     import_checkpoint(source, tmp_path / "checkpoint")
     run_ranks(4, load_saved, source, tmp_path / "checkpoint", LAYOUTS["TP2 x PP2"])
+
+
+@pytest.mark.parametrize(
+    ("shapes", "slices", "message"),
+    [
+        ([(4, 8), (4, 8)], [(0, 0, 4), (0, 5, 9)], "does not follow"),
+        ([(4, 8), (4, 8)], [(0, 0, 4), (1, 4, 8)], "does not follow"),
+        ([(4, 8), (4, 8)], [(0, 0, 4), (0, 4, 9)], r"is \(4, 8\)"),
+        ([(4, 8), (4, 7)], [(0, 0, 4), (0, 4, 8)], r"is \(4, 7\)"),
+    ],
+)
+def test_parts_that_do_not_make_a_tensor(
+    shapes: list[tuple[int, int]], slices: list[tuple[int, int, int]], message: str
+) -> None:
+    """A mistake in a family's tables is found when its map meets files."""
+    weights = tuple(
+        Weight(f"{index}", shape, part_of=PartOf("both", *section))
+        for index, (shape, section) in enumerate(zip(shapes, slices, strict=True))
+    )
+    with pytest.raises(AssertionError, match=message):
+        tensors_of(WeightGroup("ours.", ("theirs.",), weights), "theirs.")
 
 
 # Memory: the table is 64 MiB, of which every layer has 16.
