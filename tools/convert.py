@@ -61,19 +61,25 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _import(options: argparse.Namespace) -> int:
     from megatron_vlm.conversion.convert import import_checkpoint
+    from megatron_vlm.conversion.passthrough import describe
 
     progress = _Progress("import")
-    import_checkpoint(options.hf, options.out, progress)
+    carried = import_checkpoint(options.hf, options.out, progress)
     print(f"imported {options.hf} to {options.out} in {progress.elapsed_seconds():.2f} s")
+    if carried:
+        print(describe(carried))
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
     from megatron_vlm.conversion.convert import export_checkpoint
+    from megatron_vlm.conversion.passthrough import describe
 
     progress = _Progress("export")
-    export_checkpoint(options.ckpt, options.hf, options.out, progress)
+    carried = export_checkpoint(options.ckpt, options.hf, options.out, progress)
     print(f"exported {options.ckpt} to {options.out} in {progress.elapsed_seconds():.2f} s")
+    if carried:
+        print(describe(carried))
     return 0
 
 

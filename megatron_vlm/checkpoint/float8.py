@@ -23,6 +23,7 @@ import torch
 
 from megatron_vlm.checkpoint.hf import SafetensorsReader
 from megatron_vlm.errors import CheckpointError
+from megatron_vlm.files.block_memory import BlockMemory
 from megatron_vlm.files.safetensors_headers import StoredTensor, WeightFiles
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -115,13 +116,13 @@ class DequantizingReader(SafetensorsReader):
         self._latest_scales: tuple[str, torch.Tensor] | None = None
 
     def _read_range(
-        self, stored: StoredTensor, begin_byte: int, end_byte: int, buffer: torch.Tensor | None = None
+        self, stored: StoredTensor, begin_byte: int, end_byte: int, memory: BlockMemory | None = None
     ) -> torch.Tensor:
         quantized = self._quantized.get(stored.name)
         if quantized is None:
-            return super()._read_range(self._stored[stored.name], begin_byte, end_byte, buffer)
+            return super()._read_range(self._stored[stored.name], begin_byte, end_byte, memory)
         first, end = begin_byte // stored.dtype.itemsize, end_byte // stored.dtype.itemsize
-        values = super()._read_range(quantized.stored, first, end, buffer)  # of one byte each
+        values = super()._read_range(quantized.stored, first, end, memory)  # of one byte each
         return values.float().mul_(_expand(self._scales(quantized), quantized, first, end)).to(RESULT_DTYPE)
 
     def _scales(self, quantized: _Quantized) -> torch.Tensor:

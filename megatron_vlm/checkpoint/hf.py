@@ -14,12 +14,14 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
 import torch
 
 from megatron_vlm.errors import CheckpointError
+from megatron_vlm.files.block_memory import BlockMemory
 from megatron_vlm.files.durable import StreamedFile, copy_durably, read_bytes, sync_directory, write_durably
 from megatron_vlm.files.safetensors_headers import (
     BLOCK_BYTES,
@@ -113,52 +115,76 @@ class SafetensorsReader:
         stored = self.tensors[name]
         return self._read_range(stored, 0, stored.num_bytes).view(stored.shape)
 
-    def read_part(
+    def read_part(self, name: str, target: torch.Tensor, shape: Sequence[int], part: Sequence[tuple[int, int]]) -> None:
+        """Fill `target` with a part of the tensor; see `read_parts`."""
+        self.read_parts(name, shape, [(target, part)])
+
+    def read_parts(
         self,
         name: str,
-        target: torch.Tensor,
         shape: Sequence[int],
-        part: Sequence[tuple[int, int]],
+        parts: Sequence[tuple[torch.Tensor, Sequence[tuple[int, int]]]],
         first_element: int = 0,
     ) -> None:
-        """Fill `target` with a part of the tensor, block by block, and read little else.
+        """Fill tensors with parts of one in files, block by block; read nothing twice, and little else than the parts.
 
         Args:
-            name: the tensor.
-            target: of the part's shape; values are converted to its type.
-            shape: in which the tensor (from `first_element` on) is looked at; any with the same order of elements.
-            part: first index and one past the last, for every dimension of `shape`.
+            name: the tensor in files.
+            shape: in which it (from `first_element` on) is looked at; any with the same order of elements.
+            parts: each target and its part of `shape`, the first index and one past the last for every dimension.
+                Values are converted to the target's type.
             first_element: where `shape` begins in the tensor.
         """
         stored = self.tensors[name]
-        (start, stop), *inner = part
         row_elements = math.prod(shape[1:])
-        whole_rows = all(stop - start == size for (start, stop), size in zip(inner, shape[1:], strict=True))
-        if not whole_rows and row_elements * stored.dtype.itemsize > BLOCK_BYTES:
-            for row in range(start, stop):
-                self.read_part(name, target[row - start], shape[1:], inner, first_element + row * row_elements)
-            return
-        for first_row, end_row in row_blocks((stop - start, *shape[1:]), stored.dtype):
-            begin, end = (first_element + (start + row) * row_elements for row in (first_row, end_row))
-            values = self._read_range(stored, begin * stored.dtype.itemsize, end * stored.dtype.itemsize)
-            rows = values.view(end_row - first_row, *shape[1:])
-            target[first_row:end_row].copy_(rows[(slice(None), *(slice(*bounds) for bounds in inner))])
+        borders = sorted({border for _, (rows, *_) in parts for border in rows})
+        for start, stop in pairwise(borders):  # all of these rows belong to the same parts
+            held = [
+                (target[start - first : stop - first], inner)
+                for target, ((first, end), *inner) in parts
+                if first <= start and stop <= end
+            ]
+            whole_rows = all(
+                bounds == (0, size) for _, inner in held for bounds, size in zip(inner, shape[1:], strict=True)
+            )
+            if not whole_rows and row_elements * stored.dtype.itemsize > BLOCK_BYTES:
+                for row in range(start, stop):
+                    inner_parts = [(target[row - start], inner) for target, inner in held]
+                    self.read_parts(name, shape[1:], inner_parts, first_element + row * row_elements)
+            elif held:
+                self._read_rows_of_parts(stored, shape, held, first_element + start * row_elements)
 
-    def read_rows(self, name: str, first_row: int, end_row: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
-        """Consecutive rows (for a scalar its value), read with one request; see `read_bytes` for `buffer`."""
+    def _read_rows_of_parts(
+        self,
+        stored: StoredTensor,
+        shape: Sequence[int],
+        parts: Sequence[tuple[torch.Tensor, Sequence[tuple[int, int]]]],
+        first_element: int,
+    ) -> None:
+        """Fill targets, which all have the same rows, in blocks; `parts` says which of the inner dimensions."""
+        row_bytes = math.prod(shape[1:]) * stored.dtype.itemsize
+        first_byte = first_element * stored.dtype.itemsize
+        for first_row, end_row in row_blocks((len(parts[0][0]), *shape[1:]), stored.dtype):
+            values = self._read_range(stored, first_byte + first_row * row_bytes, first_byte + end_row * row_bytes)
+            rows = values.view(end_row - first_row, *shape[1:])
+            for target, inner in parts:
+                target[first_row:end_row].copy_(rows[(slice(None), *(slice(*bounds) for bounds in inner))])
+
+    def read_rows(self, name: str, first_row: int, end_row: int, memory: BlockMemory | None = None) -> torch.Tensor:
+        """Consecutive rows (for a scalar its value), read with one request; see `read_bytes` for `memory`."""
         stored = self.tensors[name]
         num_rows = stored.shape[0] if stored.shape else 1
         row_bytes = stored.num_bytes // num_rows if num_rows else 0
-        rows = self._read_range(stored, first_row * row_bytes, end_row * row_bytes, buffer)
+        rows = self._read_range(stored, first_row * row_bytes, end_row * row_bytes, memory)
         return rows.view(end_row - first_row, *stored.shape[1:]) if stored.shape else rows.view(())
 
     def _read_range(
-        self, stored: StoredTensor, begin_byte: int, end_byte: int, buffer: torch.Tensor | None = None
+        self, stored: StoredTensor, begin_byte: int, end_byte: int, memory: BlockMemory | None = None
     ) -> torch.Tensor:
         """The values in a range of the tensor's bytes, as a flat tensor."""
         descriptor = self._descriptors[stored.file]
         try:
-            values = read_bytes(descriptor, stored.begin_byte + begin_byte, end_byte - begin_byte, buffer)
+            values = read_bytes(descriptor, stored.begin_byte + begin_byte, end_byte - begin_byte, memory)
         except (OSError, EOFError) as error:
             raise CheckpointError(f"cannot read {stored.name} ({error})", str(self.directory / stored.file)) from error
         return values.view(stored.dtype)

@@ -218,6 +218,7 @@ class CheckpointManager:
 
         def publish() -> None:
             manifest.write(incomplete)
+            run_folder.share_passthrough(self.directory, incomplete)
             run_folder.publish(incomplete, final)
             run_folder.retire(self.directory, self.keep_last)
 

@@ -3,9 +3,11 @@
     run_dir/checkpoints/step_00000100/                    complete: the name exists only once everything is on disk
     run_dir/checkpoints/step_00000200.incomplete.3f9ac2/  being written, or left behind by a killed run
     run_dir/checkpoints/step_00000050.removed.81bc04/     being deleted
+    run_dir/checkpoints/passthrough/                      tensors that are only carried through, for all checkpoints
 
-A checkpoint is a folder in megatron-core's `torch_dist` format plus `megatron_vlm.json`, the manifest. Nothing here
-uses torch.distributed: these functions run on one rank (or in a tool), and `distributed.py` shares the outcome.
+A checkpoint is a folder in megatron-core's `torch_dist` format plus `megatron_vlm.json`, the manifest, and
+`passthrough/`, safetensors that are only carried through, for models that have such. Nothing here
+uses torch.distributed: these functions run on one rank (or in a tool), and `manager.py` shares the outcome.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from megatron_vlm.files.durable import sync_directory, write_durably
 FORMAT_VERSION = 1
 MANIFEST_NAME = "megatron_vlm.json"
 CHECKPOINTS_NAME = "checkpoints"
+PASSTHROUGH_NAME = "passthrough"
 _PUBLISHED = re.compile(r"step_(\d{8,})")
 _LEFTOVER = re.compile(r"step_\d{8,}\.(incomplete|removed)\.[0-9a-f]+")
 
@@ -148,6 +151,22 @@ def begin(directory: Path, step: int) -> Path:
     return folder
 
 
+def share_passthrough(directory: Path, folder: Path) -> None:
+    """Give a checkpoint in `folder` the tensors that all checkpoints in `directory` carry through, if there are any.
+
+    The files are linked: they take up no more room. Where the file system has no links they are copied.
+    """
+    source, target = directory / PASSTHROUGH_NAME, folder / PASSTHROUGH_NAME
+    if not source.is_dir():
+        return
+    target.mkdir()
+    for path in source.iterdir():
+        try:
+            os.link(path, target / path.name)
+        except OSError:
+            shutil.copyfile(path, target / path.name)
+
+
 def publish(incomplete: Path, final: Path) -> None:
     """Give a completely written folder its final name, durably.
 
@@ -156,9 +175,11 @@ def publish(incomplete: Path, final: Path) -> None:
     """
     if final.exists():
         raise CheckpointError("a checkpoint of this step exists", str(final), "move it away, or use another run_dir")
-    for entry in incomplete.iterdir():
-        _sync_file(entry)
-    sync_directory(incomplete)
+    for entry in (*incomplete.rglob("*"), incomplete):
+        if entry.is_dir():
+            sync_directory(entry)
+        else:
+            _sync_file(entry)
     os.rename(incomplete, final)
     sync_directory(final.parent)
 

@@ -20,7 +20,7 @@ import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self, cast
@@ -41,6 +41,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import skip_data
 
 from megatron_vlm.errors import CheckpointError
+from megatron_vlm.files.block_memory import BlockMemory
 from megatron_vlm.files.durable import StreamedFile, read_bytes, write_durably
 from megatron_vlm.files.safetensors_headers import row_blocks
 
@@ -54,11 +55,9 @@ UNREADABLE = (
 )
 DAMAGED = "the checkpoint is damaged: use another one"
 
-ReadRows = Callable[[int, int], torch.Tensor]
-
 
 class TorchDistWriter:
-    """Writes a `torch_dist` checkpoint tensor by tensor.
+    """Writes a `torch_dist` checkpoint, the rows of every tensor in their order.
 
     Args:
         directory: exists and is empty; usually one from `staged_directory`.
@@ -68,32 +67,44 @@ class TorchDistWriter:
         self.directory = directory
         self._file = StreamedFile(directory / f"__0_0{DEFAULT_SUFFIX}")
         self._entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+        self._unwritten: dict[str, _Unwritten] = {}
         self._results: list[WriteResult] = []
 
-    def write(self, key: str, shape: tuple[int, ...], dtype: torch.dtype, read_rows: ReadRows) -> None:
-        """Write the tensor `key` in records of a few rows each.
+    def add(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Begin the tensor `key`; its rows are written next, between those of others if need be."""
+        self._entries[key] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
+        self._unwritten[key] = _Unwritten(row_blocks(shape, dtype, RECORD_BYTES), shape[0] if shape else 1)
+
+    def write(self, key: str, rows: torch.Tensor) -> None:
+        """Write the next rows of a tensor (the value, for a scalar) into its records.
 
         Args:
             key: name of the tensor in the checkpoint.
-            shape: its shape.
-            dtype: its type.
-            read_rows: gives rows from a first to an end row (the value, for a scalar), in host memory.
+            rows: in host memory, of the tensor's type.
         """
-        entry = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
-        for first_row, end_row in row_blocks(shape, dtype, RECORD_BYTES):
-            offsets = torch.Size([first_row, *[0] * (len(shape) - 1)] if shape else [])
-            sizes = torch.Size([end_row - first_row, *shape[1:]] if shape else [])
-            with skip_data():  # the memory of this tensor is never touched, so it costs none
-                storage = self._append(MetadataIndex(key, offsets), torch.empty(sizes, dtype=dtype))
-            end_byte = self._file.tell()
-            self._file.seek(storage.offset + _locate_data(self._file, storage).begin_byte)
-            for block_first, block_end in row_blocks(tuple(sizes), dtype):
-                rows = read_rows(first_row + block_first, first_row + block_end)
-                assert rows.dtype == dtype
-                self._file.write(rows.contiguous().reshape(-1).view(torch.uint8).numpy())
-            self._file.seek(end_byte)
-            entry.chunks.append(ChunkStorageMetadata(offsets=offsets, sizes=sizes))
-        self._entries[key] = entry
+        entry, unwritten = self._entries[key], self._unwritten[key]
+        assert isinstance(entry, TensorStorageMetadata) and rows.dtype == entry.properties.dtype
+        rows = torch.atleast_1d(rows)
+        while len(rows):
+            if not unwritten.record_rows:
+                self._begin_record(key, entry, unwritten)
+            block = rows[: unwritten.record_rows]
+            self._file.seek(unwritten.position_byte)
+            unwritten.position_byte += self._file.write(block.contiguous().reshape(-1).view(torch.uint8).numpy())
+            unwritten.record_rows -= len(block)
+            unwritten.rows -= len(block)
+            rows = rows[len(block) :]
+
+    def _begin_record(self, key: str, entry: TensorStorageMetadata, unwritten: _Unwritten) -> None:
+        """Append a record for the next rows of a tensor, without their values."""
+        first_row, end_row = next(unwritten.records)
+        offsets = torch.Size([first_row, *[0] * (len(entry.size) - 1)] if entry.size else [])
+        sizes = torch.Size([end_row - first_row, *entry.size[1:]] if entry.size else [])
+        with skip_data():  # the memory of this tensor is never touched, so it costs none
+            storage = self._append(MetadataIndex(key, offsets), torch.empty(sizes, dtype=entry.properties.dtype))
+        entry.chunks.append(ChunkStorageMetadata(offsets=offsets, sizes=sizes))
+        unwritten.record_rows = end_row - first_row
+        unwritten.position_byte = storage.offset + _locate_data(self._file, storage).begin_byte
 
     def close(self, common_state: dict[str, Any]) -> None:
         """Finish the file and write the metadata.
@@ -101,6 +112,8 @@ class TorchDistWriter:
         Args:
             common_state: what megatron-core returns besides the tensors; plain values only.
         """
+        missing = {key: unwritten.rows for key, unwritten in self._unwritten.items() if unwritten.rows}
+        assert not missing, f"rows not written: {missing}"
         self._append(MetadataIndex(COMMON_STATE_KEY), [common_state])
         self._entries[COMMON_STATE_KEY] = BytesStorageMetadata()
         self._file.finish()
@@ -115,12 +128,29 @@ class TorchDistWriter:
         self._file.close()
 
     def _append(self, index: MetadataIndex, value: Any) -> _StorageInfo:
-        """Write one torch.save record, and note where it is."""
-        begin_byte = self._file.tell()
+        """Write one torch.save record at the end of the file, and note where it is."""
+        begin_byte = self._file.seek(0, os.SEEK_END)
         torch.save(value, self._file)
         storage = _StorageInfo(self._file.path.name, begin_byte, self._file.tell() - begin_byte)
         self._results.append(WriteResult(index, storage.length, storage))
         return storage
+
+
+@dataclass
+class _Unwritten:
+    """What is still to be written of a tensor.
+
+    Attributes:
+        records: first and end rows of the records that are not begun.
+        rows: number in all.
+        record_rows: number in the record that is begun.
+        position_byte: where the next row belongs in the file.
+    """
+
+    records: Iterator[tuple[int, int]]
+    rows: int
+    record_rows: int = 0
+    position_byte: int = 0
 
 
 class TorchDistReader:
@@ -166,8 +196,8 @@ class TorchDistReader:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.size) for name, tensor in self.tensors.items()}
 
-    def read_rows(self, key: str, first_row: int, end_row: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows of a tensor (a scalar's value), whatever pieces it was saved in; for `buffer` see `read_bytes`."""
+    def read_rows(self, key: str, first_row: int, end_row: int, memory: BlockMemory | None = None) -> torch.Tensor:
+        """Rows of a tensor (a scalar's value), whatever pieces it was saved in; for `memory` see `read_bytes`."""
         entry = self.tensors[key]
         if key not in self._pieces:
             self._pieces[key] = [self._locate(key, chunk) for chunk in entry.chunks]
@@ -177,7 +207,7 @@ class TorchDistReader:
             first, end = (max(first_row, piece.first_row), min(end_row, piece.end_row)) if shape else (0, 1)
             if first >= end:
                 continue
-            rows = self._read_piece(piece, first, end, entry.properties.dtype, buffer)
+            rows = self._read_piece(piece, first, end, entry.properties.dtype, memory)
             if rows.shape == shape:
                 return rows
             if result is None:
@@ -189,14 +219,14 @@ class TorchDistReader:
         return torch.empty(shape, dtype=entry.properties.dtype) if result is None else result
 
     def _read_piece(
-        self, piece: _Piece, first_row: int, end_row: int, dtype: torch.dtype, buffer: torch.Tensor | None
+        self, piece: _Piece, first_row: int, end_row: int, dtype: torch.dtype, memory: BlockMemory | None
     ) -> torch.Tensor:
         sizes = piece.chunk.sizes
         shape = (end_row - first_row, *sizes[1:]) if sizes else ()
         row_bytes = math.prod(sizes[1:]) * dtype.itemsize
         begin_byte = piece.begin_byte + (first_row - piece.first_row) * row_bytes
         try:
-            values = read_bytes(piece.stream.fileno(), begin_byte, math.prod(shape) * dtype.itemsize, buffer)
+            values = read_bytes(piece.stream.fileno(), begin_byte, math.prod(shape) * dtype.itemsize, memory)
         except (OSError, EOFError) as error:
             raise CheckpointError(f"cannot be read ({error})", os.fsdecode(piece.stream.name), DAMAGED) from error
         return values.view(dtype).view(shape)

@@ -8,9 +8,9 @@ again on export.
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,14 +18,17 @@ import torch
 
 from megatron_vlm.checkpoint.float8 import open_weights
 from megatron_vlm.checkpoint.hf import SafetensorsReader, SafetensorsWriter, has_weights
-from megatron_vlm.checkpoint.run_folder import Manifest, ModelIdentity, find_checkpoint
+from megatron_vlm.checkpoint.run_folder import PASSTHROUGH_NAME, Manifest, ModelIdentity, find_checkpoint
 from megatron_vlm.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
 from megatron_vlm.conversion.export_plan import ExportPlan, plan_export
+from megatron_vlm.conversion.passthrough import keep_passthrough
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.families import registry
+from megatron_vlm.files.block_memory import BlockMemory
 from megatron_vlm.files.durable import check_export_target, staged_directory
-from megatron_vlm.files.safetensors_headers import BLOCK_BYTES, row_blocks
-from megatron_vlm.model.weight_map import HfWeight, WeightMap
+from megatron_vlm.files.safetensors_headers import row_blocks
+from megatron_vlm.model.hf_tensors import HfPart, HfTensor
+from megatron_vlm.model.weight_map import FoundTensors, WeightMap
 from megatron_vlm.model_configs import VisionLanguageConfig
 
 Progress = Callable[[int, int], None]
@@ -48,13 +51,18 @@ class Comparison:
     differences: tuple[Difference, ...]
 
 
-def import_checkpoint(hf_dir: str | os.PathLike, out_dir: str | os.PathLike, progress: Progress | None = None) -> None:
+def import_checkpoint(
+    hf_dir: str | os.PathLike, out_dir: str | os.PathLike, progress: Progress | None = None
+) -> tuple[str, ...]:
     """Write a Hugging Face directory's weights as a distributed checkpoint that loads in any layout.
 
     Args:
         hf_dir: configuration and safetensors.
         out_dir: the new checkpoint; missing or empty.
         progress: called with (bytes done, bytes in all).
+
+    Returns:
+        Names of the tensors that are only carried through.
 
     Raises:
         CheckpointError: unreadable source, weights that do not fit config.json, or a target that is not empty.
@@ -65,26 +73,34 @@ def import_checkpoint(hf_dir: str | os.PathLike, out_dir: str | os.PathLike, pro
     model_config = family.config_from_hf(hf_config, text_only=False)
     weight_map: WeightMap = family.weight_map(model_config)
     with open_weights(hf_dir) as reader:
-        weights = weight_map.match(reader)
-        check_tied_copies(weight_map, reader, weights)
+        found = weight_map.match(reader)
+        check_tied_copies(reader, found)
         with staged_directory(out_dir) as staging:
-            _import_weights(reader, weights, staging, progress)
+            _import_weights(reader, found.tensors, staging, progress)
+            keep_passthrough(reader, found.passthrough, staging)
             Manifest(identity=identity_of(hf_dir, family.name, model_config)).write(staging)
+    return found.passthrough
 
 
 def _import_weights(
-    reader: SafetensorsReader, weights: dict[str, HfWeight], staging: Path, progress: Progress | None
+    reader: SafetensorsReader, tensors: Mapping[str, HfTensor], staging: Path, progress: Progress | None
 ) -> None:
-    wanted = {entry.name: entry for entry in weights.values()}  # one of each, where a file repeats a tied weight
-    done_bytes, total_bytes = 0, sum(reader.tensors[entry.hf_name].num_bytes for entry in wanted.values())
-    buffer = _new_buffer(weights.values(), max(stored.dtype.itemsize for stored in reader.files))
+    done_bytes, total_bytes = 0, sum(reader.tensors[hf_name].num_bytes for hf_name in tensors)
+    memory = BlockMemory()
     writer = TorchDistWriter(staging)
     try:
         for stored in reader.files:
-            entry = weights.get(stored.name)
-            if entry is None or wanted[entry.name] is not entry:
+            if stored.name not in tensors:
                 continue
-            writer.write(entry.name, entry.weight.padded_shape, stored.dtype, _padded_rows(reader, entry, buffer))
+            for band in tensors[stored.name].bands:
+                for part in band.parts:
+                    writer.add(part.name, part.weight.padded_shape, stored.dtype)
+                for first_row, end_row in band.blocks(stored.dtype):
+                    rows = reader.read_rows(stored.name, *band.file_rows(first_row, end_row), memory)
+                    for part, own_rows in zip(band.parts, band.from_file(rows), strict=True):
+                        writer.write(part.name, own_rows)
+                for part in band.parts:
+                    writer.write(part.name, _padding_rows(part, stored.dtype))
             done_bytes += stored.num_bytes
             if progress is not None:
                 progress(done_bytes, total_bytes)
@@ -93,27 +109,10 @@ def _import_weights(
         writer.abort()
 
 
-def _new_buffer(weights: Iterable[HfWeight], itemsize: int) -> torch.Tensor:
-    """Memory for one block, used again for all blocks: new pages for each would cost as much as the copying."""
-    row_bytes = max(math.prod(entry.weight.own_shape[1:]) * itemsize for entry in weights)
-    return torch.empty(max(BLOCK_BYTES, row_bytes), dtype=torch.uint8)
-
-
-def _padded_rows(
-    reader: SafetensorsReader, entry: HfWeight, buffer: torch.Tensor
-) -> Callable[[int, int], torch.Tensor]:
-    """Reads rows of our tensor by way of `buffer`; beyond the file's end come zeros."""
-    shape = entry.weight.own_shape
-    num_rows = shape[0] if shape else 1
-
-    def read(first_row: int, end_row: int) -> torch.Tensor:
-        first_read, end_read = min(first_row, num_rows), min(end_row, num_rows)
-        rows = reader.read_rows(entry.hf_name, entry.file_row(first_read), entry.file_row(end_read), buffer)
-        rows = entry.from_file(rows)
-        padding_rows = end_row - first_row - (end_read - first_read)
-        return torch.cat([rows, rows.new_zeros(padding_rows, *shape[1:])]) if padding_rows else rows
-
-    return read
+def _padding_rows(part: HfPart, dtype: torch.dtype) -> torch.Tensor:
+    """The zeros after the vocabulary's rows; none for other weights."""
+    shape, padded_shape = part.weight.own_shape, part.weight.padded_shape
+    return torch.zeros(padded_shape[0] - shape[0], *shape[1:], dtype=dtype) if shape else torch.empty(0, dtype=dtype)
 
 
 def export_checkpoint(
@@ -121,7 +120,7 @@ def export_checkpoint(
     hf_dir: str | os.PathLike,
     out_dir: str | os.PathLike,
     progress: Progress | None = None,
-) -> None:
+) -> tuple[str, ...]:
     """Write the weights of a distributed checkpoint as a Hugging Face directory.
 
     Args:
@@ -131,6 +130,9 @@ def export_checkpoint(
         out_dir: the new directory; missing or empty.
         progress: called with (bytes done, bytes in all).
 
+    Returns:
+        Names of the tensors that are only carried through.
+
     Raises:
         CheckpointError: the checkpoint is unreadable or of another model, or the target is not empty.
     """
@@ -139,22 +141,27 @@ def export_checkpoint(
     with reader, staged_directory(out_dir) as staging:
         _export_weights(reader, plan, staging, progress)
         plan.write_companions(staging)
+    return plan.passthrough
 
 
 def _export_weights(reader: TorchDistReader, plan: ExportPlan, staging: Path, progress: Progress | None) -> None:
     done_bytes, total_bytes = 0, plan.files.num_bytes
-    itemsize = max(tensor.properties.dtype.itemsize for tensor in reader.tensors.values())
-    buffer = _new_buffer(plan.weights.values(), itemsize)
+    file_memory, part_memory = BlockMemory(), defaultdict[int, BlockMemory](BlockMemory)
     writer = SafetensorsWriter(staging, plan.files)
     try:
         for stored in plan.files:
-            entry = plan.weights[stored.name]
-            for first_row, end_row in row_blocks(entry.weight.own_shape, stored.dtype):
-                rows = reader.read_rows(entry.name, first_row, end_row, buffer).to(stored.dtype)
-                writer.write(stored.name, entry.file_row(first_row), entry.to_file(rows))
+            for band in plan.bands(stored.name):
+                for first_row, end_row in band.blocks(stored.dtype):
+                    rows = [
+                        reader.read_rows(part.name, first_row, end_row, part_memory[index])
+                        for index, part in enumerate(band.parts)
+                    ]
+                    file_row, _ = band.file_rows(first_row, end_row)
+                    writer.write(stored.name, file_row, band.to_file(rows, stored.dtype, file_memory))
             done_bytes += stored.num_bytes
             if progress is not None:
                 progress(done_bytes, total_bytes)
+        plan.copy_passthrough(writer)
         writer.close()
     finally:
         writer.abort()
@@ -175,30 +182,61 @@ def verify_checkpoint(
     Returns:
         How much was compared, and every tensor that differs.
     """
-    stored_checkpoint, plan = open_for_export(checkpoint, hf_dir)
+    saved, plan = open_for_export(checkpoint, hf_dir)
     differences = []
-    with stored_checkpoint, open_weights(hf_dir) as reader:
-        weights = plan.weight_map.match(reader)
-        total_bytes = sum(reader.tensors[hf_name].num_bytes for hf_name in weights)
+    with saved, open_weights(hf_dir) as reader:
+        found = plan.weight_map.match(reader)
+        compared = [*found.with_copies, *found.passthrough]
+        total_bytes = sum(reader.tensors[hf_name].num_bytes for hf_name in compared)
         done_bytes = 0
-        for hf_name, entry in weights.items():
-            reason = _compare(reader, entry, stored_checkpoint)
+        for hf_name in compared:
+            if hf_name in found.passthrough:
+                reason = _compare_passthrough(reader, hf_name, saved.directory)
+            else:
+                reason = _difference(_pairs(reader, found.with_copies[hf_name], saved))
             if reason is not None:
                 differences.append(Difference(hf_name, reason))
             done_bytes += reader.tensors[hf_name].num_bytes
             if progress is not None:
                 progress(done_bytes, total_bytes)
-    return Comparison(len(weights), total_bytes, tuple(differences))
+    return Comparison(len(compared), total_bytes, tuple(differences))
 
 
-def _compare(reader: SafetensorsReader, entry: HfWeight, checkpoint: TorchDistReader) -> str | None:
+def _pairs(
+    reader: SafetensorsReader, tensor: HfTensor, saved: TorchDistReader
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield rows as they are saved, in the file's type, and as they should be."""
+    dtype, memory = reader.tensors[tensor.hf_name].dtype, BlockMemory()
+    for band in tensor.bands:
+        for first_row, end_row in band.blocks(dtype):
+            rows = reader.read_rows(tensor.hf_name, *band.file_rows(first_row, end_row), memory)
+            for part, expected in zip(band.parts, band.from_file(rows), strict=True):
+                yield saved.read_rows(part.name, first_row, end_row).to(dtype), expected
+        for part in band.parts:
+            padding = _padding_rows(part, dtype)
+            if len(padding):
+                yield saved.read_rows(part.name, band.num_rows, band.num_rows + len(padding)).to(dtype), padding
+
+
+def _compare_passthrough(reader: SafetensorsReader, hf_name: str, checkpoint: Path) -> str | None:
+    """Why a tensor that is carried through differs, or None."""
+    if not (checkpoint / PASSTHROUGH_NAME).is_dir():
+        return "not in the checkpoint"
+    stored = reader.tensors[hf_name]
+    with SafetensorsReader(checkpoint / PASSTHROUGH_NAME) as kept:
+        found = kept.tensors.get(hf_name)
+        if found is None:
+            return "not in the checkpoint"
+        if (found.dtype, found.shape) != (stored.dtype, stored.shape):
+            return f"{found.dtype} {list(found.shape)} instead of {stored.dtype} {list(stored.shape)}"
+        blocks = row_blocks(stored.shape, stored.dtype)
+        return _difference((kept.read_rows(hf_name, *block), reader.read_rows(hf_name, *block)) for block in blocks)
+
+
+def _difference(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> str | None:
     """Why a tensor differs, or None."""
-    stored, saved = reader.tensors[entry.hf_name], checkpoint.tensors[entry.name]
-    read_expected = _padded_rows(reader, entry, _new_buffer([entry], stored.dtype.itemsize))
     num_different, largest = 0, 0.0
-    for first_row, end_row in row_blocks(tuple(saved.size), saved.properties.dtype):
-        expected = read_expected(first_row, end_row)
-        actual = checkpoint.read_rows(entry.name, first_row, end_row).to(stored.dtype)
+    for actual, expected in pairs:
         if not torch.equal(_bits(actual), _bits(expected)):
             num_different += int((_bits(actual) != _bits(expected)).sum())
             largest = max(largest, float((actual.double() - expected.double()).abs().max()))
@@ -243,7 +281,7 @@ def open_for_export(
     try:
         weight_map.check_stored(reader.shapes, str(directory))
         dtypes = {name: tensor.properties.dtype for name, tensor in reader.tensors.items()}
-        return reader, plan_export(hf_dir, hf_config, weight_map, dtypes)
+        return reader, plan_export(hf_dir, hf_config, weight_map, dtypes, directory)
     except CheckpointError:
         reader.close()
         raise
@@ -261,21 +299,20 @@ def identity_of(hf_dir: str | os.PathLike, family: str, model_config: VisionLang
     )
 
 
-def check_tied_copies(weight_map: WeightMap, reader: SafetensorsReader, weights: dict[str, HfWeight]) -> None:
+def check_tied_copies(reader: SafetensorsReader, found: FoundTensors) -> None:
     """Where a file repeats a tied weight, both must hold the same bits: transformers would train them apart otherwise.
 
     Raises:
         CheckpointError: they differ.
     """
-    sources = {source for _, source in weight_map.tied_groups}
-    for source in sources:
-        first, *copies = sorted(hf_name for hf_name, entry in weights.items() if entry.name == source)
-        for copy in copies:
-            for first_row, end_row in row_blocks(reader.tensors[first].shape, reader.tensors[first].dtype):
-                left, right = (reader.read_rows(name, first_row, end_row) for name in (first, copy))
-                if left.dtype != right.dtype or not torch.equal(_bits(left), _bits(right)):
-                    raise CheckpointError(
-                        f"{first} and {copy} differ although config.json ties them",
-                        str(reader.directory),
-                        'set "tie_word_embeddings": false in config.json to keep both',
-                    )
+    holders = {part.name: hf_name for hf_name, tensor in found.tensors.items() for part in tensor.parts}
+    for copy_name, tensor in found.tied_copies.items():
+        first, copy = sorted((holders[tensor.parts[0].name], copy_name))
+        for first_row, end_row in row_blocks(reader.tensors[first].shape, reader.tensors[first].dtype):
+            left, right = (reader.read_rows(name, first_row, end_row) for name in (first, copy))
+            if left.dtype != right.dtype or not torch.equal(_bits(left), _bits(right)):
+                raise CheckpointError(
+                    f"{first} and {copy} differ although config.json ties them",
+                    str(reader.directory),
+                    'set "tie_word_embeddings": false in config.json to keep both',
+                )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_vlm.checkpoint.float8 import find_quantization, open_weights
-from megatron_vlm.checkpoint.hf import PROCESSOR_PATTERNS, copy_companion_files, has_weights
+from megatron_vlm.checkpoint.hf import PROCESSOR_PATTERNS, SafetensorsWriter, copy_companion_files, has_weights
+from megatron_vlm.conversion.passthrough import copy_tensors, find_passthrough
 from megatron_vlm.families import registry
 from megatron_vlm.files.durable import write_durably
-from megatron_vlm.files.safetensors_headers import WeightFiles
-from megatron_vlm.model.weight_map import HfWeight, WeightMap
+from megatron_vlm.files.safetensors_headers import StoredTensor, WeightFiles
+from megatron_vlm.model.hf_tensors import HfBand, HfTensor
+from megatron_vlm.model.weight_map import WeightMap
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -28,7 +31,9 @@ class ExportPlan:
     Args:
         source: the Hugging Face directory whose configuration and tokenizer are copied.
         files: weight files, in the order of writing.
-        weights: by each name in `files`.
+        tensors: those that hold weights, by their names in `files`.
+        passthrough: names of the others, which are only carried through.
+        passthrough_source: a directory with those.
         weight_map: of the model that is exported.
         config: replaces `config.json`; None copies it.
         is_alone: the language model of a multimodal directory; it has no use for an image processor.
@@ -36,10 +41,22 @@ class ExportPlan:
 
     source: Path
     files: WeightFiles
-    weights: dict[str, HfWeight]
+    tensors: dict[str, HfTensor]
+    passthrough: tuple[str, ...]
+    passthrough_source: Path | None
     weight_map: WeightMap
     config: bytes | None
     is_alone: bool
+
+    def bands(self, hf_name: str) -> tuple[HfBand, ...]:
+        """What holds weights of the tensor in `files`; nothing, if it is only carried through."""
+        return self.tensors[hf_name].bands if hf_name in self.tensors else ()
+
+    def copy_passthrough(self, writer: SafetensorsWriter) -> None:
+        """Write what is only carried through."""
+        if self.passthrough_source is not None and self.passthrough:
+            with open_weights(self.passthrough_source) as reader:
+                copy_tensors(reader, [reader.tensors[name] for name in self.passthrough], writer)
 
     def write_companions(self, directory: Path) -> None:
         """Copy or write configuration, tokenizer and the like."""
@@ -50,36 +67,66 @@ class ExportPlan:
 
 
 def plan_export(
-    hf_dir: str | os.PathLike, hf_config: PretrainedConfig, weight_map: WeightMap, dtypes: dict[str, torch.dtype]
+    hf_dir: str | os.PathLike,
+    hf_config: PretrainedConfig,
+    weight_map: WeightMap,
+    dtypes: dict[str, torch.dtype],
+    checkpoint: Path | None = None,
 ) -> ExportPlan:
     """Decide names, dtypes and files of an export.
 
     Everything follows the weights in `hf_dir`, but float8 weights are written as bfloat16 in shards of 5 GB. Where they
     cannot be followed (there are none, or the language model of a multimodal model is exported alone), names are those
     of published files, shards are of 5 GB, and dtypes those of the weights in `hf_dir`, else of config.json, else of
-    the model.
+    the model. Shards are of 5 GB, too, where other tensors are carried through than `hf_dir` has.
 
     Args:
         hf_dir: the model's Hugging Face directory.
         hf_config: its configuration.
         weight_map: of the model to be exported.
         dtypes: by our name, of the model to be exported.
+        checkpoint: where tensors that are only carried through are looked for first; see `find_passthrough`.
     """
     source = Path(hf_dir).absolute()
     is_alone = _is_alone(hf_config, weight_map)
     new_config = _language_model_config if is_alone else _changed_config
     config = new_config(source, hf_config, weight_map)
+    passthrough_source = find_passthrough(checkpoint, source) if weight_map.passthrough else None
+    passthrough = {} if passthrough_source is None else _passthrough_in(passthrough_source, weight_map)
+
+    def plan(files: WeightFiles, tensors: dict[str, HfTensor]) -> ExportPlan:
+        return ExportPlan(source, files, tensors, tuple(passthrough), passthrough_source, weight_map, config, is_alone)
+
     default_dtype = _config_dtype(hf_config)
     file_dtypes = {name: default_dtype or dtype for name, dtype in dtypes.items()}
+    tensors = weight_map.as_written()
     if has_weights(source):
         with open_weights(source) as reader:
-            weights = weight_map.match(reader)
+            found = weight_map.match(reader)
+            beside = {name: reader.tensors[name] for name in found.passthrough}
             if not is_alone:
-                return ExportPlan(source, reader.files, weights, weight_map, config, is_alone)
-            file_dtypes = {entry.name: reader.tensors[hf_name].dtype for hf_name, entry in weights.items()}
-    weights = weight_map.as_written()
-    files = WeightFiles.plan((entry.hf_name, file_dtypes[entry.name], entry.shape) for entry in weights.values())
-    return ExportPlan(source, files, weights, weight_map, config, is_alone)
+                if _described(passthrough) == _described(beside):
+                    return plan(reader.files, found.with_copies)
+                tensors = found.with_copies
+            file_dtypes = {
+                part.name: reader.tensors[hf_name].dtype
+                for hf_name, tensor in found.with_copies.items()
+                for part in tensor.parts
+            }
+    described = {hf_name: (file_dtypes[tensor.parts[0].name], tensor.shape) for hf_name, tensor in tensors.items()}
+    described |= _described(passthrough)
+    return plan(WeightFiles.plan((name, *kind) for name, kind in described.items()), tensors)
+
+
+def _passthrough_in(directory: Path, weight_map: WeightMap) -> dict[str, StoredTensor]:
+    """The tensors of a directory that are only carried through."""
+    with open_weights(directory) as reader:
+        return {name: reader.tensors[name] for name in weight_map.passthrough_in(reader.tensors)}
+
+
+def _described(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape by name."""
+    return {name: (stored.dtype, stored.shape) for name, stored in tensors.items()}
 
 
 def _is_alone(hf_config: PretrainedConfig, weight_map: WeightMap) -> bool:

@@ -6,9 +6,14 @@ least one, all of it) go to the first rank, which writes them; no rank ever hold
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -24,9 +29,11 @@ from megatron_vlm.conversion.convert import check_tied_copies
 from megatron_vlm.conversion.export_plan import ExportPlan, plan_export
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.families import registry
+from megatron_vlm.files.block_memory import BlockMemory
 from megatron_vlm.files.durable import check_export_target, staged_directory
-from megatron_vlm.files.safetensors_headers import row_blocks
-from megatron_vlm.model.weight_map import HfWeight
+from megatron_vlm.files.safetensors_headers import StoredTensor, row_blocks
+from megatron_vlm.model.hf_tensors import HfBand, HfTensor
+from megatron_vlm.model.weight_tables import Weight
 from megatron_vlm.model_configs import VisionLanguageConfig
 from megatron_vlm.parallel.parameters import spec_of
 from megatron_vlm.parallel.sharding import Group, replica_group, splits, whole_shape
@@ -34,6 +41,8 @@ from megatron_vlm.parallel.sharding import Group, replica_group, splits, whole_s
 GATHERED_BYTES = 16 * 2**20  # what goes to the writing rank at a time: enough that starting a transfer costs little
 
 Chunks = Sequence[torch.nn.Module]
+_Receive = Callable[[], torch.Tensor]
+"""Gives memory for rows from another rank."""
 
 
 def load_hf_into_model(
@@ -58,35 +67,54 @@ def load_hf_into_model(
         CheckpointError: the files are missing, damaged, or do not fit the model; every rank raises the same.
     """
     weight_map = family.weight_map(model_config)
+    parameters = defaultdict[str, list[torch.nn.Parameter]](list)
+    for name, parameter in _named_parameters(model_chunks):
+        parameters[name].append(parameter)
     with open_weights(hf_dir) as reader, torch.no_grad():
-        weights = weight_map.match(reader)
-        check_tied_copies(weight_map, reader, weights)
-        by_name = {entry.name: entry for entry in weights.values()}
-        for name, parameter in _named_parameters(model_chunks):
-            _load_parameter(parameter, reader, by_name[name], groups)
+        found = weight_map.match(reader)
+        check_tied_copies(reader, found)
+        for tensor in found.tensors.values():
+            for band in tensor.bands:
+                held = [(part.weight, own) for part in band.parts for own in parameters[part.name]]
+                if held:
+                    _load(held, reader, tensor, band, groups)
 
 
-def _load_parameter(
-    parameter: torch.nn.Parameter, reader: SafetensorsReader, entry: HfWeight, groups: ProcessGroupCollection
+def _load(
+    held: Sequence[tuple[Weight, torch.nn.Parameter]],
+    reader: SafetensorsReader,
+    tensor: HfTensor,
+    band: HfBand,
+    groups: ProcessGroupCollection,
 ) -> None:
-    if not entry.shape:
-        parameter.copy_(reader.read(entry.hf_name))
+    """Fill the parameters that this rank has of a band."""
+    if not tensor.shape:
+        for _, parameter in held:
+            parameter.copy_(reader.read(tensor.hf_name))
         return
-    part = [(0, size) for size in parameter.shape]
-    for split in splits(parameter, groups):
-        size = parameter.shape[split.dim]
-        part[split.dim] = (split.group.rank() * size, (split.group.rank() + 1) * size)
-    # Rows past the file's are vocabulary padding; whole ranks may hold nothing else.
-    num_rows = entry.weight.own_shape[0]
-    part[0] = (min(part[0][0], num_rows), min(part[0][1], num_rows))
-    count = part[0][1] - part[0][0]
-    parameter[count:].zero_()
-    if not entry.is_transposed:
-        reader.read_part(entry.hf_name, parameter[:count], entry.weight.own_shape, part)
+    parts = []
+    for weight, parameter in held:
+        part = [(0, size) for size in parameter.shape]
+        for split in splits(parameter, groups):
+            size = parameter.shape[split.dim]
+            part[split.dim] = (split.group.rank() * size, (split.group.rank() + 1) * size)
+        # Rows past the file's are vocabulary padding; whole ranks may hold nothing else.
+        part[0] = (min(part[0][0], band.num_rows), min(part[0][1], band.num_rows))
+        count = part[0][1] - part[0][0]
+        parameter[count:].zero_()
+        if len(band.parts) > 1:
+            assert weight.part_of is not None
+            part[band.dim] = (part[band.dim][0] + weight.part_of.start, part[band.dim][1] + weight.part_of.start)
+        parts.append((parameter[:count], part))
+    if band.is_transposed:
+        memory = BlockMemory()
+        for target, (rows, *inner) in parts:
+            for index, row in enumerate(range(*rows)):
+                (matrices,) = band.from_file(reader.read_rows(tensor.hf_name, row, row + 1, memory))
+                target[index].copy_(matrices[0][tuple(slice(*bounds) for bounds in inner)])
         return
-    own = tuple(slice(*bounds) for bounds in part[1:])
-    for place, row in enumerate(range(*part[0])):
-        parameter[place].copy_(entry.from_file(reader.read_rows(entry.hf_name, row, row + 1))[0][own])
+    shape = band.shape if len(band.parts) > 1 else held[0][0].own_shape
+    reader.read_parts(tensor.hf_name, shape, parts, band.first_row * math.prod(band.shape[1:]))
 
 
 def export_hf_from_model(
@@ -96,7 +124,8 @@ def export_hf_from_model(
     family: registry.Family,
     model_config: VisionLanguageConfig,
     groups: ProcessGroupCollection,
-) -> None:
+    checkpoint: Path | None = None,
+) -> tuple[str, ...]:
     """Write the model as a Hugging Face directory; called on every rank.
 
     Names, dtypes and shards follow `hf_dir`; see `plan_export`. Call `check_export_target` before training, too.
@@ -108,6 +137,11 @@ def export_hf_from_model(
         family: of the model.
         model_config: of the model.
         groups: process groups.
+        checkpoint: the folder of the run's checkpoints, or a checkpoint: where tensors that are only carried through
+            are looked for first. Else those of `hf_dir` are written.
+
+    Returns:
+        Names of the tensors that are only carried through.
 
     Raises:
         CheckpointError: the target is not empty or cannot be written; every rank raises the same.
@@ -116,7 +150,9 @@ def export_hf_from_model(
     gather_parameters(model_chunks)
     source = _Gatherer(model_chunks, groups)
     weight_map = family.weight_map(model_config)
-    plan = on_first_rank(lambda: plan_export(hf_dir, registry.load_hf_config(hf_dir), weight_map, source.dtypes()))
+    plan = on_first_rank(
+        lambda: plan_export(hf_dir, registry.load_hf_config(hf_dir), weight_map, source.dtypes(), checkpoint)
+    )
     failure: CheckpointError | None = None
     gathered = source.gather(plan)
     try:
@@ -128,6 +164,7 @@ def export_hf_from_model(
         for _ in gathered:  # ranks that do not write, and the writer after a full disk: the others are sending
             pass
     on_first_rank(lambda: _raise(failure))
+    return plan.passthrough
 
 
 def _raise(error: Exception | None) -> None:
@@ -136,23 +173,24 @@ def _raise(error: Exception | None) -> None:
 
 
 class _Rows(NamedTuple):
-    """Some rows of a weight on their way into a file; `rows` is None except on the writing rank."""
+    """Some rows of a file's tensor, as rows of its parts; None except on the writing rank."""
 
-    entry: HfWeight
-    file_dtype: torch.dtype
+    stored: StoredTensor
+    band: HfBand
     first_row: int
-    rows: torch.Tensor | None
+    of_parts: list[torch.Tensor | None]
 
 
 def _write(plan: ExportPlan, gathered: Iterator[_Rows], out_dir: str | os.PathLike) -> None:
+    memory = BlockMemory()
     with staged_directory(out_dir) as staging:
         writer = SafetensorsWriter(staging, plan.files)
         try:
-            for entry, dtype, first_row, rows in gathered:
-                assert rows is not None
+            for stored, band, first_row, of_parts in gathered:
                 # Parameters may live on another device and in another precision.
-                host_rows = torch.empty(rows.shape, dtype=dtype).copy_(rows)
-                writer.write(entry.hf_name, entry.file_row(first_row), entry.to_file(host_rows))
+                block = band.to_file([rows for rows in of_parts if rows is not None], stored.dtype, memory)
+                writer.write(stored.name, band.file_rows(first_row, first_row)[0], block)
+            plan.copy_passthrough(writer)
             writer.close()
         finally:
             writer.abort()
@@ -183,6 +221,7 @@ class _Gatherer:
         torch.distributed.all_gather_object(stages, mine, group=groups.pp)
         # The first stage that has a parameter owns it: the last stage's tied embedding is a copy.
         self._places = {name: place for stage in reversed(stages) for name, place in stage.items()}
+        self._memory = defaultdict[int, BlockMemory](lambda: BlockMemory(platform.current().device))
         self._is_first_of_stage = groups.tp.rank() == 0 and groups.dp_cp.rank() == 0
         self.is_writer = self._is_first_of_stage and groups.pp.rank() == 0
 
@@ -193,26 +232,27 @@ class _Gatherer:
     def gather(self, plan: ExportPlan) -> Iterator[_Rows]:
         """Every weight in the order of the plan's files, a few rows at a time; every rank goes through all of them."""
         for stored in plan.files:
-            entry = plan.weights[stored.name]
-            place = self._places[entry.name]
-            num_rows = entry.weight.own_shape[0] if entry.shape else 1  # without vocabulary padding
-            for start in range(0, num_rows, place.rows_per_rank):  # so that all of a block's rows are on one rank
-                count = min(place.rows_per_rank, num_rows - start)
-                for first, end in row_blocks((count, *place.shape[1:]), place.dtype, GATHERED_BYTES):
-                    rows = self._rows(entry.name, place, start + first, end - first)
-                    yield _Rows(entry, stored.dtype, start + first, rows)
+            for band in plan.bands(stored.name):
+                places = [self._places[part.name] for part in band.parts]
+                for first_row, end_row in _blocks(band, places):
+                    rows = []
+                    for index, (part, place) in enumerate(zip(band.parts, places, strict=True)):
+                        shape = (end_row - first_row, *place.shape[1:])
+                        receive = partial(self._memory[index].take, shape, place.dtype)
+                        rows.append(self._rows(part.name, place, first_row, shape[0], receive))
+                    yield _Rows(stored, band, first_row, rows)
 
-    def _rows(self, name: str, place: _Place, first_row: int, count: int) -> torch.Tensor | None:
+    def _rows(self, name: str, place: _Place, first_row: int, count: int, receive: _Receive) -> torch.Tensor | None:
         """Rows of a parameter on the writing rank, None elsewhere."""
-        rows, shape = None, (count, *place.shape[1:])
+        rows = None
         if self._groups.pp.rank() == place.pipeline_rank:
-            rows = self._rows_of_stage(self._parameters[name], first_row, shape)
+            rows = self._rows_of_stage(self._parameters[name], first_row, count, receive)
         if self._is_first_of_stage:
-            rows = self._bring_to_first(rows, place.pipeline_rank, self._groups.pp, shape, place.dtype)
+            rows = _bring_to_first(rows, place.pipeline_rank, self._groups.pp, receive)
         return rows
 
     def _rows_of_stage(
-        self, parameter: torch.nn.Parameter, first_row: int, shape: tuple[int, ...]
+        self, parameter: torch.nn.Parameter, first_row: int, count: int, receive: _Receive
     ) -> torch.Tensor | None:
         """Rows of a parameter of this stage on its first rank, None elsewhere."""
         divided = {split.dim: split.group for split in splits(parameter, self._groups)}
@@ -222,27 +262,36 @@ class _Gatherer:
         row_group, rows = divided.pop(0, None), None
         owner, start = divmod(first_row, _num_rows(parameter))
         if row_group is None or row_group.rank() == owner:
-            rows = torch.atleast_1d(parameter.detach())[start : start + shape[0]].contiguous()
+            rows = torch.atleast_1d(parameter.detach())[start : start + count].contiguous()
             for dim, group in divided.items():
                 rows = None if rows is None else _gather_to_first(rows, dim, group)
         if row_group is not None and all(group.rank() == 0 for group in divided.values()):
-            rows = self._bring_to_first(rows, owner, row_group, shape, parameter.dtype)
+            rows = _bring_to_first(rows, owner, row_group, receive)
         return rows
 
-    def _bring_to_first(
-        self, rows: torch.Tensor | None, owner: int, group: Group, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> torch.Tensor | None:
-        """Give what the group's `owner` has to its first rank.
 
-        By a broadcast, for which the group's ranks are connected already: on a device, a transfer between two ranks
-        would take memory for a connection of their own, from every rank of the group to the first.
-        """
-        if owner == 0:
-            return rows
-        if rows is None:
-            rows = torch.empty(shape, dtype=dtype, device=platform.current().device)
-        torch.distributed.broadcast(rows, torch.distributed.get_global_rank(group, owner), group=group)
-        return rows if group.rank() == 0 else None
+def _bring_to_first(rows: torch.Tensor | None, owner: int, group: Group, receive: _Receive) -> torch.Tensor | None:
+    """Give what the group's `owner` has to its first rank.
+
+    By a broadcast, for which the group's ranks are connected already: on a device, a transfer between two ranks would
+    take memory for a connection of their own, from every rank of the group to the first.
+    """
+    if owner == 0:
+        return rows
+    rows = receive() if rows is None else rows
+    torch.distributed.broadcast(rows, torch.distributed.get_global_rank(group, owner), group=group)
+    return rows if group.rank() == 0 else None
+
+
+def _blocks(band: HfBand, places: Sequence[_Place]) -> Iterator[tuple[int, int]]:
+    """First and end rows of blocks of a band, each of which lies on one rank with all its rows of a part."""
+    borders = {0, band.num_rows}
+    for place in places:
+        borders.update(range(0, band.num_rows, place.rows_per_rank))
+    row_elements = sum(math.prod(place.shape[1:]) for place in places)
+    for start, stop in pairwise(sorted(borders)):
+        for first, end in row_blocks((stop - start, row_elements), places[0].dtype, GATHERED_BYTES):
+            yield start + first, start + end
 
 
 def _num_rows(parameter: torch.nn.Parameter) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron_vlm.errors import CheckpointError
+from megatron_vlm.files.block_memory import BlockMemory
 
 # Measured on ext4: files written in larger requests take up to four times as long. `cp` uses this size too.
 REQUEST_BYTES = 256 * 2**10
@@ -39,29 +40,27 @@ class StreamedFile(FileIO):
         self.close()
 
 
-def read_bytes(descriptor: int, offset_byte: int, num_bytes: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
+def read_bytes(descriptor: int, offset_byte: int, num_bytes: int, memory: BlockMemory | None = None) -> torch.Tensor:
     """A range of an open file as a tensor of uint8.
 
     Args:
         descriptor: of the file.
         offset_byte: where the range begins.
         num_bytes: its length.
-        buffer: uint8 memory to read into, where it is long enough; otherwise the result has memory of its own.
+        memory: to read into; otherwise the result has memory of its own.
 
     Raises:
         EOFError: the file ends before the range does.
     """
-    if buffer is None or len(buffer) < num_bytes:
-        buffer = torch.empty(num_bytes, dtype=torch.uint8)
-    buffer = buffer[:num_bytes]
-    view = memoryview(buffer.numpy())
+    values = (memory or BlockMemory()).take((num_bytes,), torch.uint8)
+    view = memoryview(values.numpy())
     position = 0
     while position < num_bytes:
         count = os.preadv(descriptor, [view[position:]], offset_byte + position)
         if count == 0:
             raise EOFError(f"the file ends before byte {offset_byte + num_bytes}")
         position += count
-    return buffer
+    return values
 
 
 def check_export_target(directory: str | os.PathLike) -> Path:

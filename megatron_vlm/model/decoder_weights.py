@@ -1,11 +1,11 @@
-"""Names and shapes of a decoder's weights, which families share; the tables are read by `weight_map.resolve`."""
+"""Names and shapes of a decoder's weights, which families share; the tables are read by `weight_tables.resolve`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron_vlm.model.weight_map import Weight, WeightGroup, resolve
+from megatron_vlm.model.weight_tables import Table, Weight, WeightGroup, resolve
 from megatron_vlm.model_configs import DecoderConfig
 
 # Prefix of a language model alone, in its files.
@@ -36,7 +36,7 @@ def head_weights(text: DecoderConfig, hf_prefixes: tuple[str, ...]) -> WeightGro
     return WeightGroup("language_model.lm_head.", hf_prefixes, (weight,))
 
 
-def decoder_weights(text: DecoderConfig, table_of: Callable[[Any], Mapping[str, str]]) -> Iterator[Weight]:
+def decoder_weights(text: DecoderConfig, table_of: Callable[[Any], Table]) -> Iterator[Weight]:
     """Embedding, layers and final norm.
 
     Args:

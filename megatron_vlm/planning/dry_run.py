@@ -18,6 +18,7 @@ from megatron_vlm.checkpoint.run_folder import Manifest, find_checkpoint
 from megatron_vlm.checkpoint.torch_dist import TorchDistReader
 from megatron_vlm.config import Config
 from megatron_vlm.conversion.convert import check_tied_copies, identity_of
+from megatron_vlm.conversion.passthrough import describe
 from megatron_vlm.data.describe import RowCheck, check_rows, describe_samples
 from megatron_vlm.data.rows import reader_for
 from megatron_vlm.data.rules import PromptRules
@@ -161,10 +162,12 @@ def _check_weights(config: Config, family: registry.Family, model_config: Any) -
         return "weights   random (model.load_weights is false)"
     weight_map = family.weight_map(model_config)
     with open_weights(config.model.hf_path) as reader:
-        names = weight_map.match(reader)
-        check_tied_copies(weight_map, reader, names)
+        found = weight_map.match(reader)
+        check_tied_copies(reader, found)
+        names = found.with_copies
         num_bytes = sum(reader.tensors[name].num_bytes for name in names)
-    return f"weights   {len(names)} tensors, {num_bytes / 2**30:.2f} GiB, names and shapes fit the model"
+    fits = f"weights   {len(names)} tensors, {num_bytes / 2**30:.2f} GiB, names and shapes fit the model"
+    return f"{fits}\n  {describe(found.passthrough)}" if found.passthrough else fits
 
 
 def _check_load(config: Config, family: registry.Family, model_config: Any) -> str:

@@ -15,6 +15,7 @@ import yaml
 from megatron_vlm import platform
 from megatron_vlm.checkpoint.manager import on_first_rank
 from megatron_vlm.config import Config, changed_settings, to_dict, to_yaml
+from megatron_vlm.conversion.passthrough import describe
 from megatron_vlm.conversion.running_model import export_hf_from_model
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.data.rows import BadRowTracker
@@ -279,10 +280,15 @@ class Trainer:
         run, target = self.run_state, self.config.checkpoint.export_hf
         if target is None or not run.due_export:
             return
-        export_hf_from_model(run.model, self.config.model.hf_path, target, run.family, run.model_config, run.groups)
+        hf_path, checkpoints = self.config.model.hf_path, run.checkpoints.directory
+        carried = export_hf_from_model(
+            run.model, hf_path, target, run.family, run.model_config, run.groups, checkpoints
+        )
         on_first_rank(lambda: record_export(self.config))
         if run.is_first_rank:
             print(f"exported to {target}", flush=True)
+            if carried:
+                print(describe(carried), flush=True)
 
     def _prepare_folder(self) -> None:
         """Write the resolved configuration; an earlier start's `stopped.json` no longer holds."""

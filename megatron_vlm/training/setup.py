@@ -16,9 +16,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_vlm import platform
-from megatron_vlm.checkpoint.manager import CheckpointManager, load_weights
+from megatron_vlm.checkpoint.manager import CheckpointManager, load_weights, on_first_rank
 from megatron_vlm.checkpoint.run_folder import ModelIdentity
 from megatron_vlm.config import Config
+from megatron_vlm.conversion import passthrough
 from megatron_vlm.conversion.running_model import load_hf_into_model
 from megatron_vlm.data.loader import MicroBatchLoader, Share, build_train_loader, build_valid_loader
 from megatron_vlm.data.rules import PromptRules
@@ -81,7 +82,8 @@ def set_up(config: Config) -> Run:
     hf_config = registry.load_hf_config(config.model.hf_path)
     family = registry.detect(hf_config)
     model_config = family.config_from_hf(hf_config, text_only=config.model.text_only)
-    names = [name for name, _ in family.weight_map(model_config).items()]
+    weight_map = family.weight_map(model_config)
+    names = [name for name, _ in weight_map.items()]
     layout = check_layout(config, model_config, torch.distributed.get_world_size(), names)
     check_run_dir(config)
     due_export = check_export(config)
@@ -109,7 +111,8 @@ def set_up(config: Config) -> Run:
     )
     chunks = _build_model(config, layout, family, model_config, groups)
     if checkpoints.latest_step() is None:
-        _load_first_weights(config, chunks, family, model_config, groups, identity)
+        loaded = _load_first_weights(config, chunks, family, model_config, groups, identity)
+        on_first_rank(lambda: passthrough.begin_run(checkpoints.directory, loaded, config.model.hf_path, weight_map))
     parallel = config.parallel
     model = wrap_data_parallel(
         chunks,
@@ -176,11 +179,12 @@ def _load_first_weights(
     model_config: VisionLanguageConfig,
     groups: ProcessGroupCollection,
     identity: ModelIdentity,
-) -> None:
-    """The weights that a new run starts from: a checkpoint's, the model directory's, or random ones."""
+) -> Path | None:
+    """Fill in what a new run starts from: weights of a checkpoint (which is returned), of files, or random ones."""
     if config.checkpoint.load is not None:
-        load_weights(config.checkpoint.load, chunks, groups, identity)
-    elif config.model.load_weights:
+        return load_weights(config.checkpoint.load, chunks, groups, identity)
+    if config.model.load_weights:
         load_hf_into_model(chunks, config.model.hf_path, family, model_config, groups)
     else:
         initialize_weights(chunks, config.train.seed, model_config.text.initializer_range, groups)
+    return None

@@ -17,7 +17,8 @@ from megatron_vlm.model.decoder_weights import (
     decoder_weights,
     head_weights,
 )
-from megatron_vlm.model.weight_map import Weight, WeightGroup, WeightMap, resolve
+from megatron_vlm.model.weight_map import WeightMap
+from megatron_vlm.model.weight_tables import Weight, WeightGroup, resolve
 
 # Prefixes in files: published and re-saved, in memory, text only; the vision tower has one more when freshly saved.
 LANGUAGE_MODEL = ("language_model.model.", "model.language_model.")

@@ -16,7 +16,8 @@ from megatron_vlm.model.decoder_weights import (
     decoder_weights,
     head_weights,
 )
-from megatron_vlm.model.weight_map import Weight, WeightGroup, WeightMap, resolve
+from megatron_vlm.model.weight_map import WeightMap
+from megatron_vlm.model.weight_tables import Weight, WeightGroup, resolve
 
 # Prefixes in files: published, then the names that modules have in memory; of a language model alone.
 LANGUAGE_MODEL = ("language_model.model.", "model.language_model.")

@@ -19,7 +19,8 @@ from megatron_vlm.model.decoder_weights import (
     head_weights,
 )
 from megatron_vlm.model.qwen_vision import QwenVisionConfig
-from megatron_vlm.model.weight_map import Weight, WeightGroup, WeightMap, resolve
+from megatron_vlm.model.weight_map import WeightMap
+from megatron_vlm.model.weight_tables import Weight, WeightGroup, resolve
 from megatron_vlm.model_configs import DecoderLayerConfig, MoEConfig
 
 # Prefixes in files: of the published files and of all that transformers saves; of a model saved without its head.

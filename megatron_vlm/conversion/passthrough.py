@@ -1,0 +1,85 @@
+"""Tensors that are carried through: files hold them, transformers ignores them, and no model here has them.
+
+A checkpoint keeps them in a folder of its own, `passthrough`, as safetensors under their names in the files. A run
+keeps them beside its checkpoints from its first start on, whatever becomes of the files that they came from, and every
+checkpoint shares them. An export writes them as they are.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from megatron_vlm.checkpoint.float8 import open_weights
+from megatron_vlm.checkpoint.hf import SafetensorsReader, SafetensorsWriter, has_weights
+from megatron_vlm.checkpoint.run_folder import PASSTHROUGH_NAME
+from megatron_vlm.files.block_memory import BlockMemory
+from megatron_vlm.files.durable import staged_directory
+from megatron_vlm.files.safetensors_headers import StoredTensor, WeightFiles, row_blocks
+from megatron_vlm.model.weight_map import WeightMap, abbreviate
+
+
+def find_passthrough(checkpoint: Path | None, hf_dir: Path) -> Path | None:
+    """Where the tensors are that come with a model's weights: with its checkpoint, else in its Hugging Face directory.
+
+    Args:
+        checkpoint: a checkpoint, or the folder of a run's checkpoints; None for a model from files.
+        hf_dir: the model's Hugging Face directory, with or without weights.
+    """
+    if checkpoint is not None and (checkpoint / PASSTHROUGH_NAME).is_dir():
+        return checkpoint / PASSTHROUGH_NAME
+    return hf_dir if has_weights(hf_dir) else None
+
+
+def keep_passthrough(reader: SafetensorsReader, names: Sequence[str], folder: Path) -> None:
+    """Copy the tensors of these names into a checkpoint, or beside a run's checkpoints; without names do nothing."""
+    if not names:
+        return
+    stored = [reader.tensors[name] for name in names]
+    files = WeightFiles.plan((tensor.name, tensor.dtype, tensor.shape) for tensor in stored)
+    with staged_directory(folder / PASSTHROUGH_NAME) as staging:
+        writer = SafetensorsWriter(staging, files)
+        try:
+            copy_tensors(reader, stored, writer)
+            writer.close()
+        finally:
+            writer.abort()
+
+
+def begin_run(
+    checkpoints: Path, loaded: Path | None, hf_dir: str | os.PathLike, weight_map: WeightMap
+) -> tuple[str, ...]:
+    """Keep, beside the checkpoints of a run that begins, the tensors that come with its first weights.
+
+    Args:
+        checkpoints: the folder of the run's checkpoints, of which there is none yet.
+        loaded: the checkpoint that the weights are from, if they are.
+        hf_dir: the model's Hugging Face directory.
+        weight_map: of the model.
+
+    Returns:
+        Their names.
+    """
+    shutil.rmtree(checkpoints / PASSTHROUGH_NAME, ignore_errors=True)  # of a start that was killed
+    source = find_passthrough(loaded, Path(hf_dir)) if weight_map.passthrough else None
+    if source is None:
+        return ()
+    with open_weights(source) as reader:
+        names = weight_map.passthrough_in(reader.tensors)
+        keep_passthrough(reader, names, checkpoints)
+    return names
+
+
+def copy_tensors(reader: SafetensorsReader, tensors: Iterable[StoredTensor], writer: SafetensorsWriter) -> None:
+    """Copy tensors from one directory to another, bit for bit."""
+    memory = BlockMemory()
+    for stored in tensors:
+        for first_row, end_row in row_blocks(stored.shape, stored.dtype):
+            writer.write(stored.name, first_row, reader.read_rows(stored.name, first_row, end_row, memory))
+
+
+def describe(names: Sequence[str]) -> str:
+    """One line about tensors that are only carried through."""
+    return f"{len(names)} tensors are carried through as they are, untrained: {abbreviate(names)}"
