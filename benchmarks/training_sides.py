@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Pret
 from megatron_vlm import platform
 from megatron_vlm.config import OptimizerSettings
 from megatron_vlm.conversion.running_model import load_hf_into_model
-from megatron_vlm.data.collate import MicroBatch, PlacedSample, collate
+from megatron_vlm.data.collate import LoadedSample, MicroBatch, collate
 from megatron_vlm.data.media import Medium
 from megatron_vlm.data.prompts import Sample
 from megatron_vlm.families import registry
@@ -70,7 +70,7 @@ def build_batch(config: PretrainedConfig, num_tokens: int, image_patches: tuple[
         pixels = torch.from_numpy(generator.standard_normal((rows * columns, features), dtype=np.float32))
         sample.media_inputs = {"pixel_values": pixels}
         sample.media = [Medium("image", (1, rows, columns))]
-    return collate([[PlacedSample(sample, 0, "row 0")]], family.prompt_rules(model_config), filler_token_id=0)
+    return collate([[LoadedSample(sample, 0, "row 0")]], family.prompt_rules(model_config), padding_token_id=0)
 
 
 def transformers_side(

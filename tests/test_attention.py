@@ -18,9 +18,9 @@ from megatron_vlm.layers.attention import AttentionCore, SelfAttention
 from megatron_vlm.layers.rope import rope_table
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.parallel.mcore_config import engine_config
+from megatron_vlm.parallel.mcore_config import build_mcore_config
 from megatron_vlm.parallel.parameters import spec_of
-from megatron_vlm.parallel.sharding import gather_whole, own_part, whole_shape
+from megatron_vlm.parallel.sharding import full_shape, gather_full, own_part
 from tests.ranks import run_ranks
 from tests.test_span_attention import LENGTH, ROWS, deal, make_spans, shard_of
 from vlm_kernels.span_attention import QueryShard, Spans
@@ -123,18 +123,18 @@ def attend(layout: Layout, recompute: bool) -> Results:
     """Self-attention with projections, norms and rotation, over blocks of tokens dealt at random."""
     groups = build_groups(layout)
     initialize_megatron(1, groups)
-    engine = engine_config(HIDDEN, 4, torch.float32, layout)
-    attention = SelfAttention(HIDDEN, Layer(), engine, groups.tp, "plain", recompute_core=recompute)
+    mcore_config = build_mcore_config(HIDDEN, 4, torch.float32, layout)
+    attention = SelfAttention(HIDDEN, Layer(), mcore_config, groups.tp, "plain", recompute_core=recompute)
     with torch.no_grad():
         for seed, parameter in enumerate(attention.parameters()):
-            whole = random(*whole_shape(parameter, groups), seed=seed) * HIDDEN**-0.5
+            whole = random(*full_shape(parameter, groups), seed=seed) * HIDDEN**-0.5
             parameter.copy_(own_part(whole, parameter, groups))
 
     dealt, rank = deal(BATCH, LENGTH, BLOCK, layout.context_size), groups.cp.rank()
     spans = gathering(make_spans(), dealt, rank, lambda own: _GatherRows.apply(own, groups.cp))
     if layout.context_size == 1:  # the plain form is what the others must equal
         dealt, spans = [torch.arange(LENGTH).repeat(BATCH, 1)], make_spans()
-    tp = groups.tp if layout.sequence_parallel else groups.alone
+    tp = groups.tp if layout.sequence_parallel else groups.single_rank
     x = rows_of(random(LENGTH, BATCH, HIDDEN, seed=50), dealt[rank]).chunk(tp.size())[tp.rank()].requires_grad_()
     weights = rows_of(random(LENGTH, BATCH, HIDDEN, seed=51), dealt[rank]).chunk(tp.size())[tp.rank()]
     output = attention(x, rope_table(dealt[rank], 8, 1e4, 1.0, torch.float32), spans)
@@ -148,7 +148,7 @@ def _whole_gradient(parameter: torch.nn.Parameter, groups: ProcessGroupCollectio
     gradient = parameter.grad
     for group in (groups.cp, groups.tp) if spec_of(parameter).partial else (groups.cp,):
         torch.distributed.all_reduce(gradient, group=group)
-    return gather_whole(gradient, parameter, groups)
+    return gather_full(gradient, parameter, groups)
 
 
 ONE_LAYER = ((0,),)

@@ -10,10 +10,10 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.functional import silu
 
-from megatron_vlm.layers.moe import Experts, MoE, TokenShare, TopKRouter
+from megatron_vlm.layers.moe import Experts, LocalTokens, MoE, TopKRouter
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.parallel.mcore_config import engine_config
+from megatron_vlm.parallel.mcore_config import build_mcore_config
 
 HIDDEN, WIDTH = 48, 32
 
@@ -40,7 +40,7 @@ def check_experts(counts: list[int], device: str, dtype: torch.dtype, tolerance:
     alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
     groups = SimpleNamespace(ep=alone, expt_tp=alone)
     experts = Experts(
-        HIDDEN, Record(len(counts)), engine_config(HIDDEN, 1, dtype, Layout.over(1, num_layers=1)), groups
+        HIDDEN, Record(len(counts)), build_mcore_config(HIDDEN, 1, dtype, Layout.over(1, num_layers=1)), groups
     ).to(device)
     with torch.no_grad():
         for parameter in experts.parameters():
@@ -83,13 +83,13 @@ def test_a_rank_with_all_experts_never_waits() -> None:
     alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
     groups = SimpleNamespace(ep=alone, expt_tp=alone, tp_ep=alone)
     chunk = ChunkSettings(
-        (0,), 0, True, True, None, engine_config(HIDDEN, 1, torch.bfloat16, Layout.over(1, num_layers=1))
+        (0,), 0, True, True, None, build_mcore_config(HIDDEN, 1, torch.bfloat16, Layout.over(1, num_layers=1))
     )
     with FakeTensorMode():
-        layer = MoE(HIDDEN, Record(8), TopKRouter(HIDDEN, Record(8), chunk.engine), chunk, groups)
+        layer = MoE(HIDDEN, Record(8), TopKRouter(HIDDEN, Record(8), chunk.mcore_config), chunk, groups)
         x_SBH = torch.empty(5, 2, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
         is_real = torch.ones(10, dtype=torch.bool)
-        output, routing = layer(x_SBH, TokenShare(is_real, is_real.sum(), None))
+        output, routing = layer(x_SBH, LocalTokens(is_real, is_real.sum(), None))
         output.float().sum().backward()
         assert x_SBH.grad is not None and x_SBH.grad.shape == output.shape == x_SBH.shape
         assert all(parameter.grad is not None for parameter in layer.parameters())

@@ -21,7 +21,7 @@ from megatron_vlm.layers.rope import rope_table
 from megatron_vlm.layers.vocab_parallel_loss import Head, linear_cross_entropy
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.parallel.mcore_config import engine_config
+from megatron_vlm.parallel.mcore_config import build_mcore_config
 from tests.ranks import run_ranks
 from vlm_kernels.rope import qk_norm_rope
 
@@ -97,10 +97,10 @@ def test_padding_is_outside_the_softmax_and_unlabelled_tokens_cost_nothing(
 
 def embedding_gradient(padding_id: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     groups = build_groups(Layout(tensor_size=torch.distributed.get_world_size()))
-    engine = engine_config(
+    mcore_config = build_mcore_config(
         HIDDEN, 2, torch.float32, Layout.over(groups.tp.size(), num_layers=1, tensor_size=groups.tp.size())
     )
-    embedding = TokenEmbedding(VOCABULARY, HIDDEN, padding_id, False, engine, groups.tp)
+    embedding = TokenEmbedding(VOCABULARY, HIDDEN, padding_id, False, mcore_config, groups.tp)
     with torch.no_grad():
         embedding.weight.copy_(share(random(padded_vocab_size(VOCABULARY), HIDDEN), 0, groups.tp))
     embedded = embedding(embedding_ids())

@@ -22,9 +22,9 @@ from megatron_vlm.layers.linear import (
 from megatron_vlm.layers.moe import Experts
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.parallel.mcore_config import engine_config
+from megatron_vlm.parallel.mcore_config import build_mcore_config
 from megatron_vlm.parallel.parameters import spec_of
-from megatron_vlm.parallel.sharding import gather_whole, own_part, whole_shape
+from megatron_vlm.parallel.sharding import full_shape, gather_full, own_part
 from tests.ranks import run_ranks
 from tests.test_experts import Record
 
@@ -54,7 +54,7 @@ def fill(module: torch.nn.Module, groups: object) -> dict[str, torch.Tensor]:
     """Set each parameter to its part of values that do not depend on the layout; returns them whole."""
     whole = {}
     for seed, (name, parameter) in enumerate(module.named_parameters()):
-        whole[name] = values(*whole_shape(parameter, groups), seed=seed + 10)
+        whole[name] = values(*full_shape(parameter, groups), seed=seed + 10)
         with torch.no_grad():
             parameter.copy_(own_part(whole[name], parameter, groups))
     return whole
@@ -68,7 +68,7 @@ def gradients(module: torch.nn.Module, groups: object, group: Group) -> dict[str
         gradient = parameter.grad
         if spec_of(parameter).partial:
             torch.distributed.all_reduce(gradient, group=group)
-        found[name] = gather_whole(gradient, parameter, groups)
+        found[name] = gather_full(gradient, parameter, groups)
     return found
 
 
@@ -96,7 +96,7 @@ def check_linears(sequence_parallel: bool, provided: bool) -> None:
     layout = Layout.over(size, num_layers=1, tensor_size=size, sequence_parallel=sequence_parallel)
     groups = build_groups(layout)
     initialize_megatron(1, groups)
-    config, group = engine_config(HIDDEN, 2, torch.float32, layout), groups.tp
+    config, group = build_mcore_config(HIDDEN, 2, torch.float32, layout), groups.tp
     model = torch.nn.ModuleDict(
         {
             "column": ColumnParallelLinear(HIDDEN, OUT, config, group, bias=True),
@@ -184,7 +184,7 @@ def check_experts(provided: bool) -> None:
     size = torch.distributed.get_world_size()
     layout = Layout.over(size, num_layers=1, tensor_size=size, expert_tensor_size=size)
     groups = build_groups(layout)
-    experts = Experts(HIDDEN, Record(len(COUNTS)), engine_config(HIDDEN, 2, torch.float32, layout), groups)
+    experts = Experts(HIDDEN, Record(len(COUNTS)), build_mcore_config(HIDDEN, 2, torch.float32, layout), groups)
     for name in ("gate_up_proj", "down_proj"):
         experts.add_low_rank(name, RANK, SCALE)
     whole = fill(experts, groups)

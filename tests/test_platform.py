@@ -35,11 +35,11 @@ from megatron_vlm import platform
 from megatron_vlm.checkpoint import optimizer_state
 from megatron_vlm.checkpoint.manager import CheckpointManager, sharded_model_state
 from megatron_vlm.checkpoint.run_folder import ModelIdentity
-from megatron_vlm.layers.moe import MoE, TokenShare, TopKRouter
+from megatron_vlm.layers.moe import LocalTokens, MoE, TopKRouter
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.groups import build_groups
 from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.parallel.mcore_config import engine_config
+from megatron_vlm.parallel.mcore_config import build_mcore_config
 from megatron_vlm.platform import megatron_cpu
 from megatron_vlm.platform.fused_adam import FusedLayoutAdam
 from megatron_vlm.training.step import run_global_batch
@@ -192,7 +192,7 @@ def _buffer() -> None:
 def _wrapped_model(overlap: bool = False, hidden_size: int = 4) -> tuple[Any, Any]:
     """A linear layer under distributed data parallelism."""
     groups = build_groups(Layout.over(torch.distributed.get_world_size()))
-    config = engine_config(hidden_size, 1, torch.float32, Layout.over(1, num_layers=1))
+    config = build_mcore_config(hidden_size, 1, torch.float32, Layout.over(1, num_layers=1))
     module = MegatronModule(config)
     module.linear = torch.nn.Linear(hidden_size, hidden_size)
     module.forward = module.linear.forward
@@ -253,13 +253,15 @@ def _exchange_tokens() -> None:
     """Two ranks send each other's experts their tokens, and get them back."""
     groups = build_groups(Layout.over(2, expert_size=2))
     MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = None  # one for all dispatchers, made by the first
-    chunk = ChunkSettings((0,), 0, True, True, None, engine_config(8, 1, torch.float32, Layout.over(1, num_layers=1)))
-    layer = MoE(8, _Experts(), TopKRouter(8, _Experts(), chunk.engine), chunk, groups)
+    chunk = ChunkSettings(
+        (0,), 0, True, True, None, build_mcore_config(8, 1, torch.float32, Layout.over(1, num_layers=1))
+    )
+    layer = MoE(8, _Experts(), TopKRouter(8, _Experts(), chunk.mcore_config), chunk, groups)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
     x_SBH = torch.randn(3 + groups.ep.rank(), 1, 8)
     is_real = torch.ones(x_SBH.shape[0], dtype=torch.bool)
-    output, routing = layer(x_SBH, TokenShare(is_real, is_real.sum(), None))
+    output, routing = layer(x_SBH, LocalTokens(is_real, is_real.sum(), None))
     assert output.shape == x_SBH.shape
     assert routing.tokens.sum() == 2 * x_SBH.shape[0]
 

@@ -31,7 +31,7 @@ def run_config(*overrides: str) -> Config:
     return load_config([f"--{override}" for override in [*required, *overrides]])
 
 
-def model_record(name: str) -> tuple[Any, dict[str, tuple[int, ...]]]:
+def model_config_of(name: str) -> tuple[Any, dict[str, tuple[int, ...]]]:
     """A published size as the family's record, and the shapes of its parameters."""
     hf_config = published_config(name)
     family = FAMILY
@@ -40,7 +40,7 @@ def model_record(name: str) -> tuple[Any, dict[str, tuple[int, ...]]]:
 
 
 def layout_of(name: str, world_size: int, *overrides: str) -> Layout:
-    model_config, shapes = model_record(name)
+    model_config, shapes = model_config_of(name)
     return check_layout(run_config(*overrides), model_config, world_size, shapes)
 
 
@@ -140,7 +140,7 @@ def test_wrong_number_of_ranks_alone_is_a_launch_error() -> None:
 def test_key_value_heads_may_be_replicated_but_not_split_unevenly() -> None:
     layout_of("4b", 8, f"{TENSOR}=8")  # 4 key-value heads
     layout_of("1b", 4, f"{TENSOR}=4")  # 1 key-value head
-    model_config, _ = model_record("12b")
+    model_config, _ = model_config_of("12b")
     with pytest.raises(ConfigError, match="key-value heads 8 neither divide"):
         # 12 ranks of a model with 8 key-value heads; also its 16 heads and its vocabulary do not divide by 12.
         check_layout(run_config(f"{TENSOR}=12"), model_config, 12)
@@ -199,7 +199,7 @@ def count(held: Mapping[str, HeldParameter]) -> int:
 
 def test_counts_per_rank_add_up() -> None:
     """Over a pipeline every parameter is held once, but for the tied embedding, which both ends hold."""
-    model_config, shapes = model_record("4b")
+    model_config, shapes = model_config_of("4b")
     config = run_config(f"{PIPELINE}=4", f"{STAGES}=[0,17,17,0]")
     held = held_parameters(config, model_config, check_layout(config, model_config, 4))
     total = sum(map(count, held))
@@ -212,7 +212,7 @@ def test_counts_per_rank_add_up() -> None:
 
 def test_counts_per_rank_over_tensor_ranks() -> None:
     """All but a named rest is divided: norms, biases of row-parallel layers, and what is small or read by all ranks."""
-    model_config, shapes = model_record("4b")
+    model_config, shapes = model_config_of("4b")
     config = run_config(f"{TENSOR}=4")
     rest = re.compile(r"norm|(out_proj|fc2)\.bias|patch_embedding|position")
     replicated = sum(math.prod(shape) for name, shape in shapes.items() if rest.search(name))
@@ -223,7 +223,7 @@ def test_counts_per_rank_over_tensor_ranks() -> None:
 
 
 def test_memory_follows_the_settings() -> None:
-    model_config, shapes = model_record("4b")
+    model_config, shapes = model_config_of("4b")
 
     def memory(world_size: int, *overrides: str) -> Any:
         config = run_config(*overrides)

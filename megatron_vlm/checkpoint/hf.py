@@ -34,7 +34,7 @@ from megatron_vlm.files.safetensors_headers import (
 )
 
 # What belongs to a checkpoint besides its weights: copied by an export, bit for bit.
-COMPANION_PATTERNS = (
+ASSET_PATTERNS = (
     "config.json",
     "generation_config.json",
     "tokenizer*",
@@ -280,7 +280,7 @@ class SafetensorsWriter:
             stream.close()
 
 
-def copy_companion_files(source: Path, target: Path, skip: Iterable[str] = ()) -> list[str]:
+def copy_assets(source: Path, target: Path, skip: Iterable[str] = ()) -> list[str]:
     """Copy configuration, generation, tokenizer, processor and chat template files bit for bit; never weights.
 
     Args:
@@ -293,7 +293,7 @@ def copy_companion_files(source: Path, target: Path, skip: Iterable[str] = ()) -
     """
     skipped = {path for pattern in skip for path in source.glob(pattern)}
     copied = []
-    for path in sorted({path for pattern in COMPANION_PATTERNS for path in source.glob(pattern)} - skipped):
+    for path in sorted({path for pattern in ASSET_PATTERNS for path in source.glob(pattern)} - skipped):
         if path.is_file():
             name = path.relative_to(source)
             (target / name.parent).mkdir(exist_ok=True)

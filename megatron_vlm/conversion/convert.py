@@ -140,7 +140,7 @@ def export_checkpoint(
     reader, plan = open_for_export(checkpoint, hf_dir, tie_follows_checkpoint=True)
     with reader, staged_directory(out_dir) as staging:
         _export_weights(reader, plan, staging, progress)
-        plan.write_companions(staging)
+        plan.write_assets(staging)
     return plan.passthrough
 
 

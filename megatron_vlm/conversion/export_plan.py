@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_vlm.checkpoint.float8 import find_quantization, open_weights
-from megatron_vlm.checkpoint.hf import PROCESSOR_PATTERNS, SafetensorsWriter, copy_companion_files, has_weights
+from megatron_vlm.checkpoint.hf import PROCESSOR_PATTERNS, SafetensorsWriter, copy_assets, has_weights
 from megatron_vlm.conversion.passthrough import copy_tensors, find_passthrough
 from megatron_vlm.families import registry
 from megatron_vlm.files.durable import write_durably
@@ -36,7 +36,7 @@ class ExportPlan:
         passthrough_source: a directory with those.
         weight_map: of the model that is exported.
         config: replaces `config.json`; None copies it.
-        is_alone: the language model of a multimodal directory; it has no use for an image processor.
+        is_language_model: the language model of a multimodal directory; it has no use for an image processor.
     """
 
     source: Path
@@ -46,7 +46,7 @@ class ExportPlan:
     passthrough_source: Path | None
     weight_map: WeightMap
     config: bytes | None
-    is_alone: bool
+    is_language_model: bool
 
     def bands(self, hf_name: str) -> tuple[HfBand, ...]:
         """What holds weights of the tensor in `files`; nothing, if it is only carried through."""
@@ -58,10 +58,13 @@ class ExportPlan:
             with open_weights(self.passthrough_source) as reader:
                 copy_tensors(reader, [reader.tensors[name] for name in self.passthrough], writer)
 
-    def write_companions(self, directory: Path) -> None:
+    def write_assets(self, directory: Path) -> None:
         """Copy or write configuration, tokenizer and the like."""
-        skip = (*(PROCESSOR_PATTERNS if self.is_alone else ()), *(() if self.config is None else ("config.json",)))
-        copy_companion_files(self.source, directory, skip)
+        skip = (
+            *(PROCESSOR_PATTERNS if self.is_language_model else ()),
+            *(() if self.config is None else ("config.json",)),
+        )
+        copy_assets(self.source, directory, skip)
         if self.config is not None:
             write_durably(directory / "config.json", self.config)
 
@@ -88,14 +91,16 @@ def plan_export(
         checkpoint: where tensors that are only carried through are looked for first; see `find_passthrough`.
     """
     source = Path(hf_dir).absolute()
-    is_alone = _is_alone(hf_config, weight_map)
-    new_config = _language_model_config if is_alone else _changed_config
+    is_language_model = _is_language_model(hf_config, weight_map)
+    new_config = _language_model_config if is_language_model else _changed_config
     config = new_config(source, hf_config, weight_map)
     passthrough_source = find_passthrough(checkpoint, source) if weight_map.passthrough else None
     passthrough = {} if passthrough_source is None else _passthrough_in(passthrough_source, weight_map)
 
     def plan(files: WeightFiles, tensors: dict[str, HfTensor]) -> ExportPlan:
-        return ExportPlan(source, files, tensors, tuple(passthrough), passthrough_source, weight_map, config, is_alone)
+        return ExportPlan(
+            source, files, tensors, tuple(passthrough), passthrough_source, weight_map, config, is_language_model
+        )
 
     default_dtype = _config_dtype(hf_config)
     file_dtypes = {name: default_dtype or dtype for name, dtype in dtypes.items()}
@@ -104,7 +109,7 @@ def plan_export(
         with open_weights(source) as reader:
             found = weight_map.match(reader)
             beside = {name: reader.tensors[name] for name in found.passthrough}
-            if not is_alone:
+            if not is_language_model:
                 if _described(passthrough) == _described(beside):
                     return plan(reader.files, found.with_copies)
                 tensors = found.with_copies
@@ -129,7 +134,7 @@ def _described(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[torch.dty
     return {name: (stored.dtype, stored.shape) for name, stored in tensors.items()}
 
 
-def _is_alone(hf_config: PretrainedConfig, weight_map: WeightMap) -> bool:
+def _is_language_model(hf_config: PretrainedConfig, weight_map: WeightMap) -> bool:
     """Whether the map is of the language model only while the configuration describes a multimodal model."""
     is_text = {name.split(".")[0] for name, _ in weight_map.items()} == {"language_model"}
     return is_text and hf_config.get_text_config() is not hf_config

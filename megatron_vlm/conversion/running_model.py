@@ -36,7 +36,7 @@ from megatron_vlm.model.hf_tensors import HfBand, HfTensor
 from megatron_vlm.model.weight_tables import Weight
 from megatron_vlm.model_configs import VisionLanguageConfig
 from megatron_vlm.parallel.parameters import spec_of
-from megatron_vlm.parallel.sharding import Group, replica_group, splits, whole_shape
+from megatron_vlm.parallel.sharding import Group, full_shape, replica_group, splits
 
 GATHERED_BYTES = 16 * 2**20  # what goes to the writing rank at a time: enough that starting a transfer costs little
 
@@ -194,7 +194,7 @@ def _write(plan: ExportPlan, gathered: Iterator[_Rows], out_dir: str | os.PathLi
             writer.close()
         finally:
             writer.abort()
-        plan.write_companions(staging)
+        plan.write_assets(staging)
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ class _Gatherer:
         self._groups = groups
         self._parameters = dict(_named_parameters(model_chunks))
         mine = {
-            name: _Place(groups.pp.rank(), parameter.dtype, whole_shape(parameter, groups), _num_rows(parameter))
+            name: _Place(groups.pp.rank(), parameter.dtype, full_shape(parameter, groups), _num_rows(parameter))
             for name, parameter in self._parameters.items()
         }
         stages: list[dict[str, _Place]] = [{} for _ in range(groups.pp.size())]

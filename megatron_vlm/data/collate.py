@@ -24,7 +24,7 @@ NO_LOSS = -100
 
 
 @dataclass(frozen=True)
-class PlacedSample:
+class LoadedSample:
     """A sample in its slot of the plan; a slot whose row cannot be used holds a filler without trained tokens."""
 
     sample: Sample
@@ -104,9 +104,9 @@ class MicroBatch:
 
 
 def collate(
-    rows: Sequence[Sequence[PlacedSample]],
+    rows: Sequence[Sequence[LoadedSample]],
     rules: PromptRules,
-    filler_token_id: int,
+    padding_token_id: int,
     pad_to_multiple_of: int = 1,
     with_pixels: bool = True,
 ) -> MicroBatch:
@@ -115,14 +115,14 @@ def collate(
     Args:
         rows: the samples of each row, which become its documents; at least one each.
         rules: the family's prompt rules.
-        filler_token_id: id written on padding.
+        padding_token_id: id written on padding.
         pad_to_multiple_of: S is a multiple of this (the tensor-parallel size under sequence parallelism).
         with_pixels: keep the inputs of the towers; pipeline stages other than the first read none.
     """
     documents = [document for row in rows for document in row]
     longest = max(sum(len(document.sample.input_ids) for document in row) for row in rows)
     padded_length = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
-    input_ids = torch.full((len(rows), padded_length), filler_token_id, dtype=torch.int64)
+    input_ids = torch.full((len(rows), padded_length), padding_token_id, dtype=torch.int64)
     labels = torch.full_like(input_ids, NO_LOSS)
     document_ids = torch.full_like(input_ids, -1, dtype=torch.int32)
     positions = [_positions(document.sample, rules) for document in documents]
@@ -161,7 +161,7 @@ def collate(
 
 
 def _count(
-    documents: Sequence[PlacedSample], labels: torch.Tensor, is_real: torch.Tensor, is_medium: torch.Tensor
+    documents: Sequence[LoadedSample], labels: torch.Tensor, is_real: torch.Tensor, is_medium: torch.Tensor
 ) -> dict[str, int]:
     """The micro-batch's counters."""
     num_real = int(is_real.sum())
@@ -216,7 +216,7 @@ def _positions(sample: Sample, rules: PromptRules) -> torch.Tensor:
     return torch.from_numpy(rules.position_ids(sample.input_ids, sample.media))
 
 
-def _join_media_inputs(documents: Sequence[PlacedSample]) -> dict[str, torch.Tensor]:
+def _join_media_inputs(documents: Sequence[LoadedSample]) -> dict[str, torch.Tensor]:
     with_media = [document.sample.media_inputs for document in documents if document.sample.media_inputs]
     if not with_media:
         return {}

@@ -9,7 +9,7 @@ from itertools import groupby
 import numpy as np
 
 from megatron_vlm.config import Config
-from megatron_vlm.data.collate import PlacedSample
+from megatron_vlm.data.collate import LoadedSample
 from megatron_vlm.data.images import read_bytes
 from megatron_vlm.data.plan import SamplePlan
 from megatron_vlm.data.prompts import PromptBuilder
@@ -40,20 +40,20 @@ def describe_samples(config: Config, rules: PromptRules, num: int = 3) -> str:
     return "\n\n".join(f"sample {number} of {num}: {text}" for number, text in enumerate(described, start=1))
 
 
-def describe_sample(placed: PlacedSample, builder: PromptBuilder) -> str:
+def describe_sample(loaded: LoadedSample, builder: PromptBuilder) -> str:
     """One sample: its name and figures, then its decoded tokens."""
-    if placed.problem:
-        return f"{placed.row_name}\n{placed.problem}"
-    sample = placed.sample
+    if loaded.problem:
+        return f"{loaded.row_name}\n{loaded.problem}"
+    sample = loaded.sample
     figures = [f"{len(sample.input_ids)} tokens", f"{int(sample.trained.sum())} trained"]
     if sample.media:
         shapes = [f"{name} {'x'.join(map(str, value.shape))}" for name, value in sample.media_inputs.items()]
         num_images, num_videos = sample.count("image"), sample.count("video")
         videos = f" and {num_videos} videos" if num_videos else ""
         figures.append(f"{num_images} images{videos} ({', '.join(shapes)})")
-    if placed.truncated:
+    if loaded.truncated:
         figures.append("cut at a turn boundary")
-    return f"{placed.row_name} ({', '.join(figures)})\n{marked_text(sample.input_ids, sample.trained, builder)}"
+    return f"{loaded.row_name} ({', '.join(figures)})\n{marked_text(sample.input_ids, sample.trained, builder)}"
 
 
 def marked_text(input_ids: np.ndarray, trained: np.ndarray, builder: PromptBuilder) -> str:

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchSharding:
     """Which part of every global batch a rank reads, and how it is shaped."""
 
     global_batch_size: int
@@ -70,29 +70,29 @@ class _Refusal:
 class _MicroBatches(Dataset[MicroBatch | _Refusal]):
     """Micro-batch i of a rank, counted from a start position."""
 
-    def __init__(self, reader: RowReader, plan: SamplePlan, share: Share, one_pass: bool) -> None:
+    def __init__(self, reader: RowReader, plan: SamplePlan, sharding: BatchSharding, one_pass: bool) -> None:
         self.reader = reader
         self.plan = plan
-        self.share = share
+        self.sharding = sharding
         self.one_pass = one_pass
 
     def __getitem__(self, item: tuple[int, int]) -> MicroBatch | _Refusal:
         start, number = item
-        share = self.share
-        step, micro_batch = divmod(number, share.num_micro_batches)
+        sharding = self.sharding
+        step, micro_batch = divmod(number, sharding.num_micro_batches)
         position = micro_batch_start(
-            start + step * share.global_batch_size,
+            start + step * sharding.global_batch_size,
             micro_batch,
-            share.data_parallel_rank,
-            share.data_parallel_size,
-            share.micro_batch_size,
+            sharding.data_parallel_rank,
+            sharding.data_parallel_size,
+            sharding.micro_batch_size,
         )
         try:
             samples = [
-                self.reader.empty(place.source)
-                if self.one_pass and place.epoch > 0
-                else self.reader.read(place.source, place.row)
-                for place in self.plan.rows(position, share.micro_batch_size)
+                self.reader.empty(row.source)
+                if self.one_pass and row.epoch > 0
+                else self.reader.read(row.source, row.row)
+                for row in self.plan.rows(position, sharding.micro_batch_size)
             ]
         except UserError as error:
             return _Refusal(error)
@@ -100,9 +100,9 @@ class _MicroBatches(Dataset[MicroBatch | _Refusal]):
         return collate(
             [[sample] for sample in samples],
             builder.rules,
-            builder.filler_token_id,
-            share.pad_to_multiple_of,
-            share.with_pixels,
+            builder.padding_token_id,
+            sharding.pad_to_multiple_of,
+            sharding.with_pixels,
         )
 
 
@@ -126,7 +126,7 @@ class MicroBatchLoader:
     Args:
         reader: rows of the sources.
         plan: the order of rows.
-        share: this rank's part.
+        sharding: this rank's part.
         num_workers: processes that read ahead; 0 reads in this process.
         num_global_batches: length of one iteration; None is endless.
         one_pass: rows that come a second time become empty slots (evaluation).
@@ -141,7 +141,7 @@ class MicroBatchLoader:
         self,
         reader: RowReader,
         plan: SamplePlan,
-        share: Share,
+        sharding: BatchSharding,
         *,
         num_workers: int = 0,
         num_global_batches: int | None = None,
@@ -150,7 +150,7 @@ class MicroBatchLoader:
         report_problems: bool = True,
     ) -> None:
         self.plan = plan
-        self.share = share
+        self.sharding = sharding
         self.source_names = reader.names
         self.num_global_batches = num_global_batches
         self.report_problems = report_problems
@@ -164,14 +164,14 @@ class MicroBatchLoader:
         self._workers: set[BaseProcess] = set()
         workers: dict[str, Any] = {}
         if num_workers:
-            of_a_step = -(-share.num_micro_batches // num_workers)
+            of_a_step = -(-sharding.num_micro_batches // num_workers)
             workers = {
                 "multiprocessing_context": _start_fork_server(),
                 "prefetch_factor": max(FEWEST_AHEAD_PER_WORKER, min(MOST_AHEAD_PER_WORKER, of_a_step)),
                 "persistent_workers": True,
             }
         self._loader: DataLoader[Any] = DataLoader(
-            _MicroBatches(reader, plan, share, one_pass),
+            _MicroBatches(reader, plan, sharding, one_pass),
             batch_size=None,
             sampler=self._order,
             num_workers=num_workers,
@@ -188,22 +188,22 @@ class MicroBatchLoader:
         if self._iterator is None:
             self._order.count = None
             if self.num_global_batches is not None:
-                self._order.count = self.num_global_batches * self.share.num_micro_batches
+                self._order.count = self.num_global_batches * self.sharding.num_micro_batches
             self._iterator = self._start_iteration()
         batch = next(self._iterator)
         self.wait_seconds += time.perf_counter() - began
         if isinstance(batch, _Refusal):
             raise batch.error
         self._micro_batches_given += 1
-        if self._micro_batches_given % self.share.num_micro_batches == 0:
-            self.consumed_samples += self.share.global_batch_size
+        if self._micro_batches_given % self.sharding.num_micro_batches == 0:
+            self.consumed_samples += self.sharding.global_batch_size
         for problem in batch.problems if self.report_problems else ():
             logger.warning("%s", problem)
         return batch
 
     def global_batch(self) -> list[MicroBatch]:
         """This rank's micro-batches of the next global batch."""
-        return [next(self) for _ in range(self.share.num_micro_batches)]
+        return [next(self) for _ in range(self.sharding.num_micro_batches)]
 
     def seek(self, consumed_samples: int) -> None:
         """Continue after `consumed_samples` rows of the plan (0: from the beginning)."""
@@ -253,14 +253,19 @@ def _close_at_exit(reference: weakref.ref[MicroBatchLoader]) -> None:
 
 
 def build_train_loader(
-    config: Config, rules: PromptRules, share: Share, *, pin_memory: bool = False, report_problems: bool = True
+    config: Config,
+    rules: PromptRules,
+    sharding: BatchSharding,
+    *,
+    pin_memory: bool = False,
+    report_problems: bool = True,
 ) -> MicroBatchLoader:
     """The endless loader over data.train.
 
     Args:
         config: the run's configuration.
         rules: the family's prompt rules.
-        share: this rank's part.
+        sharding: this rank's part.
         pin_memory: put tensors into page-locked memory.
         report_problems: log bad and dropped rows; one rank per data-parallel rank should.
 
@@ -272,7 +277,7 @@ def build_train_loader(
     return MicroBatchLoader(
         reader,
         plan,
-        share,
+        sharding,
         num_workers=config.data.num_workers,
         pin_memory=pin_memory,
         report_problems=report_problems,
@@ -280,7 +285,12 @@ def build_train_loader(
 
 
 def build_valid_loader(
-    config: Config, rules: PromptRules, share: Share, *, pin_memory: bool = False, report_problems: bool = True
+    config: Config,
+    rules: PromptRules,
+    sharding: BatchSharding,
+    *,
+    pin_memory: bool = False,
+    report_problems: bool = True,
 ) -> MicroBatchLoader | None:
     """The loader over data.valid, in file order, up to eval_iters global batches and no row twice; None without data.
 
@@ -290,11 +300,11 @@ def build_valid_loader(
         return None
     reader = reader_for(config, config.data.valid, rules)
     plan = SamplePlan(reader.planned_sources(), seed=0, shuffle=False)
-    one_pass_batches = -(-plan.positions_of_one_pass() // share.global_batch_size)
+    one_pass_batches = -(-plan.positions_of_one_pass() // sharding.global_batch_size)
     return MicroBatchLoader(
         reader,
         plan,
-        share,
+        sharding,
         num_workers=min(config.data.num_workers, 1),
         num_global_batches=min(config.train.eval_iters, one_pass_batches),
         one_pass=True,

@@ -145,7 +145,7 @@ class PromptBuilder:
         return processor.sample_frames(metadata=metadata, num_frames=processor.num_frames, fps=processor.fps)
 
     @property
-    def filler_token_id(self) -> int:
+    def padding_token_id(self) -> int:
         """A harmless token for rows without content and for padding."""
         return int(self.tokenizer.pad_token_id or 0)
 
@@ -226,7 +226,7 @@ class PromptBuilder:
 
 
 def turn_ends(trained: np.ndarray) -> np.ndarray:
-    """Places after the last token of each run of trained tokens, [turns] int64."""
+    """PatchPositions after the last token of each run of trained tokens, [turns] int64."""
     return np.flatnonzero(trained & ~np.append(trained[1:], False)) + 1
 
 

@@ -9,7 +9,7 @@ from itertools import islice
 import numpy as np
 
 from megatron_vlm.config import Config, DataSettings, DataSource
-from megatron_vlm.data.collate import PlacedSample
+from megatron_vlm.data.collate import LoadedSample
 from megatron_vlm.data.formats import Conversation, parse_row
 from megatron_vlm.data.images import load_image
 from megatron_vlm.data.index import JsonlRows, build_index
@@ -79,7 +79,7 @@ class RowReader:
             )
         return conversation
 
-    def read(self, source: int, row: int) -> PlacedSample:
+    def read(self, source: int, row: int) -> LoadedSample:
         """The sample of one row; a row that cannot be used keeps its slot as a filler without weight.
 
         Raises:
@@ -93,14 +93,14 @@ class RowReader:
         except DataError as error:
             if self.settings.strict:
                 raise
-            return PlacedSample(self._filler(), source, name, bad=True, problem=f"bad row: {error}")
+            return LoadedSample(self._padding_sample(), source, name, bad=True, problem=f"bad row: {error}")
         if len(sample.input_ids) <= self.settings.seq_length:
-            return PlacedSample(sample, source, name)
+            return LoadedSample(sample, source, name)
         return self._too_long(conversation, sample, source)
 
-    def empty(self, source: int) -> PlacedSample:
+    def empty(self, source: int) -> LoadedSample:
         """A slot that holds no row."""
-        return PlacedSample(self._filler(), source, "")
+        return LoadedSample(self._padding_sample(), source, "")
 
     def _line(self, file: JsonlRows, row: int) -> tuple[bytes, str]:
         return file.read(row), file.name(row)
@@ -111,11 +111,11 @@ class RowReader:
         videos = [load_video(source, name, allow_urls, self.builder.sample_frames) for source in conversation.videos]
         return self.builder.encode(conversation, images, videos)
 
-    def _filler(self) -> Sample:
+    def _padding_sample(self) -> Sample:
         """One token that trains nothing."""
-        return Sample(np.array([self.builder.filler_token_id], np.int64), np.zeros(1, bool))
+        return Sample(np.array([self.builder.padding_token_id], np.int64), np.zeros(1, bool))
 
-    def _too_long(self, conversation: Conversation, sample: Sample, source: int) -> PlacedSample:
+    def _too_long(self, conversation: Conversation, sample: Sample, source: int) -> LoadedSample:
         limit, name = self.settings.seq_length, conversation.row_name
         if sample.count("image"):
             self._refuse_short_sequences(name)
@@ -125,9 +125,9 @@ class RowReader:
         if self.settings.too_long == "truncate":
             shorter = self._truncate(conversation, sample)
             if shorter is not None:
-                return PlacedSample(shorter, source, name, truncated=True)
+                return LoadedSample(shorter, source, name, truncated=True)
             what += " and no leading turns of it fit"
-        return PlacedSample(self._filler(), source, name, too_long=True, problem=f"dropped: {what} [{name}]")
+        return LoadedSample(self._padding_sample(), source, name, too_long=True, problem=f"dropped: {what} [{name}]")
 
     def _truncate(self, conversation: Conversation, sample: Sample) -> Sample | None:
         """The most leading messages, ending with an assistant's, that fit and train something, rendered afresh."""

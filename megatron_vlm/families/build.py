@@ -18,7 +18,7 @@ from megatron_vlm.model_configs import VisionLanguageConfig
 from megatron_vlm.parallel.chunk_settings import ChunkSettings, LossSettings, MoESettings
 from megatron_vlm.parallel.gradients import finalize_gradients
 from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.parallel.mcore_config import engine_config
+from megatron_vlm.parallel.mcore_config import build_mcore_config
 from megatron_vlm.parallel.parameters import mark_copies, spec_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -76,14 +76,14 @@ def build_chunks(
         device: of the parameters; the platform's when None, `meta` to look at shapes.
     """
     text, layout = model_config.text, settings.layout
-    engine = engine_config(
+    mcore_config = build_mcore_config(
         hidden_size=text.hidden_size,
         num_attention_heads=text.layers[0].num_attention_heads,
         dtype=settings.dtype,
         layout=layout,
         deterministic=settings.deterministic,
     )
-    engine.finalize_model_grads_func = finalize_gradients
+    mcore_config.finalize_model_grads_func = finalize_gradients
     chunks = []
     for stage, index in enumerate(layout.chunks_of(groups.pp.rank())):
         chunk = ChunkSettings(
@@ -92,7 +92,7 @@ def build_chunks(
             is_first=index == 0,
             is_last=index == len(layout.chunks) - 1,
             virtual_stage=stage if layout.virtual_size > 1 else None,
-            engine=engine,
+            mcore_config=mcore_config,
             recompute=settings.recompute,
             vision_parallelism=settings.vision_parallelism,
             moe=settings.moe,
@@ -123,11 +123,11 @@ def wrap_data_parallel(
         overlap_grad_reduce=overlap_grad_reduce,
         overlap_param_gather=overlap_param_gather,
     )
-    engine = chunks[0].config
+    mcore_config = chunks[0].config
     wrapped = [
-        DistributedDataParallel(engine, config, chunk, disable_bucketing=index > 0, pg_collection=groups)
+        DistributedDataParallel(mcore_config, config, chunk, disable_bucketing=index > 0, pg_collection=groups)
         for index, chunk in enumerate(chunks)
     ]
     if overlap_grad_reduce:
-        engine.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+        mcore_config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     return wrapped

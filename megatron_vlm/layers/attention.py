@@ -74,7 +74,7 @@ class SelfAttention(torch.nn.Module):
     Args:
         hidden_size: H.
         layer: this layer's configuration.
-        engine: megatron-core settings.
+        mcore_config: megatron-core settings.
         group: tensor ranks.
         norms: of queries and keys before they are rotated: none, by their weight, or by one plus their weight.
         recompute_core: compute the attention product again in the backward pass.
@@ -84,31 +84,33 @@ class SelfAttention(torch.nn.Module):
         self,
         hidden_size: int,
         layer: DecoderLayerConfig,
-        engine: TransformerConfig,
+        mcore_config: TransformerConfig,
         group: Group,
         norms: Literal["none", "plain", "zero_centered"],
         recompute_core: bool,
     ) -> None:
         super().__init__()
         self.layer, self.group = layer, group
-        self.sequence_parallel = engine.sequence_parallel
+        self.sequence_parallel = mcore_config.sequence_parallel
         query_size = layer.num_attention_heads * layer.head_dim
         key_size = layer.num_key_value_heads * layer.head_dim
-        self.q_proj = ColumnParallelLinear(hidden_size, query_size, engine, group)
+        self.q_proj = ColumnParallelLinear(hidden_size, query_size, mcore_config, group)
         self.replicated_keys = group.size() > layer.num_key_value_heads
         self.k_proj, self.v_proj = (
-            ReplicatedLinear(hidden_size, key_size, engine)
+            ReplicatedLinear(hidden_size, key_size, mcore_config)
             if self.replicated_keys
-            else ColumnParallelLinear(hidden_size, key_size, engine, group)
+            else ColumnParallelLinear(hidden_size, key_size, mcore_config, group)
             for _ in range(2)
         )
         self.core = AttentionCore(layer.window, layer.softmax_scale, recompute_core)
-        self.o_proj = RowParallelLinear(query_size, hidden_size, engine, group)
+        self.o_proj = RowParallelLinear(query_size, hidden_size, mcore_config, group)
         self.norms = norms
         if norms != "none":
             # These act on this rank's heads only.
             self.q_norm, self.k_norm = (
-                RMSNorm(layer.head_dim, layer.norm_eps, norms == "zero_centered", engine.params_dtype, partial=True)
+                RMSNorm(
+                    layer.head_dim, layer.norm_eps, norms == "zero_centered", mcore_config.params_dtype, partial=True
+                )
                 for _ in range(2)
             )
 

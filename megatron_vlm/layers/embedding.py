@@ -33,7 +33,7 @@ class TokenEmbedding(tensor_parallel.VocabParallelEmbedding):
         hidden_size: H.
         padding_id: token of padding.
         is_tied: the head of the last stage is a copy.
-        engine: megatron-core settings.
+        mcore_config: megatron-core settings.
         group: tensor ranks.
     """
 
@@ -43,14 +43,14 @@ class TokenEmbedding(tensor_parallel.VocabParallelEmbedding):
         hidden_size: int,
         padding_id: int | None,
         is_tied: bool,
-        engine: TransformerConfig,
+        mcore_config: TransformerConfig,
         group: Group,
     ) -> None:
         super().__init__(
             padded_vocab_size(vocab_size),
             hidden_size,
             init_method=lambda weight: None,
-            config=engine,
+            config=mcore_config,
             tp_group=group,
         )
         self.padding_id = padding_id

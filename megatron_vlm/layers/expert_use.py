@@ -11,7 +11,7 @@ import torch
 import torch.distributed
 
 from megatron_vlm.layers.load_balancing import LoadBalancing
-from megatron_vlm.layers.moe import Routing, TokenShare
+from megatron_vlm.layers.moe import LocalTokens, Routing
 from megatron_vlm.model_configs import DecoderLayerConfig
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
 
@@ -60,7 +60,9 @@ class ExpertUse:
         """The load-balancing sum before the first layer; None where there is no such loss."""
         return None if self.balancing is None else torch.zeros(self.num_carried, device=device)
 
-    def add(self, layer: int, routing: Routing, share: TokenShare, carried: torch.Tensor | None) -> torch.Tensor | None:
+    def add(
+        self, layer: int, routing: Routing, local: LocalTokens, carried: torch.Tensor | None
+    ) -> torch.Tensor | None:
         """Count one layer's tokens of a micro-batch; returns the load-balancing sum with it."""
         counted = self.tokens.get(layer)
         # In fp64: fp32 would stop counting at 16 million.
@@ -68,7 +70,7 @@ class ExpertUse:
         self.tokens[layer] = tokens if counted is None else counted + tokens
         if self.balancing is None or carried is None:
             return None
-        return carried + self.balancing.of_layer(routing, share.num_real)
+        return carried + self.balancing.of_layer(routing, local.num_real)
 
     def with_balancing(
         self, losses_BS: torch.Tensor, has_label_BS: torch.Tensor, carried: torch.Tensor

@@ -31,8 +31,8 @@ class ColumnParallelLinear(OperandOwner, tensor_parallel.ColumnParallelLinear):
     input_size: int
     output_size_per_partition: int
 
-    def __init__(self, in_size: int, out_size: int, engine: TransformerConfig, group: Group, bias: bool = False):
-        super().__init__(in_size, out_size, config=engine, init_method=_no_init, bias=bias, tp_group=group)
+    def __init__(self, in_size: int, out_size: int, mcore_config: TransformerConfig, group: Group, bias: bool = False):
+        super().__init__(in_size, out_size, config=mcore_config, init_method=_no_init, bias=bias, tp_group=group)
         declare(self.weight, "matrix", normal, tensor_dim=0)
         if self.bias is not None:
             declare(self.bias, "vector", zeros, tensor_dim=0)
@@ -57,15 +57,17 @@ class SectionedColumnParallelLinear(OperandOwner, torch.nn.Module):
         in_size: of the input.
         out_size: of one section.
         sections: how many.
-        engine: megatron-core settings.
+        mcore_config: megatron-core settings.
         group: tensor ranks.
     """
 
-    def __init__(self, in_size: int, out_size: int, sections: int, engine: TransformerConfig, group: Group) -> None:
+    def __init__(
+        self, in_size: int, out_size: int, sections: int, mcore_config: TransformerConfig, group: Group
+    ) -> None:
         super().__init__()
         rows, self.in_size = divide(out_size, group.size()), in_size
-        self.weight = torch.nn.Parameter(torch.empty(sections, rows, in_size, dtype=engine.params_dtype))
-        self.bias = torch.nn.Parameter(torch.empty(sections, rows, dtype=engine.params_dtype))
+        self.weight = torch.nn.Parameter(torch.empty(sections, rows, in_size, dtype=mcore_config.params_dtype))
+        self.bias = torch.nn.Parameter(torch.empty(sections, rows, dtype=mcore_config.params_dtype))
         declare(self.weight, "matrix", normal, tensor_dim=1)
         declare(self.bias, "vector", zeros, tensor_dim=1)
 
@@ -84,8 +86,8 @@ class ReplicatedLinear(OperandOwner, torch.nn.Linear):
     Called like `ColumnParallelLinear`.
     """
 
-    def __init__(self, in_size: int, out_size: int, engine: TransformerConfig) -> None:
-        super().__init__(in_size, out_size, bias=False, dtype=engine.params_dtype)
+    def __init__(self, in_size: int, out_size: int, mcore_config: TransformerConfig) -> None:
+        super().__init__(in_size, out_size, bias=False, dtype=mcore_config.params_dtype)
         declare(self.weight, "matrix", normal, partial=True)
 
     def forward(self) -> Operand:  # type: ignore[override]
@@ -103,11 +105,11 @@ class RowParallelLinear(OperandOwner, tensor_parallel.RowParallelLinear):
     input_size_per_partition: int
     output_size: int
 
-    def __init__(self, in_size: int, out_size: int, engine: TransformerConfig, group: Group, bias: bool = False):
+    def __init__(self, in_size: int, out_size: int, mcore_config: TransformerConfig, group: Group, bias: bool = False):
         super().__init__(
             in_size,
             out_size,
-            config=engine,
+            config=mcore_config,
             init_method=_no_init,
             bias=bias,
             input_is_parallel=True,
@@ -118,7 +120,7 @@ class RowParallelLinear(OperandOwner, tensor_parallel.RowParallelLinear):
         if self.bias is not None:
             # Added to a shard of the sequence there; megatron-core would sum its gradient by a mark of its own.
             self.bias.sequence_parallel = False
-            declare(self.bias, "vector", zeros, partial=engine.sequence_parallel)
+            declare(self.bias, "vector", zeros, partial=mcore_config.sequence_parallel)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [S, B, in / tensor ranks] to [S, B, out]."""

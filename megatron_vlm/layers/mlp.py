@@ -20,14 +20,14 @@ class GatedMLP(torch.nn.Module):
         hidden_size: int,
         intermediate_size: int,
         activation: Activation,
-        engine: TransformerConfig,
+        mcore_config: TransformerConfig,
         group: Group,
     ) -> None:
         super().__init__()
-        self.activation, self.group, self.sequence_parallel = activation, group, engine.sequence_parallel
-        self.gate_proj = ColumnParallelLinear(hidden_size, intermediate_size, engine, group)
-        self.up_proj = ColumnParallelLinear(hidden_size, intermediate_size, engine, group)
-        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, engine, group)
+        self.activation, self.group, self.sequence_parallel = activation, group, mcore_config.sequence_parallel
+        self.gate_proj = ColumnParallelLinear(hidden_size, intermediate_size, mcore_config, group)
+        self.up_proj = ColumnParallelLinear(hidden_size, intermediate_size, mcore_config, group)
+        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, mcore_config, group)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[S, B, H] to the same, shards of the sequence under sequence parallelism."""
@@ -42,7 +42,7 @@ class MLP(torch.nn.Module):
         sizes: of the input, between, and of the output.
         names: of the two layers, as checkpoints of the family have them.
         approximate: of the GELU: "none" or "tanh".
-        engine: megatron-core settings without sequence parallelism.
+        mcore_config: megatron-core settings without sequence parallelism.
         group: tensor ranks.
     """
 
@@ -51,14 +51,14 @@ class MLP(torch.nn.Module):
         sizes: tuple[int, int, int],
         names: tuple[str, str],
         approximate: Literal["none", "tanh"],
-        engine: TransformerConfig,
+        mcore_config: TransformerConfig,
         group: Group,
     ) -> None:
         super().__init__()
         self.names, self.approximate, self.group = names, approximate, group
         in_size, hidden_size, out_size = sizes
-        self.add_module(names[0], ColumnParallelLinear(in_size, hidden_size, engine, group, bias=True))
-        self.add_module(names[1], RowParallelLinear(hidden_size, out_size, engine, group, bias=True))
+        self.add_module(names[0], ColumnParallelLinear(in_size, hidden_size, mcore_config, group, bias=True))
+        self.add_module(names[1], RowParallelLinear(hidden_size, out_size, mcore_config, group, bias=True))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] to [..., out]."""

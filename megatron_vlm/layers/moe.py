@@ -49,7 +49,7 @@ class Routing:
 
 
 @dataclass(frozen=True)
-class TokenShare:
+class LocalTokens:
     """This rank's tokens of a micro-batch.
 
     Attributes:
@@ -63,11 +63,11 @@ class TokenShare:
     common_length: int | None
 
     @staticmethod
-    def of(document_ids_BS: torch.Tensor, chunk: ChunkSettings, groups: ProcessGroupCollection) -> TokenShare:
+    def of(document_ids_BS: torch.Tensor, chunk: ChunkSettings, groups: ProcessGroupCollection) -> LocalTokens:
         """The share of this tensor rank: a part of the sequence under sequence parallelism, else all of it."""
         is_real_SB = (document_ids_BS >= 0).t()
         num_real = is_real_SB.sum()
-        if chunk.engine.sequence_parallel:
+        if chunk.mcore_config.sequence_parallel:
             is_real_SB = is_real_SB.chunk(groups.tp.size())[groups.tp.rank()]
         is_real = is_real_SB.flatten()
         common_length = None
@@ -76,7 +76,7 @@ class TokenShare:
             longest = torch.tensor(is_real.numel(), device=is_real.device)
             torch.distributed.all_reduce(longest, torch.distributed.ReduceOp.MAX, group=groups.tp_ep)
             common_length = int(longest.item())
-        return TokenShare(is_real, num_real, common_length)
+        return LocalTokens(is_real, num_real, common_length)
 
 
 class TopKRouter(torch.nn.Module):
@@ -86,11 +86,11 @@ class TopKRouter(torch.nn.Module):
     logits in the activations' type; in bf16 nearly equal experts may then be chosen otherwise.
     """
 
-    def __init__(self, hidden_size: int, moe: MoEConfig, engine: TransformerConfig) -> None:
+    def __init__(self, hidden_size: int, moe: MoEConfig, mcore_config: TransformerConfig) -> None:
         super().__init__()
         self.top_k = moe.top_k
-        weight = torch.nn.Parameter(torch.empty(moe.num_experts, hidden_size, dtype=engine.params_dtype))
-        self.weight = declare(weight, "table", normal, partial=engine.sequence_parallel)
+        weight = torch.nn.Parameter(torch.empty(moe.num_experts, hidden_size, dtype=mcore_config.params_dtype))
+        self.weight = declare(weight, "table", normal, partial=mcore_config.sequence_parallel)
 
     def forward(self, x_TH: torch.Tensor, is_real_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Routing]:
         """Weights [T, E] fp32 (zero where not chosen), choices [T, E] bool, and their sums over real tokens."""
@@ -113,16 +113,16 @@ class Experts(torch.nn.Module):
     Args:
         hidden_size: H.
         moe: the layer's experts.
-        engine: megatron-core settings.
+        mcore_config: megatron-core settings.
         groups: process groups; `ep` divides experts, `expt_tp` their width.
     """
 
     def __init__(
-        self, hidden_size: int, moe: MoEConfig, engine: TransformerConfig, groups: ProcessGroupCollection
+        self, hidden_size: int, moe: MoEConfig, mcore_config: TransformerConfig, groups: ProcessGroupCollection
     ) -> None:
         super().__init__()
         count, width = moe.num_experts // groups.ep.size(), moe.intermediate_size // groups.expt_tp.size()
-        self.activation, dtype = moe.activation, engine.params_dtype
+        self.activation, dtype = moe.activation, mcore_config.params_dtype
         self.gate_up_proj = torch.nn.Parameter(torch.empty(count, 2, width, hidden_size, dtype=dtype))
         self.down_proj = torch.nn.Parameter(torch.empty(count, hidden_size, width, dtype=dtype))
         for weight in (self.gate_up_proj, self.down_proj):
@@ -240,12 +240,12 @@ class MoE(torch.nn.Module):
         super().__init__()
         self.top_k = moe.top_k
         self.gate = router
-        self.experts = Experts(hidden_size, moe, chunk.engine, groups)
+        self.experts = Experts(hidden_size, moe, chunk.mcore_config, groups)
         self.dispatcher = None
         if groups.tp_ep.size() == 1:
             return
-        engine = dataclasses.replace(
-            chunk.engine,
+        mcore_config = dataclasses.replace(
+            chunk.mcore_config,
             num_moe_experts=moe.num_experts,
             moe_router_topk=moe.top_k,
             moe_ffn_hidden_size=moe.intermediate_size,
@@ -261,26 +261,26 @@ class MoE(torch.nn.Module):
         first = groups.ep.rank() * count
         install_expert_permutation()
         self.dispatcher = DISPATCHERS[chunk.moe.token_dispatcher_type](
-            count, list(range(first, first + count)), engine, groups
+            count, list(range(first, first + count)), mcore_config, groups
         )
 
     def forward(
-        self, x_SBH: torch.Tensor, share: TokenShare, router_input: torch.Tensor | None = None
+        self, x_SBH: torch.Tensor, tokens: LocalTokens, router_input: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Routing]:
         """[S, B, H] to the same, and where the tokens went.
 
         Args:
             x_SBH: what experts compute with.
-            share: about these tokens.
+            tokens: which of them are real.
             router_input: [S, B, H], what the router looks at; None for the same.
         """
         x_TH = x_SBH.flatten(0, 1)
         weights, chosen, routing = self.gate(
-            x_TH if router_input is None else router_input.flatten(0, 1), share.is_real
+            x_TH if router_input is None else router_input.flatten(0, 1), tokens.is_real
         )
-        if share.common_length is not None:
+        if tokens.common_length is not None:
             # Rows that choose no expert.
-            missing = (0, 0, 0, share.common_length - x_TH.shape[0])
+            missing = (0, 0, 0, tokens.common_length - x_TH.shape[0])
             x_TH, weights, chosen = pad(x_TH, missing), pad(weights, missing), pad(chosen, missing)
         if self.dispatcher is None:
             output = self._on_this_rank(x_TH, weights, chosen)

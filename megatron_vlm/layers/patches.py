@@ -30,7 +30,7 @@ def split_frames(grids: Sequence[Grid]) -> list[Grid]:
 
 
 @dataclass(frozen=True)
-class Places:
+class PatchPositions:
     """Where each patch lies in its frame.
 
     Attributes:
@@ -46,8 +46,8 @@ class Places:
     width: torch.Tensor
 
 
-def patch_places(frames: Sequence[Grid], merge_size: int, device: torch.device) -> Places:
-    """Places of packed patches: blocks of merge x merge in raster order, raster order inside each.
+def patch_positions(frames: Sequence[Grid], merge_size: int, device: torch.device) -> PatchPositions:
+    """PatchPositions of packed patches: blocks of merge x merge in raster order, raster order inside each.
 
     Args:
         frames: (1, height, width) in patches.
@@ -62,7 +62,7 @@ def patch_places(frames: Sequence[Grid], merge_size: int, device: torch.device) 
     inside = torch.arange(ends[-1], device=device) - end + height * width
     block, inside_block = inside // merge_size**2, inside % merge_size**2
     blocks_per_row = width // merge_size
-    return Places(
+    return PatchPositions(
         row=block // blocks_per_row * merge_size + inside_block // merge_size,
         column=block % blocks_per_row * merge_size + inside_block % merge_size,
         height=height,

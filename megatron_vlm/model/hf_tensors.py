@@ -126,8 +126,8 @@ class HfTensor:
             assert section is not None and not self.is_transposed, f"{part.name} cannot be a part of {self.hf_name}"
             assert (section.dim, section.start) == (self.dim, end), f"{part.name} does not follow in {self.hf_name}"
             end = section.stop
-            whole_shape = (*shape[: self.dim], sum(self._sizes), *shape[self.dim + 1 :])
-            assert (end - section.start, whole_shape) == (shape[self.dim], self.shape), f"{part.name} is {shape}"
+            full_shape = (*shape[: self.dim], sum(self._sizes), *shape[self.dim + 1 :])
+            assert (end - section.start, full_shape) == (shape[self.dim], self.shape), f"{part.name} is {shape}"
             assert self.dim == 0 or part.weight.divided_shape is None, f"{part.name} has another shape here"
 
     @property

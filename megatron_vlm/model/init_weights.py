@@ -9,7 +9,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_vlm.parallel.parameters import Initial, spec_of
-from megatron_vlm.parallel.sharding import own_part, whole_shape
+from megatron_vlm.parallel.sharding import full_shape, own_part
 
 
 @torch.no_grad()
@@ -26,7 +26,7 @@ def initialize_weights(
         groups: process groups.
     """
     for name, parameter in (named for chunk in chunks for named in chunk.named_parameters()):
-        spec, shape = spec_of(parameter, name), whole_shape(parameter, groups)
+        spec, shape = spec_of(parameter, name), full_shape(parameter, groups)
         if not spec.is_expert:
             parameter.copy_(own_part(_whole(name, shape, spec.initial, seed, std), parameter, groups))
             continue

@@ -49,13 +49,18 @@ class LanguageModelChunk(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.text = text
-        self.head = Head(text.vocab_size, group, chunk.engine.sequence_parallel, softcap, chunk.loss.chunk_bytes)
+        self.head = Head(text.vocab_size, group, chunk.mcore_config.sequence_parallel, softcap, chunk.loss.chunk_bytes)
         self.z_loss_coeff = chunk.loss.z_loss_coeff
         self.recompute_layers = chunk.recompute == "full"
         self.expert_use: ExpertUse | None = None
         if chunk.is_first or (chunk.is_last and text.tie_word_embeddings):
             self.embed_tokens = TokenEmbedding(
-                text.vocab_size, text.hidden_size, text.pad_token_id, text.tie_word_embeddings, chunk.engine, group
+                text.vocab_size,
+                text.hidden_size,
+                text.pad_token_id,
+                text.tie_word_embeddings,
+                chunk.mcore_config,
+                group,
             )
             # The head puts its share of the gradient into `main_grad` itself; megatron-core must then still add the
             # lookup's, which is there where one chunk has both.
@@ -65,7 +70,7 @@ class LanguageModelChunk(torch.nn.Module):
             self.norm = residual_norm(text, chunk, zero_centered_norm)
             if not text.tie_word_embeddings:
                 vocab_size = padded_vocab_size(text.vocab_size)
-                self.lm_head = ColumnParallelLinear(text.hidden_size, vocab_size, chunk.engine, group)
+                self.lm_head = ColumnParallelLinear(text.hidden_size, vocab_size, chunk.mcore_config, group)
                 declare(self.lm_head.weight, "table", normal_rows(text.vocab_size), tensor_dim=0)
 
     def embed(self, ids_BS: torch.Tensor) -> torch.Tensor:
@@ -119,5 +124,7 @@ class LanguageModelChunk(torch.nn.Module):
 
 def residual_norm(text: DecoderConfig, chunk: ChunkSettings, zero_centered: bool) -> RMSNorm:
     """A norm of the residual stream; each tensor rank normalises its shard under sequence parallelism."""
-    engine = chunk.engine
-    return RMSNorm(text.hidden_size, text.norm_eps, zero_centered, engine.params_dtype, engine.sequence_parallel)
+    mcore_config = chunk.mcore_config
+    return RMSNorm(
+        text.hidden_size, text.norm_eps, zero_centered, mcore_config.params_dtype, mcore_config.sequence_parallel
+    )

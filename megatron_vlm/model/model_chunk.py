@@ -33,13 +33,13 @@ class ModelChunk(MegatronModule):
     projector: torch.nn.Module
 
     def __init__(self, chunk: ChunkSettings, groups: ProcessGroupCollection, has_vision: bool) -> None:
-        super().__init__(chunk.engine)
+        super().__init__(chunk.mcore_config)
         self.groups = groups
         self.first_layer, self.end_layer = chunk.num_layers_before, chunk.num_layers_before + len(chunk.layers)
         self.pre_process, self.post_process, self.vp_stage = chunk.is_first, chunk.is_last, chunk.virtual_stage
         self.divides_images = chunk.vision_parallelism == "data" and groups.tp.size() > 1
         # Ranks that share each layer of a tower.
-        self.tower_group = groups.alone if self.divides_images else groups.tp
+        self.tower_group = groups.single_rank if self.divides_images else groups.tp
         # A micro-batch without images skips the tower, or gives it a blank one whose features nobody reads.
         self.always_encodes = chunk.overlapped and has_vision
         self.input_tensor: torch.Tensor | None = None

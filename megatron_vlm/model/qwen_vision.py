@@ -19,7 +19,7 @@ from torch.nn.functional import embedding_bag
 from megatron_vlm.layers.linear import Group, RowParallelLinear, SectionedColumnParallelLinear, column_parallel
 from megatron_vlm.layers.mlp import MLP
 from megatron_vlm.layers.norm import LayerNorm
-from megatron_vlm.layers.patches import Grid, PatchProjection, Places, patch_places, split_frames
+from megatron_vlm.layers.patches import Grid, PatchPositions, PatchProjection, patch_positions, split_frames
 from megatron_vlm.layers.recompute import run_layer
 from megatron_vlm.layers.rope import geometric_frequencies
 from megatron_vlm.model_configs import TowerConfig
@@ -64,10 +64,10 @@ class QwenVisionConfig(TowerConfig):
         return self.hidden_size * self.spatial_merge_size**2
 
 
-def patch_rope(places: Places, head_dim: int) -> RopeTable:
+def patch_rope(positions: PatchPositions, head_dim: int) -> RopeTable:
     """Cosines and sines [P, D / 2] in fp32: the first half of the frequencies turns with the row, then the column."""
-    frequencies = geometric_frequencies(head_dim // 2, ROPE_THETA, places.row.device)
-    angles = torch.cat([axis.float()[:, None] * frequencies for axis in (places.row, places.column)], dim=-1)
+    frequencies = geometric_frequencies(head_dim // 2, ROPE_THETA, positions.row.device)
+    angles = torch.cat([axis.float()[:, None] * frequencies for axis in (positions.row, positions.column)], dim=-1)
     return angles.cos(), angles.sin()
 
 
@@ -80,18 +80,18 @@ class PositionTable(torch.nn.Module):
         weight = torch.nn.Parameter(torch.empty(self.side**2, config.hidden_size, dtype=dtype))
         self.weight = declare(weight, "table", normal)
 
-    def forward(self, places: Places) -> torch.Tensor:
+    def forward(self, positions: PatchPositions) -> torch.Tensor:
         """Bilinear samples [P, H] in fp32; corners of the frame lie on corners of the table."""
-        rows, row_weights = self._neighbours(places.row, places.height)
-        columns, column_weights = self._neighbours(places.column, places.width)
+        rows, row_weights = self._neighbours(positions.row, positions.height)
+        columns, column_weights = self._neighbours(positions.column, positions.width)
         index_P4 = (rows[:, :, None] * self.side + columns[:, None]).flatten(1)
         weights_P4 = (row_weights[:, :, None] * column_weights[:, None]).flatten(1)
         return embedding_bag(index_P4, self.weight.float(), mode="sum", per_sample_weights=weights_P4)
 
-    def _neighbours(self, place: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The two table lines around each place and their weights, [P, 2] each."""
-        # Multiplied first, so that a place that lies on a line is exactly there.
-        source = place * (self.side - 1) / (size - 1).clamp(min=1)
+    def _neighbours(self, position: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two table lines around each position and their weights, [P, 2] each."""
+        # Multiplied first, so that a position that lies on a line is exactly there.
+        source = position * (self.side - 1) / (size - 1).clamp(min=1)
         before = source.floor()
         share = (source - before).float()
         lines = torch.stack((before, (before + 1).clamp(max=self.side - 1)), dim=1).long()
@@ -101,11 +101,11 @@ class PositionTable(torch.nn.Module):
 class VisionAttention(torch.nn.Module):
     """Attention over the patches of a frame; heads split over the tensor ranks."""
 
-    def __init__(self, config: QwenVisionConfig, engine: TransformerConfig, group: Group) -> None:
+    def __init__(self, config: QwenVisionConfig, mcore_config: TransformerConfig, group: Group) -> None:
         super().__init__()
         self.group, self.head_dim = group, config.hidden_size // config.num_attention_heads
-        self.qkv = SectionedColumnParallelLinear(config.hidden_size, config.hidden_size, 3, engine, group)
-        self.proj = RowParallelLinear(config.hidden_size, config.hidden_size, engine, group, bias=True)
+        self.qkv = SectionedColumnParallelLinear(config.hidden_size, config.hidden_size, 3, mcore_config, group)
+        self.proj = RowParallelLinear(config.hidden_size, config.hidden_size, mcore_config, group, bias=True)
 
     def forward(self, x_PH: torch.Tensor, rope: RopeTable, frames: Segments) -> torch.Tensor:
         """[P, H] to the same."""
@@ -119,12 +119,12 @@ class VisionAttention(torch.nn.Module):
 class VisionLayer(torch.nn.Module):
     """A pre-norm layer; its norms act on whole activations, so they are replicas with whole gradients."""
 
-    def __init__(self, config: QwenVisionConfig, engine: TransformerConfig, group: Group) -> None:
+    def __init__(self, config: QwenVisionConfig, mcore_config: TransformerConfig, group: Group) -> None:
         super().__init__()
         size = config.hidden_size
-        self.norm1, self.norm2 = (LayerNorm(size, config.norm_eps, engine.params_dtype) for _ in range(2))
-        self.attn = VisionAttention(config, engine, group)
-        self.mlp = MLP((size, config.intermediate_size, size), MLP_NAMES, "tanh", engine, group)
+        self.norm1, self.norm2 = (LayerNorm(size, config.norm_eps, mcore_config.params_dtype) for _ in range(2))
+        self.attn = VisionAttention(config, mcore_config, group)
+        self.mlp = MLP((size, config.intermediate_size, size), MLP_NAMES, "tanh", mcore_config, group)
 
     def forward(self, x_PH: torch.Tensor, rope: RopeTable, frames: Segments) -> torch.Tensor:
         """[P, H] to the same."""
@@ -140,19 +140,23 @@ class VisionTower(torch.nn.Module):
 
     Args:
         config: the tower.
-        engine: megatron-core settings without sequence parallelism.
+        mcore_config: megatron-core settings without sequence parallelism.
         group: ranks that share each layer.
         recompute: compute each layer again in the backward pass.
     """
 
-    def __init__(self, config: QwenVisionConfig, engine: TransformerConfig, group: Group, recompute: bool) -> None:
+    def __init__(
+        self, config: QwenVisionConfig, mcore_config: TransformerConfig, group: Group, recompute: bool
+    ) -> None:
         super().__init__()
         self.config, self.recompute = config, recompute
         self.patch_embed = torch.nn.Module()
         kernel = (config.num_channels, config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.patch_embed.proj = PatchProjection(kernel, config.hidden_size, engine.params_dtype, bias=True)
-        self.pos_embed = PositionTable(config, engine.params_dtype)
-        self.blocks = torch.nn.ModuleList(VisionLayer(config, engine, group) for _ in range(config.num_hidden_layers))
+        self.patch_embed.proj = PatchProjection(kernel, config.hidden_size, mcore_config.params_dtype, bias=True)
+        self.pos_embed = PositionTable(config, mcore_config.params_dtype)
+        self.blocks = torch.nn.ModuleList(
+            VisionLayer(config, mcore_config, group) for _ in range(config.num_hidden_layers)
+        )
 
     def forward(self, pixel_values: torch.Tensor, grids: Sequence[Grid]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Encode packed patches.
@@ -165,11 +169,11 @@ class VisionTower(torch.nn.Module):
             Output of the last layer [P, H], and those of `deepstack_layers`.
         """
         config, frames = self.config, split_frames(grids)
-        places = patch_places(frames, config.spatial_merge_size, pixel_values.device)
+        positions = patch_positions(frames, config.spatial_merge_size, pixel_values.device)
         segments = Segments(tuple(height * width for _, height, width in frames), pixel_values.device)
-        rope = patch_rope(places, config.hidden_size // config.num_attention_heads)
+        rope = patch_rope(positions, config.hidden_size // config.num_attention_heads)
         patches = self.patch_embed.proj(pixel_values)  # type: ignore[operator]
-        x_PH = patches + self.pos_embed(places).to(patches.dtype)
+        x_PH = patches + self.pos_embed(positions).to(patches.dtype)
         taps = []
         for index, block in enumerate(self.blocks):
             x_PH = run_layer(block, x_PH, rope, segments, recompute=self.recompute)
@@ -184,15 +188,17 @@ class Merger(MLP):
     Args:
         config: the tower.
         norm_after: normalise the joined vector, not each patch.
-        engine: megatron-core settings without sequence parallelism.
+        mcore_config: megatron-core settings without sequence parallelism.
         group: tensor ranks.
     """
 
-    def __init__(self, config: QwenVisionConfig, norm_after: bool, engine: TransformerConfig, group: Group) -> None:
+    def __init__(
+        self, config: QwenVisionConfig, norm_after: bool, mcore_config: TransformerConfig, group: Group
+    ) -> None:
         joined_size = config.projector_hidden_size
-        super().__init__((joined_size, joined_size, config.out_hidden_size), MLP_NAMES, "none", engine, group)
+        super().__init__((joined_size, joined_size, config.out_hidden_size), MLP_NAMES, "none", mcore_config, group)
         self.joined_size, norm_size = joined_size, joined_size if norm_after else config.hidden_size
-        self.norm = LayerNorm(norm_size, config.norm_eps, engine.params_dtype)
+        self.norm = LayerNorm(norm_size, config.norm_eps, mcore_config.params_dtype)
 
     def forward(self, x_PH: torch.Tensor) -> torch.Tensor:
         """[P, H] to [P / patches per block, text hidden]."""
@@ -205,15 +211,15 @@ class Projector(torch.nn.Module):
 
     Args:
         config: the tower.
-        engine: megatron-core settings without sequence parallelism.
+        mcore_config: megatron-core settings without sequence parallelism.
         group: ranks that share each merger.
     """
 
-    def __init__(self, config: QwenVisionConfig, engine: TransformerConfig, group: Group) -> None:
+    def __init__(self, config: QwenVisionConfig, mcore_config: TransformerConfig, group: Group) -> None:
         super().__init__()
-        self.merger = Merger(config, norm_after=False, engine=engine, group=group)
+        self.merger = Merger(config, norm_after=False, mcore_config=mcore_config, group=group)
         self.deepstack_merger_list = torch.nn.ModuleList(
-            Merger(config, norm_after=True, engine=engine, group=group) for _ in config.deepstack_layers
+            Merger(config, norm_after=True, mcore_config=mcore_config, group=group) for _ in config.deepstack_layers
         )
 
     def forward(self, last: torch.Tensor, taps: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -49,7 +49,7 @@ class ChunkSettings:
         is_first: holds the embedding and the towers.
         is_last: holds the final norm and the head.
         virtual_stage: its place among this rank's chunks; None without virtual stages.
-        engine: megatron-core settings of the language model.
+        mcore_config: megatron-core settings of the language model.
         recompute: activations computed again in the backward pass.
         vision_parallelism: how the tensor ranks share the vision tower.
         moe: how experts are reached and kept busy.
@@ -63,7 +63,7 @@ class ChunkSettings:
     is_first: bool
     is_last: bool
     virtual_stage: int | None
-    engine: TransformerConfig
+    mcore_config: TransformerConfig
     recompute: Literal["none", "selective", "full"] = "none"
     vision_parallelism: Literal["tensor", "data"] = "tensor"
     moe: MoESettings = field(default_factory=MoESettings)
@@ -71,6 +71,6 @@ class ChunkSettings:
     overlapped: bool = False
 
     @cached_property
-    def tower_engine(self) -> TransformerConfig:
-        """`engine` for towers, whose sequences are not divided."""
-        return dataclasses.replace(self.engine, sequence_parallel=False)
+    def tower_mcore_config(self) -> TransformerConfig:
+        """`mcore_config` for towers, whose sequences are not divided."""
+        return dataclasses.replace(self.mcore_config, sequence_parallel=False)

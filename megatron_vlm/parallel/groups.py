@@ -60,7 +60,7 @@ def build_groups(layout: Layout, timeout: timedelta | None = None) -> ProcessGro
     groups.tp_ep = own.along(expert_grid, "expt_tp", "ep")
     groups.tp_ep_pp = groups.tp_ep_pp_with_egtp_remat = own.along(expert_grid, "expt_tp", "ep", "pp")
     groups.gtp_remat = groups.expt_gtp_remat = None
-    groups.alone = own.of([torch.distributed.get_rank()])
+    groups.single_rank = own.of([torch.distributed.get_rank()])
     groups.embd, groups.pos_embd = own.embedding_groups(groups)
     return groups
 
@@ -97,7 +97,7 @@ class _OwnGroups:
         rank = torch.distributed.get_rank()
         # Stages in between make a group too, of themselves, which nobody uses.
         made = self._make(sorted({first, last}) if rank in (first, last) else [rank])
-        return made if rank in (first, last) else None, groups.alone if rank == first else None
+        return made if rank in (first, last) else None, groups.single_rank if rank == first else None
 
     def _make(self, ranks: Sequence[int]) -> torch.distributed.ProcessGroup:
         made = torch.distributed.new_group(list(ranks), use_local_synchronization=True, **self._options)

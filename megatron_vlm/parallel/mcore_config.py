@@ -8,10 +8,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_vlm.parallel.layout import Layout
 
 
-def engine_config(
+def build_mcore_config(
     hidden_size: int, num_attention_heads: int, dtype: torch.dtype, layout: Layout, deterministic: bool = False
 ) -> TransformerConfig:
-    """A `TransformerConfig` for the engine alone; our modules take what describes a model from the family's record.
+    """A `TransformerConfig` for megatron-core alone; our modules take what describes a model from the family's record.
 
     Two choices guard against silent errors of megatron-core 0.19.2 (tests/distributed/test_megatron_traps.py): virtual
     stages always overlap their sends, because with two pipeline ranks the batched ones mix up the two directions, and

@@ -38,7 +38,7 @@ def replica_group(parameter: torch.nn.Parameter, groups: ProcessGroupCollection)
     return groups.expt_dp if spec_of(parameter).is_expert else groups.dp_cp
 
 
-def whole_shape(parameter: torch.nn.Parameter, groups: ProcessGroupCollection) -> tuple[int, ...]:
+def full_shape(parameter: torch.nn.Parameter, groups: ProcessGroupCollection) -> tuple[int, ...]:
     """Shape over all ranks."""
     shape = list(parameter.shape)
     for split in splits(parameter, groups):
@@ -49,7 +49,7 @@ def whole_shape(parameter: torch.nn.Parameter, groups: ProcessGroupCollection) -
 def own_part(
     whole: torch.Tensor, parameter: torch.nn.Parameter, groups: ProcessGroupCollection, first_dim: int = 0
 ) -> torch.Tensor:
-    """This rank's part of a tensor of `whole_shape`, as a view; those before `first_dim` are this rank's already."""
+    """This rank's part of a tensor of `full_shape`, as a view; those before `first_dim` are this rank's already."""
     for split in splits(parameter, groups):
         if split.dim < first_dim:
             continue
@@ -58,7 +58,7 @@ def own_part(
     return whole
 
 
-def gather_whole(values: torch.Tensor, parameter: torch.nn.Parameter, groups: ProcessGroupCollection) -> torch.Tensor:
+def gather_full(values: torch.Tensor, parameter: torch.nn.Parameter, groups: ProcessGroupCollection) -> torch.Tensor:
     """Put together a parameter-shaped tensor (the parameter, its gradient) on every rank that shares it."""
     for split in splits(parameter, groups):
         parts = [torch.empty_like(values) for _ in range(split.group.size())]

@@ -1,7 +1,7 @@
 """What pipeline stages send each other, packed into the one tensor that megatron-core's schedules send.
 
 Besides the hidden states a stage may pass on tensors of any shape that later layers read (features that are added
-there, keys and values that layers share) and a few numbers. Sender and receiver derive from the model and the
+there, keys and values that layers share) and a few scalars. Sender and receiver derive from the model and the
 micro-batch what crosses a boundary; nothing that no later layer reads is sent. Gradients come back along the same
 tensor.
 
@@ -25,12 +25,12 @@ class StageState:
     Attributes:
         hidden: [S, B, H].
         carried: what earlier layers left for later ones, by name; of any shape, in the dtype of the hidden states.
-        numbers: [n] fp32, or None.
+        scalars: [n] fp32, or None.
     """
 
     hidden: torch.Tensor
     carried: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    numbers: torch.Tensor | None = None
+    scalars: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Boundary:
     Attributes:
         hidden: shape of the hidden states.
         carried: shapes of what is carried, by name, in the order in which it is sent.
-        num_numbers: how many; 0 for None.
+        num_scalars: how many; 0 for None.
     """
 
     hidden: tuple[int, int, int]
     carried: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    num_numbers: int = 0
+    num_scalars: int = 0
 
 
 def pack(state: StageState, boundary: Boundary, received: torch.Tensor | None) -> torch.Tensor:
@@ -62,11 +62,11 @@ def pack(state: StageState, boundary: Boundary, received: torch.Tensor | None) -
         tensor = state.carried[name]
         assert tensor.shape == shape and tensor.dtype == state.hidden.dtype, f"{name}: {tensor.shape}, {tensor.dtype}"
         parts.append(_rows(tensor, row))
-    if boundary.num_numbers:
-        assert state.numbers is not None and state.numbers.shape == (boundary.num_numbers,)
+    if boundary.num_scalars:
+        assert state.scalars is not None and state.scalars.shape == (boundary.num_scalars,)
         # Each as a rounded number and what the rounding left out; gradients pass through the first alone.
-        rounded = state.numbers.to(state.hidden.dtype)
-        rest = (state.numbers.detach() - rounded.detach().float()).to(state.hidden.dtype)
+        rounded = state.scalars.to(state.hidden.dtype)
+        rest = (state.scalars.detach() - rounded.detach().float()).to(state.hidden.dtype)
         parts.append(_rows(torch.cat((rounded, rest)), row))
     if len(parts) > 1:
         return torch.cat([part.view(-1, *boundary.hidden[1:]) for part in parts])
@@ -76,7 +76,7 @@ def pack(state: StageState, boundary: Boundary, received: torch.Tensor | None) -
 
 def unpack(packed: torch.Tensor, boundary: Boundary) -> StageState:
     """The state of which `pack` made a tensor, as views of it."""
-    if not boundary.carried and not boundary.num_numbers:
+    if not boundary.carried and not boundary.num_scalars:
         return StageState(packed)
     row = prod(boundary.hidden[1:])
     shapes = {"": boundary.hidden, **boundary.carried}
@@ -85,11 +85,11 @@ def unpack(packed: torch.Tensor, boundary: Boundary) -> StageState:
     hidden, *carried = (
         piece.flatten()[: prod(shape)].view(shape) for piece, shape in zip(pieces, shapes.values(), strict=True)
     )
-    numbers = None
-    if boundary.num_numbers:
-        rounded, rest = packed[end:].flatten()[: 2 * boundary.num_numbers].float().chunk(2)
-        numbers = rounded + rest
-    return StageState(hidden, dict(zip(boundary.carried, carried, strict=True)), numbers)
+    scalars = None
+    if boundary.num_scalars:
+        rounded, rest = packed[end:].flatten()[: 2 * boundary.num_scalars].float().chunk(2)
+        scalars = rounded + rest
+    return StageState(hidden, dict(zip(boundary.carried, carried, strict=True)), scalars)
 
 
 def _num_rows(num_elements: int, row: int) -> int:
@@ -104,6 +104,6 @@ def _rows(tensor: torch.Tensor, row: int) -> torch.Tensor:
 
 def packed_shape(boundary: Boundary) -> tuple[int, int, int]:
     """Shape of the tensor that `pack` makes."""
-    rest = [prod(shape) for shape in boundary.carried.values()] + [2 * boundary.num_numbers]
+    rest = [prod(shape) for shape in boundary.carried.values()] + [2 * boundary.num_scalars]
     rows = sum(_num_rows(num_elements, prod(boundary.hidden[1:])) for num_elements in rest)
     return boundary.hidden[0] + rows, *boundary.hidden[1:]

@@ -95,7 +95,7 @@ class ModelFlops:
         """The whole model on this rank, without images and with one."""
         single, tracer = copy(self.groups), Tracer()
         for name, group in vars(self.groups).items():
-            setattr(single, name, None if group is None else self.groups.alone)
+            setattr(single, name, None if group is None else self.groups.single_rank)
         settings = BuildSettings(Layout.over(1, num_layers=len(self.model_config.text.layers)))
         with fake_tensors():
             (chunk,) = build_chunks(self.family, self.model_config, settings, single, torch.device("cpu"))

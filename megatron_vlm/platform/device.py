@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed
 
-from megatron_vlm.platform import fused_adam, lone_rank, megatron_cpu
+from megatron_vlm.platform import fused_adam, megatron_cpu, single_rank
 
 # megatron-core warns at import and at build of what is missing or deprecated in parts that are not used here.
 warnings.filterwarnings("ignore", module=r"megatron\.")
@@ -92,7 +92,7 @@ def initialize() -> Platform:
         _CURRENT = Platform(device, "nccl", True)
     else:
         megatron_cpu.install()
-        lone_rank.install()
+        single_rank.install()
         _CURRENT = Platform(torch.device("cpu"), "gloo", False)
     if not has_transformer_engine() and importlib.util.find_spec("apex") is None:
         fused_adam.install()

@@ -24,7 +24,6 @@ from megatron_vlm.files.durable import replace_durably
 from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.planning.flops import ModelFlops
 from megatron_vlm.planning.preflight import record_export
-from megatron_vlm.training.guard import StepGuard
 from megatron_vlm.training.loggers import Callback, build_loggers
 from megatron_vlm.training.metrics import StepMetrics, expert_statistics
 from megatron_vlm.training.optimizer import apply_gradients, gradient_norm, learning_rates
@@ -32,6 +31,7 @@ from megatron_vlm.training.profiling import ProfileWindow
 from megatron_vlm.training.setup import Run, initialize_distributed, set_up
 from megatron_vlm.training.signals import StopRequests
 from megatron_vlm.training.step import collect_expert_use, run_global_batch
+from megatron_vlm.training.step_check import StepCheck
 
 COUNTERS = "samples bad_rows too_long_rows real_tokens label_tokens padded_tokens images videos".split()
 EXIT_DONE = 0
@@ -73,7 +73,7 @@ class Trainer:
         self.run_state, self.requests = run, requests
         self.config, self.device = run.config, platform.current().device
         self.run_dir = Path(run.config.run_dir)
-        self.guard = StepGuard(self.config.train.spike_ratio)
+        self.step_check = StepCheck(self.config.train.spike_ratio)
         rows = sum(source.num_rows for source in run.train_loader.plan.sources)
         self.bad_rows = BadRowTracker(self.config.data.max_bad_fraction, rows)
         self.flops = ModelFlops(run.family, run.model_config, Trainable(self.config.model.freeze), run.groups)
@@ -142,10 +142,10 @@ class Trainer:
         loss = sum(total for total, _ in losses) / max(1.0, sum(count for _, count in losses))
         self.step += 1
         run.scheduler.step(1)
-        problem = self.guard.problem(loss, norm)
+        problem = self.step_check.problem(loss, norm)
         if problem is None:
             apply_gradients(run.optimizer, norm, self.config.optimizer.clip_grad)
-            self.guard.applied(norm)
+            self.step_check.applied(norm)
         elif self.config.train.nonfinite == "stop":
             self._stop_for(problem, batches)
         own = [sum(batch.counters[name] for batch in batches) for name in COUNTERS]
@@ -258,7 +258,7 @@ class Trainer:
         if resumed is not None:
             self.step = resumed.step
             run.train_loader.load_state_dict(dict(resumed.data))
-            self.guard.load_state_dict(resumed.extra["guard"])
+            self.step_check.load_state_dict(resumed.extra["guard"])
             self.bad_rows.bad_rows, self.bad_rows.rows_seen = resumed.extra["bad_rows"]
             if run.is_first_rank:
                 print(f"resuming after step {self.step} of {train_iters}", flush=True)
@@ -273,7 +273,7 @@ class Trainer:
             run.scheduler,
             run.train_loader.state_dict(),
             to_yaml(self.config),
-            {"guard": self.guard.state_dict(), "bad_rows": [self.bad_rows.bad_rows, self.bad_rows.rows_seen]},
+            {"guard": self.step_check.state_dict(), "bad_rows": [self.bad_rows.bad_rows, self.bad_rows.rows_seen]},
         )
 
     def _export(self) -> None:

@@ -21,7 +21,7 @@ from megatron_vlm.checkpoint.run_folder import ModelIdentity
 from megatron_vlm.config import Config
 from megatron_vlm.conversion import passthrough
 from megatron_vlm.conversion.running_model import load_hf_into_model
-from megatron_vlm.data.loader import MicroBatchLoader, Share, build_train_loader, build_valid_loader
+from megatron_vlm.data.loader import BatchSharding, MicroBatchLoader, build_train_loader, build_valid_loader
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.families import registry
 from megatron_vlm.families.build import DTYPES, build_chunks, build_settings, wrap_data_parallel
@@ -144,7 +144,7 @@ def _build_loaders(
     config: Config, layout: Layout, rules: PromptRules, groups: ProcessGroupCollection
 ) -> tuple[MicroBatchLoader, MicroBatchLoader | None]:
     """This rank's training and held-out data."""
-    share = Share(
+    sharding = BatchSharding(
         config.train.global_batch_size,
         config.train.micro_batch_size,
         groups.dp.rank(),
@@ -155,8 +155,8 @@ def _build_loaders(
     pin_memory = platform.current().accelerated
     reports = groups.tp.rank() == 0 and groups.pp.rank() == 0
     return (
-        build_train_loader(config, rules, share, pin_memory=pin_memory, report_problems=reports),
-        build_valid_loader(config, rules, share, pin_memory=pin_memory, report_problems=reports),
+        build_train_loader(config, rules, sharding, pin_memory=pin_memory, report_problems=reports),
+        build_valid_loader(config, rules, sharding, pin_memory=pin_memory, report_problems=reports),
     )
 
 

@@ -64,7 +64,7 @@ def run_global_batch(
     Returns:
         [sources, (loss sum, label tokens)] over the global batch, float64, on every rank.
     """
-    engine = get_model_config(model[0])
+    mcore_config = get_model_config(model[0])
     sums = LossSums(num_sources, micro_batches[0].labels.device)
     virtual_size = len(model) if len(model) > 1 else None
     iterators = [iter(micro_batches) for _ in model]
@@ -77,7 +77,7 @@ def run_global_batch(
         seq_length=0,
         micro_batch_size=0,
         forward_only=forward_only,
-        p2p_communicator=P2PCommunicator(groups.pp, engine) if groups.pp.size() > 1 else None,
+        p2p_communicator=P2PCommunicator(groups.pp, mcore_config) if groups.pp.size() > 1 else None,
         pg_collection=groups,
     )
     return sums.reduce(groups)

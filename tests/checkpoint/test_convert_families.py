@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from megatron_vlm.conversion.convert import export_checkpoint, import_checkpoint, verify_checkpoint
 from tests.checkpoint.hf_files import load, load_tensors
 from tests.families import FAMILIES
-from tests.families.entry import TinyFamily
+from tests.families.tiny_family import TinyFamily
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)

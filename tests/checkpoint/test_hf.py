@@ -216,7 +216,7 @@ def test_companions_are_copied_and_weights_are_not(sharded: Path, tmp_path: Path
     (tmp_path / "source" / "additional_chat_templates").mkdir()
     (tmp_path / "source" / "additional_chat_templates" / "tool.jinja").write_text("tool")
     (tmp_path / "target").mkdir()
-    copied = hf.copy_companion_files(tmp_path / "source", tmp_path / "target", skip=["*preprocessor_config.json"])
+    copied = hf.copy_assets(tmp_path / "source", tmp_path / "target", skip=["*preprocessor_config.json"])
     assert sorted(copied) == sorted(
         ["config.json", "tokenizer.model", "chat_template.jinja", "vocab.json", "additional_chat_templates/tool.jinja"]
     )

@@ -12,7 +12,7 @@ from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 from megatron_vlm.families import registry
 from megatron_vlm.families.build import BuildSettings, build_chunks
 from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.parallel.sharding import splits, whole_shape
+from megatron_vlm.parallel.sharding import full_shape, splits
 from megatron_vlm.parallel.simulate import simulated_rank
 from tests.checkpoint import qwen3_vl_files
 
@@ -83,7 +83,7 @@ def held_parts(family: registry.Family, config: object, rank: int, sizes: Sizes)
                 start = [0] * parameter.dim()
                 for split in splits(parameter, groups):
                     start[split.dim] = split.group.rank() * parameter.shape[split.dim]
-                held[name] = (whole_shape(parameter, groups), (tuple(start), tuple(parameter.shape)))
+                held[name] = (full_shape(parameter, groups), (tuple(start), tuple(parameter.shape)))
     return held
 
 

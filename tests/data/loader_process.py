@@ -12,7 +12,7 @@ import time
 from types import SimpleNamespace
 
 from megatron_vlm.config import Config, DataSettings, DataSource, ModelSettings, TrainSettings
-from megatron_vlm.data.loader import Share, build_train_loader
+from megatron_vlm.data.loader import BatchSharding, build_train_loader
 from megatron_vlm.families.gemma3.prompt import prompt_rules
 
 if __name__ == "__main__":
@@ -26,7 +26,7 @@ if __name__ == "__main__":
     vision = SimpleNamespace(image_size=16, patch_size=4)
     model = SimpleNamespace(text_only=False, image_token_id=8, mm_tokens_per_image=4, vision=vision)
     rules = prompt_rules(model)
-    loader = build_train_loader(config, rules, Share(2, 1))
+    loader = build_train_loader(config, rules, BatchSharding(2, 1))
     next(loader)
     print(*[process.pid for process in multiprocessing.active_children()], flush=True)
     if ending == "error":

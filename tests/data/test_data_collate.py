@@ -13,10 +13,10 @@ from transformers.models.gemma3.modeling_gemma3 import get_block_sequence_ids_fo
 from megatron_vlm.data.collate import NO_LOSS, MicroBatch, collate, spans
 from megatron_vlm.data.rows import RowReader
 from tests.data.rows import assistant, image, row, user
-from tests.families.entry import TinyFamily
 from tests.families.gemma3 import GEMMA3
 from tests.families.mistral3 import MISTRAL3
 from tests.families.qwen3_vl import QWEN3_VL
+from tests.families.tiny_family import TinyFamily
 
 ROWS = [
     row(user(image("0.png"), "and", image("3.png"), "?"), assistant("Two.")),
@@ -32,9 +32,9 @@ def reader(make_reader: Callable[..., RowReader]) -> RowReader:
 
 
 def make_batch(reader: RowReader, multiple: int = 1, with_pixels: bool = True) -> MicroBatch:
-    placed = [reader.read(0, number) for number in range(len(ROWS))]
+    loaded = [reader.read(0, number) for number in range(len(ROWS))]
     return collate(
-        [[each] for each in placed], reader.builder.rules, reader.builder.filler_token_id, multiple, with_pixels
+        [[each] for each in loaded], reader.builder.rules, reader.builder.padding_token_id, multiple, with_pixels
     )
 
 

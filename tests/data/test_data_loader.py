@@ -20,7 +20,7 @@ import torch
 from megatron_vlm.config import Config, DataSource
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.data.describe import describe_samples
-from megatron_vlm.data.loader import MicroBatchLoader, Share, build_train_loader, build_valid_loader
+from megatron_vlm.data.loader import BatchSharding, MicroBatchLoader, build_train_loader, build_valid_loader
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.errors import DataError
 from tests.data.rows import assistant, image, numbered_rows, row, user, video, write_jsonl
@@ -49,7 +49,7 @@ def global_batch_names(loaders: list[MicroBatchLoader]) -> list[str]:
 def rank_loaders(
     config: Config, rules: PromptRules, ranks: int, micro: int, build: Callable[..., Any] = build_train_loader
 ) -> list[Any]:
-    shares = [Share(config.train.global_batch_size, micro, rank, ranks) for rank in range(ranks)]
+    shares = [BatchSharding(config.train.global_batch_size, micro, rank, ranks) for rank in range(ranks)]
     return [build(config, rules, share, report_problems=False) for share in shares]
 
 
@@ -67,7 +67,7 @@ def test_workers_change_nothing_and_survive_signals(
     make_config: Make, rules: PromptRules, sources: list[DataSource]
 ) -> None:
     """Two workers behind the fork server give what this process gives, and ignore a scheduler's signals."""
-    share = Share(8, 2, 1, 2)
+    share = BatchSharding(8, 2, 1, 2)
     plain = build_train_loader(make_config(sources), rules, share)
     parallel = build_train_loader(make_config(sources, num_workers=2), rules, share)
     for _ in range(3):
@@ -90,7 +90,7 @@ def test_workers_send_grids(make_config: Make, qwen_path: Path, qwen_rules: Prom
     config = make_config([DataSource(write_jsonl(folder / "a.jsonl", rows))], global_batch_size=4, num_workers=1)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, hf_path=str(qwen_path)))
     here = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=0))
-    loaders = [build_train_loader(settings, qwen_rules, Share(4, 2)) for settings in (config, here)]
+    loaders = [build_train_loader(settings, qwen_rules, BatchSharding(4, 2)) for settings in (config, here)]
     for _ in range(4):
         sent, own = (next(loader) for loader in loaders)
         assert sent.media == own.media and len(own.media) == 4
@@ -177,7 +177,7 @@ def test_bad_rows_are_reported_with_their_name(
 ) -> None:
     rows = [*numbered_rows(7), "oops"]
     config = make_config([DataSource(write_jsonl(folder / "a.jsonl", rows))], shuffle=False)
-    batch = next(build_train_loader(config, rules, Share(8, 8)))
+    batch = next(build_train_loader(config, rules, BatchSharding(8, 8)))
     assert batch.counters["bad_rows"] == 1 and (batch.labels[7] == -100).all()
     assert "a.jsonl:8" in caplog.text and "not JSON" in caplog.text
 
@@ -190,7 +190,7 @@ def test_strict_refusals_leave_workers_as_one_line(
     rows[2]["messages"][0]["content"] = [{"type": "image", "image": "nothing.png"}]
     source = DataSource(write_jsonl(folder / "a.jsonl", rows))
     config = make_config([source], shuffle=False, strict=True, num_workers=num_workers)
-    loader = build_train_loader(config, rules, Share(8, 1))
+    loader = build_train_loader(config, rules, BatchSharding(8, 1))
     assert names([next(loader), next(loader)]) == ["a.jsonl:1", "a.jsonl:2"]
     with pytest.raises(DataError) as raised:
         next(loader)
@@ -200,7 +200,7 @@ def test_strict_refusals_leave_workers_as_one_line(
 
 def test_evaluation_reads_every_row_once(make_config: Make, rules: PromptRules, sources: list[DataSource]) -> None:
     config = make_config(sources)
-    assert build_valid_loader(config, rules, Share(8, 2)) is None
+    assert build_valid_loader(config, rules, BatchSharding(8, 2)) is None
     object.__setattr__(config.data, "valid", sources)
     loaders = rank_loaders(config, rules, 2, 2, build_valid_loader)
     for _ in range(2):
@@ -216,7 +216,7 @@ def test_evaluation_reads_every_row_once(make_config: Make, rules: PromptRules, 
 def test_description_of_a_run(make_config: Make, rules: PromptRules, sources: list[DataSource]) -> None:
     described = describe_samples(make_config(sources), rules, num=2)
     assert described.count("[[") == 2 and described.startswith("sample 1 of 2: ")
-    first = next(build_train_loader(make_config(sources), rules, Share(8, 1))).document_names[0]
+    first = next(build_train_loader(make_config(sources), rules, BatchSharding(8, 1))).document_names[0]
     assert described.splitlines()[0].startswith(f"sample 1 of 2: {first} (")
 
 

@@ -266,10 +266,10 @@ BAD_ROWS = {
 
 @pytest.mark.parametrize("reason", BAD_ROWS)
 def test_bad_rows_name_their_reason(make_mistral_reader: Make, pictures: Path, reason: str) -> None:
-    placed = make_mistral_reader([row(user("a"), assistant("b")), row(*BAD_ROWS[reason])]).read(0, 1)
-    assert placed.bad and not placed.sample.media_inputs
-    assert placed.problem and reason in placed.problem and "rows.jsonl:2]" in placed.problem
-    assert "\n" not in placed.problem
+    loaded = make_mistral_reader([row(user("a"), assistant("b")), row(*BAD_ROWS[reason])]).read(0, 1)
+    assert loaded.bad and not loaded.sample.media_inputs
+    assert loaded.problem and reason in loaded.problem and "rows.jsonl:2]" in loaded.problem
+    assert "\n" not in loaded.problem
 
 
 def test_features_go_to_placeholders_alone(
@@ -278,21 +278,21 @@ def test_features_go_to_placeholders_alone(
     """Breaks and ends between the rows of an image take no features; pixels are not padded to the largest image."""
     names = ("images in two turns", "text", "images of several sizes")
     reader = make_mistral_reader([row(*CONVERSATIONS[name]) for name in names], seq_length=400)
-    placed = [reader.read(0, number) for number in range(3)]
-    batch = collate([[each] for each in placed], mistral_rules, 0, pad_to_multiple_of=16)
+    loaded = [reader.read(0, number) for number in range(3)]
+    batch = collate([[each] for each in loaded], mistral_rules, 0, pad_to_multiple_of=16)
     is_image = batch.input_ids == IMAGE
     sizes = [height * width for _, height, width in batch.grids]
     assert torch.equal(batch.feature_index[is_image], torch.arange(sum(sizes) // MERGE**2, dtype=torch.int32))
     assert (batch.feature_index[~is_image] == -1).all()
     assert ((batch.input_ids == BREAK) | (batch.input_ids == END)).sum() == sum(h // MERGE for _, h, _ in batch.grids)
     assert batch.media_inputs["pixel_values"].shape == (sum(sizes), 3 * PATCH**2)
-    assert batch.media == placed[0].sample.media + placed[2].sample.media
+    assert batch.media == loaded[0].sample.media + loaded[2].sample.media
     assert batch.counters["images"] == 7 and batch.counters["media_tokens"] == sum(sizes) // MERGE**2
     # Causal, and positions count on through images.
     positions = torch.arange(batch.input_ids.shape[1]).expand(3, -1)
     assert torch.equal(batch.position_ids, torch.where(batch.document_ids >= 0, positions, 0))
     assert torch.equal(batch.span_high, positions.int())
-    later = collate([[each] for each in placed], mistral_rules, 0, pad_to_multiple_of=16, with_pixels=False)
+    later = collate([[each] for each in loaded], mistral_rules, 0, pad_to_multiple_of=16, with_pixels=False)
     assert later.media_inputs == {} and later.media == batch.media
     assert torch.equal(later.feature_index, batch.feature_index)
 
@@ -344,7 +344,7 @@ def test_tekken_alone_gives_the_same_tokens(
 ) -> None:
     """Merges come from tekken's ranks there, and from what the tokenizer learned here."""
     builder = PromptBuilder(tekken_path, mistral_rules)
-    assert len(builder.tokenizer) == len(mistral_builder.tokenizer) and builder.filler_token_id == 11
+    assert len(builder.tokenizer) == len(mistral_builder.tokenizer) and builder.padding_token_id == 11
     for messages in CONVERSATIONS.values():
         sample, same = (encode(ours, messages, pictures) for ours in (builder, mistral_builder))
         assert sample.input_ids.tolist() == same.input_ids.tolist()

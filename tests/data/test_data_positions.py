@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel
 
-from megatron_vlm.data.collate import MicroBatch, PlacedSample, collate
+from megatron_vlm.data.collate import LoadedSample, MicroBatch, collate
 from megatron_vlm.data.media import Medium
 from megatron_vlm.data.prompts import Sample
 from megatron_vlm.data.rows import RowReader
@@ -91,14 +91,14 @@ def test_positions_equal_transformers(qwen_rules: PromptRules, merge_size: int) 
         model = Qwen3VLModel(tiny_config(rules, merge_size))
     random = np.random.default_rng(merge_size)
     for _ in range(100):
-        rows = [PlacedSample(random_row(random, rules, merge_size), 0, "row") for _ in range(random.integers(1, 4))]
+        rows = [LoadedSample(random_row(random, rules, merge_size), 0, "row") for _ in range(random.integers(1, 4))]
         batch = collate(
-            [[placed] for placed in rows], rules, filler_token_id=0, pad_to_multiple_of=int(random.integers(1, 9))
+            [[loaded] for loaded in rows], rules, padding_token_id=0, pad_to_multiple_of=int(random.integers(1, 9))
         )
         assert batch.position_ids.dtype == torch.int64
         assert torch.equal(batch.position_ids, theirs(batch, rules, model))
-        for number, placed in enumerate(rows):
-            alone = collate([[placed]], rules, filler_token_id=0)
+        for number, loaded in enumerate(rows):
+            alone = collate([[loaded]], rules, padding_token_id=0)
             length = alone.input_ids.shape[1]
             assert torch.equal(batch.position_ids[:, number, :length], alone.position_ids[:, 0])
 

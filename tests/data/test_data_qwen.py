@@ -228,10 +228,10 @@ BAD_ROWS = {
 @pytest.mark.parametrize("reason", BAD_ROWS)
 def test_bad_rows_name_their_reason(make_qwen_reader: Make, pictures: Path, reason: str) -> None:
     good = row(user("a"), assistant("b"))
-    placed = make_qwen_reader([good, row(user(*BAD_ROWS[reason]), assistant("b")), good]).read(0, 1)
-    assert placed.bad and len(placed.sample.input_ids) == 1 and not placed.sample.media_inputs
-    assert placed.problem and reason in placed.problem and "rows.jsonl:2]" in placed.problem
-    assert "\n" not in placed.problem
+    loaded = make_qwen_reader([good, row(user(*BAD_ROWS[reason]), assistant("b")), good]).read(0, 1)
+    assert loaded.bad and len(loaded.sample.input_ids) == 1 and not loaded.sample.media_inputs
+    assert loaded.problem and reason in loaded.problem and "rows.jsonl:2]" in loaded.problem
+    assert "\n" not in loaded.problem
 
 
 @pytest.mark.parametrize(
@@ -290,22 +290,22 @@ def test_features_go_to_their_own_tokens(make_qwen_reader: Make, pictures: Path,
     """The number of patches differs between rows and micro-batches; a micro-batch may have none."""
     names = ("video between images", "text", "images of several sizes")
     reader = make_qwen_reader([row(*CONVERSATIONS[name]) for name in names] + ["broken"], seq_length=400)
-    placed = [reader.read(0, number) for number in range(4)]
-    batch = collate([[each] for each in placed], qwen_rules, 0, pad_to_multiple_of=16)
+    loaded = [reader.read(0, number) for number in range(4)]
+    batch = collate([[each] for each in loaded], qwen_rules, 0, pad_to_multiple_of=16)
     is_visual = torch.isin(batch.input_ids, torch.tensor(qwen_rules.media_token_ids))
     sizes = [frames * height * width for frames, height, width in batch.grids]
     assert batch.feature_index.max() + 1 == sum(sizes) // 4 == batch.counters["media_tokens"] == is_visual.sum()
     assert torch.equal(batch.feature_index[is_visual], torch.arange(sum(sizes) // 4, dtype=torch.int32))
     assert (batch.feature_index[~is_visual] == -1).all()
     assert batch.media_inputs["pixel_values"].shape == (sum(sizes), 3 * 2 * 4 * 4)
-    assert batch.media == placed[0].sample.media + placed[2].sample.media
+    assert batch.media == loaded[0].sample.media + loaded[2].sample.media
     assert (batch.counters["images"], batch.counters["videos"], batch.counters["bad_rows"]) == (6, 3, 1)
     # Causal: no token sees beyond itself.
     assert torch.equal(batch.span_high[0], torch.arange(batch.input_ids.shape[1], dtype=torch.int32))
-    later = collate([[each] for each in placed], qwen_rules, 0, pad_to_multiple_of=16, with_pixels=False)
+    later = collate([[each] for each in loaded], qwen_rules, 0, pad_to_multiple_of=16, with_pixels=False)
     assert later.media_inputs == {} and later.media == batch.media
     assert torch.equal(later.position_ids, batch.position_ids)
-    without = collate([[each] for each in placed[1::2]], qwen_rules, 0)
+    without = collate([[each] for each in loaded[1::2]], qwen_rules, 0)
     assert without.media_inputs == {} and without.media == []
     assert without.position_ids.shape == (3, *without.input_ids.shape)
 
@@ -341,5 +341,5 @@ def test_description_and_check(make_qwen_reader: Make, pictures: Path) -> None:
 
 
 def test_gemma_takes_no_videos(make_reader: Make) -> None:
-    placed = make_reader([row(user(video(["0.png"] * 2)), assistant("b"))]).read(0, 0)
-    assert placed.bad and placed.problem and "videos, which this model does not take" in placed.problem
+    loaded = make_reader([row(user(video(["0.png"] * 2)), assistant("b"))]).read(0, 0)
+    assert loaded.bad and loaded.problem and "videos, which this model does not take" in loaded.problem

@@ -36,12 +36,12 @@ def broken_image(folder: Path) -> None:
 
 @pytest.mark.parametrize("reason", BAD_ROWS)
 def test_bad_rows_keep_their_slot(make_reader: Make, reason: str) -> None:
-    placed = make_reader([GOOD, BAD_ROWS[reason], GOOD]).read(0, 1)
-    assert placed.bad and not placed.too_long
-    assert len(placed.sample.input_ids) == 1 and not placed.sample.trained.any()
-    assert not placed.sample.media_inputs
-    assert placed.row_name.endswith("rows.jsonl:2")
-    assert placed.problem and reason in placed.problem and placed.row_name in placed.problem
+    loaded = make_reader([GOOD, BAD_ROWS[reason], GOOD]).read(0, 1)
+    assert loaded.bad and not loaded.too_long
+    assert len(loaded.sample.input_ids) == 1 and not loaded.sample.trained.any()
+    assert not loaded.sample.media_inputs
+    assert loaded.row_name.endswith("rows.jsonl:2")
+    assert loaded.problem and reason in loaded.problem and loaded.row_name in loaded.problem
 
 
 @pytest.mark.parametrize("reason", BAD_ROWS)
@@ -75,9 +75,9 @@ def lengths(make_reader: Make) -> list[int]:
 def test_too_long_rows_are_dropped(make_reader: Make) -> None:
     whole = lengths(make_reader)[2]
     assert not make_reader([LONG], seq_length=whole).read(0, 0).too_long
-    placed = make_reader([LONG], seq_length=whole - 1).read(0, 0)
-    assert placed.too_long and not placed.bad and not placed.sample.trained.any()
-    assert placed.problem and f"{whole} tokens, more than data.seq_length {whole - 1}" in placed.problem
+    loaded = make_reader([LONG], seq_length=whole - 1).read(0, 0)
+    assert loaded.too_long and not loaded.bad and not loaded.sample.trained.any()
+    assert loaded.problem and f"{whole} tokens, more than data.seq_length {whole - 1}" in loaded.problem
 
 
 def test_too_long_rows_can_end_the_run(make_reader: Make) -> None:

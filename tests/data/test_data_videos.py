@@ -146,8 +146,8 @@ def test_files_that_are_no_videos(make_qwen_reader: Make, folder: Path, monkeypa
     rows = [row(user(video(name)), assistant("b")) for name in [*names, "good.mp4"]]
     reader = make_qwen_reader(rows, max_bad_fraction=0.5)
     for number, reason in enumerate(names.values()):
-        placed = reader.read(0, number)
-        assert placed.bad and placed.problem and reason in placed.problem and "\n" not in placed.problem
+        loaded = reader.read(0, number)
+        assert loaded.bad and loaded.problem and reason in loaded.problem and "\n" not in loaded.problem
     assert not reader.read(0, len(names)).bad
     # A container that promises more than it holds.
     with pytest.raises(DataError, match=r"good.mp4 ends before its last frame \[row\]"):

@@ -8,8 +8,8 @@ from functools import cache
 import torch
 
 from megatron_vlm.data.collate import MicroBatch
-from tests.families.entry import TinyFamily
-from tests.parity.battery import expected
+from tests.families.tiny_family import TinyFamily
+from tests.parity.comparison import expected
 from tests.parity.tiny_batches import Reference
 
 # fp32 sums in another order; the worst seen in tests/parity over all layouts is 5e-6.

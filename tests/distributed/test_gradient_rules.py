@@ -21,9 +21,9 @@ from megatron_vlm.parallel.parameters import spec_of
 from megatron_vlm.parallel.sharding import replica_group, splits
 from megatron_vlm.training.step import run_global_batch
 from tests.distributed.reference import TOLERANCE, loss_sum_gradients, micro_batches, relative_error
-from tests.families.entry import TinyFamily
 from tests.families.parameters import each_layout
-from tests.parity.battery import ZERO_GRADIENT
+from tests.families.tiny_family import TinyFamily
+from tests.parity.comparison import ZERO_GRADIENT
 from tests.parity.layouts import TestLayout, gather_parameter, own_micro_batches, set_up
 from tests.ranks import run_ranks
 
@@ -116,7 +116,7 @@ def check_rule(name: str, ranks: list[Raw], reference: torch.Tensor, tensor_size
 @pytest.mark.parametrize(("family", "name"), each_layout("rules"))
 def test_every_parameter_declares_its_rule(hf_dirs: Callable[[TinyFamily], str], family: TinyFamily, name: str) -> None:
     """A sum over tensor ranks would count an expert's gradient several times: its tokens have come to it already."""
-    layout, reference = family.batteries.rules[name], loss_sum_gradients(family, cases_of(family))
+    layout, reference = family.tables.rules[name], loss_sum_gradients(family, cases_of(family))
     ranks = run_ranks(layout.world_size, raw_gradients, hf_dirs(family), layout, family)
     assert all(set(found) == set(reference) for found in ranks)
     for parameter, gradient in reference.items():

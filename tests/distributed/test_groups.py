@@ -78,7 +78,7 @@ def check(rank: int, layout: tuple[int, ...]) -> int:
         ends = sorted({stages[0], stages[-1]})
         assert ranks_of(found.embd) == (ends if rank in ends else None)
         assert ranks_of(found.pos_embd) == ([rank] if rank == stages[0] else None)
-        assert ranks_of(found.alone) == [rank]
+        assert ranks_of(found.single_rank) == [rank]
     finally:
         torch.distributed.destroy_process_group()
     return calls.call_count

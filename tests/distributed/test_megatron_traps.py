@@ -17,13 +17,13 @@ from megatron.core.utils import get_model_config
 
 from megatron_vlm.checkpoint.manager import sharded_model_state
 from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.parallel.mcore_config import engine_config
+from megatron_vlm.parallel.mcore_config import build_mcore_config
 from megatron_vlm.training import step
 from megatron_vlm.training.step import LossSums, run_global_batch
 from tests.distributed.reference import TOLERANCE, label_tokens, loss_sum_gradients, micro_batches, relative_error
 from tests.families import gemma3
 from tests.families.gemma3 import GEMMA3
-from tests.parity.battery import ZERO_GRADIENT
+from tests.parity.comparison import ZERO_GRADIENT
 from tests.parity.layouts import LAYOUTS, gather_parameter, set_up
 from tests.ranks import run_ranks
 
@@ -48,11 +48,11 @@ def worst_errors(ranks: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     return worst
 
 
-def gradients(hf_dir: str, layout: str, engine: dict[str, Any]) -> dict[str, torch.Tensor]:
+def gradients(hf_dir: str, layout: str, mcore_config: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Mean gradients by our training step, with some of the engine's settings changed."""
     model, groups = set_up(hf_dir, LAYOUTS[layout])
     config = get_model_config(model[0])
-    for name, value in engine.items():
+    for name, value in mcore_config.items():
         assert hasattr(config, name)
         setattr(config, name, value)
     for chunk in model:
@@ -101,7 +101,7 @@ def test_trap_of_replicated_parameters(hf_dir: str) -> None:
 
 
 def calculate_loss(loss: Any, per_token: bool) -> tuple[torch.Tensor, list[Any]]:
-    config = engine_config(8, 1, torch.float32, Layout.over(1, num_layers=1))
+    config = build_mcore_config(8, 1, torch.float32, Layout.over(1, num_layers=1))
     assert config.calculate_per_token_loss, "without it, a mean of micro-batches' means"
     config.calculate_per_token_loss = per_token
     logged: list[Any] = []
@@ -161,7 +161,7 @@ def kinds_of_output(hf_dir: str) -> list[type]:
 
 
 def test_trap_of_several_tensors_per_stage() -> None:
-    config = engine_config(8, 1, torch.float32, Layout.over(1, num_layers=1))
+    config = build_mcore_config(8, 1, torch.float32, Layout.over(1, num_layers=1))
     config.deallocate_pipeline_outputs = False
     received = [torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)]
     sent = [2 * received[0], 3 * received[1]]

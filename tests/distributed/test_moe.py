@@ -19,12 +19,12 @@ from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLM
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextSparseMoeBlock
 
 from megatron_vlm.families.qwen3_vl.config import MoEConfig
-from megatron_vlm.layers.moe import MoE, TokenShare, TopKRouter
+from megatron_vlm.layers.moe import LocalTokens, MoE, TopKRouter
 from megatron_vlm.parallel.chunk_settings import ChunkSettings, MoESettings
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
-from megatron_vlm.parallel.mcore_config import engine_config
+from megatron_vlm.parallel.mcore_config import build_mcore_config
 from megatron_vlm.parallel.parameters import spec_of
-from megatron_vlm.parallel.sharding import gather_whole, own_part, whole_shape
+from megatron_vlm.parallel.sharding import full_shape, gather_full, own_part
 from megatron_vlm.training.step import collect_expert_use, run_global_batch
 from tests.distributed.reference import micro_batches, references
 from tests.families.qwen3_vl import QWEN3_VL_MOE, TOP_K
@@ -127,14 +127,14 @@ def run_loads(layout: TestLayout, loads: dict[str, Load], dtype: torch.dtype) ->
 def run_load(
     layout: TestLayout, load: Load, dispatcher: Any, dtype: torch.dtype, groups: ProcessGroupCollection
 ) -> Result:
-    engine = engine_config(HIDDEN, 4, dtype, layout.ranks(num_layers=1))
-    chunk = ChunkSettings((0,), 0, True, True, None, engine, moe=MoESettings(dispatcher))
+    mcore_config = build_mcore_config(HIDDEN, 4, dtype, layout.ranks(num_layers=1))
+    chunk = ChunkSettings((0,), 0, True, True, None, mcore_config, moe=MoESettings(dispatcher))
     config = MoEConfig(EXPERTS, load.top_k, WIDTH)
-    layer = MoE(HIDDEN, config, TopKRouter(HIDDEN, config, engine), chunk, groups)
+    layer = MoE(HIDDEN, config, TopKRouter(HIDDEN, config, mcore_config), chunk, groups)
     weights = load.weights()
     for name, parameter in layer.named_parameters():
         with torch.no_grad():
-            parameter.copy_(own_part(weights[name].view(whole_shape(parameter, groups)), parameter, groups))
+            parameter.copy_(own_part(weights[name].view(full_shape(parameter, groups)), parameter, groups))
     expert_forward = layer.experts.forward
 
     def forward(x_TH: torch.Tensor, tokens_per_expert: torch.Tensor, weights_T: torch.Tensor) -> torch.Tensor:
@@ -148,7 +148,7 @@ def run_load(
     if groups.dp.rank() == 0:
         document_ids[0, -PADDING:] = -1
     x_TH = tokens_SH.chunk(groups.tp.size())[groups.tp.rank()].to(dtype).requires_grad_()
-    output, routing = layer(x_TH.unsqueeze(1), TokenShare.of(document_ids, chunk, groups))
+    output, routing = layer(x_TH.unsqueeze(1), LocalTokens.of(document_ids, chunk, groups))
     loss_of(output.squeeze(1)).backward()
     gradients = {}
     for name, parameter in layer.named_parameters():
@@ -157,7 +157,7 @@ def run_load(
         # those of `expt_dp`.
         gradient = parameter.grad.float()
         torch.distributed.all_reduce(gradient, group=groups.expt_dp if spec_of(parameter).is_expert else None)
-        gradients[name] = gather_whole(gradient, parameter, groups).reshape(weights[name].shape)
+        gradients[name] = gather_full(gradient, parameter, groups).reshape(weights[name].shape)
     torch.distributed.all_reduce(routing.tokens)
     place = (groups.dp.rank(), groups.tp.rank())
     assert x_TH.grad is not None

@@ -10,7 +10,7 @@ import torch
 from megatron_vlm.training.step import run_global_batch
 from tests.distributed.reference import micro_batches
 from tests.families import FAMILIES
-from tests.families.entry import TinyFamily
+from tests.families.tiny_family import TinyFamily
 from tests.parity.layouts import LAYOUTS, set_up
 from tests.ranks import run_ranks
 

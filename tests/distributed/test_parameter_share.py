@@ -24,7 +24,7 @@ from megatron_vlm.parallel.sharding import splits
 from megatron_vlm.parallel.simulate import simulated_rank
 from tests import published_gemma3, published_mistral3, published_qwen3_vl
 from tests.families import FAMILIES, gemma3
-from tests.families.entry import TinyFamily, find
+from tests.families.tiny_family import TinyFamily, find
 
 # Beyond this share of a whole stage (in bytes), "small" is no longer true. Measured: 0.21 % at most (Gemma 3 4B,
 # TP2 x PP2), of Qwen3-VL 0.06 % (8B, TP8), of Mistral3 0.21 % (3B, TP2 x PP2).
@@ -209,7 +209,7 @@ def tiny_case(family: TinyFamily) -> Case:
     return Case(2, pipeline=2, sequence_parallel=True, expert=4) if family.has_experts else Case(2, pipeline=2)
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family.batteries.step], ids=str)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.tables.step], ids=str)
 def test_tiny(family: TinyFamily) -> None:
     check(family.config, tiny_case(family), {}, 0.2)
 

@@ -20,9 +20,9 @@ from megatron_vlm.parallel.simulate import simulated_rank
 from megatron_vlm.training.step import run_global_batch
 from tests.distributed.reference import TOLERANCE, label_tokens, loss_sum_gradients, micro_batches, relative_error
 from tests.families import FAMILIES, gemma3
-from tests.families.entry import TinyFamily
 from tests.families.parameters import each_layout
-from tests.parity.battery import ZERO_GRADIENT
+from tests.families.tiny_family import TinyFamily
+from tests.parity.comparison import ZERO_GRADIENT
 from tests.parity.layouts import (
     LAYOUTS,
     TestLayout,
@@ -62,7 +62,7 @@ def gradients(hf_dir: str, layout: TestLayout, family: TinyFamily) -> dict[str, 
 @pytest.mark.parametrize(("family", "name"), each_layout("no_images"))
 def test_a_data_rank_without_images(tmp_path: Path, family: TinyFamily, name: str) -> None:
     """Overlapped exchanges begin as gradients are ready: every rank must have them in the same order."""
-    layout, cases = family.batteries.no_images[name], text_on_one_rank(family)
+    layout, cases = family.tables.no_images[name], text_on_one_rank(family)
     reference, count = loss_sum_gradients(family, cases), label_tokens(family, cases)
     seen = set()
     for found in run_ranks(layout.world_size, gradients, family.write(tmp_path), layout, family):
@@ -161,7 +161,7 @@ def first_weights(family: TinyFamily, layout: TestLayout) -> dict[str, torch.Ten
 
 @pytest.mark.parametrize(("family", "name"), each_layout("first_weights"))
 def test_first_weights_do_not_depend_on_the_layout(family: TinyFamily, name: str) -> None:
-    layout = family.batteries.first_weights[name]
+    layout = family.tables.first_weights[name]
     (alone,) = run_ranks(1, first_weights, family, LAYOUTS["TP1"])
     ranks = run_ranks(layout.world_size, first_weights, family, layout)
     assert set().union(*ranks) == set(alone)
@@ -239,7 +239,7 @@ def test_first_weights_are_of_the_kinds_that_transformers_draws(family: TinyFami
             raise AssertionError(name) from error
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family.batteries.first_weights], ids=str)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.tables.first_weights], ids=str)
 def test_no_two_first_weights_are_the_same(family: TinyFamily) -> None:
     """Experts are drawn one by one."""
     (weights,) = run_ranks(1, first_weights, family, LAYOUTS["TP1"])

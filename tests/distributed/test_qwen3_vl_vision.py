@@ -24,9 +24,9 @@ from megatron_vlm.model.qwen_vision import Grid, Projector, QwenVisionConfig, Vi
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.images import assign_images
 from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.parallel.mcore_config import engine_config
+from megatron_vlm.parallel.mcore_config import build_mcore_config
 from megatron_vlm.parallel.parameters import redeclare
-from megatron_vlm.parallel.sharding import gather_whole, own_part, whole_shape
+from megatron_vlm.parallel.sharding import full_shape, gather_full, own_part
 from tests.ranks import run_ranks
 from tests.sizes import two_sizes
 
@@ -116,18 +116,18 @@ def build(
     weights: dict[str, torch.Tensor], groups: ProcessGroupCollection, divided: bool = False, recompute: bool = False
 ) -> tuple[VisionTower, Projector]:
     """Our modules with transformers' weights, whose fused projections are ours in another shape."""
-    engine = engine_config(
+    mcore_config = build_mcore_config(
         CONFIG.hidden_size,
         CONFIG.num_attention_heads,
         torch.float32,
         Layout.over(1, num_layers=CONFIG.num_hidden_layers),
     )
     group = groups.cp if divided else groups.tp
-    tower, projector = VisionTower(CONFIG, engine, group, recompute), Projector(CONFIG, engine, group)
+    tower, projector = VisionTower(CONFIG, mcore_config, group, recompute), Projector(CONFIG, mcore_config, group)
     for name, parameter in named_parameters(tower, projector):
         if divided:
             redeclare(parameter, tensor_dim=None)
-        whole = weights[name].view(whole_shape(parameter, groups))
+        whole = weights[name].view(full_shape(parameter, groups))
         with torch.no_grad():
             parameter.copy_(own_part(whole, parameter, groups))
     return tower, projector
@@ -152,7 +152,7 @@ def encode(weights: dict[str, torch.Tensor], tensor_size: int, divided: bool, re
         assert parameter.grad is not None, f"{name} has no gradient, whose exchange other ranks wait for"
         if divided:
             torch.distributed.all_reduce(parameter.grad, group=groups.tp)
-        gradients[name] = gather_whole(parameter.grad, parameter, groups)
+        gradients[name] = gather_full(parameter.grad, parameter, groups)
     return Results([feature.detach() for feature in features], gradients)
 
 
@@ -223,8 +223,10 @@ def channel_major_blocks(tower: VisionTower, projector: Projector) -> None:
 
 
 def patches_in_raster_order(tower: VisionTower, projector: Projector) -> None:
-    raster = partial(vision.patch_places, merge_size=1)
-    mock.patch.object(vision, "patch_places", lambda frames, merge_size, device: raster(frames, device=device)).start()
+    raster = partial(vision.patch_positions, merge_size=1)
+    mock.patch.object(
+        vision, "patch_positions", lambda frames, merge_size, device: raster(frames, device=device)
+    ).start()
 
 
 def one_segment_per_video(tower: VisionTower, projector: Projector) -> None:
@@ -303,7 +305,7 @@ def test_positions_are_torchs_interpolation_in_fp32(grid: tuple[int, int]) -> No
     table = vision.PositionTable(CONFIG, torch.bfloat16)
     torch.nn.init.normal_(table.weight, generator=torch.Generator().manual_seed(0))
     height, width = grid
-    ours = table(vision.patch_places([(1, *grid)], 2, table.weight.device))
+    ours = table(vision.patch_positions([(1, *grid)], 2, table.weight.device))
     square = table.weight.detach().float().t().view(1, -1, table.side, table.side)
     stretched = torch.nn.functional.interpolate(square, grid, mode="bilinear", align_corners=True)
     blocks = stretched[0].unflatten(1, (height // 2, 2)).unflatten(3, (width // 2, 2)).permute(1, 3, 2, 4, 0)
@@ -315,15 +317,17 @@ def test_positions_are_torchs_interpolation_in_fp32(grid: tuple[int, int]) -> No
 def rotated_in_bf16(grid: Grid) -> tuple[torch.Tensor, ...]:
     """Query and key as attention sees them in a bf16 tower, the projection before, and transformers' rotation of it."""
     groups = build_groups(Layout())
-    engine = engine_config(CONFIG.hidden_size, CONFIG.num_attention_heads, torch.bfloat16, Layout.over(1, num_layers=1))
-    attention = vision.VisionAttention(CONFIG, engine, groups.tp)
+    mcore_config = build_mcore_config(
+        CONFIG.hidden_size, CONFIG.num_attention_heads, torch.bfloat16, Layout.over(1, num_layers=1)
+    )
+    attention = vision.VisionAttention(CONFIG, mcore_config, groups.tp)
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
     x = torch.randn((grid[1] * grid[2], CONFIG.hidden_size), generator=torch.Generator().manual_seed(1)).bfloat16()
-    places = vision.patch_places([grid], 2, x.device)
+    positions = vision.patch_positions([grid], 2, x.device)
     segments = vision.Segments((len(x),), x.device)
     with mock.patch.object(vision, "packed_attention", side_effect=lambda q, *_: q) as attend:
-        attention(x, vision.patch_rope(places, 8), segments)
+        attention(x, vision.patch_rope(positions, 8), segments)
     q, k = (tensor.transpose(0, 1) for tensor in attend.call_args.args[:2])
     qkv = attention.qkv()
     weight, bias = qkv.weight, qkv.bias

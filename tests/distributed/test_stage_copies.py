@@ -23,7 +23,7 @@ from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.gradients import finalize_gradients
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.parallel.mcore_config import engine_config
+from megatron_vlm.parallel.mcore_config import build_mcore_config
 from megatron_vlm.parallel.parameters import declare, normal, ones
 from megatron_vlm.parallel.stage_state import StageState
 from megatron_vlm.training.optimizer import apply_gradients, build_optimizer, gradient_norm
@@ -78,7 +78,7 @@ def a_quarter(whole: torch.Tensor, std: float, generator: torch.Generator) -> No
 
 class ToyLanguageModel(LanguageModelChunk):
     def __init__(self, config: Model, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
-        dtype = chunk.engine.params_dtype
+        dtype = chunk.mcore_config.params_dtype
         super().__init__(config.text, chunk, groups.tp, lambda _: Layer(dtype), zero_centered_norm=False)
         self.per_layer_norm = PerLayerNorm(dtype)
         bound = torch.nn.Parameter(torch.empty((), dtype=dtype))
@@ -243,9 +243,9 @@ class Biased(MegatronModule):
     share_embeddings_and_output_weights = False
 
     def __init__(self, groups: ProcessGroupCollection) -> None:
-        engine = engine_config(HIDDEN, 2, torch.float32, SHARDED)
-        super().__init__(engine)
-        self.linear = RowParallelLinear(HIDDEN, HIDDEN, engine, groups.tp, bias=True)
+        mcore_config = build_mcore_config(HIDDEN, 2, torch.float32, SHARDED)
+        super().__init__(mcore_config)
+        self.linear = RowParallelLinear(HIDDEN, HIDDEN, mcore_config, groups.tp, bias=True)
 
 
 def bias_gradient() -> torch.Tensor:

@@ -82,7 +82,7 @@ class ToyLanguageModel(LanguageModelChunk):
 class ToyChunk(ModelChunk):
     def __init__(self, config: Model, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
         super().__init__(chunk, groups, has_vision=False)
-        dtype = chunk.engine.params_dtype
+        dtype = chunk.mcore_config.params_dtype
         make_layer = lambda index: Layer(index, dtype)  # noqa: E731
         self.language_model = ToyLanguageModel(config.text, chunk, groups.tp, make_layer, zero_centered_norm=False)
 
@@ -151,18 +151,18 @@ def test_packing(dtype: torch.dtype) -> None:
     """Names, shapes and values come back, of what crosses alone; numbers with more than the dtype's precision."""
     shapes = {"keys": (5, 2, 3), "table": (7,), "features": (5, 2, 4)}
     carried = {name: torch.randn(shape).to(dtype).requires_grad_() for name, shape in shapes.items()}
-    hidden, numbers = torch.randn(5, 2, 4).to(dtype).requires_grad_(), torch.tensor([1 / 3, 1e4 / 7, 2e-5])
+    hidden, scalars = torch.randn(5, 2, 4).to(dtype).requires_grad_(), torch.tensor([1 / 3, 1e4 / 7, 2e-5])
     carried["left behind"] = torch.randn(3)
     boundary = Boundary((5, 2, 4), shapes, 3)
-    packed = pack(StageState(hidden, carried, numbers), boundary, None)
+    packed = pack(StageState(hidden, carried, scalars), boundary, None)
     # 5 rows, 30 and 7 elements in rows of 8, 5 rows, 6 numbers in one row.
     assert packed.shape == (5 + 4 + 1 + 5 + 1, 2, 4) and packed.dtype == dtype
     found = unpack(packed, boundary)
     assert list(found.carried) == list(shapes)
     for name, tensor in found.carried.items():
         assert torch.equal(tensor, carried[name])
-    assert torch.equal(found.hidden, hidden) and found.numbers is not None
-    torch.testing.assert_close(found.numbers, numbers, rtol=2**-15, atol=0)
+    assert torch.equal(found.hidden, hidden) and found.scalars is not None
+    torch.testing.assert_close(found.scalars, scalars, rtol=2**-15, atol=0)
     (found.hidden.sum() + sum(tensor.sum() for tensor in found.carried.values())).backward()
     assert all((tensor.grad == 1).all() for tensor in [hidden, *(carried[name] for name in shapes)])
 

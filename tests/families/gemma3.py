@@ -22,8 +22,8 @@ from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.data.media import Medium
 from megatron_vlm.data.prompts import Sample
 from tests.data.tiny_processor import build_processor
-from tests.families.entry import DECODER, QUERY_NORMS, TinyFamily
 from tests.families.layouts import ALL_RULES, EVERYTHING, FEW_PARITY, FIRST_WEIGHTS, NOTHING, some
+from tests.families.tiny_family import DECODER, QUERY_NORMS, TinyFamily
 from tests.parity.layouts import LAYOUTS
 from tests.parity.tiny_batches import Reference, by_document, collate_documents, randomise, text_inputs
 from tests.parity.tiny_batches import reference as reference_of
@@ -209,7 +209,7 @@ GEMMA3 = TinyFamily(
     build_processor=_write_processor,
     text_class=Gemma3ForCausalLM,
     turn=("<start_of_turn>model\n", "<end_of_turn>"),
-    batteries=EVERYTHING,
+    tables=EVERYTHING,
 )
 TEXT_ONLY = GEMMA3.variant(
     "text only",

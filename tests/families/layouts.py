@@ -1,7 +1,7 @@
 """The layouts in which each battery runs a family: by default, with experts, and all that there are (Gemma 3).
 
 A row is in one table only where another battery shows the same of every family. `make test` runs the rows that
-`Batteries.small` names, in which every two features of layouts meet that meet in any row (`test_layouts.py`);
+`LayoutTables.small` names, in which every two features of layouts meet that meet in any row (`test_layouts.py`);
 `make test_full` runs all rows.
 """
 
@@ -230,7 +230,7 @@ SMALL_OF_EVERYTHING: Small = {
 
 
 @dataclass(frozen=True)
-class Batteries:
+class LayoutTables:
     """The layouts of each battery; the defaults are for a family without experts.
 
     Attributes:
@@ -268,10 +268,10 @@ class Batteries:
         return layout in self.small.get(battery, (layout,))
 
 
-BATTERIES = tuple(battery.name for battery in fields(Batteries) if battery.name != "small")
-NOTHING = Batteries(**{battery: {} for battery in BATTERIES}, small={})
+LAYOUT_TABLES = tuple(battery.name for battery in fields(LayoutTables) if battery.name != "small")
+NOTHING = LayoutTables(**{battery: {} for battery in LAYOUT_TABLES}, small={})
 FEW_PARITY = replace(NOTHING, parity=FEW)
-WITH_EXPERTS = Batteries(
+WITH_EXPERTS = LayoutTables(
     parity=PARITY_OF_EXPERTS,
     rules=RULES_OF_EXPERTS,
     no_images=some(NO_IMAGES, "EP2", "EP2xTP2+SP, vision DP"),
@@ -289,7 +289,7 @@ WITH_EXPERTS = Batteries(
     ),
     small=SMALL_OF_EXPERTS,
 )
-EVERYTHING = Batteries(
+EVERYTHING = LayoutTables(
     parity=LAYOUTS,
     rules=ALL_RULES,
     no_images=some(NO_IMAGES, "DP2", "DP2xTP2, vision DP", "DP2xPP2"),

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from tests.data.tiny_processor import build_mistral_processor
-from tests.families.entry import DECODER, TinyFamily
 from tests.families.layouts import FEW_PARITY, NOTHING, some
+from tests.families.tiny_family import DECODER, TinyFamily
 from tests.parity.layouts import LAYOUTS
 from tests.parity.tiny_batches import (
     DocumentWriter,

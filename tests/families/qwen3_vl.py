@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from tests.data.tiny_processor import build_qwen_processor
-from tests.families.entry import DECODER, QUERY_NORMS, TinyFamily
-from tests.families.layouts import ADAMW, FEW_PARITY, PARITY, WITH_EXPERTS, Batteries, some
+from tests.families.layouts import ADAMW, FEW_PARITY, PARITY, WITH_EXPERTS, LayoutTables, some
 from tests.families.rows import VIDEO_ROWS
+from tests.families.tiny_family import DECODER, QUERY_NORMS, TinyFamily
 from tests.parity.layouts import TestLayout
 from tests.parity.tiny_batches import (
     DocumentWriter,
@@ -219,7 +219,7 @@ QWEN3_VL = TinyFamily(
     text_config=_text_config,
     turn=("<|im_start|>assistant\n", "<|im_end|>"),
     rows=VIDEO_ROWS,
-    batteries=Batteries(
+    tables=LayoutTables(
         parity=PARITY | DEEPSTACK_LAYOUTS,
         no_images={},  # as with experts
         adamw=some(ADAMW, "TP2xPP2+SP", "DP2xTP2, vision DP, overlapped"),
@@ -248,6 +248,6 @@ QWEN3_VL_MOE = replace(
     make_batch=partial(make_batch, moe=True),
     replicated=REPLICATED | ROUTER,
     text_class=Qwen3MoeForCausalLM,
-    batteries=WITH_EXPERTS,
+    tables=WITH_EXPERTS,
 )
 ENTRIES = (QWEN3_VL, QWEN3_VL.variant("untied", FEW_PARITY, ["mixed", "packed"], tied=False), QWEN3_VL_MOE)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.families import FAMILIES
-from tests.families.entry import TinyFamily
-from tests.families.layouts import BATTERIES
+from tests.families.layouts import LAYOUT_TABLES
+from tests.families.tiny_family import TinyFamily
 from tests.parity.layouts import TestLayout
 
 # Those that compare gradients, their norm or an update with transformers'.
@@ -37,12 +37,12 @@ def features(family: TinyFamily, layout: TestLayout) -> list[Feature]:
 
 def small_layouts(family: TinyFamily, battery: str) -> list[TestLayout]:
     """Those that `make test` runs."""
-    table = getattr(family.batteries, battery)
-    return [layout for name, layout in table.items() if family.batteries.is_small(battery, name)]
+    table = getattr(family.tables, battery)
+    return [layout for name, layout in table.items() if family.tables.is_small(battery, name)]
 
 
 def all_layouts(family: TinyFamily, battery: str) -> list[TestLayout]:
-    return list(getattr(family.batteries, battery).values())
+    return list(getattr(family.tables, battery).values())
 
 
 def pairs(families: Sequence[TinyFamily], layouts: Callable[[TinyFamily, str], list[TestLayout]]) -> set[Pair]:
@@ -65,7 +65,7 @@ def test_every_two_features_meet_in_make_test(has_experts: bool) -> None:
     """Among them the family, which meets every feature that any of its layouts has."""
     families = of_kind(has_experts)
     missing = pairs(families, all_layouts) - pairs(families, small_layouts)
-    assert not missing, "name a layout with these in `Batteries.small`"
+    assert not missing, "name a layout with these in `LayoutTables.small`"
 
 
 @pytest.mark.parametrize(
@@ -74,9 +74,9 @@ def test_every_two_features_meet_in_make_test(has_experts: bool) -> None:
 )
 def test_a_layout_that_is_left_out_shows(battery: str, left_out: str) -> None:
     def without(family: TinyFamily) -> TinyFamily:
-        batteries = family.batteries
+        batteries = family.tables
         kept = [name for name in getattr(batteries, battery) if name != left_out and batteries.is_small(battery, name)]
-        return replace(family, batteries=replace(batteries, small={**batteries.small, battery: kept}))
+        return replace(family, tables=replace(batteries, small={**batteries.small, battery: kept}))
 
     families = of_kind(has_experts=False)
     assert pairs(families, all_layouts) - pairs([without(family) for family in families], small_layouts)
@@ -84,10 +84,10 @@ def test_a_layout_that_is_left_out_shows(battery: str, left_out: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_every_battery_of_a_family_runs_in_make_test(family: TinyFamily) -> None:
-    for battery, names in family.batteries.small.items():
-        assert battery in BATTERIES
-        assert set(names) <= getattr(family.batteries, battery).keys(), f"{battery} has no such layouts"
-        assert names or not getattr(family.batteries, battery), battery
+    for battery, names in family.tables.small.items():
+        assert battery in LAYOUT_TABLES
+        assert set(names) <= getattr(family.tables, battery).keys(), f"{battery} has no such layouts"
+        assert names or not getattr(family.tables, battery), battery
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

@@ -11,9 +11,9 @@ from megatron_vlm import platform
 from megatron_vlm.training.setup import initialize_distributed
 from tests import test_experts
 from tests.families import FAMILIES
-from tests.families.entry import TinyFamily
+from tests.families.tiny_family import TinyFamily
 from tests.gpu.poison import poison
-from tests.parity.battery import check_case
+from tests.parity.comparison import check_case
 from tests.parity.layouts import TestLayout, run_case
 from vlm_kernels.span_attention import reference
 

@@ -46,7 +46,7 @@ class Code:
         shared: bytes of a program.
         tensor_memory: columns of a program.
         tensor_core: instructions of the tensor cores.
-        bulk: copies by the copy engine.
+        bulk: copies by the copy mcore_config.
         wide: loads of 16 bytes from global memory.
         narrow: other loads from global memory.
     """

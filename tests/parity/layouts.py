@@ -22,7 +22,7 @@ from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.parallel.chunk_settings import LossSettings, MoESettings
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.parallel.sharding import gather_whole
+from megatron_vlm.parallel.sharding import gather_full
 from megatron_vlm.training.step import collect_expert_use, run_global_batch
 
 
@@ -223,7 +223,7 @@ def gather_parameter(
     parameter: torch.nn.Parameter, values: torch.Tensor, groups: ProcessGroupCollection
 ) -> torch.Tensor:
     """Whole values of a parameter-shaped tensor, as a copy on the host."""
-    return gather_whole(values.detach(), parameter, groups).cpu().clone()
+    return gather_full(values.detach(), parameter, groups).cpu().clone()
 
 
 def hf_gradients(model: Any) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from megatron.core.transformer.moe.moe_utils import switch_load_balancing_loss_f
 from megatron_vlm.parallel.chunk_settings import MoESettings
 from tests.families.layouts import PARITY_OF_EXPERTS
 from tests.families.qwen3_vl import MOE, QWEN3_VL_MOE, TOP_K
-from tests.parity.battery import Expected, check_layout, expected, record
+from tests.parity.comparison import Expected, check_layout, expected, record
 from tests.parity.tiny_batches import Reference
 from tests.sizes import two_sizes
 

@@ -10,10 +10,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from megatron_vlm.families import registry
 from tests.families import FAMILIES
-from tests.families.entry import TinyFamily
-from tests.families.layouts import BATTERIES
+from tests.families.layouts import LAYOUT_TABLES
 from tests.families.parameters import each_layout
-from tests.parity.battery import check_layout, record
+from tests.families.tiny_family import TinyFamily
+from tests.parity.comparison import check_layout, record
 
 
 @pytest.fixture(scope="session")
@@ -29,13 +29,13 @@ def hf_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TinyFami
 
 def cases_of(family: TinyFamily, layout: str) -> list[str]:
     """Four ranks, whose messages take longest, see a mixed batch and a packed one; fewer see every case."""
-    return list(family.cases)[-2:] if family.batteries.parity[layout].world_size == 4 else list(family.cases)
+    return list(family.cases)[-2:] if family.tables.parity[layout].world_size == 4 else list(family.cases)
 
 
 @pytest.mark.parametrize(("family", "layout"), each_layout("parity"))
 def test_parity(family: TinyFamily, layout: str, hf_directory: Callable[[TinyFamily], str]) -> None:
     cases = {case: family.expected(case) for case in cases_of(family, layout)}
-    worst = check_layout(family.batteries.parity[layout], hf_directory(family), cases, family.vocabulary)
+    worst = check_layout(family.tables.parity[layout], hf_directory(family), cases, family.vocabulary)
     record(f"{family}, {layout}", *worst)
 
 
@@ -47,5 +47,5 @@ def test_every_registered_family_runs_every_battery(registered: registry.Family)
     missing = with_tower - entries.keys()
     assert entries and not missing, f"no entry in tests/families for {missing or registered.name}"
     assert all(registry.detect(family.config) is registered for family in entries.values())
-    for battery in BATTERIES:
-        assert any(getattr(family.batteries, battery) for family in entries.values()), battery
+    for battery in LAYOUT_TABLES:
+        assert any(getattr(family.tables, battery) for family in entries.values()), battery

@@ -13,7 +13,7 @@ from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.parallel.chunk_settings import LossSettings
 from tests.families import gemma3
 from tests.families.gemma3 import GEMMA3, ROWS, make_batch
-from tests.parity.battery import LOSS_TOLERANCE, check_layout
+from tests.parity.comparison import LOSS_TOLERANCE, check_layout
 from tests.parity.layouts import LAYOUTS, TestLayout, own_micro_batches, run_case, set_up
 from tests.ranks import run_ranks
 

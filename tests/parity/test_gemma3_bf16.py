@@ -13,7 +13,7 @@ from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.training.step import run_global_batch
 from tests.families import gemma3
 from tests.families.gemma3 import ROWS, collate_drawn, draw, make_batch
-from tests.parity.battery import ZERO_GRADIENT
+from tests.parity.comparison import ZERO_GRADIENT
 from tests.parity.layouts import LAYOUTS, TestLayout, hf_gradients, own_micro_batches, set_up, whole_gradients
 from tests.ranks import run_ranks
 from tests.sizes import full

@@ -19,9 +19,9 @@ from megatron_vlm.families.mistral3 import vision
 from megatron_vlm.families.mistral3.config import ModelConfig, QueryScaling, config_from_hf
 from megatron_vlm.families.mistral3.model import query_scale
 from megatron_vlm.layers import rope
-from megatron_vlm.layers.patches import Places
+from megatron_vlm.layers.patches import PatchPositions
 from tests.families.mistral3 import MISTRAL3
-from tests.parity.battery import CLEARLY_WRONG, worst_logits
+from tests.parity.comparison import CLEARLY_WRONG, worst_logits
 from tests.parity.layouts import RankResult, TestLayout, run_case
 from tests.published_mistral3 import published_config
 from tests.ranks import run_ranks
@@ -92,7 +92,7 @@ def test_patches_turn_with_row_and_column_as_in_transformers(dtype: torch.dtype)
     size = torch.full_like(row, side)
     config = config_from_hf(hf_config, text_only=False).vision
     assert config is not None
-    ours = vision.patch_rope(Places(row, column, size, size), config, dtype)
+    ours = vision.patch_rope(PatchPositions(row, column, size, size), config, dtype)
     rotary = PixtralVisionRotaryEmbedding(hf_config.vision_config)
     theirs = rotary(torch.zeros(1, dtype=dtype), torch.stack((row, column), dim=-1))
     for mine, its in zip(ours, theirs, strict=True):
@@ -114,8 +114,8 @@ def blocks_patch_by_patch() -> Iterator[None]:
 
 @contextmanager
 def patches_in_raster_order() -> Iterator[None]:
-    places = vision.patch_places
-    with mock.patch.object(vision, "patch_places", lambda images, _, device: places(images, 1, device)):
+    places = vision.patch_positions
+    with mock.patch.object(vision, "patch_positions", lambda images, _, device: places(images, 1, device)):
         yield
 
 
@@ -123,7 +123,7 @@ def patches_in_raster_order() -> Iterator[None]:
 def rows_and_columns_swapped() -> Iterator[None]:
     table = vision.patch_rope
 
-    def swapped(places: Places, *arguments: Any) -> vision.RopeTable:
+    def swapped(places: PatchPositions, *arguments: Any) -> vision.RopeTable:
         return table(replace(places, row=places.column, column=places.row), *arguments)
 
     with mock.patch.object(vision, "patch_rope", swapped):
@@ -132,7 +132,7 @@ def rows_and_columns_swapped() -> Iterator[None]:
 
 @contextmanager
 def columns_with_the_slow_half_of_the_frequencies() -> Iterator[None]:
-    def halves(places: Places, config: Any, dtype: torch.dtype) -> vision.RopeTable:
+    def halves(places: PatchPositions, config: Any, dtype: torch.dtype) -> vision.RopeTable:
         head_dim = config.hidden_size // config.num_attention_heads
         frequencies = 1.0 / config.rope_theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         fast, slow = frequencies.chunk(2)

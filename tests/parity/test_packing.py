@@ -14,11 +14,11 @@ from torch.nn.functional import cross_entropy
 from megatron_vlm.data.collate import NO_LOSS, MicroBatch, spans
 from megatron_vlm.training.step import run_global_batch
 from tests.families import FAMILIES
-from tests.families.entry import TinyFamily
 from tests.families.gemma3 import GEMMA3, IMAGE
 from tests.families.mistral3 import MISTRAL3
 from tests.families.qwen3_vl import QWEN3_VL
-from tests.parity.battery import CLEARLY_WRONG, LOSS_TOLERANCE, worst_logits
+from tests.families.tiny_family import TinyFamily
+from tests.parity.comparison import CLEARLY_WRONG, LOSS_TOLERANCE, worst_logits
 from tests.parity.layouts import TestLayout, own_micro_batches, run_case, set_up
 from tests.parity.tiny_batches import by_document
 from tests.ranks import run_ranks

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedModel
 
-from megatron_vlm.data.collate import NO_LOSS, MicroBatch, PlacedSample, collate
+from megatron_vlm.data.collate import NO_LOSS, LoadedSample, MicroBatch, collate
 from megatron_vlm.data.media import Grid, Medium
 from megatron_vlm.data.prompts import Sample
 from megatron_vlm.families import registry
@@ -122,7 +122,7 @@ def collate_documents(
     """
     family = registry.detect(config)
     rules = family.prompt_rules(family.config_from_hf(config, text_only=False))
-    placed = [PlacedSample(sample, 0, f"document {number}") for number, sample in enumerate(documents)]
+    placed = [LoadedSample(sample, 0, f"document {number}") for number, sample in enumerate(documents)]
     bounds = accumulate(documents_per_row or [1] * len(placed), initial=0)
     return collate([placed[start:end] for start, end in pairwise(bounds)], rules, 0, pad_to_multiple_of)
 

@@ -8,9 +8,9 @@ from functools import cache
 import pytest
 import torch
 
-from tests.families.entry import TinyFamily
 from tests.families.gemma3 import GEMMA3
 from tests.families.qwen3_vl import QWEN3_VL_MOE
+from tests.families.tiny_family import TinyFamily
 from tests.training.tiny_run_config import TinyFiles, build_multimodal, build_text
 
 

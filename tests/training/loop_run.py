@@ -25,8 +25,8 @@ from megatron_vlm.training.setup import Run, set_up
 from megatron_vlm.training.signals import StopRequests
 from tests.checkpoint.tiny_run import prepare_process
 from tests.data.rows import assistant, image, row, user, write_jsonl
-from tests.families.entry import TinyFamily
 from tests.families.gemma3 import GEMMA3
+from tests.families.tiny_family import TinyFamily
 from tests.training.tiny_run_config import build_multimodal
 
 ROOT = Path(__file__).parent.parent.parent

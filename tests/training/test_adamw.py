@@ -12,9 +12,9 @@ import torch
 
 from megatron_vlm.config import Config
 from megatron_vlm.families import build
-from tests.families.entry import TinyFamily
 from tests.families.parameters import each_layout
 from tests.families.rows import GLOBAL_BATCH
+from tests.families.tiny_family import TinyFamily
 from tests.parity.layouts import our_name
 from tests.ranks import run_ranks
 from tests.training.tiny_run_config import TinyFiles, read_metrics, tiny_config, train_on_rank
@@ -117,7 +117,7 @@ def train_with_small_buckets(config: Config) -> None:
 def test_five_steps(
     family: TinyFamily, name: str, multimodal_of: Callable[[TinyFamily], TinyFiles], tmp_path: Path
 ) -> None:
-    layout = family.batteries.adamw[name]
+    layout = family.tables.adamw[name]
     files, export = multimodal_of(family), tmp_path / "hf"
     config = tiny_config(files, tmp_path / "run", SETTINGS | layout.settings() | {"checkpoint.export_hf": str(export)})
     run_ranks(layout.world_size, train_with_small_buckets, config)

@@ -15,10 +15,10 @@ from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.training.optimizer import apply_gradients, build_optimizer, gradient_norm
 from megatron_vlm.training.step import run_global_batch
 from tests.families import FAMILIES
-from tests.families.entry import TinyFamily
 from tests.families.gemma3 import GEMMA3
 from tests.families.parameters import each_layout
-from tests.parity.battery import Expected, expected
+from tests.families.tiny_family import TinyFamily
+from tests.parity.comparison import Expected, expected
 from tests.parity.layouts import TestLayout, gather_parameter, own_micro_batches, set_up
 from tests.ranks import run_ranks
 
@@ -29,7 +29,7 @@ STEP_TOLERANCE = 1e-5
 CLIP = 0.5  # far below every norm here
 SETTINGS = OptimizerSettings(lr=1.0, weight_decay=0.0)
 
-TRAINED = [family for family in FAMILIES if family.batteries.norm]
+TRAINED = [family for family in FAMILIES if family.tables.norm]
 DirectoryOf = Callable[[TinyFamily], str]
 
 
@@ -85,7 +85,7 @@ def check(directory: str, layout: TestLayout, theirs: Expected) -> None:
 
 @pytest.mark.parametrize(("family", "name"), each_layout("norm"))
 def test_norm_and_clipped_step(family: TinyFamily, name: str, directory_of: DirectoryOf) -> None:
-    check(directory_of(family), family.batteries.norm[name], family.expected("mixed"))
+    check(directory_of(family), family.tables.norm[name], family.expected("mixed"))
 
 
 @cache

@@ -12,8 +12,8 @@ import pytest
 import torch
 from megatron.core.utils import unwrap_model
 
-from megatron_vlm.training.guard import StepGuard
 from megatron_vlm.training.loop import Trainer
+from megatron_vlm.training.step_check import StepCheck
 from tests.data.rows import assistant, image, row, user, write_jsonl
 from tests.ranks import run_ranks
 from tests.sizes import full
@@ -122,15 +122,15 @@ def test_spike(place: Place, tmp_path: Path) -> None:
 
 def test_guard_goes_on_after_a_resume() -> None:
     """Its state carries the mean; a spike counts from the twentieth step that was applied."""
-    guard = StepGuard(spike_ratio=10.0)
+    guard = StepCheck(spike_ratio=10.0)
     for _ in range(19):
         guard.applied(1.0)
     assert guard.problem(1.0, 100.0) is None
     guard.applied(1.0)
-    resumed = StepGuard(spike_ratio=10.0)
+    resumed = StepCheck(spike_ratio=10.0)
     resumed.load_state_dict(json.loads(json.dumps(guard.state_dict())))
     assert resumed.problem(1.0, 11.0) and not resumed.problem(1.0, 9.0)
-    assert StepGuard(None).problem(1.0, 1e30) is None
+    assert StepCheck(None).problem(1.0, 1e30) is None
     for bad in (math.nan, math.inf):
         assert resumed.problem(bad, 1.0) and resumed.problem(1.0, bad)
 

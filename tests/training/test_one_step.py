@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.families.entry import TinyFamily
 from tests.families.gemma3 import GEMMA3
 from tests.families.layouts import STEP
 from tests.families.parameters import each_layout
-from tests.parity.battery import ZERO_GRADIENT
+from tests.families.tiny_family import TinyFamily
+from tests.parity.comparison import ZERO_GRADIENT
 from tests.parity.layouts import TestLayout
 from tests.ranks import run_ranks
 from tests.training.tiny_run_config import TinyFiles, read_metrics, tiny_config, train_on_rank
@@ -104,7 +104,7 @@ def check_step(folder: Path, exported: torch.nn.Module, step: Step) -> None:
 @pytest.mark.parametrize(("family", "layout"), each_layout("step"))
 def test_step_of_vision_language_model(family: TinyFamily, layout: str, multimodal_of: FilesOf, tmp_path: Path) -> None:
     files = multimodal_of(family)
-    export = train_one_step(files, tmp_path, family.batteries.step[layout])
+    export = train_one_step(files, tmp_path, family.tables.step[layout])
     check_step(tmp_path, load_multimodal(files.family, export), multimodal_step(files))
     check_files(export, files.model)
     (record,) = read_metrics(tmp_path / "run")
@@ -127,7 +127,7 @@ def test_step_of_language_model_taken_out(
     """`model.text_only` trains the language model of a multimodal directory, and exports it as a text model."""
     files = multimodal_of(family)
     files = replace(files, data=files.data.with_name("text.jsonl"))
-    export = train_one_step(files, tmp_path, family.batteries.text_step[layout], **{"model.text_only": True})
+    export = train_one_step(files, tmp_path, family.tables.text_step[layout], **{"model.text_only": True})
     model = files.family.language_model_of(load_multimodal(files.family, files.model))
     check_step(tmp_path, load_text(files.family, export), take_step(model, text_batch(files, files.rows)))
 

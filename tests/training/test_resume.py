@@ -13,8 +13,8 @@ from megatron_vlm.checkpoint.run_folder import find_checkpoint
 from megatron_vlm.checkpoint.torch_dist import TorchDistReader
 from tests import ranks
 from tests.families import FAMILIES
-from tests.families.entry import TinyFamily
 from tests.families.parameters import each_layout
+from tests.families.tiny_family import TinyFamily
 from tests.parity.layouts import TestLayout
 from tests.ranks import run_ranks
 from tests.training.tiny_run_config import TinyFiles, read_metrics, tiny_config, train_on_rank
@@ -95,7 +95,7 @@ def check_equal_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tens
 def test_same_layout_continues_bit_for_bit(
     family: TinyFamily, name: str, multimodal_of: FilesOf, tmp_path: Path
 ) -> None:
-    runs, layout = Runs(multimodal_of(family), tmp_path), family.batteries.continued[name]
+    runs, layout = Runs(multimodal_of(family), tmp_path), family.tables.continued[name]
     rows = runs.start("straight", layout)
     stopped = runs.start("resumed", layout, {"train.exit_interval": STOP_AFTER})
     assert (runs.folder / "resumed" / "stopped.json").exists()
@@ -123,12 +123,12 @@ def test_rows_read_ahead_are_not_skipped(runs: Runs) -> None:
     check_equal_bits(runs.tensors("resumed"), runs.tensors("straight"))
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family.batteries.in_turn], ids=str)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.tables.in_turn], ids=str)
 def test_other_layouts_continue_at_fp32(family: TinyFamily, multimodal_of: FilesOf, tmp_path: Path) -> None:
     runs = Runs(multimodal_of(family), tmp_path)
     rows = runs.start("straight", ONE_RANK, {"train.train_iters": 6})
     resumed = []
-    for layout, steps in family.batteries.in_turn:
+    for layout, steps in family.tables.in_turn:
         resumed += runs.start("resumed", layout, {"train.train_iters": 6, "train.exit_interval": steps})
     assert resumed == rows
     ours, theirs = runs.figures("resumed"), runs.figures("straight")

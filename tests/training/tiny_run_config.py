@@ -19,9 +19,9 @@ from megatron_vlm.training.signals import StopRequests
 from tests.checkpoint.tiny_run import prepare_process
 from tests.data.rows import write_jsonl
 from tests.data.tiny_processor import build_tokenizer
-from tests.families.entry import TinyFamily
 from tests.families.gemma3 import GEMMA3
 from tests.families.rows import GLOBAL_BATCH, IMAGE_SIZES, TEXT_ROWS
+from tests.families.tiny_family import TinyFamily
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tests.families.entry import TinyFamily
+from tests.families.tiny_family import TinyFamily
 from tests.training.tiny_run_config import TinyFiles
 
 NO_LOSS = -100

@@ -52,7 +52,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Configuration:
-    """Launches of the forward pass, of dq, and of dk with dv, and whether they use the GPU's copy engine."""
+    """Launches of the forward pass, of dq, and of dk with dv, and whether they use the GPU's copy mcore_config."""
 
     forward: Blocks
     queries: Blocks

@@ -40,12 +40,12 @@ class DecoderLayer(torch.nn.Module):
         self.self_attn = SelfAttention(
             text.hidden_size,
             layer,
-            chunk.engine,
+            chunk.mcore_config,
             group,
             norms="zero_centered",
             recompute_core=chunk.recompute == "selective",
         )
-        self.mlp = GatedMLP(text.hidden_size, layer.intermediate_size, "gelu_tanh", chunk.engine, group)
+        self.mlp = GatedMLP(text.hidden_size, layer.intermediate_size, "gelu_tanh", chunk.mcore_config, group)
         norms = [residual_norm(text, chunk, zero_centered=True) for _ in range(4)]
         self.input_layernorm, self.post_attention_layernorm = norms[:2]
         self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norms[2:]
@@ -105,13 +105,13 @@ class Gemma3Chunk(ModelChunk):
             self.blank_shape = (1, config.vision.num_channels, size, size)
             assert config.mm_tokens_per_image is not None
             self.vision_tower = VisionTower(
-                config.vision, chunk.tower_engine, self.tower_group, chunk.recompute == "full"
+                config.vision, chunk.tower_mcore_config, self.tower_group, chunk.recompute == "full"
             )
             self.projector = Projector(
                 config.vision,
                 config.mm_tokens_per_image,
                 config.text.hidden_size,
-                chunk.engine.params_dtype,
+                chunk.mcore_config.params_dtype,
                 self.tower_group,
             )
             self.mark_tower(self.vision_tower, self.projector)

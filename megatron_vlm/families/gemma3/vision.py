@@ -45,14 +45,14 @@ class VisionEmbeddings(torch.nn.Module):
 class VisionAttention(torch.nn.Module):
     """Full attention over the patches of an image; heads split over the tensor ranks."""
 
-    def __init__(self, config: VisionConfig, engine: TransformerConfig, group: Group) -> None:
+    def __init__(self, config: VisionConfig, mcore_config: TransformerConfig, group: Group) -> None:
         super().__init__()
         self.group, self.head_dim = group, config.hidden_size // config.num_attention_heads
         size = config.hidden_size
         self.q_proj, self.k_proj, self.v_proj = (
-            ColumnParallelLinear(size, size, engine, group, bias=True) for _ in range(3)
+            ColumnParallelLinear(size, size, mcore_config, group, bias=True) for _ in range(3)
         )
-        self.out_proj = RowParallelLinear(size, size, engine, group, bias=True)
+        self.out_proj = RowParallelLinear(size, size, mcore_config, group, bias=True)
 
     def forward(self, x_IPH: torch.Tensor) -> torch.Tensor:
         """[I, P, H] to the same."""
@@ -65,12 +65,14 @@ class VisionAttention(torch.nn.Module):
 class VisionLayer(torch.nn.Module):
     """A pre-norm encoder layer."""
 
-    def __init__(self, config: VisionConfig, engine: TransformerConfig, group: Group) -> None:
+    def __init__(self, config: VisionConfig, mcore_config: TransformerConfig, group: Group) -> None:
         super().__init__()
         size = config.hidden_size
-        self.layer_norm1, self.layer_norm2 = (LayerNorm(size, config.norm_eps, engine.params_dtype) for _ in range(2))
-        self.self_attn = VisionAttention(config, engine, group)
-        self.mlp = MLP((size, config.intermediate_size, size), ("fc1", "fc2"), "tanh", engine, group)
+        self.layer_norm1, self.layer_norm2 = (
+            LayerNorm(size, config.norm_eps, mcore_config.params_dtype) for _ in range(2)
+        )
+        self.self_attn = VisionAttention(config, mcore_config, group)
+        self.mlp = MLP((size, config.intermediate_size, size), ("fc1", "fc2"), "tanh", mcore_config, group)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[I, P, H] to the same."""
@@ -83,20 +85,20 @@ class VisionTower(torch.nn.Module):
 
     Args:
         config: the tower.
-        engine: megatron-core settings without sequence parallelism.
+        mcore_config: megatron-core settings without sequence parallelism.
         group: ranks that share each layer.
         recompute: compute each layer again in the backward pass.
     """
 
-    def __init__(self, config: VisionConfig, engine: TransformerConfig, group: Group, recompute: bool) -> None:
+    def __init__(self, config: VisionConfig, mcore_config: TransformerConfig, group: Group, recompute: bool) -> None:
         super().__init__()
         self.recompute = recompute
-        self.embeddings = VisionEmbeddings(config, engine.params_dtype)
+        self.embeddings = VisionEmbeddings(config, mcore_config.params_dtype)
         self.encoder = torch.nn.Module()
         self.encoder.layers = torch.nn.ModuleList(
-            VisionLayer(config, engine, group) for _ in range(config.num_hidden_layers)
+            VisionLayer(config, mcore_config, group) for _ in range(config.num_hidden_layers)
         )
-        self.post_layernorm = LayerNorm(config.hidden_size, config.norm_eps, engine.params_dtype)
+        self.post_layernorm = LayerNorm(config.hidden_size, config.norm_eps, mcore_config.params_dtype)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """[I, channels, height, width] to [I, P, H]."""

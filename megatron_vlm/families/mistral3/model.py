@@ -35,13 +35,13 @@ class DecoderLayer(torch.nn.Module):
         self.self_attn = SelfAttention(
             text.hidden_size,
             layer,
-            chunk.engine,
+            chunk.mcore_config,
             group,
             norms="none",
             recompute_core=chunk.recompute == "selective",
         )
         self.post_attention_layernorm = residual_norm(text, chunk, zero_centered=False)
-        self.mlp = GatedMLP(text.hidden_size, layer.intermediate_size, "silu", chunk.engine, group)
+        self.mlp = GatedMLP(text.hidden_size, layer.intermediate_size, "silu", chunk.mcore_config, group)
 
     def forward(
         self, x_SBH: torch.Tensor, rope: RopeTable, spans: Spans, query_scale: torch.Tensor | None
@@ -101,9 +101,9 @@ class Mistral3Chunk(ModelChunk):
         self.language_model = Mistral3LanguageModel(config.text, chunk, groups.tp)
         if chunk.is_first and "vision_tower" in config.parts:
             assert config.vision is not None
-            engine = chunk.tower_engine
-            self.vision_tower = VisionTower(config.vision, engine, self.tower_group, chunk.recompute == "full")
-            self.projector = Projector(config.vision, engine, self.tower_group)
+            mcore_config = chunk.tower_mcore_config
+            self.vision_tower = VisionTower(config.vision, mcore_config, self.tower_group, chunk.recompute == "full")
+            self.projector = Projector(config.vision, mcore_config, self.tower_group)
             self.mark_tower(self.vision_tower, self.projector)
 
     def embed(self, batch: MicroBatch) -> StageState:

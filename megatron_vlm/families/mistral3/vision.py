@@ -1,7 +1,7 @@
 """Mistral3's eyes: the Pixtral tower over patches of images of any size, and the projector into the language model.
 
 Patches of all images lie in one packed sequence, in blocks that the projector merges; those of an image attend to each
-other. transformers encodes them in raster order, which is the same: only their places tell patches apart.
+other. transformers encodes them in raster order, which is the same: only their positions tell patches apart.
 
 Source: transformers models/pixtral (`PixtralVisionModel`) and `Mistral3MultiModalProjector`.
 Shapes: P patches, H vision hidden, N heads, D head dim, T tokens of the language model.
@@ -19,7 +19,7 @@ from megatron_vlm.families.mistral3.config import VisionConfig
 from megatron_vlm.layers.linear import ColumnParallelLinear, Group, RowParallelLinear, column_parallel
 from megatron_vlm.layers.mlp import GatedMLP
 from megatron_vlm.layers.norm import RMSNorm, add_and_norm
-from megatron_vlm.layers.patches import Grid, PatchProjection, Places, patch_places, split_frames
+from megatron_vlm.layers.patches import Grid, PatchPositions, PatchProjection, patch_positions, split_frames
 from megatron_vlm.layers.recompute import run_layer
 from megatron_vlm.layers.rope import geometric_frequencies
 from megatron_vlm.parallel.parameters import declare, normal
@@ -27,11 +27,11 @@ from vlm_kernels.packed_attention import Segments, packed_attention
 from vlm_kernels.rope import RopeTable, qk_norm_rope
 
 
-def patch_rope(places: Places, config: VisionConfig, dtype: torch.dtype) -> RopeTable:
+def patch_rope(positions: PatchPositions, config: VisionConfig, dtype: torch.dtype) -> RopeTable:
     """Cosines and sines [P, D / 2]: even frequencies turn with the row, odd ones with the column."""
     head_dim = config.hidden_size // config.num_attention_heads
-    frequencies = geometric_frequencies(head_dim, config.rope_theta, places.row.device)
-    by_row, by_column = places.row[:, None] * frequencies[0::2], places.column[:, None] * frequencies[1::2]
+    frequencies = geometric_frequencies(head_dim, config.rope_theta, positions.row.device)
+    by_row, by_column = positions.row[:, None] * frequencies[0::2], positions.column[:, None] * frequencies[1::2]
     angles = torch.cat((by_row, by_column), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -39,12 +39,14 @@ def patch_rope(places: Places, config: VisionConfig, dtype: torch.dtype) -> Rope
 class VisionAttention(torch.nn.Module):
     """Attention over the patches of an image; heads split over the tensor ranks."""
 
-    def __init__(self, config: VisionConfig, engine: TransformerConfig, group: Group) -> None:
+    def __init__(self, config: VisionConfig, mcore_config: TransformerConfig, group: Group) -> None:
         super().__init__()
         self.group, self.head_dim = group, config.hidden_size // config.num_attention_heads
         size = config.hidden_size
-        self.q_proj, self.k_proj, self.v_proj = (ColumnParallelLinear(size, size, engine, group) for _ in range(3))
-        self.o_proj = RowParallelLinear(size, size, engine, group)
+        self.q_proj, self.k_proj, self.v_proj = (
+            ColumnParallelLinear(size, size, mcore_config, group) for _ in range(3)
+        )
+        self.o_proj = RowParallelLinear(size, size, mcore_config, group)
 
     def forward(self, x_PH: torch.Tensor, rope: RopeTable, images: Segments) -> torch.Tensor:
         """[P, H] to the same."""
@@ -58,11 +60,13 @@ class VisionAttention(torch.nn.Module):
 class VisionLayer(torch.nn.Module):
     """A pre-norm layer; its norms act on whole activations, so they are replicas with whole gradients."""
 
-    def __init__(self, config: VisionConfig, engine: TransformerConfig, group: Group) -> None:
+    def __init__(self, config: VisionConfig, mcore_config: TransformerConfig, group: Group) -> None:
         super().__init__()
-        self.attention_norm, self.ffn_norm = (_norm(config, engine) for _ in range(2))
-        self.attention = VisionAttention(config, engine, group)
-        self.feed_forward = GatedMLP(config.hidden_size, config.intermediate_size, config.activation, engine, group)
+        self.attention_norm, self.ffn_norm = (_norm(config, mcore_config) for _ in range(2))
+        self.attention = VisionAttention(config, mcore_config, group)
+        self.feed_forward = GatedMLP(
+            config.hidden_size, config.intermediate_size, config.activation, mcore_config, group
+        )
 
     def forward(self, x_PH: torch.Tensor, rope: RopeTable, images: Segments) -> torch.Tensor:
         """[P, H] to the same."""
@@ -71,8 +75,8 @@ class VisionLayer(torch.nn.Module):
         return x_PH + self.feed_forward(normed)
 
 
-def _norm(config: VisionConfig, engine: TransformerConfig) -> RMSNorm:
-    return RMSNorm(config.hidden_size, config.norm_eps, zero_centered=False, dtype=engine.params_dtype)
+def _norm(config: VisionConfig, mcore_config: TransformerConfig) -> RMSNorm:
+    return RMSNorm(config.hidden_size, config.norm_eps, zero_centered=False, dtype=mcore_config.params_dtype)
 
 
 class VisionTower(torch.nn.Module):
@@ -82,20 +86,20 @@ class VisionTower(torch.nn.Module):
 
     Args:
         config: the tower.
-        engine: megatron-core settings without sequence parallelism.
+        mcore_config: megatron-core settings without sequence parallelism.
         group: ranks that share each layer.
         recompute: compute each layer again in the backward pass.
     """
 
-    def __init__(self, config: VisionConfig, engine: TransformerConfig, group: Group, recompute: bool) -> None:
+    def __init__(self, config: VisionConfig, mcore_config: TransformerConfig, group: Group, recompute: bool) -> None:
         super().__init__()
         self.config, self.recompute = config, recompute
         kernel = (config.num_channels, config.patch_size, config.patch_size)
-        self.patch_conv = PatchProjection(kernel, config.hidden_size, engine.params_dtype, bias=False)
-        self.ln_pre = _norm(config, engine)
+        self.patch_conv = PatchProjection(kernel, config.hidden_size, mcore_config.params_dtype, bias=False)
+        self.ln_pre = _norm(config, mcore_config)
         self.transformer = torch.nn.Module()
         self.transformer.layers = torch.nn.ModuleList(
-            VisionLayer(config, engine, group) for _ in range(config.num_hidden_layers)
+            VisionLayer(config, mcore_config, group) for _ in range(config.num_hidden_layers)
         )
 
     def forward(self, pixel_values: torch.Tensor, grids: Sequence[Grid]) -> tuple[torch.Tensor]:
@@ -109,10 +113,10 @@ class VisionTower(torch.nn.Module):
             Output of the last layer, [P, H].
         """
         config, images = self.config, split_frames(grids)
-        places = patch_places(images, config.spatial_merge_size, pixel_values.device)
+        positions = patch_positions(images, config.spatial_merge_size, pixel_values.device)
         segments = Segments(tuple(height * width for _, height, width in images), pixel_values.device)
         x_PH = self.ln_pre(self.patch_conv(pixel_values))
-        rope = patch_rope(places, config, x_PH.dtype)
+        rope = patch_rope(positions, config, x_PH.dtype)
         for layer in self.transformer.layers:  # type: ignore[union-attr]
             x_PH = run_layer(layer, x_PH, rope, segments, recompute=self.recompute)
         return (x_PH,)
@@ -139,19 +143,19 @@ class Projector(torch.nn.Module):
 
     Args:
         config: the tower.
-        engine: megatron-core settings without sequence parallelism.
+        mcore_config: megatron-core settings without sequence parallelism.
         group: ranks that share the linear layers.
     """
 
-    def __init__(self, config: VisionConfig, engine: TransformerConfig, group: Group) -> None:
+    def __init__(self, config: VisionConfig, mcore_config: TransformerConfig, group: Group) -> None:
         super().__init__()
         self.group, out_size, bias = group, config.out_hidden_size, config.projector_bias
         self.norm = RMSNorm(
-            config.hidden_size, config.projector_norm_eps, zero_centered=False, dtype=engine.params_dtype
+            config.hidden_size, config.projector_norm_eps, zero_centered=False, dtype=mcore_config.params_dtype
         )
-        self.patch_merger = PatchMerger(config, engine.params_dtype)
-        self.linear_1 = ColumnParallelLinear(config.hidden_size, out_size, engine, group, bias)
-        self.linear_2 = RowParallelLinear(out_size, out_size, engine, group, bias)
+        self.patch_merger = PatchMerger(config, mcore_config.params_dtype)
+        self.linear_1 = ColumnParallelLinear(config.hidden_size, out_size, mcore_config, group, bias)
+        self.linear_2 = RowParallelLinear(out_size, out_size, mcore_config, group, bias)
 
     def forward(self, x_PH: torch.Tensor) -> list[torch.Tensor]:
         """The tower's output to features [T, text hidden]."""

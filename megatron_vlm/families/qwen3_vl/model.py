@@ -20,7 +20,7 @@ from megatron_vlm.layers.attention import SelfAttention
 from megatron_vlm.layers.embedding import place_features, spread_features
 from megatron_vlm.layers.expert_use import ExpertUse
 from megatron_vlm.layers.mlp import GatedMLP
-from megatron_vlm.layers.moe import MoE, Routing, TokenShare, TopKRouter
+from megatron_vlm.layers.moe import LocalTokens, MoE, Routing, TopKRouter
 from megatron_vlm.layers.norm import add_and_norm
 from megatron_vlm.layers.rope import RopeTable, mrope_table
 from megatron_vlm.model.language_model import LanguageModelChunk, residual_norm
@@ -43,26 +43,28 @@ class DecoderLayer(torch.nn.Module):
         self.self_attn = SelfAttention(
             text.hidden_size,
             layer,
-            chunk.engine,
+            chunk.mcore_config,
             groups.tp,
             norms="plain",
             recompute_core=chunk.recompute == "selective",
         )
         self.post_attention_layernorm = residual_norm(text, chunk, zero_centered=False)
         self.mlp: MoE | GatedMLP = (
-            GatedMLP(text.hidden_size, layer.intermediate_size, "silu", chunk.engine, groups.tp)
+            GatedMLP(text.hidden_size, layer.intermediate_size, "silu", chunk.mcore_config, groups.tp)
             if layer.moe is None
-            else MoE(text.hidden_size, layer.moe, TopKRouter(text.hidden_size, layer.moe, chunk.engine), chunk, groups)
+            else MoE(
+                text.hidden_size, layer.moe, TopKRouter(text.hidden_size, layer.moe, chunk.mcore_config), chunk, groups
+            )
         )
 
     def forward(
-        self, x_SBH: torch.Tensor, rope: RopeTable, spans: Spans, share: TokenShare | None
+        self, x_SBH: torch.Tensor, rope: RopeTable, spans: Spans, tokens: LocalTokens | None
     ) -> tuple[torch.Tensor, Routing | None]:
         """[S, B, H] to the same, and where experts' tokens went."""
         attended = self.self_attn(self.input_layernorm(x_SBH), rope, spans)
         x_SBH, normed = add_and_norm(attended, x_SBH, self.post_attention_layernorm)
         if isinstance(self.mlp, MoE):
-            fed, routing = self.mlp(normed, share)
+            fed, routing = self.mlp(normed, tokens)
             return x_SBH + fed, routing
         return x_SBH + self.mlp(normed), None
 
@@ -83,26 +85,26 @@ class Qwen3VLLanguageModel(LanguageModelChunk):
         has_experts = any(layer.moe is not None for layer in text.layers)
         self.expert_use = ExpertUse(text.layers, chunk, groups.tp) if has_experts else None
 
-    def layer_inputs(self, batch: MicroBatch, dtype: torch.dtype) -> tuple[RopeTable, Spans, TokenShare | None]:
+    def layer_inputs(self, batch: MicroBatch, dtype: torch.dtype) -> tuple[RopeTable, Spans, LocalTokens | None]:
         """Rotary table, spans, and which tokens count for the experts."""
         rope = mrope_table(batch.position_ids, *self.rope, dtype)
-        share = None if self.expert_use is None else TokenShare.of(batch.document_ids, self.chunk, self.groups)
-        return rope, Spans(batch.span_low, batch.span_high), share
+        tokens = None if self.expert_use is None else LocalTokens.of(batch.document_ids, self.chunk, self.groups)
+        return rope, Spans(batch.span_low, batch.span_high), tokens
 
     def after_layer(
         self, layer: int, output: tuple[torch.Tensor, Routing | None], state: StageState, inputs: tuple[Any, ...]
     ) -> StageState:
         """Count where experts' tokens went, and add the layer's DeepStack level."""
-        (x_SBH, routing), carried, numbers = output, dict(state.carried), state.numbers
+        (x_SBH, routing), carried, scalars = output, dict(state.carried), state.scalars
         if self.expert_use is not None and routing is not None:
-            *_, share = inputs
-            numbers = self.expert_use.add(layer, routing, share, numbers)
-        if level_name(layer) in carried:
-            x_SBH = x_SBH + carried.pop(level_name(layer))
-        return StageState(x_SBH, carried, numbers)
+            *_, tokens = inputs
+            scalars = self.expert_use.add(layer, routing, tokens, scalars)
+        if deepstack_name(layer) in carried:
+            x_SBH = x_SBH + carried.pop(deepstack_name(layer))
+        return StageState(x_SBH, carried, scalars)
 
 
-def level_name(layer: int) -> str:
+def deepstack_name(layer: int) -> str:
     """Name of the DeepStack level that is added after a layer."""
     return f"deepstack_{layer}"
 
@@ -127,9 +129,9 @@ class Qwen3VLChunk(ModelChunk):
             self.num_levels = len(config.vision.deepstack_layers)
         if chunk.is_first and "vision_tower" in config.parts:
             assert config.vision is not None
-            engine = chunk.tower_engine
-            self.vision_tower = VisionTower(config.vision, engine, self.tower_group, chunk.recompute == "full")
-            self.projector = Projector(config.vision, engine, self.tower_group)
+            mcore_config = chunk.tower_mcore_config
+            self.vision_tower = VisionTower(config.vision, mcore_config, self.tower_group, chunk.recompute == "full")
+            self.projector = Projector(config.vision, mcore_config, self.tower_group)
             self.mark_tower(self.vision_tower, self.projector)
 
     def boundary(self, layer: int, batch: MicroBatch) -> Boundary:
@@ -137,13 +139,15 @@ class Qwen3VLChunk(ModelChunk):
         hidden = super().boundary(layer, batch).hidden
         is_visual, use = bool(batch.grids) or self.always_encodes, self.language_model.expert_use
         levels = range(layer, self.num_levels) if is_visual else ()
-        return Boundary(hidden, {level_name(level): hidden for level in levels}, 0 if use is None else use.num_carried)
+        return Boundary(
+            hidden, {deepstack_name(level): hidden for level in levels}, 0 if use is None else use.num_carried
+        )
 
     def losses(self, state: StageState, batch: MicroBatch) -> torch.Tensor:
         """With the load-balancing loss, where there is one."""
         losses_BS, use = super().losses(state, batch), self.language_model.expert_use
-        if use is not None and state.numbers is not None:
-            losses_BS = use.with_balancing(losses_BS, batch.labels != NO_LOSS, state.numbers)
+        if use is not None and state.scalars is not None:
+            losses_BS = use.with_balancing(losses_BS, batch.labels != NO_LOSS, state.scalars)
         return losses_BS
 
     def embed(self, batch: MicroBatch) -> StageState:
@@ -161,6 +165,6 @@ class Qwen3VLChunk(ModelChunk):
             x_SBH.requires_grad_()
         return StageState(
             x_SBH,
-            {level_name(layer): self.to_sequence_first(level_BSH) for layer, level_BSH in enumerate(levels)},
+            {deepstack_name(layer): self.to_sequence_first(level_BSH) for layer, level_BSH in enumerate(levels)},
             use.start(x_BSH.device) if use is not None else None,
         )

@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from tests.families.layouts import Batteries
+from tests.families.layouts import LayoutTables
 from tests.families.rows import MIXED_ROWS
-from tests.parity.battery import Expected, expected
+from tests.parity.comparison import Expected, expected
 from tests.parity.tiny_batches import Reference
 
 Rows = tuple[dict[str, Any], ...]
@@ -50,7 +50,7 @@ class TinyFamily:
         text_config: its configuration, from the whole model's.
         turn: text after which an assistant speaks, and the token that ends what it says.
         rows: a global batch as users write it.
-        batteries: the layouts in which each battery runs.
+        tables: the layouts in which each battery runs.
     """
 
     name: str
@@ -64,15 +64,15 @@ class TinyFamily:
     text_config: Callable[[Any], PreTrainedConfig] = lambda config: config.text_config
     turn: tuple[str, str]
     rows: Rows = MIXED_ROWS
-    batteries: Batteries = field(default_factory=Batteries)
+    tables: LayoutTables = field(default_factory=LayoutTables)
 
-    def variant(self, name: str, batteries: Batteries, cases: Sequence[str], **settings: Any) -> TinyFamily:
+    def variant(self, name: str, tables: LayoutTables, cases: Sequence[str], **settings: Any) -> TinyFamily:
         """Another model of the family: `settings` go to `build`."""
         return replace(
             self,
             name=f"{self.name} {name}",
             build=partial(self.build, **settings),
-            batteries=batteries,
+            tables=tables,
             cases={case: self.cases[case] for case in cases},
         )
 

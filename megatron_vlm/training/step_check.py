@@ -10,7 +10,7 @@ _STEPS_BEFORE_SPIKES_COUNT = 20
 
 
 @dataclass
-class StepGuard:
+class StepCheck:
     """Judges gradient norms by a running mean of those applied.
 
     Args:

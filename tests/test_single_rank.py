@@ -9,7 +9,7 @@ from megatron.core.distributed import param_and_grad_buffer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_vlm import platform
-from megatron_vlm.platform import lone_rank
+from megatron_vlm.platform import single_rank
 from tests.ranks import run_ranks
 
 SIZE = 1000
@@ -68,7 +68,7 @@ def test_exchanges_within_a_group(world_size: int) -> None:
 
 def _elsewhere() -> None:
     target, source = torch.zeros(3), torch.ones(3)
-    lone_rank._unless_alone(torch.distributed.all_gather_into_tensor)(
+    single_rank._unless_single(torch.distributed.all_gather_into_tensor)(
         target, source, group=torch.distributed.group.WORLD
     )
     assert torch.equal(target, source)

@@ -32,7 +32,7 @@ def _coalescing_manager(group: Group, async_ops: bool = False) -> Iterator[Any]:
             yield work
 
 
-def _unless_alone(exchange: Callable[..., Any]) -> Callable[..., Any]:
+def _unless_single(exchange: Callable[..., Any]) -> Callable[..., Any]:
     """`exchange` of (output, input); a lone rank's output is the whole input, in place in megatron-core's buffers."""
 
     def call(output: torch.Tensor, source: torch.Tensor, *, group: Group, **options: Any) -> Any:
@@ -50,5 +50,5 @@ def install() -> None:
     from megatron.core.distributed import param_and_grad_buffer
 
     for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
-        setattr(param_and_grad_buffer, name, _unless_alone(getattr(param_and_grad_buffer, name)))
+        setattr(param_and_grad_buffer, name, _unless_single(getattr(param_and_grad_buffer, name)))
     param_and_grad_buffer._coalescing_manager = _coalescing_manager
