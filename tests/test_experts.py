@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
-from megatron_vlm.layers.moe import Experts, LocalTokens, MoE, TopKRouter
+from megatron_vlm.layers.moe import Experts, LocalTokens, MoE, Routing, TopKRouter
+from megatron_vlm.model_configs import MoEConfig
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.mcore_config import build_mcore_config
 
 HIDDEN, WIDTH = 48, 32
-
-
-@dataclass(frozen=True)
-class Record:
-    num_experts: int
-    top_k: int = 2
-    intermediate_size: int = WIDTH
-    activation: str = "silu"
 
 
 COUNTS = {
@@ -34,13 +27,20 @@ COUNTS = {
 }
 
 
+def build_single_rank() -> Any:
+    single = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    return SimpleNamespace(ep=single, expt_tp=single, tp_ep=single)
+
+
 def check_experts(counts: list[int], device: str, dtype: torch.dtype, tolerance: float) -> None:
     """Outputs and all gradients, relative to the largest value of each."""
     generator = torch.Generator().manual_seed(3)
-    alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
-    groups = SimpleNamespace(ep=alone, expt_tp=alone)
+    groups = build_single_rank()
     experts = Experts(
-        HIDDEN, Record(len(counts)), build_mcore_config(HIDDEN, 1, dtype, Layout.over(1, num_layers=1)), groups
+        HIDDEN,
+        MoEConfig(len(counts), 2, WIDTH),
+        build_mcore_config(HIDDEN, 1, dtype, Layout.over(1, num_layers=1)),
+        groups,
     ).to(device)
     with torch.no_grad():
         for parameter in experts.parameters():
@@ -78,15 +78,69 @@ def test_experts(counts: list[int], dtype: torch.dtype) -> None:
     check_experts(counts, "cpu", dtype, TOLERANCES[dtype])
 
 
+class FirstTwoRouter(torch.nn.Module):
+    """Sends every token to the two experts with the largest of the first four inputs, with weights of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor([0.5, 1.5, 2.0, 3.0]))
+
+    def forward(self, x_TH: torch.Tensor, is_real_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Routing]:
+        scores = x_TH[:, :4] * self.scale
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, x_TH[:, :4].topk(2).indices, True)
+        counted = chosen[is_real_T].float().sum(0)
+        return scores * chosen, chosen, Routing(counted, counted)
+
+
+def test_a_router_and_an_input_of_its_own() -> None:
+    """Experts compute with one input, the router chooses by another; both receive their gradients."""
+    config = MoEConfig(4, 2, WIDTH, activation="gelu_tanh")
+    groups = build_single_rank()
+    chunk = ChunkSettings(
+        (0,), 0, True, True, None, build_mcore_config(HIDDEN, 1, torch.float32, Layout.over(1, num_layers=1))
+    )
+    layer = MoE(HIDDEN, config, FirstTwoRouter(), chunk, groups)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for weight in layer.experts.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) / HIDDEN**0.5)
+    x_SBH, seen_SBH = (torch.randn(6, 2, HIDDEN, generator=generator).requires_grad_() for _ in range(2))
+    is_real = torch.arange(12) < 9
+    output, routing = layer(x_SBH, LocalTokens(is_real, is_real.sum(), None), router_input=seen_SBH)
+    inputs = [x_SBH, seen_SBH, layer.gate.scale, layer.experts.gate_up_proj, layer.experts.down_proj]
+    gradient = torch.randn(output.shape, generator=generator)
+    ours = [output, *torch.autograd.grad(output, inputs, gradient)]
+
+    x, seen, scale, gate_up, down = wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    tokens = []
+    for x_H, seen_H in zip(x.flatten(0, 1), seen.flatten(0, 1), strict=True):
+        chosen = seen_H[:4].topk(2).indices
+        terms = []
+        for expert in chosen:
+            hidden = gelu(gate_up[expert, 0] @ x_H, approximate="tanh") * (gate_up[expert, 1] @ x_H)
+            terms.append(seen_H[expert] * scale[expert] * (down[expert] @ hidden))
+        tokens.append(sum(terms))
+    expected = torch.stack(tokens).view_as(x)
+    theirs = [expected, *torch.autograd.grad(expected, wide, gradient.double())]
+    for own, other in zip(ours, theirs, strict=True):
+        assert (own.double() - other).abs().max() <= 5e-6 * other.abs().max()
+    assert routing.tokens.sum() == 18
+
+
 def test_a_rank_with_all_experts_never_waits() -> None:
     """Fake tensors have no values: reading one on the host, or a size that depends on one, is an error."""
-    alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
-    groups = SimpleNamespace(ep=alone, expt_tp=alone, tp_ep=alone)
+    groups = build_single_rank()
     chunk = ChunkSettings(
         (0,), 0, True, True, None, build_mcore_config(HIDDEN, 1, torch.bfloat16, Layout.over(1, num_layers=1))
     )
     with FakeTensorMode():
-        layer = MoE(HIDDEN, Record(8), TopKRouter(HIDDEN, Record(8), chunk.mcore_config), chunk, groups)
+        layer = MoE(
+            HIDDEN,
+            MoEConfig(8, 2, WIDTH),
+            TopKRouter(HIDDEN, MoEConfig(8, 2, WIDTH), chunk.mcore_config),
+            chunk,
+            groups,
+        )
         x_SBH = torch.empty(5, 2, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
         is_real = torch.ones(10, dtype=torch.bool)
         output, routing = layer(x_SBH, LocalTokens(is_real, is_real.sum(), None))

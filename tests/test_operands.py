@@ -20,13 +20,14 @@ from megatron_vlm.layers.linear import (
     multiply,
 )
 from megatron_vlm.layers.moe import Experts
+from megatron_vlm.layers.operands import Operand
+from megatron_vlm.model_configs import MoEConfig
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.mcore_config import build_mcore_config
 from megatron_vlm.parallel.parameters import spec_of
 from megatron_vlm.parallel.sharding import full_shape, gather_full, own_part
 from tests.ranks import run_ranks
-from tests.test_experts import Record
 
 HIDDEN, OUT, RANK, SCALE = 24, 16, 4, 0.5
 LENGTH, ROWS = 6, 3
@@ -166,8 +167,6 @@ def test_linears(world_size: int, sequence_parallel: bool, provided: bool) -> No
 def test_a_provider_is_asked_once_per_pass() -> None:
     weight = Int8(values(OUT, HIDDEN, seed=3))
     x = values(LENGTH, HIDDEN, seed=4).requires_grad_()
-    from megatron_vlm.layers.operands import Operand
-
     with kept() as saved:
         (output,) = multiply(x, [Operand(weight)])
     assert weight.calls == 1 and not saved, "nothing trains, so nothing is kept"
@@ -184,7 +183,9 @@ def check_experts(provided: bool) -> None:
     size = torch.distributed.get_world_size()
     layout = Layout.over(size, num_layers=1, tensor_size=size, expert_tensor_size=size)
     groups = build_groups(layout)
-    experts = Experts(HIDDEN, Record(len(COUNTS)), build_mcore_config(HIDDEN, 2, torch.float32, layout), groups)
+    experts = Experts(
+        HIDDEN, MoEConfig(len(COUNTS), 2, WIDTH), build_mcore_config(HIDDEN, 2, torch.float32, layout), groups
+    )
     for name in ("gate_up_proj", "down_proj"):
         experts.add_low_rank(name, RANK, SCALE)
     whole = fill(experts, groups)
