@@ -13,6 +13,7 @@ import torch
 from megatron_vlm.families import build, registry
 from megatron_vlm.families.build import BuildSettings, build_chunks, wrap_data_parallel
 from megatron_vlm.model.init_weights import initialize_weights
+from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.parameters import spec_of
@@ -73,10 +74,10 @@ def test_a_data_rank_without_images(tmp_path: Path, family: TinyFamily, name: st
     assert seen == set(reference)
 
 
-# Frozen eyes
+# Frozen towers
 
 
-def tensors_kept_by_eyes(frozen: tuple[str, ...]) -> tuple[dict[str, int], set[str]]:
+def tensors_kept_by_towers(frozen: tuple[str, ...]) -> tuple[dict[str, int], set[str]]:
     """Bytes kept for the backward pass inside the tower and the projector, and names with gradients."""
     layout = Layout.over(1, num_layers=4)
     groups = build_groups(layout)
@@ -86,8 +87,7 @@ def tensors_kept_by_eyes(frozen: tuple[str, ...]) -> tuple[dict[str, int], set[s
     model_config = family.config_from_hf(hf_config, text_only=False)
     chunks = build_chunks(family, model_config, BuildSettings(layout), groups)
     initialize_weights(chunks, 1, 0.1, groups)
-    for name, parameter in chunks[0].named_parameters():
-        parameter.requires_grad_(name.partition(".")[0] not in frozen)
+    Trainable(frozen).freeze(chunks)
     kept = {"vision_tower": 0, "projector": 0}
     for part in kept:
         _count_kept(chunks[0].get_submodule(part), part, kept)
@@ -131,7 +131,7 @@ def _count_kept(module: torch.nn.Module, part: str, kept: dict[str, int]) -> Non
     ids=["nothing", "tower", "tower and projector", "language model"],
 )
 def test_nothing_is_kept_for_frozen_eyes(frozen: tuple[str, ...], nothing_kept_in: tuple[str, ...]) -> None:
-    ((kept, with_gradient),) = run_ranks(1, tensors_kept_by_eyes, frozen)
+    ((kept, with_gradient),) = run_ranks(1, tensors_kept_by_towers, frozen)
     for part, size in kept.items():
         assert (size == 0) == (part in nothing_kept_in), f"{size} bytes kept in {part}"
     parts = {"language_model", "vision_tower", "projector"}
