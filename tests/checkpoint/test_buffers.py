@@ -14,7 +14,8 @@ from megatron_vlm.conversion import running_model
 from megatron_vlm.conversion.export_plan import ExportPlan
 from megatron_vlm.conversion.running_model import export_hf_from_model, load_hf_into_model
 from megatron_vlm.families import registry
-from megatron_vlm.model.weight_map import Weight, WeightGroup, WeightMap
+from megatron_vlm.model.weight_map import WeightMap
+from megatron_vlm.model.weight_tables import Weight, WeightGroup
 from megatron_vlm.parallel.groups import build_groups
 from tests.distributed.test_stage_copies import HIDDEN, NUM_LAYERS, Text, Toy, build
 from tests.parity.layouts import TestLayout
@@ -50,7 +51,7 @@ def load_and_export(source: Path, target: Path, layout: TestLayout) -> dict[str,
     chunks = build(layout, groups)
     load_hf_into_model(chunks, source, Stored, None, groups)  # type: ignore[arg-type]
     with SafetensorsReader(source) as reader:
-        plan = ExportPlan(source, reader.files, MAP.match(reader), MAP, None, False)
+        plan = ExportPlan(source, reader.files, MAP.match(reader).tensors, (), None, MAP, None, False)
     with (
         mock.patch.object(running_model, "plan_export", lambda *_: plan),
         mock.patch.object(registry, "load_hf_config"),

@@ -32,6 +32,7 @@ from tests.checkpoint.hf_files import Tensors, check_holds, files, load_tensors,
 from tests.checkpoint.test_expert_memory import MIB, growth_bytes
 from tests.checkpoint.toy_family import FAMILY, Stage
 from tests.ranks import run_ranks
+from tests.sizes import full, two_sizes
 
 TABLE = "model.embed_tokens_per_layer.weight"
 LAYOUTS = {
@@ -49,7 +50,7 @@ def registered() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=["tied", "copied", "untied"])
+@pytest.fixture(scope="module", params=[full("tied"), "copied", full("untied")])
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy_family.write(tmp_path_factory.mktemp(request.param) / "hf", toy_family.hf_tensors(request.param))
 
@@ -151,7 +152,7 @@ def load_and_export(source: Path, target: Path, layout: Layout, block_bytes: int
 
 
 @pytest.mark.parametrize("block_bytes", [70, 2**20])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", two_sizes(LAYOUTS, "TP2", "PP2"))
 def test_a_running_model_exports_the_files_it_was_loaded_from(
     source: Path, tmp_path: Path, name: str, block_bytes: int
 ) -> None:
@@ -178,7 +179,7 @@ def bytes_loaded(source: Path, layout: Layout, block_bytes: int) -> tuple[Counte
     return num_bytes, held
 
 
-@pytest.mark.parametrize("name", ["one rank", "TP2", "PP2", "TP2 x PP2"])
+@pytest.mark.parametrize("name", ["one rank", "TP2", "PP2", full("TP2 x PP2")])
 def test_a_rank_reads_its_part_of_a_tensor_once(source: Path, name: str) -> None:
     tensors, layout = load_tensors(source), LAYOUTS[name]
     # Every rank compares an embedding with its copy.
@@ -223,7 +224,10 @@ def load_saved(source: Path, checkpoint: Path, layout: Layout) -> None:
     stage.check(whole, groups)
 
 
-@pytest.mark.parametrize(("first", "second"), [("TP2", "PP2"), ("PP2", "TP2"), ("TP2 x PP2", "one rank")])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("TP2", "PP2"), full("PP2", "TP2"), ("TP2 x PP2", "one rank")],
+)
 def test_checkpoints_reshard_and_are_exported_without_ranks(
     source: Path, tmp_path: Path, first: str, second: str
 ) -> None:
