@@ -3,11 +3,12 @@
     python benchmarks/convert.py [--gigabytes 4] [--rounds 5] [--directory DIR] [--output FILE.json]
 
 Every import and export stands between two copies (`cp -r`, then fsync of every file) of what it reads. Each begins with
-its source in the page cache and everything else of this benchmark dropped or deleted, and the copies too begin after
-the imports of torch and transformers: where a virtual machine hands free memory back to its host, the same `cp` takes
-two to four times as long if it starts a few seconds later. The ratio is the median over the rounds of (time / mean of
-the two copies). Time counts from when the work begins; `with start` adds the imports, the same seconds for any size.
-Memory is the peak of RssAnon, sampled every 5 ms, above that of an interpreter that has only imported torch.
+its source in the page cache and all other files of this benchmark dropped from it or deleted, and the copies too begin
+after the imports of torch and transformers: where a virtual machine hands free memory back to its host, the same `cp`
+takes two to four times as long if it starts a few seconds later. The ratio is the median over the rounds of (time /
+mean of the two copies). Time counts from when the work begins; `with start` adds the imports, which take the same time
+for any size. Memory is the peak of RssAnon, sampled every 5 ms, above that of an interpreter that has only imported
+torch.
 
 Limits: both ratios at most 2, both peaks at most 2 GiB; the exit code is 1 beyond them.
 """
@@ -88,9 +89,9 @@ def _parse() -> argparse.Namespace:
 
 
 def write_checkpoint(directory: Path, gigabytes: float) -> int:
-    """Write a random bf16 Gemma3ForConditionalGeneration checkpoint of about this size; returns its bytes.
+    """Write a random bf16 Gemma3ForConditionalGeneration checkpoint of about this size; return its bytes.
 
-    The shapes are Gemma 3 4B's with fewer layers, but the vocabulary and the vision tower stay whole (down to 2 GB).
+    The shapes are Gemma 3 4B's with fewer layers, but the full vocabulary and vision tower (from 2.5 GB).
     """
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
 
@@ -139,7 +140,7 @@ def write_checkpoint(directory: Path, gigabytes: float) -> int:
 
 
 def measure(source: Path, work: Path, rounds: int) -> dict[str, Any]:
-    """Run imports and exports, each between two copies; returns seconds, ratios and peaks."""
+    """Run imports and exports, each between two copies; return seconds, ratios and peaks."""
     bare_bytes = run([sys.executable, "-c", "import torch"], reports_time=False).peak_bytes
     imported, exported = work / "imported", work / "exported"
     convert = [sys.executable, str(REPOSITORY / "tools" / "convert.py")]
@@ -169,7 +170,7 @@ def measure(source: Path, work: Path, rounds: int) -> dict[str, Any]:
 
 
 def copy_seconds(directory: Path, work: Path) -> float:
-    """Copy a directory, sync the copy to disk, delete it."""
+    """Copy a directory, sync the copy to disk, delete it, and return the seconds of copy and sync."""
     keep_in_page_cache(directory, work)
     copied = work / "copied"
     seconds = run([sys.executable, "-c", COPY, str(directory), str(copied)]).work_seconds
@@ -190,7 +191,7 @@ def _figures(pairs: list[tuple[Run, float]], bare_bytes: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """Seconds of a process, seconds that it says its work took, and the peak of its RssAnon."""
+    """Duration of a process, the duration that it reports for its work, and the peak of its RssAnon."""
 
     seconds: float
     work_seconds: float
@@ -201,7 +202,7 @@ class Run:
 
 
 def run(command: list[str], reports_time: bool = True) -> Run:
-    """Run a command and watch its memory; unless it `reports_time`, all of it is work."""
+    """Run a command and sample its memory; unless it `reports_time`, all of its time counts as work."""
     start_seconds = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     peak_bytes = 0

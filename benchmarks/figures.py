@@ -1,4 +1,4 @@
-"""How benchmarks write down what they measured."""
+"""Files in which benchmarks keep what they measured, and the state of the sources that they measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def write(path: Path, figures: dict[str, Any]) -> None:
-    """Put figures into a JSON file whose former content stays until all of the new one is written."""
+    """Write figures to a JSON file, replacing its former content atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w") as file:
@@ -26,7 +26,7 @@ def write(path: Path, figures: dict[str, Any]) -> None:
 
 
 def sources_hash(paths: Iterable[Path]) -> str:
-    """Hash the contents of files in the repository, each under its path in it."""
+    """Return a hash of the paths and contents of files in the repository."""
     digest = hashlib.sha256()
     for path in sorted(paths):
         digest.update(f"{path.relative_to(REPOSITORY)}\n".encode() + path.read_bytes())
@@ -34,7 +34,7 @@ def sources_hash(paths: Iterable[Path]) -> str:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "-dirty" where files differ from it; None outside of one, or without git."""
+    """Return the checkout's commit, with "-dirty" where files differ from it; None without a checkout or git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True)

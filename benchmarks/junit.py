@@ -1,4 +1,4 @@
-"""Counts and failures of a report that `pytest --junitxml` wrote. Needs nothing but Python."""
+"""Reads reports that `pytest --junitxml` wrote. It needs nothing but Python."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MAX_FAILURES = 40
 
 
 def read(text: str) -> dict[str, Any]:
-    """Numbers of tests, failures, errors and skipped, and the first lines of the first failures."""
+    """Return the numbers of tests, failures, errors and skipped tests, and the first lines of the first failures."""
     (suite,) = xml.etree.ElementTree.fromstring(text).iter("testsuite")
     counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
     failures = [

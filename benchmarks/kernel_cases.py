@@ -1,7 +1,7 @@
-"""What `benchmarks/kernels.py` times: each operator at the sizes of real models, beside others' ways to compute it.
+"""Cases that `benchmarks/kernels.py` times: each operator at the sizes of real models, beside other implementations.
 
 A case builds its inputs and the sides that compute one result from them: ours, torch's operations one by one, and where
-they exist Liger's kernels, FlexAttention, or the matrix products alone. Sizes are those of Qwen3-VL 8B and 30B-A3B and
+they exist Liger's kernels, FlexAttention, or nothing but the matmuls. Sizes are those of Qwen3-VL 8B and 30B-A3B and
 of Gemma 3 27B with 8,192 tokens; tiny sizes, of which few are multiples of a kernel's vector, are for tests.
 
 Shapes: T tokens, H hidden, F columns of gate and up, N query heads, G key heads, D head dim, R rotated elements or rows
@@ -48,7 +48,7 @@ EPS = 1e-6
 
 
 def torch_norm(x: torch.Tensor, weight: torch.Tensor | None, zero_centered: bool) -> torch.Tensor:
-    """As transformers' modules compute it: Gemma's for weights around 0, Llama's for those around 1."""
+    """RMS norm as transformers' modules compute it: Gemma's for weights around 0, Llama's for those around 1."""
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)
     if weight is None:
@@ -57,20 +57,20 @@ def torch_norm(x: torch.Tensor, weight: torch.Tensor | None, zero_centered: bool
 
 
 def liger_norm(x: torch.Tensor, weight: torch.Tensor, zero_centered: bool, in_place: bool = True) -> torch.Tensor:
-    """Liger's, which writes the gradient over what it was given unless that is needed once more."""
+    """Liger's RMS norm; with `in_place` its backward pass writes over the incoming gradient."""
     offset, casting = (1.0, "gemma") if zero_centered else (0.0, "llama")
     return liger("LigerRMSNormFunction")(x, weight, EPS, offset, casting, in_place)
 
 
 def liger_add_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, zero_centered: bool) -> Tensors:
-    """(sum, norm of the sum)."""
+    """Liger's fused residual addition and norm, as (sum, norm of the sum)."""
     offset, casting = (1.0, "gemma") if zero_centered else (0.0, "llama")
     normed, total = liger("LigerFusedAddRMSNormFunction")(x, residual, weight, EPS, offset, casting)
     return total, normed
 
 
 def norm_sides(kind: str, zero_centered: bool) -> dict[str, Callable[..., Any]]:
-    """Ours, torch's and Liger's of one of the four operators."""
+    """Return our, torch's and Liger's implementation of one of the four operators."""
     norm, other = partial(torch_norm, zero_centered=zero_centered), partial(liger_norm, zero_centered=zero_centered)
     other_add = partial(liger_add_norm, zero_centered=zero_centered)
     match kind:
@@ -101,7 +101,7 @@ NORM_TARGETS = of_floor(0.8, Target("backward", 1.5, LIGER))
 
 
 def norm_problem(kind: str, hidden: int, zero_centered: bool, setting: Setting) -> Problem:
-    """One of the four operators."""
+    """Build the problem of one of the four operators."""
     rows, hidden = setting.size(TOKENS, 6), setting.size(hidden, 37)
     num_activations = 1 if kind == "rms_norm" else 2
     num_weights = 2 if kind == "rms_norm_add_rms_norm" else 1
@@ -117,7 +117,7 @@ def norm_problem(kind: str, hidden: int, zero_centered: bool, setting: Setting) 
 
 @dataclass(frozen=True)
 class Heads:
-    """Sizes of a rotation; with `norm`, heads are normalised before."""
+    """Sizes of a rotation; `norm` is the norm that heads pass through before it."""
 
     tokens: int
     queries: int
@@ -128,7 +128,7 @@ class Heads:
 
 
 def rotate(x_TND: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor], sections: int) -> torch.Tensor:
-    """Pairs half a section apart turn, in torch's operations."""
+    """Rotate pairs of elements that are half a section apart, by torch's operations."""
     parts = x_TND.unflatten(-1, (sections, 2, -1))
     cosine, sine = (values.unflatten(-1, (sections, -1)).unsqueeze(-3) for values in table)
     first, second = parts.unbind(-2)
@@ -137,7 +137,7 @@ def rotate(x_TND: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor], sectio
 
 
 def rope_problem(heads: Heads, setting: Setting) -> Problem:
-    """Queries and keys are views of one projection, as in a vision tower and in fused decoders."""
+    """Build a rotation of queries and keys that are views of one projection, as in vision towers."""
     if setting.is_tiny:
         heads = replace(heads, tokens=5, queries=4, keys=min(heads.keys, 2), head_dim=12 * heads.sections)
     tokens, head_dim, is_normed = heads.tokens, heads.head_dim, heads.norm != "none"
@@ -165,7 +165,7 @@ def rope_problem(heads: Heads, setting: Setting) -> Problem:
         return [x.squeeze(0).transpose(0, 1) for x in turned]
 
     sides: dict[str, Callable[..., Any]] = {OURS: ours, TORCH: by_torch}
-    if is_normed:  # Liger's rotation alone would write over the projection
+    if is_normed:  # Liger's rotation without a norm would write over the projection
         sides[LIGER] = by_liger
     size = q.nbytes + k.nbytes
     floors = {"forward": Floor(2 * size), "backward": Floor((3 if is_normed else 2) * size)}
@@ -176,12 +176,12 @@ def rope_problem(heads: Heads, setting: Setting) -> Problem:
 
 
 def torch_gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
-    """activation(gate) * up."""
+    """Compute activation(gate) * up."""
     return (functional.silu(gate) if activation == "silu" else functional.gelu(gate, approximate="tanh")) * up
 
 
 def gated_problem(activation: Activation, columns: int, setting: Setting) -> Problem:
-    """Gate and up from products of their own."""
+    """Build a gated activation of gate and up in separate tensors."""
     rows, columns = setting.size(TOKENS, 5), setting.size(columns, 29)
     gate, up = setting.randn(rows, columns), setting.randn(rows, columns)
     sides = {
@@ -194,7 +194,7 @@ def gated_problem(activation: Activation, columns: int, setting: Setting) -> Pro
 
 
 def gated_experts_problem(columns: int, setting: Setting) -> Problem:
-    """Gate and up in one tensor, and a factor of each row, which has a gradient too."""
+    """Build a gated activation of gate and up in one tensor, with a factor of each row, which has a gradient too."""
     rows, columns = setting.size(8 * TOKENS, 7), setting.size(columns, 22)
     gate_up, factor = setting.randn(rows, 2 * columns), torch.rand(rows, device=setting.device).requires_grad_()
 
@@ -212,7 +212,7 @@ def gated_experts_problem(columns: int, setting: Setting) -> Problem:
 
 
 def permute_problem(kind: Literal["permute", "unpermute", "unpermute weighted"], setting: Setting) -> Problem:
-    """Qwen3-VL 30B-A3B: 8 of 128 experts."""
+    """Build the permutation of Qwen3-VL 30B-A3B: 8 of 128 experts."""
     tokens, experts, chosen = setting.size(TOKENS, 9), setting.size(128, 6), setting.size(8, 2)
     hidden = setting.size(2048, 19)
     choice = torch.rand(tokens, experts, device=setting.device).topk(chosen).indices
@@ -246,7 +246,7 @@ def permute_problem(kind: Literal["permute", "unpermute", "unpermute weighted"],
 
 
 def against(side: str, ratio: float) -> tuple[Target, ...]:
-    """At least this ratio of a side's time to ours in both directions."""
+    """Targets of at least this ratio of a side's time to ours in both directions."""
     return (Target("forward", ratio, side), Target("backward", ratio, side))
 
 

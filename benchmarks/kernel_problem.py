@@ -1,4 +1,4 @@
-"""What a case of `benchmarks/kernels.py` is: inputs, sides that compute one result from them, floors and targets."""
+"""Cases of `benchmarks/kernels.py`: inputs, sides that compute one result from them, floors and targets."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how large a case is built."""
+    """Device, dtype and size class with which a case is built."""
 
     device: torch.device
     dtype: torch.dtype
     is_tiny: bool
 
     def size(self, real: int, tiny: int) -> int:
-        """The one that applies."""
+        """Return the size that applies in this setting."""
         return tiny if self.is_tiny else real
 
     def randn(self, *shape: int) -> torch.Tensor:
-        """A leaf with a gradient."""
+        """Return a random leaf tensor that requires a gradient."""
         return torch.randn(shape, device=self.device, dtype=self.dtype).requires_grad_()
 
 
 @dataclass(frozen=True)
 class Floor:
-    """What a direction cannot go below: bytes at the copy's speed, or operations at the matrix product's."""
+    """Lower bound of a direction's time: bytes at the speed of a copy, plus FLOPs at the speed of a matmul."""
 
     num_bytes: float = 0.0
     num_operations: float = 0.0
@@ -43,11 +43,11 @@ class Floor:
 
 @dataclass(frozen=True)
 class Target:
-    """What is to be reached: a share of the floor, a side's time over ours, or temporary memory.
+    """A target: a fraction of the floor, a side's time over ours, or temporary memory.
 
     Attributes:
-        direction: of which.
-        limit: least share or ratio, or most bytes.
+        direction: the direction that has to reach it.
+        limit: the least fraction or ratio, or the most bytes.
         against: a side, "floor", "published" or "memory".
     """
 
@@ -58,14 +58,14 @@ class Target:
 
 @dataclass
 class Problem:
-    """Inputs on a device, and what is done with them.
+    """Inputs on a device, and the functions that are timed on them.
 
     Attributes:
-        inputs: given to every side; those that require a gradient get one.
-        sides: by name; each gives a tensor or several.
-        floors: by direction, where the time of no side is the floor.
-        into_main: position of the input whose gradient our side adds to its `main_grad`.
-        label: sizes.
+        inputs: arguments of every side; those that require a gradient get one.
+        sides: functions by name; each returns one tensor or several.
+        floors: floors by direction, where the time of no side is the floor.
+        into_main: index of the input whose gradient our side adds to its `main_grad`.
+        label: the sizes, as they are printed.
     """
 
     inputs: list[torch.Tensor]
@@ -78,7 +78,7 @@ class Problem:
         self.originals = [tensor.detach().clone() for tensor in self.inputs]
 
     def restore(self) -> None:
-        """Give the inputs their values again: some of Liger's backward passes write over them."""
+        """Restore the inputs' values: some of Liger's backward passes write over them."""
         with torch.no_grad():
             for tensor, original in zip(self.inputs, self.originals, strict=True):
                 tensor.copy_(original)
@@ -89,13 +89,13 @@ class Case:
     """An operator at one size.
 
     Attributes:
-        operator: its package.
-        name: unique.
-        build: makes the problem.
-        targets: what issue 5 asks for.
-        published: others' seconds by direction, on an H200.
-        floor_side: side whose time is the floor.
-        measures_memory: whether temporary memory is printed.
+        operator: name of the operator's package in `vlm_kernels`.
+        name: unique name of the case.
+        build: builds the problem.
+        targets: the targets that are judged.
+        published: seconds that others published for an H200, by direction.
+        floor_side: the side whose time is the floor.
+        measures_memory: whether temporary memory is measured and printed.
     """
 
     operator: str
@@ -108,12 +108,12 @@ class Case:
 
 
 def of_floor(share: float, *more: Target) -> tuple[Target, ...]:
-    """At least this share of the floor in both directions."""
+    """Targets of at least this fraction of the floor in both directions, and more."""
     return (Target("forward", share, "floor"), Target("backward", share, "floor"), *more)
 
 
 def liger(name: str) -> Callable[..., Any]:
-    """A function of Liger's, imported when it is called: it is no requirement."""
+    """Return a function of Liger's that is imported when it is called: Liger is not a requirement."""
 
     def call(*arguments: Any) -> Any:
         return getattr(importlib.import_module("liger_kernel.ops"), name).apply(*arguments)

@@ -1,4 +1,4 @@
-"""Cases of `benchmarks/kernels.py` that are bound by matrix products: the loss and span attention.
+"""Cases of `benchmarks/kernels.py` that are bound by matmuls: the loss and span attention.
 
 Shapes: T tokens, H hidden, V vocabulary, S sequence, B batch, N query heads, G key heads, D head dim.
 """
@@ -20,20 +20,20 @@ from vlm_kernels.span_attention import Spans, flex, operators
 
 @dataclass(frozen=True)
 class Alone:
-    """A group of one rank."""
+    """A process group of a single rank."""
 
     def size(self) -> int:
-        """Ranks."""
+        """Return the number of ranks."""
         return 1
 
     def rank(self) -> int:
-        """This one's place."""
+        """Return this rank's index."""
         return 0
 
 
 class _Products(torch.autograd.Function):
-    """The matrix products of our loss and nothing else, in its chunks: logits of all, again of all but the last, and
-    both gradients."""
+    """The matmuls of our loss and nothing else, in the same chunks: logits of all chunks, in the backward pass again of
+    all but the last, and both gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, head: Head) -> torch.Tensor:
@@ -64,7 +64,7 @@ class _Products(torch.autograd.Function):
 
 
 def loss_problem(softcap: float | None, setting: Setting) -> Problem:
-    """Gemma 3 27B's head; a cap as in Gemma 2."""
+    """Build the loss of Gemma 3 27B's head, with a cap as in Gemma 2 if there is a `softcap`."""
     tokens, hidden, vocabulary = setting.size(TOKENS, 11), setting.size(5376, 24), setting.size(262_144, 70)
     head = Head(vocabulary, Alone(), softcap=softcap)  # type: ignore[arg-type]
     if setting.is_tiny:
@@ -97,7 +97,7 @@ def loss_problem(softcap: float | None, setting: Setting) -> Problem:
 
 @dataclass(frozen=True)
 class Attention:
-    """Sizes of an attention; `image_tokens` is the length of each of the images between the text, 0 for none."""
+    """Sizes of an attention case; `image_tokens` is the length of each image and each text between, or 0."""
 
     queries: int
     keys: int
@@ -107,7 +107,7 @@ class Attention:
 
 
 def attention_problem(sizes: Attention, setting: Setting) -> Problem:
-    """One row, images and text in turn."""
+    """Build attention over one row, in which text and images alternate."""
     length = setting.size(TOKENS, 150)
     if setting.is_tiny:
         sizes = replace(sizes, queries=4, keys=2, head_dim=64, window=sizes.window and 40)

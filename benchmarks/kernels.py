@@ -4,15 +4,15 @@
         [--measure_only] [--output FILE.json]
     python benchmarks/kernels.py --tiny      # every step of it at tiny sizes, also where there is no GPU
 
-For each case of `benchmarks/kernel_cases.py`, forward and backward: the median seconds of every side, others' times as
-multiples of ours, and how much of our time is unavoidable (the floor: bytes at the speed of a copy, or operations at
-the speed of a matrix product, both measured here). The targets of each are printed beside it. Results are compared
-first. Sides take turns in every round, the one that begins changes, and before each turn the caches are filled with
-other data. The GPU sleeps until the host has queued a turn, so that no time of the host counts.
+For each case of `benchmarks/kernel_cases.py`, forward and backward, it prints the median seconds of every side, others'
+times as multiples of ours, how much of our time is unavoidable (the floor: bytes at the speed of a copy, or FLOPs at
+the speed of a matmul, both measured here), and the targets. Results are compared first. Sides take turns in every
+round, the one that begins changes, and before each turn the caches are filled with other data. The GPU sleeps until the
+host has queued a turn, so that no time of the host counts.
 
 Liger takes part where it is installed (`pip install '.[bench]'`). Figures go to benchmarks/results/kernels_DEVICE.json,
-with the versions, the commit and a hash of the kernels' sources: tests/test_kernel_benchmark.py fails once the sources
-are others than those that were measured. The exit code is 1 where a target is missed or a side of ours fails.
+with the versions, the commit and a hash of the kernels' sources: tests/test_kernel_benchmark.py fails when the sources
+differ from those that were measured. The exit code is 1 where a target is missed or a side of ours fails.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 KERNELS = REPOSITORY / "kernels" / "vlm_kernels"
 SOURCE_ENDINGS = (".py", ".cu", ".cuh", ".h")
 WARM_UPS = 3
-FLUSH_BYTES = 512 * 2**20  # of other data: several times any second-level cache
+FLUSH_BYTES = 512 * 2**20  # of other data: several times any L2 cache
 COPY_BYTES = 2**30
 PRODUCT_SIZE = 8192
 SLEEP_CYCLES = 3_000_000  # 1.5 ms and more: longer than the host takes to queue a turn
-# Of the norm of the difference: bf16 keeps 8 bits, and sides round their intermediate results at other places.
+# Norm of the difference over that of the result: bf16 keeps 8 bits, and sides round different intermediate results.
 MAX_DIFFERENCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 
 Seconds = dict[str, dict[str, float]]
-"""Median by side and direction."""
+"""Median seconds by side and direction."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,13 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.output or (None if options.tiny else RESULTS / f"kernels_{_slug(_device_name(device))}.json")
     found = environment(device) | {"tiny": options.tiny, "rounds": options.rounds} | speeds
     rows: list[dict[str, Any]] = []
-    # Strict, or references would be measured where the kernels were not built.
+    # Strict mode: references would be measured where the kernels were not built.
     with patch.dict(os.environ, {STRICT_VARIABLE: "1"}):
         for case in CASES:
             if case.operator in (options.operators or [case.operator]) and case.name in (options.cases or [case.name]):
                 rows += run_case(case, setting, clock, speeds, options)
                 release_memory()
-                if path is not None:  # after each: time on a GPU may end before the last
+                if path is not None:  # after each case: time on a GPU may end before the last
                     figures.write(path, found | {"rows": rows})
     if path is not None:
         print(f"written to {path}")
@@ -111,15 +111,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Clock:
-    """Times one turn; on a GPU from its own events, after the caches were filled with other data."""
+    """A clock that times one turn; on a GPU by CUDA events, after the caches were filled with other data."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_cuda = device.type == "cuda"
-        # Read, not written: what a kernel would have to write back first is not its own.
+        # It is read, not written: dirty cache lines would have to be written back during the timed kernel.
         self.other_data = torch.zeros(FLUSH_BYTES // 4 if self.on_cuda else 1, device=device)
 
     def seconds(self, action: Callable[[], Any]) -> tuple[float, Any]:
-        """How long an action takes, and its result."""
+        """Return how long an action takes, and its result."""
         if not self.on_cuda:
             began = time.perf_counter()
             result = action()
@@ -135,13 +135,13 @@ class Clock:
         return start.elapsed_time(end) / 1000, result
 
     def median(self, action: Callable[[], Any], rounds: int = 10) -> float:
-        """Of several turns after a first one."""
+        """Return the median seconds of several turns after a first one."""
         self.seconds(action)
         return statistics.median(self.seconds(action)[0] for _ in range(rounds))
 
 
 def measure_speeds(clock: Clock, is_tiny: bool) -> dict[str, float]:
-    """Bytes per second that a copy reads and writes together, and operations per second of a product in bf16."""
+    """Return the bytes per second that a copy reads and writes together, and the FLOP/s of a matmul in bf16."""
     device = clock.other_data.device
     source = torch.zeros(COPY_BYTES // (4096 if is_tiny else 1), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -162,7 +162,7 @@ def run_case(
     problem = case.build(setting)
     sides = dict(problem.sides)
     if case.operator != "span_attention" and not options.no_compile:
-        # Its dense form is one of torch's own kernels; FlexAttention is what is compiled there.
+        # torch's dense attention is one kernel already; the compiled side of span attention is FlexAttention.
         sides[COMPILED] = torch.compile(sides[TORCH], dynamic=False, backend="eager" if setting.is_tiny else "inductor")
     if not _version("liger-kernel") or not clock.on_cuda:
         sides.pop(LIGER, None)
@@ -190,14 +190,14 @@ def run_case(
 
 
 def release_memory() -> None:
-    """A case's inputs are part of cycles."""
+    """Free the memory of a case, whose inputs are part of reference cycles."""
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def warm_up(problem: Problem, sides: dict[str, Callable[..., Any]]) -> dict[str, str]:
-    """Run each side so that everything is compiled; the first line of what went wrong by side."""
+    """Run each side so that everything is compiled; return the first line of each failing side's error."""
     failures = {}
     for name, function in sides.items():
         try:
@@ -211,19 +211,19 @@ def warm_up(problem: Problem, sides: dict[str, Callable[..., Any]]) -> dict[str,
 
 
 def run(problem: Problem, function: Callable[..., Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Results and gradients of one side."""
+    """Run one side forward and backward; return its results and gradients."""
     problem.restore()
     outputs = results(function(*problem.inputs))
     return outputs, list(gradients(problem, outputs, upstream(outputs)))
 
 
 def results(output: Any) -> list[torch.Tensor]:
-    """Of a side, one or several, those with a gradient."""
+    """Return a side's outputs, one or several, that require a gradient."""
     return [output] if isinstance(output, torch.Tensor) else [part for part in output if part.requires_grad]
 
 
 def upstream(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Gradients of the results, the same for every side; new ones, since some write over them."""
+    """Return gradients of the results, the same for every side; new tensors, since some sides write over them."""
     generator = torch.Generator(outputs[0].device).manual_seed(1)
     return [
         torch.randn(out.shape, device=out.device, dtype=out.dtype, generator=generator)
@@ -236,12 +236,12 @@ def upstream(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
 def gradients(
     problem: Problem, outputs: list[torch.Tensor], of_outputs: list[torch.Tensor]
 ) -> tuple[torch.Tensor, ...]:
-    """Of all inputs; none where the side adds it to `main_grad` without a gradient of autograd's."""
+    """Return the gradients of all inputs; None where the side adds it to `main_grad` instead of returning it."""
     return torch.autograd.grad(outputs, problem.inputs, of_outputs, allow_unused=True)
 
 
 def largest_difference(problem: Problem, sides: dict[str, Callable[..., Any]]) -> float:
-    """Of our results and gradients from torch's, relative to the norm of each."""
+    """Return the largest difference of our results and gradients from torch's, relative to the norm of each."""
     main = None if problem.into_main is None else problem.inputs[problem.into_main].main_grad  # type: ignore[attr-defined]
     if main is not None:
         main.zero_()
@@ -255,11 +255,11 @@ def largest_difference(problem: Problem, sides: dict[str, Callable[..., Any]]) -
         (ours.float() - theirs.float()).norm() / theirs.float().norm().clamp(min=1e-12)
         for ours, theirs in zip(*found, strict=True)
     ]
-    return torch.stack(differences).max().item()  # no number if any of them is none
+    return torch.stack(differences).max().item()  # NaN if any of them is NaN
 
 
 def measure(problem: Problem, sides: dict[str, Callable[..., Any]], rounds: int, clock: Clock) -> Seconds:
-    """Median seconds of all sides in turn."""
+    """Time all sides in turn and return their median seconds."""
     taken: dict[str, dict[str, list[float]]] = {name: {"forward": [], "backward": []} for name in sides}
     names = list(sides)
     for number in range(rounds):
@@ -284,7 +284,7 @@ def measure(problem: Problem, sides: dict[str, Callable[..., Any]], rounds: int,
 
 
 def temporary_bytes(problem: Problem, function: Callable[..., Any]) -> int | None:
-    """Most memory in use in both directions beyond the inputs, the results and their gradients."""
+    """Return the peak memory of both directions beyond the inputs, the results and their gradients."""
     if not torch.cuda.is_available() or not problem.inputs[0].is_cuda:
         return None
     gc.collect()
@@ -305,7 +305,7 @@ def describe(
     memory: dict[str, int | None],
     speeds: dict[str, float],
 ) -> dict[str, Any]:
-    """One direction's figures."""
+    """Return one direction's figures."""
     ours = seconds[OURS][direction]
     floor = None
     if case.floor_side is not None:
@@ -331,7 +331,7 @@ def describe(
 
 
 def judge(target: Target, case: Case, row: dict[str, Any]) -> dict[str, Any] | None:
-    """A target with what was found; None where its side took no part or published figures are of another GPU."""
+    """Return a target with what was found; None where its side took no part or published figures are of another GPU."""
     if target.against == "memory":
         found = row["temporary_bytes"].get(OURS)
         return (
@@ -358,7 +358,7 @@ def _judged(target: Target, found: float, reached: bool, wanted: str) -> dict[st
 
 
 def line(row: dict[str, Any]) -> str:
-    """What is printed of a row."""
+    """Return the line that is printed for a row."""
     parts = [f"{row['seconds'][OURS] * 1e6:,.0f} us"]
     if row["floor_share"] is not None:
         parts.append(f"{row['floor_share']:.0%} of the floor")
@@ -369,7 +369,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def kernel_hash(folder: Path = KERNELS) -> str:
-    """Of every source file of the kernels, by its path and content."""
+    """Return a hash of the paths and contents of all source files of the kernels."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.suffix in SOURCE_ENDINGS):
         content = path.read_bytes()
@@ -378,7 +378,7 @@ def kernel_hash(folder: Path = KERNELS) -> str:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Return what the figures depend on: device, versions, sources and commit."""
     on_cuda = device.type == "cuda"
     return {
         "device": _device_name(device),

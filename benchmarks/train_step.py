@@ -4,12 +4,12 @@
 
 A mid-size Qwen3-VL, dense and with experts, in fp32: the same weights, the same row (one image and text, 1,024 tokens,
 no padding), the same number of threads, in one process. Losses are compared first. Then the two sides take turns, and
-the turn that begins changes from round to round; the ratio is that of the median seconds. Both train: weights move.
+the side that begins changes from round to round; the ratio is that of the median seconds. Both update their weights.
 
 transformers: `from_pretrained`, its default attention and grouped experts, the loss of its own forward pass,
 `clip_grad_norm_`, `torch.optim.AdamW(fused=True)`, `zero_grad(set_to_none=True)`. Ours: what a rank of a run does in a
 step with the default settings (distributed optimizer, fp32 main gradients), but for precision fp32, where bf16 is the
-default, learning rate 1e-4 and weight decay 0.1. Neither side's data loading counts.
+default, learning rate 1e-4 and weight decay 0.1. Data loading does not count on either side.
 
 Limit: both ratios at most 1; the exit code is 1 beyond it.
 """
@@ -123,7 +123,7 @@ def _parse() -> argparse.Namespace:
 
 
 def build_sides(moe: bool, folder: Path) -> list[Side]:
-    """transformers' trainer and ours, from the same weights on the same batch."""
+    """Build transformers' trainer and ours, from the same weights on the same batch."""
     torch.manual_seed(1)
     text = TEXT | (MOE if moe else DENSE)
     config_class: Any = Qwen3VLMoeConfig if moe else Qwen3VLConfig
@@ -139,7 +139,7 @@ def build_sides(moe: bool, folder: Path) -> list[Side]:
 
 
 def measure(sides: list[Side], rounds: int, profile: bool) -> dict[str, Any]:
-    """Steps of both sides in turn; seconds, their ratio, and the losses of the first steps."""
+    """Run steps of both sides in turn; return their seconds, the ratio, and the losses of the first steps."""
     first_losses = [[side.step() for _ in range(2)] for side in sides]
     difference, later = (abs(ours - theirs) for theirs, ours in zip(*first_losses, strict=True))
     if difference > MAX_LOSS_DIFFERENCE or later > MAX_LATER_LOSS_DIFFERENCE:
@@ -164,7 +164,7 @@ def measure(sides: list[Side], rounds: int, profile: bool) -> dict[str, Any]:
 
 
 def print_profile(side: Side) -> None:
-    """Operations of one step by their own time."""
+    """Profile one step and print its operators by their self time."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
         side.step()
     print(f"\n{side.name}")
@@ -172,7 +172,7 @@ def print_profile(side: Side) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """What the figures depend on."""
+    """Return what the figures depend on: hardware, versions and the commit."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
     processor = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),

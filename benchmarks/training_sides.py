@@ -1,4 +1,4 @@
-"""Two trainers of the same model on the same rows: plain transformers, and what a rank of a run here does in a step."""
+"""Two trainers of the same model on the same rows: plain transformers, and a run of this project on a single rank."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ class Side:
 
 
 def auto_class(config: PretrainedConfig) -> Any:
-    """transformers' class of whole models for a configuration, with images or for text alone."""
+    """Return transformers' auto class for a configuration: with images, or text-only."""
     return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
 
 
 def record_of(config: PretrainedConfig) -> tuple[registry.Family, Any]:
-    """The family of a configuration, and its configuration of the model."""
+    """Return the family of a transformers configuration, and the family's own model configuration."""
     family = registry.detect(config)
     return family, family.config_from_hf(config, text_only=not hasattr(config, "vision_config"))
 
 
 def build_batch(config: PretrainedConfig, num_tokens: int, image_patches: tuple[int, int] | None) -> MicroBatch:
-    """One row without padding, whose second half is trained.
+    """Build one row without padding, whose second half is trained.
 
     Args:
-        config: of the model; with an image, one of Qwen3-VL.
-        num_tokens: of the row.
-        image_patches: rows and columns of an image that stands before the text; None for text alone.
+        config: the model's transformers configuration; with an image, one of Qwen3-VL.
+        num_tokens: length of the row.
+        image_patches: height and width in patches of an image before the text; None for a text-only row.
     """
     family, model_config = record_of(config)
     generator = np.random.default_rng(0)
@@ -76,14 +76,14 @@ def build_batch(config: PretrainedConfig, num_tokens: int, image_patches: tuple[
 def transformers_side(
     folder: Path, batches: Sequence[MicroBatch], dtype: torch.dtype, with_liger: bool = False
 ) -> Side:
-    """A plain loop around transformers' model: its default attention and experts, its own loss, fused AdamW.
+    """Build a plain loop around transformers' model: its default attention and experts, its own loss, fused AdamW.
 
     Args:
-        folder: of the model.
+        folder: the model directory.
         batches: micro-batches of every step, with equal numbers of labels.
-        dtype: of weights, activations and moments.
+        dtype: dtype of weights, activations and moments.
         with_liger: replace its layers and loss by Liger's kernels, where these can be imported: Liger is installed and
-            knows this transformers. The side's name says whether it was done.
+            supports this transformers. The side's name says whether it was done.
     """
     device = platform.current().device
     config = registry.load_hf_config(str(folder))
@@ -138,12 +138,12 @@ def _transformers_inputs(
 
 
 def own_side(folder: Path, batches: Sequence[MicroBatch], dtype: torch.dtype) -> Side:
-    """What a run with one rank does in a step, but for reading data and logging; torch.distributed is initialised.
+    """Build the step of a run with one rank, without reading data and logging; torch.distributed must be initialised.
 
     Args:
-        folder: of the model, whose weights are loaded.
+        folder: the model directory, whose weights are loaded.
         batches: micro-batches of every step, on the host.
-        dtype: of weights and activations; gradients and the optimizer's state are fp32.
+        dtype: dtype of weights and activations; gradients and the optimizer state are fp32.
     """
     family, model_config = record_of(registry.load_hf_config(str(folder)))
     layout = Layout.over(1, num_layers=len(model_config.text.layers))

@@ -139,7 +139,7 @@ def render(scene: Scene, rng: random.Random) -> Image.Image:
 
 
 def _shuffled_rounds[Content](contents: Sequence[Content], count: int, rng: random.Random) -> list[Content]:
-    """Whole shuffled rounds through all contents, cut to `count`."""
+    """Returns whole shuffled rounds through all contents, cut to `count`."""
     rounds: list[Content] = []
     while len(rounds) < count:
         rounds += rng.sample(contents, len(contents))
@@ -157,7 +157,7 @@ def _draw_unseen(scene: Scene, rng: random.Random, seen_pixels: set[str]) -> Ima
 
 
 def _outline(shape: str, tilt: float) -> list[tuple[float, float]]:
-    """Corners of a shape in the unit circle, turned by `tilt` radians."""
+    """Returns the corners of a shape in the unit circle, rotated by `tilt` radians."""
     corners, inner_radius = {"square": (4, None), "triangle": (3, None), "star": (4, 0.45)}[shape]
     steps = corners if inner_radius is None else 2 * corners
     start = tilt + (math.pi / 4 if shape == "square" else -math.pi / 2)

@@ -98,12 +98,12 @@ def answer_questions(
 
 
 def exact_match(answers: Sequence[str], expected: Sequence[str]) -> float:
-    """Returns the share of answers that equal the expected ones, letter for letter."""
+    """Returns the fraction of answers that equal the expected ones, letter for letter."""
     return sum(answer == truth for answer, truth in zip(answers, expected, strict=True)) / len(expected)
 
 
 def best_blind_guess(samples: Sequence[HeldoutSample]) -> float:
-    """Returns the share that the commonest answer to each kind of question gets: what can be had without looking."""
+    """Returns the fraction that the commonest answer to each kind of question gets: what can be had without looking."""
     answers_of_kind = defaultdict(Counter)
     for sample in samples:
         answers_of_kind[sample.kind][sample.answer] += 1
@@ -111,7 +111,7 @@ def best_blind_guess(samples: Sequence[HeldoutSample]) -> float:
 
 
 def _question_turn(sample: HeldoutSample) -> list[dict]:
-    """The chat that asks the question, with the decoded image."""
+    """Returns the chat that asks the question, with the decoded image."""
     with Image.open(sample.image_path) as image:
         pixels = image.convert("RGB")
     return [

@@ -28,7 +28,7 @@ TOKENS_PER_SIDE = IMAGE_SIZE_PIXELS // PATCH_SIZE_PIXELS // MERGE_SIZE_PATCHES
 TOKENS_PER_IMAGE = TOKENS_PER_SIDE**2  # beside them, each row of the image ends with one token of text
 # Published: 16384. Rows of the demo are longer than this, so that queries grow within each of them.
 ORIGINAL_LENGTH = 16
-# No position is learnt: tower and text tell places apart by rotated queries and keys alone. Measured here: with the
+# No position is learnt: tower and text distinguish positions only by rotated queries and keys. Measured here: with the
 # usual initial values (0.04) attention begins nearly uniform, and "where" is still often wrong after 400 steps.
 QUERY_AND_KEY_INITIAL_STD = 0.15
 # Their ids come first, as in the published tokenizer: [IMG] is 10, [IMG_BREAK] 12, [IMG_END] 13.

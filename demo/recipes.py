@@ -1,4 +1,4 @@
-"""What the demos differ in: model, layouts and length; everything else is the same for each of them."""
+"""What the demos differ in (model, layouts and length); everything else is the same for each of them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,8 +18,8 @@ class Stage:
     """One start of the training command.
 
     Attributes:
-        layout: keys of the configuration's `parallel`.
-        overrides: what else differs from the configuration file.
+        layout: keys of the configuration's `parallel` section.
+        overrides: command-line arguments for what else differs from the configuration file.
     """
 
     layout: dict[str, int]
@@ -27,18 +27,18 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """The parallel sizes that are not one."""
+        """Name of the stage: the parallel sizes that are not one."""
         return ", ".join(f"{key}={size}" for key, size in self.layout.items() if size > 1) or "one process"
 
     def arguments(self) -> list[object]:
-        """For the training command."""
+        """Returns the stage's arguments of the training command."""
         sizes = [part for key, size in self.layout.items() for part in (f"--parallel.{key}", size)]
         return [*sizes, *self.overrides]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A demo.
+    """One demo.
 
     Attributes:
         title: name of the model.
@@ -57,7 +57,7 @@ class Recipe:
     stages: tuple[Stage, ...]
 
     def alone(self) -> "Recipe":
-        """On one process, as on one GPU: it stops and resumes as often, in the only layout there is."""
+        """Returns the demo on one process, as on one GPU: it stops and resumes as often, in the only layout."""
         stages = (replace(stage, layout=dict.fromkeys(stage.layout, 1)) for stage in self.stages)
         return replace(self, stages=tuple(stages))
 

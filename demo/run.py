@@ -100,7 +100,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _next_folder(parent: Path) -> Path:
-    """The first of parent/1, parent/2, ... that does not exist, so that an earlier demo is kept."""
+    """Returns the first of parent/1, parent/2, ... that does not exist, so that an earlier demo is kept."""
     number = 1
     while (parent / str(number)).exists():
         number += 1
@@ -108,7 +108,7 @@ def _next_folder(parent: Path) -> Path:
 
 
 def _overrides(folder: Path, train_iters: int) -> list[object]:
-    """What all starts share: where things lie and how long the run is."""
+    """Returns the settings of all starts: where things lie and how long the run is."""
     return [
         *("--run_dir", folder / "run", "--model.hf_path", folder / "model"),
         *("--data.train", f"[{{path: {folder / 'data' / 'train.jsonl'}}}]"),
@@ -132,13 +132,13 @@ def _draw(folder: Path, seed: int) -> list[HeldoutSample]:
 
 
 def _texts() -> list[str]:
-    """What the tokenizer learns from: every question, and every answer as often as it is given."""
+    """Returns what the tokenizer learns from: every question, and every answer as often as it is given."""
     texts = [question for questions in QUESTIONS.values() for question in questions]
     return texts + [scene.answer(kind) for scene in all_scenes() for kind in QUESTIONS]
 
 
 def _stops(recipe: Recipe, train_iters: int) -> list[int]:
-    """Steps between which the stages train, from 0 to the last."""
+    """Returns the steps between which the stages train, from 0 to the last."""
     return [train_iters * stage // len(recipe.stages) for stage in range(len(recipe.stages) + 1)]
 
 
@@ -149,7 +149,7 @@ def _heading(stage: Stage, first: int, last: int, train_iters: int) -> str:
 
 
 def _layout_rows(recipe: Recipe, stops: Sequence[int], processes: int) -> list[dict]:
-    """One row per stage."""
+    """Returns one row per stage."""
     return [
         {"steps": f"{first + 1} to {last}", "processes": processes}
         | {key.replace("_model_parallel_size", " parallel"): size for key, size in stage.layout.items()}

@@ -43,7 +43,7 @@ class Scores:
 
     @classmethod
     def of(cls, answers: Answers) -> "Scores":
-        """Counts."""
+        """Computes the scores of the answers."""
         expected = [sample.answer for sample in answers.samples]
         return cls(
             before=exact_match(answers.before, expected),
@@ -126,7 +126,7 @@ def write_demo_report(
 
 
 def _table_by_kind(answers: Answers) -> list[dict]:
-    """One row per kind of question and one for all."""
+    """Returns one row per kind of question and one for all."""
     kinds = sorted({sample.kind for sample in answers.samples})
     rows = []
     for name, chosen in [*((kind, {kind}) for kind in kinds), ("all", set(kinds))]:
@@ -150,7 +150,7 @@ def _table_of_seconds(phases: Phases) -> list[dict]:
 
 
 def samples_to_show(answers: Answers) -> list[Sample]:
-    """Wrong answers first, then right ones, two dozen in all; each with the answer it got when images were swapped."""
+    """Returns two dozen samples, wrong answers first, each with its answer when images were swapped."""
     seen_of_kind: Counter[str] = Counter()
     ranks = []
     for index, sample in enumerate(answers.samples):

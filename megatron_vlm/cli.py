@@ -77,7 +77,7 @@ def load_config(argv: list[str]) -> Config:
 
 
 def _with_home(config: Config) -> Config:
-    """The same with every "~" at the start of a path replaced: no shell does that in YAML or after `--key=`."""
+    """Replace every "~" at the start of a path: no shell does that in YAML or after `--key=`."""
     home, checkpoint = os.path.expanduser, config.checkpoint
     train, valid = (
         [dataclasses.replace(source, path=home(source.path)) for source in sources]
@@ -95,7 +95,7 @@ def _with_home(config: Config) -> Config:
 
 
 def valid_keys(settings: type = Config, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key with its type: sections, their keys, and the keys of list items (data.train.path)."""
+    """Return every dotted key with its type: sections, their keys, and the keys of list items (data.train.path)."""
     keys: dict[str, Any] = {}
     for name, kind in typing.get_type_hints(settings).items():
         keys[prefix + name] = kind
@@ -106,7 +106,7 @@ def valid_keys(settings: type = Config, prefix: str = "") -> dict[str, Any]:
 
 
 def _item_type(kind: Any) -> type | None:
-    """The dataclass that a list type holds, if it holds one."""
+    """Return the dataclass that a list type holds, if it holds one."""
     held = next(iter(typing.get_args(kind)), None)
     holds_dataclass = typing.get_origin(kind) is list and dataclasses.is_dataclass(held)
     return held if holds_dataclass and isinstance(held, type) else None
@@ -132,7 +132,7 @@ def _refuse_unknown_keys(argv: list[str]) -> None:
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
-    """The mapping in a configuration file."""
+    """Read the mapping in a configuration file."""
     import yaml
 
     try:
@@ -152,7 +152,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def _override_value(text: str, kind: Any) -> Any:
-    """The value of an override whose own keys need a look: a list of data sources; None for any other."""
+    """Parse an override whose own keys need a check, which is a list of data sources; return None for any other."""
     import yaml
 
     if not _item_type(kind):
@@ -164,7 +164,7 @@ def _override_value(text: str, kind: Any) -> Any:
 
 
 def _unknown_in(value: Any, key: str, keys: dict[str, Any]) -> Iterator[str]:
-    """Dotted names at or below `key` that the tree does not have.
+    """Yield the dotted names at or below `key` that the tree does not have.
 
     Raises:
         ConfigError: a list of data sources holds something else; jsonargparse would import a class named there.
@@ -195,7 +195,7 @@ def _unknown(key: str, where: str, keys: dict[str, Any]) -> ConfigError:
 
 
 def nearest_key(key: str, keys: dict[str, Any]) -> str | None:
-    """The valid key that looks most like `key`, also when its section is missing or wrong."""
+    """Return the valid key that looks most like `key`, also when its section is missing or wrong."""
     candidates = [name for name, kind in keys.items() if "." not in key or not dataclasses.is_dataclass(kind)]
     candidates += ["dry_run", "print_config"]
     last_name = key.rpartition(".")[2]
@@ -211,7 +211,7 @@ def nearest_key(key: str, keys: dict[str, Any]) -> str | None:
 
 
 def _readable(error: Exception) -> ConfigError:
-    """jsonargparse's message as what, where and what would be accepted."""
+    """Split jsonargparse's message into what is wrong, where, and what would be accepted."""
     text = " ".join(str(error).split())
     missing = re.search(r"following arguments are required: (.*)", text)
     if missing:
@@ -234,7 +234,7 @@ def _readable(error: Exception) -> ConfigError:
 
 
 def _words(kind: Any) -> str:
-    """What a type accepts."""
+    """Describe what a type accepts."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         return "one of " + ", ".join(arguments)

@@ -25,8 +25,8 @@ class ModelSettings:
     text_only: bool = False
     """Take only the language model out of a multimodal directory and train that."""
     vision_parallelism: Literal["tensor", "data"] = "tensor"
-    """Vision tower over the tensor-parallel ranks: split by heads (tensor), or each rank encodes a share of the images
-    with a whole tower (data)."""
+    """Vision tower over the tensor-parallel ranks: split by heads (tensor), or each rank encodes a part of the images
+    with a full tower (data)."""
     freeze: list[str] = field(default_factory=list)
     """What does not train: parts (language_model, vision_tower, audio_tower, projector), and patterns of parameter
     names, in which * also stands for dots (language_model.layers.[0-9].* are the first ten layers). Names are those in
@@ -51,10 +51,10 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class ParallelSettings:
-    """How the model and the batch are divided; world size = tensor x pipeline x context x data."""
+    """How the model and the batch are split over ranks; world size = tensor x pipeline x context x data."""
 
     tensor_model_parallel_size: int = 1
-    """Ranks that share each layer's heads, feed-forward columns and vocabulary rows."""
+    """Ranks over which each layer's heads, feed-forward columns and vocabulary rows are split."""
     sequence_parallel: bool = False
     """Also split norms and residuals along the sequence over the tensor-parallel ranks; no effect when there is one."""
     pipeline_model_parallel_size: int = 1
@@ -64,11 +64,11 @@ class ParallelSettings:
     pipeline_layout: list[int] | None = None
     """Decoder layers of each global chunk (pipeline size x virtual size numbers, zeros allowed); null splits evenly."""
     context_parallel_size: int = 1
-    """Ranks that share one sequence; not built yet, must be 1."""
+    """Ranks over which one sequence is split; not built yet, must be 1."""
     expert_model_parallel_size: int = 1
-    """Ranks that divide the experts among them; with expert_tensor_parallel_size it divides tensor x data."""
+    """Ranks over which the experts are partitioned; times expert_tensor_parallel_size it must divide tensor x data."""
     expert_tensor_parallel_size: int = 1
-    """Ranks that share each expert's columns, whatever the tensor size is."""
+    """Ranks over which each expert's columns are split, whatever the tensor size is."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens reach the ranks of their experts: each sent where it is needed, or all gathered everywhere."""
     use_distributed_optimizer: bool = True
@@ -88,7 +88,7 @@ class DataSource:
     path: str
     """JSONL file; image paths in it are relative to its folder."""
     weight: float = 1.0
-    """Share in the blend, relative to the other sources."""
+    """Weight in the blend, relative to the other sources."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class DataSettings:
     strict: bool = False
     """Exit on the first bad row instead of keeping its slot without weight and counting it."""
     max_bad_fraction: float = 0.01
-    """Share of bad rows past which the run ends (strict: false)."""
+    """Fraction of bad rows past which the run ends (strict: false)."""
     allow_urls: bool = False
     """Fetch images given as http(s) URLs; false refuses them."""
 
@@ -228,14 +228,14 @@ class Config:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as plain dictionaries, lists and scalars, in declaration order."""
+    """Return the configuration as plain dictionaries, lists and scalars, in declaration order."""
     plain = dataclasses.asdict(config)
     plain["optimizer"]["betas"] = list(config.optimizer.betas)
     return plain
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML; `--config` reads it back to an equal `Config`."""
+    """Return the resolved configuration as YAML; `--config` reads it back to an equal `Config`."""
     import yaml
 
     text: str = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
@@ -243,7 +243,7 @@ def to_yaml(config: Config) -> str:
 
 
 def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Every key that differs between two results of `to_dict`, as "section.key OLD -> NEW"."""
+    """Yield every key that differs between two results of `to_dict`, as "section.key OLD -> NEW"."""
     for key in dict.fromkeys((*before, *after)):
         old, new = before.get(key), after.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):

@@ -10,7 +10,7 @@ from megatron_vlm.errors import ConfigError, UserError, combine
 
 
 def validate(config: Config) -> None:
-    """Check every value, alone and against the others.
+    """Check every value by itself and against the others.
 
     Raises:
         ConfigError: lists every problem found, each with its key and a remedy.
@@ -29,7 +29,7 @@ def validate(config: Config) -> None:
 
 
 def _ranges(config: Config) -> Iterator[UserError]:
-    """Numbers that must be at least something."""
+    """Check the numbers that have a minimum."""
     parallel, data, train = config.parallel, config.data, config.train
     optimizer, checkpoint = config.optimizer, config.checkpoint
     at_least: list[tuple[str, float | None, float]] = [
@@ -70,7 +70,7 @@ def _ranges(config: Config) -> Iterator[UserError]:
 
 
 def _not_built(config: Config) -> Iterator[UserError]:
-    """Keys that exist but whose feature is not built yet."""
+    """Refuse keys whose feature is not built yet."""
     parallel = config.parallel
     if parallel.context_parallel_size != 1:
         yield ConfigError(
@@ -191,16 +191,16 @@ def _optimizer(config: Config) -> Iterator[UserError]:
 
 
 def nearest_multiples(number: int, divisor: int) -> str:
-    """The multiples of `divisor` around `number` that are above 0, in words."""
+    """Return the multiples of `divisor` around `number` that are above 0, in words."""
     below = number // divisor * divisor
     return f"{below} or {below + divisor}" if below else f"{divisor}"
 
 
 def divisors(number: int, largest: int) -> str:
-    """The divisors of a number up to `largest`, in words."""
+    """Return the divisors of a number up to `largest`, in words."""
     return alternatives([size for size in range(1, min(number, largest) + 1) if number % size == 0])
 
 
 def alternatives(sizes: list[int]) -> str:
-    """Numbers to choose from, in words."""
+    """Return the numbers to choose from, in words."""
     return " or ".join(map(str, sizes))

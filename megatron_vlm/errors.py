@@ -1,4 +1,4 @@
-"""Exceptions for users: each says what is wrong, where it is, and what to do about it."""
+"""Exceptions for users: each reports what is wrong, where it is, and what to do about it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ class UserError(Exception):
 
     Args:
         what: what is wrong, with the offending values.
-        where: file and line, configuration key, or rank; left out when `what` already says it.
+        where: file and line, configuration key, or rank; left out when `what` already contains it.
         fix: what to do about it.
     """
 
@@ -28,7 +28,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """The configuration is incomplete, contradictory, or asks for a layout that does not divide."""
+    """The configuration is incomplete, contradictory, or asks for a layout that does not fit."""
 
 
 class DataError(UserError):
@@ -51,7 +51,7 @@ EXIT_USER_ERROR = 2
 
 
 def combine(error_type: type[UserError], problems: list[UserError]) -> UserError:
-    """One error of `error_type` that lists all `problems`; a single problem keeps its own parts."""
+    """Build one error of `error_type` that lists all `problems`; a single problem keeps its own parts."""
     if len(problems) == 1:
         return error_type(problems[0].what, problems[0].where, problems[0].fix)
     numbered = "; ".join(f"({number}) {problem}" for number, problem in enumerate(problems, start=1))

@@ -1,4 +1,4 @@
-"""Configuration classes of models: what layers and planning read. A family adds its own fields by subclassing."""
+"""Configuration classes of models, which layers and planning read. A family adds its own fields by subclassing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class MoEConfig:
     Attributes:
         top_k: experts per token; their softmax weights are normalised to sum to one.
         intermediate_size: width of one expert.
-        activation: of the gate.
+        activation: activation function of the gate.
     """
 
     num_experts: int
@@ -34,7 +34,7 @@ class DecoderLayerConfig:
 
     Attributes:
         intermediate_size: width of the dense feed-forward layer.
-        window: keys visible on the past side, the token itself included; None is unlimited.
+        window: number of keys visible on the past side, the token itself included; None is unlimited.
         softmax_scale: factor on attention scores.
         moe: experts instead of the dense feed-forward layer; None for none.
     """
@@ -83,9 +83,9 @@ class VisionLanguageConfig:
     """A model; `text` and `vision` are of a family's own classes.
 
     Attributes:
-        parts: that the model has, by the first words of its parameters' names.
-        vision: the tower and the projector; None where the model has none.
-        image_token_id: of the placeholders of images; None where the model takes none.
+        parts: parts of the model, by the first words of its parameters' names.
+        vision: configuration of the vision tower and projector; None where the model has none.
+        image_token_id: token id of image placeholders; None where the model takes no images.
     """
 
     parts: tuple[str, ...]
@@ -95,17 +95,17 @@ class VisionLanguageConfig:
 
     @property
     def text_only(self) -> bool:
-        """The model is a language model alone, which takes no media."""
+        """Whether the model is text-only: a language model that takes no media."""
         return self.parts == TEXT_PARTS
 
 
 def require(condition: bool, what: str, model: str) -> None:
-    """Refuse what a family's modules do not compute.
+    """Refuse configurations that a family's modules do not compute.
 
     Args:
-        condition: what must hold.
-        what: is refused where it does not.
-        model: the family, for the message.
+        condition: condition that must hold.
+        what: setting that is refused where the condition does not hold.
+        model: name of the family, for the message.
 
     Raises:
         ConfigError: unless `condition`.

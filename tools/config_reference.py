@@ -27,7 +27,7 @@ Every key may stand in the YAML file or on the command line (`--train.seed 7`). 
 
 
 def reference() -> str:
-    """The whole document."""
+    """Return the full document."""
     sections = [HEADING, *_table(Config, "", skip_sections=True)]
     for name, kind in typing.get_type_hints(Config).items():
         if dataclasses.is_dataclass(kind):
@@ -49,7 +49,7 @@ def _table(settings: Any, prefix: str, skip_sections: bool = False) -> Iterator[
 
 
 def _kind(kind: Any) -> str:
-    """A type in words."""
+    """Describe a type in words."""
     held = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
         return ", ".join(f"`{value}`" for value in held)
@@ -65,7 +65,7 @@ def _kind(kind: Any) -> str:
 
 
 def _default(entry: dataclasses.Field[Any]) -> str:
-    """A default as YAML writes it; empty where there is none."""
+    """Return a default as YAML writes it; empty where there is none."""
     if entry.default_factory is not dataclasses.MISSING:
         return f"`{entry.default_factory()}`"
     if entry.default is dataclasses.MISSING:

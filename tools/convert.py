@@ -97,14 +97,14 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 class _Progress:
-    """A line on a terminal, rewritten at most once a second."""
+    """A progress line on a terminal, rewritten at most once a second."""
 
     def __init__(self, label: str) -> None:
         self.label = label
         self.start_seconds = self.shown_seconds = time.monotonic()
 
     def elapsed_seconds(self) -> float:
-        """Since the work began; the start of the interpreter is not in it."""
+        """Return the seconds since the work began, without the start of the interpreter."""
         return time.monotonic() - self.start_seconds
 
     def __call__(self, done_bytes: int, total_bytes: int) -> None:

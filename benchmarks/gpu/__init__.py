@@ -1,1 +1,1 @@
-"""What only a GPU can tell, in stages: `python -m benchmarks.gpu` (`make gpu`)."""
+"""Checks and benchmarks that need a GPU, in stages: `python -m benchmarks.gpu` (`make gpu`)."""

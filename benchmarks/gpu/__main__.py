@@ -1,14 +1,14 @@
-"""Run the stages on one GPU, in order of what is learnt per minute, and write down what each found as soon as it ends.
+"""Run the stages on one GPU, in order of what is learnt per minute, and save what each found as soon as it ends.
 
     python -m benchmarks.gpu [--only STAGE ...] [--seconds 840] [--bundle gpu_bundle] [--output DIR]
     python -m benchmarks.gpu --list     # the stages and how long each is estimated to take
     python -m benchmarks.gpu --dry      # start every stage on the host, at tiny sizes
 
 Results go to DIR/gpu_DEVICE.json (default: benchmarks/results), one entry for each stage, and all output to
-DIR/gpu_DEVICE.log. A stage that passed with the present sources is not run again, so that a run that was cut short is
-continued by the same command; `--again` runs it. Each stage is a process of its own with a limit, and none is started
-when less than half of its estimate is left. `--bundle` names a folder that `make gpu_bundle` made: what it holds
-is installed beside the packages of the container, offline. This file needs nothing but Python.
+DIR/gpu_DEVICE.log. A stage that passed with the present sources is not run again, so that the same command continues a
+run that was cut short; `--again` runs it. Each stage is a process of its own with a limit, and none is started when
+less than half of its estimate is left. `--bundle` names a folder that `make gpu_bundle` made: its packages are
+installed beside those of the container, offline. This file needs nothing but Python.
 
 The exit code is 0 when every stage that was asked for has passed.
 """
@@ -39,9 +39,9 @@ from benchmarks.gpu.stages import FIGURES, STAGES, Stage
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 SOURCES = ("benchmarks", "demo", "kernels", "megatron_vlm", "tests")
-DRY_LIMIT_SECONDS = 600  # of a stage on the host
-LEAST_SHARE = 0.5  # of its estimate that must be left for a stage to start: estimates are generous
-SECONDS_TO_REPORT = 8.0  # after a limit
+DRY_LIMIT_SECONDS = 600  # limit of a stage on the host
+LEAST_SHARE = 0.5  # fraction of its estimate that must be left for a stage to start: estimates are generous
+SECONDS_TO_REPORT = 8.0  # time that a stage has for its report after its limit
 TAIL_CHARACTERS = 3000
 
 
@@ -71,9 +71,9 @@ def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGE
         "device": device,
         "versions": _versions(packages),
     }
-    # So that a stage that runs is ended too.
+    # Exit through `finally` blocks, so that the running stage is ended too.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    # What has not run comes before what has failed.
+    # Stages that have not run come before those that have failed.
     for stage in sorted(asked, key=lambda stage: results.status(stage.name, shared) is not None):
         if not options.again and results.status(stage.name, shared) == "passed":
             print(f"{stage.name}: passed before, with these sources and packages", flush=True)
@@ -112,7 +112,7 @@ def _parse(arguments: Sequence[str] | None, stages: Sequence[Stage]) -> argparse
 
 
 class Results:
-    """The file of results, written whole after every stage. Raises SystemExit where it holds something else."""
+    """The file of results, rewritten after every stage. Raises SystemExit where it holds something else."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -124,13 +124,13 @@ class Results:
                 raise SystemExit(f"{path} holds no results of stages; move it, or name another --output") from None
 
     def status(self, name: str, setting: dict[str, Any]) -> str | None:
-        """How a stage ended with these sources, packages and device; None where it has not run with them."""
+        """Return how a stage ended with these sources, packages and device; None where it has not run with them."""
         entry = self.stages.get(name, {})
         is_same = all(entry.get(key) == setting[key] for key in ("sources", "versions", "device"))
         return entry.get("status") if is_same else None
 
     def put(self, name: str, entry: dict[str, Any]) -> None:
-        """Keep what a stage found."""
+        """Save what a stage found."""
         self.stages[name] = entry
         figures.write(self.path, {"stages": self.stages})
 
@@ -139,15 +139,15 @@ def run_stage(stage: Stage, is_dry: bool, limit_seconds: float, packages: Sequen
     """Run one stage to its end or its limit.
 
     Args:
-        stage: what runs.
-        is_dry: on the host.
-        limit_seconds: after which it is ended, with all that it started.
+        stage: the stage to run.
+        is_dry: run it on the host.
+        limit_seconds: time after which it is ended, with all processes that it started.
         packages: folders that are searched for packages before the interpreter's own.
-        log: to which its output is added.
+        log: file to which its output is appended.
 
     Returns:
-        status ("passed", "failed", "timed out" or "unavailable"), seconds, estimate_seconds, returncode, figures, and
-        the end of its output where it did not pass.
+        The stage's result: status ("passed", "failed", "timed out" or "unavailable"), seconds, estimate_seconds,
+        returncode, figures, and the end of its output where it did not pass.
     """
     wrapper = () if is_dry else stage.wrapper
     entry: dict[str, Any] = {"estimate_seconds": stage.estimate_seconds, "seconds": 0.0}
@@ -169,7 +169,7 @@ def run_stage(stage: Stage, is_dry: bool, limit_seconds: float, packages: Sequen
 
 
 def _run(command: Sequence[str], environment: dict[str, str], limit_seconds: float) -> tuple[int | None, str]:
-    """Exit code, None where the limit ended it, and output."""
+    """Exit code of a command, None where the limit ended it, and its output."""
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(
             command, cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -178,7 +178,7 @@ def _run(command: Sequence[str], environment: dict[str, str], limit_seconds: flo
         try:
             returncode = process.wait(limit_seconds)
         except subprocess.TimeoutExpired:
-            # pytest then reports what it has.
+            # An interrupted pytest reports what it has.
             os.killpg(process.pid, signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(SECONDS_TO_REPORT)
@@ -200,19 +200,19 @@ def _environment(stage: Stage, is_dry: bool, packages: Sequence[str]) -> dict[st
         "TOKENIZERS_PARALLELISM": "false",
     }
     if is_dry:
-        # A GPU that is there is not taken.
+        # The host's GPU, if there is one, stays hidden.
         return os.environ | always | {"CUDA_VISIBLE_DEVICES": "", "GPU_TESTS": "host", "OMP_NUM_THREADS": "1"}
     return os.environ | always | {"GPU_TESTS": "1", "MEGATRON_VLM_STRICT_KERNELS": "1", **stage.environment}
 
 
 def _read_figures(path: Path) -> Any:
-    """What a stage wrote: JSON, or pytest's XML as counts and the first lines of failures; None for nothing whole."""
+    """What a stage wrote: JSON, or pytest's XML as counts and first lines of failures; None if incomplete."""
     if not path.exists():
         return None
     text = path.read_text()
     try:
         return junit.read(text) if text.startswith("<?xml") else json.loads(text)
-    except (ValueError, SyntaxError):  # of JSON; of XML
+    except (ValueError, SyntaxError):  # raised for JSON; for XML
         return None
 
 
@@ -227,7 +227,7 @@ def _device() -> str | None:
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:
-    """Of the packages that results depend on, as the stages will find them."""
+    """Versions of the packages that results depend on, as the stages will import them."""
     found = {"python": sys.version.partition(" ")[0]}
     for name in ("torch", "triton", "transformers", "megatron-core", "liger-kernel"):
         path = [*packages, *sys.path]
@@ -237,7 +237,7 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def sources() -> Iterator[Path]:
-    """Everything that the stages run."""
+    """Yield all source files that the stages run."""
     for folder in SOURCES:
         yield from (path for path in (REPOSITORY / folder).rglob("*") if path.suffix in (".py", ".cu", ".cuh", ".h"))
 

@@ -1,8 +1,8 @@
-"""What a container without network lacks, in one folder: wheels, and the extension built for x86-64.
+"""Bundles what a container without network lacks in one folder: wheels, and the extension built for x86-64.
 
     python -m benchmarks.gpu.bundle [gpu_bundle]     # make it, where a registry can be reached
 
-Containers bring torch, torchvision, transformers and pytest; the lower bounds of `pyproject.toml` are what they hold.
+Containers bring torch, torchvision, transformers and pytest, in versions like the lower bounds of `pyproject.toml`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def main(arguments: list[str]) -> int:
 
 
 def make(folder: Path, repository: Path = REPOSITORY) -> int:
-    """Fill the folder, replacing an earlier one of the kind; returns its bytes.
+    """Fill the folder, replacing an earlier bundle; return its size in bytes.
 
     Raises:
-        SystemExit: the extension is not built from the present sources, or a wheel cannot be had.
+        SystemExit: the extension is not built from the present sources, or a wheel cannot be downloaded.
     """
     kernels = repository / KERNELS
     if not (kernels / BINARY).exists():
@@ -63,10 +63,10 @@ def make(folder: Path, repository: Path = REPOSITORY) -> int:
 
 
 def install(folder: Path, repository: Path) -> Path:
-    """Put the extension where the kernels look for it, and the wheels into a folder of packages, which is returned.
+    """Copy the extension to where the kernels look for it, and install the wheels into a folder, which is returned.
 
     Raises:
-        SystemExit: the folder is no bundle, or its extension was built from other sources.
+        SystemExit: the folder is not a bundle, or its extension was built from other sources.
     """
     log = folder / BUILD_LOG
     if not log.exists():
@@ -89,7 +89,7 @@ def install(folder: Path, repository: Path) -> Path:
 
 
 def _source_hash(repository: Path) -> str:
-    """Of what the extension is built from, by `setup.py`, which is the one that records it."""
+    """Hash of the sources that the extension is built from, as `setup.py` computes and records it."""
     code = "import setup; print(setup.source_hash())"
     done = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True)
     return done.stdout.strip()

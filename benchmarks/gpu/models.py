@@ -24,7 +24,7 @@ TINY_IDS = {"image_token_id": 490, "video_token_id": 491, "vision_start_token_id
 
 
 def qwen3_vl_2b(is_tiny: bool) -> Qwen3VLConfig:
-    """Qwen3-VL 2B, or the same with two layers of each kind."""
+    """Return the configuration of Qwen3-VL 2B, or of the same with two layers of each kind."""
     config = published_qwen3_vl.published_config("2b").to_dict()
     if is_tiny:
         config["text_config"] |= TINY_TEXT | {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -34,7 +34,7 @@ def qwen3_vl_2b(is_tiny: bool) -> Qwen3VLConfig:
 
 
 def gemma3_1b(is_tiny: bool) -> Gemma3TextConfig:
-    """Gemma 3 1B, or the same with two layers."""
+    """Return the configuration of Gemma 3 1B, or of the same with two layers."""
     config = published_gemma3.published_config("1b").to_dict()
     if is_tiny:
         config |= TINY_TEXT | {"head_dim": 16, "sliding_window": 20, "layer_types": config["layer_types"][4:6]}
@@ -42,7 +42,7 @@ def gemma3_1b(is_tiny: bool) -> Gemma3TextConfig:
 
 
 def write_random(config: PretrainedConfig, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-    """A model directory with random weights, which are drawn on the device: a host takes minutes for billions."""
+    """Write a model directory with random weights, drawn on the device: a host takes minutes for billions of them."""
     torch.manual_seed(1)
     with device:
         model = auto_class(config).from_config(config, dtype=dtype)

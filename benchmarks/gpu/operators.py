@@ -1,4 +1,4 @@
-"""Every operator once, forward and backward, in bf16 at tiny sizes, compared with torch: does anything run at all?
+"""Runs every operator once, forward and backward, in bf16 at tiny sizes, and compares it with torch.
 
 python -m benchmarks.gpu.operators [--dry] [--output FILE.json]
 """
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, call in calls(Setting(torch.device("cpu" if options.dry else "cuda"), torch.bfloat16, is_tiny=True)):
             try:
                 call()
-            except Exception as error:  # whatever comes: the next operator is tried all the same
+            except Exception as error:  # whatever it is, the next operator is tried all the same
                 errors[name] = f"{type(error).__name__}: {error}"
                 print(f"{name}: {errors[name]}", file=sys.stderr, flush=True)
             if options.output:
@@ -59,14 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def calls(setting: Setting) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Every case of the benchmark, and what it does not call."""
+    """Yield every case of the benchmark, and the operators that it does not call."""
     for case in CASES:
         yield f"{case.operator}, {case.name}", partial(compare, case, setting)
     yield "inputs given up", partial(consume_inputs, setting)
 
 
 def compare(case: Case, setting: Setting) -> None:
-    """Our side and torch's, forward and backward. Raises ValueError where they differ."""
+    """Run our side and torch's, forward and backward. Raises ValueError where they differ."""
     problem = case.build(setting)
     run(problem, problem.sides[OURS])
     difference = largest_difference(problem, {side: problem.sides[side] for side in (OURS, TORCH)})
@@ -75,7 +75,7 @@ def compare(case: Case, setting: Setting) -> None:
 
 
 def count(action: Callable[[], None]) -> set[str]:
-    """Names of the operators that an action calls, on whatever device and thread."""
+    """Return the names of the operators that an action calls, on whatever device and thread."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         action()
     prefix = f"{library.NAMESPACE}::"
@@ -83,7 +83,7 @@ def count(action: Callable[[], None]) -> set[str]:
 
 
 def consume_inputs(setting: Setting) -> None:
-    """Gradients of gated activations over their inputs, as layers ask for them."""
+    """Run gated activations whose gradients overwrite their inputs, as layers call them."""
     gate, up = setting.randn(5, 32), setting.randn(5, 32)
     (
         gated(gate * 1, up * 1, "silu", consume=True).sum() + gated_halves(gate * 1, "silu", consume=True).sum()
@@ -91,7 +91,7 @@ def consume_inputs(setting: Setting) -> None:
 
 
 def describe_device() -> dict[str, Any]:
-    """What later figures depend on."""
+    """Return what later figures depend on: device, versions and settings."""
     properties = torch.cuda.get_device_properties(0)
     settings = torch.cuda.memory._snapshot()["allocator_settings"]
     return {

@@ -1,8 +1,8 @@
-"""Three profiled training steps of Qwen3-VL 2B at two lengths of row: launches, idle time of the GPU, waits for it.
+"""Profiles three training steps of Qwen3-VL 2B at two row lengths: launches, idle time of the GPU, waits for it.
 
     python -m benchmarks.gpu.profile_steps [--dry] [--output FILE.json]
 
-Each step takes two rows, each with an image, one after the other, as the recipe does.
+Each step has two micro-batches of one row with an image, as in the recipe.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LENGTHS = (1024, 4096)
 IMAGE_PATCHES = (32, 32)  # 256 tokens
 TINY_LENGTHS, TINY_PATCHES = (24, 40), (4, 4)
 MICRO_BATCHES = 2
-WARM_UPS = 2  # in which kernels are compiled and memory is taken
+WARM_UPS = 2  # steps in which kernels are compiled and memory is allocated
 STEPS = 3
 
 
@@ -64,10 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def profile(step: Any, path: Path) -> dict[str, Any]:
-    """Figures of `STEPS` steps; the device has nothing to do before them."""
+    """Return figures of `STEPS` steps; the device is idle before them."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    # What the host does is not recorded on a GPU: that alone would keep the device waiting.
+    # On a GPU the host's operators are not recorded: recording them would keep the device waiting.
     with torch.profiler.profile(activities=platform.current().profiler_activities()[-1:]) as recorded:
         for _ in range(STEPS):
             step()

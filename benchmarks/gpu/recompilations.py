@@ -1,4 +1,4 @@
-"""How often FlexAttention is compiled over rows of 50 lengths, windows, training and evaluation, and how long it takes.
+"""Counts how often FlexAttention is compiled over rows of 50 lengths, windows, training and evaluation, and times it.
 
     python -m benchmarks.gpu.recompilations [--dry] [--output FILE.json]
 
@@ -27,7 +27,7 @@ from vlm_kernels.span_attention import Spans, flex, reference
 HEADS, KEY_HEADS, HEAD_DIM = 16, 8, 128
 WINDOWS = (None, 1024)
 MAX_VARIANTS = 10
-MAX_DIFFERENCE = 2e-2  # of the norm: bf16 keeps 8 bits
+MAX_DIFFERENCE = 2e-2  # relative to the norm: bf16 keeps 8 bits
 COMPARED_LENGTHS = 5
 
 
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(lengths: Sequence[int], device: torch.device, modes: Sequence[bool]) -> dict[str, Any]:
-    """Attend over one row of each length, with gradients and without."""
+    """Run attention over one row of each length, with gradients and without; return the figures."""
     counters.clear()
     torch.manual_seed(0)
     differences, slowest = [], 0.0
@@ -76,14 +76,14 @@ def measure(lengths: Sequence[int], device: torch.device, modes: Sequence[bool])
         "calls": len(lengths) * len(WINDOWS) * len(modes),
         "seconds": time.perf_counter() - began,
         "slowest_call_seconds": slowest,
-        "difference": torch.stack(differences).max().item(),  # no number if any of them is none
+        "difference": torch.stack(differences).max().item(),  # NaN if any of them is NaN
     }
 
 
 def attend(
     form: Any, length: int, spans: Spans, window: int | None, is_training: bool, device: torch.device
 ) -> list[torch.Tensor]:
-    """Output and, where it trains, gradients; the same inputs for every form."""
+    """Return the output and, in training, gradients of one implementation, the same inputs for each."""
     generator = torch.Generator(device).manual_seed(length)
     q, k, v = (
         torch.randn((length, 1, heads, HEAD_DIM), device=device, dtype=torch.bfloat16, generator=generator)

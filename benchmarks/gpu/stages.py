@@ -1,4 +1,4 @@
-"""The stages, in order of what is learnt per minute."""
+"""The stages of `python -m benchmarks.gpu`, in order of what is learnt per minute."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 FIGURES = "FIGURES"
-"""Stands in a command for the file to which the stage writes its figures."""
+"""Placeholder in a command for the path of the file to which the stage writes its figures."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command of its own, so that none can end or block the others.
+    """A command that runs in a process of its own, so that none can end or block the others.
 
     Attributes:
-        name: unique.
-        purpose: what it tells.
-        estimate_seconds: on an H200 with 16 cores and cold caches; arithmetic until one has been measured.
+        name: unique name.
+        purpose: what the stage checks or measures.
+        estimate_seconds: expected duration on an H200 with 16 cores and cold caches; computed, until it is measured.
         command: arguments of python, on a GPU.
-        dry_command: the same on the host, at tiny sizes or as far as it gets without a GPU.
+        dry_command: arguments of python on the host, at tiny sizes or as far as it gets without a GPU.
         wrapper: a program that runs python on the GPU, and its arguments.
-        environment: variables that are set on the GPU.
-        limit_seconds: after which it is ended.
+        environment: environment variables that are set on the GPU.
+        limit_seconds: time after which the stage is ended.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Stage:
 
 
 def _tests(name: str, purpose: str, estimate_seconds: int, *arguments: str) -> Stage:
-    """Tests of `tests/gpu`; several processes share the GPU. On the host, references stand in for kernels."""
+    """A stage of tests in several processes that share the GPU. On the host, references run in place of kernels."""
     command = ("-m", "pytest", "--color=no", f"--junitxml={FIGURES}", "-v", *arguments)
     # Eight processes with a pool of compilers each would fight for the cores.
     environment = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
@@ -50,7 +50,7 @@ def _script(name: str, purpose: str, estimate_seconds: int, module: str, *argume
 
 def _demo(model: str) -> Stage:
     command = ("-m", "demo.run", "--processes", "1", "--model", model)
-    # A demo takes minutes on a host too: only its command line is read there.
+    # A demo takes minutes on a host too: only its command line is parsed there.
     return Stage(
         f"demo_{model}", "training, resuming, export, answers", 150, command, (*command, "--help"), limit_seconds=400
     )
@@ -66,7 +66,7 @@ _ATTENTION_CASES = ("128, images", "128, images, window 1024")
 STAGES = (
     replace(
         _script("operators", "every operator once in bf16, strict", 30, "benchmarks.gpu.operators"),
-        environment={"CUDA_LAUNCH_BLOCKING": "1"},  # an error names the call that made it
+        environment={"CUDA_LAUNCH_BLOCKING": "1"},  # an error then names the call that caused it
     ),
     _tests("short_rows", "FlexAttention at one short row", 90, "tests/gpu/test_flex_attention.py"),
     _tests("kernels", "kernels of CUDA against fp64", 60, *_KERNEL_TESTS),

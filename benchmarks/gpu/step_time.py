@@ -1,13 +1,13 @@
-"""Training steps of models that one GPU holds, in turn with transformers: seconds, MFU, memory.
+"""Times training steps of models that fit on one GPU, in turn with transformers: seconds, MFU, memory.
 
     python -m benchmarks.gpu.step_time [--dry] [--rounds 7] [--output FILE.json]
 
-Qwen3-VL 2B on rows of 4,096 tokens with an image of 1,024, and Gemma 3 1B on 4,096 tokens of text: two rows a step, one
-after the other, full and without padding, nothing recomputed, the same weights on both sides. transformers uses Liger's
-kernels, as Liger chooses them, where Liger knows this transformers (0.8.5 knows 5.17 and does not know 5.23), and holds
-all in bf16, Adam's moments too; here gradients, main weights and moments are fp32, as in every run: more bytes for the
-same step. Losses are compared first. Sides take turns and the one that begins changes; figures are medians. MFU counts
-what the model needs (`ModelFlops`) over the dense bf16 peak of the data sheet.
+Qwen3-VL 2B runs on rows of 4,096 tokens with an image of 1,024, and Gemma 3 1B on 4,096 tokens of text: two
+micro-batches of one full row per step, without padding and recomputation, with the same weights on both sides.
+transformers uses Liger's kernels, as Liger chooses them, where Liger supports this transformers (0.8.5 supports 5.17
+and not 5.23), and holds everything in bf16, Adam's moments too; here gradients, main weights and moments are fp32, as
+in every run: more bytes for the same step. Losses are compared first. Sides take turns and the one that begins changes;
+figures are medians. MFU is the model FLOPs (`ModelFlops`) over the dense bf16 peak of the data sheet.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from megatron_vlm.planning.flops import ModelFlops
 from megatron_vlm.training.setup import initialize_distributed
 
 LENGTH, TINY_LENGTH = 4096, 40
-MODELS = {  # with rows and columns of patches of an image, or none
+MODELS = {  # with height and width in patches of an image, or None
     "qwen3_vl_2b": (models.qwen3_vl_2b, (64, 64), (4, 4)),
     "gemma3_1b": (models.gemma3_1b, None, None),
 }
 MICRO_BATCHES = 2
 WARM_UPS = 2
-# Mean losses over thousands of labels, each from activations of 8 bits that the sides round at other places.
+# Mean losses over thousands of labels, each from bf16 activations that the sides round at different points.
 MAX_LOSS_DIFFERENCE = 5e-3
 
 
@@ -65,10 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 2 if options.dry else options.rounds,
                 with_liger=not options.dry,
             )
-        except Exception as error:  # whatever comes: the next model is measured all the same
+        except Exception as error:  # whatever it is, the next model is measured all the same
             models_found[name] = {"error": f"{type(error).__name__}: {error}"}
         print(_line(name, models_found[name]), flush=True)
-        gc.collect()  # both sides, which hold cycles
+        gc.collect()  # frees both sides, which hold reference cycles
         if options.output:
             figures.write(options.output, models_found)
     platform.current().leave_process_group(failed=False)
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(
     config: PretrainedConfig, length: int, patches: tuple[int, int] | None, rounds: int, with_liger: bool
 ) -> dict[str, Any]:
-    """Seconds, memory and MFU of both sides on one model."""
+    """Return seconds, memory and MFU of both sides on one model."""
     device = platform.current().device
     dtype = torch.bfloat16 if platform.current().accelerated else torch.float32
     batches = [build_batch(config, length, patches)] * MICRO_BATCHES
@@ -121,7 +121,7 @@ def measure(
 
 
 def _take_turns(sides: list[Side], rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of every step by side; and the most memory that a step takes beyond what lies there between steps."""
+    """Seconds of every step by side, and the peak memory of a step beyond what is allocated between steps."""
     seconds: dict[str, list[float]] = {side.name: [] for side in sides}
     peaks = dict.fromkeys(seconds, 0)
     if torch.cuda.is_available():
@@ -140,7 +140,7 @@ def _take_turns(sides: list[Side], rounds: int) -> tuple[dict[str, list[float]],
 
 
 def _synchronize() -> int:
-    """Wait for the device; bytes that are in use on it."""
+    """Wait for the device and return the bytes that are allocated on it."""
     if not torch.cuda.is_available():
         return 0
     torch.cuda.synchronize()

@@ -1,6 +1,6 @@
-"""What a profiler's trace of a GPU says: launches, how long the GPU had nothing to do, and where the host waited.
+"""Summary of a profiler's trace of a GPU: launches, idle time of the GPU, and where the host waited.
 
-Source: the trace format of Chrome as torch.profiler writes it, with Kineto's categories.
+Source: Chrome's trace format as torch.profiler writes it, with Kineto's categories.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from typing import Any
 
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 FROM_HOST = ("cuda_runtime", "cuda_driver")
-# Calls that return when the device has done something.
+# Calls that return only when the device has finished some work.
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cuStreamSynchronize")
-COPY = "cudaMemcpyAsync"  # returns when it is done where it copies from the device to memory that is not page-locked
+COPY = "cudaMemcpyAsync"  # waits where it copies from the device to memory that is not page-locked
 Event = dict[str, Any]
 
 
 def summarize(events: Iterable[Event], num_steps: int, top: int = 25) -> dict[str, Any]:
-    """Figures per step of a trace that holds `num_steps` steps, and what ends a profile: waiting for the device.
+    """Return figures per step of a trace of `num_steps` steps that ends with a wait for the device.
 
     Args:
-        events: `traceEvents`; times in microseconds.
-        num_steps: by which sums are divided.
-        top: kernels that are named.
+        events: the trace's `traceEvents`, with times in microseconds.
+        num_steps: number of steps, by which sums are divided.
+        top: number of kernels that are listed.
 
     Returns:
-        launches, busy_seconds, span_seconds (from the first to the last thing on the device), idle_share of the span,
-        waits by call (number and seconds), and kernels with the most time (name, number, seconds).
+        launches, busy_seconds, span_seconds (from the first to the last thing on the device), idle_share (fraction of
+        the span), waits by call (number and seconds), and the kernels with the most time (name, number, seconds).
     """
     complete = [event for event in events if event.get("ph") == "X" and "dur" in event]
     on_device = [event for event in complete if event.get("cat") in ON_DEVICE]
     kernels = [event for event in on_device if event["cat"] == "kernel"]
-    # Synchronisations after the last launch are the profiler's.
+    # Synchronisations after the last launch are those of the profiler.
     until = max((event["ts"] for event in complete if "aunch" in event["name"]), default=float("inf"))
     intervals = sorted((event["ts"], event["ts"] + event["dur"]) for event in on_device)
     busy = _union(intervals)
@@ -73,7 +73,7 @@ def _correlation(event: Event) -> Any:
 
 
 def _union(intervals: list[tuple[float, float]]) -> float:
-    """Length of the union of sorted intervals: streams overlap."""
+    """Length of the union of sorted intervals, which overlap where streams do."""
     total, end = 0.0, float("-inf")
     for begin, stop in intervals:
         total += max(0.0, stop - max(begin, end))

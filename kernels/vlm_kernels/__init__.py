@@ -1,1 +1,1 @@
-"""Operations with a reference; models call these and nothing else that depends on a kernel."""
+"""Operators, each with a reference in plain PyTorch; models call these and nothing else that depends on a kernel."""

@@ -1,9 +1,9 @@
-"""How an operator of this package is defined, and what runs it on which device.
+"""Definition and registration of this package's operators.
 
-An operator is one function of tensors with a reference in plain PyTorch, which is its definition and what runs on a
-CPU, and a CUDA kernel: written in Triton, or in the compiled extension (`setup.py` builds it where a CUDA toolkit is
-found). Without the extension the reference runs on CUDA too, with one warning; `MEGATRON_VLM_STRICT_KERNELS=1` makes
-that an error.
+An operator is one function of tensors with a reference in plain PyTorch, which defines it and runs on a CPU, and a
+CUDA kernel: written in Triton, or in the compiled extension (`setup.py` builds it where a CUDA toolkit is found).
+Without the extension the reference runs on CUDA too, with one warning; `MEGATRON_VLM_STRICT_KERNELS=1` makes that an
+error.
 
 Source: torch.library; the extension uses torch's stable ABI.
 """
@@ -42,12 +42,12 @@ def define(
 
     Args:
         schema: name and types, as in `rms_norm(Tensor x, float eps) -> Tensor`. The extension implements the same name.
-        reference: the definition. It computes in fp32, in fp64 where the input is fp64.
-        fake: shapes and dtypes of the results, from those of the arguments.
-        backward: `backward(ctx, *gradients)`, for operators with a gradient; it calls an operator of its own, which has
-            none: second derivatives are refused.
+        reference: the implementation that defines the operator; it computes in fp32, and in fp64 for fp64 inputs.
+        fake: the fake implementation, which returns results' shapes and dtypes from those of the arguments.
+        backward: `backward(ctx, *gradients)`, for operators with a gradient; it calls an operator that itself has no
+            gradient: second derivatives are refused.
         setup_context: `setup_context(ctx, inputs, output)`, which saves what `backward` needs.
-        kernel: what CUDA runs, for operators whose kernel is written in Triton; the extension has none of those.
+        kernel: the CUDA implementation, for operators whose kernel is written in Triton and not in the extension.
 
     Returns:
         The operator.
@@ -70,19 +70,19 @@ def define(
 
 
 def operators() -> list[str]:
-    """Names of the operators that have been defined."""
+    """Return the names of the operators that have been defined."""
     return list(_names)
 
 
 @cache
 def _load_binary() -> str | None:
-    """Load the extension, whose kernels then wait for their operators' definitions; tells why there is none."""
+    """Load the extension, whose kernels are registered before their operators; return the reason if there is none."""
     if not BINARY.exists():
         return BUILD_LOG.read_text().partition("\n")[0] if BUILD_LOG.exists() else "CUDA kernels: not built"
     try:
         torch.ops.load_library(BINARY)
     except OSError as error:
-        # Made for another torch, or a torch without CUDA runs it.
+        # It was built for another version of torch, or this torch has no CUDA.
         return f"CUDA kernels: {error}"
     return None
 

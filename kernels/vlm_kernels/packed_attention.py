@@ -1,6 +1,6 @@
 """Full attention inside consecutive segments of one packed sequence: the frames of images and videos of any size.
 
-Nothing of size [P, P] exists in either form.
+Neither the kernels nor the reference create a tensor of size [P, P].
 
 Shapes: N heads, P packed patches, D head dim, F segments (frames).
 """
@@ -20,11 +20,11 @@ from vlm_kernels.span_attention import Spans, span_attention
 
 @dataclass(frozen=True)
 class Segments:
-    """Lengths of consecutive segments, and what attention makes of them, once for all layers.
+    """Lengths of consecutive segments, and the spans made of them, once for all layers.
 
     Attributes:
-        lengths: patches of each segment, known on the host.
-        device: of the sequence.
+        lengths: number of patches in each segment, known on the host.
+        device: the device of the sequence.
     """
 
     lengths: tuple[int, ...]
@@ -32,7 +32,7 @@ class Segments:
 
     @cached_property
     def spans(self) -> Spans:
-        """Each patch sees its segment."""
+        """Spans in which each patch sees its own segment."""
         ends = tuple(accumulate(self.lengths))
         # A copy that the host does not wait for.
         table = torch.tensor((self.lengths, ends), dtype=torch.int32).to(self.device, non_blocking=True)
@@ -45,23 +45,23 @@ class Segments:
 def packed_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float
 ) -> torch.Tensor:
-    """Attention within segments: over spans on a GPU, by the reference elsewhere.
+    """Compute attention within segments: over spans on a GPU, by the reference elsewhere.
 
     Args:
-        q: [N, P, D].
-        k: [N, P, D].
-        v: [N, P, D].
-        segments: whose lengths sum to P.
+        q: queries [N, P, D].
+        k: keys [N, P, D].
+        v: values [N, P, D].
+        segments: the segments, whose lengths sum to P.
         scale: factor on the scores.
 
     Returns:
-        [N, P, D].
+        The output, [N, P, D].
     """
     return (_on_gpu if is_on_gpu(q) else reference)(q, k, v, segments, scale)
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float) -> torch.Tensor:
-    """`packed_attention` by one unmasked product for all segments of the same length."""
+    """Compute `packed_attention` by one batched, unmasked attention for all segments of the same length."""
     lengths = segments.lengths
     split = [tensor.split(lengths, dim=1) for tensor in (q, k, v)]
     attended: list[torch.Tensor] = [q.new_empty(0)] * len(lengths)

@@ -1,7 +1,7 @@
-"""Samples into one padded micro-batch with the span metadata that attention works from.
+"""Collate samples into one padded micro-batch, with the span metadata that attention works from.
 
-A row of the micro-batch holds one or several documents, each of which is a sample: they do not see each other, and each
-counts its positions from zero.
+A row of the micro-batch holds one or several documents, each of which is a sample: they do not attend to each other,
+and each counts its positions from zero.
 
 Shapes: B rows, S padded length in tokens, D documents.
 """
@@ -25,7 +25,7 @@ NO_LOSS = -100
 
 @dataclass(frozen=True)
 class LoadedSample:
-    """A sample in its slot of the plan; a slot whose row cannot be used holds a filler without trained tokens."""
+    """A sample in its slot of the plan; where a row cannot be used, a padding sample that trains nothing."""
 
     sample: Sample
     source: int
@@ -38,7 +38,7 @@ class LoadedSample:
 
 @dataclass
 class MicroBatch:
-    """What one forward pass of one data-parallel rank reads: documents and their media."""
+    """The input of one forward pass of one data-parallel rank: documents and their media."""
 
     input_ids: torch.Tensor
     """[B, S] int64, padded on the right."""
@@ -54,10 +54,10 @@ class MicroBatch:
     span_high: torch.Tensor
     """[B, S] int32: last key a query may see."""
     feature_index: torch.Tensor
-    """[B, S] int32: row of the micro-batch's features that replaces this token; -1 on text. They are those of all
-    media, tower after tower, and in reading order where one tower encodes images and videos."""
+    """[B, S] int32: row of the micro-batch's features that replaces this token; -1 on text. The features are those of
+    all media, tower after tower, and in reading order where one tower encodes images and videos."""
     media_inputs: dict[str, torch.Tensor]
-    """What the towers take of all media in reading order, by name (`media.Packed`). Empty without media, and on
+    """Inputs of the towers for all media in reading order, by name (`media.Packed`). Empty without media, and on
     pipeline stages without towers."""
     document_sources: torch.Tensor
     """[D] int32: index of each document's data source."""
@@ -71,8 +71,8 @@ class MicroBatch:
     problems: list[str] = field(default_factory=list)
     """One line for each bad or too long sample."""
     label_index: torch.Tensor = field(init=False)
-    """int64: the places s * B + b that have a label, ascending. Made from `labels` while they are on the host, which
-    would have to wait for a device to count them."""
+    """int64: the flat positions s * B + b that have a label, ascending. Made from `labels` while they are on the
+    host, which would have to wait for a device to count them."""
 
     def __post_init__(self) -> None:
         self.label_index = (self.labels.t().flatten() != NO_LOSS).nonzero().squeeze(1)
@@ -83,14 +83,14 @@ class MicroBatch:
         return [medium.grid for medium in self.media]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MicroBatch:
-        """The micro-batch with its tensors on `device`, except `media_inputs`.
+        """Return the micro-batch with its tensors on `device`, except `media_inputs`.
 
         Pixels are most of a step's data; the model moves those of one micro-batch when it encodes them.
         """
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> MicroBatch:
-        """The micro-batch in page-locked memory; torch's loader calls this."""
+        """Return the micro-batch in page-locked memory; torch's loader calls this."""
         pinned = self._map(torch.Tensor.pin_memory)
         pinned.media_inputs = {name: value.pin_memory() for name, value in self.media_inputs.items()}
         return pinned
@@ -110,7 +110,7 @@ def collate(
     pad_to_multiple_of: int = 1,
     with_pixels: bool = True,
 ) -> MicroBatch:
-    """Make one micro-batch of samples.
+    """Build one micro-batch from samples.
 
     Args:
         rows: the samples of each row, which become its documents; at least one each.
@@ -163,7 +163,7 @@ def collate(
 def _count(
     documents: Sequence[LoadedSample], labels: torch.Tensor, is_real: torch.Tensor, is_medium: torch.Tensor
 ) -> dict[str, int]:
-    """The micro-batch's counters."""
+    """Compute the micro-batch's counters."""
     num_real = int(is_real.sum())
     return {
         "samples": len(documents),
@@ -180,14 +180,14 @@ def _count(
 
 
 def spans(document_ids: torch.Tensor, sees_ahead: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """First and last key that each query may see, before any window.
+    """Compute the first and last key that each query may see, before any window.
 
     A query sees its document from the start up to itself, and, where it sees ahead, up to the end of its block. A block
     is a maximal run of such tokens in a document: two images without a token between them are one block, as in
     transformers.
 
     Args:
-        document_ids: [B, S], those of neighbours differ; -1 on padding.
+        document_ids: [B, S] integers that differ between neighbouring documents; -1 on padding.
         sees_ahead: [B, S] bool, true on image tokens that see their block in both directions.
 
     Returns:
@@ -210,7 +210,7 @@ def spans(document_ids: torch.Tensor, sees_ahead: torch.Tensor) -> tuple[torch.T
 
 
 def _positions(sample: Sample, rules: PromptRules) -> torch.Tensor:
-    """Positions of a document, [its tokens] or [axes, its tokens]."""
+    """Return the positions of a document's tokens, [tokens] or [axes, tokens]."""
     if rules.position_ids is None:
         return torch.arange(len(sample.input_ids))
     return torch.from_numpy(rules.position_ids(sample.input_ids, sample.media))

@@ -1,4 +1,4 @@
-"""What the model will see, for people: decoded samples with the trained text marked, and a check of all rows."""
+"""Show what the model will see: decoded samples with the trained text marked, and a check of all rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOST_PROBLEMS_LISTED = 20
 
 
 def describe_samples(config: Config, rules: PromptRules, num: int = 3) -> str:
-    """The first `num` samples of the run as text; trained text stands between [[ and ]].
+    """Return the first `num` samples of the run as text; trained text stands between [[ and ]].
 
     Args:
         config: the run's configuration.
@@ -41,7 +41,7 @@ def describe_samples(config: Config, rules: PromptRules, num: int = 3) -> str:
 
 
 def describe_sample(loaded: LoadedSample, builder: PromptBuilder) -> str:
-    """One sample: its name and figures, then its decoded tokens."""
+    """Describe one sample: its name and figures, then its decoded tokens."""
     if loaded.problem:
         return f"{loaded.row_name}\n{loaded.problem}"
     sample = loaded.sample
@@ -57,7 +57,7 @@ def describe_sample(loaded: LoadedSample, builder: PromptBuilder) -> str:
 
 
 def marked_text(input_ids: np.ndarray, trained: np.ndarray, builder: PromptBuilder) -> str:
-    """Decoded tokens with the trained text between [[ and ]]; runs of placeholders are counted, not repeated."""
+    """Decode tokens, with the trained text between [[ and ]]; runs of placeholders are counted, not repeated."""
     pieces = []
     placeholders = builder.rules.media_token_ids
     for (is_trained, is_medium), run in groupby(
@@ -72,7 +72,7 @@ def marked_text(input_ids: np.ndarray, trained: np.ndarray, builder: PromptBuild
 
 @dataclass
 class RowCheck:
-    """What a pass over all rows found."""
+    """The result of a pass over all rows."""
 
     rows: int = 0
     images: int = 0
@@ -95,7 +95,7 @@ def check_rows(reader: RowReader) -> RowCheck:
     """Parse every row and look for every image and video file (not decoding it).
 
     Args:
-        reader: rows of the sources.
+        reader: reads rows of the sources.
 
     Raises:
         DataError: `strict` is set and a row is bad, or more than `max_bad_fraction` of all rows are.

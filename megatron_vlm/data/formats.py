@@ -1,4 +1,4 @@
-"""JSONL rows in the formats that people have, turned into one conversation structure.
+"""Parse JSONL rows of common formats into one conversation structure.
 
 Accepted rows:
     {"messages": [{"role": ..., "content": "text" or [parts]}, ...]}                       OpenAI style
@@ -35,14 +35,14 @@ ROLES = {
 }
 IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 VIDEO_KEYS = ("video", "url", "path", "video_url")
-# How base64 text of JPEG, PNG, GIF and WebP begins: tells a bare base64 string from a path without touching the disk.
+# How base64 text of JPEG, PNG, GIF and WebP begins; it sets a bare base64 string apart from a path without disk access.
 BASE64_IMAGE_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
 SHORTEST_BASE64_IMAGE = 64
 LONGEST_PATH_SHOWN = 255
 
 
 def _shown(path: Path) -> str:
-    """A path for messages; one that is no path at all, such as base64 text of an unknown format, is cut."""
+    """Format a path for messages; long text that is no path, such as base64 text of an unknown format, is cut."""
     text = str(path)
     return text if len(text) <= LONGEST_PATH_SHOWN else f"{text[:80]}..."
 
@@ -82,7 +82,7 @@ class VideoSource:
     path: Path | None = None
     frames: tuple[ImageSource, ...] = ()
     frames_per_second: float | None = None
-    """Of a list of frames: how many are shown in a second. Of a file: how many are taken from a second."""
+    """For a list of frames, the rate at which they are shown; for a file, the rate at which frames are sampled."""
 
     def __str__(self) -> str:
         return _shown(self.path) if self.path is not None else f"of {len(self.frames)} frames"
@@ -100,7 +100,7 @@ Part = TextPart | ImagePart | VideoPart
 
 @dataclass(frozen=True)
 class Message:
-    """One turn: who speaks, what is said, whether it is trained; `fields` are further keys for the chat template."""
+    """One turn: its role, its content, whether it is trained, and further keys for the chat template (`fields`)."""
 
     role: str
     content: str | tuple[Part, ...]
@@ -136,15 +136,15 @@ class Conversation:
 
     @property
     def num_assistant_turns(self) -> int:
-        """How many messages the assistant speaks."""
+        """Number of assistant messages."""
         return sum(message.role == "assistant" for message in self.messages)
 
     def first_messages(self, count: int) -> Conversation:
-        """The conversation up to and including its `count`-th message."""
+        """Return the conversation up to and including its `count`-th message."""
         return dataclasses.replace(self, messages=self.messages[:count])
 
     def template_messages(self, images: Sequence[Any], videos: Sequence[Any] = ()) -> list[dict[str, Any]]:
-        """Messages as chat templates and processors take them.
+        """Return the messages in the form that chat templates and processors take.
 
         Args:
             images: one decoded image per image part, in reading order.
@@ -228,14 +228,14 @@ class _RowParser:
         return DataError(what, self.row_name, fix)
 
     def listed_images(self, row: dict[str, Any]) -> list[ImageSource]:
-        """Images that a row lists beside its messages."""
+        """Parse the images that a row lists beside its messages."""
         listed = row.get("images") if row.get("images") is not None else row.get("image")
         if listed is None:
             return []
         return [self.image(item) for item in (listed if isinstance(listed, list) else [listed])]
 
     def listed_videos(self, row: dict[str, Any]) -> list[VideoSource]:
-        """Videos that a row lists beside its messages; a list under `video` is one video's frames."""
+        """Parse the videos that a row lists beside its messages; a list under `video` is one video's frames."""
         if row.get("videos") is not None:
             listed = row["videos"]
             return [self.video(item) for item in (listed if isinstance(listed, list) else [listed])]
@@ -269,7 +269,7 @@ class _RowParser:
         return tuple(parts)
 
     def split_markers(self, text: str, markers: Mapping[str, Part]) -> Iterator[Part]:
-        """Parts of a text with markers; line breaks beside a marker belong to the marker."""
+        """Split a text at its markers; line breaks beside a marker belong to the marker."""
         pieces = re.split("|".join(f"({re.escape(marker)})" for marker in markers), text)
         has_markers = len(pieces) > 1
         for piece in pieces:
@@ -297,11 +297,11 @@ class _RowParser:
         raise self.error(f"not a content part: {str(item)[:80]}", "give {'type': 'text' | 'image' | 'video', ...}")
 
     def video_and_rate(self, item: dict[str, Any]) -> tuple[Any, Any]:
-        """What a part, or an object that stands for a video, says: the video and its fps; None where it does not."""
+        """Return the video and its fps from a part or an object that stands for a video; None for what is missing."""
         given = [item[key] for key in VIDEO_KEYS if item.get(key) is not None]
         if len(given) > 1:
             raise self.error("a video part names more than one video", f"keep one of {', '.join(VIDEO_KEYS)}")
-        # Other tools' settings of one video; trained without them it would be another video.
+        # Other tools' settings of one video; ignoring them would train on other frames.
         unknown = [key for key in sorted(item) if item[key] is not None and key not in ("type", "fps", *VIDEO_KEYS)]
         if unknown:
             raise self.error(f"a video part also has {', '.join(unknown)}", "keep only the video and `fps`")
@@ -353,7 +353,7 @@ class _RowParser:
             raise self.error(f"an image's bytes are not base64 ({error})") from None
 
     def fill_placeholders(self, messages: list[Message], listed: Sequence[Part], kind: str) -> list[Message]:
-        """Give the row's listed images, or its listed videos, to their placeholders in order."""
+        """Replace placeholders by the row's listed images, or its listed videos, in order."""
         placeholder: Part = ImagePart(None) if kind == "image" else VideoPart(None)
         found = sum(part == placeholder for message in messages for part in message.parts)
         if found != len(listed):

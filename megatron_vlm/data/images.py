@@ -1,4 +1,4 @@
-"""Images from files, bytes and URLs as RGB pictures, with limits on what untrusted data may cost.
+"""Load images from files, bytes and URLs as RGB, with limits on what untrusted data may cost.
 
 Source: `load_image` in transformers/image_utils.py (orientation tag applied, then RGB); torchvision's decoder, which
 transformers uses when it opens a path itself, gives the same pixels (a test compares them).
@@ -18,7 +18,7 @@ from megatron_vlm.data.formats import ImageSource
 from megatron_vlm.errors import DataError
 
 MAX_IMAGE_PIXELS = 89_478_485
-"""Largest width x height that is decoded; PIL's own number, which PIL only warns about up to twice its value."""
+"""Largest width x height that is decoded; PIL's own limit, which PIL only warns about up to twice its value."""
 MAX_IMAGE_BYTES = 256 * 2**20
 """Largest encoded image that is read."""
 URL_TIMEOUT_SECONDS = 20.0
@@ -74,7 +74,7 @@ def _decode(data: bytes, source: ImageSource, row_name: str) -> Image.Image:
 
 
 def read_bytes(source: ImageSource, row_name: str, allow_urls: bool) -> bytes:
-    """The encoded image.
+    """Return the encoded bytes of an image.
 
     Raises:
         DataError: see `load_image`.
@@ -98,7 +98,7 @@ def read_bytes(source: ImageSource, row_name: str, allow_urls: bool) -> bytes:
 
 
 def _fetch(url: str, row_name: str) -> bytes:
-    """Download, no further than the size limit and only over http(s), also after redirects."""
+    """Download a URL up to the size limit, and only over http(s), also after redirects."""
     try:
         with urllib.request.urlopen(url, timeout=URL_TIMEOUT_SECONDS) as response:
             if not response.url.startswith(("http://", "https://")):

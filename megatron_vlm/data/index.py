@@ -2,7 +2,7 @@
 
 The pass looks at line breaks and at each line's first byte, at the speed of the disk; it parses no JSON. Rows are
 parsed when they are read, so a row that is not JSON is found when its turn comes (and by `--dry_run`, which parses all
-rows). Known at once are only lines that do not begin with "{", and a last line that is cut short.
+rows). Only lines that do not begin with "{", and a last line that is cut short, are known at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class JsonlIndex:
-    """Where each row of a JSONL file is, and what identifies the file's content."""
+    """Byte offsets of the rows of a JSONL file, and a digest of its content."""
 
     path: str
     starts: np.ndarray
@@ -64,7 +64,7 @@ def build_index(path: str) -> JsonlIndex:
 
 
 def _scan(file: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, str]:
-    """Line starts, each line's first byte, newline offsets, size and digest of an open file."""
+    """Return line starts, each line's first byte, newline offsets, size and digest of an open file."""
     digest = hashlib.blake2b(digest_size=16)
     starts, first_bytes, newlines = [], [], []
     offset, last_byte = 0, NEWLINE
@@ -83,7 +83,7 @@ def _scan(file: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, str]:
 
 
 def _check_suspects(index: JsonlIndex, suspects: np.ndarray) -> JsonlIndex:
-    """Drop blank lines, and note which of the lines that do not look like an object are none."""
+    """Drop blank lines, and record which of the suspect lines are not JSON objects."""
     rows = JsonlRows(index)
     blank, unparsable = [], []
     # The last line is parsed because an interrupted copy cuts it short.
@@ -125,7 +125,7 @@ class JsonlRows:
         self._descriptor: int | None = None
 
     def read(self, row: int) -> bytes:
-        """The text of row `row` (from 0), without a byte order mark.
+        """Return the text of row `row` (from 0), without a byte order mark.
 
         Raises:
             DataError: the file shrank since it was indexed.
@@ -140,7 +140,7 @@ class JsonlRows:
         return text.removeprefix(BYTE_ORDER_MARK) if start == 0 else text
 
     def name(self, row: int) -> str:
-        """File and line number of a row, as error messages and reports name it."""
+        """Return the file and line number of a row, as error messages and reports name it."""
         blanks_before = int(np.searchsorted(self.index.rows_after_blanks, row, side="right"))
         return f"{self.index.path}:{row + blanks_before + 1}"
 

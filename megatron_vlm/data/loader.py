@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BatchSharding:
-    """Which part of every global batch a rank reads, and how it is shaped."""
+    """The part of every global batch that a rank reads, and the shape of its micro-batches."""
 
     global_batch_size: int
     micro_batch_size: int
@@ -68,7 +68,7 @@ class _Refusal:
 
 
 class _MicroBatches(Dataset[MicroBatch | _Refusal]):
-    """Micro-batch i of a rank, counted from a start position."""
+    """Micro-batches of a rank, by (start position in the plan, number of the micro-batch from there)."""
 
     def __init__(self, reader: RowReader, plan: SamplePlan, sharding: BatchSharding, one_pass: bool) -> None:
         self.reader = reader
@@ -107,7 +107,7 @@ class _MicroBatches(Dataset[MicroBatch | _Refusal]):
 
 
 class _Order:
-    """The numbers that a loader asks its workers for; `start` moves when the position is restored."""
+    """Sampler of (start position, micro-batch number); `start` moves when the position is restored."""
 
     def __init__(self) -> None:
         self.start = 0
@@ -124,17 +124,17 @@ class MicroBatchLoader:
     """Iterator over a rank's micro-batches, endless in training.
 
     Args:
-        reader: rows of the sources.
-        plan: the order of rows.
-        sharding: this rank's part.
+        reader: reads rows of the sources as samples.
+        plan: the order in which rows are read.
+        sharding: this rank's part of every global batch.
         num_workers: processes that read ahead; 0 reads in this process.
         num_global_batches: length of one iteration; None is endless.
-        one_pass: rows that come a second time become empty slots (evaluation).
+        one_pass: replace rows that come a second time by padding samples, as evaluation does.
         pin_memory: put tensors into page-locked memory.
         report_problems: log one line for each bad or dropped row.
 
     Raises (from `next`):
-        DataError, ConfigError: what a row of `strict` data is refused for.
+        DataError, ConfigError: a row is refused; see `RowReader.read`.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class MicroBatchLoader:
         return batch
 
     def global_batch(self) -> list[MicroBatch]:
-        """This rank's micro-batches of the next global batch."""
+        """Return this rank's micro-batches of the next global batch."""
         return [next(self) for _ in range(self.sharding.num_micro_batches)]
 
     def seek(self, consumed_samples: int) -> None:
@@ -212,14 +212,14 @@ class MicroBatchLoader:
         self._order.start = self.consumed_samples = consumed_samples
 
     def state_dict(self) -> dict[str, Any]:
-        """The position and what it refers to, as plain values; the same on every rank."""
+        """Return the position and what it refers to, as plain values; they are the same on every rank."""
         return self.plan.state(self.consumed_samples)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was saved, at any data-parallel size, micro-batch size or number of workers.
 
         Raises:
-            DataError: the data or their order changed; names what changed.
+            DataError: the data or their order changed; the message names what changed.
         """
         self.seek(self.plan.check_state(state))
 
@@ -229,7 +229,7 @@ class MicroBatchLoader:
         # torch keeps persistent workers alive on the loader; there is no public way to stop them before it goes.
         self._loader._iterator = None
         for worker in self._workers:
-            # Only one that hangs in a read is still there; it has SIGTERM blocked.
+            # Only a worker that hangs in a read is still alive, and it has SIGTERM blocked.
             worker.kill()
         self._workers = set()
 
@@ -260,12 +260,12 @@ def build_train_loader(
     pin_memory: bool = False,
     report_problems: bool = True,
 ) -> MicroBatchLoader:
-    """The endless loader over data.train.
+    """Build the endless loader over data.train.
 
     Args:
         config: the run's configuration.
         rules: the family's prompt rules.
-        sharding: this rank's part.
+        sharding: this rank's part of every global batch.
         pin_memory: put tensors into page-locked memory.
         report_problems: log bad and dropped rows; one rank per data-parallel rank should.
 
@@ -292,9 +292,10 @@ def build_valid_loader(
     pin_memory: bool = False,
     report_problems: bool = True,
 ) -> MicroBatchLoader | None:
-    """The loader over data.valid, in file order, up to eval_iters global batches and no row twice; None without data.
+    """Build the loader over data.valid, or return None without held-out data.
 
-    Iterate over it, then `seek(0)` before the next evaluation. Arguments and errors as in `build_train_loader`.
+    It reads in file order, up to eval_iters global batches, and no row twice. Iterate over it, then `seek(0)` before
+    the next evaluation. Arguments and errors are those of `build_train_loader`.
     """
     if not config.data.valid:
         return None
@@ -317,7 +318,7 @@ def _start_fork_server() -> BaseContext:
     """Start the process that workers are forked from; its imports run while the caller builds the model."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    # The fork server needs the tracker, whose start unblocks signals: each starts in a block of its own.
+    # The fork server needs the resource tracker, whose start unblocks signals: each starts in a block of its own.
     with _signals_blocked():
         resource_tracker.ensure_running()
     with _signals_blocked():
@@ -332,7 +333,7 @@ def _start_worker(worker: int) -> None:
 
 
 def _leave_with_rank() -> None:
-    """End this worker when its rank was killed; torch's own watch looks at the fork server, which waits for us."""
+    """End this worker when its rank was killed; torch's own watchdog looks at the fork server, which waits for it."""
     rank = multiprocessing.parent_process()
     assert rank is not None
     connection.wait([rank.sentinel])

@@ -1,4 +1,4 @@
-"""Images and videos of a row: what they are, and those of any size as one sequence of patches in reading order.
+"""Describe the images and videos of a row, and pack their patches into one sequence in reading order.
 
 Shapes: S tokens, P patches, I images.
 """
@@ -24,7 +24,7 @@ class Medium:
     """An image or a video of a row.
 
     Attributes:
-        kind: what it is; an image is one frame.
+        kind: image or video; an image is one frame.
         grid: frames, height and width in patches; "frames" are patches in time.
     """
 
@@ -33,22 +33,22 @@ class Medium:
 
 
 Packed = tuple[torch.Tensor | None, list[Medium]]
-"""What the vision tower takes of all images and videos in reading order, float32, or None without any; and what they
-are. Media of any size: [P, patch features]; images scaled to one size: [I, channels, height, width]."""
+"""The vision tower's input for all images and videos in reading order, float32, or None without any; and the media
+themselves. Media of any size: [P, patch features]; images scaled to one size: [I, channels, height, width]."""
 
 
 @dataclass(frozen=True)
 class MediaRules:
-    """What a family's processor does with images and videos."""
+    """How a family's processor treats images and videos."""
 
     sizes: Mapping[str, int]
-    """How config.json cuts images, by the attribute of the processor that must say the same."""
+    """Sizes in config.json by which images are cut, by the attribute of the processor that must equal them."""
     pack: Callable[[Mapping[str, Any], np.ndarray, str], Packed]
-    """Pixels and media from (the processor's output, token ids [S], file and line of the row); DataError where the
-    placeholders are not those of the media."""
+    """Returns pixels and media from (the processor's output, token ids [S], file and line of the row); raises DataError
+    where the placeholders do not match the media."""
     limit_pixels: Callable[[Any, int | None, int | None], None]
-    """Sets data.min_pixels and data.max_pixels, at least one of them given, on a processor; ConfigError where it cannot
-    keep to them."""
+    """Sets data.min_pixels and data.max_pixels, at least one of them given, on a processor; raises ConfigError where it
+    cannot respect them."""
 
 
 def pack_in_reading_order(
@@ -60,18 +60,18 @@ def pack_in_reading_order(
     video_token_id: int | None,
     merge_size: int,
 ) -> Packed:
-    """Patches of a row's images and videos, interleaved as their placeholders are.
+    """Pack the patches of a row's images and videos in the order of their placeholders.
 
     Args:
-        output: the processor's: patches of images and of videos apart, with the grids of each.
+        output: the processor's output, which holds images and videos separately, each as patches with their grids.
         input_ids: [S] int64. Every image and every frame of a video is one run of placeholders.
         row_name: file and line of the row, for error messages.
-        image_token_id: placeholder of images.
-        video_token_id: placeholder of videos.
-        merge_size: patches on each side of what one token stands for.
+        image_token_id: id of the placeholder of images.
+        video_token_id: id of the placeholder of videos.
+        merge_size: patches on each side of the square that one token stands for.
 
     Raises:
-        DataError: the runs of placeholders are not those of the images and videos.
+        DataError: the runs of placeholders do not match the images and videos.
     """
     images, videos = _pieces(output, "pixel_values", "image"), _pieces(output, "pixel_values_videos", "video")
     patches: list[torch.Tensor] = []
@@ -91,7 +91,7 @@ def pack_in_reading_order(
             raise _mismatch(f"{length} placeholders in a run where {expected} features belong", row_name)
     if frames_left or next(images, None) or next(videos, None):
         raise _mismatch("fewer runs of placeholders than images and frames", row_name)
-    # One kind alone is in order already; patches are large, so they are not copied without need.
+    # Media of a single kind are in order already; patches are large, so they are not copied without need.
     whole = [output[key] for key in ("pixel_values", "pixel_values_videos") if key in output]
     if len(whole) < 2:
         return (whole[0] if whole else None), media
@@ -101,7 +101,7 @@ def pack_in_reading_order(
 def _pieces(
     output: Mapping[str, Any], pixels: str, kind: Literal["image", "video"]
 ) -> Iterator[tuple[torch.Tensor, Medium]]:
-    """Patches of each image, or of each video, and what it is."""
+    """Iterate over the images, or the videos: the patches of each and its description."""
     if pixels not in output:
         return iter(())
     media = [Medium(kind, (*grid,)) for grid in output[f"{kind}_grid_thw"].tolist()]
@@ -109,7 +109,7 @@ def _pieces(
 
 
 def _runs(input_ids: np.ndarray, image_token_id: int | None, video_token_id: int | None) -> Iterator[tuple[int, int]]:
-    """Token and length of each run of the same placeholder."""
+    """Iterate over the runs of the same placeholder as (token, length)."""
     is_vision = np.isin(input_ids, [token for token in (image_token_id, video_token_id) if token is not None])
     starts = np.flatnonzero(np.diff(input_ids, prepend=-1))
     lengths = np.diff(starts, append=len(input_ids))
@@ -126,15 +126,16 @@ def _mismatch(what: str, row_name: str) -> DataError:
 
 
 def limit_areas(processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
-    """Give the limits to the image and the video processor; what is not given keeps their own values.
+    """Set the limits on the image and the video processor; a limit that is not given keeps their own value.
 
     Args:
-        processor: one whose parts call the area of the smallest and largest image "shortest_edge" and "longest_edge".
+        processor: one whose image and video processors call the smallest and largest area "shortest_edge" and
+            "longest_edge".
         min_pixels: see `PromptBuilder`.
         max_pixels: see `PromptBuilder`.
 
     Raises:
-        ConfigError: there is nothing between the limits.
+        ConfigError: no size lies between the limits.
     """
     for kind in ("image", "video"):
         part = getattr(processor, f"{kind}_processor", None)

@@ -21,13 +21,13 @@ import numpy as np
 from megatron_vlm.errors import DataError
 
 LONGEST_BLEND_CYCLE = 65_536
-"""Weights are kept exactly if their ratio fits a cycle of so many rows, else rounded to 1/65536."""
+"""Weights are kept exactly if their ratio fits a cycle of this many rows, else rounded to 1/65536."""
 FEISTEL_ROUNDS = 6
 
 
 @dataclass(frozen=True)
 class PlannedSource:
-    """What the order depends on in one data source."""
+    """The facts about one data source that the order depends on."""
 
     path: str
     num_rows: int
@@ -60,7 +60,7 @@ class SamplePlan:
         shares = blend_shares([source.weight for source in sources])
         self._shares = np.array(shares)
         self._cycle = blend_cycle(shares)
-        # How many rows of the same source stand before each place of the cycle.
+        # How many rows of the same source come before each position of the cycle.
         self._rank_in_cycle = np.empty(len(self._cycle), np.int64)
         for source, share in enumerate(shares):
             self._rank_in_cycle[self._cycle == source] = np.arange(share)
@@ -71,7 +71,7 @@ class SamplePlan:
         return sum(source.num_rows for source in self.sources)
 
     def rows(self, start: int, count: int) -> list[RowReference]:
-        """The rows at positions [start, start + count)."""
+        """Return the rows at positions [start, start + count)."""
         positions = np.arange(start, start + count)
         cycles, places = np.divmod(positions, len(self._cycle))
         chosen = self._cycle[places]
@@ -85,7 +85,7 @@ class SamplePlan:
         return [RowReference(*item) for item in zip(chosen.tolist(), epochs.tolist(), rows.tolist(), strict=True)]
 
     def positions_of_one_pass(self) -> int:
-        """Positions after which every row of every source has come at least once."""
+        """Return the number of positions after which every row of every source has come at least once."""
         longest = 0
         for source, planned in enumerate(self.sources):
             full_cycles, rest = divmod(planned.num_rows - 1, int(self._shares[source]))
@@ -101,7 +101,7 @@ class SamplePlan:
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def state(self, consumed_samples: int) -> dict[str, Any]:
-        """Plain values from which `check_state` recognises the same plan and the position in it."""
+        """Return plain values from which `check_state` recognises the same plan and the position in it."""
         return {
             "consumed_samples": consumed_samples,
             "fingerprint": self.fingerprint,
@@ -111,7 +111,7 @@ class SamplePlan:
         }
 
     def check_state(self, state: dict[str, Any]) -> int:
-        """The position that `state` holds.
+        """Check that `state` belongs to this plan and return the position that it holds.
 
         Raises:
             DataError: the data, their weights, the seed or the shuffling changed since the state was saved.
@@ -144,12 +144,12 @@ class SamplePlan:
 
 
 def micro_batch_start(step_start: int, micro_batch: int, rank: int, ranks: int, micro_batch_size: int) -> int:
-    """First position of a rank's micro-batch within the global batch that starts at `step_start`."""
+    """Return the first position of a rank's micro-batch within the global batch that starts at `step_start`."""
     return step_start + (micro_batch * ranks + rank) * micro_batch_size
 
 
 def blend_shares(weights: Sequence[float]) -> list[int]:
-    """Rows of each source in one cycle of the blend, in the ratio of the weights; every source has at least one."""
+    """Return the rows of each source in one cycle of the blend, in the ratio of the weights and at least one each."""
     exact = [Fraction(str(weight)) for weight in weights]
     scale = lcm(*(weight.denominator for weight in exact))
     shares = [int(weight * scale) for weight in exact]
@@ -162,13 +162,13 @@ def blend_shares(weights: Sequence[float]) -> list[int]:
 
 
 def blend_cycle(shares: Sequence[int]) -> np.ndarray:
-    """Sources in the order of largest deficit over one cycle, after which every deficit is zero again.
+    """Order the sources by largest deficit over one cycle, after which every deficit is zero again.
 
     Args:
         shares: rows of each source in one cycle.
 
     Returns:
-        [sum(shares)] int64, the source of each place.
+        [sum(shares)] int64, the source at each position of the cycle.
     """
     length = sum(shares)
     if len(shares) == 1:
@@ -186,14 +186,14 @@ def blend_cycle(shares: Sequence[int]) -> np.ndarray:
 
 
 def permute(values: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
-    """Images of `values` under a pseudo-random permutation of range(size), without storing it.
+    """Map `values` by a pseudo-random permutation of range(size), without storing it.
 
     A balanced Feistel network permutes the next power of four; values that land outside are sent through again.
 
     Args:
-        values: int64 in [0, size).
+        values: int64 array of integers in [0, size).
         size: length of the range.
-        key: which permutation.
+        key: integers that select the permutation.
     """
     half_bits = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=8 * FEISTEL_ROUNDS).digest()
@@ -213,7 +213,7 @@ def _feistel(values: np.ndarray, half_bits: int, round_keys: np.ndarray) -> np.n
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """A 64-bit finaliser: every output bit depends on every input bit. Source: splitmix64 (Steele et al. 2014)."""
+    """Mix 64 bits: every output bit depends on every input bit. Source: splitmix64 (Steele et al. 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""The processor of a model directory, checked against the model and given the run's limits."""
+"""Load the processor of a model directory, check it against the model, and set the run's limits on it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from transformers import AutoProcessor, AutoTokenizer
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.errors import ConfigError
 
-# What processors call the tokens that they write around and instead of an image or video.
+# Attribute names of the tokens that processors write around, and in place of, an image or video.
 IMAGE_TOKEN_NAMES = (
     "boi_token eoi_token image_token video_token vision_start_token vision_end_token image_break_token image_end_token"
 ).split()
-# A tekken.json has these tokens but no names for them; transformers' converter of single files gives them the same.
+# A tekken.json has these tokens but no names for them; transformers' converter of single files assigns the same.
 TEKKEN_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 
 
 def load_processor(hf_path: str, rules: PromptRules, min_pixels: int | None, max_pixels: int | None) -> Any:
-    """The processor of a directory; of a text-only model its tokenizer.
+    """Load the processor of a directory, or the tokenizer if the model is text-only.
 
     Args:
         hf_path: directory with tokenizer and processor files.
@@ -29,7 +29,7 @@ def load_processor(hf_path: str, rules: PromptRules, min_pixels: int | None, max
         max_pixels: see `PromptBuilder`.
 
     Raises:
-        ConfigError: it cannot be loaded, or does not fit the model or the limits.
+        ConfigError: the processor cannot be loaded, or does not fit the model or the limits.
     """
     _check_pixel_limits(rules, min_pixels, max_pixels)
     processor = _load(hf_path, has_images=rules.image_token_id is not None)
@@ -66,16 +66,16 @@ def _load(hf_path: str, has_images: bool) -> Any:
             setattr(tokenizer, name, token)
     video_processor = getattr(processor, "video_processor", None)
     if video_processor is not None and getattr(video_processor, "cap_pixels_per_frame", False) is None:
-        # What leaving it unset means, without the warning that transformers gives for that.
+        # Unset means False; setting it avoids the warning that transformers gives.
         video_processor.cap_pixels_per_frame = False
     return processor
 
 
 def _check_tokens_and_patches(processor: Any, hf_path: str, rules: PromptRules) -> None:
-    """The processor's placeholders and patches must be those that the model was configured with."""
+    """Check that the processor's placeholders and patches are those that the model was configured with."""
     tokenizer = getattr(processor, "tokenizer", processor)
     for kind, expected in (("image", rules.image_token_id), ("video", rules.video_token_id)):
-        # Some processors call the mark that they expand their image token; some tokenizers name none.
+        # Some processors' image token is the marker that they expand; some tokenizers name no image token.
         own_ids = [getattr(owner, f"{kind}_token_id", None) for owner in (tokenizer, processor)]
         own_id = next((token for token in own_ids if token is not None), None)
         if expected is not None and own_id != expected:

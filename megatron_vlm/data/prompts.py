@@ -1,4 +1,4 @@
-"""Conversations into token ids, trained-token masks and media, by the model's own processor and chat template.
+"""Encode conversations as token ids, trained-token masks and media with the model's processor and chat template.
 
 Ids and pixels are what `processor.apply_chat_template(messages, tokenize=True)` gives; nothing is added. Which tokens
 are trained is decided in this order:
@@ -33,7 +33,7 @@ from megatron_vlm.data.videos import Video
 from megatron_vlm.errors import ConfigError, DataError
 
 TRANSFORMERS = Version(transformers.__version__)
-# Before, positions of an answer did not count the tokens by which images had been replaced.
+# Earlier versions locate answers without counting the tokens by which images are replaced.
 TAGS_WITH_MEDIA_SINCE = Version("5.23")
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -45,14 +45,14 @@ class Sample:
     input_ids: np.ndarray
     """[S] int64."""
     trained: np.ndarray
-    """[S] bool: the token at this place is a target."""
+    """[S] bool: the token at this position is a target."""
     media: list[Medium] = field(default_factory=list)
     """Its images and videos in reading order."""
     media_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
-    """What the towers take of all media in reading order, by name; see `media.Packed`. Empty without media."""
+    """Inputs of the towers for all media in reading order, by name; see `media.Packed`. Empty without media."""
 
     def count(self, kind: str) -> int:
-        """How many media are of a kind."""
+        """Return how many media are of a kind."""
         return sum(medium.kind == kind for medium in self.media)
 
 
@@ -61,7 +61,7 @@ class PromptBuilder:
 
     Args:
         hf_path: directory with tokenizer, processor and chat template files.
-        rules: the family's rules.
+        rules: the family's prompt rules.
         min_pixels: fewest pixels of an image, or of all frames of a video together; None keeps the processor's own
             values.
         max_pixels: most pixels, likewise.
@@ -99,7 +99,7 @@ class PromptBuilder:
         self._control_token = _control_token_pattern(self.tokenizer, rules)
 
     def encode(self, conversation: Conversation, images: Sequence[Image.Image], videos: Sequence[Video] = ()) -> Sample:
-        """Tokens, trained mask and media of one conversation.
+        """Encode one conversation as tokens, trained mask and media.
 
         Args:
             conversation: the row.
@@ -136,7 +136,7 @@ class PromptBuilder:
         return Sample(input_ids, trained, media, {} if pixels is None else {"pixel_values": pixels})
 
     def sample_frames(self, metadata: VideoMetadata, frames_per_second: float | None) -> np.ndarray:
-        """Indices of the frames that the video processor takes of a file; see `videos.Sampler`."""
+        """Return the indices of the frames that the video processor samples from a file; see `videos.Sampler`."""
         processor = self.processor.video_processor
         if frames_per_second is not None:
             return processor.sample_frames(metadata=metadata, fps=frames_per_second)
@@ -146,18 +146,21 @@ class PromptBuilder:
 
     @property
     def padding_token_id(self) -> int:
-        """A harmless token for rows without content and for padding."""
+        """Id of a harmless token for padding and padding samples."""
         return int(self.tokenizer.pad_token_id or 0)
 
     @cached_property
     def shortest_image_row_tokens(self) -> int:
-        """Tokens of a conversation of the smallest image and an answer of one letter; some templates refuse none."""
+        """Length in tokens of a conversation with the smallest image and a one-letter answer.
+
+        Some templates refuse an empty answer.
+        """
         blank = ImagePart(ImageSource(data=b""))
         conversation = Conversation((Message("user", (blank,)), Message("assistant", "a")), "a blank image")
         return len(self.encode(conversation, [Image.new("RGB", (2, 2))]).input_ids)
 
     def _apply_template(self, messages: list[dict[str, Any]], videos: Sequence[Video]) -> dict[str, Any]:
-        """Processor output of one conversation, without the batch dimension on text."""
+        """Return the processor's output for one conversation, without the batch dimension on text."""
         options: dict[str, Any] = {"tokenize": True, "return_dict": True}
         if self.has_generation_tags:
             options["return_assistant_tokens_mask"] = True
@@ -169,11 +172,11 @@ class PromptBuilder:
         processor_options: dict[str, Any] = {
             "return_offsets_mapping": True,
             "return_text_replacement_offsets": True,
-            # Lists, also where a processor would make tensors, through which transformers walks slowly for its masks.
+            # Lists even where a processor would make tensors, which transformers is slow to walk for its masks.
             "text_kwargs": {"return_tensors": None},
         }
         if videos:
-            # Files were sampled when they were read; lists of frames are taken whole.
+            # Files were sampled when they were read; of lists of frames, all frames are taken.
             metadata = [video.metadata for video in videos]
             processor_options.update(do_sample_frames=False, video_metadata=metadata)
         output = self.processor.apply_chat_template(messages, processor_kwargs=processor_options, **options)
@@ -181,7 +184,7 @@ class PromptBuilder:
         return {key: value[0] if key in per_text else value for key, value in output.items()}
 
     def _refuse_control_tokens(self, conversation: Conversation) -> None:
-        """A control token in the text of a message would forge an image, or a turn where markers are searched."""
+        """Refuse control tokens in the text of messages: they would forge images, or turns found by markers."""
         for message in conversation.messages:
             texts = [part.text for part in message.parts if isinstance(part, TextPart)]
             # Templates join parts, some without the spaces around them.
@@ -202,7 +205,7 @@ class PromptBuilder:
     def _mask_by_markers(
         self, messages: list[dict[str, Any]], output: dict[str, Any], conversation: Conversation
     ) -> np.ndarray:
-        """Trained mask from the family's turn markers.
+        """Build the trained mask from the family's turn markers.
 
         A turn's trained text starts after the start marker and ends with the end-of-turn token; the line break that
         templates put after that token is not trained, because generation stops before it.
@@ -226,12 +229,12 @@ class PromptBuilder:
 
 
 def turn_ends(trained: np.ndarray) -> np.ndarray:
-    """PatchPositions after the last token of each run of trained tokens, [turns] int64."""
+    """Return the position after the last token of each run of trained tokens, [turns] int64."""
     return np.flatnonzero(trained & ~np.append(trained[1:], False)) + 1
 
 
 def _characters_gained(position: int, replacements: list[dict[str, Any]]) -> int:
-    """How far image placeholders before `position` moved it when they were expanded."""
+    """Return by how many characters `position` moved when the image placeholders before it were expanded."""
     return sum(
         (item["new_span"][1] - item["new_span"][0]) - (item["span"][1] - item["span"][0])
         for item in replacements
@@ -240,7 +243,7 @@ def _characters_gained(position: int, replacements: list[dict[str, Any]]) -> int
 
 
 def _drop_untrained_turns(trained: np.ndarray, conversation: Conversation) -> np.ndarray:
-    """The mask without the turns whose message says `loss: false`."""
+    """Return the mask without the turns whose message has `loss: false`."""
     losses = [message.loss for message in conversation.messages if message.role == "assistant"]
     if all(losses):
         return trained
@@ -258,9 +261,9 @@ def _drop_untrained_turns(trained: np.ndarray, conversation: Conversation) -> np
 
 
 def _control_token_pattern(tokenizer: Any, rules: PromptRules) -> re.Pattern[str]:
-    """Matches every special token and every turn marker, and tokens that markers are made of.
+    """Build a pattern that matches every special token, every turn marker, and the tokens that markers consist of.
 
-    Some tokenizers do not call those special, and to some a marker is text like any other.
+    Some tokenizers do not call those special, and to some a marker is ordinary text.
     """
     markers = rules.assistant_start.strip(), rules.assistant_end
     names = {
@@ -273,7 +276,7 @@ def _control_token_pattern(tokenizer: Any, rules: PromptRules) -> re.Pattern[str
 
 
 def _probe_prompt(processor: Any, rules: PromptRules) -> str:
-    """A minimal conversation as the template renders it; empty if it refuses."""
+    """Render a minimal conversation with the template; return an empty string if it refuses."""
     contents: list[Any] = ["a", "b"]
     if rules.image_token_id is not None:
         contents = [[{"type": "text", "text": text}] for text in contents]

@@ -1,4 +1,4 @@
-"""One slot of the plan into one sample, with the policies for bad and too long rows."""
+"""Read one slot of the plan as one sample, with the policies for bad and too long rows."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class RowReader:
     """Reads rows of several sources as samples.
 
     Args:
-        sources: files and weights.
-        settings: policies and limits.
-        builder: the model's processor and chat template.
+        sources: the data files with their weights in the blend.
+        settings: the configuration's `data` section.
+        builder: encodes conversations with the model's processor and chat template.
 
     Raises:
         DataError: a file is missing or empty, or (strict) has a line that is no JSON object.
@@ -53,7 +53,7 @@ class RowReader:
         return [file.index.path for file in self.files]
 
     def planned_sources(self) -> list[PlannedSource]:
-        """The facts about the sources that the plan depends on."""
+        """Return the facts about the sources that the plan depends on."""
         indices = [file.index for file in self.files]
         return [
             PlannedSource(index.path, index.num_rows, index.digest, weight)
@@ -61,7 +61,7 @@ class RowReader:
         ]
 
     def conversation(self, source: int, row: int) -> Conversation:
-        """The parsed row.
+        """Parse a row and check that the model takes its images and videos.
 
         Raises:
             DataError: the row has none of the known formats, or images or videos that the model does not take.
@@ -80,7 +80,7 @@ class RowReader:
         return conversation
 
     def read(self, source: int, row: int) -> LoadedSample:
-        """The sample of one row; a row that cannot be used keeps its slot as a filler without weight.
+        """Return the sample of one row; a row that cannot be used keeps its slot as a padding sample without weight.
 
         Raises:
             DataError: the row is bad and `strict` is set, or too long and `too_long` is `error`.
@@ -99,7 +99,7 @@ class RowReader:
         return self._too_long(conversation, sample, source)
 
     def empty(self, source: int) -> LoadedSample:
-        """A slot that holds no row."""
+        """Return a padding sample for a slot that holds no row."""
         return LoadedSample(self._padding_sample(), source, "")
 
     def _line(self, file: JsonlRows, row: int) -> tuple[bytes, str]:
@@ -112,7 +112,7 @@ class RowReader:
         return self.builder.encode(conversation, images, videos)
 
     def _padding_sample(self) -> Sample:
-        """One token that trains nothing."""
+        """Return a sample of one token that trains nothing."""
         return Sample(np.array([self.builder.padding_token_id], np.int64), np.zeros(1, bool))
 
     def _too_long(self, conversation: Conversation, sample: Sample, source: int) -> LoadedSample:
@@ -130,7 +130,7 @@ class RowReader:
         return LoadedSample(self._padding_sample(), source, name, too_long=True, problem=f"dropped: {what} [{name}]")
 
     def _truncate(self, conversation: Conversation, sample: Sample) -> Sample | None:
-        """The most leading messages, ending with an assistant's, that fit and train something, rendered afresh."""
+        """Render the most leading messages that end with an assistant's, fit, and train something; None if none do."""
         limit = self.settings.seq_length
         turns_that_may_fit = int((turn_ends(sample.trained) <= limit).sum())
         answers = [number for number, message in enumerate(conversation.messages, 1) if message.role == "assistant"]
@@ -155,7 +155,7 @@ class RowReader:
             )
 
     def _check_image_fits(self) -> None:
-        """Refuse at once when the first rows have images that no row could hold, or videos that cannot be decoded."""
+        """Refuse at once where the first rows have images beyond seq_length, or videos that cannot be decoded."""
         if self.builder.rules.image_token_id is None:
             return
         for source, file in enumerate(self.files):
@@ -172,7 +172,7 @@ class RowReader:
 
 
 def reader_for(config: Config, sources: Sequence[DataSource], rules: PromptRules) -> RowReader:
-    """The rows of `sources` as the configuration wants them read; errors as in `PromptBuilder` and `RowReader`."""
+    """Build the configuration's reader of `sources`; errors are those of `PromptBuilder` and `RowReader`."""
     builder = PromptBuilder(config.model.hf_path, rules, config.data.min_pixels, config.data.max_pixels)
     return RowReader(sources, config.data, builder)
 
@@ -182,7 +182,7 @@ class BadRowTracker:
     """Ends a run whose fraction of bad rows passes the limit.
 
     The fraction is of the rows seen so far, but of no fewer than 100 (or all rows of smaller data sets), so that one
-    bad row at the start does not end a run that is fine. A row is one of the data, a sample; not one of a batch.
+    bad row at the start does not end a run that is fine. A row here is a sample of the data, not a row of a batch.
 
     Args:
         max_bad_fraction: largest fraction of bad rows.
@@ -201,7 +201,7 @@ class BadRowTracker:
         Args:
             bad_rows: bad rows among those of the global batch.
             rows: rows of the data that the global batch holds.
-            problems: descriptions known to this rank.
+            problems: descriptions of the bad rows that this rank read.
 
         Raises:
             DataError: the fraction passed the limit.

@@ -23,13 +23,13 @@ class PromptRules:
     image_token_id: int | None
     """Id of the token that stands for one feature of an image; None for a text-only model."""
     bidirectional_images: bool = False
-    """Tokens of one image see each other in both directions."""
+    """Tokens of one image attend to each other in both directions."""
     video_token_id: int | None = None
     """Id of the token that stands for one feature of a video; None where the model takes none."""
     media: MediaRules | None = None
-    """What is done with images and videos; None for a text-only model."""
+    """How images and videos are processed; None for a text-only model."""
     position_ids: PositionFunction | None = None
-    """Gives a document's positions on several axes, [axes, S] int64, from (input_ids, media); None counts tokens."""
+    """Returns a document's positions on several axes, [axes, S] int64, from (input_ids, media); None counts tokens."""
 
     @property
     def media_token_ids(self) -> list[int]:

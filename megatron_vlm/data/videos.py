@@ -1,10 +1,10 @@
-"""Videos from files and lists of frames, with the times that their frames stand for.
+"""Load videos from files and lists of frames, with the times of their frames.
 
 A file is sampled as the model's video processor says, and decoded by the optional package `av`; a list of frames is
 taken as it is.
 
-Source: `read_video_pyav` in transformers/video_utils.py, which also reads no count from containers that store none and
-does not turn videos that a phone took upright; a test compares the frames.
+Source: `read_video_pyav` in transformers/video_utils.py, which differs in that it does not count frames where the
+container stores no count, and does not rotate videos that a phone took upright; a test compares the frames.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from megatron_vlm.data.images import load_image
 from megatron_vlm.errors import ConfigError, DataError
 
 DEFAULT_FRAMES_PER_SECOND = 24.0
-"""Of frames whose rate is not known: what transformers assumes."""
+"""Rate that transformers assumes for frames whose rate is not known."""
 MAX_VIDEO_PIXELS = 2**29
-"""Most pixels of all frames that are kept of a video; 1.6 GB of memory."""
-# Containers of one file; none that names other files, as playlists do.
+"""Most pixels over all frames that are kept of a video; they take 1.6 GB of memory."""
+# Containers that consist of one file; none that refers to other files, as playlists do.
 CONTAINERS = "mov,mp4,matroska,webm,avi,mpeg,mpegts,flv,ogg,asf,gif"
 
 Sampler = Callable[[VideoMetadata, float | None], np.ndarray]
-"""Indices of the frames to take of a file, from what it says about itself and the rate that the row asks for."""
+"""Returns the indices of the frames to take from a file, given its metadata and the rate that the row asks for."""
 
 
 @dataclass(frozen=True)
 class Video:
-    """Decoded frames of one video: [frames, 3, height, width] uint8, their numbers in it, and its rate."""
+    """Decoded frames of one video: [frames, 3, height, width] uint8, their indices in it, and its frame rate."""
 
     frames: torch.Tensor
     frames_indices: tuple[int, ...]
@@ -46,7 +46,7 @@ class Video:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What the video processor calculates times from."""
+        """Metadata from which the video processor calculates the times of frames."""
         return {
             "total_num_frames": self.total_num_frames,
             "fps": self.frames_per_second,
@@ -59,10 +59,10 @@ def load_video(source: VideoSource, row_name: str, allow_urls: bool, sample_fram
     """Read and decode one video.
 
     Args:
-        source: a file, or frames.
+        source: a file, or a list of frames.
         row_name: file and line of the row, for error messages.
         allow_urls: fetch frames from http(s) URLs instead of refusing them.
-        sample_frames: which frames of a file are taken.
+        sample_frames: chooses the frames to take from a file.
 
     Raises:
         DataError: the video is missing, damaged or too large, or its frames differ in size.
@@ -90,7 +90,7 @@ def load_video(source: VideoSource, row_name: str, allow_urls: bool, sample_fram
 
 
 def check_video_file(source: VideoSource, row_name: str) -> None:
-    """Look for the file and for the package that decodes it.
+    """Check that the file exists and that the package that decodes it is installed.
 
     Raises:
         DataError, ConfigError: see `load_video`.
@@ -102,10 +102,10 @@ def check_video_file(source: VideoSource, row_name: str) -> None:
 
 
 def require_decoder(row_name: str) -> None:
-    """Refuse to go on without the optional package: every video file would be a bad row.
+    """Refuse to go on without the optional package `av`: every video file would be a bad row.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: the package is not installed.
     """
     if importlib.util.find_spec("av") is None:
         raise ConfigError(
@@ -118,7 +118,7 @@ def require_decoder(row_name: str) -> None:
 def _decode(source: VideoSource, row_name: str, sample_frames: Sampler) -> Video:
     import av  # an optional package
 
-    # Nothing but the file itself is opened, whatever it says.
+    # Nothing but the file itself is opened, whatever it refers to.
     options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
     with av.open(str(source.path), options=options) as container:
         if not container.streams.video:
@@ -136,7 +136,7 @@ def _decode(source: VideoSource, row_name: str, sample_frames: Sampler) -> Video
         wanted, frames = set(indices), []
         for number, frame in enumerate(container.decode(stream)):
             if number in wanted:
-                # A phone held upright stores frames lying and the angle to turn them by.
+                # A phone held upright stores landscape frames and the angle to rotate them by.
                 frames.append(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
             if number == indices[-1]:
                 break
@@ -146,7 +146,7 @@ def _decode(source: VideoSource, row_name: str, sample_frames: Sampler) -> Video
 
 
 def _count_frames(path: Path | None, options: dict[str, str]) -> int:
-    """Frames of a file whose container does not say how many it has."""
+    """Count the frames of a file whose container does not store their number."""
     import av  # an optional package
 
     with av.open(str(path), options=options) as container:
@@ -163,5 +163,5 @@ def _check_size(num_frames: int, height: int, width: int, source: VideoSource, r
 
 
 def _stack(frames: list[np.ndarray]) -> torch.Tensor:
-    """Channels first, which the processor recognises whatever the height; [frames, 3, height, width]."""
+    """Stack frames, channels first, which the processor recognises at any height: [frames, 3, height, width]."""
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)

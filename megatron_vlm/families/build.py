@@ -1,4 +1,4 @@
-"""Builds this rank's pipeline chunks and wraps them for data parallelism."""
+"""Functions that build this rank's pipeline chunks and wrap them for data parallelism."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """How a model is divided and held.
+    """How a model is sharded and computed.
 
     Attributes:
         layout: sizes of all groups, and the decoder layers of every chunk.
-        overlapped: `wrap_data_parallel` will be asked to overlap anything.
+        overlapped: whether `wrap_data_parallel` will be asked to overlap gradient or parameter exchanges.
     """
 
     layout: Layout
@@ -44,7 +44,7 @@ class BuildSettings:
 
 
 def build_settings(config: Config, layout: Layout) -> BuildSettings:
-    """How the configuration wants the model divided and held."""
+    """Return the build settings that the configuration asks for."""
     return BuildSettings(
         layout,
         DTYPES[config.train.precision],
@@ -66,14 +66,14 @@ def build_chunks(
     groups: ProcessGroupCollection,
     device: torch.device | None = None,
 ) -> list[MegatronModule]:
-    """This rank's chunks with uninitialised parameters, in the order of its virtual stages.
+    """Build this rank's chunks with uninitialised parameters, in the order of its virtual stages.
 
     Args:
-        family: of the model.
-        model_config: the family's record.
-        settings: division.
+        family: family of the model.
+        model_config: the family's model configuration.
+        settings: how the model is sharded and computed.
         groups: process groups.
-        device: of the parameters; the platform's when None, `meta` to look at shapes.
+        device: device of the parameters; the platform's when None, `meta` to inspect shapes.
     """
     text, layout = model_config.text, settings.layout
     mcore_config = build_mcore_config(
@@ -116,7 +116,7 @@ def wrap_data_parallel(
     overlap_grad_reduce: bool = False,
     overlap_param_gather: bool = False,
 ) -> list[DistributedDataParallel]:
-    """megatron-core's data parallelism around every chunk; frozen parameters take no part and no memory in it."""
+    """Wrap every chunk in megatron-core's data parallelism; frozen parameters take no part and no memory in it."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=use_distributed_optimizer,

@@ -1,7 +1,7 @@
-"""From a Hugging Face configuration to the family that builds, maps and prompts its model.
+"""The registry of families: a Hugging Face configuration determines the family that builds, maps and prompts its model.
 
-A family is found by `model_type` alone. transformers registers some configurations under several classes (Gemma3Config
-is both a causal language model and an image-text-to-text model); the architecture named in a file plays no part.
+A family is found by `model_type` only. transformers registers some configurations under several classes (Gemma3Config
+is both a causal language model and an image-text-to-text model); the architecture named in a file is ignored.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: a folder under `megatron_vlm.families` with the same five files each.
+    """One architecture: a folder under `megatron_vlm.families` with `config`, `model`, `prompt` and `weights` modules.
 
     Attributes:
-        name: of the folder.
+        name: name of the folder.
         model_types: values of `model_type` in config.json.
-        chunk_class: of `model.py`, called with (model configuration, chunk settings, process groups).
-        head_tells_tie: embedding and head are tied if and only if the weight files hold no head, whatever config.json
-            says: published ones do not say it, or not where transformers looks.
+        chunk_class: class in `model.py`, called with (model configuration, chunk settings, process groups).
+        head_tells_tie: whether the weight files decide if embedding and head are tied: they are if and only if the
+            files hold no head. Published config.json files lack the key, or have it where transformers does not look.
     """
 
     name: str
@@ -46,25 +46,25 @@ class Family:
     head_tells_tie: bool = False
 
     def config_from_hf(self, hf_config: PretrainedConfig, text_only: bool) -> Any:
-        """The family's frozen model configuration; ConfigError where its modules cannot compute what is asked."""
+        """Return the family's model configuration; ConfigError where its modules cannot compute what is asked."""
         return self._function("config", "config_from_hf")(hf_config, text_only)
 
     def build_chunk(
         self, model_config: VisionLanguageConfig, chunk: ChunkSettings, groups: ProcessGroupCollection
     ) -> MegatronModule:
-        """One pipeline chunk with uninitialised parameters."""
+        """Build one pipeline chunk with uninitialised parameters."""
         return self._function("model", self.chunk_class)(model_config, chunk, groups)
 
     def weight_map(self, model_config: VisionLanguageConfig) -> WeightMap:
-        """Names and shapes of all weights, here and in Hugging Face files."""
+        """Return names and shapes of all weights, here and in Hugging Face files."""
         return self._function("weights", "weight_map")(model_config)
 
     def prompt_rules(self, model_config: VisionLanguageConfig) -> PromptRules:
-        """How turns and images are written."""
+        """Return the rules by which turns, images and videos are written."""
         return self._function("prompt", "prompt_rules")(model_config)
 
     def _function(self, module: str, name: str) -> Callable[..., Any]:
-        # Imported when asked for: converting and reading data need no model code.
+        # The import is lazy: converting and reading data need no model code.
         return getattr(import_module(f"megatron_vlm.families.{self.name}.{module}"), name)
 
 
@@ -78,11 +78,11 @@ FAMILIES = (
 def load_hf_config(directory: str | os.PathLike) -> PretrainedConfig:
     """Read config.json of a local directory through transformers; no code from it is run.
 
-    `tie_word_embeddings` is corrected where the family's weight files tell it (`Family.head_tells_tie`).
+    `tie_word_embeddings` is corrected where the family's weight files decide it (`Family.head_tells_tie`).
 
     Raises:
         ConfigError: the directory or its config.json is missing, is not JSON, or names no architecture built here.
-        CheckpointError: the weight files have to tell and are damaged.
+        CheckpointError: the weight files decide whether weights are tied, and are damaged.
     """
     path = Path(directory) / "config.json"
     try:
@@ -97,28 +97,28 @@ def load_hf_config(directory: str | os.PathLike) -> PretrainedConfig:
     except Exception as error:  # whatever transformers' validation raises
         raise ConfigError(f"transformers refuses config.json: {error}", str(path), "correct the key") from None
     if family.head_tells_tie:
-        # Imported when asked for: it imports torch.
+        # The import is lazy because it imports torch.
         from megatron_vlm.checkpoint.hf import stored_names
 
         names = stored_names(Path(directory))
         if names is not None:
             set_tie(hf_config, not any(name.endswith("lm_head.weight") for name in names))
         elif "tie_word_embeddings" not in content:
-            # The class's default, tied, is right for the smallest published size only; the text part is for all.
+            # The class's default, tied, is right for the smallest published size only; the text part's is for all.
             set_tie(hf_config, bool(hf_config.get_text_config().tie_word_embeddings))
     return hf_config
 
 
 def set_tie(hf_config: PretrainedConfig, is_tied: bool) -> None:
-    """Say whether embedding and head are tied, for the whole model and for its text part."""
+    """Set whether embedding and head are tied, for the multimodal model and for its text part."""
     hf_config.tie_word_embeddings = hf_config.get_text_config().tie_word_embeddings = is_tied
 
 
 def detect(hf_config_or_dir: PretrainedConfig | str | os.PathLike) -> Family:
-    """The family of a configuration or of a directory with config.json.
+    """Return the family of a configuration or of a directory with config.json.
 
     Raises:
-        ConfigError: no family has its model_type.
+        ConfigError: no family has this model_type.
     """
     if not isinstance(hf_config_or_dir, PretrainedConfig):
         hf_config_or_dir = load_hf_config(hf_config_or_dir)

@@ -1,7 +1,7 @@
 """Grouped-query self-attention with query/key norms, rotary positions and spans, over tensor-parallel heads.
 
-Shapes: S sequence (whole inside attention, also under sequence parallelism; under context parallelism a rank's part of
-it), B batch, H hidden, N query heads, G key/value heads, D head dim.
+Shapes: S sequence (unsharded inside attention, also under sequence parallelism; under context parallelism a rank's
+shard of it), B batch, H hidden, N query heads, G key/value heads, D head dim.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from vlm_kernels.span_attention import Spans, span_attention
 class AttentionCore(torch.nn.Module):
     """Attention between projected heads: all of a layer's attention but its projections, norms and rotation.
 
-    Where queries are a context rank's part of the sequence, keys and values of all ranks meet here and nowhere else.
+    Where queries are a context rank's shard of the sequence, keys and values of all ranks are gathered here and nowhere
+    else.
 
     Args:
-        window: keys visible on the past side, the query included; None is unlimited.
+        window: number of keys visible on the past side, the query's own included; None is unlimited.
         scale: factor on the scores.
-        recompute: compute attention again in the backward pass, and bring keys and values together again.
+        recompute: compute attention again in the backward pass, and gather keys and values again.
     """
 
     def __init__(self, window: int | None, scale: float, recompute: bool) -> None:
@@ -45,10 +46,10 @@ class AttentionCore(torch.nn.Module):
         """Return the attended values of this rank's queries.
 
         Args:
-            q: [S, B, N, D].
-            k: [S, B, G, D].
-            v: [S, B, G, D].
-            spans: visible ranges, which part of the sequence S is, and how its ranks bring keys and values together.
+            q: queries [S, B, N, D].
+            k: keys [S, B, G, D].
+            v: values [S, B, G, D].
+            spans: visible ranges, which shard of the sequence S is, and how its ranks gather keys and values.
 
         Returns:
             [S, B, N * D].
@@ -68,16 +69,17 @@ class AttentionCore(torch.nn.Module):
 class SelfAttention(torch.nn.Module):
     """Self-attention of one decoder layer; heads are split over the tensor ranks.
 
-    With more tensor ranks than key/value heads, `k_proj` and `v_proj` are whole on every rank, which uses the rows of
-    the one head that its query heads share: sharding them further would split a head. Their gradients are then sums.
+    With more tensor ranks than key/value heads, `k_proj` and `v_proj` are replicated on every rank, which uses the rows
+    of the one head that its query heads attend with: sharding them further would split a head. Their gradients are then
+    summed over the ranks.
 
     Args:
         hidden_size: H.
         layer: this layer's configuration.
         mcore_config: megatron-core settings.
-        group: tensor ranks.
-        norms: of queries and keys before they are rotated: none, by their weight, or by one plus their weight.
-        recompute_core: compute the attention product again in the backward pass.
+        group: the tensor-parallel process group.
+        norms: the norms of queries and keys before rotation: none, scaled by the weight, or by one plus the weight.
+        recompute_core: compute `AttentionCore` again in the backward pass.
     """
 
     def __init__(
@@ -121,16 +123,16 @@ class SelfAttention(torch.nn.Module):
         spans: Spans,
         query_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend.
+        """Return the output of self-attention, projections included.
 
         Args:
-            x_SBH: a shard of the sequence under sequence parallelism.
+            x_SBH: hidden states; a shard of the sequence under sequence parallelism.
             rope: cosines and sines [S, B, D / 2].
             spans: visible ranges.
-            query_scale: [S, B], factor on rotated queries that depends on their place.
+            query_scale: [S, B], factor on rotated queries that depends on their position.
 
         Returns:
-            Like `x_SBH`.
+            A tensor of the shape of `x_SBH`.
         """
         operands = (self.q_proj(), *self._key_value_operands())
         q, k, v = (

@@ -21,8 +21,8 @@ class ExpertUse:
 
     Args:
         layers: configurations of all decoder layers of the model, at least one of which has experts; all alike.
-        chunk: how the chunk is held.
-        group: tensor ranks, which share the tokens under sequence parallelism.
+        chunk: settings of the pipeline chunk.
+        group: the tensor-parallel process group, over which tokens are split under sequence parallelism.
     """
 
     def __init__(
@@ -53,19 +53,19 @@ class ExpertUse:
 
     @property
     def num_carried(self) -> int:
-        """Numbers that a stage sends to the next."""
+        """Number of scalars that a stage sends to the next."""
         return 0 if self.balancing is None else self.balancing.size
 
     def start(self, device: torch.device) -> torch.Tensor | None:
-        """The load-balancing sum before the first layer; None where there is no such loss."""
+        """Return the load-balancing sum before the first layer; None where there is no such loss."""
         return None if self.balancing is None else torch.zeros(self.num_carried, device=device)
 
     def add(
         self, layer: int, routing: Routing, local: LocalTokens, carried: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Count one layer's tokens of a micro-batch; returns the load-balancing sum with it."""
+        """Count one layer's tokens of a micro-batch, and return the load-balancing sum that includes the layer."""
         counted = self.tokens.get(layer)
-        # In fp64: fp32 would stop counting at 16 million.
+        # Count in fp64: fp32 would stop counting at 16 million.
         tokens = routing.tokens.double()
         self.tokens[layer] = tokens if counted is None else counted + tokens
         if self.balancing is None or carried is None:
@@ -75,7 +75,7 @@ class ExpertUse:
     def with_balancing(
         self, losses_BS: torch.Tensor, has_label_BS: torch.Tensor, carried: torch.Tensor
     ) -> torch.Tensor:
-        """Token losses with the same values, through which the load-balancing loss sends its gradient.
+        """Return token losses with the same values, through which the load-balancing loss sends its gradient.
 
         Every label token has the weight of the micro-batch's load-balancing loss, so that a global batch weights its
         micro-batches by their label tokens, as it does their mean losses.

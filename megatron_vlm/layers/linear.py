@@ -1,7 +1,7 @@
-"""Tensor-parallel linear layers on megatron-core's, and several column-parallel ones that share one input.
+"""Tensor-parallel linear layers built on megatron-core's, and several column-parallel ones applied to one input.
 
-What a linear multiplies with is an `Operand` (`layers.operands`): a parameter or what a provider makes of other
-storage, and possibly a low-rank pair.
+A linear layer multiplies with an `Operand` (`layers.operands`): a parameter or what a provider makes of other storage,
+and possibly a low-rank pair.
 
 Shapes: S sequence (a shard of it under sequence parallelism), B batch, H hidden.
 """
@@ -22,7 +22,7 @@ from megatron_vlm.parallel.sequence import Group, gather_sequence, reduce_input_
 
 
 class ColumnParallelLinear(OperandOwner, tensor_parallel.ColumnParallelLinear):
-    """Holds rows of a weight [out, in]; `column_parallel` multiplies.
+    """A linear layer that holds rows of a weight [out, in]; `column_parallel` multiplies.
 
     Calling it returns its operand: reading weights past the call would bypass the hooks by which megatron-core's
     overlapped parameter gathering waits for them.
@@ -38,7 +38,7 @@ class ColumnParallelLinear(OperandOwner, tensor_parallel.ColumnParallelLinear):
             declare(self.bias, "vector", zeros, tensor_dim=0)
 
     def forward(self) -> Operand:
-        """Weight [out / tensor ranks, in] and bias [out / tensor ranks] or None."""
+        """Return the weight [out / tensor ranks, in] and the bias [out / tensor ranks] or None."""
         return self.operand(self.weight, self.bias)
 
     def add_low_rank(self, rank: int, scale: float) -> None:
@@ -50,15 +50,15 @@ class ColumnParallelLinear(OperandOwner, tensor_parallel.ColumnParallelLinear):
 class SectionedColumnParallelLinear(OperandOwner, torch.nn.Module):
     """Several column-parallel linears in one weight [sections, out, in], each section split over the tensor ranks.
 
-    A fused weight [sections * out, in] is the same numbers in the same order, but a rank's rows of it do not lie
-    together. Used like `ColumnParallelLinear`: one product and one exchange make the outputs of all sections.
+    A fused weight [sections * out, in] has the same elements in the same order, but a rank's rows of it are not
+    contiguous. It is used like `ColumnParallelLinear`: one matmul and one exchange make the outputs of all sections.
 
     Args:
-        in_size: of the input.
-        out_size: of one section.
-        sections: how many.
+        in_size: size of the input.
+        out_size: output size of one section, over all tensor ranks.
+        sections: number of sections.
         mcore_config: megatron-core settings.
-        group: tensor ranks.
+        group: the tensor-parallel process group.
     """
 
     def __init__(
@@ -72,18 +72,18 @@ class SectionedColumnParallelLinear(OperandOwner, torch.nn.Module):
         declare(self.bias, "vector", zeros, tensor_dim=1)
 
     def forward(self) -> Operand:
-        """Weight [sections * out / tensor ranks, in] and bias [sections * out / tensor ranks]."""
+        """Return the weight [sections * out / tensor ranks, in] and the bias [sections * out / tensor ranks]."""
         return self.operand(None if self.weight is None else self.weight.flatten(0, 1), self.bias.flatten())
 
     def add_low_rank(self, rank: int, scale: float) -> None:
-        """Add a low-rank pair, its B in sections too; see `OperandOwner`."""
+        """Add a low-rank pair, whose B has sections too; see `OperandOwner`."""
         self._add_pair(rank, self.in_size, tuple(self.bias.shape), scale, a_partial=True, b_tensor_dim=1)
 
 
 class ReplicatedLinear(OperandOwner, torch.nn.Linear):
-    """A whole weight [out, in] without bias on every tensor rank, which uses some of its rows.
+    """A replicated weight [out, in] without bias on every tensor rank, which uses some of its rows.
 
-    Called like `ColumnParallelLinear`.
+    It is called like `ColumnParallelLinear`.
     """
 
     def __init__(self, in_size: int, out_size: int, mcore_config: TransformerConfig) -> None:
@@ -91,7 +91,7 @@ class ReplicatedLinear(OperandOwner, torch.nn.Linear):
         declare(self.weight, "matrix", normal, partial=True)
 
     def forward(self) -> Operand:  # type: ignore[override]
-        """Weight [out, in]."""
+        """Return the weight [out, in]."""
         return self.operand(self.weight, None)
 
     def add_low_rank(self, rank: int, scale: float) -> None:
@@ -100,7 +100,10 @@ class ReplicatedLinear(OperandOwner, torch.nn.Linear):
 
 
 class RowParallelLinear(OperandOwner, tensor_parallel.RowParallelLinear):
-    """Holds columns of a weight [out, in]; sums over the tensor ranks (and scatters under sequence parallelism)."""
+    """A linear layer that holds columns of a weight [out, in], and sums outputs over the tensor ranks.
+
+    Under sequence parallelism the sum is also scattered along the sequence.
+    """
 
     input_size_per_partition: int
     output_size: int
@@ -118,7 +121,8 @@ class RowParallelLinear(OperandOwner, tensor_parallel.RowParallelLinear):
         )
         declare(self.weight, "matrix", normal, tensor_dim=1)
         if self.bias is not None:
-            # Added to a shard of the sequence there; megatron-core would sum its gradient by a mark of its own.
+            # Under sequence parallelism the bias is added to a shard of the sequence, and its gradient is summed by our
+            # declaration; megatron-core would sum it once more because of this mark.
             self.bias.sequence_parallel = False
             declare(self.bias, "vector", zeros, partial=mcore_config.sequence_parallel)
 
@@ -127,7 +131,7 @@ class RowParallelLinear(OperandOwner, tensor_parallel.RowParallelLinear):
         return super().forward(x)[0]
 
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor | None, *_: Any, **__: Any) -> torch.Tensor:
-        """This rank's summand, in place of megatron-core's product of input and weight alone."""
+        """Return this rank's summand, in place of megatron-core's plain matmul of input and weight."""
         return multiply(input, (self.operand(weight, None),))[0]
 
     def add_low_rank(self, rank: int, scale: float) -> None:
@@ -137,7 +141,7 @@ class RowParallelLinear(OperandOwner, tensor_parallel.RowParallelLinear):
 
 
 def _no_init(weight: torch.Tensor) -> None:
-    """Weights are set by their declarations after the model is built (`model.init_weights`)."""
+    """Do nothing: weights are set by their declarations after the model is built (`model.init_weights`)."""
 
 
 def column_parallel(
@@ -146,16 +150,16 @@ def column_parallel(
     group: Group,
     sequence_parallel: bool,
 ) -> list[torch.Tensor]:
-    """Outputs of several column-parallel linears on one input, with one exchange in each direction for all of them.
+    """Return the outputs of several column-parallel linears on one input, with one exchange per direction for all.
 
     Args:
         x: [S, B, in], the same on every tensor rank, or a shard of the sequence under sequence parallelism.
         linears: the layers.
-        group: tensor ranks.
+        group: the tensor-parallel process group.
         sequence_parallel: gather the sequence first.
 
     Returns:
-        One [S, B, out / tensor ranks] per linear, over the whole sequence.
+        One [S, B, out / tensor ranks] per linear, over the full sequence.
     """
     return multiply(x, [linear() for linear in linears], group, sequence_parallel)
 
@@ -163,7 +167,7 @@ def column_parallel(
 def multiply(
     x: torch.Tensor, operands: Sequence[Operand], group: Group | None = None, sequence_parallel: bool = False
 ) -> list[torch.Tensor]:
-    """`column_parallel` on bare operands; without a group, nothing is exchanged."""
+    """Do what `column_parallel` does, on bare operands; without a group, nothing is exchanged."""
     tensors = [tensor for operand in operands for tensor in operand.tensors()]
     providers = (None if isinstance(operand.weight, torch.Tensor) else operand.weight for operand in operands)
     forms = [(provider, operand.scale) for provider, operand in zip(providers, operands, strict=True)]
@@ -176,8 +180,8 @@ def multiply(
 class _SharedInputLinear(torch.autograd.Function):
     """y_i = gather(x) W_i^T + s_i (gather(x) A_i^T) B_i^T.
 
-    Of the input only the shard is saved, and gathered again in the backward pass; nothing of it where no weight trains.
-    A weight from a provider is not saved either, but asked for again.
+    Only this rank's shard of the input is saved, and gathered again in the backward pass; none of it where no weight
+    trains. A weight from a provider is not saved either: the provider makes it again.
 
     megatron-core's column-parallel linear does the same for one weight; three of them on one input would gather the
     sequence three times, or sum three input gradients over the tensor ranks.
@@ -247,7 +251,7 @@ class _SharedInputLinear(torch.autograd.Function):
 def _operands(
     forms: Sequence[tuple[Provider | None, float]], tensors: Sequence[torch.Tensor | None]
 ) -> Iterator[tuple[tuple[Provider | None, float], torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
-    """Of every linear: (provider, scale), weight, A, B."""
+    """Yield ((provider, scale), weight, A, B) of every linear."""
     return zip(forms, tensors[::3], tensors[1::3], tensors[2::3], strict=True)
 
 
@@ -258,15 +262,15 @@ def _weight(provider: Provider | None, weight: torch.Tensor | None) -> torch.Ten
 
 
 def _outer(gradient: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor:
-    """Sum over tokens of the outer products of an output's gradient and an input."""
+    """Return the sum over tokens of the outer products of an output's gradient and an input."""
     assert gradient is not None and rows is not None
     return torch.matmul(gradient.flatten(0, -2).t(), rows.flatten(0, -2))
 
 
 def _sum_of_products(inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Sum of inputs_i weights_i, added up in fp32 whatever the dtype."""
+    """Return the sum of inputs_i weights_i, accumulated in fp32 whatever the dtype."""
     if inputs[0].dtype is not torch.float32 and len(inputs) > 1:
-        # One product sums in fp32; adding bf16 products would round each.
+        # One matmul accumulates in fp32; adding the results of several in bf16 would round each.
         return torch.matmul(torch.cat(tuple(inputs), dim=-1), torch.cat(tuple(weights)))
     total = torch.matmul(inputs[0], weights[0])
     for rows, weight in zip(inputs[1:], weights[1:], strict=True):

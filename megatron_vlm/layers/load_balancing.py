@@ -1,6 +1,6 @@
 """The auxiliary loss that keeps experts evenly used, in both definitions in use.
 
-f_e is the share of real tokens that chose expert e, P_e the mean of its probability before the choice.
+f_e is the fraction of real tokens that chose expert e, P_e the mean of its probability before the choice.
 
 - "transformers": one value over all layers, E * sum_e f_e P_e, with f and P averaged over the layers first. A balanced
   model has the value top_k. Source: `load_balancing_loss_func` of transformers' mixture-of-experts models.
@@ -8,7 +8,7 @@ f_e is the share of real tokens that chose expert e, P_e the mean of its probabi
   `switch_load_balancing_loss_func` of megatron-core.
 
 Both are taken over a micro-batch, and a global batch weights its micro-batches by their label tokens. What later
-pipeline stages need of earlier ones travels with the hidden states as a sum of a few numbers. In bf16 the gradient that
+pipeline stages need of earlier ones is sent with the hidden states as a sum of a few scalars. In bf16 the gradient that
 comes back to earlier stages has the precision of bf16.
 """
 
@@ -28,12 +28,13 @@ class LoadBalancing:
     """How a model's load-balancing loss is added up.
 
     Attributes:
-        definition: see the module.
-        coefficient: its weight beside the language modelling loss.
-        num_layers: layers with experts in the whole model.
-        num_experts: of each layer.
+        definition: "transformers" or "megatron"; see the module's docstring.
+        coefficient: weight of the loss beside the language modelling loss.
+        num_layers: layers with experts in the full model.
+        num_experts: experts of each layer.
         top_k: experts per token.
-        group: tensor ranks, each of which has a share of the tokens (sequence parallelism) or all (one rank).
+        group: the tensor-parallel process group, each rank of which has a shard of the tokens (sequence parallelism) or
+            all (one rank).
     """
 
     definition: str
@@ -45,15 +46,15 @@ class LoadBalancing:
 
     @property
     def size(self) -> int:
-        """Numbers of a sum over layers."""
+        """Number of elements of the sum over layers."""
         return 2 * self.num_experts if self.definition == "transformers" else 1
 
     def of_layer(self, routing: Routing, num_real: torch.Tensor) -> torch.Tensor:
-        """What a layer adds to the sum, [size] fp32; a tensor rank's part of it.
+        """Return this tensor rank's part of what a layer adds to the sum, [size] fp32.
 
         Args:
-            routing: of this rank's tokens.
-            num_real: tokens of the micro-batch that are not padding, over all tensor ranks.
+            routing: where this rank's tokens went.
+            num_real: number of tokens of the micro-batch that are not padding, over all tensor ranks.
         """
         count = num_real.clamp(min=1)
         if self.definition == "transformers":
@@ -65,7 +66,7 @@ class LoadBalancing:
         return self._product(tokens / count, routing.probabilities / count) / self.top_k
 
     def loss(self, total: torch.Tensor) -> torch.Tensor:
-        """The loss, without its coefficient, from the sum over all layers."""
+        """Return the loss, without its coefficient, from the sum over all layers."""
         if self.group.size() > 1:
             total = reduce_from_tensor_model_parallel_region(total, group=self.group)
         if self.definition == "megatron":

@@ -1,4 +1,4 @@
-"""Feed-forward layers, with a gate and without."""
+"""Feed-forward layers with and without a gate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlm_kernels.gated import Activation, gated
 
 
 class GatedMLP(torch.nn.Module):
-    """down(activation(gate(x)) * up(x)), columns of gate and up and rows of down split over the tensor ranks."""
+    """down(activation(gate(x)) * up(x)), where gate and up are column-parallel and down is row-parallel."""
 
     def __init__(
         self,
@@ -30,20 +30,20 @@ class GatedMLP(torch.nn.Module):
         self.down_proj = RowParallelLinear(intermediate_size, hidden_size, mcore_config, group)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[S, B, H] to the same, shards of the sequence under sequence parallelism."""
+        """Map [S, B, H] to the same shape; S is a shard of the sequence under sequence parallelism."""
         gate, up = column_parallel(x, (self.gate_proj, self.up_proj), self.group, self.sequence_parallel)
         return self.down_proj(gated(gate, up, self.activation, consume=True))
 
 
 class MLP(torch.nn.Module):
-    """second(gelu(first(x))) with biases, columns of the first and rows of the second split over the tensor ranks.
+    """second(gelu(first(x))) with biases; the first is column-parallel and the second row-parallel.
 
     Args:
-        sizes: of the input, between, and of the output.
-        names: of the two layers, as checkpoints of the family have them.
-        approximate: of the GELU: "none" or "tanh".
+        sizes: sizes of the input, between the layers, and of the output.
+        names: names of the two layers, as checkpoints of the family have them.
+        approximate: form of the GELU: "none" or "tanh".
         mcore_config: megatron-core settings without sequence parallelism.
-        group: tensor ranks.
+        group: the tensor-parallel process group.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class MLP(torch.nn.Module):
         self.add_module(names[1], RowParallelLinear(hidden_size, out_size, mcore_config, group, bias=True))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in] to [..., out]."""
+        """Map [..., in] to [..., out]."""
         first, second = (self.get_submodule(name) for name in self.names)
         (hidden,) = column_parallel(x, (cast(ColumnParallelLinear, first),), self.group, False)
         return second(gelu(hidden, approximate=self.approximate))

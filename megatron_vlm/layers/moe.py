@@ -3,11 +3,11 @@
 The dispatchers permute tokens by our kernels (`layers.expert_permutation`); a rank that holds all experts needs none.
 
 Dropless: every token reaches its `top_k` experts, however unevenly they are loaded. The ranks of a pipeline stage are
-divided anew for experts (`parallel.groups`): expert-parallel ranks hold different experts, expert-tensor ranks share
+regrouped for experts (`parallel.groups`): expert-parallel ranks hold different experts, expert-tensor ranks a shard of
 each of them, and the rest are replicas.
 
 Shapes: S sequence (a shard of it under sequence parallelism), B batch, H hidden, E experts, I expert width,
-T tokens: of this rank in router and layer, sent to its experts in `Experts`.
+T tokens: this rank's in router and layer, those sent to its experts in `Experts`.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ class LocalTokens:
 
     Attributes:
         is_real: [S * B] bool, false on padding, which is computed like text but not counted.
-        num_real: tokens that are not padding, over all tensor ranks.
-        common_length: tokens of the rank that has most, where ranks must bring equally many; None elsewhere.
+        num_real: number of tokens that are not padding, over all tensor ranks.
+        common_length: number of tokens of the rank that has most, where all ranks must contribute equally many; None
+            elsewhere.
     """
 
     is_real: torch.Tensor
@@ -64,7 +65,7 @@ class LocalTokens:
 
     @staticmethod
     def of(document_ids_BS: torch.Tensor, chunk: ChunkSettings, groups: ProcessGroupCollection) -> LocalTokens:
-        """The share of this tensor rank: a part of the sequence under sequence parallelism, else all of it."""
+        """Return this tensor rank's tokens: a shard of the sequence under sequence parallelism, else all of it."""
         is_real_SB = (document_ids_BS >= 0).t()
         num_real = is_real_SB.sum()
         if chunk.mcore_config.sequence_parallel:
@@ -72,7 +73,7 @@ class LocalTokens:
         is_real = is_real_SB.flatten()
         common_length = None
         if chunk.moe.token_dispatcher_type == "allgather" and groups.tp_ep.size() > 1:
-            # Data ranks have rows of their own lengths. Once per micro-batch and chunk, the host waits for this number.
+            # Sequence lengths differ between data ranks. The host waits for this number once per micro-batch and chunk.
             longest = torch.tensor(is_real.numel(), device=is_real.device)
             torch.distributed.all_reduce(longest, torch.distributed.ReduceOp.MAX, group=groups.tp_ep)
             common_length = int(longest.item())
@@ -80,10 +81,10 @@ class LocalTokens:
 
 
 class TopKRouter(torch.nn.Module):
-    """Chooses experts: top-k of the logits, softmax over the chosen ones, in fp32.
+    """A router that chooses the top-k experts by logits, with weights from a softmax over the chosen ones, in fp32.
 
-    The softmax over all experts, cut to its top k and normalised to sum to one, is the same. transformers computes the
-    logits in the activations' type; in bf16 nearly equal experts may then be chosen otherwise.
+    The softmax over all experts, cut to its top k and normalised to sum to one, gives the same weights. transformers
+    computes the logits in the activations' dtype; in bf16 nearly equal experts may then be chosen differently.
     """
 
     def __init__(self, hidden_size: int, moe: MoEConfig, mcore_config: TransformerConfig) -> None:
@@ -93,28 +94,28 @@ class TopKRouter(torch.nn.Module):
         self.weight = declare(weight, "table", normal, partial=mcore_config.sequence_parallel)
 
     def forward(self, x_TH: torch.Tensor, is_real_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Routing]:
-        """Weights [T, E] fp32 (zero where not chosen), choices [T, E] bool, and their sums over real tokens."""
+        """Return weights [T, E] fp32 (zero where not chosen), choices [T, E] bool, and their sums over real tokens."""
         if len(x_TH) and self.weight.requires_grad:
             logits = router_gating_linear(x_TH, self.weight, None, torch.float32)  # keeps its input as it is
-        else:  # it cannot reshape no rows, and computes the gradient of a frozen weight
+        else:  # that function cannot reshape zero rows, and computes the gradient of a frozen weight
             logits = linear(x_TH.float(), self.weight.float())
         weights, chosen = topk_routing_with_score_function(logits, self.top_k)
         real = is_real_T.float()
-        # Vector-matrix products, which read [T, E] once.
+        # These are vector-matrix products, which read [T, E] once.
         return weights, chosen, Routing(real @ chosen.float(), real @ logits.softmax(-1))
 
 
 class Experts(torch.nn.Module):
     """down(activation(gate(x)) * up(x)) of this rank's experts, each on its own rows, by grouped matmuls.
 
-    Gate and up are two sections of one weight, [experts, 2, I, H], so that a share of I has both; in memory that is
+    Gate and up are two sections of one weight, [experts, 2, I, H], so that a shard of I has both; in memory that is
     transformers' [experts, 2 I, H].
 
     Args:
         hidden_size: H.
-        moe: the layer's experts.
+        moe: configuration of the layer's experts.
         mcore_config: megatron-core settings.
-        groups: process groups; `ep` divides experts, `expt_tp` their width.
+        groups: process groups; experts are split over `ep`, and their width over `expt_tp`.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class Experts(torch.nn.Module):
         self.low_rank_scales: dict[str, float] = {}
 
     def forward(self, x_TH: torch.Tensor, tokens_per_expert: torch.Tensor, weights_T: torch.Tensor) -> torch.Tensor:
-        """Weighted outputs [T, H], partial sums if experts are shared.
+        """Return weighted outputs [T, H], which are partial sums if experts are sharded.
 
         Args:
             x_TH: rows grouped by expert.
@@ -146,14 +147,14 @@ class Experts(torch.nn.Module):
         return grouped_linear(hidden, self._operand("down_proj"), ends)
 
     def provide_weight(self, name: Literal["gate_up_proj", "down_proj"], provider: Provider) -> None:
-        """Take a weight [experts, out, in] of this rank from a provider; the parameter goes, and with it its memory."""
+        """Take a weight [experts, out, in] of this rank from a provider; the parameter and its memory are released."""
         self.providers[name] = provider
         self.register_parameter(name, None)
 
     def add_low_rank(self, name: Literal["gate_up_proj", "down_proj"], rank: int, scale: float) -> None:
-        """Add a pair to each expert: A [experts, rank, in] is drawn, B [experts, out, rank] is zero.
+        """Add a low-rank pair to each expert: A [experts, rank, in] is random, B [experts, out, rank] is zero.
 
-        The side of the experts' width is divided like the weight. The other is whole on each of the ranks that share an
+        The side of the experts' width is sharded like the weight. The other is replicated on each of the ranks of an
         expert, with a partial gradient. A GPU's grouped matmul needs rows of a multiple of 16 bytes: in bf16, a rank
         that is a multiple of 8.
         """
@@ -169,11 +170,11 @@ class Experts(torch.nn.Module):
         self.register_parameter(f"{name}_lora_A", a)
         self.register_parameter(f"{name}_lora_B", b)
         self.low_rank_scales[name] = scale
-        # megatron-core's gradient norm would count the copies of the undivided side.
+        # megatron-core's gradient norm would count the copies of the replicated side.
         (a if gate_up else b).shared = self.expert_tensor_rank != 0  # type: ignore[attr-defined]
 
     def _operand(self, name: str) -> Operand:
-        """Weight [experts, out, in] and low-rank pair of a linear, gate and up together."""
+        """Return the weight [experts, out, in] and low-rank pair of a linear layer, with gate and up together."""
         weight = self.providers[name] if name in self.providers else getattr(self, name).flatten(1, -2)
         if name not in self.low_rank_scales:
             return Operand(weight)
@@ -182,11 +183,11 @@ class Experts(torch.nn.Module):
 
 
 def grouped_linear(x_TH: torch.Tensor, operand: Operand, ends: torch.Tensor) -> torch.Tensor:
-    """Each expert's linear on its own rows, [T, in] to [T, out].
+    """Apply each expert's linear layer to its own rows, [T, in] to [T, out].
 
     Args:
         x_TH: rows grouped by expert.
-        operand: of all experts of the rank, [experts, out, in].
+        operand: weight [experts, out, in] and low-rank pair of all experts of the rank.
         ends: [experts] int32, where each expert's rows end.
     """
     if isinstance(operand.weight, torch.Tensor):
@@ -200,7 +201,7 @@ def grouped_linear(x_TH: torch.Tensor, operand: Operand, ends: torch.Tensor) -> 
 
 
 class _ProvidedGroupedLinear(torch.autograd.Function):
-    """A grouped matmul whose weights are asked for again in the backward pass."""
+    """A grouped matmul whose weights the provider makes again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x_TH: torch.Tensor, provider: Provider, ends: torch.Tensor) -> torch.Tensor:
@@ -217,15 +218,15 @@ class _ProvidedGroupedLinear(torch.autograd.Function):
 class MoE(torch.nn.Module):
     """A feed-forward layer of experts.
 
-    Where ranks share or divide experts the host waits in every call: sizes of the exchange, and of what is kept for the
+    Where experts are split over ranks the host waits in every call: sizes of the exchange, and of what is kept for the
     backward pass, are counts of tokens that only the device knows. A rank with all experts never waits.
 
     Args:
         hidden_size: H.
-        moe: the layer's experts.
-        router: chooses experts: called with its input [T, H] and which tokens are real, it returns what
+        moe: configuration of the layer's experts.
+        router: module that chooses experts: called with its input [T, H] and which tokens are real, it returns what
             `TopKRouter` does. Its parameters are the layer's `gate`.
-        chunk: how the chunk is held.
+        chunk: settings of the pipeline chunk.
         groups: process groups.
     """
 
@@ -249,11 +250,11 @@ class MoE(torch.nn.Module):
             num_moe_experts=moe.num_experts,
             moe_router_topk=moe.top_k,
             moe_ffn_hidden_size=moe.intermediate_size,
-            moe_router_dtype="fp32",  # says what our router does
+            moe_router_dtype="fp32",  # as our router computes
             expert_model_parallel_size=groups.ep.size(),
             expert_tensor_parallel_size=groups.expt_tp.size(),
             moe_token_dispatcher_type=chunk.moe.token_dispatcher_type,
-            # Both are asserted only: the layer reads neither.
+            # megatron-core only validates these two: the layer reads neither.
             variable_seq_lengths=chunk.moe.token_dispatcher_type == "alltoall",
             moe_router_pre_softmax=moe.top_k == 1,
         )
@@ -267,19 +268,19 @@ class MoE(torch.nn.Module):
     def forward(
         self, x_SBH: torch.Tensor, tokens: LocalTokens, router_input: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Routing]:
-        """[S, B, H] to the same, and where the tokens went.
+        """Map [S, B, H] to the same shape, and return where the tokens went.
 
         Args:
-            x_SBH: what experts compute with.
-            tokens: which of them are real.
-            router_input: [S, B, H], what the router looks at; None for the same.
+            x_SBH: input of the experts.
+            tokens: which of the tokens are real.
+            router_input: [S, B, H], input of the router; None for `x_SBH`.
         """
         x_TH = x_SBH.flatten(0, 1)
         weights, chosen, routing = self.gate(
             x_TH if router_input is None else router_input.flatten(0, 1), tokens.is_real
         )
         if tokens.common_length is not None:
-            # Rows that choose no expert.
+            # The added rows choose no expert.
             missing = (0, 0, 0, tokens.common_length - x_TH.shape[0])
             x_TH, weights, chosen = pad(x_TH, missing), pad(weights, missing), pad(chosen, missing)
         if self.dispatcher is None:

@@ -1,6 +1,6 @@
-"""Root-mean-square normalisation, alone and together with the residual additions around it.
+"""Root-mean-square normalisation by itself, and fused with the residual additions around it.
 
-An operation that does more than one norm, here and in attention, asks each module for its weight by a call: reading
+A fused operation that includes a norm, here and in attention, gets each module's weight by a call: reading
 `weight` would bypass the hooks by which megatron-core's overlapped parameter gathering waits for it.
 """
 
@@ -18,11 +18,11 @@ class RMSNorm(torch.nn.Module):
     Zero-centred weights multiply by `1 + weight`: adding the one when a checkpoint is imported would lose bits in bf16.
 
     Args:
-        size: of the last dimension.
-        eps: added to the mean square.
+        size: size of the last dimension.
+        eps: constant added to the mean square.
         zero_centered: multiply by `1 + weight`.
-        dtype: of the weight.
-        partial: each tensor rank normalises some of the heads, or some of the sequence.
+        dtype: dtype of the weight.
+        partial: whether each tensor rank normalises only some of the heads, or a shard of the sequence.
     """
 
     def __init__(self, size: int, eps: float, zero_centered: bool, dtype: torch.dtype, partial: bool = False) -> None:
@@ -33,7 +33,7 @@ class RMSNorm(torch.nn.Module):
         self.weight = declare(torch.nn.Parameter(torch.empty(size, dtype=dtype)), "vector", initial, partial=partial)
 
     def forward(self, x: torch.Tensor | None = None) -> torch.Tensor:
-        """Normalise the last dimension; shape and dtype stay. Without `x` the weight, for what norms and does more."""
+        """Normalise the last dimension; shape and dtype stay. Without `x`, return the weight, for fused operations."""
         return self.weight if x is None else rms_norm(x, self.weight, self.eps, self.zero_centered)
 
 
@@ -47,18 +47,18 @@ class LayerNorm(torch.nn.LayerNorm):
 
 
 def add_and_norm(x: torch.Tensor, residual: torch.Tensor, norm: RMSNorm) -> tuple[torch.Tensor, torch.Tensor]:
-    """(residual + x, norm of that)."""
+    """Return (residual + x, norm of that)."""
     return add_rms_norm(x, residual, norm(), norm.eps, norm.zero_centered)
 
 
 def norm_and_add(x: torch.Tensor, residual: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
-    """residual + norm(x)."""
+    """Return residual + norm(x)."""
     return rms_norm_add(x, residual, norm(), norm.eps, norm.zero_centered)
 
 
 def norm_add_and_norm(
     x: torch.Tensor, residual: torch.Tensor, post_norm: RMSNorm, norm: RMSNorm
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(residual + post_norm(x), norm of that)."""
+    """Return (residual + post_norm(x), norm of that)."""
     assert (post_norm.eps, post_norm.zero_centered) == (norm.eps, norm.zero_centered)
     return rms_norm_add_rms_norm(x, residual, post_norm(), norm(), norm.eps, norm.zero_centered)

@@ -1,8 +1,8 @@
-"""What a linear multiplies with: a weight, which may be stored in another form, and a low-rank pair beside it.
+"""Operands of linear layers: a weight, which may be stored in another form, and a low-rank pair beside it.
 
-Adapters, quantised weights and other number formats enter here and nowhere else. The operand of an ordinary linear is
-its parameter. With a provider there is no such parameter: the provider makes the weight from what it stores, for each
-product anew, so that nothing of a weight's size is kept between the passes.
+Adapters, quantised weights and other number formats enter here and nowhere else. The operand of an ordinary linear
+layer is its parameter. With a provider there is no such parameter: the provider makes the weight from what it stores,
+anew for each matmul, so that nothing of a weight's size is kept between the passes.
 
 Source of the low-rank pair: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685).
 """
@@ -18,19 +18,19 @@ import torch
 from megatron_vlm.parallel.parameters import declare, normal, zeros
 
 Provider = Callable[[], torch.Tensor]
-"""Makes a weight [out, in] (of experts [experts, out, in]) that does not train."""
+"""A function that makes a weight [out, in] (of experts [experts, out, in]) that does not train."""
 
 
 @dataclass(frozen=True)
 class Operand:
-    """W, b, A and B of y = x W^T + b + scale (x A^T) B^T.
+    """The tensors W, b, A and B of y = x W^T + b + scale (x A^T) B^T.
 
     Attributes:
-        weight: W, [out, in], or what makes it.
+        weight: W, [out, in], or the provider that makes it.
         bias: b, [out]; None for none.
-        a: [rank, in]; None without a low-rank pair.
-        b: [out, rank].
-        scale: factor of the pair.
+        a: A, [rank, in]; None without a low-rank pair.
+        b: B, [out, rank]; None without a low-rank pair.
+        scale: factor of the low-rank pair.
     """
 
     weight: torch.Tensor | Provider
@@ -40,11 +40,11 @@ class Operand:
     scale: float = 0.0
 
     def tensors(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """W, A and B as far as autograd sees them."""
+        """Return W, A and B as far as autograd sees them: a weight from a provider is None."""
         return self.weight if isinstance(self.weight, torch.Tensor) else None, self.a, self.b
 
     def rows(self, start: int, count: int) -> Operand:
-        """The operand of some of the outputs."""
+        """Return the operand of `count` outputs from `start` on."""
         weight, bias, b = self.weight, self.bias, self.b
         return replace(
             self,
@@ -57,10 +57,10 @@ class Operand:
 
 
 class OperandOwner(torch.nn.Module):
-    """A linear whose weight may come from a provider, and which may carry a low-rank pair.
+    """A linear layer whose weight may come from a provider, and which may have a low-rank pair.
 
-    A pair starts as nothing: A is drawn, B is zero. It is sharded like the weight: one side with the dimension that the
-    tensor ranks divide, the other whole on each of them with a partial gradient.
+    A new pair changes no output: A is random, B is zero. It is sharded like the weight: one side along the dimension
+    that is split over the tensor ranks, while the other is replicated on each of them with a partial gradient.
     """
 
     weight: torch.Tensor
@@ -69,12 +69,12 @@ class OperandOwner(torch.nn.Module):
     low_rank_scale: float | None = None
 
     def provide_weight(self, provider: Provider) -> None:
-        """Take the weight from a provider; the parameter goes, and with it its memory."""
+        """Take the weight from a provider; the parameter and its memory are released."""
         self.provider = provider
         self.register_parameter("weight", None)
 
     def operand(self, weight: torch.Tensor | None, bias: torch.Tensor | None) -> Operand:
-        """The operand, given the weight that this module trains, None with a provider."""
+        """Return the operand, given the weight that this module trains, or None with a provider."""
         factor = weight if self.provider is None else self.provider
         assert factor is not None
         if self.low_rank_scale is None:

@@ -1,7 +1,7 @@
 """Patches of images and videos of any size, packed into one sequence.
 
-They lie in blocks of merge x merge, which make one token of the language model each: blocks in raster order, raster
-order inside each.
+Patches are stored in blocks of merge x merge, each of which makes one token of the language model: blocks in raster
+order, and raster order inside each.
 
 Shapes: P patches, F frames.
 """
@@ -25,19 +25,19 @@ Grid = tuple[int, int, int]
 
 
 def split_frames(grids: Sequence[Grid]) -> list[Grid]:
-    """The frames of images and videos as grids of their own: a frame attends to no other, of its video neither."""
+    """Return all frames as grids of their own: a frame attends to no other frame, not even of the same video."""
     return [(1, height, width) for frames, height, width in grids for _ in range(frames)]
 
 
 @dataclass(frozen=True)
 class PatchPositions:
-    """Where each patch lies in its frame.
+    """The position of each patch in its frame.
 
     Attributes:
-        row: [P] int64.
-        column: [P] int64.
-        height: [P] int64, rows of the patch's frame.
-        width: [P] int64, columns of the patch's frame.
+        row: [P] int64, row of the patch in its frame.
+        column: [P] int64, column of the patch in its frame.
+        height: [P] int64, number of rows of the patch's frame.
+        width: [P] int64, number of columns of the patch's frame.
     """
 
     row: torch.Tensor
@@ -47,12 +47,12 @@ class PatchPositions:
 
 
 def patch_positions(frames: Sequence[Grid], merge_size: int, device: torch.device) -> PatchPositions:
-    """PatchPositions of packed patches: blocks of merge x merge in raster order, raster order inside each.
+    """Return positions of packed patches: blocks of merge x merge in raster order, and raster order inside each.
 
     Args:
-        frames: (1, height, width) in patches.
+        frames: (1, height, width) of each frame in patches.
         merge_size: patches per side of a block.
-        device: of the result; the host sends one small table and waits for nothing.
+        device: device of the result; the host sends one small table and waits for nothing.
     """
     _, heights, widths = zip(*frames, strict=True)
     ends = tuple(accumulate(height * width for _, height, width in frames))
@@ -71,13 +71,13 @@ def patch_positions(frames: Sequence[Grid], merge_size: int, device: torch.devic
 
 
 class PatchProjection(torch.nn.Module):
-    """A convolution whose kernel is a whole patch: one product. Replicated: at most half a percent of a tower.
+    """A convolution whose kernel covers one patch, as one matmul; replicated, as it is at most 0.5 % of a tower.
 
     Args:
         kernel: channels, (frames,) rows and columns of a patch.
-        hidden_size: of the result.
-        dtype: of the weight.
-        bias: add one.
+        hidden_size: size of the result.
+        dtype: dtype of the weight.
+        bias: add a bias.
     """
 
     def __init__(self, kernel: Sequence[int], hidden_size: int, dtype: torch.dtype, bias: bool) -> None:
@@ -88,22 +88,23 @@ class PatchProjection(torch.nn.Module):
         )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[P, patch features] to [P, hidden size]."""
+        """Map [P, patch features] to [P, hidden size]."""
         return linear(pixel_values.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
 def encode_packed(
     tower: Any, projector: Any, pixels: torch.Tensor | None, grids: Sequence[Grid], divided_over: Group | None
 ) -> list[torch.Tensor]:
-    """`projector(*tower(pixels, grids))` of a micro-batch's images and videos.
+    """Return `projector(*tower(pixels, grids))` for a micro-batch's images and videos.
 
     Args:
-        tower: takes packed patches and grids; its `config` has sizes.
-        projector: takes what the tower returns, and returns one or more tensors [features, H].
+        tower: module that takes packed patches and grids; its `config` has sizes.
+        projector: module that takes what the tower returns, and returns one or more tensors [features, H].
         pixels: [P, patch features], the same on every tensor rank; they may be on the host. None encodes one blank
             image, whose features nobody reads.
         grids: frames, rows and columns of patches of each image or video.
-        divided_over: ranks that each hold both whole and encode a share of the frames; None encodes all here.
+        divided_over: group of ranks that each hold full copies of both modules and encode some of the frames; None
+            encodes all frames on this rank.
 
     Returns:
         Features of all frames on every rank.
@@ -118,10 +119,10 @@ def encode_packed(
         return projector(*tower(pixels, grids))
     frames = split_frames(grids)
     patches = [math.prod(frame) for frame in frames]
-    # Multiply-adds of a layer: linear ones in proportion to patches, attention to their square.
+    # Multiply-adds of a layer: those of linears grow with the number of patches, those of attention with its square.
     costs = [count * (config.layer_weights + 2 * count * config.hidden_size) for count in patches]
     division = ImageDivision(patches, costs, divided_over)
     own_frames = [frames[index] for index in division.own] or blank
     features = projector(*tower(division.take(pixels, merge**2), own_frames))
-    # One exchange for all levels.
+    # One exchange gathers all of the projector's outputs.
     return list(division.gather(torch.cat(features, dim=1), merge**2).chunk(len(features), dim=1))

@@ -11,19 +11,19 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 LayerRunner = Callable[[torch.nn.Module, Callable[..., Any], tuple[Any, ...]], Any]
-"""Called with a layer, what runs it, and its inputs; returns the layer's output."""
+"""A function of a layer, the function that runs it, and its inputs, which returns the layer's output."""
 _runners: list[LayerRunner] = []
 
 
 def run_layer(layer: torch.nn.Module, *inputs: Any, recompute: bool) -> Any:
-    """Output of a layer, which while it trains keeps only its inputs if `recompute`."""
+    """Return the output of a layer; with `recompute`, a layer in training mode keeps only its inputs."""
     run = partial(checkpoint, layer, use_reentrant=False) if recompute and layer.training else layer
     return _runners[-1](layer, run, inputs) if _runners else run(*inputs)
 
 
 @contextmanager
 def layers_run_by(runner: LayerRunner) -> Iterator[None]:
-    """Let `runner` decide how `run_layer` runs layers: a trace runs each kind of layer once."""
+    """Let `runner` decide how `run_layer` runs layers, such as a trace that runs each kind of layer once."""
     _runners.append(runner)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Tables of rotary position embedding: the angles by which `vlm_kernels.rope` turns queries and keys.
+"""Tables of rotary position embedding: the angles by which `vlm_kernels.rope` rotates queries and keys.
 
 Shapes: S sequence, B batch, D head dim.
 """
@@ -16,19 +16,19 @@ from vlm_kernels.rope import RopeTable
 def rope_table(
     positions_BS: torch.Tensor, head_dim: int, theta: float, scaling_factor: float, dtype: torch.dtype
 ) -> RopeTable:
-    """Cosines and sines of the rotation angles, computed in fp32.
+    """Return cosines and sines of the rotation angles, computed in fp32.
 
     Args:
         positions_BS: token positions.
         head_dim: D.
         theta: base of the geometric series of frequencies.
-        scaling_factor: linear scaling: frequencies are divided by it.
-        dtype: of the result.
+        scaling_factor: divisor of the frequencies (linear scaling).
+        dtype: dtype of the result.
 
     Returns:
         Two tensors [S, B, D / 2].
 
-    Source: "default" and "linear" of transformers' modeling_rope_utils.
+    Source: "default" and "linear" in transformers' modeling_rope_utils.
     """
     frequencies = geometric_frequencies(head_dim, theta, positions_BS.device) / scaling_factor
     return _table(positions_BS.t().float()[..., None] * frequencies, dtype)
@@ -36,17 +36,17 @@ def rope_table(
 
 @dataclass(frozen=True)
 class YarnScaling:
-    """How YaRN stretches positions: slow frequencies are divided by `factor`, fast ones stay, a ramp lies between.
+    """How YaRN stretches positions: low frequencies are divided by `factor`, high ones stay, with a ramp in between.
 
     Attributes:
-        factor: longest sequence over `original_length`.
+        factor: ratio of the longest sequence to `original_length`.
         original_length: tokens of the sequences that the unscaled frequencies were trained on.
-        beta_fast: frequencies that turn more often in `original_length` stay.
-        beta_slow: frequencies that turn less often are divided.
-        mscale: with `mscale_all_dim`, the scale of cosines and sines.
+        beta_fast: frequencies that rotate more often than this in `original_length` tokens stay.
+        beta_slow: frequencies that rotate less often than this are divided by `factor`.
+        mscale: numerator of the scale of cosines and sines, together with `mscale_all_dim`.
         mscale_all_dim: see `mscale`.
-        attention_factor: that scale itself, where it is given.
-        truncate: the ramp begins and ends at whole frequencies.
+        attention_factor: the scale of cosines and sines itself, where it is given.
+        truncate: whether the ramp begins and ends at integer frequency indices.
     """
 
     factor: float
@@ -68,7 +68,7 @@ class YarnScaling:
         return self._mscale(1.0)
 
     def ramp(self, head_dim: int, theta: float) -> tuple[float, float]:
-        """Frequencies between which stretching sets in."""
+        """Return the indices of the frequencies between which stretching sets in."""
         first, last = (
             head_dim * math.log(self.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
             for turns in (self.beta_fast, self.beta_slow)
@@ -85,7 +85,7 @@ class YarnScaling:
 def yarn_table(
     positions_BS: torch.Tensor, head_dim: int, theta: float, yarn: YarnScaling, dtype: torch.dtype
 ) -> RopeTable:
-    """`rope_table` with frequencies stretched by YaRN.
+    """Return what `rope_table` does, with frequencies stretched by YaRN.
 
     Source: `_compute_yarn_parameters` of transformers' modeling_rope_utils; arXiv 2309.00071.
     """
@@ -98,30 +98,30 @@ def yarn_table(
 
 
 def geometric_frequencies(head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
-    """The geometric series of D / 2 frequencies."""
+    """Return the geometric series of D / 2 frequencies."""
     return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
 
 
 def _table(angles: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> RopeTable:
-    """Cosines and sines [S, B, D / 2] of angles of that shape."""
-    angles = angles.contiguous()  # for the kernel of every layer
+    """Return cosines and sines [S, B, D / 2] of angles of that shape."""
+    angles = angles.contiguous()  # once here, as the kernel of every layer needs it
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
 def mrope_table(
     positions_ABS: torch.Tensor, head_dim: int, theta: float, sections: tuple[int, ...], dtype: torch.dtype
 ) -> RopeTable:
-    """Cosines and sines where each frequency turns with one of several position axes, interleaved.
+    """Return cosines and sines where each frequency rotates with one of several position axes, interleaved.
 
     Frequency i belongs to axis a = i % axes while i < axes * sections[a], and to axis 0 otherwise: with sections
-    (24, 20, 20) the axes take turns up to frequency 59, and 60 to 63 belong to axis 0.
+    (24, 20, 20) the axes alternate up to frequency 59, and 60 to 63 belong to axis 0.
 
     Args:
         positions_ABS: positions on each axis (time, height, width).
         head_dim: D.
         theta: base of the geometric series of frequencies.
-        sections: frequencies of each axis.
-        dtype: of the result.
+        sections: number of frequencies of each axis.
+        dtype: dtype of the result.
 
     Returns:
         Two tensors [S, B, D / 2].

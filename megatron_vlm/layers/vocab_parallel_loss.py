@@ -1,11 +1,11 @@
-"""Cross-entropy of a linear head whose rows are divided over the tensor ranks, a chunk of tokens at a time.
+"""Cross-entropy of a linear head whose rows are split over the tensor ranks, a chunk of tokens at a time.
 
-Only tokens with a label are computed. The forward pass keeps two numbers of each and the logits of the last chunk; the
-backward pass begins with that one, computes the logits of the others again, and turns them into their gradient in
-place. So a single chunk takes 6 T H V operations, many take up to 8 T H V, and the only memory that grows with the
-vocabulary is one chunk's: a cuBLAS product writes it, one kernel reads it (forward) or overwrites it (backward), two
-products read it. On the last pipeline stage a micro-batch's backward pass follows its forward pass, so that one chunk
-is alive at a time.
+Only tokens with a label are computed. The forward pass keeps two values per token and the logits of the last chunk; the
+backward pass begins with that one, computes the logits of the others again, and overwrites them with their gradient in
+place. So a single chunk takes 6 T H V FLOPs, many take up to 8 T H V, and the only memory that grows with the
+vocabulary is one chunk's: a cuBLAS matmul writes it, one kernel reads it (forward) or overwrites it (backward), two
+matmuls read it. On the last pipeline stage a micro-batch's backward pass follows its forward pass, so that one chunk is
+alive at a time.
 
 Shapes: B batch, S sequence (hidden states hold a shard of it under sequence parallelism), H hidden, T tokens with a
 label or those of a chunk, V vocabulary rows of this rank.
@@ -24,20 +24,20 @@ from megatron_vlm.parallel.sequence import Group, gather_sequence, reduce_input_
 from vlm_kernels.device import is_on_gpu
 from vlm_kernels.linear_cross_entropy.operators import logits_gradient_, vocabulary_statistics
 
-# Products are made of tiles of this many rows.
+# Matmuls are computed in tiles of this many rows.
 _TILE_TOKENS = 128
 
 
 @dataclass(frozen=True)
 class Head:
-    """A vocabulary and how it is held.
+    """The settings of a language-model head: its vocabulary, how it is sharded, and its bounds.
 
     Attributes:
-        vocab_size: rows of the whole weight without padding, which is outside the softmax.
-        group: tensor ranks, each with equally many rows.
-        sequence_parallel: a rank's hidden states are its shard of the sequence.
-        softcap: logits are bounded to `softcap * tanh(logits / softcap)`; None for no bound.
-        chunk_bytes: most memory for logits.
+        vocab_size: rows of the full weight without padding, which is outside the softmax.
+        group: the tensor-parallel process group, each rank of which has equally many rows.
+        sequence_parallel: whether a rank's hidden states are its shard of the sequence.
+        softcap: bound of the logits, as `softcap * tanh(logits / softcap)`; None for no bound.
+        chunk_bytes: most memory for logits, in bytes.
     """
 
     vocab_size: int
@@ -48,37 +48,37 @@ class Head:
 
     @property
     def gathers(self) -> bool:
-        """Hidden states come in shards."""
+        """Whether hidden states come in shards, which are gathered."""
         return self.sequence_parallel and self.group.size() > 1
 
     def first(self, weight: torch.Tensor) -> int:
-        """The token of this rank's first row."""
+        """Return the token id of this rank's first row."""
         return self.group.rank() * weight.shape[0]
 
     def columns(self, weight: torch.Tensor) -> int:
-        """This rank's rows without padding."""
+        """Return the number of this rank's rows without padding."""
         return min(max(self.vocab_size - self.first(weight), 0), weight.shape[0])
 
     def chunks(self, num_tokens: int, weight: torch.Tensor) -> list[slice]:
-        """Slices of the tokens, of about one size and the first the largest, whose logits fit into `chunk_bytes`."""
+        """Return slices of the tokens, about equal and the first the largest, whose logits fit into `chunk_bytes`."""
         size = chunk_tokens(num_tokens, weight.shape[0] * weight.element_size(), self.chunk_bytes)
         return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
 
 
 def chunk_tokens(num_tokens: int, token_bytes: int, chunk_bytes: int) -> int:
-    """Tokens of a chunk.
+    """Return the number of tokens of a chunk.
 
     Args:
-        num_tokens: in all.
-        token_bytes: of one token's logits on this rank.
-        chunk_bytes: bound, unless a single token exceeds it.
+        num_tokens: number of tokens of all chunks.
+        token_bytes: bytes of one token's logits on this rank.
+        chunk_bytes: bound on the bytes of a chunk's logits, unless a single token exceeds it.
     """
     most = max(1, chunk_bytes // token_bytes)
     even = -(-num_tokens // max(1, -(-num_tokens // most)))
     return max(1, min(most, -(-even // _TILE_TOKENS) * _TILE_TOKENS, num_tokens))
 
 
-# Exchanges, buffers and main gradients are none of a compiler's business: it leaves the graph here.
+# The compiler breaks its graph here: it cannot handle the exchanges, buffers and main gradients.
 @torch.compiler.disable
 def linear_cross_entropy(
     x_SBH: torch.Tensor,
@@ -88,7 +88,9 @@ def linear_cross_entropy(
     head: Head,
     z_loss_coeff: float = 0.0,
 ) -> torch.Tensor:
-    """Loss of every token in fp32, [B, S], 0 without a label: cross-entropy, and `z_loss_coeff * logsumexp(logits)^2`.
+    """Return each token's loss in fp32, [B, S], 0 without a label.
+
+    The loss is the cross-entropy plus `z_loss_coeff * logsumexp(logits)^2`.
 
     The gradient of a parameter with megatron-core's `main_grad` in fp32 is added to that, as megatron-core's own fused
     linear does; any other weight gets one that was summed in fp32 and rounded once. Every tensor rank must have the
@@ -97,11 +99,11 @@ def linear_cross_entropy(
     Args:
         x_SBH: hidden states; a shard of the sequence under sequence parallelism, else the same on all tensor ranks.
         weight_VH: this rank's rows.
-        labels_BS: token that each place should predict, or -100; S is the whole sequence.
-        label_index: [T] int64, the places `s * B + b` with a label, ascending. Their number is known to the host, which
-            would have to wait for the device to count labels.
+        labels_BS: token id that each position should predict, or -100; S is the full sequence.
+        label_index: [T] int64, the positions `s * B + b` with a label, ascending. Their number is known to the host,
+            which would have to wait for the device to count labels.
         head: vocabulary, group and bounds.
-        z_loss_coeff: 0 for none.
+        z_loss_coeff: factor of the z-loss; 0 for none.
     """
     losses: torch.Tensor = _LinearCrossEntropy.apply(x_SBH, weight_VH, labels_BS, label_index, head, z_loss_coeff)
     return losses
@@ -172,14 +174,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _Logits:
-    """Logits of one chunk after the other in one buffer.
+    """A buffer that holds the logits of one chunk after the other.
 
     Args:
         rows: hidden states of all tokens.
         weight: this rank's rows.
-        label_index: tokens with a label.
-        buffer: one that holds the logits of `held`.
-        held: a chunk.
+        label_index: indices of the tokens with a label.
+        buffer: an existing buffer that holds the logits of the chunk `held`; None for a new one.
+        held: the chunk whose logits `buffer` holds.
     """
 
     def __init__(
@@ -194,7 +196,7 @@ class _Logits:
         self.buffer, self.held = buffer, None if buffer is None else held
 
     def of(self, chunk: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states [T, H], and logits [T, V] until the next call."""
+        """Return hidden states [T, H] and logits [T, V] of a chunk; the logits are valid until the next call."""
         rows_TH = self.rows.index_select(0, self.label_index[chunk])
         if self.buffer is None or len(self.buffer) < len(rows_TH):
             self.buffer = self.rows.new_empty((len(rows_TH), self.weight.shape[0]))
@@ -206,7 +208,7 @@ class _Logits:
 
 
 def _over_ranks(statistics_T3: torch.Tensor, group: Group) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Largest logit, sum of exponentials relative to it, and label's logit over all tensor ranks, [T] each."""
+    """Return largest logit, sum of exponentials relative to it, and label's logit over all tensor ranks, [T] each."""
     if group.size() == 1:
         return statistics_T3.unbind(-1)  # type: ignore[return-value]
     every = statistics_T3.new_empty((group.size(), *statistics_T3.shape))
@@ -217,7 +219,7 @@ def _over_ranks(statistics_T3: torch.Tensor, group: Group) -> tuple[torch.Tensor
 
 
 class _WeightGradient:
-    """Sum over chunks in fp32 (fp64 where the weight is)."""
+    """The weight's gradient, summed over chunks in fp32 (in fp64 where the weight is)."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight = weight
@@ -227,7 +229,7 @@ class _WeightGradient:
         self.total = torch.zeros_like(weight, dtype=wide) if main is None or not self.into_main else main
 
     def add(self, logits_gradient_TV: torch.Tensor, rows_TH: torch.Tensor) -> None:
-        """Add one chunk's product."""
+        """Add one chunk's gradient."""
         columns_VT, wide = logits_gradient_TV.t(), self.total.dtype
         if columns_VT.dtype == wide:
             self.total.addmm_(columns_VT, rows_TH)
@@ -237,7 +239,7 @@ class _WeightGradient:
             self.total.addmm_(columns_VT.to(wide), rows_TH.to(wide))
 
     def result(self) -> torch.Tensor | None:
-        """What autograd is told; nothing to add where the gradient is in `main_grad` already."""
+        """Return what autograd gets; it must add nothing where the gradient is in `main_grad` already."""
         weight = self.weight
         if not self.into_main:
             return self.total.to(weight.dtype)
@@ -245,6 +247,6 @@ class _WeightGradient:
         if getattr(weight, "zero_out_wgrad", False):
             # megatron-core adds what autograd collects from the weight's other use, the lookup.
             return None
-        # megatron-core leaves this unread, but asks for one; the memory of `main_grad` costs none, and a detached view
-        # is not copied.
+        # megatron-core never reads this gradient, but needs one; the memory of `main_grad` costs nothing extra, and a
+        # detached view is not copied.
         return self.total.detach().flatten().view(weight.dtype)[: weight.numel()].view_as(weight)

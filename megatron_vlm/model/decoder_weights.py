@@ -1,4 +1,4 @@
-"""Names and shapes of a decoder's weights, which families share; the tables are read by `weight_tables.resolve`."""
+"""Names and shapes of decoder weights that families have in common; `weight_tables.resolve` reads the tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from megatron_vlm.model.weight_tables import Table, Weight, WeightGroup, resolve
 from megatron_vlm.model_configs import DecoderConfig
 
-# Prefix of a language model alone, in its files.
+# Prefix of a text-only language model in its files.
 LANGUAGE_MODEL_ALONE = ("model.",)
 
 ATTENTION = {
@@ -26,22 +26,22 @@ GATED_MLP = {
 
 
 def head_weights(text: DecoderConfig, hf_prefixes: tuple[str, ...]) -> WeightGroup:
-    """The head alone: a file may hold it although it is tied.
+    """Return the group of the head only: a file may hold it although it is tied.
 
     Args:
-        text: the language model.
-        hf_prefixes: of the head in files.
+        text: configuration of the language model.
+        hf_prefixes: prefixes of the head in Hugging Face files.
     """
     weight = Weight("weight", (text.vocab_size, text.hidden_size), has_vocabulary_rows=True)
     return WeightGroup("language_model.lm_head.", hf_prefixes, (weight,))
 
 
 def decoder_weights(text: DecoderConfig, table_of: Callable[[Any], Table]) -> Iterator[Weight]:
-    """Embedding, layers and final norm.
+    """Yield the weights of embedding, layers and final norm.
 
     Args:
-        text: the language model.
-        table_of: gives the table of a layer, from its record.
+        text: configuration of the language model.
+        table_of: function that returns the table of a layer, given its configuration.
     """
     yield Weight("embed_tokens.weight", (text.vocab_size, text.hidden_size), has_vocabulary_rows=True)
     for index, layer in enumerate(text.layers):

@@ -1,8 +1,8 @@
 """Tensors of Hugging Face files, and how their rows become those of our weights and back.
 
 A tensor holds one weight, or several: one after another in its rows, or side by side in another dimension. Either way
-it is a sequence of bands, the rows of which all belong to the same weights. Whoever reads or writes a tensor goes
-through its bands once, in blocks of rows, and touches nothing twice.
+it is a sequence of bands, the rows of which all belong to the same weights. Readers and writers go through the bands of
+a tensor once, in blocks of rows, and touch nothing twice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_vlm.model.weight_tables import Weight, WeightGroup
 
 @dataclass(frozen=True)
 class HfPart:
-    """One of our weights as a part of a file's tensor, by our name."""
+    """One of our weights, with our name of it, as a part of a file's tensor."""
 
     name: str
     weight: Weight
@@ -32,10 +32,10 @@ class HfBand:
 
     Args:
         parts: the weights.
-        first_row: where the band begins in the tensor.
-        shape: of the band in the file.
-        dim: in which the parts lie side by side, if there are several; none of them has another shape here.
-        is_transposed: the matrices are transposed in the file.
+        first_row: row of the tensor at which the band begins.
+        shape: shape of the band in the file.
+        dim: dimension in which several parts lie side by side; each of them has the same shape in our models.
+        is_transposed: whether the matrices are transposed in the file.
     """
 
     parts: tuple[HfPart, ...]
@@ -46,17 +46,17 @@ class HfBand:
 
     @property
     def num_rows(self) -> int:
-        """Rows of each of our weights, without padding; a scalar is one row."""
+        """Number of rows of each of our weights, without padding; a scalar is one row."""
         own_shape = self.parts[0].weight.own_shape
         return own_shape[0] if own_shape else 1
 
     @property
     def _rows_ratio(self) -> int:
-        """Rows of the file in one of ours."""
+        """Number of rows of the file in one row of ours."""
         return self.shape[0] // self.num_rows if self.shape else 1
 
     def file_rows(self, first_row: int, end_row: int) -> tuple[int, int]:
-        """Where rows of ours begin and end in the file's tensor."""
+        """Return where rows of ours begin and end in the file's tensor."""
         return self.first_row + first_row * self._rows_ratio, self.first_row + end_row * self._rows_ratio
 
     def blocks(self, dtype: torch.dtype, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
@@ -64,7 +64,7 @@ class HfBand:
         return row_blocks((self.num_rows, math.prod(self.shape) // self.num_rows), dtype, block_bytes)
 
     def from_file(self, rows: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Rows of the file in the shape of each part; views, unless they are transposed."""
+        """Return rows of the file in the shape of each part, as views unless they are transposed."""
         if len(self.parts) > 1:
             return rows.split(self._sizes, self.dim)
         if self.is_transposed:
@@ -72,12 +72,12 @@ class HfBand:
         return [rows.view(-1, *self.parts[0].weight.own_shape[1:]) if self.shape else rows]
 
     def to_file(self, rows: Sequence[torch.Tensor], dtype: torch.dtype, memory: BlockMemory) -> torch.Tensor:
-        """Rows of every part as they stand in the file.
+        """Return rows of every part as the file holds them.
 
         Args:
             rows: the same rows of each part, on any device.
-            dtype: in the file.
-            memory: on the host, for what cannot be a view of `rows`.
+            dtype: dtype in the file.
+            memory: host memory for what cannot be a view of `rows`.
         """
         shape = (len(rows[0]) * self._rows_ratio, *self.shape[1:]) if self.shape else ()
         if len(rows) == 1 and not self.is_transposed and (rows[0].dtype, rows[0].device) == (dtype, memory.device):
@@ -108,9 +108,9 @@ class HfTensor:
     """A tensor of a Hugging Face file.
 
     Args:
-        hf_name: its name there.
-        parts: the weights that it holds: one that is all of it, or slices of one dimension in their order.
-        is_transposed: the matrices of its one weight are transposed there.
+        hf_name: its name in the file.
+        parts: the weights that it holds: a single one, or slices of one dimension in their order.
+        is_transposed: whether the matrices of its one weight are transposed in the file.
     """
 
     hf_name: str
@@ -138,7 +138,7 @@ class HfTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape in the file."""
+        """Shape of the tensor in the file."""
         weight = self.parts[0].weight
         if self.is_transposed:
             return weight.transposed_shape
@@ -148,12 +148,12 @@ class HfTensor:
 
     @property
     def _sizes(self) -> list[int]:
-        """Sizes of its parts along `dim`."""
+        """Sizes of the parts along `dim`."""
         return [part.weight.shape[self.dim] for part in self.parts]
 
     @property
     def bands(self) -> tuple[HfBand, ...]:
-        """Its rows, in their order: of one weight after another, or of all side by side."""
+        """Bands of the tensor in their order: one for each weight, or a single one of all weights side by side."""
         if self.dim or self.is_transposed:
             return (HfBand(self.parts, 0, self.shape, self.dim, self.is_transposed),)
         bands = []
@@ -164,7 +164,7 @@ class HfTensor:
 
 
 def tensors_of(group: WeightGroup, hf_prefix: str, is_transposed: bool = False) -> dict[str, HfTensor]:
-    """The tensors of a group in files that use one of its prefixes, by their names there."""
+    """Return the tensors of a group in files that use one of its prefixes, by their names there."""
     parts: dict[str, list[HfPart]] = {}
     for weight in group.weights:
         parts.setdefault(hf_prefix + weight.hf_suffix, []).append(HfPart(group.prefix + weight.suffix, weight))

@@ -16,13 +16,14 @@ from megatron_vlm.parallel.sharding import full_shape, own_part
 def initialize_weights(
     chunks: Iterable[torch.nn.Module], seed: int, std: float, groups: ProcessGroupCollection
 ) -> None:
-    """Set every parameter as it declares, from a generator of its own, by seed and name: every layout starts from the
-    same model.
+    """Initialise every parameter as declared, so that every layout starts from the same model.
+
+    Each parameter has a random generator of its own, seeded by the run's seed and the parameter's name.
 
     Args:
         chunks: this rank's pipeline chunks.
-        seed: of the run.
-        std: deviation of what is drawn (`initializer_range` of the configuration).
+        seed: seed of the run.
+        std: standard deviation of random values (`initializer_range` of the configuration).
         groups: process groups.
     """
     for name, parameter in (named for chunk in chunks for named in chunk.named_parameters()):
@@ -38,7 +39,7 @@ def initialize_weights(
 
 
 def _whole(name: str, shape: Sequence[int], initial: Initial, seed: int, std: float) -> torch.Tensor:
-    # On the host, whose generator gives the same numbers on every machine, and takes 32 bits of seed.
+    # Values are drawn on the host, whose generator is the same on every machine, and takes 32 bits of seed.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     whole = torch.empty(shape)
     initial(whole, std, generator)

@@ -1,4 +1,4 @@
-"""What every decoder has around its layers: embedding, recomputation, final norm and head.
+"""The common parts of every decoder around its layers: embedding, recomputation, final norm and head.
 
 Shapes: B batch, S sequence (hidden states hold a shard of it under sequence parallelism), H hidden.
 """
@@ -27,15 +27,15 @@ from megatron_vlm.parallel.stage_state import StageState
 class LanguageModelChunk(torch.nn.Module):
     """The decoder layers of one chunk, the embedding on the first and what the head needs on the last.
 
-    A tied embedding is held by both; their gradients are summed.
+    First and last chunk both hold a tied embedding; the gradients of the copies are summed.
 
     Args:
         text: configuration of the language model.
-        chunk: which part of the model, and how it is held.
-        group: tensor ranks.
-        make_layer: builds the decoder layer with a global id.
-        zero_centered_norm: the final norm multiplies by one plus its weight.
-        softcap: bound of the logits, None for none.
+        chunk: settings of the pipeline chunk.
+        group: the tensor-parallel process group.
+        make_layer: function that builds the decoder layer with a global id.
+        zero_centered_norm: whether the final norm multiplies by one plus its weight.
+        softcap: bound of the logits; None for none.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class LanguageModelChunk(torch.nn.Module):
                 chunk.mcore_config,
                 group,
             )
-            # The head puts its share of the gradient into `main_grad` itself; megatron-core must then still add the
-            # lookup's, which is there where one chunk has both.
+            # The head adds its part of the gradient to `main_grad` itself; megatron-core must then still add that of
+            # the lookup, which exists where one chunk has both.
             self.embed_tokens.weight.zero_out_wgrad = chunk.is_first and chunk.is_last and text.tie_word_embeddings
         self.layers = torch.nn.ModuleDict({str(index): make_layer(index) for index in chunk.layers})
         if chunk.is_last:
@@ -74,56 +74,56 @@ class LanguageModelChunk(torch.nn.Module):
                 declare(self.lm_head.weight, "table", normal_rows(text.vocab_size), tensor_dim=0)
 
     def embed(self, ids_BS: torch.Tensor) -> torch.Tensor:
-        """Embeddings [B, S, H]."""
+        """Return embeddings [B, S, H]."""
         embedded: torch.Tensor = self.embed_tokens(ids_BS)
         return embedded
 
     def run(self, state: StageState, batch: MicroBatch) -> StageState:
-        """Run this chunk's layers on what the layer before them left."""
+        """Run this chunk's layers on the state that the layer before them left."""
         inputs = self.layer_inputs(batch, state.hidden.dtype)
         for name, layer in self.layers.items():
             index = int(name)
-            # What is carried goes in and comes out explicitly, so that recomputation sees the same and returns its
-            # gradient.
+            # Carried tensors are explicit inputs and outputs, so that recomputation reads the same ones and returns
+            # their gradients.
             reads = self.layer_reads(index, state)
             output = run_layer(layer, state.hidden, *reads, *inputs, recompute=self.recompute_layers)
             state = self.after_layer(index, output, state, inputs)
         return state
 
     def layer_inputs(self, batch: MicroBatch, dtype: torch.dtype) -> tuple[Any, ...]:
-        """What every layer is given after hidden states and what it reads: rotary tables, spans and the like."""
+        """Return each layer's inputs after hidden states and the tensors it reads: rotary tables, spans and so on."""
         raise NotImplementedError
 
     def layer_reads(self, layer: int, state: StageState) -> tuple[torch.Tensor, ...]:
-        """Carried tensors that the layer with a global id reads; by default, none."""
+        """Return the carried tensors that the layer with a global id reads; by default, none."""
         return ()
 
     def after_layer(self, layer: int, output: Any, state: StageState, inputs: tuple[Any, ...]) -> StageState:
-        """The state after a layer, from its output; by default, that is the hidden states.
+        """Return the state after a layer, from its output; by default, the output is the hidden states.
 
         Args:
-            layer: global id.
-            output: of the layer.
-            state: before it.
-            inputs: from `layer_inputs`.
+            layer: global id of the layer.
+            output: output of the layer.
+            state: state before the layer.
+            inputs: result of `layer_inputs`.
         """
         return replace(state, hidden=output)
 
     def head_weight(self) -> torch.Tensor:
-        """This rank's rows of the head, [vocabulary / tensor ranks, H]."""
+        """Return this rank's rows of the head, [vocabulary / tensor ranks, H]."""
         weight = self.embed_tokens(None) if self.text.tie_word_embeddings else self.lm_head().weight
         assert isinstance(weight, torch.Tensor)
         return weight
 
     def losses(self, x_SBH: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        """Loss of every token in fp32, [B, S], 0 without a label; while training with the z-loss."""
+        """Return the loss of every token in fp32, [B, S], 0 without a label; in training mode with the z-loss."""
         z_loss_coeff = self.z_loss_coeff if self.training else 0.0
         x_SBH, weight = self.norm(x_SBH), self.head_weight()
         return linear_cross_entropy(x_SBH, weight, batch.labels, batch.label_index, self.head, z_loss_coeff)
 
 
 def residual_norm(text: DecoderConfig, chunk: ChunkSettings, zero_centered: bool) -> RMSNorm:
-    """A norm of the residual stream; each tensor rank normalises its shard under sequence parallelism."""
+    """Build a norm of the residual stream; under sequence parallelism, each tensor rank normalises its shard."""
     mcore_config = chunk.mcore_config
     return RMSNorm(
         text.hidden_size, text.norm_eps, zero_centered, mcore_config.params_dtype, mcore_config.sequence_parallel

@@ -1,4 +1,4 @@
-"""What megatron-core's schedules ask of every family's pipeline chunk."""
+"""The base class of every family's pipeline chunk, as megatron-core's schedules need it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class ModelChunk(MegatronModule):
     """One pipeline chunk of a model; a family adds `language_model`, its towers, `embed`, and what it carries.
 
     Args:
-        chunk: which part of the model, and how it is held.
+        chunk: settings of the pipeline chunk.
         groups: process groups.
-        has_vision: the model has a tower, wherever its first chunk is.
+        has_vision: whether the model has a vision tower, on whichever stage it is.
     """
 
     model_type = ModelType.encoder_or_decoder
-    # megatron-core would sum gradients of tied embeddings; `parallel.gradients` does that for all copies alike.
+    # megatron-core must not sum gradients of tied embeddings: `parallel.gradients` does that for all copies alike.
     share_embeddings_and_output_weights = False
     language_model: LanguageModelChunk
     vision_tower: torch.nn.Module
@@ -38,14 +38,14 @@ class ModelChunk(MegatronModule):
         self.first_layer, self.end_layer = chunk.num_layers_before, chunk.num_layers_before + len(chunk.layers)
         self.pre_process, self.post_process, self.vp_stage = chunk.is_first, chunk.is_last, chunk.virtual_stage
         self.divides_images = chunk.vision_parallelism == "data" and groups.tp.size() > 1
-        # Ranks that share each layer of a tower.
+        # Ranks over which each layer of a tower is sharded.
         self.tower_group = groups.single_rank if self.divides_images else groups.tp
-        # A micro-batch without images skips the tower, or gives it a blank one whose features nobody reads.
+        # A micro-batch without images skips the tower, or encodes a blank image whose features nobody reads.
         self.always_encodes = chunk.overlapped and has_vision
         self.input_tensor: torch.Tensor | None = None
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
-        """What the next chunk needs, [rows, B, H], or on the last chunk the loss of every token in fp32, [B, S]."""
+        """Return what the next chunk needs, [rows, B, H], or on the last chunk each token's loss in fp32, [B, S]."""
         if self.pre_process:
             state = self.embed(batch)
         else:
@@ -57,15 +57,15 @@ class ModelChunk(MegatronModule):
         return pack(state, self.boundary(self.end_layer, batch), self.input_tensor)
 
     def embed(self, batch: MicroBatch) -> StageState:
-        """What the first decoder layer is given: tokens and media as one sequence."""
+        """Return the input of the first decoder layer: tokens and media as one sequence."""
         raise NotImplementedError
 
     def losses(self, state: StageState, batch: MicroBatch) -> torch.Tensor:
-        """Loss of every token in fp32, [B, S], from what the last decoder layer left."""
+        """Return the loss of every token in fp32, [B, S], from the state that the last decoder layer left."""
         return self.language_model.losses(state.hidden, batch)
 
     def boundary(self, layer: int, batch: MicroBatch) -> Boundary:
-        """What crosses to the chunk that begins with the decoder layer of this global id; by default, hidden states."""
+        """Return what is sent to the chunk that begins with a decoder layer (global id); by default, hidden states."""
         rows, length = batch.input_ids.shape
         if self.config.sequence_parallel:
             length //= self.groups.tp.size()
@@ -76,15 +76,14 @@ class ModelChunk(MegatronModule):
         self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def to_sequence_first(self, x_BSH: torch.Tensor) -> torch.Tensor:
-        """[B, S, H] as [S, B, H], this rank's shard of S under sequence parallelism."""
+        """Transpose [B, S, H] to [S, B, H], this rank's shard of S under sequence parallelism."""
         x_SBH = x_BSH.transpose(0, 1).contiguous()
         if self.config.sequence_parallel:
             x_SBH = scatter_to_sequence_parallel_region(x_SBH, group=self.groups.tp)
         return x_SBH
 
     def packed_features(self, batch: MicroBatch) -> list[torch.Tensor]:
-        """Features of a micro-batch's packed images and videos, as the projector returns them; empty if none is
-        encoded."""
+        """Return the projector's features of a micro-batch's packed images and videos; empty if none is encoded."""
         if not (batch.grids or self.always_encodes):
             return []
         pixels = batch.media_inputs.get("pixel_values")
@@ -92,7 +91,7 @@ class ModelChunk(MegatronModule):
         return encode_packed(self.vision_tower, self.projector, pixels, batch.grids, divided_over)
 
     def mark_tower(self, *towers: torch.nn.Module) -> None:
-        """Declare whole towers on every tensor rank, each fed a share of the images, where images are divided."""
+        """Declare towers replicated with partial gradients, where each tensor rank encodes only some of the images."""
         if self.divides_images:
             for parameter in (parameter for tower in towers for parameter in tower.parameters()):
                 redeclare(parameter, tensor_dim=None, partial=True)

@@ -1,7 +1,7 @@
 """The vision encoder of Qwen3-VL and its successors: images and videos of any size, and mergers into the text.
 
 Patches of all images lie in one packed sequence, in blocks of merge x merge that make one token of the language model
-each; those of a frame attend to each other, whatever image or video it belongs to.
+each; the patches of one frame attend to each other, whatever image or video it belongs to.
 
 Source: transformers models/qwen3_vl (`Qwen3VLVisionModel`).
 Shapes: P patches, H vision hidden, N heads, D head dim, F frames.
@@ -37,7 +37,7 @@ class QwenVisionConfig(TowerConfig):
 
     Attributes:
         num_positions_per_side: side of the square table of learned positions.
-        deepstack_layers: tower layers after which features are tapped, one for each of the first decoder layers.
+        deepstack_layers: tower layers whose outputs are DeepStack features, one for each of the first decoder layers.
     """
 
     patch_size: int
@@ -50,29 +50,29 @@ class QwenVisionConfig(TowerConfig):
 
     @property
     def patch_features(self) -> int:
-        """Numbers in one flattened patch."""
+        """Number of values in one flattened patch."""
         return self.num_channels * self.temporal_patch_size * self.patch_size**2
 
     @property
     def layer_weights(self) -> int:
-        """Numbers of a layer that each patch is multiplied with."""
+        """Number of a layer's weights that each patch is multiplied with."""
         return 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
 
     @property
     def projector_hidden_size(self) -> int:
-        """Between the two linear layers of a merger."""
+        """Width between the two linear layers of a merger."""
         return self.hidden_size * self.spatial_merge_size**2
 
 
 def patch_rope(positions: PatchPositions, head_dim: int) -> RopeTable:
-    """Cosines and sines [P, D / 2] in fp32: the first half of the frequencies turns with the row, then the column."""
+    """Return cosines and sines [P, D / 2] in fp32: the first half rotates with the row, the second with the column."""
     frequencies = geometric_frequencies(head_dim // 2, ROPE_THETA, positions.row.device)
     angles = torch.cat([axis.float()[:, None] * frequencies for axis in (positions.row, positions.column)], dim=-1)
     return angles.cos(), angles.sin()
 
 
 class PositionTable(torch.nn.Module):
-    """A square table of learned positions, stretched over each frame. Replicated: under one percent of the tower."""
+    """A square table of learned positions, interpolated over each frame; replicated, as it is under 1 % of a tower."""
 
     def __init__(self, config: QwenVisionConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class PositionTable(torch.nn.Module):
         self.weight = declare(weight, "table", normal)
 
     def forward(self, positions: PatchPositions) -> torch.Tensor:
-        """Bilinear samples [P, H] in fp32; corners of the frame lie on corners of the table."""
+        """Return bilinear samples [P, H] in fp32; corners of the frame lie on corners of the table."""
         rows, row_weights = self._neighbours(positions.row, positions.height)
         columns, column_weights = self._neighbours(positions.column, positions.width)
         index_P4 = (rows[:, :, None] * self.side + columns[:, None]).flatten(1)
@@ -89,8 +89,8 @@ class PositionTable(torch.nn.Module):
         return embedding_bag(index_P4, self.weight.float(), mode="sum", per_sample_weights=weights_P4)
 
     def _neighbours(self, position: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The two table lines around each position and their weights, [P, 2] each."""
-        # Multiplied first, so that a position that lies on a line is exactly there.
+        """Return the two table lines around each position and their weights, [P, 2] each."""
+        # The multiplication comes first, so that a position on a line lies there exactly.
         source = position * (self.side - 1) / (size - 1).clamp(min=1)
         before = source.floor()
         share = (source - before).float()
@@ -108,7 +108,7 @@ class VisionAttention(torch.nn.Module):
         self.proj = RowParallelLinear(config.hidden_size, config.hidden_size, mcore_config, group, bias=True)
 
     def forward(self, x_PH: torch.Tensor, rope: RopeTable, frames: Segments) -> torch.Tensor:
-        """[P, H] to the same."""
+        """Map [P, H] to the same shape."""
         (projected,) = column_parallel(x_PH, (self.qkv,), self.group, False)
         q, k, v = projected.unflatten(-1, (3, -1, self.head_dim)).unbind(1)
         q, k, v = (tensor.transpose(0, 1) for tensor in (*qk_norm_rope(q, k, rope), v))
@@ -117,7 +117,7 @@ class VisionAttention(torch.nn.Module):
 
 
 class VisionLayer(torch.nn.Module):
-    """A pre-norm layer; its norms act on whole activations, so they are replicas with whole gradients."""
+    """A pre-norm layer; its norms act on unsharded activations, so they are replicated with full gradients."""
 
     def __init__(self, config: QwenVisionConfig, mcore_config: TransformerConfig, group: Group) -> None:
         super().__init__()
@@ -127,21 +127,21 @@ class VisionLayer(torch.nn.Module):
         self.mlp = MLP((size, config.intermediate_size, size), MLP_NAMES, "tanh", mcore_config, group)
 
     def forward(self, x_PH: torch.Tensor, rope: RopeTable, frames: Segments) -> torch.Tensor:
-        """[P, H] to the same."""
+        """Map [P, H] to the same shape."""
         x_PH = x_PH + self.attn(self.norm1(x_PH), rope, frames)
         return x_PH + self.mlp(self.norm2(x_PH))
 
 
 class VisionTower(torch.nn.Module):
-    """Heads and feed-forward columns split over `group`, which is one rank when frames are divided instead.
+    """A tower whose heads and feed-forward columns are split over `group`: one rank where frames are split instead.
 
-    Patch projection, positions and norms are whole on every rank: they are about 1 % of the tower, and every rank
-    needs their outputs whole, so that shards would have to be gathered.
+    Patch projection, positions and norms are replicated: they are about 1 % of the tower, and every rank needs their
+    full outputs, so that shards would have to be gathered.
 
     Args:
-        config: the tower.
+        config: configuration of the tower.
         mcore_config: megatron-core settings without sequence parallelism.
-        group: ranks that share each layer.
+        group: process group over which each layer is sharded.
         recompute: compute each layer again in the backward pass.
     """
 
@@ -166,7 +166,7 @@ class VisionTower(torch.nn.Module):
             grids: (frames, height, width) in patches of each image or video, known on the host.
 
         Returns:
-            Output of the last layer [P, H], and those of `deepstack_layers`.
+            Output of the last layer [P, H], and the outputs of `deepstack_layers` [P, H].
         """
         config, frames = self.config, split_frames(grids)
         positions = patch_positions(frames, config.spatial_merge_size, pixel_values.device)
@@ -183,13 +183,13 @@ class VisionTower(torch.nn.Module):
 
 
 class Merger(MLP):
-    """Makes one vector of each block of patches and maps it to the language model's width.
+    """A merger that makes one vector of each block of patches and maps it to the language model's width.
 
     Args:
-        config: the tower.
+        config: configuration of the tower.
         norm_after: normalise the joined vector, not each patch.
         mcore_config: megatron-core settings without sequence parallelism.
-        group: tensor ranks.
+        group: process group over which the merger is sharded.
     """
 
     def __init__(
@@ -201,18 +201,18 @@ class Merger(MLP):
         self.norm = LayerNorm(norm_size, config.norm_eps, mcore_config.params_dtype)
 
     def forward(self, x_PH: torch.Tensor) -> torch.Tensor:
-        """[P, H] to [P / patches per block, text hidden]."""
+        """Map [P, H] to [P / patches per block, text hidden]."""
         normed = self.norm(x_PH.reshape(-1, *self.norm.normalized_shape))
         return super().forward(normed.reshape(-1, self.joined_size))
 
 
 class Projector(torch.nn.Module):
-    """The mergers: one of the tower's output, one of each tap (DeepStack), which norms the joined vector.
+    """The mergers: one for the tower's output, and one for each DeepStack feature, which normalises the joined vector.
 
     Args:
-        config: the tower.
+        config: configuration of the tower.
         mcore_config: megatron-core settings without sequence parallelism.
-        group: ranks that share each merger.
+        group: process group over which each merger is sharded.
     """
 
     def __init__(self, config: QwenVisionConfig, mcore_config: TransformerConfig, group: Group) -> None:
@@ -223,7 +223,7 @@ class Projector(torch.nn.Module):
         )
 
     def forward(self, last: torch.Tensor, taps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The tower's two results to features [P / patches per block, text hidden]: main, then one per tap."""
+        """Map the tower's results to [P / patches per block, text hidden]: main features, then DeepStack features."""
         return [
             self.merger(last),
             *(merger(tap) for merger, tap in zip(self.deepstack_merger_list, taps, strict=True)),

@@ -16,18 +16,18 @@ _SHOWN_NAMES = 3
 
 
 def part_of(name: str) -> str:
-    """The part of the model that a parameter belongs to: `language_model`, `vision_tower`, `projector`, ..."""
+    """Return the part of the model that a parameter belongs to: `language_model`, `vision_tower`, `projector`, ..."""
     return name.partition(".")[0]
 
 
 class Trainable:
-    """The one place that knows what `model.freeze` means.
+    """The interpretation of `model.freeze`, in one place.
 
     An entry is a part, or a pattern of parameter names as in a shell, in which `*` also stands for dots:
     `language_model.layers.[0-9].*` are the first ten layers.
 
     Args:
-        freeze: the entries.
+        freeze: the entries of `model.freeze`.
     """
 
     def __init__(self, freeze: Iterable[str]) -> None:
@@ -36,20 +36,20 @@ class Trainable:
         }
 
     def trains(self, name: str) -> bool:
-        """Whether a parameter may train; a buffer never does."""
+        """Return whether a parameter may train; a buffer never does."""
         return not any(pattern.match(name) for pattern in self._patterns.values())
 
     def freeze(self, chunks: Iterable[torch.nn.Module]) -> None:
-        """Switch off gradients of what does not train."""
+        """Switch off gradients of parameters that do not train."""
         for name, parameter in (named for chunk in chunks for named in chunk.named_parameters()):
             if not self.trains(name):
                 parameter.requires_grad_(False)
 
     def problems(self, names: Iterable[str]) -> Iterator[ConfigError]:
-        """What is wrong with the entries for a model with parameters of these names."""
+        """Yield the errors in the entries for a model with parameters of these names."""
         names = list(names)
         parts = sorted({part_of(name) for name in names})
-        # Layers and experts have the same names, but for numbers.
+        # Names of layers and experts differ only in their indices.
         patterns = sorted({re.sub(r"\.\d+(?=\.)", ".*", name) for name in names})
         for entry, pattern in self._patterns.items():
             if not any(pattern.match(name) for name in names):

@@ -1,6 +1,6 @@
-"""All weights of a model in Hugging Face directories and checkpoints: found, compared, and refused where they differ.
+"""The map of all weights of a model, by which Hugging Face directories and checkpoints are read and checked.
 
-A family's `weights.py` makes its `WeightMap` of tables (weight_tables.py).
+A family's `weights.py` builds its `WeightMap` from tables (weight_tables.py).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ VALUE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class FoundTensors:
-    """What a Hugging Face directory holds, by the names there.
+    """The tensors of a Hugging Face directory, by the names there.
 
     Attributes:
-        tensors: these hold every weight exactly once.
-        tied_copies: further ones that repeat a tied weight.
-        passthrough: names of those that are only carried through.
+        tensors: tensors that hold every weight exactly once.
+        tied_copies: further tensors that repeat a tied weight.
+        passthrough: names of tensors that are only carried through.
     """
 
     tensors: dict[str, HfTensor]
@@ -45,13 +45,13 @@ class WeightMap:
     """All weights of one model.
 
     Args:
-        groups: every tensor exactly once.
+        groups: groups that hold every tensor exactly once.
         tied_groups: groups whose tensors, where a file has them, must repeat another weight: (group, our name of it).
-        unread_hf_prefixes: parts of a multimodal file that a text-only model leaves alone.
+        unread_hf_prefixes: prefixes of those tensors of a multimodal file that a text-only model does not read.
         passthrough: regular expressions, found in names of tensors that transformers ignores
             (`_keys_to_ignore_on_load_unexpected`). They are carried through: kept as they are, and exported again.
-        text_only_class: (architecture, model_type) of the language model alone, for `config.json`.
-        text_only_settings: what its `config.json` says otherwise than the text part of a multimodal one.
+        text_only_class: (architecture, model_type) of the text-only language model, for `config.json`.
+        text_only_settings: keys of its `config.json` that differ from the text part of a multimodal one.
     """
 
     groups: tuple[WeightGroup, ...]
@@ -68,14 +68,14 @@ class WeightMap:
                 yield group.prefix + weight.suffix, weight
 
     def as_written(self) -> dict[str, HfTensor]:
-        """The tensors that an export writes without an example, by their names there."""
+        """Return the tensors that an export writes without an example, by their names there."""
         tensors: dict[str, HfTensor] = {}
         for group in self.groups:
             tensors |= tensors_of(group, group.hf_prefixes[0], group.written_transposed)
         return tensors
 
     def passthrough_in(self, hf_names: Iterable[str]) -> tuple[str, ...]:
-        """The names of tensors that are only carried through."""
+        """Return the names of tensors that are only carried through."""
         read = (name for name in hf_names if not name.startswith(self.unread_hf_prefixes))
         return tuple(name for name in read if any(re.search(pattern, name) for pattern in self.passthrough))
 
@@ -83,11 +83,11 @@ class WeightMap:
         """Find every weight in a Hugging Face directory.
 
         Args:
-            reader: the directory's weights.
+            reader: reader of the directory's weights.
 
         Raises:
-            CheckpointError: lists all missing, unexpected and wrongly shaped tensors together; or there are quantised
-                weights; or experts are held in another way than in either of the two that are read.
+            CheckpointError: tensors are missing, unexpected or wrongly shaped, which are listed together; or weights
+                are quantised; or experts have neither of the two layouts that are read.
         """
         tensors: dict[str, HfTensor] = {}
         for group in self.groups:
@@ -114,7 +114,7 @@ class WeightMap:
         """Compare with the shapes in a distributed checkpoint, which may hold more (the optimizer's state).
 
         Raises:
-            CheckpointError: lists all missing and wrongly shaped tensors together, and surplus ones of the same parts.
+            CheckpointError: tensors are missing, wrongly shaped, or surplus in the same parts; all are listed together.
         """
         parts = tuple({group.prefix.split(".")[0] + "." for group in self.groups})
         relevant = {name: shape for name, shape in stored.items() if name.startswith(parts)}
@@ -127,7 +127,7 @@ class WeightMap:
 
 
 def _used_prefix(group: WeightGroup, names: Mapping[str, object]) -> str:
-    if group.transposable:  # also when all its names are others
+    if group.transposable:  # the first weight need not be there under this name
         used = (prefix for prefix in group.hf_prefixes if any(name.startswith(prefix) for name in names))
     else:
         used = (prefix for prefix in group.hf_prefixes if prefix + group.weights[0].hf_suffix in names)
@@ -135,7 +135,7 @@ def _used_prefix(group: WeightGroup, names: Mapping[str, object]) -> str:
 
 
 def _is_transposed(group: WeightGroup, prefix: str, reader: SafetensorsReader) -> bool:
-    """In which of its two layouts a file holds a transposable group; what is missing is reported elsewhere."""
+    """Return whether a file holds a transposable group transposed; missing tensors are reported elsewhere."""
     found = {name: list(tensor.shape) for name, tensor in reader.tensors.items() if name.startswith(prefix)}
     layouts = []
     for is_transposed in (False, True):
@@ -152,7 +152,7 @@ def _is_transposed(group: WeightGroup, prefix: str, reader: SafetensorsReader) -
 
 
 def _refuse_quantized(reader: SafetensorsReader, names: Iterable[str]) -> None:
-    """Refuse numbers that are values only times their scales: they would be converted, and trained on, as they are."""
+    """Refuse quantised tensors without scales, which would be converted, and trained on, as if they were the values."""
     dtypes = {name: reader.tensors[name].dtype for name in names if name in reader.tensors}
     found = [f"{name} {dtype}" for name, dtype in dtypes.items() if dtype not in VALUE_DTYPES]
     if found:
@@ -185,6 +185,6 @@ def _refuse_differences(
 
 
 def abbreviate(names: Sequence[str]) -> str:
-    """The first few of many names, and how many more there are."""
+    """Return the first few of many names, and how many more there are."""
     shown = ", ".join(names[:NAMES_SHOWN])
     return shown if len(names) <= NAMES_SHOWN else f"{shown} and {len(names) - NAMES_SHOWN} more"

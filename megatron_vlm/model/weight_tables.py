@@ -1,11 +1,10 @@
 """Tables of a family's weights: our names, their shapes, and where they are in Hugging Face files.
 
-Within a group a weight has the same last part of its name on both sides; only the prefix differs, and Hugging Face
-files come with several (`hf_prefixes`): the published files, a fresh `save_pretrained`, and the names that modules have
-in memory.
+Within a group a weight's name ends alike on both sides; only the prefix differs, and Hugging Face files come with
+several (`hf_prefixes`): the published files, a fresh `save_pretrained`, and the names that modules have in memory.
 
-The values are the same on both sides, but not always the shapes. Ours may divide a file's dimension ([3h, h] there is
-[3, h, h] here, where ranks share the second dimension), vocabulary rows are padded here, files may hold experts'
+The values are the same on both sides, but not always the shapes. Ours may unflatten a file's dimension ([3h, h] there
+is [3, h, h] here, where the second dimension is sharded), vocabulary rows are padded here, files may hold experts'
 matrices transposed, and one tensor of a file may be several weights of ours (`PartOf`).
 """
 
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 VOCABULARY_ROWS_MULTIPLE = 64
 
 Table = Mapping[str, str | Mapping[str, str]]
-"""Suffix to dimensions, or the suffix of a file's tensor to a table of the weights that follow each other in it."""
+"""Mapping of a suffix to dimensions, or of a file's tensor's suffix to a table of the weights that follow in it."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,10 @@ class Weight:
 
     Args:
         suffix: the end of its name.
-        shape: in Hugging Face files; of the slice, where it is a part of a tensor there.
-        has_vocabulary_rows: its rows are the vocabulary, which our models pad.
-        divided_shape: in our models, where that is another one.
-        part_of: the slice of a file's tensor that it is; None for a tensor of its own.
+        shape: shape in Hugging Face files, or of the slice where the weight is a part of a tensor there.
+        has_vocabulary_rows: whether its rows are the vocabulary, which our models pad.
+        divided_shape: shape in our models, where it differs from `shape`.
+        part_of: the slice of a file's tensor that the weight is; None for a tensor of its own.
     """
 
     suffix: str
@@ -59,7 +58,7 @@ class Weight:
 
     @property
     def hf_suffix(self) -> str:
-        """The end of the name of the file's tensor that holds it."""
+        """End of the name of the file's tensor that holds the weight."""
         return self.suffix if self.part_of is None else self.part_of.suffix
 
     @property
@@ -85,11 +84,11 @@ def resolve(table: Table, sizes: Mapping[str, int], prefix: str = "") -> Iterato
     """Turn a table of names into weights.
 
     Args:
-        table: the dimensions of each suffix, as numbers or words of `sizes`. Those in parentheses are a single one in
-            files: `(3 hidden) hidden` is [3h, h] there and [3, h, h] here. A table instead of dimensions: the suffix is
-            that of a file's tensor, and the rows of its weights follow each other in it.
-        sizes: numbers for the words.
-        prefix: before every suffix.
+        table: the dimensions of each suffix, as numbers or words of `sizes`. Those in parentheses are one dimension in
+            files: `(3 hidden) hidden` is [3h, h] there and [3, h, h] here. Where a table stands instead of dimensions,
+            the suffix is that of a file's tensor, in which the rows of its weights follow each other.
+        sizes: size of each word.
+        prefix: prefix of every suffix.
     """
     for suffix, dimensions in table.items():
         if isinstance(dimensions, str):
@@ -105,7 +104,7 @@ def resolve(table: Table, sizes: Mapping[str, int], prefix: str = "") -> Iterato
 
 
 def _shapes(dimensions: str, sizes: Mapping[str, int]) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """Shape in files, and in our models where that is another one."""
+    """Return the shape in files, and the shape in our models where it differs."""
     merged = [(many or one).split() for many, one in re.findall(r"\(([^)]*)\)|(\S+)", dimensions)]
     divided = [[int(word) if word.isdigit() else sizes[word] for word in words] for words in merged]
     shape = tuple(math.prod(each) for each in divided)
@@ -115,16 +114,16 @@ def _shapes(dimensions: str, sizes: Mapping[str, int]) -> tuple[tuple[int, ...],
 
 @dataclass(frozen=True)
 class WeightGroup:
-    """Weights that share their prefixes.
+    """Weights with common prefixes.
 
     Args:
-        prefix: of our names.
-        hf_prefixes: of the names in Hugging Face files; an export without an example writes the first.
-        weights: the group's weights, all parts of a file's tensor in their order; the first one tells which prefix a
-            file uses.
-        transposable: a file may hold the matrices of all these tensors transposed. Their shapes tell, all together: a
-            single one may be square.
-        written_transposed: an export without an example transposes them.
+        prefix: prefix of our names.
+        hf_prefixes: prefixes of the names in Hugging Face files; an export without an example writes the first.
+        weights: the group's weights, all parts of a file's tensor in their order; the first one determines which prefix
+            a file uses.
+        transposable: whether a file may hold the matrices of all these tensors transposed. Their shapes taken together
+            determine it, because a single matrix may be square.
+        written_transposed: whether an export without an example transposes them.
     """
 
     prefix: str

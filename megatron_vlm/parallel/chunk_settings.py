@@ -1,4 +1,4 @@
-"""Which part of a model a pipeline chunk is, and how it is held."""
+"""Settings of a pipeline chunk: which part of a model it is, and how it is computed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 @dataclass(frozen=True)
 class MoESettings:
-    """How experts are reached and kept busy; means nothing to a model without experts.
+    """How tokens reach experts, and how the load of experts is balanced; unused by a model without experts.
 
     Attributes:
-        token_dispatcher_type: megatron-core's dispatcher: tokens go to their experts (alltoall), or every rank sees all
-            tokens and keeps its experts' (allgather).
+        token_dispatcher_type: megatron-core's dispatcher: tokens are sent to their experts (alltoall), or every rank
+            gets all tokens and keeps those of its experts (allgather).
         load_balancing: definition of the auxiliary loss; see `layers.load_balancing`.
-        aux_loss_coeff: its weight.
+        aux_loss_coeff: weight of the auxiliary loss.
     """
 
     token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
@@ -31,7 +31,7 @@ class LossSettings:
     """How the loss is computed.
 
     Attributes:
-        chunk_bytes: most memory for logits.
+        chunk_bytes: most memory for logits, in bytes.
         z_loss_coeff: factor on the square of each token's log-sum-exp; 0 for none.
     """
 
@@ -41,21 +41,22 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class ChunkSettings:
-    """What a family needs to build one pipeline chunk.
+    """The settings from which a family builds one pipeline chunk.
 
     Attributes:
         layers: global ids of its decoder layers.
-        num_layers_before: decoder layers of all chunks before it.
-        is_first: holds the embedding and the towers.
-        is_last: holds the final norm and the head.
-        virtual_stage: its place among this rank's chunks; None without virtual stages.
+        num_layers_before: number of decoder layers in all chunks before it.
+        is_first: whether it holds the embedding and the towers.
+        is_last: whether it holds the final norm and the head.
+        virtual_stage: its index among this rank's chunks; None without virtual stages.
         mcore_config: megatron-core settings of the language model.
-        recompute: activations computed again in the backward pass.
-        vision_parallelism: how the tensor ranks share the vision tower.
-        moe: how experts are reached and kept busy.
-        loss: how it is computed.
-        overlapped: gradients or parameters are exchanged while the model runs, in the order in which it comes to them.
-            Every data rank must then run every layer, towers without input included: exchanges would not match.
+        recompute: which activations are computed again in the backward pass.
+        vision_parallelism: whether tensor ranks split the layers of the vision tower (tensor) or the images (data).
+        moe: settings of mixture-of-experts layers.
+        loss: settings of the loss.
+        overlapped: whether gradients or parameters are exchanged while the model runs, in the order in which it uses
+            them. Every data rank must then run every layer, also towers without input: otherwise exchanges would not
+            match.
     """
 
     layers: tuple[int, ...]
@@ -72,5 +73,5 @@ class ChunkSettings:
 
     @cached_property
     def tower_mcore_config(self) -> TransformerConfig:
-        """`mcore_config` for towers, whose sequences are not divided."""
+        """`mcore_config` for towers, whose sequences are not sharded."""
         return dataclasses.replace(self.mcore_config, sequence_parallel=False)

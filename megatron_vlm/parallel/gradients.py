@@ -1,10 +1,10 @@
-"""Sums of gradients that megatron-core does not know of, in one place.
+"""The sums of gradients that megatron-core does not make, in one place.
 
-A parameter that every tensor rank holds whole has a whole gradient if the rank's activations are whole, and a partial
-one if they are some of the heads (query and key norms), of the sequence (norms under sequence parallelism), or of the
-images (vision tower in data mode): `ParameterSpec.partial`. A parameter of which several stages hold a copy (a tied
-embedding) has a part of its gradient on each: `ParameterSpec.stages`. Both are summed once per step; nothing else needs
-a rule. tests/parity proves that of every parameter by comparing its gradient across layouts.
+A parameter that is replicated over the tensor ranks has a full gradient if each rank's activations are unsharded, and a
+partial one if they cover only some of the heads (query and key norms), of the sequence (norms under sequence
+parallelism), or of the images (vision tower in data mode): `ParameterSpec.partial`. A parameter of which several stages
+hold a copy (a tied embedding) has a part of its gradient on each: `ParameterSpec.stages`. Both are summed once per
+step; nothing else needs a rule. tests/parity checks this for every parameter by comparing its gradient across layouts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def finalize_gradients(
     pg_collection: ProcessGroupCollection | None = None,
     force_all_reduce: bool | None = False,
 ) -> None:
-    """megatron-core's `finalize_model_grads` (sum over data ranks, division by tokens), then our sums."""
+    """Run megatron-core's `finalize_model_grads` (sum over data ranks, division by tokens), then our sums."""
     assert pg_collection is not None
     megatron_finalize(list(model), num_tokens, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
     partial: list[torch.Tensor] = []
@@ -51,11 +51,11 @@ def finalize_gradients(
 
 
 def _sum_copies(gradients: Mapping[str, list[torch.Tensor]], group: torch.distributed.ProcessGroup | None) -> None:
-    """Sum the gradients of copies, of which a rank with several chunks has several, in place.
+    """Sum the gradients of copies in place; a rank with several chunks may hold several copies.
 
     Args:
-        gradients: by the parameter's name.
-        group: pipeline ranks that hold copies; None on a rank that holds none.
+        gradients: gradients of the copies, by the parameter's name.
+        group: process group of the pipeline ranks that hold copies; None on a rank that holds none.
     """
     for first, *others in gradients.values():
         for other in others:
@@ -77,7 +77,7 @@ def _in_buckets(tensors: Sequence[torch.Tensor], reduce: Callable[[torch.Tensor]
     for index, tensor in enumerate(tensors):
         bucket.append(tensor)
         if index == len(tensors) - 1 or sum(part.nbytes for part in bucket) >= _BUCKET_BYTES:
-            if len(bucket) == 1:  # which may be large: a tied embedding
+            if len(bucket) == 1:  # it may be large (a tied embedding), so it is not copied
                 reduce(tensor)
             else:
                 flat = _flatten_dense_tensors(bucket)

@@ -1,6 +1,6 @@
 """Process groups of a run, as megatron-core's `ProcessGroupCollection`.
 
-`Layout` says how ranks are numbered; a tensor group sits inside one node.
+`Layout` defines how ranks are numbered; a tensor-parallel group lies within one node.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ EXPERT_AXES = ("expt_tp", "ep", "expt_dp", "pp")
 def build_groups(layout: Layout, timeout: timedelta | None = None) -> ProcessGroupCollection:
     """Build this rank's process groups for megatron-core.
 
-    A rank makes only the groups that it is in, and one group where several have the same ranks: a few calls at any
-    number of ranks.
+    A rank makes only the groups that it is in, and one group where several have the same ranks, so the number of calls
+    is small at any number of ranks.
 
     Args:
-        layout: sizes of the groups.
+        layout: sizes of all groups.
         timeout: how long a collective may take; torch's default when None.
 
     Returns:
-        megatron-core's collection, and as `alone` the group of this rank only.
+        megatron-core's collection, with an additional group `single_rank` of this rank only.
 
     Raises:
-        LaunchError: the layout is one of another number of ranks.
+        LaunchError: the layout is for a different number of ranks.
     """
     world_size = torch.distributed.get_world_size()
     if world_size != layout.world_size:
@@ -66,10 +66,10 @@ def build_groups(layout: Layout, timeout: timedelta | None = None) -> ProcessGro
 
 
 class _OwnGroups:
-    """Makes this rank's groups.
+    """A factory of this rank's groups.
 
-    Every rank makes equally many, in the same order: ranks would wait in a circle otherwise, and torch names a group
-    that only its members make by its ranks and by how many there are already.
+    Every rank makes equally many, in the same order: otherwise ranks would wait for each other in a circle, and torch
+    names a group that only its members make by its ranks and by the number of existing groups.
     """
 
     def __init__(self, timeout: timedelta | None) -> None:
@@ -77,12 +77,12 @@ class _OwnGroups:
         self._made: dict[tuple[int, ...], torch.distributed.ProcessGroup] = {}
 
     def along(self, grid: HyperCommGrid, *axes: str) -> torch.distributed.ProcessGroup:
-        """The group of the ranks that differ from this one along these axes alone."""
+        """Return the group of the ranks that differ from this one only along these axes."""
         rank = torch.distributed.get_rank()
         return self.of(next(ranks for ranks in grid.get_rank_enum(list(axes)) if rank in ranks))
 
     def of(self, ranks: Sequence[int]) -> torch.distributed.ProcessGroup:
-        """The group of these ranks, one of which is this one."""
+        """Return the group of these ranks, one of which is this one."""
         key = tuple(sorted(ranks))
         if key not in self._made:
             self._made[key] = self._make(key)
@@ -91,11 +91,11 @@ class _OwnGroups:
     def embedding_groups(
         self, groups: ProcessGroupCollection
     ) -> tuple[torch.distributed.ProcessGroup | None, torch.distributed.ProcessGroup | None]:
-        """(first and last stage, which share tied embeddings; first stage alone), None on other stages."""
+        """Return (first and last stage, which hold tied embeddings; first stage only), with None on other stages."""
         stages = torch.distributed.get_process_group_ranks(groups.pp)
         first, last = stages[0], stages[-1]
         rank = torch.distributed.get_rank()
-        # Stages in between make a group too, of themselves, which nobody uses.
+        # Each stage in between makes a group of itself, which nobody uses, so that all ranks make equally many.
         made = self._make(sorted({first, last}) if rank in (first, last) else [rank])
         return made if rank in (first, last) else None, groups.single_rank if rank == first else None
 

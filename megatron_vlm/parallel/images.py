@@ -1,6 +1,6 @@
-"""Images divided over the tensor ranks: each encodes a share with a whole tower, then all exchange features.
+"""Images split over the tensor ranks: each rank encodes some with a full tower, then all ranks exchange features.
 
-Shapes: R rows of pixels (an image each, or a patch each), T rows of features.
+Shapes: R rows of pixels (one row per image, or one per patch), T rows of features.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch.nn.functional import pad
 
 
 def assign_images(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Images of each rank, ascending: the costliest first, each to the rank with the least so far.
+    """Return the images of each rank, ascending; the costliest image goes first, each to the rank with the least work.
 
-    No rank has more than 4/3 of the work of the best division (Graham, 1969). A function of numbers that all ranks
-    know, so that they agree without asking each other.
+    No rank has more than 4/3 of the work of the best assignment (Graham, 1969). The result depends only on values that
+    all ranks know, so that they agree without communication.
     """
     loads, shares = [0] * num_ranks, [list[int]() for _ in range(num_ranks)]
     for image in sorted(range(len(costs)), key=lambda image: (-costs[image], image)):
@@ -28,15 +28,15 @@ def assign_images(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
 
 
 class ImageDivision:
-    """Which images this rank encodes, and how the features of all come together again.
+    """The assignment of images to ranks: which ones this rank encodes, and how the features of all are gathered.
 
-    Every rank runs its tower, so that all ranks have gradients for all of its parameters: one without a share takes a
-    blank image, whose gradients are zero because nobody reads its features.
+    Every rank runs its tower, so that all ranks have gradients for all of its parameters: a rank without images encodes
+    a blank one, whose gradients are zero because nobody reads its features.
 
     Args:
-        rows: of `pixels` that each image (or frame of a video) has; at least one image.
-        costs: of encoding each, in any unit.
-        group: ranks that divide the images.
+        rows: number of rows of `pixels` that each image (or frame of a video) has; at least one image.
+        costs: cost of encoding each image, in any unit.
+        group: process group over which the images are split.
     """
 
     def __init__(self, rows: Sequence[int], costs: Sequence[int], group: torch.distributed.ProcessGroup) -> None:
@@ -45,11 +45,11 @@ class ImageDivision:
         self.own = self.shares[group.rank()]
 
     def take(self, pixels: torch.Tensor, blank_rows: int) -> torch.Tensor:
-        """Rows of this rank's images, or `blank_rows` of zeros if it has none.
+        """Return rows of this rank's images, or `blank_rows` rows of zeros if it has none.
 
         Args:
-            pixels: [R, ...], the images in a row, the same on every rank.
-            blank_rows: size of the smallest image.
+            pixels: [R, ...], the concatenated images, the same on every rank.
+            blank_rows: number of rows of the smallest image.
         """
         if not self.own:
             return pixels.new_zeros((blank_rows, *pixels.shape[1:]))
@@ -57,18 +57,18 @@ class ImageDivision:
         return torch.cat([images[image] for image in self.own])
 
     def gather(self, features: torch.Tensor, rows_per_feature: int = 1) -> torch.Tensor:
-        """Features of all images on every rank, [T, ...], in the order of the images.
+        """Return the features of all images on every rank, [T, ...], in the order of the images.
 
-        Each rank goes on with the same whole features and gets the same whole gradient for them, so the backward pass
-        takes a rank's own share of it.
+        Each rank continues with the same full features and gets the same full gradient for them, so the backward pass
+        slices a rank's own part of it.
 
         Args:
-            features: those of `take`'s images.
-            rows_per_feature: rows of `pixels` that make one of `features`.
+            features: features of the images that `take` returned.
+            rows_per_feature: number of rows of `pixels` that make one row of `features`.
         """
         sizes = [rows // rows_per_feature for rows in self.rows]
         totals = [sum(sizes[image] for image in share) for share in self.shares]
-        # Equal shares on the wire: gloo cannot gather unequal ones, and NCCL sends those one after the other.
+        # Ranks send equally many rows: gloo cannot gather unequal parts, and NCCL sends those one after the other.
         largest = max(totals)
         own = features[: totals[self.group.rank()]]
         padded = pad(own, (0, 0) * (features.dim() - 1) + (0, largest - own.shape[0]))

@@ -1,4 +1,4 @@
-"""How ranks divide a model and a global batch: the one place that says it.
+"""How a model and a global batch are sharded over ranks, defined in one place.
 
 A pipeline of `pipeline_size` ranks with `virtual_size` chunks each has `pipeline_size * virtual_size` global chunks.
 Chunk c is run by pipeline rank `c % pipeline_size` as its virtual stage `c // pipeline_size`, as in megatron-core. The
@@ -18,16 +18,16 @@ class Layout:
     """Sizes of all groups of ranks, and the decoder layers of every pipeline chunk.
 
     Ranks are numbered tensor fastest, then context, data, pipeline. For experts the ranks of a pipeline stage are
-    divided anew: expert-tensor fastest, then expert, then expert data.
+    regrouped: expert-tensor fastest, then expert, then expert data.
 
     Attributes:
-        tensor_size: ranks that share each layer.
-        sequence_parallel: activations between sharded layers are divided along the sequence over the tensor ranks.
-        pipeline_size: ranks that each hold a stage.
-        context_size: ranks that share each sequence.
-        data_size: ranks that see different micro-batches.
-        expert_size: ranks that divide the experts among them.
-        expert_tensor_size: ranks that share each expert.
+        tensor_size: number of ranks over which each layer is sharded.
+        sequence_parallel: whether activations between sharded layers are split along the sequence over tensor ranks.
+        pipeline_size: number of ranks that each hold a pipeline stage.
+        context_size: number of ranks over which each sequence is split.
+        data_size: number of ranks that process different micro-batches.
+        expert_size: number of ranks over which the experts are split.
+        expert_tensor_size: number of ranks over which each expert is sharded.
         chunks: global ids of the decoder layers of every global chunk; empty where only groups of ranks matter.
     """
 
@@ -55,14 +55,14 @@ class Layout:
         expert_size: int = 1,
         expert_tensor_size: int = 1,
     ) -> Layout:
-        """The layout of a number of ranks: the data-parallel size is what the other sizes leave.
+        """Return the layout of a number of ranks: the data-parallel size follows from the other sizes.
 
         Args:
             world_size: number of ranks.
             num_layers: decoder layers to assign; 0 leaves `chunks` empty.
-            virtual_size: chunks of each pipeline rank.
+            virtual_size: number of chunks of each pipeline rank.
             pipeline_layout: see `assign_layers`.
-            tensor_size: see `Layout`, as all that follow.
+            tensor_size: see `Layout`.
             sequence_parallel: see `Layout`.
             pipeline_size: see `Layout`.
             context_size: see `Layout`.
@@ -107,25 +107,25 @@ class Layout:
 
     @property
     def expert_data_size(self) -> int:
-        """Ranks that hold copies of one expert."""
+        """Number of ranks that hold copies of one expert."""
         return self.world_size // (self.pipeline_size * self.expert_size * self.expert_tensor_size)
 
     @property
     def virtual_size(self) -> int:
-        """Chunks of each pipeline rank."""
+        """Number of chunks of each pipeline rank."""
         return max(1, len(self.chunks) // self.pipeline_size)
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers of the whole model."""
+        """Number of decoder layers of the full model."""
         return sum(map(len, self.chunks))
 
     def chunks_of(self, pipeline_rank: int) -> list[int]:
-        """Global chunk ids that one pipeline rank holds, in the order of its virtual stages."""
+        """Return the global ids of one pipeline rank's chunks, in the order of its virtual stages."""
         return list(range(pipeline_rank, len(self.chunks), self.pipeline_size))
 
     def sizes(self) -> dict[str, int]:
-        """What decides on which rank an element lies: the sizes that a checkpoint's manifest states."""
+        """Return the sizes that determine on which rank an element lies, as a checkpoint's manifest states them."""
         return {
             "tensor": self.tensor_size,
             "pipeline": self.pipeline_size,
@@ -152,14 +152,14 @@ class Layout:
 def assign_layers(
     num_layers: int, pipeline_size: int, virtual_size: int = 1, layout: Sequence[int] | None = None
 ) -> list[list[int]]:
-    """Global layer ids of every global chunk, in chunk order.
+    """Return the global layer ids of every global chunk, in chunk order.
 
     Args:
-        num_layers: decoder layers of the whole model.
-        pipeline_size: pipeline ranks.
-        virtual_size: chunks per pipeline rank.
-        layout: layers of each chunk, zeros allowed; None splits evenly, and where the number does not divide gives one
-            layer more to the chunks in the middle, because the first also holds the towers and the last the head.
+        num_layers: number of decoder layers of the full model.
+        pipeline_size: number of pipeline ranks.
+        virtual_size: number of chunks per pipeline rank.
+        layout: number of layers of each chunk, zeros allowed; None splits evenly, with the remainder on the chunks
+            in the middle, because the first also holds the towers and the last the head.
 
     Returns:
         `pipeline_size * virtual_size` lists of consecutive layer ids which together are `range(num_layers)`.
@@ -184,7 +184,7 @@ def assign_layers(
 
 
 def _even_counts(num_layers: int, num_chunks: int) -> list[int]:
-    """Equal counts, the remainder going to the middle chunks."""
+    """Return equal counts, with the remainder on the middle chunks."""
     if num_layers < num_chunks:
         raise ConfigError(
             f"{num_layers} decoder layers do not fill {num_chunks} pipeline chunks",

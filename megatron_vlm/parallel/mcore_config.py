@@ -11,10 +11,10 @@ from megatron_vlm.parallel.layout import Layout
 def build_mcore_config(
     hidden_size: int, num_attention_heads: int, dtype: torch.dtype, layout: Layout, deterministic: bool = False
 ) -> TransformerConfig:
-    """A `TransformerConfig` for megatron-core alone; our modules take what describes a model from the family's record.
+    """Build a `TransformerConfig` for megatron-core only; our modules read the family's model configuration.
 
     Two choices guard against silent errors of megatron-core 0.19.2 (tests/distributed/test_megatron_traps.py): virtual
-    stages always overlap their sends, because with two pipeline ranks the batched ones mix up the two directions, and
+    stages always overlap their sends, because with two pipeline ranks batched sends mix up the two directions, and
     the loss is divided by the number of tokens once, in `finalize_model_grads`.
     """
     interleaved = layout.virtual_size > 1
@@ -31,7 +31,7 @@ def build_mcore_config(
         bf16=dtype == torch.bfloat16,
         transformer_impl="local",
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # asked for by variable_seq_lengths, also without experts
+        moe_token_dispatcher_type="alltoall",  # required by variable_seq_lengths, also without experts
         gradient_accumulation_fusion=False,  # needs apex
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,

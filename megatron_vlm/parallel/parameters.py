@@ -1,6 +1,6 @@
-"""What a parameter is, declared where it is created.
+"""Declarations of parameters, made where the parameters are created.
 
-Initialisation, optimizer, gradient sums, sharding, memory and checkpoints read the declaration: none of them looks at
+Initialisation, optimizer, gradient sums, sharding, memory and checkpoints read the declaration: none of them depends on
 names, classes or numbers of dimensions. It is one attribute of the parameter, beside those of megatron-core that follow
 from it and are set with it.
 """
@@ -17,7 +17,7 @@ import torch
 Kind = Literal["matrix", "table", "vector", "buffer"]
 Stages = Literal["one", "first_and_last", "all"]
 Initial = Callable[[torch.Tensor, float, torch.Generator], object]
-"""Fills a whole tensor in place, given the model's standard deviation and the parameter's own generator."""
+"""A function that fills an unsharded tensor in place, given a standard deviation and the parameter's generator."""
 
 
 def zeros(whole: torch.Tensor, std: float, generator: torch.Generator) -> None:
@@ -36,8 +36,10 @@ def normal(whole: torch.Tensor, std: float, generator: torch.Generator) -> None:
 
 
 def normal_rows(count: int, padding_id: int | None = None) -> Initial:
-    """Draw `count` rows from a normal distribution; those behind them, which pad the vocabulary, and that of the
-    padding token are zero."""
+    """Return an initialiser that draws `count` rows from a normal distribution.
+
+    The rows after them, which pad the vocabulary, and the row of the padding token are zero.
+    """
 
     def initial(whole: torch.Tensor, std: float, generator: torch.Generator) -> None:
         normal(whole, std, generator)
@@ -56,14 +58,14 @@ class ParameterSpec:
         kind: `matrix` maps vectors to vectors (leading dimensions count several of them); `table` has rows that are
             looked up or scored one by one (embedding, positions, head, router); `vector` scales or shifts channels;
             `buffer` is a value of the checkpoint that never trains, of any shape.
-        initial: fills it when a run starts from random weights.
-        decay: the optimizer applies weight decay.
+        initial: function that fills it when a run starts from random weights.
+        decay: whether the optimizer applies weight decay.
         tensor_dim: dimension that is split over the tensor ranks (of an expert, over the expert-tensor ranks); None if
-            each of them holds the whole.
-        is_expert: dimension 0 counts experts, which are split over the expert ranks; gradients are summed over the
-            ranks of `expt_dp`.
-        partial: each tensor rank's gradient is a part of it, from some heads, some of the sequence or some images; the
-            parts are summed over the tensor ranks (of an expert, the expert-tensor ranks) once per step.
+            it is replicated on them.
+        is_expert: whether dimension 0 counts experts, which are split over the expert ranks; gradients are summed over
+            the ranks of `expt_dp`.
+        partial: whether each tensor rank's gradient is partial, from some heads, some of the sequence or some images;
+            the parts are summed over the tensor ranks (of an expert, the expert-tensor ranks) once per step.
         stages: pipeline chunks that hold a copy. Gradients of copies are summed over them, and the first chunk's copy
             counts in the gradient norm and in checkpoints. With `all`, every chunk must compute with its copy.
     """
@@ -88,17 +90,17 @@ def declare(
     partial: bool = False,
     stages: Stages = "one",
 ) -> torch.nn.Parameter:
-    """Say what a parameter is; see `ParameterSpec`.
+    """Declare a parameter; see `ParameterSpec`.
 
     Args:
-        parameter: has just been created.
-        kind: of the parameter.
-        initial: its values in a new model.
-        decay: by default, matrices and tables decay.
+        parameter: parameter that has just been created.
+        kind: kind of the parameter.
+        initial: function that fills the parameter in a new model.
+        decay: whether weight decay applies; by default, to matrices and tables.
         tensor_dim: dimension that is split over tensor ranks.
-        is_expert: it holds experts.
-        partial: tensor ranks have parts of its gradient.
-        stages: chunks that hold a copy.
+        is_expert: whether the parameter holds experts.
+        partial: whether tensor ranks have partial gradients.
+        stages: pipeline chunks that hold a copy.
 
     Returns:
         The parameter.
@@ -110,22 +112,22 @@ def declare(
 
 
 def redeclare(parameter: torch.nn.Parameter, **changes: Any) -> None:
-    """Change fields of a declaration: for what only the owner of a layer knows."""
+    """Change fields of a declaration that only the owner of a layer knows."""
     _attach(parameter, dataclasses.replace(spec_of(parameter), **changes))
 
 
 def spec_of(parameter: torch.nn.Parameter, name: str = "a parameter") -> ParameterSpec:
-    """The declaration of a parameter; `name` is for the message if there is none."""
+    """Return the declaration of a parameter; `name` is for the message if there is none."""
     spec: ParameterSpec | None = getattr(parameter, "spec", None)
     assert spec is not None, f"{name} is not declared: give it to `declare` of {__name__} where it is created"
     return spec
 
 
 def mark_copies(chunk: torch.nn.Module, is_first: bool) -> None:
-    """Tell megatron-core which parameters other chunks of the pipeline hold too.
+    """Mark the parameters of which other pipeline chunks hold copies, for megatron-core.
 
-    Each gets a bucket of its own, so that data ranks divide all copies alike, and only the first chunk's copy counts in
-    the gradient norm and is saved.
+    Each gets a bucket of its own, so that all copies are split alike over data ranks, and only the first chunk's copy
+    counts in the gradient norm and is saved.
     """
     for parameter in chunk.parameters():
         if spec_of(parameter).stages != "one":
@@ -143,8 +145,8 @@ def _attach(parameter: torch.nn.Parameter, spec: ParameterSpec) -> None:
         "partition_stride": 1,
     }
     if spec.is_expert:
-        # Also with a single expert rank, so that the optimizer has the same parts in every layout and its state can be
-        # divided anew.
+        # This is set also with a single expert rank, so that the optimizer has the same parts in every layout and its
+        # state can be resharded.
         marks["allreduce"] = False
     for name, value in marks.items():
         setattr(parameter, name, value)

@@ -1,4 +1,4 @@
-"""Exchanges along the sequence around a column-parallel product: its input is gathered, the input's gradient summed.
+"""Exchanges along the sequence around a column-parallel matmul: its input is gathered, the input's gradient summed.
 
 Shapes: the sequence is the first dimension; under sequence parallelism a rank holds a shard of it.
 """
@@ -14,7 +14,7 @@ Group = torch.distributed.ProcessGroup
 
 
 def gather_sequence(x: torch.Tensor, group: Group, async_op: bool = False) -> tuple[torch.Tensor, Any]:
-    """The whole sequence from the shards of the tensor ranks, and the handle to wait for if `async_op`."""
+    """Gather the full sequence from the tensor ranks; return it, and the handle to wait for if `async_op`."""
     whole = x.new_empty((x.shape[0] * group.size(), *x.shape[1:]))
     return whole, torch.distributed.all_gather_into_tensor(whole, x.contiguous(), group=group, async_op=async_op)
 
@@ -22,7 +22,11 @@ def gather_sequence(x: torch.Tensor, group: Group, async_op: bool = False) -> tu
 def reduce_input_gradient(
     gradient: torch.Tensor, group: Group, sequence_parallel: bool
 ) -> tuple[torch.Tensor, torch.distributed.Work | None]:
-    """Start the sum over tensor ranks, scattered along the sequence under sequence parallelism."""
+    """Start the sum over tensor ranks, scattered along the sequence under sequence parallelism.
+
+    Returns:
+        The result, and the handle to wait for, or None with a single rank.
+    """
     if group.size() == 1:
         return gradient, None
     if not sequence_parallel:

@@ -1,7 +1,7 @@
-"""How a parameter is divided: the one place that knows, for loading, saving, exporting, initialising and comparing.
+"""How a parameter is sharded, in one place for loading, saving, exporting, initialising and comparing.
 
-`ParameterSpec.tensor_dim` of a dense parameter is divided over the tensor ranks, which otherwise hold replicas. The
-first dimension of experts is divided over the expert-parallel ranks, and `tensor_dim` over the expert-tensor ranks.
+`ParameterSpec.tensor_dim` of a dense parameter is split over the tensor ranks, which otherwise hold replicas. The first
+dimension of experts is split over the expert-parallel ranks, and `tensor_dim` over the expert-tensor ranks.
 Replicas of a dense parameter are the ranks of `dp_cp`, those of an expert the ranks of `expt_dp`.
 """
 
@@ -20,26 +20,26 @@ Group = torch.distributed.ProcessGroup
 
 @dataclass(frozen=True)
 class Split:
-    """One divided dimension: this rank holds the `group.rank()`-th of `group.size()` equal parts."""
+    """One sharded dimension: this rank holds the `group.rank()`-th of `group.size()` equal parts."""
 
     dim: int
     group: Group
 
 
 def splits(parameter: torch.nn.Parameter, groups: ProcessGroupCollection) -> list[Split]:
-    """The divided dimensions of a parameter; groups of one rank are left out."""
+    """Return the sharded dimensions of a parameter, except those over groups of one rank."""
     spec = spec_of(parameter)
     divided = [(0, groups.ep), (spec.tensor_dim, groups.expt_tp)] if spec.is_expert else [(spec.tensor_dim, groups.tp)]
     return [Split(dim, group) for dim, group in divided if dim is not None and group.size() > 1]
 
 
 def replica_group(parameter: torch.nn.Parameter, groups: ProcessGroupCollection) -> Group:
-    """The data ranks that hold copies of this parameter and share its optimizer state."""
+    """Return the group of data ranks that hold copies of this parameter, over which its optimizer state is sharded."""
     return groups.expt_dp if spec_of(parameter).is_expert else groups.dp_cp
 
 
 def full_shape(parameter: torch.nn.Parameter, groups: ProcessGroupCollection) -> tuple[int, ...]:
-    """Shape over all ranks."""
+    """Return the shape of the unsharded parameter."""
     shape = list(parameter.shape)
     for split in splits(parameter, groups):
         shape[split.dim] *= split.group.size()
@@ -49,7 +49,14 @@ def full_shape(parameter: torch.nn.Parameter, groups: ProcessGroupCollection) ->
 def own_part(
     whole: torch.Tensor, parameter: torch.nn.Parameter, groups: ProcessGroupCollection, first_dim: int = 0
 ) -> torch.Tensor:
-    """This rank's part of a tensor of `full_shape`, as a view; those before `first_dim` are this rank's already."""
+    """Return this rank's shard of a tensor, as a view.
+
+    Args:
+        whole: tensor of the parameter's `full_shape`, except that dimensions before `first_dim` are sharded already.
+        parameter: this rank's shard of the parameter.
+        groups: process groups.
+        first_dim: first dimension to shard.
+    """
     for split in splits(parameter, groups):
         if split.dim < first_dim:
             continue
@@ -59,7 +66,7 @@ def own_part(
 
 
 def gather_full(values: torch.Tensor, parameter: torch.nn.Parameter, groups: ProcessGroupCollection) -> torch.Tensor:
-    """Put together a parameter-shaped tensor (the parameter, its gradient) on every rank that shares it."""
+    """Gather a parameter-shaped tensor (the parameter, its gradient) on every rank that holds a shard of it."""
     for split in splits(parameter, groups):
         parts = [torch.empty_like(values) for _ in range(split.group.size())]
         torch.distributed.all_gather(parts, values.detach().contiguous(), group=split.group)

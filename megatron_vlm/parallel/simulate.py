@@ -1,4 +1,4 @@
-"""One rank's process groups without the other ranks, for looking at layouts of any size on one machine."""
+"""One rank's process groups without the other ranks, to inspect layouts of any size on one machine."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from megatron_vlm.parallel.layout import Layout
 
 @contextmanager
 def simulated_rank(rank: int, layout: Layout) -> Iterator[ProcessGroupCollection]:
-    """Process groups as one rank of a layout sees them; collectives on them do nothing.
+    """Yield process groups as one rank of a layout has them; collectives on them do nothing.
 
-    torch.distributed must not be initialised; it is again free afterwards.
+    torch.distributed must not be initialised, and is not initialised afterwards.
     """
     torch.distributed.init_process_group("fake", rank=rank, world_size=layout.world_size, store=FakeStore())
     try:

@@ -20,11 +20,12 @@ from torch.nn.functional import pad
 
 @dataclass(frozen=True)
 class StageState:
-    """What flows through the layers and stages.
+    """The state that layers and stages pass on.
 
     Attributes:
-        hidden: [S, B, H].
-        carried: what earlier layers left for later ones, by name; of any shape, in the dtype of the hidden states.
+        hidden: hidden states [S, B, H].
+        carried: tensors that earlier layers left for later ones, by name; of any shape, in the dtype of the hidden
+            states.
         scalars: [n] fp32, or None.
     """
 
@@ -35,12 +36,12 @@ class StageState:
 
 @dataclass(frozen=True)
 class Boundary:
-    """What crosses from one chunk to the next for one micro-batch.
+    """The shapes of what one chunk sends to the next for one micro-batch.
 
     Attributes:
-        hidden: shape of the hidden states.
-        carried: shapes of what is carried, by name, in the order in which it is sent.
-        num_scalars: how many; 0 for None.
+        hidden: shape of the hidden states [S, B, H].
+        carried: shapes of the carried tensors, by name, in the order in which they are sent.
+        num_scalars: number of scalars; 0 where there are none.
     """
 
     hidden: tuple[int, int, int]
@@ -49,12 +50,12 @@ class Boundary:
 
 
 def pack(state: StageState, boundary: Boundary, received: torch.Tensor | None) -> torch.Tensor:
-    """One tensor [rows, B, H] of its own memory: the schedule frees what was sent.
+    """Pack a state into one tensor [rows, B, H] with memory of its own, because the schedule frees what was sent.
 
     Args:
-        state: of this stage; what is carried and does not cross the boundary is left out.
-        boundary: to the next stage.
-        received: what this stage got, which it must not send on as it is.
+        state: state of this stage; carried tensors that do not cross the boundary are left out.
+        boundary: boundary to the next stage.
+        received: tensor that this stage received, which it must not send on as it is.
     """
     row = prod(boundary.hidden[1:])
     parts = [state.hidden]
@@ -64,7 +65,7 @@ def pack(state: StageState, boundary: Boundary, received: torch.Tensor | None) -
         parts.append(_rows(tensor, row))
     if boundary.num_scalars:
         assert state.scalars is not None and state.scalars.shape == (boundary.num_scalars,)
-        # Each as a rounded number and what the rounding left out; gradients pass through the first alone.
+        # Each scalar is sent as a rounded value and its rounding error; gradients pass through the former only.
         rounded = state.scalars.to(state.hidden.dtype)
         rest = (state.scalars.detach() - rounded.detach().float()).to(state.hidden.dtype)
         parts.append(_rows(torch.cat((rounded, rest)), row))
@@ -75,7 +76,7 @@ def pack(state: StageState, boundary: Boundary, received: torch.Tensor | None) -
 
 
 def unpack(packed: torch.Tensor, boundary: Boundary) -> StageState:
-    """The state of which `pack` made a tensor, as views of it."""
+    """Return the state that `pack` packed into a tensor, as views of it."""
     if not boundary.carried and not boundary.num_scalars:
         return StageState(packed)
     row = prod(boundary.hidden[1:])
@@ -97,13 +98,13 @@ def _num_rows(num_elements: int, row: int) -> int:
 
 
 def _rows(tensor: torch.Tensor, row: int) -> torch.Tensor:
-    """All elements in whole rows, zeros at the end."""
+    """Flatten a tensor and pad it with zeros to a multiple of `row` elements."""
     flat = tensor.flatten()
     return pad(flat, (0, -flat.numel() % row)) if flat.numel() % row else flat
 
 
 def packed_shape(boundary: Boundary) -> tuple[int, int, int]:
-    """Shape of the tensor that `pack` makes."""
+    """Return the shape of the tensor that `pack` makes."""
     rest = [prod(shape) for shape in boundary.carried.values()] + [2 * boundary.num_scalars]
     rows = sum(_num_rows(num_elements, prod(boundary.hidden[1:])) for num_elements in rest)
     return boundary.hidden[0] + rows, *boundary.hidden[1:]

@@ -53,17 +53,17 @@ def dry_run(config: Config, say: Callable[[str], None] = print) -> int:
 
     Args:
         config: a validated configuration.
-        say: receives every line; printing by default.
+        say: called with every line of output; prints it by default.
 
     Returns:
-        0: everything is in order.
+        0, which means that everything is in order.
 
     Raises:
         UserError: lists all problems found.
     """
     if int(os.environ.get("RANK", "0")) > 0:
-        return 0  # under torchrun the first rank speaks for all
-    platform.initialize()  # as in training; importing it first also quiets megatron-core's remarks
+        return 0  # under torchrun the first rank reports for all
+    platform.initialize()  # as in training; importing it first also silences megatron-core's warnings
     hf_config = registry.load_hf_config(config.model.hf_path)
     family = registry.detect(hf_config)
     model_config = family.config_from_hf(hf_config, text_only=config.model.text_only)
@@ -92,7 +92,7 @@ def dry_run(config: Config, say: Callable[[str], None] = print) -> int:
 
 
 def _images_per_row(check: RowCheck) -> float:
-    """Images in an average row; without end where there are videos, each of which may fill its row."""
+    """Return the images in an average row: infinite where there are videos, each of which may fill its row."""
     if check.videos:
         return math.inf
     return check.images / check.rows if check.rows else 1.0
@@ -103,7 +103,7 @@ def _millions(shapes: dict[str, tuple[int, ...]]) -> str:
 
 
 def world_size_to_check(config: Config) -> int:
-    """Ranks to check for: `WORLD_SIZE` when set, else the fewest that hold one copy of the model."""
+    """Return the ranks to check for: `WORLD_SIZE` when set, else the fewest that hold one copy of the model."""
     given = os.environ.get("WORLD_SIZE", str(fewest_ranks(config)))
     if not given.isdigit() or int(given) < 1:
         raise ConfigError(f"the environment variable WORLD_SIZE is {given!r}", fix="set it to a number of ranks")
@@ -136,7 +136,7 @@ def _describe_layout(
 
 
 def _describe_experts(config: Config, model_config: Any, layout: Layout) -> list[str]:
-    """One line for each kind of layer with experts."""
+    """Describe each kind of layer with experts in one line."""
     kinds = Counter(moe for layer in model_config.text.layers if (moe := experts_of(layer)) is not None)
     return [
         f"experts   {moe.num_experts} in each of {count} layers, {moe.top_k} per token; a rank holds "
@@ -157,7 +157,7 @@ def _describe_memory(
 
 
 def _check_weights(config: Config, family: registry.Family, model_config: Any) -> str:
-    """Names and shapes in the HF directory against the model."""
+    """Compare names and shapes in the HF directory with the model's."""
     if not config.model.load_weights:
         return "weights   random (model.load_weights is false)"
     weight_map = family.weight_map(model_config)
@@ -171,7 +171,7 @@ def _check_weights(config: Config, family: registry.Family, model_config: Any) -
 
 
 def _check_load(config: Config, family: registry.Family, model_config: Any) -> str:
-    """The checkpoint of `checkpoint.load` against the model, as `load_weights` compares them."""
+    """Compare the checkpoint of `checkpoint.load` with the model, as `load_weights` does."""
     if config.checkpoint.load is None:
         return "load      nothing (checkpoint.load is null)"
     folder = find_checkpoint(config.checkpoint.load)
@@ -182,7 +182,7 @@ def _check_load(config: Config, family: registry.Family, model_config: Any) -> s
 
 
 def _check_places(config: Config) -> str:
-    """The folders that the run writes."""
+    """Check the folders that the run writes."""
     check_run_dir(config)
     lines = [f"run_dir   {config.run_dir}"]
     try:
@@ -197,7 +197,7 @@ def _check_places(config: Config) -> str:
 
 
 def _check_data(config: Config, rules: PromptRules, checks: list[RowCheck]) -> str:
-    """Every row parses and every image file is there."""
+    """Check that every row parses and every image file exists."""
     lines = []
     for key, sources in (("train", config.data.train), ("valid", config.data.valid)):
         if not sources:

@@ -1,4 +1,4 @@
-"""A micro-batch as large as the configuration allows, for counting what it takes."""
+"""Build a micro-batch as large as the configuration allows, to count its memory and FLOPs."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def example_batch(
     images_per_row: float = 0.0,
     max_pixels: int | None = None,
 ) -> MicroBatch:
-    """Causal rows full of tokens that all have labels, and images; call it inside `fake_tensors`.
+    """Build causal rows full of tokens that all have labels, with images; call it inside `fake_tensors`.
 
-    Which tokens stand for images changes nothing that is counted.
+    Which tokens stand for images makes no difference to the counts.
 
     Args:
         model_config: the family's configuration of the model.
-        rules: of its prompts.
-        num_rows: rows of the micro-batch.
-        length: tokens of each row.
+        rules: the family's prompt rules.
+        num_rows: number of rows of the micro-batch.
+        length: number of tokens of each row.
         images_per_row: images in an average row; infinite for as many as fit.
-        max_pixels: of an image, where images vary in size; None for images that fill their row.
+        max_pixels: most pixels of an image, where images vary in size; None for images that fill their row.
     """
     token = torch.arange(length).expand(num_rows, length)
     row = torch.arange(num_rows)[:, None].expand(num_rows, length)

@@ -1,4 +1,4 @@
-"""Checks of how experts are divided, for models that have them and for those that do not."""
+"""Checks of how experts are sharded over ranks, for models that have experts and for those that do not."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ GROUPED_PRODUCT_ALIGNMENT_BYTES = 16  # torch's grouped_mm: rows of every operan
 
 
 def experts_of(layer: DecoderLayerConfig) -> MoEConfig | None:
-    """The experts of a decoder layer; None where it is dense."""
+    """Return the experts of a decoder layer; None where it is dense."""
     return layer.moe
 
 
 def expert_problems(config: Config, model_config: VisionLanguageConfig) -> Iterator[UserError]:
-    """Experts, their width and the settings about them against the expert sizes."""
+    """Check the experts, their width and their settings against the expert-parallel sizes."""
     parallel, text = config.parallel, model_config.text
     experts = list(dict.fromkeys(moe for layer in text.layers if (moe := experts_of(layer)) is not None))
     if not experts:
@@ -50,7 +50,7 @@ def expert_problems(config: Config, model_config: VisionLanguageConfig) -> Itera
 
 
 def _dense_problems(config: Config) -> Iterator[UserError]:
-    """Settings about experts for a model without any."""
+    """Find settings about experts for a model without any."""
     for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
         if getattr(config.parallel, name) != 1:
             yield ConfigError(
@@ -64,7 +64,7 @@ def _dense_problems(config: Config) -> Iterator[UserError]:
 
 
 def _width_problems(config: Config, width: int, alignment: int) -> Iterator[UserError]:
-    """One expert's width against the ranks that share it, and each share against the grouped product."""
+    """Check that an expert's width splits over its ranks, and that each shard suits the grouped matmul."""
     size = config.parallel.expert_tensor_parallel_size
     if width % size == 0 and width // size % alignment == 0:
         return
@@ -79,14 +79,14 @@ def _width_problems(config: Config, width: int, alignment: int) -> Iterator[User
 
 
 def _alignment_remedy(config: Config, number: int) -> str:
-    """What helps a number of columns that does not suit the grouped product in any layout."""
+    """Return a remedy for a number of columns that does not suit the grouped matmul in any layout."""
     if config.train.precision != "fp32" and number % 4 == 0:
         return "set train.precision to fp32, which needs a multiple of 4"
     return "use a model whose hidden size and expert width are multiples of 8 (bf16) or 4 (fp32)"
 
 
 def expert_rank_problems(config: Config, world_size: int) -> Iterator[UserError]:
-    """The ranks of a pipeline stage against the two expert sizes; the stages must divide the world."""
+    """Check the ranks of a pipeline stage against the two expert sizes; the stages must divide the world size."""
     parallel = config.parallel
     pipeline, tensor = parallel.pipeline_model_parallel_size, parallel.tensor_model_parallel_size
     stage_size = world_size // pipeline
@@ -101,7 +101,7 @@ def expert_rank_problems(config: Config, world_size: int) -> Iterator[UserError]
 
 
 def fewest_ranks(config: Config) -> int:
-    """Ranks that hold one copy of the dense layers and of the experts."""
+    """Return the fewest ranks that hold a copy of the dense layers and of the experts."""
     parallel = config.parallel
     shared = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
     dense = parallel.tensor_model_parallel_size * parallel.context_parallel_size

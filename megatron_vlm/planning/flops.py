@@ -1,8 +1,8 @@
 """Model FLOPs of micro-batches: what a forward and backward pass needs in any layout, for FLOP/s and MFU.
 
-Counted are matrix products, at two operations per multiply-add; norms, activations, softmax, rotary positions and
-look-ups are not. Padding is not counted, nor keys that a query cannot see, nor what is computed twice. The count is
-linear in a few lengths of a micro-batch; a trace of the whole model on one rank gives the factors.
+Matmuls are counted, at two FLOPs per multiply-add; norms, activations, softmax, rotary positions and look-ups are not.
+Nor are padding, keys that a query cannot see, and what is computed twice. The count is linear in a few lengths of a
+micro-batch; a trace of the full model on one rank gives the factors.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class ModelFlops:
     """Counts FLOPs of a model's micro-batches.
 
     Attributes:
-        family: of the model.
+        family: the model's family.
         model_config: the family's configuration of the model.
         trainable: which parameters train.
-        groups: this rank's, of which only the group of itself is used.
+        groups: this rank's process groups, of which only `single_rank` is used.
     """
 
     family: Family
@@ -46,15 +46,15 @@ class ModelFlops:
     groups: ProcessGroupCollection
 
     def lengths(self, batch: MicroBatch) -> list[int]:
-        """What the count depends on; may be added up over micro-batches and data-parallel ranks.
+        """Return the lengths that the count depends on; they add up over micro-batches and data-parallel ranks.
 
         Args:
-            batch: on the host, so that counting waits for no device. Pixels, which later pipeline stages do not have,
-                are not read.
+            batch: a micro-batch on the host, so that counting waits for no device. Pixels, which later pipeline
+                stages do not have, are not read.
 
         Returns:
-            Of a micro-batch without images: tokens, and pairs of a query and a key that it sees within each window of
-            the decoder's layers. The same of one with images. Patches, and pairs of patches of one frame.
+            For a micro-batch without images: tokens, and pairs of a query and a key that it sees within each window of
+            the decoder's layers. The same for one with images. Patches, and pairs of patches of one frame.
         """
         is_real = batch.document_ids >= 0
         text = [int(is_real.sum()), *(visible_keys(batch, is_real, window) for window in self._windows)]
@@ -64,12 +64,12 @@ class ModelFlops:
         return [*(nothing if grids else text), *(text if grids else nothing), patches, pairs]
 
     def of(self, lengths: Iterable[float]) -> float:
-        """FLOPs of micro-batches with these lengths, over all ranks that share them; takes a second the first time."""
+        """Return the FLOPs of micro-batches with these lengths, over all their ranks; the first call takes a second."""
         return sum(length * factor for length, factor in zip(lengths, self.factors, strict=True))
 
     @cached_property
     def factors(self) -> list[int]:
-        """FLOPs for each unit of the lengths."""
+        """FLOPs per unit of each length."""
         text = self.model_config.text
         batches, traces = self._trace()
         tokens, *pairs = self.lengths(batches[0])[: 1 + len(self._windows)]
@@ -77,7 +77,7 @@ class ModelFlops:
         factors = []
         for trace in traces:
             assert trace.head is not None
-            # Rows of the head that pad the vocabulary are not needed.
+            # Rows of the head that pad the vocabulary are not counted.
             head = _products(trace.head) * text.vocab_size // padded_vocab_size(text.vocab_size)
             factors.append((outside[0] + head + sum(map(_products, trace.layers.values()))) // tokens)
             for window, seen in zip(self._windows, pairs, strict=True):
@@ -92,7 +92,7 @@ class ModelFlops:
         return list(dict.fromkeys(layer.window for layer in self.model_config.text.layers))
 
     def _trace(self) -> tuple[list[MicroBatch], list[ChunkCounts]]:
-        """The whole model on this rank, without images and with one."""
+        """Trace the full model on this rank, without images and with one."""
         single, tracer = copy(self.groups), Tracer()
         for name, group in vars(self.groups).items():
             setattr(single, name, None if group is None else self.groups.single_rank)
@@ -106,7 +106,7 @@ class ModelFlops:
 
 
 def visible_keys(batch: MicroBatch, is_real: torch.Tensor, window: int | None) -> int:
-    """Pairs of a real query and a key that it sees in a layer with this window."""
+    """Count the pairs of a real query and a key that it sees in a layer with this window."""
     low = batch.span_low
     if window is not None:
         places = torch.arange(low.shape[1], dtype=low.dtype, device=low.device)
@@ -115,17 +115,17 @@ def visible_keys(batch: MicroBatch, is_real: torch.Tensor, window: int | None) -
 
 
 def _products(counts: Counts) -> int:
-    """FLOPs of products that are not attention's."""
+    """Return the FLOPs of matmuls outside attention."""
     return counts.flops.total() - counts.attention_flops.total()
 
 
 def _attention(counts: Counts) -> int:
-    """FLOPs that attention needs; of its five products backward, one computes scores again."""
+    """Return the FLOPs that attention needs: all but one of its five backward matmuls, which recomputes scores."""
     return counts.attention_flops["forward"] + counts.attention_flops["backward"] * 4 // 5
 
 
 def _outside(trace: ChunkCounts) -> tuple[int, int]:
-    """FLOPs of products and of attention outside of decoder layers and head."""
+    """Return the FLOPs of matmuls and of attention outside the decoder layers and the head."""
     inside = [*trace.layers.values(), trace.head or Counts()]
     products, attention = (of(trace.total) - sum(map(of, inside)) for of in (_products, _attention))
     return products, attention

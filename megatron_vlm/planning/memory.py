@@ -1,6 +1,6 @@
 """Memory and communication of a run on each pipeline rank, counted without a GPU.
 
-Parameters, gradients and optimizer state are exact, those of experts over the ranks that hold them. Activations are
+Parameters, gradients and optimizer state are exact, with experts sharded over their own ranks. Activations are
 counted by running every stage on tensors without memory (`trace`), with rows of `data.seq_length` tokens that all have
 labels, and experts that all get equally many. Not counted: the runtime itself (about 1 GiB per GPU), communication
 buffers, and what the allocator loses to fragmentation.
@@ -32,11 +32,11 @@ ADAM_MOMENT_BYTES = 2 * FP32_BYTES
 
 @dataclass(frozen=True)
 class RankMemory:
-    """One rank of one pipeline stage; all fields but the first two are in bytes.
+    """Memory and communication of one rank of a pipeline stage; all fields but the first two are in bytes.
 
     Attributes:
-        activation_bytes: what micro-batches in flight keep, and the most that a pass needs besides.
-        logits_bytes: what the head and the loss keep, of one micro-batch.
+        activation_bytes: what micro-batches in flight keep, plus the most that one pass needs beyond that.
+        logits_bytes: what the head and the loss keep of one micro-batch.
         sent_bytes: what the rank sends for a micro-batch, forward and backward, by group.
         sent_bytes_per_step: what it sends to data-parallel ranks for a step: gradients, and parameters where the
             optimizer is distributed.
@@ -54,7 +54,7 @@ class RankMemory:
 
     @property
     def total_bytes(self) -> int:
-        """Sum of all kinds."""
+        """Sum of all kinds of memory."""
         return (
             self.parameter_bytes
             + self.gradient_bytes
@@ -65,7 +65,7 @@ class RankMemory:
 
 
 def value_bytes(config: Config) -> int:
-    """Bytes of a parameter or an activation."""
+    """Return the bytes of one element of a parameter or an activation."""
     return FP32_BYTES if config.train.precision == "fp32" else 2
 
 
@@ -79,7 +79,7 @@ class HeldParameter:
 
     @property
     def num_values(self) -> int:
-        """Numbers in it."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
@@ -88,8 +88,8 @@ class StageCounts:
     """What one rank of a pipeline stage holds and does.
 
     Attributes:
-        parameters: by name.
-        chunks: what a micro-batch does on each of its chunks.
+        parameters: the rank's parameters by name.
+        chunks: what a micro-batch does on each of the rank's model chunks.
     """
 
     parameters: Mapping[str, HeldParameter]
@@ -103,13 +103,13 @@ def estimate_memory(
     layout: Layout,
     images_per_row: float = 1.0,
 ) -> list[RankMemory]:
-    """Memory of every pipeline rank.
+    """Estimate the memory of every pipeline rank.
 
     Args:
         config: a validated configuration.
-        family: of the model.
-        model_config: the family's record of the model.
-        layout: from `check_layout`.
+        family: the model's family.
+        model_config: the family's configuration of the model.
+        layout: the layout that `check_layout` returned.
         images_per_row: images in an average row.
 
     Returns:
@@ -143,7 +143,7 @@ def estimate_memory(
 def trace_stages(
     config: Config, family: Family, model_config: Any, layout: Layout, images_per_row: float
 ) -> Iterator[StageCounts]:
-    """Parameters of the first rank of every pipeline stage, and what a micro-batch does there.
+    """Yield the parameters of the first rank of every pipeline stage, and what a micro-batch does there.
 
     The other ranks of a stage hold parameters of the same shapes. torch.distributed must not be initialised.
     """
@@ -177,7 +177,7 @@ def trace_stages(
 
 
 def _passes_alive(config: Config, layout: Layout, pipeline_rank: int) -> int:
-    """Forward passes of one chunk whose backward pass has not run, at most (1F1B; megatron-core's warm-up rule)."""
+    """Return the most passes of a chunk that await their backward pass (1F1B; megatron-core's warm-up rule)."""
     virtual_size = layout.virtual_size
     passes = config.train.num_micro_batches(layout.data_size) * virtual_size
     ahead = layout.pipeline_size - pipeline_rank - 1
@@ -186,7 +186,7 @@ def _passes_alive(config: Config, layout: Layout, pipeline_rank: int) -> int:
 
 
 def _activation_bytes(chunks: list[ChunkCounts], passes_alive: int) -> int:
-    """What passes in flight keep, which are as many of each chunk, and the most that one needs besides."""
+    """Return what passes in flight keep, equally many of each chunk, plus the most that one needs beyond that."""
     kept = [chunk.kept_bytes - (0 if chunk.head is None else chunk.head.kept_bytes) for chunk in chunks]
     return math.ceil(passes_alive * sum(kept) / len(kept)) + max(chunk.total.working_bytes for chunk in chunks)
 
@@ -196,19 +196,19 @@ def _sent_bytes(chunks: list[ChunkCounts]) -> Counter[str]:
     for chunk in chunks:
         for (_, group), num_bytes in chunk.total.sent_bytes.items():
             sent[group] += num_bytes
-        # Outputs go on, and gradients of inputs back.
+        # A stage sends its outputs on, and the gradients of its inputs back.
         sent["pipeline"] += chunk.returned_bytes + chunk.received_bytes
     return +sent
 
 
 def _data_parallel_bytes(config: Config, trainable: int, copies: int) -> int:
-    """A ring's reduction of gradients, and gathering of what was reduced: of gradients, or of updated parameters."""
+    """Return what a ring sends to reduce gradients, and to gather those gradients or the updated parameters."""
     gathered = value_bytes(config) if config.parallel.use_distributed_optimizer else FP32_BYTES
     return trainable * (FP32_BYTES + gathered) * (copies - 1) // copies
 
 
 def _optimizer_bytes(config: Config, trainable: int, copies: int) -> int:
-    """Main weights (unless the parameters are fp32 themselves) and moments, which `copies` data ranks may divide."""
+    """Return the bytes of main weights (none for fp32 parameters) and moments, possibly sharded over `copies`."""
     main_bytes = 0 if config.train.precision == "fp32" else FP32_BYTES
     moment_bytes = ADAM_MOMENT_BYTES if config.optimizer.name == "adamw" else 0
     shards = copies if config.parallel.use_distributed_optimizer else 1
@@ -216,7 +216,7 @@ def _optimizer_bytes(config: Config, trainable: int, copies: int) -> int:
 
 
 def format_memory(memory: list[RankMemory]) -> Iterator[str]:
-    """A table in GiB, one line per pipeline rank."""
+    """Format a table in GiB, one line per pipeline rank."""
     yield "pipeline rank  parameters  weights  gradients  optimizer  activations  logits   total  (GiB per rank)"
     for entry in memory:
         columns = (
@@ -232,7 +232,7 @@ def format_memory(memory: list[RankMemory]) -> Iterator[str]:
 
 
 def format_communication(memory: list[RankMemory]) -> Iterator[str]:
-    """What a rank sends, one line per kind of group that there is, of the pipeline stage that sends most."""
+    """Describe what a rank sends, one line per kind of group, for the pipeline stage that sends most."""
     sent = {
         group: max(entry.sent_bytes.get(group, 0) for entry in memory) for entry in memory for group in entry.sent_bytes
     }
@@ -244,7 +244,7 @@ def format_communication(memory: list[RankMemory]) -> Iterator[str]:
 
 
 def _abbreviated(count: int) -> str:
-    """A number of parameters with three digits or so."""
+    """Format a number of parameters with about three digits."""
     for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= unit:
             return f"{count / unit:.2f} {name}"

@@ -1,6 +1,6 @@
-"""Checks of a run before it costs anything: does the model divide over the ranks, and is everything named there.
+"""Check a run before it costs anything: can the model be split over the ranks, and does everything named exist?
 
-Every check collects its problems, so that one start tells all that is wrong.
+Every check collects its problems, so that one start reports all that is wrong.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ LARGEST_TENSOR_SIZE = 64  # vocabulary rows are padded to a multiple of it
 def check_layout(
     config: Config, model_config: VisionLanguageConfig, world_size: int, names: Iterable[str] | None = None
 ) -> Layout:
-    """Divide the model and the global batch over the ranks.
+    """Split the model and the global batch over the ranks.
 
     Args:
         config: a validated configuration.
-        model_config: the family's record of the model (`.parts`, `.text`, `.vision`).
-        world_size: ranks that run.
-        names: of the model's parameters, to check `model.freeze` and `optimizer.lr_multipliers`; None skips that.
+        model_config: the family's configuration of the model (`.parts`, `.text`, `.vision`).
+        world_size: number of ranks that run.
+        names: names of the model's parameters, to check `model.freeze` and `optimizer.lr_multipliers`; None skips that.
 
     Returns:
         The layout.
 
     Raises:
-        ConfigError: lists every number that does not divide, with values that would.
+        ConfigError: lists every size that does not split evenly, with values that would.
         LaunchError: only the number of ranks is wrong.
     """
     parallel = config.parallel
@@ -75,7 +75,7 @@ def check_layout(
 
 
 def _model_ranks(config: Config) -> int:
-    """Ranks that hold one copy of the model."""
+    """Return the number of ranks that hold one copy of the model."""
     parallel = config.parallel
     return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
 
@@ -92,7 +92,7 @@ def _world_problems(config: Config, world_size: int) -> Iterator[UserError]:
 
 
 def _batch_problems(config: Config, world_size: int) -> Iterator[UserError]:
-    """The global batch against the data-parallel size and the interleaved schedule."""
+    """Check the global batch against the data-parallel size and the interleaved schedule."""
     parallel, train = config.parallel, config.train
     data_size = world_size // _model_ranks(config)
     rows = train.micro_batch_size * data_size
@@ -113,7 +113,7 @@ def _batch_problems(config: Config, world_size: int) -> Iterator[UserError]:
 
 
 def _tensor_problems(config: Config, model_config: VisionLanguageConfig) -> Iterator[UserError]:
-    """Heads, feed-forward columns and vocabulary rows against the tensor-parallel size."""
+    """Check heads, feed-forward columns and vocabulary rows against the tensor-parallel size."""
     size = config.parallel.tensor_model_parallel_size
     if size == 1:
         return
@@ -132,7 +132,7 @@ def _tensor_problems(config: Config, model_config: VisionLanguageConfig) -> Iter
     if vision is not None and config.model.vision_parallelism == "tensor":
         divided[("vision attention heads", vision.num_attention_heads)] = None
         divided[("vision feed-forward size", vision.intermediate_size)] = None
-        # A projector of a single linear layer divides what the language model takes.
+        # A projector of a single linear layer is split along the language model's hidden size.
         projector_size = getattr(vision, "projector_hidden_size", model_config.text.hidden_size)
         divided[("vision projector size", projector_size)] = None
     for name, number in divided:
@@ -154,7 +154,7 @@ def _tensor_problems(config: Config, model_config: VisionLanguageConfig) -> Iter
 
 
 def _name_problems(config: Config, names: list[str]) -> Iterator[UserError]:
-    """Parts and parameters that the configuration names, against those of the model."""
+    """Check the parts and parameters that the configuration names against those of the model."""
     yield from Trainable(config.model.freeze).problems(names)
     parts = sorted(set(map(part_of, names)))
     for part in config.optimizer.lr_multipliers:
@@ -169,7 +169,7 @@ def check_run_dir(config: Config) -> None:
     """Make sure that the run folder can be written, without creating it.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: the folder cannot be written.
     """
     folder = Path(config.run_dir).absolute()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
@@ -178,7 +178,7 @@ def check_run_dir(config: Config) -> None:
 
 
 def check_export(config: Config) -> bool:
-    """Whether an export is still to be written; call it before training starts.
+    """Return whether an export is still to be written; call it before training starts.
 
     Returns:
         False when `checkpoint.export_hf` is null, or when this run wrote it after its last step already.

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 
 def _product_flops(rows: torch.Tensor, weights: torch.Tensor) -> int:
-    """Two operations per multiply-add; none for products of vectors, by which sums are written."""
+    """Count two FLOPs per multiply-add, and none for products with vectors: sums are written as such."""
     return 0 if 1 in (*rows.shape, *weights.shape) else 2 * rows.numel() * weights.shape[-1]
 
 
@@ -36,7 +36,7 @@ _FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
     _aten.addmm_: lambda _, rows, weights, **__: _product_flops(rows, weights),
     # However many rows each expert gets, together they are all rows.
     _aten._grouped_mm: lambda rows, weights, *_, **__: _product_flops(rows, weights),
-    # A fused backward pass computes the scores again: five products for the forward pass's two.
+    # A fused backward pass computes the scores again: five matmuls for the forward pass's two.
     _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_, **__: _attention_flops(q, k, 2),
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, q, k, *__, **___: _attention_flops(q, k, 5),
 }
@@ -50,8 +50,8 @@ class Counts:
         kept_bytes: memory that the forward pass leaves to the backward pass, outputs not included.
         forward_peak_bytes: most memory in the forward pass.
         backward_peak_bytes: most memory in the backward pass, what is kept included.
-        flops: of matrix products, by phase: "forward", "backward", "recompute".
-        attention_flops: those of attention among them.
+        flops: FLOPs of matmuls, by phase: "forward", "backward", "recompute".
+        attention_flops: the part of `flops` that attention has.
         launches: operators that compute something, by phase.
         sent_bytes: bytes that the rank sends, by kind of collective and group.
     """
@@ -66,24 +66,24 @@ class Counts:
 
     @property
     def working_bytes(self) -> int:
-        """Most memory beyond what is kept."""
+        """Most memory beyond `kept_bytes`."""
         return max(self.forward_peak_bytes, self.backward_peak_bytes) - self.kept_bytes
 
     def add_work(self, other: Counts) -> None:
-        """Add all but memory."""
+        """Add all counts but those of memory."""
         for name in ("flops", "attention_flops", "launches", "sent_bytes"):
             getattr(self, name).update(getattr(other, name))
 
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Give new tensors of floating-point values a shape and no memory; those of integers stay real."""
+    """Give new floating-point tensors a shape and no memory; integer tensors stay real."""
     with FakeTensorMode(allow_non_fake_inputs=True), _RealIntegers():
         yield
 
 
 class _RealIntegers(TorchDispatchMode):
-    """Computes with values where all tensors have some, and makes tensors of integers with values."""
+    """Computes with values where all tensors have values, and creates integer tensors with values."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -108,7 +108,7 @@ class Recorder(TorchDispatchMode):
     """Counts operators while it is on, and follows the memory that they make.
 
     Args:
-        group_names: names of process groups, by torch's.
+        group_names: our names of process groups, by torch's names.
     """
 
     def __init__(self, group_names: Mapping[str, str]) -> None:
@@ -130,7 +130,7 @@ class Recorder(TorchDispatchMode):
             self._is_paused = False
 
     def bytes_of(self, tensors: Iterable[torch.Tensor]) -> int:
-        """Memory of tensors that was made while this was on."""
+        """Return the memory of tensors, as far as it was allocated while the recorder was on."""
         return sum(self._bytes.get(key, 0) for key in _storages(tensors))
 
     def grow(self, num_bytes: int, peak_bytes: int = 0) -> None:
@@ -161,7 +161,7 @@ class Recorder(TorchDispatchMode):
     def _phase(self) -> str:
         if not self.in_backward:
             return "forward"
-        # What is computed again fills in for saved tensors, under hooks; nothing else in a backward pass has any.
+        # Recomputation runs under saved-tensor hooks; nothing else in a backward pass does.
         return "recompute" if torch._C._autograd._top_saved_tensors_default_hooks(True) else "backward"
 
     def _follow(self, inputs: Mapping[int, Any], outputs: Mapping[int, torch.UntypedStorage]) -> bool:
@@ -177,7 +177,7 @@ class Recorder(TorchDispatchMode):
         self.grow(-self._bytes.pop(key))
 
     def _add_collective(self, func: Any, args: Any) -> None:
-        """Add what a ring sends: of an all-reduce its tensor twice, of others the larger side, each less one part."""
+        """Add what a ring sends: of an all-reduce its tensor twice, of others the larger side, each less one shard."""
         (group,) = (torch.distributed.ProcessGroup.unbox(arg) for arg in args if _is_group(arg))
         size = group.size()
         if size == 1:

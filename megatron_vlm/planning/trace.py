@@ -2,7 +2,7 @@
 
 Floating-point tensors have shapes and no values. Tensors of integers (token ids, spans, choices of experts) are real,
 so that visible keys and the sizes of exchanges are those of the batch. Every distinct layer runs once, forward and
-backward; in its other places a stand-in has its outputs and adds what was counted.
+backward; at its other positions a stand-in has its outputs and adds what was counted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron_vlm.parallel.stage_state import packed_shape
 from megatron_vlm.planning.recorder import Counts, Recorder
 
 _GROUPS = {"tp": "tensor", "cp": "context", "ep": "expert", "expt_tp": "expert-tensor", "tp_ep": "experts"}
-"""Names of the groups that a chunk communicates in; of two that are the same the first."""
+"""Names of the groups that a chunk communicates in; two that are the same group have the first name."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class ChunkCounts:
     """What a micro-batch does on a chunk.
 
     Attributes:
-        total: all of it.
-        layers: its decoder layers, by global id.
-        head: the final norm, the head and the loss; None on all chunks but the last.
-        received_bytes: what it gets from the chunk before, and keeps.
-        returned_bytes: what it sends to the next chunk, and does not keep.
+        total: counts of the full chunk.
+        layers: counts of its decoder layers, by global id.
+        head: counts of the final norm, the head and the loss; None on all chunks but the last.
+        received_bytes: size of what the chunk receives from the previous one, and keeps.
+        returned_bytes: size of what the chunk sends to the next one, and does not keep.
     """
 
     total: Counts
@@ -55,7 +55,7 @@ class ChunkCounts:
 
 
 class Tracer:
-    """Traces chunks of one model, layout and batch; what a distinct layer does is remembered from one to the next."""
+    """Traces chunks of one model, layout and batch; counts of a distinct layer are kept for the next chunk."""
 
     def __init__(self) -> None:
         self._counted: dict[Any, tuple[Counts, Any]] = {}
@@ -66,8 +66,8 @@ class Tracer:
         """Run a chunk as training does; call it inside `fake_tensors`, where the chunk was built.
 
         Args:
-            chunk: its parameters require gradients where they train.
-            batch: on the device of the chunk.
+            chunk: the chunk, whose parameters require gradients where they train.
+            batch: the micro-batch, on the device of the chunk.
         """
         self._group_names = {getattr(chunk.groups, key).group_name: name for key, name in reversed(_GROUPS.items())}
         language_model = chunk.language_model
@@ -99,7 +99,7 @@ class Tracer:
         return ChunkCounts(total, layers, heads[0] if heads else None, received_bytes, returned_bytes)
 
     def _count(self, run: Callable[..., Any], inputs: tuple[Any, ...]) -> tuple[Counts, Any]:
-        """Counts of a pass forward and backward, and the outputs with a shape for every tensor."""
+        """Return the counts of a forward and backward pass, and the outputs with a shape for every tensor."""
         outer, self._recorder = self._recorder, Recorder(self._group_names)
         recorder, counts = self._recorder, self._recorder.counts
         with recorder:
@@ -119,7 +119,7 @@ class Tracer:
         return counts, shapes
 
     def _once(self, key: Any, run: Callable[..., Any], inputs: tuple[Any, ...]) -> tuple[Counts, Any]:
-        """Counts of a part of the model, which runs if it is the first of its kind, and outputs of a stand-in."""
+        """Run a part of the model if it is the first of its kind; return its counts and the outputs of a stand-in."""
         recorder = self._recorder
         assert recorder is not None
         differentiable = [value for value in inputs if _is_differentiable(value)]
@@ -140,7 +140,7 @@ def _is_differentiable(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Shape:
-    """What is left of a tensor when it has been counted."""
+    """The properties that are kept of a tensor after it has been counted."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -166,16 +166,16 @@ class _StandIn(torch.autograd.Function):
     def of(
         recorder: Recorder, counts: Counts, shapes: list[_Shape], inputs: Any, differentiable: list[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
-        """The outputs.
+        """Return the stand-in's outputs.
 
         Args:
-            recorder: of what is around the part.
-            counts: of the part.
-            shapes: of the outputs.
-            inputs: all of them; a part that trains holds them up to its backward pass.
-            differentiable: those among them that may have gradients.
+            recorder: the recorder of what surrounds the part.
+            counts: the part's counts.
+            shapes: shapes of the outputs.
+            inputs: all inputs; a part that trains holds them until its backward pass.
+            differentiable: the inputs that may have gradients.
         """
-        # Parameters may train where no input does.
+        # Parameters may require gradients where no input does.
         anchor = torch.zeros((), requires_grad=any(shape.requires_grad for shape in shapes))
         outputs: tuple[torch.Tensor, ...] = _StandIn.apply(recorder, counts, shapes, inputs, anchor, *differentiable)
         return outputs
@@ -232,7 +232,7 @@ def _as_in_training(chunk: ModelChunk) -> Iterator[None]:
         for module in chunk.modules():
             if isinstance(module, MoE):
                 undo.callback(module.gate.register_forward_hook(partial(_choose_evenly, module.top_k)).remove)
-        # Transformer Engine's product would read memory, and megatron-core's buffers would outlive the trace.
+        # Transformer Engine's GEMM would read memory, and megatron-core's buffers would outlive the trace.
         without = ((moe_utils, "te_general_gemm", None), (parallel_state, "_GLOBAL_MEMORY_BUFFER", _NewMemory()))
         for module, name, value in without:
             undo.callback(setattr, module, name, getattr(module, name))
@@ -248,14 +248,14 @@ class _NewMemory:
 
 
 def _add_to_main_gradient(parameter: torch.Tensor) -> None:
-    """As the hook of megatron-core's `DistributedDataParallel`."""
+    """Accumulate as the hook of megatron-core's `DistributedDataParallel` does."""
     if not parameter.grad_added_to_main_grad:  # type: ignore[attr-defined]
         parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
     parameter.grad = None
 
 
 def _choose_evenly(top_k: int, router: torch.nn.Module, inputs: Any, output: Any) -> Any:
-    """A router's outputs with a choice that has values: a token takes the experts that follow its predecessor's."""
+    """Give a router's choice real values: each token takes the experts that follow those of the token before."""
     weights, chosen, routing = output
     (num_tokens, num_experts), device = chosen.shape, chosen.device
     choices = torch.arange(num_tokens * top_k, device=device).view(num_tokens, top_k) % num_experts
@@ -264,7 +264,7 @@ def _choose_evenly(top_k: int, router: torch.nn.Module, inputs: Any, output: Any
 
 
 def _signature(module: torch.nn.Module) -> Any:
-    """What layers that do the same have in common: classes, settings and parameters."""
+    """Return what layers that do the same have in common: classes, settings and parameters."""
     parts = [
         (name, type(part), *((key, value) for key, value in vars(part).items() if _is_setting(value)))
         for name, part in module.named_modules()
@@ -281,7 +281,7 @@ def _is_setting(value: Any) -> bool:
 
 
 def _mapped(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
-    """`value` with everything of a kind replaced, inside tuples, lists and dataclasses."""
+    """Return `value` with everything of a kind replaced, inside tuples, lists and dataclasses."""
     if isinstance(value, kind):
         return function(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -295,7 +295,7 @@ def _mapped(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
 
 
 def _leaves(value: Any, kind: type) -> list[Any]:
-    """Everything of a kind in `value`."""
+    """Return everything of a kind in `value`."""
     found: list[Any] = []
     _mapped(value, kind, found.append)
     return found

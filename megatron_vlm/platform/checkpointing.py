@@ -4,7 +4,7 @@ Four parts of megatron-core 0.19.2 are replaced here. Without the first, checkpo
 (tests/checkpoint/test_distributed_layouts.py fails); test_distributed_save.py has tests of the others.
 
 - `DistributedOptimizer.get_parameter_state_dp_zero` drops the padding behind each bucket, but its caller, the format
-  `fully_reshardable`, looks for parameters at their places with padding: moments and main parameters of every bucket
+  `fully_reshardable`, looks for parameters at their offsets with padding: moments and main parameters of every bucket
   behind a padded one are stored shifted. Several buckets exist with `overlap_grad_reduce`, and in pipelines with a tied
   embedding. `padding_kept` puts the padding back. Goes when megatron-core's warning "can lead to data corruption" does.
 
@@ -69,7 +69,7 @@ class _WriteResults:
 
 
 def _write_files(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: _WriteResults) -> None:
-    """In a process of its own: write this rank's files, put their write results by bucket, or the exception."""
+    """Write this rank's files in a process of its own; put the write results by bucket, or the exception."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # sent to the whole job: the run, which waits for this, acts on it
     written: dict[int, Any] = {}
@@ -157,7 +157,7 @@ def padding_kept(optimizer: DistributedOptimizer) -> Iterator[None]:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every random stream of this process, as tensors, numbers and tuples only.
+    """Return the state of every random stream of this process, as tensors, numbers and tuples only.
 
     Returns:
         `python`, `numpy`, `torch` and the named streams of megatron-core's tracker; `device` where there is one.
@@ -175,7 +175,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put every random stream back to a state taken by `random_state`."""
+    """Restore every random stream to a state taken by `random_state`."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     numpy.random.set_state((name, keys.numpy().astype(numpy.uint32), *rest))

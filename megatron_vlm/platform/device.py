@@ -47,7 +47,7 @@ class Platform:
             torch.distributed.destroy_process_group()
 
     def peak_memory_bytes(self) -> int:
-        """Most memory held so far: allocator peak on CUDA, resident set of the process on CPU."""
+        """Return the most memory held so far: allocator peak on CUDA, resident set of the process on CPU."""
         if self.accelerated:
             return torch.cuda.max_memory_allocated()
         import resource
@@ -55,7 +55,7 @@ class Platform:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def peak_flops(self) -> float | None:
-        """Dense bf16 FLOP/s by the data sheet, None where unknown."""
+        """Return the dense bf16 FLOP/s of the data sheet, None where unknown."""
         if not self.accelerated:
             return None
         name = torch.cuda.get_device_name()
@@ -67,7 +67,7 @@ class Platform:
         torch.use_deterministic_algorithms(True)
 
     def profiler_activities(self) -> list[torch.profiler.ProfilerActivity]:
-        """What `torch.profiler` can record here."""
+        """Return what `torch.profiler` can record here."""
         activities = [torch.profiler.ProfilerActivity.CPU]
         return activities + ([torch.profiler.ProfilerActivity.CUDA] if self.accelerated else [])
 
@@ -110,10 +110,10 @@ def _ask_for_expandable_segments() -> None:
 
 
 def current() -> Platform:
-    """The platform that `initialize` chose."""
+    """Return the platform that `initialize` chose."""
     return initialize()
 
 
 def has_transformer_engine() -> bool:
-    """Whether NVIDIA Transformer Engine can be imported; nothing here needs it."""
+    """Return whether NVIDIA Transformer Engine can be imported; nothing here needs it."""
     return importlib.util.find_spec("transformer_engine") is not None

@@ -20,13 +20,13 @@ class FusedLayoutAdam(torch.optim.Optimizer):
     """Adam (`adam_w_mode=False`) or AdamW with one step counter per parameter group.
 
     Args:
-        params: parameters or groups.
+        params: parameters or parameter groups.
         lr: learning rate.
         betas: decay rates of the moments.
-        eps: added to the denominator.
-        weight_decay: decoupled in AdamW.
+        eps: term added to the denominator.
+        weight_decay: weight decay, decoupled in AdamW.
         adam_w_mode: AdamW if true.
-        capturable: False; megatron-core passes it.
+        capturable: always False; accepted because megatron-core passes it.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class FusedLayoutAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         assert closure is None
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]

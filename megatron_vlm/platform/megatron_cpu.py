@@ -6,8 +6,8 @@ not). The real torch stays as it is for every other library. Two tensor methods 
 their caller instead: in `megatron.*`, `.cuda()` is an identity and `.type()` names CUDA types.
 
 What is replaced is what the parts of megatron-core that we use ask for, no more; a new part adds its names here. Every
-replacement has a test in tests/test_platform.py that fails without it, and the places in megatron-core that meet one
-are listed there. The layer goes when megatron-core runs on CPU by itself (0.19.2 does not). CUDA installs none.
+replacement has a test in tests/test_platform.py that fails without it, and the call sites in megatron-core that meet
+one are listed there. The layer goes when megatron-core runs on CPU by itself (0.19.2 does not). CUDA installs none.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _tensor_cuda = torch.Tensor.cuda
 
 
 class _Proxy(types.ModuleType):
-    """A module that answers with its own names first, then with those of another module."""
+    """A module that looks up its own names first, then those of another module."""
 
     def __init__(self, original: types.ModuleType, replacements: dict[str, Any]) -> None:
         super().__init__(original.__name__)
@@ -82,7 +82,7 @@ def _all_gather(
 
 
 class _Stream:
-    """Stands for a stream and for its events: everything has happened already."""
+    """Stands for a CUDA stream and its events, whose work is always finished."""
 
     def wait_stream(self, stream: Any) -> None:
         pass
@@ -153,7 +153,7 @@ def _tensor_cuda_for_megatron(self: torch.Tensor, *args: Any, **kwargs: Any) -> 
 
 
 def _split_sizes_for_megatron(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """A host tensor as an array where one is asked for; megatron-core converts only what it brings from a GPU."""
+    """Return a host tensor as an array if asked for; megatron-core converts only what it brings from a GPU."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
@@ -171,6 +171,6 @@ def install() -> None:
     # These two import torch's private CUDA helpers by name, past the substitution.
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    # Sizes of an exchange, which gloo takes as numbers only.
+    # Split sizes of an all-to-all, which gloo takes as numbers only.
     token_dispatcher.maybe_move_tensor_to_cpu = _split_sizes_for_megatron
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Spares a rank that is alone in its data-parallel group the exchange with itself.
+"""Skip the collectives of data-parallel groups of a single rank.
 
 megatron-core reduces gradients and gathers parameters in groups of one too. NCCL does nothing then; gloo copies the
 whole buffer, which costs a tenth of a step on one CPU process. This goes when either of them stops doing so.
@@ -17,7 +17,7 @@ Group = torch.distributed.ProcessGroup
 
 
 class _Done:
-    """Stands for work that is finished."""
+    """The handle of a collective that is finished."""
 
     def wait(self) -> None:
         pass
@@ -26,14 +26,14 @@ class _Done:
 @contextmanager
 def _coalescing_manager(group: Group, async_ops: bool = False) -> Iterator[Any]:
     if group.size() == 1:
-        yield _Done()  # torch's own cannot close without a single exchange
+        yield _Done()  # torch's own fails on exit without a single collective
     else:
         with torch.distributed._coalescing_manager(group, async_ops=async_ops) as work:
             yield work
 
 
 def _unless_single(exchange: Callable[..., Any]) -> Callable[..., Any]:
-    """`exchange` of (output, input); a lone rank's output is the whole input, in place in megatron-core's buffers."""
+    """Wrap a collective of (output, input); a single rank's output is its input, in place in megatron-core."""
 
     def call(output: torch.Tensor, source: torch.Tensor, *, group: Group, **options: Any) -> Any:
         if group.size() > 1:
@@ -46,7 +46,7 @@ def _unless_single(exchange: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def install() -> None:
-    """Give megatron-core's data parallelism these exchanges; call once."""
+    """Give megatron-core's data parallelism these collectives; call once."""
     from megatron.core.distributed import param_and_grad_buffer
 
     for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):

@@ -78,13 +78,13 @@ def line_chart(
 
 
 def _mark(x: float, text: str, height: int) -> str:
-    """A dashed line from top to bottom with its text to the right."""
+    """Draw a dashed line from top to bottom with its text to the right."""
     line = f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_MARGIN_TOP - 6}" y2="{height - _MARGIN_BOTTOM}"/>'
     return line + f'<text class="mark-text" x="{x + 6:.1f}" y="{_MARGIN_TOP + 4}">{escape(text)}</text>'
 
 
 def _moving_average(values: Sequence[float], width: int) -> list[float]:
-    """Mean over up to `width` neighbours, fewer at the ends."""
+    """Return the mean over up to `width` neighbours, fewer at the ends."""
     half = width // 2
     averages = []
     for index in range(len(values)):
@@ -94,7 +94,7 @@ def _moving_average(values: Sequence[float], width: int) -> list[float]:
 
 
 def _round_ticks(low: float, high: float) -> list[float]:
-    """Four to eight multiples of 1, 2 or 5 times a power of ten that enclose low..high."""
+    """Return four to eight multiples of 1, 2 or 5 times a power of ten that enclose low..high."""
     spread = high - low or abs(high) or 1.0
     magnitude = 10 ** math.floor(math.log10(spread / 4))
     step = next(factor * magnitude for factor in (1, 2, 5, 10) if spread / (factor * magnitude) <= 6)
@@ -104,5 +104,5 @@ def _round_ticks(low: float, high: float) -> list[float]:
 
 
 def _logarithmic_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten that enclose low..high."""
+    """Return the powers of ten that enclose low..high."""
     return [10.0**exponent for exponent in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]

@@ -73,7 +73,7 @@ def write_report(
     """Writes the report atomically and returns its path.
 
     Args:
-        path: The HTML file; an older report there is replaced as a whole.
+        path: The HTML file; an older report there is replaced.
         metrics_jsonl: One object per logged step, with at least `step` and `loss`.
         config_yaml: The settings of the run, shown as they are.
         layout_rows: Rows of the layout table; the keys of the first are its head.
@@ -148,7 +148,7 @@ def _figure_cards(figures: Sequence[Figure]) -> str:
 
 
 def _charts(metrics: Sequence[Mapping], evaluations: Sequence[Mapping], marks: Mapping[int, str]) -> str:
-    """The loss curve at full width, up to three small charts of what else was logged, and those of experts."""
+    """Draw the loss curve at full width, up to three small charts of what else was logged, and those of experts."""
     steps = [row["step"] for row in metrics]
     losses = [float(row["loss"]) for row in metrics]
     smoothing = max(1, len(losses) // 40)
@@ -163,7 +163,7 @@ def _charts(metrics: Sequence[Mapping], evaluations: Sequence[Mapping], marks: M
 
 
 def _small_charts(metrics: Sequence[Mapping], headings: Mapping[str, str]) -> list[str]:
-    """One figure for each key that at least two steps logged."""
+    """Draw one chart for each key that at least two steps logged."""
     figures = []
     for key, heading in headings.items():
         rows = [row for row in metrics if isinstance(row.get(key), int | float)]

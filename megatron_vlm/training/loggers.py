@@ -1,4 +1,4 @@
-"""Where a run's figures go: console, JSON lines, TensorBoard, Weights & Biases. Rank 0 alone has them."""
+"""Loggers of a run's figures: console, JSON lines, TensorBoard, Weights & Biases. Only rank 0 has them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_vlm.training.metrics import StepMetrics, evaluation_record, scalar
 
 
 class Callback(Protocol):
-    """What attaches to the training loop."""
+    """The interface of what attaches to the training loop."""
 
     def on_step(self, metrics: StepMetrics) -> None:
         """A step that is to be logged has ended."""
@@ -32,17 +32,17 @@ class Callback(Protocol):
 
 
 def build_loggers(config: Config, run_dir: str | os.PathLike, resume_step: int) -> list[Callback]:
-    """The loggers that the configuration asks for; call it on rank 0, before the first step.
+    """Build the loggers that the configuration asks for; call it on rank 0, before the first step.
 
     Args:
-        config: the run.
-        run_dir: its folder.
+        config: the run's configuration.
+        run_dir: the run's folder.
         resume_step: last step that this start does not repeat; 0 in a new run.
 
     Raises:
         ConfigError: a package that `logging` asks for is not installed.
     """
-    # Those that may be refused come first: nothing has been written then.
+    # Loggers that may be refused come first, before anything has been written.
     loggers: list[Callback] = []
     if config.logging.tensorboard:
         loggers.append(TensorBoard(run_dir, resume_step))
@@ -52,7 +52,7 @@ def build_loggers(config: Config, run_dir: str | os.PathLike, resume_step: int) 
 
 
 class Console:
-    """One thin line per logged step; tokens per expert are the fewest, the mean and the most."""
+    """Prints one line per logged step; tokens per expert are shown as the fewest, the mean and the most."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
@@ -86,7 +86,7 @@ class Console:
         print(" | ".join(parts), file=self._stream, flush=True)
 
     def on_evaluation(self, step: int, losses: dict[str, float]) -> None:
-        """Print the losses; a single source is all of it."""
+        """Print the losses; that of a single source equals the mean and is left out."""
         sources = [f"{name} {loss:.4f}" for name, loss in losses.items() if name != "all" and len(losses) > 2]
         print(" | ".join([f"evaluation after step {step}", f"loss {losses['all']:.4f}", *sources]), file=self._stream)
         self._stream.flush()
@@ -96,7 +96,7 @@ class Console:
 
 
 def _expert_figures(metrics: StepMetrics) -> list[str]:
-    """What the console shows of experts; nothing for models without."""
+    """Format what the console shows about experts; empty for models without experts."""
     parts = [] if metrics.load_balancing_loss is None else [f"load-balancing {metrics.load_balancing_loss:.4f}"]
     experts = metrics.experts
     if experts is not None:
@@ -107,7 +107,7 @@ def _expert_figures(metrics: StepMetrics) -> list[str]:
 
 
 class JsonLines:
-    """One object per line: steps in `metrics.jsonl`, evaluations in `evaluations.jsonl`.
+    """Writes one object per line: steps in `metrics.jsonl`, evaluations in `evaluations.jsonl`.
 
     A run that went on past its last checkpoint before it ended repeats steps; their earlier lines are dropped, so that
     each step occurs once, and so is a last line cut short by a crash.
@@ -134,7 +134,7 @@ class JsonLines:
 
 
 def _open_from(path: Path, resume_step: int) -> TextIO:
-    """Open for appending whole lines, after dropping those of steps beyond `resume_step`."""
+    """Open for appending, after dropping incomplete lines and those of steps beyond `resume_step`."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     kept = "".join(line + "\n" for line in text.splitlines() if _is_up_to(line, resume_step))
     if kept != text:
@@ -151,7 +151,7 @@ def _is_up_to(line: str, resume_step: int) -> bool:
 
 
 class TensorBoard:
-    """Events under `run_dir/tensorboard`; steps that a resumed run repeats replace the earlier ones."""
+    """Writes events under `run_dir/tensorboard`; steps that a resumed run repeats replace the earlier ones."""
 
     def __init__(self, run_dir: str | os.PathLike, resume_step: int) -> None:
         _import("tensorboard", "logging.tensorboard", "false")
@@ -160,7 +160,7 @@ class TensorBoard:
         self._writer = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=resume_step + 1)
 
     def on_step(self, metrics: StepMetrics) -> None:
-        """Write the step's numbers under `train/`."""
+        """Write the step's scalars under `train/`."""
         self._write("train", to_record(metrics), metrics.step)
 
     def on_evaluation(self, step: int, losses: dict[str, float]) -> None:
@@ -177,7 +177,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A Weights & Biases run, the same one for every start of a run folder; WANDB_* variables work as usual.
+    """Logs to one Weights & Biases run for all starts of a run folder; WANDB_* variables work as usual.
 
     W&B accepts no earlier step than its last: of steps that a resumed run repeats it keeps the first figures.
     """
@@ -196,7 +196,7 @@ class WandB:
         )
 
     def on_step(self, metrics: StepMetrics) -> None:
-        """Log the step's numbers under `train/`."""
+        """Log the step's scalars under `train/`."""
         self._log("train", to_record(metrics), metrics.step)
 
     def on_evaluation(self, step: int, losses: dict[str, float]) -> None:

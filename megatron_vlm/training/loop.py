@@ -66,7 +66,7 @@ class Trainer:
 
     Args:
         run: everything that was set up.
-        requests: signals received.
+        requests: the requests to stop (signals) received so far.
     """
 
     def __init__(self, run: Run, requests: StopRequests) -> None:
@@ -102,7 +102,7 @@ class Trainer:
                 logger.close()
 
     def _train(self) -> str | None:
-        """Steps up to the last; returns why it stopped before, or None."""
+        """Run the steps up to the last; return why training stopped before it, or None."""
         train, first = self.config.train, self.step
         while self.step < train.train_iters:
             request = self._step()
@@ -124,7 +124,7 @@ class Trainer:
         return None
 
     def _step(self) -> int:
-        """One optimizer step; returns the number of a signal that some rank received, or 0."""
+        """Run one optimizer step; return the number of a signal that some rank received, or 0."""
         run, began = self.run_state, time.perf_counter()
         self.profile.step(self.step + 1)
         waited = run.train_loader.wait_seconds
@@ -216,7 +216,7 @@ class Trainer:
                 logger.on_step(metrics)
 
     def _evaluate(self) -> int:
-        """Loss on the held-out data; returns the number of a signal received meanwhile, which ends it early."""
+        """Log the loss on the held-out data; return the number of a signal received meanwhile, which ends it early."""
         run = self.run_state
         loader = run.valid_loader
         assert loader is not None and loader.num_global_batches is not None
@@ -330,7 +330,7 @@ class Trainer:
         return tensor.tolist()
 
     def _largest(self, values: Sequence[float]) -> list[float]:
-        """Largest of each value over all ranks."""
+        """Return the largest of each value over all ranks."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
         return tensor.tolist()

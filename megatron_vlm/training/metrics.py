@@ -1,4 +1,4 @@
-"""What one optimizer step did, how fast, and how that is written down."""
+"""Metrics of one optimizer step, and their form in the logs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def expert_statistics(tokens: torch.Tensor) -> ExpertStatistics:
     """Summarise tokens per expert.
 
     Args:
-        tokens: [layers with experts, experts], tokens of the global batch that chose each.
+        tokens: [layers with experts, experts], how many tokens of the global batch were routed to each expert.
     """
     return ExpertStatistics(
         expert_tokens_min=int(tokens.min()),
@@ -60,21 +60,21 @@ class StepMetrics:
         lr_by_part: learning rate of each part that trains.
         tokens: real tokens, image tokens included and padding not.
         label_tokens: tokens with a loss.
-        padded_tokens: places of the batch that hold no token.
-        images: images, those of videos not counted.
-        videos: videos.
+        padded_tokens: positions of the batch that hold no token.
+        images: number of images, not counting frames of videos.
+        videos: number of videos.
         bad_rows: rows without weight because they cannot be used.
         too_long_rows: rows without weight because they have more than data.seq_length tokens.
         step_seconds: wall-clock time of the step, waiting for data included.
         data_wait_seconds: part of it spent waiting for the next batch.
         source_losses: mean loss per data source that has label tokens.
         source_label_tokens: label tokens per data source.
-        peak_memory_bytes: of the rank that held most.
-        model_flops: what the model needs for the batch, forward and backward (`planning.flops`).
-        world_size: devices.
-        skipped: the update was left out, because loss or gradient norm was not finite or leapt up.
-        load_balancing_loss: without its coefficient, mean over the micro-batches weighted by their label tokens; None
-            where there is none. `loss` does not contain it.
+        peak_memory_bytes: peak memory of the rank that held most.
+        model_flops: FLOPs that the model needs for the batch, forward and backward (`planning.flops`).
+        world_size: number of devices.
+        skipped: whether the update was left out, because loss or gradient norm was not finite or leapt up.
+        load_balancing_loss: the loss without its coefficient, mean over the micro-batches weighted by their label
+            tokens; None where there is none. `loss` does not contain it.
         experts: how evenly experts were used; None where there are none.
     """
 
@@ -114,7 +114,7 @@ class StepMetrics:
 
     @property
     def flops_per_second(self) -> float:
-        """Model operations per second and device."""
+        """Model FLOPs per second and device."""
         return self.model_flops / self.step_seconds / self.world_size
 
     @property
@@ -125,17 +125,17 @@ class StepMetrics:
 
     @property
     def padding_share(self) -> float:
-        """Share of the batch's places that are padding."""
+        """Fraction of the batch's positions that are padding."""
         return self.padded_tokens / (self.tokens + self.padded_tokens)
 
     @property
     def label_token_share(self) -> float:
-        """Share of the real tokens that have a loss."""
+        """Fraction of the real tokens that have a loss."""
         return self.label_tokens / self.tokens
 
     @property
     def data_wait_share(self) -> float:
-        """Share of the step spent waiting for data."""
+        """Fraction of the step spent waiting for data."""
         return self.data_wait_seconds / self.step_seconds
 
     @property
@@ -145,7 +145,7 @@ class StepMetrics:
 
 
 def to_record(metrics: StepMetrics) -> dict[str, Any]:
-    """The step as one JSON object: every field and derived figure; numbers that are not finite become null.
+    """Return the step as one JSON object: every field and derived figure; numbers that are not finite become null.
 
     What only models with experts have is left out of other models' records.
     """
@@ -169,10 +169,10 @@ def to_record(metrics: StepMetrics) -> dict[str, Any]:
 
 
 def evaluation_record(step: int, losses: dict[str, float]) -> dict[str, Any]:
-    """An evaluation as one JSON object.
+    """Return an evaluation as one JSON object.
 
     Args:
-        step: after which it ran.
+        step: the step after which the evaluation ran.
         losses: mean loss over all label tokens under "all", and per data source.
     """
     sources = {name: loss for name, loss in losses.items() if name != "all"}
@@ -180,14 +180,14 @@ def evaluation_record(step: int, losses: dict[str, float]) -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """`value` with None in place of nan and infinity, which JSON does not have, at any depth of dictionaries."""
+    """Return `value` with None in place of nan and infinity, which JSON does not have, at any depth of dictionaries."""
     if isinstance(value, dict):
         return {name: finite(item) for name, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a record, those of inner dictionaries under "outer/inner"; the step and nulls are left out."""
+    """Return a record's numbers, those of inner dictionaries under "outer/inner"; the step and nulls are left out."""
     flat: dict[str, float] = {}
     for name, value in record.items():
         inner = {f"{name}/{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}

@@ -1,4 +1,4 @@
-"""Optimizer and schedule: megatron-core's, with our settings."""
+"""Build megatron-core's optimizer and schedule from our settings."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def build_optimizer(
     use_distributed_optimizer: bool,
     groups: ProcessGroupCollection,
 ) -> MegatronOptimizer:
-    """AdamW or SGD over the trainable parameters of this rank's chunks.
+    """Build AdamW or SGD over the trainable parameters of this rank's model chunks.
 
-    Weight decay is what each parameter declares; parts named in `lr_multipliers` have groups of their own. Experts have
-    an optimizer of their own in the chain, because their replicas are other ranks.
+    Each parameter declares whether it has weight decay; parts named in `lr_multipliers` have parameter groups of their
+    own. Experts have an optimizer of their own in the chain, because their replicas are on other ranks.
 
     Args:
-        model: chunks wrapped for data parallelism.
-        settings: the optimizer's part of the configuration.
-        dtype: of the parameters; with bf16 the optimizer keeps fp32 main weights.
-        use_distributed_optimizer: divide the state over the data ranks.
-        groups: process groups.
+        model: model chunks wrapped for data parallelism.
+        settings: the configuration's `optimizer` section.
+        dtype: dtype of the parameters; with bf16 the optimizer keeps fp32 main weights.
+        use_distributed_optimizer: shard the optimizer state over the data-parallel ranks.
+        groups: this rank's process groups.
     """
     overrides = {
         ParamKey(with_name_predicate=ParamWithNamePredicate("without_decay", _has_no_decay)): (
@@ -74,12 +74,12 @@ def _has_no_decay(parameter: torch.nn.Parameter, name: str) -> bool:
 
 
 def _is_in(part: str) -> Callable[[torch.nn.Parameter, str], bool]:
-    """Whether a parameter belongs to a part, by its name with the data-parallel wrapper's prefix."""
+    """Return a predicate: does a parameter belong to a part, by its name with the data-parallel wrapper's prefix?"""
     return lambda parameter, name: part_of(name.removeprefix("module.")) == part
 
 
 def build_scheduler(optimizer: MegatronOptimizer, config: Config) -> OptimizerParamScheduler:
-    """Learning rate by step: `step(1)` before update k sets what update k uses.
+    """Build the learning-rate schedule: `step(1)` before update k sets what update k uses.
 
     Warm-up does not begin at zero, and a decay reaches `min_lr` one step after the last: no update is wasted on a rate
     of zero, not even that of a run of one step.
@@ -107,9 +107,9 @@ def build_scheduler(optimizer: MegatronOptimizer, config: Config) -> OptimizerPa
 
 
 def learning_rates(optimizer: MegatronOptimizer, settings: OptimizerSettings) -> tuple[float, dict[str, float]]:
-    """The current rate of parts without multiplier, and that of each part with one.
+    """Return the current rate of parts without a multiplier, and that of each part with one.
 
-    Read from the groups this rank has; a rank without any (all frozen) reports zero.
+    The rates are read from the parameter groups that this rank has; a rank without any (all frozen) reports zero.
     """
     rates = [group["lr"] for group in optimizer.param_groups if "max_lr" not in group or group["max_lr"] == settings.lr]
     if rates:
@@ -122,14 +122,14 @@ def learning_rates(optimizer: MegatronOptimizer, settings: OptimizerSettings) ->
 
 @torch.no_grad()
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
-    """Global norm of the gradients, on every rank; makes them ready for `apply_gradients`."""
+    """Return the global norm of the gradients on every rank, and prepare them for `apply_gradients`."""
     optimizer.prepare_grads()
     return float(optimizer.get_grad_norm())
 
 
 @torch.no_grad()
 def apply_gradients(optimizer: MegatronOptimizer, norm: float, clip_grad: float) -> None:
-    """Clip by the norm that `gradient_norm` returned (0: not), and update."""
+    """Clip by the norm that `gradient_norm` returned (not if `clip_grad` is 0), and update the parameters."""
     # In place; without apex, megatron-core's own clipping makes a copy of all gradients first.
     factor = clip_grad / (norm + 1e-6)
     gradients = [parameter.grad for parameter in optimizer.get_parameters() if parameter.grad is not None]

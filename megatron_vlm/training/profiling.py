@@ -1,4 +1,4 @@
-"""A torch.profiler trace of some steps."""
+"""Record a torch.profiler trace of some steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Builds everything a training run needs, cheapest checks first: nothing heavy happens before a mistake is told."""
+"""Build everything a training run needs, cheapest checks first, so that mistakes are reported before heavy work."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Run:
     """A run that is ready to train.
 
     Attributes:
-        due_export: `checkpoint.export_hf` is still to be written.
+        due_export: whether `checkpoint.export_hf` is still to be written.
     """
 
     config: Config
@@ -143,7 +143,7 @@ def set_up(config: Config) -> Run:
 def _build_loaders(
     config: Config, layout: Layout, rules: PromptRules, groups: ProcessGroupCollection
 ) -> tuple[MicroBatchLoader, MicroBatchLoader | None]:
-    """This rank's training and held-out data."""
+    """Build the loaders of this rank's training and held-out data."""
     sharding = BatchSharding(
         config.train.global_batch_size,
         config.train.micro_batch_size,
@@ -180,7 +180,7 @@ def _load_first_weights(
     groups: ProcessGroupCollection,
     identity: ModelIdentity,
 ) -> Path | None:
-    """Fill in what a new run starts from: weights of a checkpoint (which is returned), of files, or random ones."""
+    """Load the weights of a new run: from a checkpoint (whose path is returned), from HF files, or random ones."""
     if config.checkpoint.load is not None:
         return load_weights(config.checkpoint.load, chunks, groups, identity)
     if config.model.load_weights:

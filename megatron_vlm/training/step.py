@@ -21,8 +21,8 @@ class LossSums:
     """Sums of losses and label tokens per data source, over micro-batches and data ranks.
 
     Args:
-        num_sources: data sources of the blend.
-        device: of the sums.
+        num_sources: number of data sources in the blend.
+        device: device that holds the sums.
     """
 
     def __init__(self, num_sources: int, device: torch.device) -> None:
@@ -38,7 +38,7 @@ class LossSums:
             sums.index_add_(0, sources, values)
 
     def reduce(self, groups: ProcessGroupCollection) -> torch.Tensor:
-        """[sources, (loss sum, label tokens)] over the global batch, on every rank."""
+        """Return [sources, (loss sum, label tokens)] over the global batch, on every rank."""
         torch.distributed.all_reduce(self._sums, group=groups.dp_cp)
         # Only the last pipeline stage counted; the others hold zeros.
         torch.distributed.all_reduce(self._sums, group=groups.pp)
@@ -55,11 +55,11 @@ def run_global_batch(
     """Run this data rank's micro-batches; gradients become those of the mean loss over all label tokens.
 
     Args:
-        model: this rank's chunks.
-        micro_batches: on the device; the same on all tensor and pipeline ranks of this data rank.
-        groups: process groups.
-        num_sources: data sources, for the split of the loss.
-        forward_only: evaluate.
+        model: this rank's model chunks.
+        micro_batches: the micro-batches, on the device; the same on all tensor and pipeline ranks of this data rank.
+        groups: this rank's process groups.
+        num_sources: number of data sources, by which the loss is split.
+        forward_only: run no backward pass, as evaluation does.
 
     Returns:
         [sources, (loss sum, label tokens)] over the global batch, float64, on every rank.
@@ -86,14 +86,14 @@ def run_global_batch(
 def collect_expert_use(
     chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollection
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """What was counted since the last call over all ranks, on every rank, which all call it; None without experts.
+    """Sum what was counted since the last call over all ranks, which must all call it; None without experts.
 
     Args:
         chunks: this rank's pipeline chunks, wrapped for data parallelism or not.
-        groups: process groups.
+        groups: this rank's process groups.
 
     Returns:
-        Tokens that chose each expert [layers with experts, E], and the sum of load-balancing losses times label tokens,
+        Tokens routed to each expert [layers with experts, E], and the sum of load-balancing losses times label tokens,
         both float64.
     """
     uses = [chunk.language_model.expert_use for chunk in unwrap_model(list(chunks))]
@@ -106,7 +106,7 @@ def collect_expert_use(
         for layer, counted in use.tokens.items():
             tokens[use.rows[layer]] += counted
         if use.balance is not None:
-            # Equal on all tensor ranks, which are summed below.
+            # Equal on all tensor-parallel ranks, which are summed below.
             balance += use.balance / groups.tp.size()
         use.reset()
     packed = torch.cat((tokens.flatten(), balance.view(1)))
@@ -128,6 +128,6 @@ def _forward_step(
 def _loss(
     sums: LossSums, batch: MicroBatch, losses_BS: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """megatron-core's triple: sum of losses, number of label tokens, figures to log (none: `sums` has them)."""
+    """Return megatron-core's triple: sum of losses, number of label tokens, figures to log (none: `sums` has them)."""
     sums.add(losses_BS, batch)
     return losses_BS.sum(), (batch.labels != NO_LOSS).sum().int(), {}

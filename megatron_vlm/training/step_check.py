@@ -14,7 +14,7 @@ class StepCheck:
     """Judges gradient norms by a running mean of those applied.
 
     Args:
-        spike_ratio: a norm beyond this many times the mean is a spike; None: no norm is.
+        spike_ratio: a norm beyond this many times the mean is a spike; None disables the check.
     """
 
     spike_ratio: float | None
@@ -22,7 +22,7 @@ class StepCheck:
     steps: int = 0
 
     def problem(self, loss: float, norm: float) -> str | None:
-        """Why the step should not be applied, or None."""
+        """Return why the step should not be applied, or None."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         if not math.isfinite(norm):
@@ -38,7 +38,7 @@ class StepCheck:
         self.steps += 1
 
     def state_dict(self) -> dict[str, float]:
-        """What a resumed run needs to judge the same."""
+        """Return what a resumed run needs to judge steps in the same way."""
         return {"mean": self.mean, "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, float]) -> None:

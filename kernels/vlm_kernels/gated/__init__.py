@@ -1,14 +1,14 @@
-"""Gated activations: SwiGLU, and GeGLU with tanh or exact.
+"""Gated activations: SwiGLU, and GeGLU with the tanh approximation or exact.
 
-Backward needs gate and up only, which the products before wrote; nothing else is kept.
+The backward pass needs gate and up only, the outputs of the matmuls before; nothing else is saved.
 
-In place where that is safe: the backward pass writes the gradients of gate and up over them (`consume`), if the caller
-has given them up and the graph ends with this pass. With `retain_graph` the next pass reads them; a leaf's values are
-its owner's; a compiler decides about memory itself: there, and without `consume`, gradients have memory of their own.
-Whoever else saved gate or up for a later step of the same pass gets an error from autograd, but under activation
-checkpointing, which does not look at versions, wrong values: `consume` is a promise. The forward pass never writes over
-its arguments, which the backward pass reads; nor is the incoming gradient written over, which autograd may have given
-to others too.
+The backward pass works in place where that is safe: with `consume`, by which the caller relinquishes gate and up,
+their gradients are written over them if the graph is freed after this pass. Gradients have memory of their own without
+`consume`, with `retain_graph` (the next pass reads gate and up), for leaves, and under a compiler, which plans memory
+itself. Whoever else saved gate or up for a later step of the same pass gets an error from autograd, but under
+activation checkpointing, which does not check versions, wrong values: `consume` is a promise. The forward pass never
+writes over its arguments, which the backward pass reads; nor is the incoming gradient written over, which autograd may
+have passed to other nodes too.
 
 Shapes: T rows (any leading dimensions), F columns of gate and of up.
 """
@@ -38,14 +38,14 @@ def gated(
     factor: torch.Tensor | None = None,
     consume: bool = False,
 ) -> torch.Tensor:
-    """activation(gate) * up, times a factor of each row.
+    """Compute activation(gate) * up, times a factor of each row.
 
     Args:
-        gate: [..., F].
-        up: the same shape and dtype.
+        gate: [..., F], the input of the activation.
+        up: [..., F], in gate's dtype.
         activation: "silu", "gelu_tanh" or "gelu" (exact).
-        factor: [...] fp32.
-        consume: nobody else reads gate and up after this call, so that gradients may be written over them.
+        factor: factor of each row, [...] fp32; None for none.
+        consume: a promise that nobody else reads gate and up after this call, so that gradients may overwrite them.
 
     Returns:
         [..., F] in gate's dtype, computed in fp32 and rounded once.
@@ -56,7 +56,7 @@ def gated(
 def gated_halves(
     gate_up: torch.Tensor, activation: Activation, factor: torch.Tensor | None = None, consume: bool = False
 ) -> torch.Tensor:
-    """`gated` of the two halves of [..., 2 F]; their gradient is one tensor too."""
+    """Compute `gated` of the two halves of a tensor [..., 2 F]; the gradient is one tensor too."""
     return _gated(gate_up.contiguous(), None, factor, ACTIVATIONS[activation], consume)
 
 
@@ -108,10 +108,10 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
 
 
 def _are_last_uses(*saved: torch.Tensor) -> bool:
-    """Whether nothing reads what a node of the graph saved after its backward pass, if it was given up.
+    """Return whether nothing can read a node's saved tensors after its backward pass, if the caller gave them up.
 
-    AOTAutograd asks the same before it donates saved tensors' memory. Its tracing runs on a subclass, which does not
-    count; what has a shape only stands for a tensor.
+    AOTAutograd checks the same before it donates saved tensors' memory. It traces with a tensor subclass, for which
+    the answer is no; a fake tensor counts as a plain tensor.
     """
     ends = not torch._C._autograd._get_current_graph_task_keep_graph()
     return ends and all(not tensor.is_leaf and type(tensor) in (torch.Tensor, FakeTensor) for tensor in saved)

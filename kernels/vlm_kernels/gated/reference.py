@@ -1,4 +1,4 @@
-"""Definition of the gated activations, forward and backward; what runs where no kernel does.
+"""Reference of the gated activations, forward and backward, which defines them and runs where no kernel does.
 
 Shapes: T rows (any leading dimensions), F columns of gate and of up.
 """
@@ -14,7 +14,7 @@ SILU, GELU_TANH, GELU = 0, 1, 2
 def gated(
     gate: torch.Tensor, up: torch.Tensor | None, factor: torch.Tensor | None, activation: int, consume: bool
 ) -> torch.Tensor:
-    """activation(gate) * up * factor; arguments as in `vlm_kernels.gated`, rounded once."""
+    """Compute activation(gate) * up * factor, rounded once; arguments as in `vlm_kernels.gated`."""
     gate, up = _split(gate, up)
     product = _activate(_widen(gate), activation).mul_(up)
     if factor is not None:
@@ -29,11 +29,11 @@ def gated_backward(
     factor: torch.Tensor | None,
     activation: int,
 ) -> list[torch.Tensor]:
-    """Gradients of gate (and up in one tensor where they were), of up where it was a tensor, of factor if there is one.
+    """Return the gradients of gate, of up and of factor, each where it was given; gate may hold both halves.
 
     Args:
-        gradient: of the output, [..., F].
-        gate, up, factor, activation: the forward pass's.
+        gradient: gradient of the output, [..., F].
+        gate, up, factor, activation: arguments of the forward pass.
     """
     grad_gate, grad_up, grad_factor = _gradients(gradient, *_split(gate, up), factor, activation)
     of_factor = [] if grad_factor is None else [grad_factor]
@@ -49,7 +49,7 @@ def gated_backward_(
     factor: torch.Tensor | None,
     activation: int,
 ) -> torch.Tensor:
-    """`gated_backward` with the gradients of gate and up written over them; returns that of factor, empty without."""
+    """Write the gradients of gate and up over them; return that of factor, empty if there is no factor."""
     gate, up = _split(gate, up)
     is_wide = _widen(gate) is gate
     grad_gate, grad_up, grad_factor = _gradients(
@@ -69,7 +69,7 @@ def _gradients(
     activation: int,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Of gate, up and factor, the first two not yet rounded; these in `out`, where it is given."""
+    """Gradients of gate, up and factor, the first two not yet rounded and written to `out` where it is given."""
     gradient, gate = _widen(gradient), _widen(gate)
     activated = _activate(gate, activation)
     grad_factor = None
@@ -95,13 +95,13 @@ def _widen(x: torch.Tensor) -> torch.Tensor:
 
 def _activate(gate: torch.Tensor, activation: int) -> torch.Tensor:
     if activation == SILU:
-        return silu(gate)  # g s(g), s the logistic function
+        return silu(gate)  # g s(g), with s the logistic function
     # g (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3))) / 2, and g times the normal distribution's cumulative density
     return gelu(gate, approximate="tanh" if activation == GELU_TANH else "none")
 
 
 def _activate_backward(gradient: torch.Tensor, gate: torch.Tensor, activation: int, out: torch.Tensor) -> None:
-    """The gradient times activation'(gate), which torch computes in one pass; `out` may be either of them."""
+    """Write gradient * activation'(gate) to `out`, which may be either of them; torch computes it in one pass."""
     if activation == SILU:
         torch.ops.aten.silu_backward.grad_input(gradient, gate, grad_input=out)
     else:

@@ -22,16 +22,16 @@ vocabulary_statistics = define(
     reference.vocabulary_statistics,
     _statistics_shape,
 )
-"""Largest logit, sum of exponentials relative to it and label's logit of each token; see the reference.
+"""Compute each token's largest logit, sum of exponentials relative to it, and label's logit; see the reference.
 
 Args:
     logits: [T, V], contiguous; fp32, fp16 or bf16.
     labels: [T] int64, counted from this rank's first column; another rank's lie outside of 0 .. columns - 1.
-    columns: without padding.
+    columns: number of this rank's columns without padding.
     softcap: bound of the logits; 0 for none.
 
 Returns:
-    [T, 3] fp32.
+    The three values of each token, [T, 3] fp32.
 """
 
 logits_gradient_ = define(
@@ -39,13 +39,13 @@ logits_gradient_ = define(
     reference.logits_gradient_,
     _nothing,
 )
-"""Overwrite logits by the gradient with respect to them; see the reference.
+"""Overwrite logits with the gradient with respect to them; see the reference.
 
 Args:
     logits: [T, V] as in `vocabulary_statistics`.
     labels: as in `vocabulary_statistics`.
     factors: [T, 4] fp32: largest logit over all ranks, logarithm of the sum of exponentials relative to it, factor on
         the softmax, factor at the label.
-    columns: without padding; the gradient of padding is 0.
+    columns: number of this rank's columns without padding; the gradient of padding is 0.
     softcap: bound of the logits; 0 for none.
 """

@@ -1,7 +1,8 @@
-"""Definition of the two passes over a chunk of logits, in fp32 (fp64 where the logits are fp64).
+"""Reference of the two passes over a chunk of logits, in fp32 (fp64 where the logits are fp64).
 
-A cap bounds logits to `cap * tanh(logits / cap)`; 0 stands for none. Columns from `columns` on are padding, outside the
-softmax. Labels count from this rank's first column; others' fall outside of `0 .. columns - 1`.
+A cap bounds logits to `cap * tanh(logits / cap)`; 0 stands for none. Columns from `columns` on are padding and take
+no part in the softmax. Labels count from this rank's first column; other ranks' labels fall outside of
+`0 .. columns - 1`.
 
 Shapes: T tokens, V columns of this rank.
 """
@@ -14,9 +15,9 @@ import torch
 def vocabulary_statistics(
     logits_TV: torch.Tensor, labels_T: torch.Tensor, columns: int, softcap: float
 ) -> torch.Tensor:
-    """Each token's largest logit, sum of exponentials relative to it, and label's logit (0 if another rank's), [T, 3].
+    """Return each token's largest logit, sum of exponentials relative to it, and label's logit, [T, 3].
 
-    Without columns the largest is -inf and the sum 0.
+    The label's logit is 0 where another rank has it. Without columns the largest is -inf and the sum 0.
     """
     values = capped(logits_TV[:, :columns], softcap)
     if columns == 0:
@@ -32,9 +33,9 @@ def vocabulary_statistics(
 def logits_gradient_(
     logits_TV: torch.Tensor, labels_T: torch.Tensor, factors_T4: torch.Tensor, columns: int, softcap: float
 ) -> None:
-    """Overwrite logits by the gradient of `scale * logsumexp - weight * label's logit` with respect to them.
+    """Overwrite logits with the gradient of `scale * logsumexp - weight * label's logit` with respect to them.
 
-    `scale` and `weight` are taken as constant. `factors` holds for each token the largest logit of all ranks,
+    `scale` and `weight` are constants. `factors` holds for each token the largest logit of all ranks,
     the logarithm of the sum of exponentials relative to it, `scale`, and `weight`.
     """
     largest, log_total, scale, weight = factors_T4.unsqueeze(-1).unbind(1)
@@ -54,12 +55,12 @@ def logits_gradient_(
 
 
 def capped(logits: torch.Tensor, softcap: float) -> torch.Tensor:
-    """Logits in the type that is computed in, bounded."""
+    """Return logits in the dtype of the computation, bounded by the cap."""
     values = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return values if softcap == 0 else softcap * torch.tanh(values / softcap)
 
 
 def _place(labels_T: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which labels are among the columns, and a column for every label."""
+    """A mask of the labels that are among the columns, and a valid column for every label."""
     is_mine = (labels_T >= 0) & (labels_T < columns)
     return is_mine, labels_T.clamp(0, columns - 1)

@@ -1,8 +1,8 @@
 """Permutation of tokens by experts: a row for each expert that a token chose, grouped by expert, and back.
 
-Sums run over a token's rows in the order of experts, so results do not depend on timing: what is gathered in one
-direction is gathered in the other too, through the inverse, and nothing is added to memory that others add to. The
-host waits for nothing: it must know the number of rows.
+Sums run over a token's rows in the order of experts, so results are deterministic: both directions gather, one through
+the inverse of the other's index, and no atomics are used. The caller passes the number of rows, so that the host never
+waits for the device.
 
 Shapes: T tokens, E experts, R rows, H hidden, C chunks.
 """
@@ -20,13 +20,13 @@ from vlm_kernels.permute import reference
 
 @dataclass(frozen=True)
 class Permutation:
-    """Which row is whose.
+    """The token and expert of every row, and the rows of every token.
 
     Attributes:
-        entry_of_row: [R] int32, place in a flattened [T, E] of each row's token and expert; grows within an expert.
+        entry_of_row: [R] int32, index into a flattened [T, E] of each row's token and expert; ascends within an expert.
         rows: [R] int32, rows of token 0 in the order of experts, then those of token 1, and so on.
         starts: [T + 1] int32, where each token's rows begin in `rows`, and R.
-        num_experts: E.
+        num_experts: number of experts, E.
     """
 
     entry_of_row: torch.Tensor
@@ -36,24 +36,24 @@ class Permutation:
 
 
 def expert_permutation(routing_map: torch.Tensor, num_rows: int) -> Permutation:
-    """The permutation of tokens that chose experts.
+    """Build the permutation of tokens by the experts that they chose.
 
     Args:
         routing_map: [T, E] bool, true where a token chose an expert.
-        num_rows: how many choices there are, R.
+        num_rows: number of true entries of the map, R.
     """
     entry_of_row, rows, starts = _expert_permutation(routing_map.contiguous(), num_rows)
     return Permutation(entry_of_row, rows, starts, routing_map.shape[1])
 
 
 def chunk_permutation(sizes: torch.Tensor, order: torch.Tensor, num_rows: int, device: torch.device) -> Permutation:
-    """The permutation of rows in C consecutive chunks into another order of these chunks.
+    """Build the permutation that reorders C consecutive chunks of rows.
 
     Args:
-        sizes: [C] integers, rows of each chunk.
-        order: [C] integers, the chunk that comes first, and so on.
+        sizes: [C] integers, number of rows of each chunk.
+        order: [C] integers, indices of the chunks in their new order.
         num_rows: sum of sizes.
-        device: of the rows. Sizes and order may be on the host.
+        device: the device of the rows; sizes and order may be on the host.
     """
     sizes, order = sizes.to(device, non_blocking=True), order.to(device, non_blocking=True)
     begins, new_sizes = sizes.cumsum(0) - sizes, sizes[order]
@@ -69,30 +69,30 @@ def chunk_permutation(sizes: torch.Tensor, order: torch.Tensor, num_rows: int, d
 def permute(
     x: torch.Tensor, permutation: Permutation, probs: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Rows of tokens.
+    """Copy each token to its rows.
 
     Args:
-        x: [T, H].
-        permutation: which row is whose.
-        probs: [T, E] fp32.
+        x: tokens [T, H].
+        permutation: the permutation of tokens by experts.
+        probs: routing probabilities [T, E] fp32; None for none.
 
     Returns:
-        [R, H] in x's dtype, and each row's probability [R] if there are any.
+        Rows [R, H] in x's dtype, and each row's probability [R], None without `probs`.
     """
     rows, row_probs = _permute(x.contiguous(), None if probs is None else probs.contiguous(), *_parts(permutation))
     return rows, None if probs is None else row_probs
 
 
 def unpermute(y: torch.Tensor, permutation: Permutation, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """Sums of each token's rows.
+    """Sum each token's rows.
 
     Args:
-        y: [R, H].
-        permutation: which row is whose.
-        weights: [R] fp32, factors of rows.
+        y: rows [R, H].
+        permutation: the permutation of tokens by experts.
+        weights: factor of each row, [R] fp32; None for none.
 
     Returns:
-        [T, H] in y's dtype, summed in fp32 and rounded once.
+        Tokens [T, H] in y's dtype, summed in fp32 and rounded once.
     """
     return _unpermute(y.contiguous(), weights, *_parts(permutation))
 

@@ -1,6 +1,6 @@
-"""Definition of the permutation of tokens by experts, forward and backward; what runs where no kernel does.
+"""Reference of the permutation of tokens by experts, which defines it and runs where no kernel does.
 
-Arguments are those of `vlm_kernels.permute`; a permutation is its three tensors.
+Arguments are those of `vlm_kernels.permute`; a permutation is passed as its three tensors.
 
 Shapes: T tokens, E experts, R rows (a token has one for each expert that it chose), H hidden.
 """
@@ -12,7 +12,7 @@ from torch.nn.functional import embedding_bag, pad
 
 
 def expert_permutation(routing_map: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`vlm_kernels.permute.Permutation` of a map [T, E] bool."""
+    """Return the three tensors of a `vlm_kernels.permute.Permutation` from a routing map [T, E] bool."""
     num_experts = routing_map.shape[1]
     by_expert = routing_map.t().contiguous()
     expert_R, token_R = by_expert.nonzero(as_tuple=True)
@@ -33,7 +33,7 @@ def permute(
     starts: torch.Tensor,
     num_experts: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [R, H] of their tokens; probabilities [R], none if there are none."""
+    """Return the rows [R, H] of the tokens, and their probabilities [R], empty if there are none."""
     return (
         x.index_select(0, entry_of_row // num_experts),
         x.new_empty(0, dtype=torch.float32) if probs is None else probs.flatten().index_select(0, entry_of_row),
@@ -48,7 +48,7 @@ def permute_backward(
     starts: torch.Tensor,
     num_experts: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of x [T, H] and of probs [T, E], none if there are none."""
+    """Return the gradients of x [T, H] and of probs [T, E], the latter empty if there are none."""
     grad_x = unpermute(grad_rows, None, entry_of_row, rows, starts, num_experts)
     if grad_probs is None:
         return grad_x, grad_rows.new_empty(0, dtype=torch.float32)
@@ -64,7 +64,7 @@ def unpermute(
     starts: torch.Tensor,
     num_experts: int,
 ) -> torch.Tensor:
-    """Sums [T, H] of each token's rows, times their weights, in the order of experts."""
+    """Return the sums [T, H] of each token's rows, times their weights, in the order of experts."""
     wide = _widen(y)
     if weights is not None:
         weights = weights.to(wide.dtype).index_select(0, rows)
@@ -81,7 +81,7 @@ def unpermute_backward(
     starts: torch.Tensor,
     num_experts: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of y [R, H], and of weights [R], none if there are none (and y is not needed)."""
+    """Return the gradients of y [R, H] and of weights [R], the latter empty (and y not needed) if there are none."""
     of_rows = gradient.index_select(0, entry_of_row // num_experts)
     if weights is None:
         return of_rows, gradient.new_empty(0, dtype=torch.float32)

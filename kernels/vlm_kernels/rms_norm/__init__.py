@@ -1,8 +1,8 @@
-"""Root-mean-square norms, alone or in one pass with the residual additions around them.
+"""RMS norms, standalone or fused with the residual additions around them.
 
-`x` and `residual` are [..., size], `weight` is [size], all of one dtype: fp32, bf16 or fp16. A weight of None stands
-for ones; with `zero_centered`, values are multiplied by `1 + weight`. Arithmetic is in fp32. Results equal, bit for
-bit, those of separate operations that each round their result.
+`x` and `residual` are [..., size], `weight` is [size], all of one dtype: fp32, bf16 or fp16. A weight of None means
+a norm without weight; with `zero_centered`, values are multiplied by `1 + weight`. Arithmetic is in fp32. Results
+equal, bit for bit, those of separate operations that each round their result.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ __all__ = ["add_rms_norm", "rms_norm", "rms_norm_add", "rms_norm_add_rms_norm"]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, zero_centered: bool = False) -> torch.Tensor:
-    """norm(x) = x / sqrt(mean(x^2) + eps) * weight."""
+    """Compute norm(x) = x / sqrt(mean(x^2) + eps) * weight."""
     return _rms_norm(x, weight, eps, zero_centered)
 
 
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float, zero_centered: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sum = residual + x` and norm(sum): where a pre-norm block ends and the next one begins.
+    """Compute `sum = residual + x` and norm(sum): where a pre-norm block ends and the next one begins.
 
     Returns:
-        (sum, norm(sum)).
+        The tuple (sum, norm(sum)).
     """
     return _add_rms_norm(x, residual, weight, eps, zero_centered)
 
@@ -36,7 +36,7 @@ def add_rms_norm(
 def rms_norm_add(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float, zero_centered: bool = False
 ) -> torch.Tensor:
-    """residual + norm(x): where a block with a norm of its output ends."""
+    """Compute residual + norm(x): where a block with a norm of its output ends."""
     return _rms_norm_add(x, residual, weight, eps, zero_centered)
 
 
@@ -48,10 +48,10 @@ def rms_norm_add_rms_norm(
     eps: float,
     zero_centered: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sum = residual + norm(x)` with `post_weight`, and norm(sum) with `weight`: between two "sandwiched" blocks.
+    """Compute `sum = residual + norm(x)` with `post_weight`, and norm(sum) with `weight`: between "sandwich" blocks.
 
     Returns:
-        (sum, norm(sum)).
+        The tuple (sum, norm(sum)).
     """
     return _rms_norm_add_rms_norm(x, residual, post_weight, weight, eps, zero_centered)
 
@@ -106,7 +106,7 @@ def _save_both(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, to
 def _backward(
     ctx: Any, grad_normed: torch.Tensor, addend: torch.Tensor | None, position: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradients of a norm's input and of its weight, which is argument `position`."""
+    """Gradients of a norm's input and of its weight, which is the operator's argument number `position`."""
     x, weight = ctx.saved_tensors
     needs_weight = weight is not None and ctx.needs_input_grad[position]
     grad_x, grad_weight = _rms_norm_backward(grad_normed, x, weight, addend, ctx.eps, ctx.zero_centered, needs_weight)

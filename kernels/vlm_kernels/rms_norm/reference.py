@@ -1,7 +1,7 @@
-"""Root-mean-square norms and the residual additions around them: what the kernels compute, in plain PyTorch.
+"""Reference of RMS norms and the residual additions around them, in plain PyTorch.
 
-Arithmetic is in fp32, in fp64 for fp64 tensors. Each result is rounded to its dtype once, and what follows works on the
-rounded one: separate operations would give the same. Results are contiguous.
+Arithmetic is in fp32, in fp64 for fp64 tensors. Each result is rounded to its dtype once, and what follows uses the
+rounded one, as separate operations would. Results are contiguous.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Norm and rotary position embedding of queries and keys, in one pass over both.
 
-Every kind of rotation is a table and, for two-dimensional ones, a number of sections: pairs (i, i + R / 2) of the first
-R elements of a head turn by the angle i of their token, and the rest passes. Partial rotation has R < D; proportional
-rotation has angles of zero; with interleaved axes only the table differs; with C sections, pairs lie R / 2C apart
-inside each of C parts of the rotated elements.
+Every kind of rotation is given by a table and, for two-dimensional ones, a number of sections: pairs (i, i + R / 2) of
+the first R elements of a head are rotated by angle i of their token, and the other elements are copied. Partial
+rotation has R < D; proportional rotation has angles of zero; with interleaved axes only the table differs; with C
+sections, the elements of a pair are R / 2C apart inside each of C sections of the rotated elements.
 
 Shapes: T token dimensions (one or two), N heads of queries or keys, D head dim, R rotated elements (R <= D).
 """
@@ -18,7 +18,7 @@ from vlm_kernels.library import define
 from vlm_kernels.rope import reference
 
 RopeTable = tuple[torch.Tensor, torch.Tensor]
-"""Cosines and sines [*T, R / 2] of the angles by which each token's pairs turn."""
+"""Cosines and sines [*T, R / 2] of the angles by which each token's pairs are rotated."""
 
 
 def qk_norm_rope(
@@ -36,22 +36,22 @@ def qk_norm_rope(
     """Normalise heads of queries and keys, rotate them, and scale the queries.
 
     Everything is computed in fp32 and rounded where transformers' chain of operations rounds: after the norm, after the
-    rotation, after the scale, and where the table has the dtype of `q`, also the products of the rotation. Gradients
-    are rounded once. The table, the scale and the number of sections have no gradient.
+    rotation, after the scale, and where the table has the dtype of `q`, also after the multiplications of the rotation.
+    Gradients are rounded once. The table and the scale have no gradient.
 
     Args:
-        q: [*T, N, D]; any strides, but the last dimension contiguous: `q` and `k` may be views of one projection.
-        k: [*T, N', D], of the dtype of `q`.
-        table: cosines and sines [*T, R / 2], fp32 or of the dtype of `q`.
-        q_weight: of the norm of queries, [D].
-        k_weight: of the norm of keys, [D].
+        q: queries [*T, N, D]; any strides, but the last dimension contiguous: both may be views of one projection.
+        k: keys [*T, N', D], in the dtype of `q`.
+        table: cosines and sines [*T, R / 2], in fp32 or the dtype of `q`.
+        q_weight: weight of the norm of queries, [D].
+        k_weight: weight of the norm of keys, [D].
         eps: added to the mean square of a head; None for no norms.
-        zero_centered: norms multiply by `1 + weight`.
-        query_scale: factor on rotated queries, [*T], of the table's dtype.
-        sections: parts of the rotated elements that turn by themselves.
+        zero_centered: whether norms multiply by `1 + weight`.
+        query_scale: factor on rotated queries, [*T], in the table's dtype.
+        sections: number of sections of the rotated elements, each of which is rotated by itself.
 
     Returns:
-        Queries and keys, contiguous, of the shapes and the dtype of `q` and `k`.
+        Queries and keys, contiguous, in the shapes and the dtype of `q` and `k`.
     """
     assert eps is not None or (q_weight is None and k_weight is None), "a norm needs eps"
     return _forward(q, k, q_weight, k_weight, *table, query_scale, eps, zero_centered, sections)[:2]
@@ -86,7 +86,7 @@ def _weight_grad_like(rstd: torch.Tensor, weight: torch.Tensor | None) -> torch.
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     q, k, q_weight, k_weight, cosine, sine, query_scale, eps, zero_centered, sections = inputs
-    kept = (q, k) if eps is not None else (None, None)  # a rotation turns gradients back without its inputs
+    kept = (q, k) if eps is not None else (None, None)  # the gradient of a rotation does not need its inputs
     ctx.save_for_backward(*kept, *output[2:], q_weight, k_weight, cosine, sine, query_scale)
     ctx.zero_centered, ctx.sections = zero_centered, sections
     ctx.mark_non_differentiable(*output[2:])

@@ -1,4 +1,4 @@
-"""Norm and rotation of queries and keys in plain PyTorch: the definition, and what runs without a GPU.
+"""Reference of the norm and rotation of queries and keys, which defines the operators and runs without a GPU.
 
 Shapes: T token dimensions (one or two), N heads, D head dim, R rotated elements (R <= D), C sections.
 """
@@ -20,7 +20,7 @@ def forward(
     zero_centered: bool,
     sections: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rotated queries and keys, and one over their root mean squares [*T, N, 1] (empty without a norm)."""
+    """Return rotated queries and keys, and one over their root mean squares [*T, N, 1], empty without norms."""
     q, q_rstd = _normalized(q, q_weight, eps, zero_centered)
     k, k_rstd = _normalized(k, k_weight, eps, zero_centered)
     q, k = (_rotated(x, cosine, sine, sections).to(x.dtype) for x in (q, k))
@@ -44,7 +44,7 @@ def backward(
     zero_centered: bool,
     sections: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of queries, keys and both weights; empty where there is no weight."""
+    """Return the gradients of queries, keys and both weights, the latter empty where there is no weight."""
     if query_scale is not None:
         q_grad = q_grad * query_scale.to(_wide(q_grad))[..., None, None]
     results = [
@@ -79,7 +79,7 @@ def _normalized(
 def _normalized_backward(
     grad: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor | None, zero_centered: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """From the gradient of the norm's output, which is wide and overwritten."""
+    """Gradients of a norm's input and weight from that of its output, which is in fp32 or wider and is overwritten."""
     if rstd.dim() == 1:
         return grad.to(x.dtype), grad.new_empty(0)
     normalized = x * rstd
@@ -94,7 +94,7 @@ def _normalized_backward(
 
 
 def _rotated(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, sections: int) -> torch.Tensor:
-    """Contiguous memory of its own; products and sums are rounded to the wider of both dtypes."""
+    """The rotated heads in new contiguous memory, every multiplication and sum rounded to the wider of both dtypes."""
     size = 2 * cosine.shape[-1]
     turning, crossed = x[..., :size], x[..., :size] * _whole(sine, sections)
     out = torch.mul(turning, _whole(cosine, sections), out=crossed.new_empty(crossed.shape))
@@ -105,16 +105,16 @@ def _rotated(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, sections
 
 
 def _rotated_back(grad: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, sections: int) -> torch.Tensor:
-    """Wide."""
+    """The gradient rotated by the opposite angles, in fp32 or wider."""
     dtype = _wide(grad)
     return _rotated(grad, cosine.to(dtype), -sine.to(dtype), sections)
 
 
 def _whole(table: torch.Tensor, sections: int) -> torch.Tensor:
-    """[*T, R / 2] to [*T, 1, R]: each angle for both elements of its pair."""
+    """A table [*T, R / 2] as [*T, 1, R], with each angle's value at both elements of its pair."""
     return table.unflatten(-1, (sections, 1, -1)).repeat_interleave(2, dim=-2).flatten(-3).unsqueeze(-2)
 
 
 def _pairs(x: torch.Tensor, sections: int) -> tuple[torch.Tensor, ...]:
-    """Views of the first and the second elements [*T, N, C, R / 2C] of the pairs."""
+    """Views [*T, N, C, R / 2C] of the first and of the second elements of the pairs."""
     return x.unflatten(-1, (sections, 2, -1)).unbind(-2)

@@ -1,4 +1,4 @@
-"""Attention from spans: every query sees a range of keys, cut by its layer's window on the past side.
+"""Attention over spans: every query sees a range of keys, limited by its layer's window on the past side.
 
 Key k is visible to query q iff `low[q] <= k <= high[q]` and `position[q] - k < window` (`spans.py`).
 
@@ -21,18 +21,18 @@ __all__ = ["QueryShard", "Spans", "reference", "span_attention"]
 def span_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, window: int | None, scale: float
 ) -> torch.Tensor:
-    """Grouped-query attention over spans, with no mask over all pairs of tokens on a GPU.
+    """Compute grouped-query attention over spans, without a dense mask on a GPU.
 
     Args:
-        q: [B, N, Sq, D].
-        k: [B, G, Sk, D].
-        v: [B, G, Sk, D].
-        spans: visible ranges, and which part of the sequence of keys the queries are.
-        window: keys visible on the past side, the query included; None is unlimited.
+        q: queries [B, N, Sq, D].
+        k: keys [B, G, Sk, D].
+        v: values [B, G, Sk, D].
+        spans: visible key ranges, and the positions of the queries in the sequence of keys.
+        window: number of keys visible on the past side, the query included; None is unlimited.
         scale: factor on the scores.
 
     Returns:
-        [B, N, Sq, D].
+        The output, [B, N, Sq, D].
     """
     return (_on_gpu if is_on_gpu(q) else reference)(q, k, v, spans, window, scale)
 
@@ -40,6 +40,6 @@ def span_attention(
 def _on_gpu(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, window: int | None, scale: float
 ) -> torch.Tensor:
-    """Our kernels where they are proven or only shapes are wanted, FlexAttention elsewhere."""
+    """Run our operator where its kernels are proven or tensors are fake, FlexAttention elsewhere."""
     form = operators.attend if is_fake(q) or is_proven(q) else flex.attend
     return form(q, k, v, spans, window, scale)

@@ -1,4 +1,4 @@
-"""Block sizes of the kernels, by head dim and GPU, set by a table: nothing is tuned while a model runs."""
+"""Block sizes of the kernels, by head dim and GPU, from a table: nothing is autotuned while a model runs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from vlm_kernels.device import compute_capability
 
 @dataclass(frozen=True)
 class Blocks:
-    """How one kernel is launched.
+    """Launch parameters of one kernel.
 
     Attributes:
-        queries: of a block.
-        keys: of a block.
-        warps: of a program.
-        stages: depth of the loads' pipeline, over blocks or, with chunks, over them.
-        chunk: columns of one step of the products over the head dim; 0 is all.
-        shares: programs among which the columns of a result are divided; each computes all scores.
+        queries: queries per block.
+        keys: keys per block.
+        warps: warps per program.
+        stages: depth of the pipeline of loads, over chunks where there are any, else over blocks.
+        chunk: columns of one step of the matmuls over the head dim; 0 is all.
+        shares: number of programs among which the columns of a result are split; each computes all scores.
     """
 
     queries: int
@@ -31,7 +31,7 @@ class Blocks:
     shares: int = 1
 
     def constants(self, head_dim: int) -> dict[str, Any]:
-        """Compile-time arguments of a kernel, but for what depends on where it runs."""
+        """Return the compile-time arguments of a kernel, except those that depend on where it runs."""
         columns = columns_of(head_dim)
         return {
             "HEAD_DIM": head_dim,
@@ -45,14 +45,14 @@ class Blocks:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Triton's options. Loads between those of chunks are not pipelined: there is no room for them twice."""
+        """Triton's launch options. With chunks, the loop over blocks is not pipelined, for lack of shared memory."""
         stages = 1 if self.chunk else self.stages
         return {"num_warps": self.warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """Launches of the forward pass, of dq, and of dk with dv, and whether they use the GPU's copy mcore_config."""
+    """Launches of the forward pass, of dq, and of dk with dv, and whether they use the GPU's copy engine (TMA)."""
 
     forward: Blocks
     queries: Blocks
@@ -61,16 +61,16 @@ class Configuration:
 
 
 def columns_of(head_dim: int) -> int:
-    """Columns that a product computes: the power of two at or above the head dim."""
+    """Return the number of columns of a matmul: the smallest power of two that is at least the head dim."""
     return 1 << (head_dim - 1).bit_length()
 
 
 # By columns and major compute capability: the largest tiles found that compile without spills and fit in shared
 # memory (163 KiB, 227 KiB, 227 KiB) and tensor memory (512 columns). None has been timed; `benchmarks/kernels.py` does.
-# With head dim 512, sums of all columns fit for dq and not for the rest; before Hopper, for nothing.
-# Products bound attention, not memory (32 heads of 128, 8,192 tokens, causal: 0.55 TFLOP, 160 MiB), so tiles are large:
+# With head dim 512, accumulators of all columns fit for dq only; before Hopper, for none.
+# Matmuls bound attention, not memory (32 heads of 128, 8,192 tokens, causal: 0.55 TFLOP, 160 MiB), so tiles are large:
 # a pair of blocks of 128 x 64 tokens multiplies 128 times for each element of a key or value that it loads. Chunks load
-# the operands of the scores again for every pair, from the second-level cache: what may bound head dim 512 instead.
+# the operands of the scores again for every pair, from the L2 cache, which may be what bounds head dim 512.
 CONFIGURATIONS: dict[tuple[int, int], Configuration] = {
     (64, 8): Configuration(Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2), Blocks(32, 128, 8, 2), tma=False),
     (128, 8): Configuration(Blocks(128, 32, 8, 3), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), tma=False),
@@ -90,17 +90,17 @@ CONFIGURATIONS: dict[tuple[int, int], Configuration] = {
 
 
 def configuration(head_dim: int, major: int) -> Configuration:
-    """Launches for a head dim on GPUs of a major compute capability."""
+    """Return the launches for a head dim on GPUs of a major compute capability."""
     return CONFIGURATIONS[columns_of(head_dim), major]
 
 
 # (head dim, compute capability) whose kernels have passed `tests/gpu/test_kernels_span_attention.py` on such a GPU and
-# whose rows of `benchmarks/kernels.py` there are not behind FlexAttention's. Adding a pair turns its kernels on.
+# whose rows of `benchmarks/kernels.py` there are not behind FlexAttention's. Adding a pair enables its kernels.
 PROVEN: frozenset[tuple[int, tuple[int, int]]] = frozenset()
 
 
 def is_proven(q: torch.Tensor) -> bool:
-    """Whether our kernels take queries [B, N, Sq, D] on this GPU; fp32 products would be rounded to TF32."""
+    """Return whether our kernels are used for queries [B, N, Sq, D]; not in fp32, whose matmuls would round to TF32."""
     if not PROVEN or q.dtype not in (torch.bfloat16, torch.float16):
         return False
     return (q.shape[-1], compute_capability(q)) in PROVEN

@@ -1,4 +1,4 @@
-"""Span attention by FlexAttention: what a GPU runs where no kernel of ours is proven."""
+"""Span attention by FlexAttention, which runs on a GPU where none of our kernels is proven."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from vlm_kernels.span_attention.spans import Spans
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, window: int | None, scale: float
 ) -> torch.Tensor:
-    """As `span_attention`."""
+    """Compute `span_attention` by compiled FlexAttention."""
     mask = spans.block_mask(window)
     return compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=kernel_options(q))
 
 
 def kernel_options(q: torch.Tensor) -> dict[str, Any]:
-    """Options that the compiler needs for queries [B, N, Sq, D].
+    """Return the options that the compiler needs for queries [B, N, Sq, D].
 
-    The general kernel: for one row of fewer than 128 tokens it would choose the one for decoding, also in training, and
-    then refuse it where tokens x query heads of a key head exceed 128. Loads two deep where the three of its tables do
-    not fit in shared memory: bf16 at head dim 512 on every GPU, fp32 at many on sm_80 (`tests/kernels/test_flex.py`).
+    They select the general kernel: for one row of fewer than 128 tokens the compiler would choose the decoding kernel,
+    also in training, and then refuse it where tokens x query heads per key head exceed 128. They also set two pipeline
+    stages where the default of three does not fit in shared memory: bf16 at head dim 512 on every GPU, fp32 at many
+    head dims on sm_80 (`tests/kernels/test_flex.py`).
     """
     options: dict[str, Any] = {"BACKEND": "TRITON"}
     if q.shape[-1] > 256 or q.dtype == torch.float32:

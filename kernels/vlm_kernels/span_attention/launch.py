@@ -14,8 +14,8 @@ from vlm_kernels.span_attention import triton_kernels
 from vlm_kernels.span_attention.blocks import Blocks, Configuration, columns_of
 
 _VECTOR = 8  # elements
-_DELTA_ELEMENTS = 4096  # of a program: 16 to a thread; bound by memory
-# Tensors that move in tiles of blocks of queries (others: of keys), and those in tiles of a program's own columns.
+_DELTA_ELEMENTS = 4096  # per program: 16 per thread; bound by memory
+# Tensors that are moved in tiles of blocks of queries (others: of keys), and those in tiles of a program's own columns.
 _QUERY_TILES = ("q", "q_own", "d_out", "d_own", "out", "dq")
 _OWN_TILES = ("q_own", "d_own", "k_own", "out", "dq", "dk", "dv")
 
@@ -31,7 +31,7 @@ def forward(
     launches: Configuration,
     upcast: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and the logarithms of the softmax's sums; `table` is `BlockRanges.by_query` for the launch's blocks."""
+    """Return the output and the log-sum-exp; `table` is `BlockRanges.by_query` for the launch's blocks."""
     q, k, v = map(_in_vectors, (q, k, v))
     first, last, table = first.contiguous(), last.contiguous(), table.contiguous()
     batch, heads, num_queries, head_dim = q.shape
@@ -64,7 +64,7 @@ def backward(
     launches: Configuration,
     upcast: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of q, k and v; the tables are for the blocks of the two launches."""
+    """Return the gradients of q, k and v; the tables are for the blocks of the two launches."""
     d_out, q, k, v, out = map(_in_vectors, (d_out, q, k, v, out))
     lse, first, last, by_query, by_key = (tensor.contiguous() for tensor in (lse, first, last, by_query, by_key))
     dq, dk, dv = (torch.empty_like(tensor) for tensor in (q, k, v))
@@ -93,7 +93,7 @@ def backward(
 
 
 def _delta(out: torch.Tensor, d_out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """sum(out * d_out) over D, like `lse`."""
+    """The sum of out * d_out over D, in the shape of `lse`."""
     batch, heads, num_queries, head_dim = out.shape
     columns = columns_of(head_dim)
     rows = _DELTA_ELEMENTS // columns
@@ -110,7 +110,7 @@ def _delta(out: torch.Tensor, d_out: torch.Tensor, lse: torch.Tensor) -> torch.T
 
 
 def box(name: str, blocks: Blocks, head_dim: int, own: bool = False) -> list[int]:
-    """Shape of the tiles in which a kernel moves the tensor of this name, [1, 1, rows, columns]."""
+    """Return the shape [1, 1, rows, columns] of the tiles in which a kernel moves the tensor of this name."""
     constants = blocks.constants(head_dim)
     rows = blocks.queries if name in _QUERY_TILES else blocks.keys
     return [1, 1, rows, constants["OWN" if own or name in _OWN_TILES else "CHUNK"]]
@@ -130,12 +130,12 @@ def _constants(blocks: Blocks, head_dim: int, tma: bool, upcast: bool) -> dict[s
 
 
 def _strides(*tensors: torch.Tensor) -> list[int]:
-    """Of batch, head and token, in vectors."""
+    """Strides of batch, head and token, in vectors."""
     return [stride // _VECTOR for tensor in tensors for stride in tensor.stride()[:3]]
 
 
 def _in_vectors(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, copied where its rows along the head dim are no whole vectors of 8 elements or are repeated."""
+    """The tensor, copied where its rows along the head dim are not aligned vectors of 8 elements or are expanded."""
     *sizes, head_dim = tensor.shape
     assert head_dim % _VECTOR == 0, "rows of whole vectors"
     *strides, element_stride = tensor.stride()

@@ -1,8 +1,9 @@
 """The operators of span attention, whose kernels for GPUs are written in Triton.
 
-`first` and `last` [B, Sq] int32 are the visible keys of a query, the window included, as indices of keys: nothing else
-asks for a query's position. The tables are `BlockRanges` for the launches of the forward pass (by query), of dq (by
-query), and of dk with dv (by key); the reference needs none.
+`first` and `last` [B, Sq] int32 are the indices of the first and last visible key of a query, the window included:
+nothing else depends on a query's position. The tables are `BlockRanges` for the launches of the forward pass (by
+query), of dq (by query), and of dk with dv (by key); the reference needs none.
+
 Shapes: B batch, N query heads, G key/value heads, Sq queries, Sk keys, D head dim.
 """
 
@@ -24,7 +25,7 @@ from vlm_kernels.span_attention.spans import Spans
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, window: int | None, scale: float
 ) -> torch.Tensor:
-    """As `span_attention`, by our operators: their kernels on a GPU, proven or not, and the reference elsewhere."""
+    """Compute `span_attention` by our operators: their kernels on a GPU, proven or not, the reference elsewhere."""
     launches = _launches(q)
     q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
     tables = [
@@ -37,7 +38,7 @@ def attend(
 
 def _launches(q: torch.Tensor) -> Configuration:
     capability = compute_capability(q)
-    # Without a GPU any: it shapes the tables, which the reference does not look at.
+    # Without a GPU any will do: it only sets the tables' block sizes, and the reference does not read the tables.
     return configuration(q.shape[-1], capability[0]) if capability else configuration(64, 9)
 
 
@@ -121,7 +122,7 @@ _attention_backward = define(
 
 @register_flop_formula(torch.ops.vlm_kernels.span_attention, get_raw=True)
 def _flops(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *spans: Any, **_: Any) -> int:
-    """Two products over the pairs of a query and a key that it sees."""
+    """FLOPs of two matmuls over the pairs of a query and a key that it sees."""
     first, last = spans[:2]
     pairs = int((last - first + 1).clamp(min=0).sum())
     return 2 * 2 * q.shape[1] * q.shape[-1] * pairs
@@ -131,5 +132,5 @@ def _flops(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *spans: Any, **_: 
 def _backward_flops(
     d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any, **_: Any
 ) -> int:
-    """Four products for gradients, and the scores again."""
+    """FLOPs of four matmuls for gradients, and of the scores computed again."""
     return 5 * _flops(q, k, v, *others[2:4]) // 2

@@ -1,4 +1,4 @@
-"""Span attention in plain PyTorch: what a host runs, and the definition of the operators by explicit formulas.
+"""Reference of span attention in plain PyTorch: what a CPU runs, and explicit formulas that define the operators.
 
 Shapes: B batch, N query heads, G key/value heads, Sq queries, Sk keys, D head dim.
 """
@@ -14,7 +14,7 @@ from vlm_kernels.span_attention.spans import Spans
 def reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, window: int | None, scale: float
 ) -> torch.Tensor:
-    """`span_attention` by a dense mask, which lives for this call only, or where it is causal without one."""
+    """Compute `span_attention` with a dense mask, which lives for this call only, or without one if it is causal."""
     if (window is None or window >= q.shape[2]) and spans.all_causal:
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     return scaled_dot_product_attention(q, k, v, attn_mask=spans.dense(window), scale=scale, enable_gqa=True)
@@ -23,9 +23,9 @@ def reference(
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor, last: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [B, N, Sq, D] in q's dtype and layout, and the logarithms [B, N, Sq] of the softmax's sums.
+    """Return the output [B, N, Sq, D] in q's dtype and layout, and the log-sum-exp [B, N, Sq].
 
-    A query that sees no key has output zero and logarithm -inf.
+    A query that sees no key has output zero and log-sum-exp -inf.
     """
     dtype = _accumulation_dtype(q)
     scores, values = _scores(q, k, first, last, scale), _per_query_head(v, q).to(dtype)
@@ -46,7 +46,7 @@ def backward(
     last: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of q, k and v, in their dtypes and layouts."""
+    """Return the gradients of q, k and v, in their dtypes and memory layouts."""
     dtype = _accumulation_dtype(q)
     queries, d_out, out = q.to(dtype), d_out.to(dtype), out.to(dtype)
     keys, values = (_per_query_head(tensor, q).to(dtype) for tensor in (k, v))
@@ -78,5 +78,5 @@ def _scores(q: torch.Tensor, k: torch.Tensor, first: torch.Tensor, last: torch.T
 
 
 def _weights(scores: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    # Where a query sees nothing, minus infinity less itself is no number.
+    # Where a query sees nothing, -inf minus -inf would be NaN.
     return torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])

@@ -1,4 +1,4 @@
-"""Visible key ranges of a micro-batch, and the tables of blocks that attention makes of them, once for all layers.
+"""Visible key ranges of a micro-batch, and the block tables that attention builds from them, once for all layers.
 
 Key k is visible to query q iff `low[q] <= k <= high[q]` and `position[q] - k < window`, all of them indices in the
 sequence of keys. With `low` the start of the document and `high` the query itself this is causal attention; `high` at
@@ -19,16 +19,16 @@ from torch.nn.functional import pad
 
 from vlm_kernels.span_attention.blocks import Blocks
 
-_BLOCK = 128  # of FlexAttention's masks
+_BLOCK = 128  # tokens per block of FlexAttention's masks
 
 
 @dataclass(frozen=True)
 class BlockRanges:
-    """Which blocks of one kind a block of the other visits: [first, end), of which [whole, whole end) need no mask.
+    """Ranges of blocks that a block of queries or keys visits: [first, end), of which [full, full end) need no mask.
 
     Attributes:
-        by_query: [B, blocks of queries, 4] int32 (first, whole, whole end, end), blocks of keys.
-        by_key: [B, blocks of keys, 4] int32, the same of blocks of queries.
+        by_query: [B, blocks of queries, 4] int32, the range (first, full, full end, end) of blocks of keys.
+        by_key: [B, blocks of keys, 4] int32, the same range of blocks of queries.
     """
 
     by_query: torch.Tensor
@@ -37,12 +37,12 @@ class BlockRanges:
 
 @dataclass(frozen=True)
 class QueryShard:
-    """Which part of the sequence of keys the queries are, where they are not all of it: those of a context rank.
+    """The positions of queries that are only a part of the sequence of keys, such as those of a context-parallel rank.
 
     Attributes:
         positions: [B, Sq] int32, index of each query in the sequence of keys, in any order. Blocks that attention
             visits are fewest where the queries of a block lie together and blocks ascend.
-        num_keys: Sk.
+        num_keys: number of keys, Sk.
         gather: takes the keys and values [Sq, B, G, D] of these tokens and returns those of all, [Sk, B, G, D], through
             which gradients flow. Layers call it before `span_attention`; None where keys and values are complete.
     """
@@ -59,7 +59,7 @@ class Spans:
     Attributes:
         low: [B, Sq] int32, first visible key.
         high: [B, Sq] int32, last visible key.
-        shard: which part of the sequence the queries are; None is all of it, in order.
+        shard: positions of the queries in the sequence of keys; None where they are all of it, in order.
     """
 
     low: torch.Tensor
@@ -77,24 +77,24 @@ class Spans:
 
     @property
     def num_keys(self) -> int:
-        """Sk."""
+        """Number of keys, Sk."""
         return self.low.shape[1] if self.shard is None else self.shard.num_keys
 
     @property
     def query_positions(self) -> torch.Tensor:
-        """[Sq] or [B, Sq] int32, index of each query in the sequence of keys."""
+        """Index of each query in the sequence of keys, [Sq] or [B, Sq] int32."""
         if self.shard is not None:
             return self.shard.positions
         return torch.arange(self.low.shape[1], device=self.low.device, dtype=torch.int32)
 
     def block_mask(self, window: int | None) -> BlockMask:
-        """Block-sparse form of `dense`, built from a table of [B, Sq, Sk / 128]; nothing of size [Sq, Sk] exists."""
+        """Return the block-sparse form of `dense`, built from a table of [B, Sq, Sk / 128], not of [Sq, Sk]."""
         if window not in self._block_masks:
             self._block_masks[window] = _block_mask(self.first_key(window), self.high, self.num_keys)
         return self._block_masks[window]
 
     def first_key(self, window: int | None) -> torch.Tensor:
-        """[B, Sq] int32, first key that is visible within the window; `high` is the last."""
+        """Return the first key that is visible within the window, [B, Sq] int32; `high` is the last."""
         if window is None:
             return self.low
         if window not in self._first_keys:
@@ -102,7 +102,7 @@ class Spans:
         return self._first_keys[window]
 
     def block_ranges(self, window: int | None, blocks: Blocks) -> BlockRanges:
-        """Ranges of blocks of a launch's sizes, from a table of [B, blocks of queries, blocks of keys]."""
+        """Return the ranges of blocks of a launch's sizes, from a table of [B, blocks of queries, blocks of keys]."""
         key = (window, blocks.queries, blocks.keys)
         if key not in self._block_ranges:
             self._block_ranges[key] = _block_ranges(
@@ -112,11 +112,11 @@ class Spans:
 
     @cached_property
     def all_causal(self) -> bool:
-        """Whether queries are the whole sequence and each sees all keys up to itself; the host waits for the answer."""
+        """Whether queries are the full sequence and each sees all keys up to itself; the host waits for the device."""
         return self.shard is None and bool((self.low == 0).all() & (self.high == self.query_positions).all())
 
     def dense(self, window: int | None) -> torch.Tensor:
-        """[B, 1, Sq, Sk] bool, true where the key is visible."""
+        """Return the dense mask [B, 1, Sq, Sk] bool, true where the key is visible."""
         key = torch.arange(self.num_keys, device=self.low.device)
         visible = (key >= self.low[..., None]) & (key <= self.high[..., None])
         if window is not None:
@@ -125,7 +125,7 @@ class Spans:
 
 
 def _block_ranges(first: torch.Tensor, last: torch.Tensor, num_keys: int, queries: int, keys: int) -> BlockRanges:
-    """Ranges from the first and last visible key [B, Sq] of every query; the host waits for nothing."""
+    """Ranges from the first and last visible key [B, Sq] of every query; the host does not wait for the device."""
     missing = -first.shape[1] % queries
 
     def blocks(values: torch.Tensor, past_the_end: int) -> torch.Tensor:
@@ -134,7 +134,7 @@ def _block_ranges(first: torch.Tensor, last: torch.Tensor, num_keys: int, querie
     sees_any = first <= last
     lowest = blocks(first.where(sees_any, num_keys), num_keys).amin(2)
     highest = blocks(last.where(sees_any, -1), -1).amax(2)
-    # What every query of the block sees, a single query that sees nothing leaving nothing.
+    # The keys that every query of the block sees: none if one of them sees nothing.
     latest_first = blocks(first, 0).amax(2)
     earliest_last = blocks(last, num_keys).amin(2)
     begin = lowest.div(keys, rounding_mode="floor")
@@ -153,9 +153,9 @@ def _block_ranges(first: torch.Tensor, last: torch.Tensor, num_keys: int, querie
 
 
 def _key_block_ranges(touched: torch.Tensor, covered: torch.Tensor) -> torch.Tensor:
-    """[B, key blocks, 4] int32, ranges of the set entries of [B, query blocks, key blocks].
+    """Ranges [B, key blocks, 4] int32 of the set entries of masks [B, query blocks, key blocks].
 
-    Blocks within the range that no query sees cost time only. `covered` blocks past the first run of them are masked.
+    Blocks within a range that no query sees cost time only. `covered` blocks past the first run of them are masked.
     """
     count = touched.shape[1]
     query_block = torch.arange(count, device=touched.device, dtype=torch.int32)[:, None]
@@ -169,20 +169,20 @@ def _key_block_ranges(touched: torch.Tensor, covered: torch.Tensor) -> torch.Ten
 
 
 def _block_mask(first: torch.Tensor, last: torch.Tensor, num_keys: int) -> BlockMask:
-    """Blocks of keys that some query of a block of queries sees, split into those that all of them see whole.
+    """FlexAttention's mask: partial blocks, of which some query sees some keys, and full blocks, which need no mask.
 
     Args:
-        first: [B, Sq], first visible key of each query, its window included: a window of its own in the mask's
-            function would be compiled again for each.
+        first: [B, Sq], first visible key of each query, the window included: a window in the mask's function would
+            be compiled again for each.
         last: [B, Sq], last visible key.
-        num_keys: Sk.
+        num_keys: number of keys, Sk.
     """
     num_queries = first.shape[1]
     first_key = torch.arange(0, num_keys, _BLOCK, device=first.device)
     last_key = first_key + _BLOCK - 1
     touched = (first[..., None] <= last_key) & (last[..., None] >= first_key)
     covered = (first[..., None] <= first_key) & (last[..., None] >= last_key)
-    # Queries past the end see nothing, so that their block is masked like one that some query sees in part.
+    # Queries past the end see nothing, so their block counts as partial.
     missing = -num_queries % _BLOCK
     touched, covered = (pad(blocks, (0, 0, 0, missing)).unflatten(1, (-1, _BLOCK)) for blocks in (touched, covered))
     touched, covered = touched.any(2), covered.all(2)
@@ -196,7 +196,7 @@ def _block_mask(first: torch.Tensor, last: torch.Tensor, num_keys: int) -> Block
 
 
 def _block_lists(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Number [B, 1, query blocks] and indices [B, 1, query blocks, key blocks] of the set ones; the rest follows."""
+    """Numbers [B, 1, query blocks] and indices [B, 1, query blocks, key blocks] of set blocks, the unset ones last."""
     order = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32).unsqueeze(1), order.int().unsqueeze(1)
 

@@ -1,21 +1,21 @@
 """Triton kernels of span attention: forward, and for the backward pass delta, dq, and dk with dv.
 
 A program owns a block of queries (forward, dq) or of keys (dk, dv) and visits the range of blocks of the other kind
-that its row of a table names (`spans.py`): first those that it sees in part, which are masked, then the run that it
-sees whole, which is not. Softmax and all sums are fp32; what enters a product is rounded to the inputs' dtype.
+that its row of a table gives (`spans.py`): first the partial blocks, which are masked, then the run of full blocks,
+which are not. Softmax and all accumulators are fp32; operands of matmuls are rounded to the inputs' dtype.
 
-COLUMNS of a head dim are the power of two at or above it; those past the head dim read as zero. OWN columns of the
-result belong to a program: where sums of all columns do not fit in registers (head dim 512), several programs compute
-the same scores and share the columns. Products over the head dim go in pieces of CHUNK columns; a smaller one than
-COLUMNS loads both operands anew for every pair of blocks, through a pipeline of DEPTH, as the first operand of a
-product that lives through the loop would be held in registers.
+COLUMNS is the smallest power of two that is at least the head dim; columns past the head dim read as zero. A program
+computes OWN columns of the result: where accumulators of all columns do not fit in registers (head dim 512), several
+programs compute the same scores and split the columns. Matmuls over the head dim go in pieces of CHUNK columns. With
+CHUNK below COLUMNS both operands are loaded again for every pair of blocks, through a pipeline of DEPTH stages: a first
+operand that lives through the loop would be held in registers.
 
 With TMA, tensors are descriptors made on the host (`launch.py`) and the copy engine loads and bounds-checks tiles.
-Without (before Hopper), they are pointers, and strides count vectors of 8 elements, so that 16-byte loads are known to
-be aligned whatever the head dim. No argument is specialised on its value: the code that tests compile ahead of time is
-the code that runs.
+Without TMA (before Hopper), they are pointers, and strides count vectors of 8 elements, so that 16-byte loads are known
+to be aligned whatever the head dim. No argument is specialised on its value: the code that tests compile ahead of time
+is the code that runs.
 
-Nothing here may be imported where Triton is missing. In Triton's interpreter UPCAST must be set: products are then of
+Nothing here may be imported where Triton is missing. In Triton's interpreter UPCAST must be set: matmuls then have
 fp32 operands (already rounded).
 Shapes: B batch, N query heads, G key/value heads, Sq queries, Sk keys, D head dim.
 """
@@ -31,7 +31,7 @@ _NO_KEY = tl.constexpr(2147483647)
 
 @triton.jit
 def _pointers(head_of, start, first_column, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Of a tile of a head, and which of them are inside."""
+    """Pointers to a tile of a head, and a mask of those inside the tensor."""
     base, batch, head, batch_stride, head_stride, token_stride, length = head_of
     rows = tl.arange(0, ROWS)
     columns = first_column + tl.arange(0, COLUMNS)
@@ -48,7 +48,7 @@ def _pointers(head_of, start, first_column, HEAD_DIM: tl.constexpr, ROWS: tl.con
 def _load(
     head_of, start, first_column, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr
 ):
-    """[ROWS, COLUMNS] from token `start` of a head; zero past the sequence and the head dim."""
+    """Load a tile [ROWS, COLUMNS] from token `start` of a head; zero past the sequence and the head dim."""
     if TMA:
         return head_of[0].load([head_of[1], head_of[2], start, first_column]).reshape(ROWS, COLUMNS)
     else:
@@ -82,7 +82,7 @@ def _product_in_chunks(
     a, a_start, b, b_start, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, DEPTH: tl.constexpr,
     A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, UPCAST: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """a b^T over the head dim, [A_ROWS, B_ROWS] fp32."""
+    """Compute a b^T over the head dim in chunks of columns, [A_ROWS, B_ROWS] fp32."""
     total = tl.zeros([A_ROWS, B_ROWS], dtype=tl.float32)
     for column in tl.range(0, COLUMNS, CHUNK, num_stages=DEPTH):
         a_tile = _load(a, a_start, column, HEAD_DIM, A_ROWS, CHUNK, TMA)
@@ -93,14 +93,14 @@ def _product_in_chunks(
 
 @triton.jit
 def _ranges(table, index):
-    """First block, first whole block, the block after the last whole one, and the block after the last."""
+    """Load the first block, the first full block, the block after the last full one, and the block after the last."""
     row = table + index * 4
     return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
 
 
 @triton.jit
 def _partial(step, begin, whole_begin, whole_end):
-    """Block of the step-th visit to blocks that are seen in part: they lie on both sides of the whole ones."""
+    """Return the index of the step-th partial block; partial blocks lie on both sides of the full ones."""
     block = begin + step
     return tl.where(block >= whole_begin, block + (whole_end - whole_begin), block)
 
@@ -125,7 +125,7 @@ def _attend(
         visible = (keys[None, :] >= first[:, None]) & (keys[None, :] <= last[:, None])
         scores = tl.where(visible, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1))
-    # A query that has seen nothing yet: -inf minus -inf is no number.
+    # A query that has seen nothing yet: -inf minus -inf would be NaN.
     shift = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
     weights = tl.exp2(scores - shift[:, None])
     rescale = tl.exp2(peak - shift)
@@ -143,8 +143,11 @@ def forward(
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, OWN: tl.constexpr, DEPTH: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of queries, N * shares of the columns, B). `first`, `last` [B, Sq], `table` [B, blocks, 4] int32."""
-    # Later queries see more keys under a causal mask: they start first, so that the short ones fill the end.
+    """Compute out and lse. The grid is (blocks of queries, N * splits of the columns, B).
+
+    `first` and `last` are [B, Sq] int32, `table` is [B, blocks of queries, 4] int32.
+    """
+    # Under a causal mask later queries see more keys: they start first, so that short programs fill the end.
     block = num_blocks - 1 - tl.program_id(0)
     head = tl.program_id(1) % heads
     own_column = (tl.program_id(1) // heads) * OWN
@@ -178,7 +181,7 @@ def forward(
             total, sums, peak, q_tile, q_of, start, k_of, v_of, key_start, first_key, last_key, own_column, scale,
             HEAD_DIM, COLUMNS, CHUNK, OWN, DEPTH, BLOCK_Q, BLOCK_K, False, UPCAST, TMA,
         )  # fmt: skip
-    # A query that sees nothing: zero, and -inf as the logarithm of an empty sum.
+    # A query that sees nothing has output zero, and lse -inf as the logarithm of an empty sum.
     sums = tl.where(sums == 0.0, 1.0, sums)
     out_of = (out, batch, head, out_batch, out_head, out_token, num_queries)
     _store(out_of, start, own_column, total / sums[:, None], HEAD_DIM, BLOCK_Q, OWN, TMA)
@@ -192,7 +195,7 @@ def delta_of(
     out, d_out, delta, out_batch, out_head, out_token, d_batch, d_head, d_token, heads, num_queries,
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """delta [B, N, Sq] = sum(out * d_out) over D, by pointers. Grid (blocks of queries, N, B)."""
+    """Compute delta [B, N, Sq] = sum(out * d_out) over D, without TMA. The grid is (blocks of queries, N, B)."""
     start = tl.program_id(0) * BLOCK
     head = tl.program_id(1)
     batch = tl.program_id(2)
@@ -211,7 +214,7 @@ def _add_dq(
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, OWN: tl.constexpr, DEPTH: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys' share of dq, without the factor `scale`; `lse` is to base 2 and `scale` includes log2(e)."""
+    """Add one key block's part of dq, without the factor `scale`; `lse` is to base 2 and `scale` includes log2(e)."""
     if CHUNK == COLUMNS:
         k_tile = _load(k, key_start, 0, HEAD_DIM, BLOCK_K, COLUMNS, TMA)
         scores = _product(q_tile, tl.trans(k_tile), UPCAST)
@@ -248,7 +251,7 @@ def backward_queries(
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, OWN: tl.constexpr, DEPTH: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """dq. Grid and table as in `forward`; `k_own` is `k` in tiles of OWN columns."""
+    """Compute dq. Grid and table are as in `forward`; `k_own` is `k` in tiles of OWN columns."""
     block = num_blocks - 1 - tl.program_id(0)
     head = tl.program_id(1) % heads
     own_column = (tl.program_id(1) // heads) * OWN
@@ -301,7 +304,7 @@ def _add_dk_dv(
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, OWN: tl.constexpr, DEPTH: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries' share of dk, without the factor `scale`, and of dv. Scores are held as [keys, queries]."""
+    """Add one query block's part of dk, without the factor `scale`, and of dv. Scores are held as [keys, queries]."""
     rows = query_start + tl.arange(0, BLOCK_Q)
     real = rows < num_queries
     if CHUNK == COLUMNS:
@@ -311,7 +314,7 @@ def _add_dk_dv(
         scores = _product_in_chunks(
             k, key_start, q, query_start, HEAD_DIM, COLUMNS, CHUNK, DEPTH, BLOCK_K, BLOCK_Q, UPCAST, TMA
         )
-    # exp2 of minus infinity: rows past the end have no weight, in blocks that are seen whole too.
+    # exp2 of minus infinity: rows past the end have no weight, in full blocks too.
     lse_rows = tl.load(lse + rows, mask=real, other=float("inf")) * _LOG2_E
     weights = tl.exp2(scores * scale - lse_rows[None, :])
     if MASKED:
@@ -351,9 +354,9 @@ def backward_keys(
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, OWN: tl.constexpr, DEPTH: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv, summed over the query heads of a group. Grid (blocks of keys, G * shares of the columns, B).
+    """Compute dk and dv, summed over the query heads of a group. The grid is (blocks of keys, G * column splits, B).
 
-    `table` [B, blocks of keys, 4] names ranges of blocks of queries. `q_own`, `d_own` are `q`, `d_out` in tiles of OWN
+    `table` [B, blocks of keys, 4] has ranges of blocks of queries. `q_own`, `d_own` are `q`, `d_out` in tiles of OWN
     columns.
     """
     block = tl.program_id(0)

@@ -1,4 +1,4 @@
-"""Gemma 3's architecture as frozen records, one per decoder layer, read from transformers' configuration."""
+"""Gemma 3's architecture as frozen configurations, one per decoder layer, read from transformers' configuration."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _require = partial(require, model="Gemma 3")
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig(DecoderLayerConfig):
     """One decoder layer: windows alternate with global attention; scores are scaled by query_pre_attn_scalar ** -0.5
-    (27B: 168, though its heads have 128).
+    (27B: 168, though its head dimension is 128).
 
     Attributes:
         rope_theta: base of the rotary frequencies.
@@ -45,7 +45,7 @@ class TextConfig(DecoderConfig):
 
 @dataclass(frozen=True)
 class VisionConfig(TowerConfig):
-    """The SigLIP tower, without pooling head."""
+    """The SigLIP tower, without its pooling head."""
 
     image_size: int
     patch_size: int
@@ -53,12 +53,12 @@ class VisionConfig(TowerConfig):
 
     @property
     def patch_features(self) -> int:
-        """Numbers in one flattened patch."""
+        """Number of values in one flattened patch."""
         return self.num_channels * self.patch_size**2
 
     @property
     def layer_weights(self) -> int:
-        """Numbers of a layer that each patch is multiplied with."""
+        """Number of a layer's weights that each patch is multiplied with."""
         return 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
 
 
@@ -75,8 +75,8 @@ def config_from_hf(hf_config: PretrainedConfig, text_only: bool) -> ModelConfig:
     """Read a `Gemma3Config` or `Gemma3TextConfig`.
 
     Args:
-        hf_config: transformers' configuration; old key styles of published files have been normalised by it.
-        text_only: take the language model out of a multimodal one.
+        hf_config: transformers' configuration, which has normalised old key styles of published files.
+        text_only: take only the language model of a multimodal one.
 
     Raises:
         ConfigError: the configuration asks for something these modules do not compute.
@@ -87,7 +87,7 @@ def config_from_hf(hf_config: PretrainedConfig, text_only: bool) -> ModelConfig:
     text = _text(hf_config.text_config, bool(hf_config.tie_word_embeddings))
     if text_only:
         return ModelConfig(TEXT_PARTS, text, None, None, None)
-    # transformers' multimodal class never caps its logits, whatever the text configuration says.
+    # transformers' multimodal class never caps its logits, whatever the text configuration has.
     text = replace(text, final_logit_softcapping=None)
     _check_projector(hf_config)
     return ModelConfig(

@@ -1,4 +1,4 @@
-"""Gemma 3 as one chunk of a pipeline: embedding and eyes on the first, decoder layers, head and loss on the last.
+"""Gemma 3 as pipeline chunks: embedding and vision tower on the first, decoder layers, head and loss on the last.
 
 Source: transformers models/gemma3 (`Gemma3TextModel`, `Gemma3ForConditionalGeneration`).
 Shapes: B batch, S sequence (hidden states hold a shard of it under sequence parallelism), H hidden, I images.
@@ -51,7 +51,7 @@ class DecoderLayer(torch.nn.Module):
         self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norms[2:]
 
     def forward(self, x_SBH: torch.Tensor, rope: RopeTables, spans: Spans) -> torch.Tensor:
-        """[S, B, H] to the same."""
+        """Map [S, B, H] to the same shape."""
         attended = self.self_attn(self.input_layernorm(x_SBH), rope[self.rope_kind], spans)
         x_SBH, normed = norm_add_and_norm(
             attended, x_SBH, self.post_attention_layernorm, self.pre_feedforward_layernorm
@@ -60,7 +60,7 @@ class DecoderLayer(torch.nn.Module):
 
 
 class Gemma3LanguageModel(LanguageModelChunk):
-    """The decoder of one chunk; embeddings are scaled by the root of the hidden size."""
+    """The decoder layers of one chunk; embeddings are scaled by the root of the hidden size."""
 
     def __init__(self, text: TextConfig, chunk: ChunkSettings, group: Group) -> None:
         super().__init__(
@@ -73,12 +73,12 @@ class Gemma3LanguageModel(LanguageModelChunk):
         )
 
     def embed(self, ids_BS: torch.Tensor) -> torch.Tensor:
-        """Scaled embeddings [B, S, H]; the scale is rounded to the weights' type first, as in transformers."""
+        """Return scaled embeddings [B, S, H]; the scale is rounded to the weights' dtype first, as in transformers."""
         embedded = super().embed(ids_BS)
         return embedded * torch.tensor(self.text.hidden_size**0.5, dtype=embedded.dtype).item()
 
     def layer_inputs(self, batch: MicroBatch, dtype: torch.dtype) -> tuple[RopeTables, Spans]:
-        """A rotary table for each kind of layer, and spans."""
+        """Return a rotary table for each kind of layer, and spans."""
         layers = cast("list[DecoderLayer]", list(self.layers.values()))
         kinds = dict.fromkeys(layer.rope_kind for layer in layers)
         rope = {kind: rope_table(batch.position_ids, *kind, dtype) for kind in kinds}
@@ -89,9 +89,9 @@ class Gemma3Chunk(ModelChunk):
     """One pipeline chunk of Gemma 3, called by megatron-core's schedules.
 
     Args:
-        config: the model.
-        chunk: which part of it, and how it is held.
-        groups: process groups; `tp` and `alone` are read.
+        config: configuration of the model.
+        chunk: settings of the pipeline chunk.
+        groups: process groups; `tp` and `single_rank` are read.
     """
 
     language_model: Gemma3LanguageModel
@@ -117,8 +117,8 @@ class Gemma3Chunk(ModelChunk):
             self.mark_tower(self.vision_tower, self.projector)
 
     def embed(self, batch: MicroBatch) -> StageState:
-        """Tokens and images as one sequence."""
-        # Soft image tokens may lie outside the vocabulary; what is looked up for them is replaced.
+        """Return tokens and images as one sequence."""
+        # Soft image tokens may lie outside the vocabulary; their looked-up embeddings are replaced.
         x_BSH = self.language_model.embed(batch.input_ids.masked_fill(batch.feature_index >= 0, 0))
         if hasattr(self, "vision_tower"):
             pixels = batch.media_inputs.get("pixel_values")
@@ -130,7 +130,7 @@ class Gemma3Chunk(ModelChunk):
         return StageState(self.to_sequence_first(x_BSH))
 
     def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Soft tokens of all images in a row, [I * tokens per image, H], whole on every tensor rank."""
+        """Return concatenated soft tokens of all images, [I * tokens per image, H], full on every tensor rank."""
         if not self.divides_images:
             return self.projector(self.vision_tower(pixels)).flatten(0, 1)
         ones = [1] * pixels.shape[0]

@@ -1,4 +1,4 @@
-"""How Gemma 3 writes turns and images.
+"""The prompt format of Gemma 3: how turns and images are written.
 
 Source: the chat template and `Gemma3Processor` of the published checkpoints.
 """
@@ -58,18 +58,18 @@ def stack_images(
     tokens_per_image: int,
     patches_per_side: int,
 ) -> Packed:
-    """A row's images as one batch.
+    """Stack a row's images into one batch.
 
     Args:
-        output: the processor's.
-        input_ids: [S] int64.
+        output: output of the processor.
+        input_ids: token ids of the row, [S] int64.
         row_name: file and line of the row, for error messages.
-        image_token_id: placeholder of images.
-        tokens_per_image: placeholders of each.
-        patches_per_side: rows, and columns, of patches of each.
+        image_token_id: token id of image placeholders.
+        tokens_per_image: number of placeholders of each image.
+        patches_per_side: number of rows, and of columns, of patches of each image.
 
     Returns:
-        [I, channels, height, width], and the images.
+        Pixels [I, channels, height, width], or None without images, and the list of images.
 
     Raises:
         DataError: there are not as many placeholders as the images need.

@@ -1,4 +1,4 @@
-"""Gemma 3's eyes: the SigLIP tower and the projector into the language model.
+"""Gemma 3's vision encoder: the SigLIP tower and the projector into the language model.
 
 Source: transformers models/siglip (vision model without pooling head) and `Gemma3MultiModalProjector`.
 Shapes: I images, P patches, H vision hidden, N heads, D head dim, T soft tokens per image.
@@ -23,7 +23,7 @@ from megatron_vlm.parallel.parameters import declare, normal, zeros
 
 
 class VisionEmbeddings(torch.nn.Module):
-    """Patches to vectors plus learned positions; replicated: 1 % of the tower, sharding would gather activations."""
+    """Patch projection plus learned positions; replicated: 1 % of the tower, and sharding would gather activations."""
 
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class VisionEmbeddings(torch.nn.Module):
         declare(self.position_embedding.weight, "table", normal)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[I, channels, height, width] to [I, P, H]."""
+        """Map [I, channels, height, width] to [I, P, H]."""
         patches = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype))
         places = torch.arange(self.position_embedding.num_embeddings, device=patches.device)
         return patches.flatten(2).transpose(1, 2) + self.position_embedding(places)
@@ -55,7 +55,7 @@ class VisionAttention(torch.nn.Module):
         self.out_proj = RowParallelLinear(size, size, mcore_config, group, bias=True)
 
     def forward(self, x_IPH: torch.Tensor) -> torch.Tensor:
-        """[I, P, H] to the same."""
+        """Map [I, P, H] to the same shape."""
         projected = column_parallel(x_IPH, (self.q_proj, self.k_proj, self.v_proj), self.group, False)
         q, k, v = (tensor.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for tensor in projected)
         attended_INPD = scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5)
@@ -75,18 +75,18 @@ class VisionLayer(torch.nn.Module):
         self.mlp = MLP((size, config.intermediate_size, size), ("fc1", "fc2"), "tanh", mcore_config, group)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[I, P, H] to the same."""
+        """Map [I, P, H] to the same shape."""
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
 
 class VisionTower(torch.nn.Module):
-    """SigLIP: heads and feed-forward columns split over `group`, which is one rank when images are divided instead.
+    """SigLIP, whose heads and feed-forward columns are split over `group`: one rank where images are split instead.
 
     Args:
-        config: the tower.
+        config: configuration of the tower.
         mcore_config: megatron-core settings without sequence parallelism.
-        group: ranks that share each layer.
+        group: process group over which each layer is sharded.
         recompute: compute each layer again in the backward pass.
     """
 
@@ -101,7 +101,7 @@ class VisionTower(torch.nn.Module):
         self.post_layernorm = LayerNorm(config.hidden_size, config.norm_eps, mcore_config.params_dtype)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[I, channels, height, width] to [I, P, H]."""
+        """Map [I, channels, height, width] to [I, P, H]."""
         x = self.embeddings(pixels)
         for layer in self.encoder.layers:  # type: ignore[union-attr]
             x = run_layer(layer, x, recompute=self.recompute)
@@ -109,7 +109,9 @@ class VisionTower(torch.nn.Module):
 
 
 class Projector(torch.nn.Module):
-    """Average-pools patches into soft tokens and maps them to the language model's width, columns split over `group`.
+    """A projector that average-pools patches into soft tokens and maps them to the language model's width.
+
+    Columns of its linear map are split over `group`.
 
     The weight is stored [in, out], unlike a linear layer's.
     """
@@ -126,7 +128,7 @@ class Projector(torch.nn.Module):
         self.mm_soft_emb_norm = RMSNorm(config.hidden_size, config.norm_eps, zero_centered=True, dtype=dtype)
 
     def forward(self, x_IPH: torch.Tensor) -> torch.Tensor:
-        """Vision features [I, P, H] to soft tokens [I, T, text hidden]."""
+        """Map vision features [I, P, H] to soft tokens [I, T, text hidden]."""
         grid = x_IPH.transpose(1, 2).unflatten(2, (self.patches_per_side, self.patches_per_side))
         pooled_ITH = avg_pool2d(grid, self.pool_size).flatten(2).transpose(1, 2)
         normed = copy_to_tensor_model_parallel_region(self.mm_soft_emb_norm(pooled_ITH), group=self.group)

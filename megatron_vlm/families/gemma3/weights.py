@@ -20,7 +20,7 @@ from megatron_vlm.model.decoder_weights import (
 from megatron_vlm.model.weight_map import WeightMap
 from megatron_vlm.model.weight_tables import Weight, WeightGroup, resolve
 
-# Prefixes in files: published and re-saved, in memory, text only; the vision tower has one more when freshly saved.
+# Prefixes in files: published and re-saved, in memory, text-only; the vision tower has one more when freshly saved.
 LANGUAGE_MODEL = ("language_model.model.", "model.language_model.")
 HEAD = ("language_model.lm_head.", "lm_head.")
 VISION_TOWER = (
@@ -60,7 +60,7 @@ VISION_LAYER = {
 
 
 def weight_map(config: ModelConfig) -> WeightMap:
-    """The weights of a Gemma 3 model, multimodal or its language model alone."""
+    """Build the map of all weights of a Gemma 3 model, multimodal or text-only."""
     text, vision, alone = config.text, config.vision, config.text_only
     language_prefixes = (*LANGUAGE_MODEL_ALONE, *LANGUAGE_MODEL) if alone else LANGUAGE_MODEL
     head = head_weights(text, HEAD[::-1] if alone else HEAD)

@@ -1,4 +1,4 @@
-"""Mistral3's architecture as frozen records, one per decoder layer, read from transformers' configuration.
+"""Mistral3's architecture as frozen configurations, one per decoder layer, read from transformers' configuration.
 
 The language model is Mistral (Mistral-Small-3.1 and 3.2) or Ministral3, which has YaRN positions and scales queries.
 """
@@ -28,7 +28,7 @@ _require = partial(require, model="Mistral3")
 
 @dataclass(frozen=True)
 class QueryScaling:
-    """Queries grow with their position p: by 1 + beta * ln(1 + floor(p / original_length)), from Llama 4."""
+    """The factor 1 + beta * ln(1 + floor(p / original_length)) on queries at position p, from Llama 4."""
 
     beta: float
     original_length: int
@@ -58,17 +58,17 @@ class VisionConfig(TowerConfig):
 
     @property
     def patch_features(self) -> int:
-        """Numbers in one flattened patch."""
+        """Number of values in one flattened patch."""
         return self.num_channels * self.patch_size**2
 
     @property
     def layer_weights(self) -> int:
-        """Numbers of a layer that each patch is multiplied with."""
+        """Number of a layer's weights that each patch is multiplied with."""
         return 4 * self.hidden_size**2 + 3 * self.hidden_size * self.intermediate_size
 
     @property
     def projector_hidden_size(self) -> int:
-        """Between the projector's two linear layers."""
+        """Width between the projector's two linear layers."""
         return self.out_hidden_size
 
 
@@ -81,11 +81,11 @@ class ModelConfig(VisionLanguageConfig):
 
 
 def config_from_hf(hf_config: PretrainedConfig, text_only: bool) -> ModelConfig:
-    """Read a `Mistral3Config`, or a `MistralConfig` or `Ministral3Config` of a language model alone.
+    """Read a `Mistral3Config`, or a text-only `MistralConfig` or `Ministral3Config`.
 
     Args:
         hf_config: transformers' configuration.
-        text_only: take the language model alone.
+        text_only: take only the language model.
 
     Raises:
         ConfigError: the configuration asks for something these modules do not compute.

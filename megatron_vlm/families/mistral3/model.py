@@ -1,4 +1,4 @@
-"""Mistral3 as one chunk of a pipeline: embedding and eyes on the first, decoder layers, head and loss on the last.
+"""Mistral3 as pipeline chunks: embedding and vision tower on the first, decoder layers, head and loss on the last.
 
 Source: transformers models/mistral3, models/mistral and models/ministral3 (`Mistral3ForConditionalGeneration`).
 Shapes: B batch, S sequence (hidden states hold a shard of it under sequence parallelism), H hidden.
@@ -27,7 +27,7 @@ from vlm_kernels.span_attention import Spans
 
 
 class DecoderLayer(torch.nn.Module):
-    """Pre-norm attention and feed-forward."""
+    """A decoder layer with pre-norm attention and feed-forward."""
 
     def __init__(self, text: TextConfig, layer: DecoderLayerConfig, chunk: ChunkSettings, group: Group) -> None:
         super().__init__()
@@ -46,14 +46,14 @@ class DecoderLayer(torch.nn.Module):
     def forward(
         self, x_SBH: torch.Tensor, rope: RopeTable, spans: Spans, query_scale: torch.Tensor | None
     ) -> torch.Tensor:
-        """[S, B, H] to the same."""
+        """Map [S, B, H] to the same shape."""
         attended = self.self_attn(self.input_layernorm(x_SBH), rope, spans, query_scale)
         x_SBH, normed = add_and_norm(attended, x_SBH, self.post_attention_layernorm)
         return x_SBH + self.mlp(normed)
 
 
 class Mistral3LanguageModel(LanguageModelChunk):
-    """The decoder of one chunk."""
+    """The decoder layers of one chunk."""
 
     text: TextConfig
 
@@ -67,7 +67,7 @@ class Mistral3LanguageModel(LanguageModelChunk):
         )
 
     def layer_inputs(self, batch: MicroBatch, dtype: torch.dtype) -> tuple[RopeTable, Spans, torch.Tensor | None]:
-        """Rotary table, spans, and the factor on queries."""
+        """Return the rotary table, spans, and the factor on queries."""
         text, positions_BS = self.text, batch.position_ids
         head_dim = text.layers[0].head_dim
         rope = (
@@ -80,7 +80,7 @@ class Mistral3LanguageModel(LanguageModelChunk):
 
 
 def query_scale(positions_BS: torch.Tensor, scaling: QueryScaling, dtype: torch.dtype) -> torch.Tensor:
-    """[S, B], from positions in the token's own document; 1 below `original_length`."""
+    """Return the factor [S, B] from positions in the token's own document; it is 1 below `original_length`."""
     steps_SB = (positions_BS.t().contiguous() // scaling.original_length).float()
     return (1 + scaling.beta * torch.log(1 + steps_SB)).to(dtype)
 
@@ -89,9 +89,9 @@ class Mistral3Chunk(ModelChunk):
     """One pipeline chunk of Mistral3, called by megatron-core's schedules.
 
     Args:
-        config: the model.
-        chunk: which part of it, and how it is held.
-        groups: process groups; `tp` and `alone` are read.
+        config: configuration of the model.
+        chunk: settings of the pipeline chunk.
+        groups: process groups; `tp` and `single_rank` are read.
     """
 
     language_model: Mistral3LanguageModel
@@ -107,7 +107,7 @@ class Mistral3Chunk(ModelChunk):
             self.mark_tower(self.vision_tower, self.projector)
 
     def embed(self, batch: MicroBatch) -> StageState:
-        """Tokens and images as one sequence."""
+        """Return tokens and images as one sequence."""
         x_BSH = self.language_model.embed(batch.input_ids.masked_fill(batch.feature_index >= 0, 0))
         for features in self.packed_features(batch):
             x_BSH = place_features(x_BSH, features, batch.feature_index)

@@ -1,4 +1,4 @@
-"""How Mistral3 writes turns and images, and how the images that Pixtral's processor gives become patches.
+"""The prompt format of Mistral3: how turns and images are written, and how Pixtral's images become patches.
 
 Source: the chat templates of the published checkpoints; `PixtralProcessor` and `PixtralImageProcessor`.
 Shapes: S tokens, P patches.
@@ -65,19 +65,19 @@ def pack_images(
     patch_size: int,
     merge_size: int,
 ) -> Packed:
-    """Patches of a row's images, without the padding that the processor gives all images the same size with.
+    """Pack the patches of a row's images, without the padding by which the processor makes all images equally large.
 
     Args:
-        output: the processor's: padded images, and the height and width of each in pixels.
-        input_ids: [S] int64.
+        output: output of the processor: padded images, and the height and width of each in pixels.
+        input_ids: token ids of the row, [S] int64.
         row_name: file and line of the row, for error messages.
-        image_token_id: placeholder of images.
+        image_token_id: token id of image placeholders.
         patch_size: height and width of a patch, in pixels.
-        merge_size: patches on each side of what one token stands for.
+        merge_size: patches per side of a block, for which one token stands.
 
     Returns:
-        [P, channels * patch_size^2] in blocks of what one token stands for, blocks in raster order and patches in
-        raster order inside each; the numbers of a patch by channel, row and column. And the images.
+        Patches [P, channels * patch_size^2], or None without images, and the list of images. Blocks are in raster
+        order, patches in raster order inside each, and values of a patch ordered by channel, row and column.
 
     Raises:
         DataError: the rows of placeholders are not those of the images.
@@ -94,7 +94,7 @@ def pack_images(
 
 
 def _check_placeholders(is_image: np.ndarray, images: Sequence[tuple[int, int]], row_name: str) -> None:
-    """Every image must be its rows of placeholders, each as long as the image is wide, with one token between them."""
+    """Check that every image has its rows of placeholders, each as long as the image is wide, and one token between."""
     edges = np.flatnonzero(np.diff(is_image.astype(np.int8), prepend=0, append=0))
     starts, ends = edges[::2], edges[1::2]
     first = 0
@@ -117,18 +117,18 @@ def _mismatch(what: str, row_name: str) -> DataError:
 
 
 def limit_longest_edge(processor: Any, min_pixels: int | None, max_pixels: int | None, *, token_size: int) -> None:
-    """Allow images the longest edge at which even a square has no more than `max_pixels`.
+    """Limit images to the longest edge at which even a square has no more than `max_pixels`.
 
     Pixtral's processor limits edges, not areas, and rounds them up to whole tokens; it enlarges nothing.
 
     Args:
-        processor: the model's.
-        min_pixels: refused.
+        processor: processor of the model, which is changed.
+        min_pixels: must be None.
         max_pixels: most pixels of an image.
-        token_size: height and width of what one token stands for, in pixels.
+        token_size: height and width of the block for which one token stands, in pixels.
 
     Raises:
-        ConfigError: `min_pixels` is given, or `max_pixels` are fewer than those of one token.
+        ConfigError: `min_pixels` is given, or `max_pixels` is less than the pixels of one token.
     """
     if min_pixels is not None:
         raise ConfigError(

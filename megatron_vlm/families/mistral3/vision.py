@@ -1,7 +1,7 @@
-"""Mistral3's eyes: the Pixtral tower over patches of images of any size, and the projector into the language model.
+"""Mistral3's vision encoder: the Pixtral tower for images of any size, and the projector into the language model.
 
 Patches of all images lie in one packed sequence, in blocks that the projector merges; those of an image attend to each
-other. transformers encodes them in raster order, which is the same: only their positions tell patches apart.
+other. transformers encodes them in raster order, with the same result: only their positions distinguish patches.
 
 Source: transformers models/pixtral (`PixtralVisionModel`) and `Mistral3MultiModalProjector`.
 Shapes: P patches, H vision hidden, N heads, D head dim, T tokens of the language model.
@@ -28,7 +28,7 @@ from vlm_kernels.rope import RopeTable, qk_norm_rope
 
 
 def patch_rope(positions: PatchPositions, config: VisionConfig, dtype: torch.dtype) -> RopeTable:
-    """Cosines and sines [P, D / 2]: even frequencies turn with the row, odd ones with the column."""
+    """Return cosines and sines [P, D / 2]: even frequencies rotate with the row, odd ones with the column."""
     head_dim = config.hidden_size // config.num_attention_heads
     frequencies = geometric_frequencies(head_dim, config.rope_theta, positions.row.device)
     by_row, by_column = positions.row[:, None] * frequencies[0::2], positions.column[:, None] * frequencies[1::2]
@@ -49,7 +49,7 @@ class VisionAttention(torch.nn.Module):
         self.o_proj = RowParallelLinear(size, size, mcore_config, group)
 
     def forward(self, x_PH: torch.Tensor, rope: RopeTable, images: Segments) -> torch.Tensor:
-        """[P, H] to the same."""
+        """Map [P, H] to the same shape."""
         projected = column_parallel(x_PH, (self.q_proj, self.k_proj, self.v_proj), self.group, False)
         q, k, v = (tensor.unflatten(-1, (-1, self.head_dim)) for tensor in projected)
         q, k, v = (tensor.transpose(0, 1) for tensor in (*qk_norm_rope(q, k, rope), v))
@@ -58,7 +58,7 @@ class VisionAttention(torch.nn.Module):
 
 
 class VisionLayer(torch.nn.Module):
-    """A pre-norm layer; its norms act on whole activations, so they are replicas with whole gradients."""
+    """A pre-norm layer; its norms act on unsharded activations, so they are replicated with full gradients."""
 
     def __init__(self, config: VisionConfig, mcore_config: TransformerConfig, group: Group) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class VisionLayer(torch.nn.Module):
         )
 
     def forward(self, x_PH: torch.Tensor, rope: RopeTable, images: Segments) -> torch.Tensor:
-        """[P, H] to the same."""
+        """Map [P, H] to the same shape."""
         attended = self.attention(self.attention_norm(x_PH), rope, images)
         x_PH, normed = add_and_norm(attended, x_PH, self.ffn_norm)
         return x_PH + self.feed_forward(normed)
@@ -80,14 +80,14 @@ def _norm(config: VisionConfig, mcore_config: TransformerConfig) -> RMSNorm:
 
 
 class VisionTower(torch.nn.Module):
-    """Pixtral: heads and feed-forward columns split over `group`, which is one rank when images are divided instead.
+    """Pixtral, whose heads and feed-forward columns are split over `group`: one rank where images are split instead.
 
-    The patch projection and norms are whole on every rank: they are under two thousandths of the tower.
+    The patch projection and norms are replicated: they are under 0.2 % of the tower.
 
     Args:
-        config: the tower.
+        config: configuration of the tower.
         mcore_config: megatron-core settings without sequence parallelism.
-        group: ranks that share each layer.
+        group: process group over which each layer is sharded.
         recompute: compute each layer again in the backward pass.
     """
 
@@ -123,7 +123,7 @@ class VisionTower(torch.nn.Module):
 
 
 class PatchMerger(torch.nn.Module):
-    """One vector of each block of patches, back to the tower's width; replicated: one percent of the tower."""
+    """A layer that merges each block of patches into one vector of the tower's width; replicated: 1 % of the tower."""
 
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -133,18 +133,18 @@ class PatchMerger(torch.nn.Module):
         declare(self.merging_layer.weight, "matrix", normal)
 
     def forward(self, x_PH: torch.Tensor) -> torch.Tensor:
-        """[P, H] to [T, H]; the numbers of one channel of all patches of a block lie together."""
+        """Map [P, H] to [T, H]; the values of one channel of all patches of a block are contiguous."""
         channels_first = x_PH.unflatten(0, (-1, self.block)).transpose(1, 2)
         return self.merging_layer(channels_first.flatten(1))
 
 
 class Projector(torch.nn.Module):
-    """Norm, merging of blocks, and two linear layers, the columns of the first and rows of the second split.
+    """A projector: norm, merging of blocks, and two linear layers, the first column-parallel, the second row-parallel.
 
     Args:
-        config: the tower.
+        config: configuration of the tower.
         mcore_config: megatron-core settings without sequence parallelism.
-        group: ranks that share the linear layers.
+        group: process group over which the linear layers are sharded.
     """
 
     def __init__(self, config: VisionConfig, mcore_config: TransformerConfig, group: Group) -> None:
@@ -158,7 +158,7 @@ class Projector(torch.nn.Module):
         self.linear_2 = RowParallelLinear(out_size, out_size, mcore_config, group, bias)
 
     def forward(self, x_PH: torch.Tensor) -> list[torch.Tensor]:
-        """The tower's output to features [T, text hidden]."""
+        """Map the tower's output to features [T, text hidden]."""
         merged = self.patch_merger(self.norm(x_PH))
         (hidden,) = column_parallel(merged, (self.linear_1,), self.group, False)
         return [self.linear_2(gelu(hidden))]

@@ -1,7 +1,7 @@
 """Mistral3's weights: names in Hugging Face files, our names, shapes.
 
 Source: transformers models/mistral3 and models/pixtral; name styles in its `conversion_mapping`. Whether embedding and
-head are tied is read off the files (`registry.load_hf_config`): published configurations do not say.
+head are tied is read from the files (`registry.load_hf_config`): published configurations do not state it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_vlm.model.decoder_weights import (
 from megatron_vlm.model.weight_map import WeightMap
 from megatron_vlm.model.weight_tables import Weight, WeightGroup, resolve
 
-# Prefixes in files: published, then the names that modules have in memory; of a language model alone.
+# Prefixes in files: published ones, then the names that modules have in memory.
 LANGUAGE_MODEL = ("language_model.model.", "model.language_model.")
 HEAD = ("language_model.lm_head.", "lm_head.")
 VISION_TOWER = ("vision_tower.", "model.vision_tower.")
@@ -56,7 +56,7 @@ PROJECTOR_BIASES = {"linear_1.bias": "text", "linear_2.bias": "text"}
 
 
 def weight_map(config: ModelConfig) -> WeightMap:
-    """The weights of a Mistral3 model, multimodal or its language model alone."""
+    """Build the map of all weights of a Mistral3 model, multimodal or text-only."""
     text, vision, alone = config.text, config.vision, config.text_only
     head = head_weights(text, HEAD[::-1] if alone else HEAD)
     language_prefixes = (*LANGUAGE_MODEL_ALONE, *LANGUAGE_MODEL) if alone else LANGUAGE_MODEL
@@ -71,7 +71,7 @@ def weight_map(config: ModelConfig) -> WeightMap:
         groups=tuple(groups),
         tied_groups=((head, "language_model.embed_tokens.weight"),) if text.tie_word_embeddings else (),
         unread_hf_prefixes=(*VISION_TOWER, *PROJECTOR) if alone else (),
-        # They differ in the scaling of queries only.
+        # The two classes differ in the scaling of queries only.
         text_only_class=("Ministral3ForCausalLM", "ministral3")
         if text.query_scaling
         else ("MistralForCausalLM", "mistral"),

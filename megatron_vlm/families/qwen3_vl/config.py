@@ -1,4 +1,4 @@
-"""Qwen3-VL's architecture as frozen records, one per decoder layer, read from transformers' configuration."""
+"""Qwen3-VL's architecture as frozen configurations, one per decoder layer, read from transformers' configuration."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TextConfig(DecoderConfig):
     """The language model.
 
     Attributes:
-        mrope_section: frequencies of the time, height and width axes, interleaved; they sum to head_dim / 2.
+        mrope_section: numbers of frequencies of the time, height and width axes, interleaved; they sum to head_dim / 2.
     """
 
     rope_theta: float
@@ -48,7 +48,7 @@ def config_from_hf(hf_config: PretrainedConfig, text_only: bool) -> ModelConfig:
 
     Args:
         hf_config: transformers' configuration.
-        text_only: take the language model alone.
+        text_only: take only the language model.
 
     Raises:
         ConfigError: the configuration asks for something these modules do not compute.
@@ -119,7 +119,7 @@ def _layer(hf: Narrowed, head_dim: int, index: int) -> DecoderLayerConfig:
 
 def _vision(hf: Narrowed) -> QwenVisionConfig:
     _require(hf.hidden_act == "gelu_pytorch_tanh", f"vision hidden_act {hf.hidden_act!r}")
-    # transformers' tower follows these; no published model has others.
+    # transformers' tower reads these keys; no published model has other values.
     rope = hf.rope_parameters
     _require(rope["rope_type"] == "axial" and rope["rope_theta"] == 10_000, f"vision rope_parameters {dict(rope)}")
     head_dim = getattr(hf, "head_dim", None)

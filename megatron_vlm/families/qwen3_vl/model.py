@@ -1,6 +1,6 @@
-"""Qwen3-VL as one chunk of a pipeline: embedding and eyes on the first, decoder layers, head and loss on the last.
+"""Qwen3-VL as pipeline chunks: embedding and vision tower on the first, decoder layers, head and loss on the last.
 
-Features of the vision tower enter twice: in place of placeholder tokens, and, tapped at other depths ("DeepStack"),
+Features of the vision tower enter twice: in place of placeholder tokens, and, from intermediate layers ("DeepStack"),
 added to the hidden states after each of the first decoder layers, wherever in the pipeline those are.
 
 Source: transformers models/qwen3_vl and models/qwen3_vl_moe (`Qwen3VLModel`, `Qwen3VLMoeModel`).
@@ -33,7 +33,7 @@ from vlm_kernels.span_attention import Spans
 
 
 class DecoderLayer(torch.nn.Module):
-    """Pre-norm attention and feed-forward; the latter is dense or made of experts."""
+    """A decoder layer with pre-norm attention and feed-forward; the latter is dense or made of experts."""
 
     def __init__(
         self, text: TextConfig, layer: DecoderLayerConfig, chunk: ChunkSettings, groups: ProcessGroupCollection
@@ -60,7 +60,7 @@ class DecoderLayer(torch.nn.Module):
     def forward(
         self, x_SBH: torch.Tensor, rope: RopeTable, spans: Spans, tokens: LocalTokens | None
     ) -> tuple[torch.Tensor, Routing | None]:
-        """[S, B, H] to the same, and where experts' tokens went."""
+        """Map [S, B, H] to the same shape, and return where experts' tokens went."""
         attended = self.self_attn(self.input_layernorm(x_SBH), rope, spans)
         x_SBH, normed = add_and_norm(attended, x_SBH, self.post_attention_layernorm)
         if isinstance(self.mlp, MoE):
@@ -70,7 +70,7 @@ class DecoderLayer(torch.nn.Module):
 
 
 class Qwen3VLLanguageModel(LanguageModelChunk):
-    """The decoder of one chunk."""
+    """The decoder layers of one chunk."""
 
     def __init__(self, text: TextConfig, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
         super().__init__(
@@ -86,7 +86,7 @@ class Qwen3VLLanguageModel(LanguageModelChunk):
         self.expert_use = ExpertUse(text.layers, chunk, groups.tp) if has_experts else None
 
     def layer_inputs(self, batch: MicroBatch, dtype: torch.dtype) -> tuple[RopeTable, Spans, LocalTokens | None]:
-        """Rotary table, spans, and which tokens count for the experts."""
+        """Return the rotary table, spans, and which tokens count for the experts."""
         rope = mrope_table(batch.position_ids, *self.rope, dtype)
         tokens = None if self.expert_use is None else LocalTokens.of(batch.document_ids, self.chunk, self.groups)
         return rope, Spans(batch.span_low, batch.span_high), tokens
@@ -94,7 +94,7 @@ class Qwen3VLLanguageModel(LanguageModelChunk):
     def after_layer(
         self, layer: int, output: tuple[torch.Tensor, Routing | None], state: StageState, inputs: tuple[Any, ...]
     ) -> StageState:
-        """Count where experts' tokens went, and add the layer's DeepStack level."""
+        """Count where experts' tokens went, and add the layer's DeepStack features."""
         (x_SBH, routing), carried, scalars = output, dict(state.carried), state.scalars
         if self.expert_use is not None and routing is not None:
             *_, tokens = inputs
@@ -105,7 +105,7 @@ class Qwen3VLLanguageModel(LanguageModelChunk):
 
 
 def deepstack_name(layer: int) -> str:
-    """Name of the DeepStack level that is added after a layer."""
+    """Return the name of the DeepStack features that are added after a layer."""
     return f"deepstack_{layer}"
 
 
@@ -113,9 +113,9 @@ class Qwen3VLChunk(ModelChunk):
     """One pipeline chunk of Qwen3-VL, called by megatron-core's schedules.
 
     Args:
-        config: the model.
-        chunk: which part of it, and how it is held.
-        groups: process groups; those of tensor ranks, of this rank alone and of experts are read.
+        config: configuration of the model.
+        chunk: settings of the pipeline chunk.
+        groups: process groups; those of tensor ranks, of a single rank and of experts are read.
     """
 
     language_model: Qwen3VLLanguageModel
@@ -135,7 +135,7 @@ class Qwen3VLChunk(ModelChunk):
             self.mark_tower(self.vision_tower, self.projector)
 
     def boundary(self, layer: int, batch: MicroBatch) -> Boundary:
-        """Hidden states, DeepStack levels that are left, and the load-balancing sum."""
+        """Return the shapes of hidden states, remaining DeepStack features, and the load-balancing sum."""
         hidden = super().boundary(layer, batch).hidden
         is_visual, use = bool(batch.grids) or self.always_encodes, self.language_model.expert_use
         levels = range(layer, self.num_levels) if is_visual else ()
@@ -144,14 +144,14 @@ class Qwen3VLChunk(ModelChunk):
         )
 
     def losses(self, state: StageState, batch: MicroBatch) -> torch.Tensor:
-        """With the load-balancing loss, where there is one."""
+        """Return the loss of every token, with the load-balancing loss where there is one."""
         losses_BS, use = super().losses(state, batch), self.language_model.expert_use
         if use is not None and state.scalars is not None:
             losses_BS = use.with_balancing(losses_BS, batch.labels != NO_LOSS, state.scalars)
         return losses_BS
 
     def embed(self, batch: MicroBatch) -> StageState:
-        """Tokens and visual features as one sequence, and the DeepStack levels, zero on text."""
+        """Return tokens and visual features as one sequence, and the DeepStack features, zero on text."""
         is_visual = batch.feature_index >= 0
         x_BSH = self.language_model.embed(batch.input_ids.masked_fill(is_visual, 0))
         features = self.packed_features(batch)
@@ -161,7 +161,8 @@ class Qwen3VLChunk(ModelChunk):
         use = self.language_model.expert_use
         x_SBH = self.to_sequence_first(x_BSH)
         if use is not None and self.groups.tp_ep.size() > 1 and torch.is_grad_enabled() and not x_SBH.requires_grad:
-            # Nothing trains below the experts here; another rank's image may, and its backward pass exchanges tokens.
+            # Nothing below the experts trains here; on a rank with images something may, and its backward pass
+            # exchanges tokens, in which this rank must take part.
             x_SBH.requires_grad_()
         return StageState(
             x_SBH,

@@ -1,4 +1,4 @@
-"""How Qwen3-VL writes turns, images and videos, and the positions on three axes that its rotary embedding turns by.
+"""The prompt format of Qwen3-VL: turns, images, videos, and the positions on three axes for its rotary embedding.
 
 Shapes: S tokens, F frames (an image is one frame; a video has one for each row of its grid in time).
 """
@@ -65,14 +65,14 @@ def position_ids(
 ) -> np.ndarray:
     """Positions of one document: a text token advances all axes by one, a frame spans a plane of height and width.
 
-    The tokens of a frame share the time at which it begins; height and width count on from there, and what follows
-    begins after the larger of the two, so that the last position is below the number of tokens.
+    The tokens of a frame have the same time position, at which the frame begins; height and width count on from there,
+    and what follows begins after the larger of the two, so that the last position is below the number of tokens.
 
     Args:
         input_ids: [S] int64, with one placeholder for each `merge_size` x `merge_size` patches.
         media: the document's images and videos in reading order.
-        media_token_ids: the placeholders.
-        merge_size: patches on each side of what one token stands for.
+        media_token_ids: token ids of image and video placeholders.
+        merge_size: patches per side of a block, for which one token stands.
 
     Returns:
         [3, S] int64: time, height and width.
@@ -82,7 +82,7 @@ def position_ids(
     is_vision = np.isin(input_ids, media_token_ids)
     text_before = np.cumsum(~is_vision) - ~is_vision
     grids = np.array([medium.grid for medium in media], np.int64).reshape(-1, 3)
-    # Every frame of a video is placed like an image: time is told by the text before it.
+    # Every frame of a video gets positions like an image: the text before it states its time.
     heights, widths = np.repeat(grids[:, 1:] // merge_size, grids[:, 0], axis=0).T
     ends = np.cumsum(heights * widths)
     assert is_vision.sum() == (ends[-1] if len(ends) else 0), "the prompt was checked against its grids"

@@ -1,8 +1,8 @@
 """Qwen3-VL's weights, dense and mixture of experts: names in Hugging Face files, our names, shapes.
 
 Source: transformers models/qwen3_vl and models/qwen3_vl_moe; the two layouts of experts in its `conversion_mapping`.
-Published files hold every expert's matrices transposed ([experts, hidden, 2 ffn] and [experts, ffn, hidden]), what
-transformers saves does not.
+Published files hold every expert's matrices transposed ([experts, hidden, 2 ffn] and [experts, ffn, hidden]); files
+that transformers saves do not.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_vlm.model.weight_map import WeightMap
 from megatron_vlm.model.weight_tables import Weight, WeightGroup, resolve
 from megatron_vlm.model_configs import DecoderLayerConfig, MoEConfig
 
-# Prefixes in files: of the published files and of all that transformers saves; of a model saved without its head.
+# Prefixes in files: those of published files and of all that transformers saves; of a model saved without its head.
 LANGUAGE_MODEL = ("model.language_model.", "language_model.")
 HEAD = ("lm_head.",)
 VISION = ("model.visual.", "visual.")
@@ -68,10 +68,9 @@ MERGER = {
 
 
 def weight_map(config: ModelConfig) -> WeightMap:
-    """The weights of a Qwen3-VL model, multimodal or its language model alone.
+    """Build the map of all weights of a Qwen3-VL model, multimodal or text-only.
 
-    The language model alone is a Qwen3 model: with equal positions on all axes, the interleaved rotation is the plain
-    one.
+    The text-only model is a Qwen3 model: with equal positions on all axes, the interleaved rotation is the plain one.
     """
     text, vision, alone = config.text, config.vision, config.text_only
     head = head_weights(text, HEAD)
@@ -100,15 +99,15 @@ def weight_map(config: ModelConfig) -> WeightMap:
 
 
 def _layer_table(layer: DecoderLayerConfig) -> dict[str, str]:
-    """All but the experts."""
+    """Return the table of a layer without its experts."""
     return TEXT_LAYER | (GATED_MLP if layer.moe is None else {"mlp.gate.weight": f"{layer.moe.num_experts} hidden"})
 
 
 def _experts(index: int, moe: MoEConfig, hidden_size: int, language_prefixes: tuple[str, ...]) -> WeightGroup:
-    """One layer's experts.
+    """Return the group of one layer's experts.
 
-    Without an example they are written as published, where transformers can see that: it compares the shape of each
-    tensor with its own, so where that is square it takes the values as they are. A Qwen3 model never looks.
+    Without an example they are written as published where transformers can detect that layout: it compares the shape of
+    each tensor with its own, so it takes the values of a square one as they are. A Qwen3 model never compares.
     """
     sizes = {"experts": moe.num_experts, "ffn": moe.intermediate_size, "hidden": hidden_size}
     is_square = hidden_size in (moe.intermediate_size, 2 * moe.intermediate_size)
@@ -136,7 +135,7 @@ def _vision_tower(vision: QwenVisionConfig) -> Iterator[Weight]:
 
 
 def _projector(vision: QwenVisionConfig) -> Iterator[Weight]:
-    """The mergers: the main one normalises patches, those of DeepStack what they have merged."""
+    """Yield the weights of the mergers: the main one normalises patches, those of DeepStack merged vectors."""
     merged = vision.projector_hidden_size
     sizes = {"merged": merged, "text": vision.out_hidden_size}
     yield from resolve(MERGER, sizes | {"normalised": vision.hidden_size}, "merger.")
