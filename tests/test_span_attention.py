@@ -50,7 +50,7 @@ def make_spans(rows: tuple[Row, ...] = ROWS, length: int = LENGTH) -> Spans:
         for number, (first, tokens) in enumerate(row.images):
             image[index, first : first + tokens] = number
     # Images that touch stay apart here, as ranges allow and later families ask for.
-    low, high = spans(is_real, torch.zeros_like(is_real))
+    low, high = spans(torch.where(is_real, 0, -1), torch.zeros_like(is_real))
     for index, row in enumerate(rows):
         for first, tokens in row.images:
             high[index, first : first + tokens] = first + tokens - 1
