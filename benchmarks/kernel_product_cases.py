@@ -114,7 +114,7 @@ def attention_problem(sizes: Attention, setting: Setting) -> Problem:
         sizes = replace(sizes, image_tokens=min(sizes.image_tokens, 20))
     place = torch.arange(length)
     is_image = (place // max(sizes.image_tokens, 1) % 2 == 1) & (sizes.image_tokens > 0)
-    low, high = spans_of(torch.ones(1, length, dtype=torch.bool), is_image.unsqueeze(0))
+    low, high = spans_of(torch.zeros(1, length, dtype=torch.int64), is_image.unsqueeze(0))
     visible = Spans(low.to(setting.device), high.to(setting.device))
     q, k, v = (setting.randn(1, heads, length, sizes.head_dim) for heads in (sizes.queries, sizes.keys, sizes.keys))
     window, scale = sizes.window, sizes.head_dim**-0.5

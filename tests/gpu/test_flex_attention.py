@@ -34,7 +34,7 @@ def test_images_and_padding(head_dim: int, window: int | None) -> None:
     is_real = torch.arange(300) < torch.tensor([300, 283])[:, None]
     is_image = torch.zeros_like(is_real)
     is_image[0, 60:230] = is_image[1, 10:40] = True
-    visible = Spans(*(bound.cuda() for bound in spans(is_real, is_image & is_real)))
+    visible = Spans(*(bound.cuda() for bound in spans(is_real.int() - 1, is_image & is_real)))
     for queries in (visible, shard_of(visible, deal(2, 300, 20, 2)[0].cuda())):
         shapes = ((4, queries.low.shape[1]), (2, 300), (2, 300))
         inputs = [torch.randn((2, *shape, head_dim), device="cuda", requires_grad=True) for shape in shapes]
