@@ -54,11 +54,11 @@ class MicroBatch:
     span_high: torch.Tensor
     """[B, S] int32: last key a query may see."""
     feature_index: torch.Tensor
-    """[B, S] int32: row of the micro-batch's features that replaces this token; -1 on text. The features are those of
-    all media, tower after tower, and in reading order where one tower encodes images and videos."""
+    """[B, S] int32: row of the micro-batch's features that replaces this token; -1 on text. Features of images and
+    videos come first, in reading order, and then those of audio."""
     media_inputs: dict[str, torch.Tensor]
-    """Inputs of the towers for all media in reading order, by name (`media.Packed`). Empty without media, and on
-    pipeline stages without towers."""
+    """Inputs of the towers for all media in reading order, by name (`media.Packed`). A name is missing where no medium
+    needs it, and all are on pipeline stages without towers."""
     document_sources: torch.Tensor
     """[D] int32: index of each document's data source."""
     document_names: list[str] = field(default_factory=list)
@@ -80,7 +80,12 @@ class MicroBatch:
     @property
     def grids(self) -> list[Grid]:
         """Frames, height and width in patches of each image and video, in reading order."""
-        return [medium.grid for medium in self.media]
+        return [medium.grid for medium in self.media if medium.kind != "audio"]
+
+    @property
+    def audio_frames(self) -> list[int]:
+        """Frames of each clip of audio, in reading order."""
+        return [medium.grid[0] for medium in self.media if medium.kind == "audio"]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MicroBatch:
         """Return the micro-batch with its tensors on `device`, except `media_inputs`.
@@ -139,10 +144,10 @@ def collate(
             position_ids[..., b, start:end] = positions[number]
             start, number = end, number + 1
     is_real = document_ids >= 0
-    is_medium = is_real & torch.isin(input_ids, torch.tensor(rules.media_token_ids, dtype=torch.int64))
-    sees_ahead = is_medium if rules.bidirectional_images else torch.zeros_like(is_medium)
-    span_low, span_high = spans(document_ids, sees_ahead)
-    feature_index = torch.where(is_medium, is_medium.flatten().cumsum(0).view_as(is_medium) - 1, -1)
+    is_vision, is_audio = (
+        is_real & torch.isin(input_ids, torch.tensor(ids, dtype=torch.int64)) for ids in rules.tower_token_ids
+    )
+    span_low, span_high = spans(document_ids, is_vision if rules.bidirectional_images else torch.zeros_like(is_vision))
     return MicroBatch(
         input_ids=input_ids,
         labels=labels,
@@ -150,12 +155,12 @@ def collate(
         document_ids=document_ids,
         span_low=span_low,
         span_high=span_high,
-        feature_index=feature_index.int(),
+        feature_index=_feature_index(is_vision, is_audio),
         media_inputs=_join_media_inputs(documents) if with_pixels else {},
         document_sources=torch.tensor([document.source for document in documents], dtype=torch.int32),
         document_names=[document.row_name for document in documents],
         media=[medium for document in documents for medium in document.sample.media],
-        counters=_count(documents, labels, is_real, is_medium),
+        counters=_count(documents, labels, is_real, is_vision | is_audio),
         problems=[document.problem for document in documents if document.problem],
     )
 
@@ -209,6 +214,16 @@ def spans(document_ids: torch.Tensor, sees_ahead: torch.Tensor) -> tuple[torch.T
     return low.int(), high.int()
 
 
+def _feature_index(*towers: torch.Tensor) -> torch.Tensor:
+    """Number features in reading order, tower after tower, given the tokens [B, S] bool that stand for them."""
+    index, start = torch.full_like(towers[0], -1, dtype=torch.int32), 0
+    for stands_for_feature in towers:
+        ends = stands_for_feature.flatten().cumsum(0).view_as(stands_for_feature)
+        index = torch.where(stands_for_feature, start + ends.int() - 1, index)
+        start += int(ends[-1, -1])
+    return index
+
+
 def _positions(sample: Sample, rules: PromptRules) -> torch.Tensor:
     """Return the positions of a document's tokens, [tokens] or [axes, tokens]."""
     if rules.position_ids is None:
@@ -217,9 +232,9 @@ def _positions(sample: Sample, rules: PromptRules) -> torch.Tensor:
 
 
 def _join_media_inputs(documents: Sequence[LoadedSample]) -> dict[str, torch.Tensor]:
-    with_media = [document.sample.media_inputs for document in documents if document.sample.media_inputs]
-    if not with_media:
-        return {}
-    if len(with_media) == 1:
-        return dict(with_media[0])
-    return {name: torch.cat([inputs[name] for inputs in with_media]) for name in with_media[0]}
+    inputs: dict[str, list[torch.Tensor]] = {}
+    for document in documents:
+        for name, value in document.sample.media_inputs.items():
+            inputs.setdefault(name, []).append(value)
+    # Pixels are large, so those of a single document are not copied.
+    return {name: torch.cat(values) if len(values) > 1 else values[0] for name, values in inputs.items()}

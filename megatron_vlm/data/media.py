@@ -21,14 +21,14 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Medium:
-    """An image or a video of a row.
+    """An image, a video or a clip of audio.
 
     Attributes:
-        kind: image or video; an image is one frame.
-        grid: frames, height and width in patches; "frames" are patches in time.
+        kind: image, video or audio; an image is one frame.
+        grid: frames, height and width in patches; "frames" are patches in time. Of audio, its frames, 1 and 1.
     """
 
-    kind: Literal["image", "video"]
+    kind: Literal["image", "video", "audio"]
     grid: Grid
 
 

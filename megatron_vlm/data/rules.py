@@ -26,6 +26,8 @@ class PromptRules:
     """Tokens of one image attend to each other in both directions."""
     video_token_id: int | None = None
     """Id of the token that stands for one feature of a video; None where the model takes none."""
+    audio_token_id: int | None = None
+    """Id of the token that stands for one feature of audio; None where the model takes none."""
     media: MediaRules | None = None
     """How images and videos are processed; None for a text-only model."""
     position_ids: PositionFunction | None = None
@@ -34,4 +36,10 @@ class PromptRules:
     @property
     def media_token_ids(self) -> list[int]:
         """Ids of all tokens that stand for features of media."""
-        return [token for token in (self.image_token_id, self.video_token_id) if token is not None]
+        return [token for tokens in self.tower_token_ids for token in tokens]
+
+    @property
+    def tower_token_ids(self) -> tuple[list[int], list[int]]:
+        """Ids of the tokens that stand for features of the vision tower, and of the audio tower."""
+        vision, audio = (self.image_token_id, self.video_token_id), (self.audio_token_id,)
+        return [token for token in vision if token is not None], [token for token in audio if token is not None]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.gemma3.modeling_gemma3 import get_block_sequence_ids_for_mask
 
-from megatron_vlm.data.collate import NO_LOSS, MicroBatch, collate, spans
+from megatron_vlm.data.collate import NO_LOSS, LoadedSample, MicroBatch, collate, spans
+from megatron_vlm.data.media import Medium
+from megatron_vlm.data.prompts import Sample
 from megatron_vlm.data.rows import RowReader
+from megatron_vlm.data.rules import PromptRules
 from tests.data.rows import assistant, image, row, user
 from tests.families.gemma3 import GEMMA3
 from tests.families.mistral3 import MISTRAL3
@@ -171,6 +176,47 @@ def test_features_go_to_their_own_tokens(reader: RowReader) -> None:
     assert torch.equal(pixels, torch.cat([row for row in rows if row is not None]))
     # Four tokens per image: the first row's eight tokens take the first two images, the third row's the last.
     assert (batch.feature_index // 4)[2].max() == 2 and pixels.shape[0] == 3
+
+
+def test_audio_has_features_of_its_own_behind_those_of_images() -> None:
+    """Documents with images, a video, audio, several of them, and none; only images are seen in both directions."""
+    image, video, audio = 5, 6, 7
+    rules = PromptRules("", "", image, bidirectional_images=True, video_token_id=video, audio_token_id=audio)
+    still, film, clip, tone = (
+        Medium("image", (1, 2, 4)),
+        Medium("video", (2, 2, 2)),
+        Medium("audio", (6, 1, 1)),
+        Medium("audio", (2, 1, 1)),
+    )
+    contents: list[list[tuple[list[int], list[Medium]]]] = [
+        [([1, image, image, audio, audio, audio, 2], [still, clip]), ([audio, 3, video, video, 4], [tone, film])],
+        [([1, 2, 3], []), ([audio, audio, audio, 4], [clip]), ([2, image, image], [still])],
+    ]
+    rows, sizes = [], {"image": ("pixel_values", 48), "video": ("pixel_values", 48), "audio": ("audio_frames", 10)}
+    expected: dict[str, list[torch.Tensor]] = {"pixel_values": [], "audio_frames": []}
+    for content in contents:
+        rows.append([])
+        for ids, media in content:
+            sample = Sample(np.array(ids), np.ones(len(ids), bool), media)
+            for medium in media:
+                name, width = sizes[medium.kind]
+                expected[name].append(torch.randn(math.prod(medium.grid), width))
+                sample.media_inputs[name] = expected[name][-1]  # no document here has two media of one tower
+            rows[-1].append(LoadedSample(sample, 0, "document"))
+    batch = collate(rows, rules, padding_token_id=0, pad_to_multiple_of=4)
+    assert batch.grids == [still.grid, film.grid, still.grid] and batch.audio_frames == [6, 2, 6]
+    assert batch.media_inputs.keys() == expected.keys()
+    for name, parts in expected.items():
+        assert torch.equal(batch.media_inputs[name], torch.cat(parts))
+    tokens = [(b, s) for b, ids in enumerate(batch.input_ids.tolist()) for s in range(len(ids))]
+    of_images = [token for token in tokens if batch.input_ids[token] in (image, video)]
+    of_audio = [token for token in tokens if batch.input_ids[token] == audio]
+    features = of_images + of_audio
+    for token in tokens:
+        index = int(batch.feature_index[token])
+        assert (features[index] if index >= 0 else None) == (token if token in features else None)
+    sees_ahead = batch.span_high > torch.arange(batch.input_ids.shape[1])
+    assert sees_ahead.nonzero().tolist() == [[0, 1], [0, 9], [1, 8]]  # the first of each two tokens of images
 
 
 def test_stages_without_pixels_see_the_same_tokens(reader: RowReader) -> None:
