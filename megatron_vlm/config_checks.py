@@ -94,7 +94,7 @@ def _model(config: Config) -> Iterator[UserError]:
                 f"model.freeze names {entry!r}, which is no part",
                 fix=f"parts are {', '.join(PART_NAMES)}; patterns of parameter names have dots or *",
             )
-    if "language_model" in freeze and (config.model.text_only or {"vision_tower", "projector"} <= set(freeze)):
+    if "language_model" in freeze and config.model.text_only:
         yield ConfigError("model.freeze leaves nothing to train", fix="take a part out of the list")
 
 

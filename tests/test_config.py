@@ -215,6 +215,7 @@ def test_values_that_do_work(config_file: str) -> None:
         ["--optimizer.name=sgd", "--parallel.use_distributed_optimizer=false", "--optimizer.clip_grad=0"],
         ["--optimizer.schedule=wsd", "--optimizer.warmup_iters=5", "--optimizer.wsd_decay_iters=5"],
         ["--optimizer.schedule=constant", "--optimizer.lr=1", "--optimizer.weight_decay=0"],
+        ["--model.freeze=[language_model,vision_tower,projector]"],  # a model may have an audio tower besides
     ):
         load_config(["--config", config_file, *overrides])
 
