@@ -27,8 +27,8 @@ from tests.parity.comparison import ZERO_GRADIENT
 from tests.parity.layouts import (
     LAYOUTS,
     TestLayout,
+    by_our_names,
     gather_parameter,
-    our_name,
     own_micro_batches,
     set_up,
     whole_gradients,
@@ -178,7 +178,7 @@ def test_every_parameter_is_declared(family: TinyFamily) -> None:
     """Vectors are what has one dimension in transformers, and do not decay; tables have rows that are looked up."""
     registered = registry.detect(family.config)
     model_config = registered.config_from_hf(family.config, text_only=False)
-    theirs = {our_name(name): parameter for name, parameter in family.model().named_parameters()}
+    theirs = by_our_names(family.model(), dict(family.model().named_parameters()))
     layout = LAYOUTS["TP1"].ranks(len(model_config.text.layers))
     with simulated_rank(0, layout) as groups:
         (chunk,) = build_chunks(registered, model_config, BuildSettings(layout), groups, torch.device("meta"))
@@ -224,7 +224,7 @@ def check_like_transformers(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 def test_first_weights_are_of_the_kinds_that_transformers_draws(family: TinyFamily) -> None:
     (weights,) = run_ranks(1, first_weights, family, LAYOUTS["TP1"])
     fresh = type(family.model())(family.config)
-    theirs = {our_name(name): parameter.detach() for name, parameter in fresh.named_parameters()}
+    theirs = by_our_names(fresh, {name: parameter.detach() for name, parameter in fresh.named_parameters()})
     assert set(weights) == set(theirs)
     otherwise = DRAWN_OTHERWISE.get(registry.detect(family.config).name)
     for name, ours in weights.items():

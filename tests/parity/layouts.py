@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -228,7 +228,26 @@ def gather_parameter(
 
 def hf_gradients(model: Any) -> dict[str, torch.Tensor]:
     """Gradients of a transformers model under our names."""
-    return {our_name(name): parameter.grad for name, parameter in model.named_parameters()}
+    return by_our_names(model, {name: parameter.grad for name, parameter in model.named_parameters()})
+
+
+def by_our_names(model: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors of a transformers model under our names, cut where one is several weights of ours.
+
+    Args:
+        model: of transformers.
+        tensors: by their names in its memory; None for a gradient that it does not compute.
+    """
+    renamed = {our_name(name): tensor for name, tensor in tensors.items()}
+    family = registry.detect(model.config)
+    weights = family.weight_map(family.config_from_hf(model.config, text_only=False)).items()
+    parts = [(name, weight, weight.part_of) for name, weight in weights if weight.part_of is not None]
+    cut = {}
+    for name, weight, part in parts:
+        tensor = renamed[name.removesuffix(weight.suffix) + part.suffix]
+        cut[name] = None if tensor is None else tensor.narrow(part.dim, part.start, part.stop - part.start)
+    fused = {name.removesuffix(weight.suffix) + part.suffix for name, weight, part in parts}
+    return {name: tensor for name, tensor in renamed.items() if name not in fused} | cut
 
 
 def our_name(name: str) -> str:
