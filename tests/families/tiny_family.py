@@ -42,8 +42,8 @@ class TinyFamily:
         make_batch: a micro-batch of random tokens and pixels, from documents and a seed; given `documents_per_row`,
             with several documents in a row.
         cases: global batches of micro-batches of documents, one in each row; "text" and "mixed" (micro-batches with and
-            without images) are among them, and others have an odd number of images in the first micro-batch. The last
-            is "packed", of micro-batches of rows of several documents.
+            without media, of which the first has some for every tower) are among them, and others have an odd number of
+            images in the first micro-batch. The last is "packed", of micro-batches of rows of several documents.
         replicated: names of the parameters that every tensor rank holds whole, and why (regular expressions).
         build_processor: writes processor and tokenizer into a directory.
         text_class: transformers' class of the language model alone.
