@@ -20,6 +20,7 @@ from transformers import Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model, get_block_sequence_ids_for_mask
 
 from megatron_vlm.data.collate import spans
+from tests.sizes import full
 from vlm_kernels.span_attention import QueryShard, Spans, operators, reference, span_attention
 from vlm_kernels.span_attention import flex as module
 
@@ -182,7 +183,7 @@ def test_flex_attention_is_the_reference(flex: Attention, make: Callable[[], Spa
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (6, 1), (2, 2)])
+@pytest.mark.parametrize(("heads", "key_heads"), [full(4, 4), (6, 1), (2, 2)])
 def test_flex_attention_over_several_blocks(flex: Attention, heads: int, key_heads: int) -> None:
     """Longer than two blocks of 128 and no multiple of them; an image lies across a border of blocks."""
     length = 300

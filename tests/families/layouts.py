@@ -184,6 +184,7 @@ SMALL: Small = {
         "TP2+SP, selective recompute",
         "TP2xPP2+SP, full recompute",
     ),
+    "rules": ("TP4+SP",),
     "no_images": ("DP2xTP2, vision DP",),
     "step": ("TP4", "PP2 uneven"),
     "norm": ("DP2xTP2, distributed optimizer, vision DP",),
@@ -201,7 +202,7 @@ SMALL_OF_EXPERTS: Small = {
         "EP2xTP2+SP, all-gather",
         "EP4xTP2+SP",
     ),
-    "rules": ("EP2 of tensor ranks", "ETP2xTP2+SP", "DP2xTP2+SP, EP2"),
+    "rules": ("EP2 of tensor ranks", "DP2xTP2+SP, EP2"),
     "no_images": ("EP2xTP2+SP, vision DP",),
     "step": ("EP2, overlapped", "EP4", "EP2xTP2+SP", "ETP2 of data ranks, all-gather"),
     "adamw": ("DP2, overlapped", "EP2xDP2, overlapped", "EP2xPP2, overlapped", "ETP2xTP2+SP"),
@@ -214,7 +215,7 @@ SMALL_OF_EVERYTHING: Small = {
         "TP2+SP, selective recompute",
         "TP2xPP2+SP, full recompute",
     ),
-    "rules": ("TP4+SP", "TP4, vision DP"),
+    "rules": ("TP4+SP",),
     "no_images": ("DP2",),
     "step": ("TP2xPP2+SP", "DP2, overlapped", "DP4, one rank without images"),
     "text_step": ("TP1",),
@@ -270,7 +271,7 @@ class LayoutTables:
 
 LAYOUT_TABLES = tuple(battery.name for battery in fields(LayoutTables) if battery.name != "small")
 NOTHING = LayoutTables(**{battery: {} for battery in LAYOUT_TABLES}, small={})
-FEW_PARITY = replace(NOTHING, parity=FEW)
+FEW_PARITY = replace(NOTHING, parity=FEW, small={"parity": ("TP2xPP2+SP",)})
 WITH_EXPERTS = LayoutTables(
     parity=PARITY_OF_EXPERTS,
     rules=RULES_OF_EXPERTS,

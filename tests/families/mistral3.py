@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from tests.data.tiny_processor import build_mistral_processor
-from tests.families.layouts import FEW_PARITY, NOTHING, some
+from tests.families.layouts import FEW_PARITY, some
 from tests.families.tiny_family import DECODER, TinyFamily
 from tests.parity.layouts import LAYOUTS
 from tests.parity.tiny_batches import (
@@ -179,7 +179,7 @@ MISTRAL3 = TinyFamily(
     text_class=Ministral3ForCausalLM,
     turn=("[/INST]", "</s>"),
 )
-MISTRAL_TEXT = replace(NOTHING, parity=some(LAYOUTS, "TP1", "TP4", "TP2xPP2+SP"))
+MISTRAL_TEXT = replace(FEW_PARITY, parity=some(LAYOUTS, "TP1", "TP4", "TP2xPP2+SP"))
 ENTRIES = (
     MISTRAL3,
     MISTRAL3.variant("tied", FEW_PARITY, ["mixed", "packed"], tied=True),

@@ -32,7 +32,7 @@ def features(family: TinyFamily, layout: TestLayout) -> list[Feature]:
     found = {each.name: getattr(layout, each.name) for each in fields(layout) if each.name not in NO_FEATURES}
     if layout.pipeline_layout is not None:
         found["pipeline_layout"] = "stages without layers" if 0 in layout.pipeline_layout else "uneven"
-    return [("family", family.name), ("data", data_size(layout)), *found.items()]
+    return [("model_type", family.config.model_type), ("data", data_size(layout)), *found.items()]
 
 
 def small_layouts(family: TinyFamily, battery: str) -> list[TestLayout]:
@@ -62,7 +62,7 @@ def of_kind(has_experts: bool) -> list[TinyFamily]:
 
 @pytest.mark.parametrize("has_experts", [False, True])
 def test_every_two_features_meet_in_make_test(has_experts: bool) -> None:
-    """Among them the family, which meets every feature that any of its layouts has."""
+    """Among them the type of model, which meets every feature that any of its layouts has."""
     families = of_kind(has_experts)
     missing = pairs(families, all_layouts) - pairs(families, small_layouts)
     assert not missing, "name a layout with these in `LayoutTables.small`"

@@ -49,18 +49,11 @@ CASES = {
     "causal": Case(64, "causal", heads=(2, 1)),
     "window": Case(64, "causal", window=20, tma=True),
     "images": Case(64, "images", tma=True),
-    "images in a window": Case(64, "images", window=20, heads=(4, 2)),
     "documents": Case(128, "documents", window=40, blocks=(16, 32), tma=True),
-    "no tail": Case(64, "causal", length=64, heads=(2, 2)),
     "bidirectional segments": Case(72, "segments"),
     "head dim 80": Case(80, "images", length=64, tma=True),
-    "queries that see nothing": Case(64, "empty"),
-    "ranges in no order": Case(64, "scattered", blocks=(16, 16), tma=True),
-    "longer": Case(64, "images", window=90, length=160, blocks=(32, 32)),
     "256": Case(256, "images", window=40, length=70, chunk=128, blocks=(32, 32)),
-    "512, columns shared": Case(512, "images", length=70, heads=(2, 1), shares=2, blocks=(32, 32), tma=True),
     "512, in chunks": Case(512, "documents", length=40, chunk=128, tma=True),
-    "512, both": Case(512, "causal", length=40, chunk=256, shares=4, blocks=(32, 32)),
     "shard, images in a window": Case(64, "images", window=20, heads=(4, 2), queries=(16, 2), tma=True),
     "shard, documents": Case(128, "documents", blocks=(16, 32), queries=(4, 9)),
     "shard, a block of tokens to a block of queries": Case(64, "images", window=90, length=160, queries=(32, 3)),
@@ -69,6 +62,16 @@ CASES = {
     "shard, 512": Case(512, "images", length=70, chunk=128, shares=2, blocks=(32, 32), queries=(10, 4), tma=True),
     "more queries than keys": Case(64, "causal", length=40, queries=(8, 9)),
     "fp16": Case(64, "images", window=20, dtype=torch.float16),
+}
+# In other company, or at other sizes, what the cases above have: `further` on the command line.
+FURTHER_CASES = {
+    "images in a window": Case(64, "images", window=20, heads=(4, 2)),
+    "no tail": Case(64, "causal", length=64, heads=(2, 2)),
+    "queries that see nothing": Case(64, "empty"),
+    "ranges in no order": Case(64, "scattered", blocks=(16, 16), tma=True),
+    "longer": Case(64, "images", window=90, length=160, blocks=(32, 32)),
+    "512, columns shared": Case(512, "images", length=70, heads=(2, 1), shares=2, blocks=(32, 32), tma=True),
+    "512, both": Case(512, "causal", length=40, chunk=256, shares=4, blocks=(32, 32)),
     "fp16, 512": Case(512, "documents", length=40, chunk=128, shares=2, tma=True, dtype=torch.float16),
 }
 
@@ -240,9 +243,12 @@ def errors_of(mutant: Mutant) -> list[float]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name, case in CASES.items():
-        if not sys.argv[1:] or name in sys.argv[1:]:
+    names = sys.argv[1:] or [*CASES, *MUTANTS]
+    if names == ["further"]:
+        names = list(FURTHER_CASES)
+    for name, case in (CASES | FURTHER_CASES).items():
+        if name in names:
             print(json.dumps({"case": name, "errors": check(case)}), flush=True)
     for name, mutant in MUTANTS.items():
-        if not sys.argv[1:] or name in sys.argv[1:]:
+        if name in names:
             print(json.dumps({"mutant": name, "errors": errors_of(mutant)}), flush=True)

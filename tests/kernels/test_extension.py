@@ -17,6 +17,7 @@ import torch
 from tests.kernels.load_extension import CUDA, check_calls, kernel_of, registered
 from tests.kernels.marks import needs_extension
 from tests.kernels.static_code import ARCHITECTURES, read_code
+from tests.sizes import two_sizes
 from vlm_kernels import library
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +70,7 @@ NO_WIDE_STORES = {"statistics_kernel"}
 
 
 @needs_toolkit
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", two_sizes(ARCHITECTURES, "sm_90"))
 def test_no_spills_and_wide_accesses(architecture: str) -> None:
     codes = read_code(architecture)
     assert len(codes) > 50
@@ -89,7 +90,7 @@ def test_no_spills_and_wide_accesses(architecture: str) -> None:
 
 
 @needs_extension
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", two_sizes(ARCHITECTURES, "sm_90"))
 def test_kernels_of_the_loss_are_compiled_as_intended(architecture: str) -> None:
     """Rows that divide into vectors are read, and written, 16 bytes at a time, and blocks fill a multiprocessor."""
     codes = [code for code in read_code(architecture) if code.kernel in ("statistics_kernel", "gradient_kernel")]

@@ -55,7 +55,7 @@ def attend(
             flex.attend(q, k, v, spans, window, head_dim**-0.5)
 
 
-SMALL_CASES = {(8, 64, True), (1, 72, False), (4, 256, False), (8, 512, True)}
+SMALL_CASES = {(8, 64, True), (1, 72, False), (8, 512, True)}
 CASES = [
     case if case in SMALL_CASES else full(*case)
     for head_dim in HEAD_DIMS

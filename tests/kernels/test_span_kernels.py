@@ -29,11 +29,13 @@ FP16_ERROR = 2e-3
 MUTANT_ERROR = 0.05
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, dict[str, list[float]]]:
+Results = dict[str, dict[str, list[float]]]
+
+
+def interpret(*arguments: str) -> Results:
     """Errors by case and by mutant; the interpreter is chosen in a process of its own, before any import."""
     finished = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.span_interpreter"],
+        [sys.executable, "-m", "tests.kernels.span_interpreter", *arguments],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
@@ -41,23 +43,38 @@ def interpreted() -> dict[str, dict[str, list[float]]]:
         timeout=300,
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
-    results: dict[str, dict[str, list[float]]] = {"case": {}, "mutant": {}}
+    results: Results = {"case": {}, "mutant": {}}
     for line in map(json.loads, finished.stdout.splitlines()):
         for kind in results.keys() & line.keys():
             results[kind][line[kind]] = line["errors"]
     return results
 
 
+@pytest.fixture(scope="module")
+def interpreted() -> Results:
+    return interpret()
+
+
 @needs_triton_3_9
-def test_kernels_equal_the_reference(interpreted: dict[str, dict[str, list[float]]]) -> None:
+def test_kernels_equal_the_reference(interpreted: Results) -> None:
     """Output, logarithms and every gradient: windows, images, documents, shards, groups of heads, tails, head dims."""
-    assert len(interpreted["case"]) == 24
-    for name, errors in interpreted["case"].items():
+    check_cases(interpreted, 16)
+
+
+@needs_triton_3_9
+@pytest.mark.full
+def test_kernels_equal_the_reference_in_further_cases() -> None:
+    check_cases(interpret("further"), 8)
+
+
+def check_cases(results: Results, count: int) -> None:
+    assert len(results["case"]) == count
+    for name, errors in results["case"].items():
         assert max(errors) < (FP16_ERROR if name.startswith("fp16") else FP32_ERROR), (name, errors)
 
 
 @needs_triton_3_9
-def test_mutants_are_noticed(interpreted: dict[str, dict[str, list[float]]]) -> None:
+def test_mutants_are_noticed(interpreted: Results) -> None:
     """The comparison can fail: a change of one line shows."""
     assert len(interpreted["mutant"]) == 17
     for name, errors in interpreted["mutant"].items():

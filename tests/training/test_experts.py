@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.ranks import run_ranks
+from tests.sizes import two_sizes
 from tests.training.tiny_run_config import TinyFiles, read_metrics, tiny_config, train_on_rank
 from tests.training.transformers_reference import NO_LOSS, load_multimodal, multimodal_batch
 
@@ -61,7 +62,7 @@ def use_by_transformers(model: PreTrainedModel, files: TinyFiles, rows: list[dic
     }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", two_sizes(LAYOUTS, "EP2, full recompute"))
 def test_metrics_of_experts(layout: str, experts: TinyFiles, tmp_path: Path) -> None:
     """Counted once although layers are computed twice, and without what evaluations send through them."""
     world_size, settings = LAYOUTS[layout]

@@ -17,6 +17,7 @@ import torch
 
 from megatron_vlm.training.loop import Trainer
 from tests.ranks import run_ranks
+from tests.sizes import full
 from tests.training.loop_run import (
     ROOT,
     Place,
@@ -65,14 +66,19 @@ class Job:
         return self.process.wait(PATIENCE_SECONDS)
 
 
-def test_stop_and_kill(place: Place, tmp_path: Path) -> None:
-    """One run through three starts: SIGTERM, SIGKILL while saving, and SIGUSR1 to one rank only."""
-    run_dir, endless = tmp_path / "run", ["train.train_iters=100000", "data.num_workers=1", "train.precision=bf16"]
+ENDLESS = ["train.train_iters=100000", "train.precision=bf16"]
+
+
+# Of what `make test` leaves out, tests/data sends signals to workers, and tests/checkpoint kills ranks that save.
+@pytest.mark.parametrize("everything", [False, full(True)], ids=["stop", "stop with workers, and kill"])
+def test_stop_and_kill(place: Place, tmp_path: Path, everything: bool) -> None:
+    """One run through starts that end by SIGTERM, by SIGKILL while saving, and by SIGUSR1 to one rank only."""
+    run_dir = tmp_path / "run"
 
     def steps() -> list[int]:
         return [record["step"] for record in read_whole_lines(run_dir / "metrics.jsonl")]
 
-    with Job(place, run_dir, tmp_path / "1.log", *endless) as job:
+    with Job(place, run_dir, tmp_path / "1.log", *ENDLESS, f"data.num_workers={int(everything)}") as job:
         job.wait_until(lambda: len(steps()) >= 3)
         ranks = job.ranks()
         assert len(ranks) == 2
@@ -86,28 +92,33 @@ def test_stop_and_kill(place: Place, tmp_path: Path) -> None:
     assert checkpoint_names(run_dir) == [f"step_{first:08d}"]
     check_console(job.log, resumed_after=None)
 
-    # Without a worker, which takes as long to start as its rank; those of a killed rank are tests/data's.
-    saving = ["checkpoint.save_interval=1", "data.num_workers=0"]
-    with Job(place, run_dir, tmp_path / "2.log", *endless, *saving) as job:
-
-        def is_saving() -> bool:
-            return any(".incomplete." in name for name in checkpoint_names(run_dir))
-
-        job.wait_until(lambda: len(checkpoint_names(run_dir)) > 4 and is_saving())
-        assert not (run_dir / "stopped.json").exists()
-        check_console(job.log, resumed_after=first)
-        signal_all(job.ranks(), signal.SIGKILL)
-        assert job.exit_code() != 0
-    names = checkpoint_names(run_dir)
-    complete = [name for name in names if "." not in name]
-    assert len(names) == len(complete) + 1, f"the kill left no half-written checkpoint: {names}"
-
+    complete = kill_while_saving(place, run_dir, first) if everything else checkpoint_names(run_dir)
     last = int(complete[-1].removeprefix("step_"))
     (outcome, _) = run_ranks(2, train_here, [*job.arguments, "--data.num_workers=0"], _signal_the_last_rank)
     assert outcome.error is None
     assert checkpoint_names(run_dir) == [*complete, f"step_{last + 1:08d}"]
     assert [record["step"] for record in outcome.metrics] == list(range(1, last + 2))
     assert json.loads((run_dir / "stopped.json").read_text()) == {"reason": "signal SIGUSR1", "step": last + 1}
+
+
+def kill_while_saving(place: Place, run_dir: Path, resumed_after: int) -> list[str]:
+    """Start again; the complete checkpoints, beside a half-written one."""
+    # Without a worker, which takes as long to start as its rank; those of a killed rank are tests/data's.
+    settings = [*ENDLESS, "checkpoint.save_interval=1", "data.num_workers=0"]
+    with Job(place, run_dir, run_dir.with_name("2.log"), *settings) as job:
+
+        def is_saving() -> bool:
+            return any(".incomplete." in name for name in checkpoint_names(run_dir))
+
+        job.wait_until(lambda: len(checkpoint_names(run_dir)) > 4 and is_saving())
+        assert not (run_dir / "stopped.json").exists()
+        check_console(job.log, resumed_after)
+        signal_all(job.ranks(), signal.SIGKILL)
+        assert job.exit_code() != 0
+    names = checkpoint_names(run_dir)
+    complete = [name for name in names if "." not in name]
+    assert len(names) == len(complete) + 1, f"the kill left no half-written checkpoint: {names}"
+    return complete
 
 
 def _signal_the_last_rank(trainer: Trainer) -> None:
