@@ -31,7 +31,7 @@ MANIFEST_NAME = "megatron_vlm.json"
 CHECKPOINTS_NAME = "checkpoints"
 PASSTHROUGH_NAME = "passthrough"
 _PUBLISHED = re.compile(r"step_(\d{8,})")
-_LEFTOVER = re.compile(r"step_\d{8,}\.(incomplete|removed)\.[0-9a-f]+")
+_LEFTOVER = re.compile(r"step_\d{8,}\.(incomplete|removed)\.[0-9a-f]+|\.passthrough\.partial-\d+")
 
 
 @dataclass(frozen=True)

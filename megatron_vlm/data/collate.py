@@ -137,6 +137,7 @@ def collate(
         start = 0
         for document in row:
             ids, trained = document.sample.input_ids, document.sample.trained
+            assert len(ids), f"{document.row_name or 'a padding sample'} has no tokens"
             end = start + len(ids)
             input_ids[b, start:end] = torch.from_numpy(ids)
             labels[b, start : end - 1] = torch.from_numpy(np.where(trained, ids, NO_LOSS)[1:])

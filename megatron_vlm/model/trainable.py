@@ -55,7 +55,7 @@ class Trainable:
             if not any(pattern.match(name) for name in names):
                 nearest = difflib.get_close_matches(entry, parts + patterns, _SHOWN_NAMES, cutoff=0)
                 yield ConfigError(
-                    f"model.freeze names {entry}, which the model does not have",
+                    f"model.freeze names {entry or '(nothing)'}, which the model does not have",
                     fix=f"this model has {', '.join(parts)}; the nearest names are {', '.join(nearest)}",
                 )
         if names and not any(map(self.trains, names)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import lcm
 
 from megatron_vlm.errors import ConfigError, LaunchError
 
@@ -74,6 +75,9 @@ class Layout:
                 expert-tensor x pipeline.
             ConfigError: see `assign_layers`.
         """
+        sizes = (world_size, virtual_size, tensor_size, context_size, pipeline_size, expert_size, expert_tensor_size)
+        assert min(sizes) > 0, f"sizes are at least 1, not {sizes}"
+        assert num_layers or (pipeline_layout is None and virtual_size == 1), "layers to assign are not given"
         model_size = tensor_size * context_size * pipeline_size
         if world_size % model_size:
             context = f" x context {context_size}" if context_size > 1 else ""
@@ -86,7 +90,7 @@ class Layout:
             raise LaunchError(
                 f"the {stage_size} ranks of a pipeline stage do not divide by expert {expert_size} x expert-tensor "
                 f"{expert_tensor_size}",
-                fix=f"start a multiple of {ranks_of_experts * pipeline_size} ranks",
+                fix=f"start a multiple of {lcm(ranks_of_experts * pipeline_size, model_size)} ranks",
             )
         chunks = assign_layers(num_layers, pipeline_size, virtual_size, pipeline_layout) if num_layers else []
         return cls(

@@ -34,8 +34,8 @@ _aten = torch.ops.aten
 _FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
     _aten.mm: lambda rows, weights, **_: _product_flops(rows, weights),
     _aten.addmm_: lambda _, rows, weights, **__: _product_flops(rows, weights),
-    # However many rows each expert gets, together they are all rows.
-    _aten._grouped_mm: lambda rows, weights, *_, **__: _product_flops(rows, weights),
+    # However many rows each expert gets, together they are all rows; a rank may hold a single expert.
+    _aten._grouped_mm: lambda rows, weights, *_, **__: 2 * rows.numel() * weights.shape[-1],
     # A fused backward pass computes the scores again: five matmuls for the forward pass's two.
     _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_, **__: _attention_flops(q, k, 2),
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, q, k, *__, **___: _attention_flops(q, k, 5),
@@ -95,6 +95,8 @@ class _RealIntegers(TorchDispatchMode):
             num_selected = int(args[1].sum()) if func is _aten.masked_select.default and are_real[1] else None
         if num_selected is not None:
             return args[0].new_empty(num_selected)
+        if func is _aten.addmm.dtype_out:  # of which torch 2.11 makes something else
+            return kwargs["out"]
         return func(*args, **kwargs)
 
 

@@ -114,7 +114,7 @@ def sums(tensor: int, pipeline: int, expert: int, repeats: int) -> list[dict[str
     for _ in range(repeats):
         groups = build_groups(layout)
         result: dict[str, Any] = {}
-        for name in ("tp", "dp", "pp", "dp_cp", "mp", "tp_ep", "expt_dp", "intra_dist_opt", "embd", "alone"):
+        for name in ("tp", "dp", "pp", "dp_cp", "mp", "tp_ep", "expt_dp", "intra_dist_opt", "embd", "single_rank"):
             group = getattr(groups, name)
             if group is not None:
                 number = torch.tensor(float(torch.distributed.get_rank()))
