@@ -40,6 +40,7 @@ from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.groups import build_groups
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.mcore_config import build_mcore_config
+from megatron_vlm.parallel.parameters import declare, normal, zeros
 from megatron_vlm.platform import megatron_cpu
 from megatron_vlm.platform.fused_adam import FusedLayoutAdam
 from megatron_vlm.training.step import run_global_batch
@@ -195,6 +196,8 @@ def _wrapped_model(overlap: bool = False, hidden_size: int = 4) -> tuple[Any, An
     config = build_mcore_config(hidden_size, 1, torch.float32, Layout.over(1, num_layers=1))
     module = MegatronModule(config)
     module.linear = torch.nn.Linear(hidden_size, hidden_size)
+    declare(module.linear.weight, "matrix", normal)
+    declare(module.linear.bias, "vector", zeros)
     module.forward = module.linear.forward
     settings = DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=overlap)
     return DistributedDataParallel(config, settings, module, pg_collection=groups), groups
@@ -446,6 +449,12 @@ ALLOWED_WORDS = {
     },
     "megatron_vlm/parallel/groups.py": {"model_parallel_cuda_manual_seed"},
     "megatron_vlm/parallel/mcore_config.py": {"use_cpu_initialization"},
+    # Counting runs on the host beside training, and names operators of torch's.
+    "megatron_vlm/planning/flops.py": {'"cpu"'},
+    "megatron_vlm/planning/recorder.py": {
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+    },
 }
 
 

@@ -1,4 +1,4 @@
-"""Reference of span attention in plain PyTorch: what a CPU runs, and explicit formulas that define the operators.
+"""Reference of span attention in plain PyTorch: what the host runs, and explicit formulas that define the operators.
 
 Shapes: B batch, N query heads, G key/value heads, Sq queries, Sk keys, D head dim.
 """
