@@ -32,7 +32,8 @@ def _attention_flops(q: torch.Tensor, k: torch.Tensor, num_products: int) -> int
 _aten = torch.ops.aten
 # What torch does not count, or counts otherwise.
 _FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
-    _aten.mm: lambda rows, weights, **_: _product_flops(rows, weights),
+    _aten.mm: lambda rows, weights, *_, **__: _product_flops(rows, weights),
+    _aten.addmm: lambda _, rows, weights, *__, **___: _product_flops(rows, weights),
     _aten.addmm_: lambda _, rows, weights, **__: _product_flops(rows, weights),
     # However many rows each expert gets, together they are all rows; a rank may hold a single expert.
     _aten._grouped_mm: lambda rows, weights, *_, **__: 2 * rows.numel() * weights.shape[-1],
@@ -88,16 +89,31 @@ class _RealIntegers(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = list(_tensors((args, kwargs)))
-        are_real = [not isinstance(tensor, FakeTensor) for tensor in tensors]
+        if any(isinstance(tensor, FakeTensor) for tensor in tensors):
+            return _SHAPES.get(func, func)(*args, **kwargs)
+        if not tensors and not _makes_integers(func, args, kwargs):
+            return func(*args, **kwargs)
         with unset_fake_temporarily():
-            if all(are_real) and (tensors or _makes_integers(func, args, kwargs)):
-                return func(*args, **kwargs)
-            num_selected = int(args[1].sum()) if func is _aten.masked_select.default and are_real[1] else None
-        if num_selected is not None:
-            return args[0].new_empty(num_selected)
-        if func is _aten.addmm.dtype_out:  # of which torch 2.11 makes something else
-            return kwargs["out"]
-        return func(*args, **kwargs)
+            return func(*args, **kwargs)
+
+
+def _selected(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    with unset_fake_temporarily():
+        num_selected = int(mask.sum())
+    return values.new_empty(num_selected)
+
+
+def _grouped_product(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor, *_: Any) -> torch.Tensor:
+    groups = ends.shape if weights.dim() == 2 else ()
+    return rows.new_empty((*groups, rows.shape[0], weights.shape[-1]))
+
+
+# Results that have a shape, which torch does not know (before 2.15: of products in fp32, or into another dtype).
+_SHAPES: dict[Any, Callable[..., torch.Tensor]] = {
+    _aten.masked_select.default: _selected,
+    _aten._grouped_mm.default: _grouped_product,
+    _aten.addmm.dtype_out: lambda *_, out, **__: out,
+}
 
 
 def _makes_integers(func: Any, args: Any, kwargs: Any) -> bool:

@@ -12,6 +12,19 @@ from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.simulate import simulated_rank
 from megatron_vlm.planning.flops import ModelFlops
+from tests.sizes import full
+
+# What does not train, case by case.
+FROZEN = [
+    set(),
+    {"language_model"},
+    {"vision_tower"},
+    full({"projector"}),
+    full({"language_model", "vision_tower"}),
+    full({"language_model", "projector"}),
+    {"vision_tower", "projector"},
+    full({"language_model", "vision_tower", "projector"}),
+]
 
 
 def batch_flops(family: Family, model_config: Any, batch: MicroBatch, frozen: Set[str] = frozenset()) -> float:

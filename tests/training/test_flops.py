@@ -14,7 +14,7 @@ from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families import registry
 from megatron_vlm.planning.flops import visible_keys
 from tests.families.gemma3 import LENGTH, ROWS, build, make_batch, reference
-from tests.training.model_flops import batch_flops
+from tests.training.model_flops import FROZEN, batch_flops
 from tests.versions import needs_transformers_5_23
 
 FAMILY = registry.FAMILIES[0]
@@ -37,20 +37,7 @@ def _torch_flops(model: PreTrainedModel, batch: MicroBatch, backward: bool) -> i
 
 
 @pytest.mark.parametrize("kind", ["images", "text"])
-@pytest.mark.parametrize(
-    "frozen",
-    [
-        set(),
-        {"language_model"},
-        {"vision_tower"},
-        {"projector"},
-        {"language_model", "vision_tower"},
-        {"language_model", "projector"},
-        {"vision_tower", "projector"},
-        {"language_model", "vision_tower", "projector"},
-    ],
-    ids=lambda frozen: "frozen: " + (", ".join(sorted(frozen)) or "nothing"),
-)
+@pytest.mark.parametrize("frozen", FROZEN, ids=lambda frozen: "frozen: " + (", ".join(sorted(frozen)) or "nothing"))
 @needs_transformers_5_23
 def test_count_equals_torch(kind: str, frozen: set[str]) -> None:
     """Forward and backward, exactly, for rows without padding whose tokens all see each other.

@@ -14,21 +14,11 @@ from megatron_vlm.families import registry
 from megatron_vlm.planning.flops import visible_keys
 from tests.families.mistral3 import build, make_batch
 from tests.parity.tiny_batches import Reference, Rows
-from tests.training.model_flops import batch_flops
+from tests.training.model_flops import FROZEN, batch_flops
 from tests.versions import needs_transformers_5_23
 
 # Two rows of 22 tokens each: an image of h x w patches takes (h / 2) x (w / 2 + 1) tokens.
 FULL_ROWS: dict[str, Rows] = {"images": [[3, (4, 6), 5, (4, 2), 2], [2, (6, 6), 8]], "text": [[22], [22]]}
-FROZEN = [
-    set(),
-    {"language_model"},
-    {"vision_tower"},
-    {"projector"},
-    {"language_model", "vision_tower"},
-    {"language_model", "projector"},
-    {"vision_tower", "projector"},
-    {"language_model", "vision_tower", "projector"},
-]
 
 
 def encode_one_by_one(model: PreTrainedModel) -> None:

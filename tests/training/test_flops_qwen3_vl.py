@@ -21,7 +21,7 @@ from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.data.media import Medium
 from megatron_vlm.families import registry
 from megatron_vlm.families.qwen3_vl.config import config_from_hf
-from tests.training.model_flops import batch_flops
+from tests.training.model_flops import FROZEN, batch_flops
 from tests.versions import needs_transformers_5_23
 
 FAMILY = registry.FAMILIES[1]
@@ -32,15 +32,6 @@ ROWS: dict[str, list[list[Grid]]] = {
     "images and a video": [[(1, 4, 6), (2, 2, 4)], [(1, 8, 2)]],
     "text": [[], []],
 }
-FROZEN = [
-    set(),
-    {"language_model"},
-    {"vision_tower"},
-    {"projector"},
-    {"language_model", "vision_tower"},
-    {"language_model", "projector"},
-    {"language_model", "vision_tower", "projector"},
-]
 
 
 def build(with_experts: bool) -> tuple[PreTrainedModel, Any]:
