@@ -47,7 +47,7 @@ class Stored(Toy):
 
 def load_and_export(source: Path, target: Path, layout: TestLayout) -> dict[str, torch.Tensor]:
     """On a rank: the parameters of its chunks."""
-    groups = build_groups(layout.ranks())
+    groups = build_groups(layout.ranks(NUM_LAYERS))
     chunks = build(layout, groups)
     load_hf_into_model(chunks, source, Stored, None, groups)  # type: ignore[arg-type]
     with SafetensorsReader(source) as reader:

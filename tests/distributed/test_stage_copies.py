@@ -129,7 +129,7 @@ def build(layout: TestLayout, groups: ProcessGroupCollection, family: type[Toy] 
 
 def one_step(layout: TestLayout, num_micro_batches: int) -> tuple[float, list[Copy]]:
     """On a rank: the gradient norm, and every parameter before, with its gradient, and after a step."""
-    groups = build_groups(layout.ranks())
+    groups = build_groups(layout.ranks(NUM_LAYERS))
     initialize_megatron(1, groups)
     chunks = build(layout, groups)
     initialize_weights(chunks, 5, STD, groups)
