@@ -25,7 +25,7 @@ from megatron_vlm.model_configs import MoEConfig
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.mcore_config import build_mcore_config
-from megatron_vlm.parallel.parameters import spec_of
+from megatron_vlm.parallel.parameters import redeclare, spec_of
 from megatron_vlm.parallel.sharding import full_shape, gather_full, own_part
 from tests.ranks import run_ranks
 
@@ -162,6 +162,52 @@ def check_linears(sequence_parallel: bool, provided: bool) -> None:
 @pytest.mark.parametrize(("world_size", "sequence_parallel"), [(1, False), (2, False), (2, True)])
 def test_linears(world_size: int, sequence_parallel: bool, provided: bool) -> None:
     run_ranks(world_size, check_linears, sequence_parallel, provided)
+
+
+def check_replicated(provided: bool) -> None:
+    """On a rank: pairs on weights that are replicated, where each rank has rows of its own, as with images divided."""
+    size = torch.distributed.get_world_size()
+    groups = build_groups(Layout.over(size, num_layers=1, tensor_size=size))
+    initialize_megatron(1, groups)
+    single = build_mcore_config(HIDDEN, 2, torch.float32, Layout.over(1, num_layers=1))
+    model = torch.nn.ModuleDict(
+        {
+            "column": ColumnParallelLinear(HIDDEN, OUT, single, groups.single_rank, bias=True),
+            "sections": SectionedColumnParallelLinear(HIDDEN, OUT, 3, single, groups.single_rank),
+            "row": RowParallelLinear(HIDDEN, OUT, single, groups.single_rank, bias=True),
+        }
+    )
+    for parameter in model.parameters():  # as ModelChunk.mark_tower does
+        redeclare(parameter, tensor_dim=None, partial=True)
+    if provided:
+        for seed, module in enumerate(model.values()):
+            weight = values(*module.weight.flatten(0, -2).shape, seed=seed + 20)
+            module.provide_weight(lambda weight=weight: weight.clone())
+    for module in model.values():
+        module.add_low_rank(RANK, SCALE)
+    whole = fill(model, groups)
+    x, gradient = (values(size * LENGTH, ROWS, n, seed=seed) for n, seed in ((HIDDEN, 1), (5 * OUT, 2)))
+    mine = slice(groups.tp.rank() * LENGTH, (groups.tp.rank() + 1) * LENGTH)
+    own_x = x[mine].clone().requires_grad_()
+    outputs = multiply(own_x, [model["column"](), model["sections"]()])
+    (torch.cat((*outputs, model["row"](own_x)), dim=-1) * gradient[mine]).sum().backward()
+    found = gradients(model, groups, groups.tp)
+
+    leaves = {name: value.clone().requires_grad_() for name, value in whole.items()}
+    expected = []
+    for name, module in model.items():
+        weight = module.provider() if provided else leaves[f"{name}.weight"].flatten(0, -2)
+        pair = leaves[f"{name}.lora_B"].flatten(0, -2) @ leaves[f"{name}.lora_A"]
+        expected.append(linear(x, weight + SCALE * pair, leaves[f"{name}.bias"].flatten()))
+    (torch.cat(expected, dim=-1) * gradient).sum().backward()
+    assert found.keys() == leaves.keys()
+    for name, ours in found.items():
+        close(ours, leaves[name].grad)
+
+
+@pytest.mark.parametrize("provided", [False, True], ids=["trained", "provided"])
+def test_replicated(provided: bool) -> None:
+    run_ranks(2, check_replicated, provided)
 
 
 def test_a_provider_is_asked_once_per_pass() -> None:

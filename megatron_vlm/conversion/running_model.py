@@ -198,7 +198,7 @@ def _write(plan: ExportPlan, gathered: Iterator[_Rows], out_dir: str | os.PathLi
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Location:
     """Where a parameter is: its pipeline rank, dtype, shape over all ranks, and how many of its rows one rank holds."""
 
     pipeline_rank: int
@@ -214,41 +214,43 @@ class _Gatherer:
         self._groups = groups
         self._parameters = dict(_named_parameters(model_chunks))
         mine = {
-            name: _Place(groups.pp.rank(), parameter.dtype, full_shape(parameter, groups), _num_rows(parameter))
+            name: _Location(groups.pp.rank(), parameter.dtype, full_shape(parameter, groups), _num_rows(parameter))
             for name, parameter in self._parameters.items()
         }
-        stages: list[dict[str, _Place]] = [{} for _ in range(groups.pp.size())]
+        stages: list[dict[str, _Location]] = [{} for _ in range(groups.pp.size())]
         torch.distributed.all_gather_object(stages, mine, group=groups.pp)
         # The first stage that has a parameter owns it: the last stage's tied embedding is a copy.
-        self._places = {name: place for stage in reversed(stages) for name, place in stage.items()}
+        self._locations = {name: location for stage in reversed(stages) for name, location in stage.items()}
         self._memory = defaultdict[int, BlockMemory](lambda: BlockMemory(platform.current().device))
         self._is_first_of_stage = groups.tp.rank() == 0 and groups.dp_cp.rank() == 0
         self.is_writer = self._is_first_of_stage and groups.pp.rank() == 0
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """Of all parameters of all stages."""
-        return {name: place.dtype for name, place in self._places.items()}
+        return {name: location.dtype for name, location in self._locations.items()}
 
     def gather(self, plan: ExportPlan) -> Iterator[_Rows]:
         """Every weight in the order of the plan's files, a few rows at a time; every rank goes through all of them."""
         for stored in plan.files:
             for band in plan.bands(stored.name):
-                places = [self._places[part.name] for part in band.parts]
-                for first_row, end_row in _blocks(band, places):
+                locations = [self._locations[part.name] for part in band.parts]
+                for first_row, end_row in _blocks(band, locations):
                     rows = []
-                    for index, (part, place) in enumerate(zip(band.parts, places, strict=True)):
-                        shape = (end_row - first_row, *place.shape[1:])
-                        receive = partial(self._memory[index].take, shape, place.dtype)
-                        rows.append(self._rows(part.name, place, first_row, shape[0], receive))
+                    for index, (part, location) in enumerate(zip(band.parts, locations, strict=True)):
+                        shape = (end_row - first_row, *location.shape[1:])
+                        receive = partial(self._memory[index].take, shape, location.dtype)
+                        rows.append(self._rows(part.name, location, first_row, shape[0], receive))
                     yield _Rows(stored, band, first_row, rows)
 
-    def _rows(self, name: str, place: _Place, first_row: int, count: int, receive: _Receive) -> torch.Tensor | None:
+    def _rows(
+        self, name: str, location: _Location, first_row: int, count: int, receive: _Receive
+    ) -> torch.Tensor | None:
         """Rows of a parameter on the writing rank, None elsewhere."""
         rows = None
-        if self._groups.pp.rank() == place.pipeline_rank:
+        if self._groups.pp.rank() == location.pipeline_rank:
             rows = self._rows_of_stage(self._parameters[name], first_row, count, receive)
         if self._is_first_of_stage:
-            rows = _bring_to_first(rows, place.pipeline_rank, self._groups.pp, receive)
+            rows = _bring_to_first(rows, location.pipeline_rank, self._groups.pp, receive)
         return rows
 
     def _rows_of_stage(
@@ -283,14 +285,14 @@ def _bring_to_first(rows: torch.Tensor | None, owner: int, group: Group, receive
     return rows if group.rank() == 0 else None
 
 
-def _blocks(band: HfBand, places: Sequence[_Place]) -> Iterator[tuple[int, int]]:
+def _blocks(band: HfBand, locations: Sequence[_Location]) -> Iterator[tuple[int, int]]:
     """First and end rows of blocks of a band, each of which lies on one rank with all its rows of a part."""
     borders = {0, band.num_rows}
-    for place in places:
-        borders.update(range(0, band.num_rows, place.rows_per_rank))
-    row_elements = sum(math.prod(place.shape[1:]) for place in places)
+    for location in locations:
+        borders.update(range(0, band.num_rows, location.rows_per_rank))
+    row_elements = sum(math.prod(location.shape[1:]) for location in locations)
     for start, stop in pairwise(sorted(borders)):
-        for first, end in row_blocks((stop - start, row_elements), places[0].dtype, GATHERED_BYTES):
+        for first, end in row_blocks((stop - start, row_elements), locations[0].dtype, GATHERED_BYTES):
             yield start + first, start + end
 
 

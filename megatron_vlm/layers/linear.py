@@ -41,11 +41,6 @@ class ColumnParallelLinear(OperandOwner, tensor_parallel.ColumnParallelLinear):
         """Return the weight [out / tensor ranks, in] and the bias [out / tensor ranks] or None."""
         return self.operand(self.weight, self.bias)
 
-    def add_low_rank(self, rank: int, scale: float) -> None:
-        """Add a low-rank pair; see `OperandOwner`."""
-        out_size, in_size = self.output_size_per_partition, self.input_size
-        self._add_pair(rank, in_size, (out_size,), scale, a_partial=True, b_tensor_dim=0)
-
 
 class SectionedColumnParallelLinear(OperandOwner, torch.nn.Module):
     """Several column-parallel linears in one weight [sections, out, in], each section split over the tensor ranks.
@@ -75,10 +70,6 @@ class SectionedColumnParallelLinear(OperandOwner, torch.nn.Module):
         """Return the weight [sections * out / tensor ranks, in] and the bias [sections * out / tensor ranks]."""
         return self.operand(None if self.weight is None else self.weight.flatten(0, 1), self.bias.flatten())
 
-    def add_low_rank(self, rank: int, scale: float) -> None:
-        """Add a low-rank pair, whose B has sections too; see `OperandOwner`."""
-        self._add_pair(rank, self.in_size, tuple(self.bias.shape), scale, a_partial=True, b_tensor_dim=1)
-
 
 class ReplicatedLinear(OperandOwner, torch.nn.Linear):
     """A replicated weight [out, in] without bias on every tensor rank, which uses some of its rows.
@@ -93,10 +84,6 @@ class ReplicatedLinear(OperandOwner, torch.nn.Linear):
     def forward(self) -> Operand:  # type: ignore[override]
         """Return the weight [out, in]."""
         return self.operand(self.weight, None)
-
-    def add_low_rank(self, rank: int, scale: float) -> None:
-        """Add a low-rank pair; see `OperandOwner`."""
-        self._add_pair(rank, self.in_features, (self.out_features,), scale, a_partial=True, b_partial=True)
 
 
 class RowParallelLinear(OperandOwner, tensor_parallel.RowParallelLinear):
@@ -133,11 +120,6 @@ class RowParallelLinear(OperandOwner, tensor_parallel.RowParallelLinear):
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor | None, *_: Any, **__: Any) -> torch.Tensor:
         """Return this rank's summand, in place of megatron-core's plain matmul of input and weight."""
         return multiply(input, (self.operand(weight, None),))[0]
-
-    def add_low_rank(self, rank: int, scale: float) -> None:
-        """Add a low-rank pair; see `OperandOwner`."""
-        in_size, out_size = self.input_size_per_partition, self.output_size
-        self._add_pair(rank, in_size, (out_size,), scale, a_tensor_dim=1, b_partial=True)
 
 
 def _no_init(weight: torch.Tensor) -> None:

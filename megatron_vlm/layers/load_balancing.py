@@ -71,8 +71,8 @@ class LoadBalancing:
             total = reduce_from_tensor_model_parallel_region(total, group=self.group)
         if self.definition == "megatron":
             return total.squeeze(0)
-        shares, probabilities = (total / self.num_layers).chunk(2)
-        return self._product(shares.detach(), probabilities).squeeze(0)
+        fractions, probabilities = (total / self.num_layers).chunk(2)
+        return self._product(fractions.detach(), probabilities).squeeze(0)
 
-    def _product(self, shares: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
-        return self.num_experts * (shares * probabilities).sum(0, keepdim=True)
+    def _product(self, fractions: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+        return self.num_experts * (fractions * probabilities).sum(0, keepdim=True)

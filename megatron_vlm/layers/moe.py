@@ -25,10 +25,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import grouped_mm, linear, pad
 
 from megatron_vlm.layers.expert_permutation import install as install_expert_permutation
-from megatron_vlm.layers.operands import Operand, Provider
+from megatron_vlm.layers.operands import Declared, Operand, Provider
 from megatron_vlm.model_configs import MoEConfig
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
-from megatron_vlm.parallel.parameters import declare, normal, zeros
+from megatron_vlm.parallel.parameters import declare, normal, spec_of
 from vlm_kernels.gated import gated_halves
 from vlm_kernels.permute import expert_permutation, permute, unpermute
 
@@ -130,6 +130,7 @@ class Experts(torch.nn.Module):
             declare(weight, "matrix", normal, tensor_dim=2, is_expert=True)
         self.expert_tensor_rank = groups.expt_tp.rank()
         self.providers: dict[str, Provider] = {}
+        self.declared: dict[str, Declared] = {}
         self.low_rank_scales: dict[str, float] = {}
 
     def forward(self, x_TH: torch.Tensor, tokens_per_expert: torch.Tensor, weights_T: torch.Tensor) -> torch.Tensor:
@@ -148,6 +149,7 @@ class Experts(torch.nn.Module):
 
     def provide_weight(self, name: Literal["gate_up_proj", "down_proj"], provider: Provider) -> None:
         """Take a weight [experts, out, in] of this rank from a provider; the parameter and its memory are released."""
+        self.declared[name] = Declared.of(getattr(self, name))
         self.providers[name] = provider
         self.register_parameter(name, None)
 
@@ -158,20 +160,17 @@ class Experts(torch.nn.Module):
         expert, with a partial gradient. A GPU's grouped matmul needs rows of a multiple of 16 bytes: in bf16, a rank
         that is a multiple of 8.
         """
-        like = getattr(self, name) if name not in self.providers else self.providers[name]()
-        gate_up = name == "gate_up_proj"
-        count, in_size, out_sizes = like.shape[0], like.shape[-1], like.flatten(1, -2).shape[1:-1]
-        if gate_up:
-            out_sizes = (2, out_sizes[0] // 2)
-        shapes = (count, rank, in_size), (count, *out_sizes, rank)
-        a, b = (torch.nn.Parameter(like.new_empty(shape)) for shape in shapes)
-        declare(a, "matrix", normal, is_expert=True, tensor_dim=None if gate_up else 2, partial=gate_up)
-        declare(b, "matrix", zeros, is_expert=True, tensor_dim=2 if gate_up else None, partial=not gate_up)
+        if name in self.providers:
+            a, b = self.declared[name].low_rank_pair(rank, self.providers[name]())
+        else:
+            weight = getattr(self, name)
+            a, b = Declared.of(weight).low_rank_pair(rank, weight)
         self.register_parameter(f"{name}_lora_A", a)
         self.register_parameter(f"{name}_lora_B", b)
         self.low_rank_scales[name] = scale
-        # megatron-core's gradient norm would count the copies of the replicated side.
-        (a if gate_up else b).shared = self.expert_tensor_rank != 0  # type: ignore[attr-defined]
+        for side in (a, b):
+            if spec_of(side).tensor_dim is None:  # megatron-core's gradient norm would count its copies
+                side.shared = self.expert_tensor_rank != 0  # type: ignore[attr-defined]
 
     def _operand(self, name: str) -> Operand:
         """Return the weight [experts, out, in] and low-rank pair of a linear layer, with gate and up together."""

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
-from megatron_vlm.parallel.parameters import declare, normal, zeros
+from megatron_vlm.parallel.parameters import ParameterSpec, declare, normal, spec_of, zeros
 
 Provider = Callable[[], torch.Tensor]
 """A function that makes a weight [out, in] (of experts [experts, out, in]) that does not train."""
@@ -59,19 +58,28 @@ class Operand:
 class OperandOwner(torch.nn.Module):
     """A linear layer whose weight may come from a provider, and which may have a low-rank pair.
 
-    A new pair changes no output: A is random, B is zero. It is sharded like the weight: one side along the dimension
-    that is split over the tensor ranks, while the other is replicated on each of them with a partial gradient.
+    A new pair changes no output: A is random, B is zero. It is sharded as the weight is declared: one side along the
+    dimension that is split over the tensor ranks, while the other is replicated on each of them with a partial
+    gradient; of a replicated weight with a partial gradient, both sides are such.
     """
 
     weight: torch.Tensor
-    bias: Any
     provider: Provider | None = None
     low_rank_scale: float | None = None
 
     def provide_weight(self, provider: Provider) -> None:
         """Take the weight from a provider; the parameter and its memory are released."""
+        self.declared = Declared.of(self.weight)
         self.provider = provider
         self.register_parameter("weight", None)
+
+    def add_low_rank(self, rank: int, scale: float) -> None:
+        """Add a pair of this rank; `scale` is the factor of its product."""
+        if self.provider is None:
+            self.lora_A, self.lora_B = Declared.of(self.weight).low_rank_pair(rank, self.weight)
+        else:
+            self.lora_A, self.lora_B = self.declared.low_rank_pair(rank, self.provider())
+        self.low_rank_scale = scale
 
     def operand(self, weight: torch.Tensor | None, bias: torch.Tensor | None) -> Operand:
         """Return the operand, given the weight that this module trains, or None with a provider."""
@@ -81,20 +89,48 @@ class OperandOwner(torch.nn.Module):
             return Operand(factor, bias)
         return Operand(factor, bias, self.lora_A, self.lora_B.flatten(0, -2), self.low_rank_scale)
 
-    def _add_pair(
-        self,
-        rank: int,
-        in_size: int,
-        out_sizes: tuple[int, ...],
-        scale: float,
-        *,
-        a_partial: bool = False,
-        a_tensor_dim: int | None = None,
-        b_partial: bool = False,
-        b_tensor_dim: int | None = None,
-    ) -> None:
-        like = self.weight if self.provider is None else self.provider()
-        a, b = (torch.nn.Parameter(like.new_empty(shape)) for shape in ((rank, in_size), (*out_sizes, rank)))
-        self.lora_A = declare(a, "matrix", normal, partial=a_partial, tensor_dim=a_tensor_dim)
-        self.lora_B = declare(b, "matrix", zeros, partial=b_partial, tensor_dim=b_tensor_dim)
-        self.low_rank_scale = scale
+
+@dataclass(frozen=True)
+class Declared:
+    """What a weight's parameter says of it: this rank's shape [..., out, in], and its declaration."""
+
+    shape: torch.Size
+    spec: ParameterSpec
+
+    @staticmethod
+    def of(weight: torch.Tensor) -> Declared:
+        """Return what a parameter says."""
+        assert isinstance(weight, torch.nn.Parameter)
+        return Declared(weight.shape, spec_of(weight))
+
+    def low_rank_pair(self, rank: int, like: torch.Tensor) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+        """Return A [rank, in] and B [..., out, rank]; of experts, A is [experts, rank, in].
+
+        Args:
+            rank: rank of the product.
+            like: a tensor of the pair's dtype and device.
+        """
+        spec, num_dims = self.spec, len(self.shape)
+        is_split, splits_input = spec.tensor_dim is not None, spec.tensor_dim == num_dims - 1
+        experts = self.shape[:1] if spec.is_expert else ()
+        a, b = (
+            torch.nn.Parameter(torch.empty(*shape, dtype=like.dtype, device=like.device))
+            for shape in ((*experts, rank, self.shape[-1]), (*self.shape[:-1], rank))
+        )
+        declare(
+            a,
+            "matrix",
+            normal,
+            tensor_dim=a.dim() - 1 if splits_input else None,
+            is_expert=spec.is_expert,
+            partial=spec.partial or (is_split and not splits_input),
+        )
+        declare(
+            b,
+            "matrix",
+            zeros,
+            tensor_dim=None if splits_input else spec.tensor_dim,
+            is_expert=spec.is_expert,
+            partial=spec.partial or splits_input,
+        )
+        return a, b

@@ -70,8 +70,8 @@ class YarnScaling:
     def ramp(self, head_dim: int, theta: float) -> tuple[float, float]:
         """Return the indices of the frequencies between which stretching sets in."""
         first, last = (
-            head_dim * math.log(self.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
-            for turns in (self.beta_fast, self.beta_slow)
+            head_dim * math.log(self.original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+            for rotations in (self.beta_fast, self.beta_slow)
         )
         if self.truncate:
             first, last = math.floor(first), math.ceil(last)
@@ -91,8 +91,8 @@ def yarn_table(
     """
     frequencies = geometric_frequencies(head_dim, theta, positions_BS.device)
     first, last = yarn.ramp(head_dim, theta)
-    places = torch.arange(head_dim // 2, dtype=torch.float32, device=positions_BS.device)
-    stretched = ((places - first) / (last - first)).clamp(0, 1)
+    indices = torch.arange(head_dim // 2, dtype=torch.float32, device=positions_BS.device)
+    stretched = ((indices - first) / (last - first)).clamp(0, 1)
     frequencies = frequencies * (stretched / yarn.factor + 1 - stretched)
     return _table(positions_BS.t().float()[..., None] * frequencies, dtype, yarn.scale)
 
@@ -129,8 +129,8 @@ def mrope_table(
     Source: `recomposition_frequencies` in transformers' Qwen3-VL; megatron-core has the older, contiguous kind.
     """
     num_axes, num_frequencies, device = len(sections), head_dim // 2, positions_ABS.device
-    place = torch.arange(num_frequencies, device=device)
-    axis = torch.zeros_like(place)
+    index = torch.arange(num_frequencies, device=device)
+    axis = torch.zeros_like(index)
     for number, section in enumerate(sections[1:], start=1):
         axis[number : num_axes * section : num_axes] = number
     frequencies = geometric_frequencies(head_dim, theta, device)

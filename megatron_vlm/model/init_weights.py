@@ -33,8 +33,8 @@ def initialize_weights(
             continue
         # One expert at a time: all of them together may be larger than the host's memory.
         first = groups.ep.rank() * parameter.shape[0]
-        for place, expert in enumerate(parameter):
-            whole = _whole(f"{name} {first + place}", (1, *shape[1:]), spec.initial, seed, std)
+        for index, expert in enumerate(parameter):
+            whole = _whole(f"{name} {first + index}", (1, *shape[1:]), spec.initial, seed, std)
             expert.copy_(own_part(whole, parameter, groups, first_dim=1)[0])
 
 

@@ -93,9 +93,9 @@ class PositionTable(torch.nn.Module):
         # The multiplication comes first, so that a position on a line lies there exactly.
         source = position * (self.side - 1) / (size - 1).clamp(min=1)
         before = source.floor()
-        share = (source - before).float()
+        fraction = (source - before).float()
         lines = torch.stack((before, (before + 1).clamp(max=self.side - 1)), dim=1).long()
-        return lines, torch.stack((1 - share, share), dim=1)
+        return lines, torch.stack((1 - fraction, fraction), dim=1)
 
 
 class VisionAttention(torch.nn.Module):

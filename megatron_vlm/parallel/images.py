@@ -19,12 +19,12 @@ def assign_images(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
     No rank has more than 4/3 of the work of the best assignment (Graham, 1969). The result depends only on values that
     all ranks know, so that they agree without communication.
     """
-    loads, shares = [0] * num_ranks, [list[int]() for _ in range(num_ranks)]
+    loads, assigned = [0] * num_ranks, [list[int]() for _ in range(num_ranks)]
     for image in sorted(range(len(costs)), key=lambda image: (-costs[image], image)):
         rank = loads.index(min(loads))
         loads[rank] += costs[image]
-        shares[rank].append(image)
-    return [sorted(share) for share in shares]
+        assigned[rank].append(image)
+    return [sorted(images) for images in assigned]
 
 
 class ImageDivision:
@@ -41,8 +41,8 @@ class ImageDivision:
 
     def __init__(self, rows: Sequence[int], costs: Sequence[int], group: torch.distributed.ProcessGroup) -> None:
         self.rows, self.group = list(rows), group
-        self.shares = assign_images(costs, group.size())
-        self.own = self.shares[group.rank()]
+        self.assigned = assign_images(costs, group.size())
+        self.own = self.assigned[group.rank()]
 
     def take(self, pixels: torch.Tensor, blank_rows: int) -> torch.Tensor:
         """Return rows of this rank's images, or `blank_rows` rows of zeros if it has none.
@@ -67,14 +67,14 @@ class ImageDivision:
             rows_per_feature: number of rows of `pixels` that make one row of `features`.
         """
         sizes = [rows // rows_per_feature for rows in self.rows]
-        totals = [sum(sizes[image] for image in share) for share in self.shares]
+        totals = [sum(sizes[image] for image in images) for images in self.assigned]
         # Ranks send equally many rows: gloo cannot gather unequal parts, and NCCL sends those one after the other.
         largest = max(totals)
         own = features[: totals[self.group.rank()]]
         padded = pad(own, (0, 0) * (features.dim() - 1) + (0, largest - own.shape[0]))
         gathered = gather_from_sequence_parallel_region(padded, tensor_parallel_output_grad=False, group=self.group)
         by_image: dict[int, torch.Tensor] = {}
-        for share, total, part in zip(self.shares, totals, gathered.split(largest), strict=True):
-            *found, _padding = part.split([*(sizes[image] for image in share), largest - total])
-            by_image.update(zip(share, found, strict=True))
+        for images, total, part in zip(self.assigned, totals, gathered.split(largest), strict=True):
+            *found, _padding = part.split([*(sizes[image] for image in images), largest - total])
+            by_image.update(zip(images, found, strict=True))
         return torch.cat([by_image[image] for image in range(len(sizes))])

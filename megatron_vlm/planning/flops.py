@@ -109,8 +109,8 @@ def visible_keys(batch: MicroBatch, is_real: torch.Tensor, window: int | None) -
     """Count the pairs of a real query and a key that it sees in a layer with this window."""
     low = batch.span_low
     if window is not None:
-        places = torch.arange(low.shape[1], dtype=low.dtype, device=low.device)
-        low = torch.maximum(low, places - (window - 1))
+        positions = torch.arange(low.shape[1], dtype=low.dtype, device=low.device)
+        low = torch.maximum(low, positions - (window - 1))
     return int(((batch.span_high - low + 1) * is_real).sum())
 
 

@@ -123,7 +123,7 @@ class Tracer:
         recorder = self._recorder
         assert recorder is not None
         differentiable = [value for value in inputs if _is_differentiable(value)]
-        key = (key, *map(_Shape.of, differentiable))
+        key = (key, *map(_Shape.of, differentiable), *map(_values, _leaves(inputs, torch.Tensor)))
         if key not in self._counted:
             own_inputs = (_Shape.of(value).make() if _is_differentiable(value) else value for value in inputs)
             with recorder.paused():
@@ -136,6 +136,11 @@ class Tracer:
 
 def _is_differentiable(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _values(tensor: torch.Tensor) -> Hashable:
+    """Return the shape and values of a tensor of integers, on which the work may depend."""
+    return None if tensor.is_floating_point() else (tensor.shape, tensor.cpu().numpy().tobytes())
 
 
 @dataclass(frozen=True)
@@ -295,7 +300,9 @@ def _mapped(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
 
 
 def _leaves(value: Any, kind: type) -> list[Any]:
-    """Return everything of a kind in `value`."""
-    found: list[Any] = []
-    _mapped(value, kind, found.append)
-    return found
+    """Return everything of a kind in `value`, inside tuples, lists and dataclasses."""
+    if isinstance(value, kind):
+        return [value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, entry.name) for entry in dataclasses.fields(value)]
+    return [leaf for item in value for leaf in _leaves(item, kind)] if isinstance(value, tuple | list) else []

@@ -49,7 +49,7 @@ def worst_errors(ranks: list[dict[str, torch.Tensor]]) -> dict[str, float]:
 
 
 def gradients(hf_dir: str, layout: str, mcore_config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Mean gradients by our training step, with some of the engine's settings changed."""
+    """Mean gradients by our training step, with some of megatron-core's settings changed."""
     model, groups = set_up(hf_dir, LAYOUTS[layout])
     config = get_model_config(model[0])
     for name, value in mcore_config.items():

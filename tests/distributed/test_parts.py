@@ -1,4 +1,4 @@
-"""Micro-batches without images, frozen eyes, and first weights: none of them may depend on the layout."""
+"""Micro-batches without images, frozen towers, and first weights: none of them may depend on the layout."""
 
 from __future__ import annotations
 

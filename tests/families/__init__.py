@@ -1,4 +1,4 @@
-"""Every family in its smallest form: one entry, and all batteries run it."""
+"""Every family in its smallest form: one entry, and all suites run it."""
 
 from tests.families import gemma3, mistral3, qwen3_vl
 

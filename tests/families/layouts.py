@@ -1,6 +1,6 @@
-"""The layouts in which each battery runs a family: by default, with experts, and all that there are (Gemma 3).
+"""The layouts in which each suite runs a family: by default, with experts, and all that there are (Gemma 3).
 
-A row is in one table only where another battery shows the same of every family. `make test` runs the rows that
+A row is in one table only where another suite shows the same of every family. `make test` runs the rows that
 `LayoutTables.small` names, in which every two features of layouts meet that meet in any row (`test_layouts.py`);
 `make test_full` runs all rows.
 """
@@ -173,7 +173,7 @@ CONTINUED = {"TP2+SP, bf16": _shared(2, tensor=2, sequence_parallel=True, precis
 Turns = Sequence[tuple[TestLayout, int]]
 IN_TURN: Turns = ((_shared(2, tensor=2, sequence_parallel=True), 3), (_shared(2, pipeline=2), 3))
 
-# What `make test` runs of each battery: these layouts, and all of a battery that is not named
+# What `make test` runs of each suite: these layouts, and all of a suite that is not named
 
 Small = Mapping[str, Sequence[str]]
 SMALL: Small = {
@@ -232,7 +232,7 @@ SMALL_OF_EVERYTHING: Small = {
 
 @dataclass(frozen=True)
 class LayoutTables:
-    """The layouts of each battery; the defaults are for a family without experts.
+    """The layouts of each suite; the defaults are for a family without experts.
 
     Attributes:
         parity: logits, loss and gradients.
@@ -245,7 +245,7 @@ class LayoutTables:
         norm: gradient norm and clipped step.
         continued: stopped and started again, bit for bit.
         in_turn: stopped and started again in other layouts.
-        small: names of the layouts that `make test` runs, by battery.
+        small: names of the layouts that `make test` runs, by suite.
     """
 
     parity: Table = field(default_factory=lambda: PARITY)
@@ -264,13 +264,13 @@ class LayoutTables:
     in_turn: Turns = IN_TURN
     small: Small = field(default_factory=lambda: SMALL)
 
-    def is_small(self, battery: str, layout: str) -> bool:
-        """Whether `make test` runs a battery in a layout."""
-        return layout in self.small.get(battery, (layout,))
+    def is_small(self, suite: str, layout: str) -> bool:
+        """Whether `make test` runs a suite in a layout."""
+        return layout in self.small.get(suite, (layout,))
 
 
-LAYOUT_TABLES = tuple(battery.name for battery in fields(LayoutTables) if battery.name != "small")
-NOTHING = LayoutTables(**{battery: {} for battery in LAYOUT_TABLES}, small={})
+LAYOUT_TABLES = tuple(suite.name for suite in fields(LayoutTables) if suite.name != "small")
+NOTHING = LayoutTables(**{suite: {} for suite in LAYOUT_TABLES}, small={})
 FEW_PARITY = replace(NOTHING, parity=FEW, small={"parity": ("TP2xPP2+SP",)})
 WITH_EXPERTS = LayoutTables(
     parity=PARITY_OF_EXPERTS,

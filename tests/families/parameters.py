@@ -10,10 +10,10 @@ from tests.families import FAMILIES
 from tests.sizes import full
 
 
-def each_layout(battery: str) -> list[Any]:
-    """Every family with every name of its layouts in a battery; those that only `make test_full` runs are marked."""
+def each_layout(suite: str) -> list[Any]:
+    """Every family with every name of its layouts in a suite; those that only `make test_full` runs are marked."""
     return [
-        (pytest.param if family.tables.is_small(battery, name) else full)(family, name, id=f"{family}, {name}")
+        (pytest.param if family.tables.is_small(suite, name) else full)(family, name, id=f"{family}, {name}")
         for family in FAMILIES
-        for name in getattr(family.tables, battery)
+        for name in getattr(family.tables, suite)
     ]

@@ -35,14 +35,14 @@ def features(family: TinyFamily, layout: TestLayout) -> list[Feature]:
     return [("model_type", family.config.model_type), ("data", data_size(layout)), *found.items()]
 
 
-def small_layouts(family: TinyFamily, battery: str) -> list[TestLayout]:
+def small_layouts(family: TinyFamily, suite: str) -> list[TestLayout]:
     """Those that `make test` runs."""
-    table = getattr(family.tables, battery)
-    return [layout for name, layout in table.items() if family.tables.is_small(battery, name)]
+    table = getattr(family.tables, suite)
+    return [layout for name, layout in table.items() if family.tables.is_small(suite, name)]
 
 
-def all_layouts(family: TinyFamily, battery: str) -> list[TestLayout]:
-    return list(getattr(family.tables, battery).values())
+def all_layouts(family: TinyFamily, suite: str) -> list[TestLayout]:
+    return list(getattr(family.tables, suite).values())
 
 
 def pairs(families: Sequence[TinyFamily], layouts: Callable[[TinyFamily, str], list[TestLayout]]) -> set[Pair]:
@@ -50,8 +50,8 @@ def pairs(families: Sequence[TinyFamily], layouts: Callable[[TinyFamily, str], l
     return {
         pair
         for family in families
-        for battery in COMPARED
-        for layout in layouts(family, battery)
+        for suite in COMPARED
+        for layout in layouts(family, suite)
         for pair in combinations(features(family, layout), 2)
     }
 
@@ -69,25 +69,25 @@ def test_every_two_features_meet_in_make_test(has_experts: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("battery", "left_out"),
+    ("suite", "left_out"),
     [("step", "DP4, one rank without images"), ("parity", "TP2xPP2+SP, full recompute"), ("rules", "TP4, vision DP")],
 )
-def test_a_layout_that_is_left_out_shows(battery: str, left_out: str) -> None:
+def test_a_layout_that_is_left_out_shows(suite: str, left_out: str) -> None:
     def without(family: TinyFamily) -> TinyFamily:
-        batteries = family.tables
-        kept = [name for name in getattr(batteries, battery) if name != left_out and batteries.is_small(battery, name)]
-        return replace(family, tables=replace(batteries, small={**batteries.small, battery: kept}))
+        suites = family.tables
+        kept = [name for name in getattr(suites, suite) if name != left_out and suites.is_small(suite, name)]
+        return replace(family, tables=replace(suites, small={**suites.small, suite: kept}))
 
     families = of_kind(has_experts=False)
     assert pairs(families, all_layouts) - pairs([without(family) for family in families], small_layouts)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
-def test_every_battery_of_a_family_runs_in_make_test(family: TinyFamily) -> None:
-    for battery, names in family.tables.small.items():
-        assert battery in LAYOUT_TABLES
-        assert set(names) <= getattr(family.tables, battery).keys(), f"{battery} has no such layouts"
-        assert names or not getattr(family.tables, battery), battery
+def test_every_suite_of_a_family_runs_in_make_test(family: TinyFamily) -> None:
+    for suite, names in family.tables.small.items():
+        assert suite in LAYOUT_TABLES
+        assert set(names) <= getattr(family.tables, suite).keys(), f"{suite} has no such layouts"
+        assert names or not getattr(family.tables, suite), suite
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

@@ -1,4 +1,4 @@
-"""What the tests need to know of a model: one entry, and every battery runs it."""
+"""What the tests need to know of a model: one entry, and every suite runs it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class TinyFamily:
         text_config: its configuration, from the whole model's.
         turn: text after which an assistant speaks, and the token that ends what it says.
         rows: a global batch as users write it.
-        tables: the layouts in which each battery runs.
+        tables: the layouts in which each suite runs.
     """
 
     name: str

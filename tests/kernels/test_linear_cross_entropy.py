@@ -146,13 +146,13 @@ def test_chunks_are_even_and_within_the_bound(tokens: int, most: int, size: int)
     assert chunk_tokens(tokens, 100, 100 * most + 99) == size
 
 
-def lone() -> torch.distributed.ProcessGroup:
+def single_rank() -> torch.distributed.ProcessGroup:
     return build_groups(Layout()).tp
 
 
 def gradcheck() -> bool:
     x, weight, labels, _ = make_inputs()
-    head = Head(VOCABULARY, lone(), softcap=2.0, chunk_bytes=5 * ROWS * 8)
+    head = Head(VOCABULARY, single_rank(), softcap=2.0, chunk_bytes=5 * ROWS * 8)
     return torch.autograd.gradcheck(
         lambda x, weight: linear_cross_entropy(x, weight, labels, index_of(labels), head, Z_LOSS),
         (x.requires_grad_(), weight.requires_grad_()),
@@ -167,7 +167,7 @@ def variants() -> list[list[torch.Tensor]]:
     x, weight, labels, _ = make_inputs(dtype=torch.float32)
     x.requires_grad_()
     weight.requires_grad_()
-    head = Head(VOCABULARY, lone(), chunk_bytes=5 * ROWS * 4)
+    head = Head(VOCABULARY, single_rank(), chunk_bytes=5 * ROWS * 4)
 
     def run(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return linear_cross_entropy(x, weight, labels, index_of(labels), head)
@@ -223,7 +223,7 @@ def largest_tensor(chunk: int, dtype: torch.dtype) -> tuple[int, torch.Tensor, t
     labels = torch.randint(0, 1024, (2, 256), generator=torch.Generator().manual_seed(3))
     weight.main_grad = torch.ones(weight.shape)
     weight.grad_added_to_main_grad = False
-    head = Head(1024, lone(), chunk_bytes=chunk * 1024 * weight.element_size())
+    head = Head(1024, single_rank(), chunk_bytes=chunk * 1024 * weight.element_size())
     with Largest() as largest:
         linear_cross_entropy(x.requires_grad_(), weight, labels, index_of(labels), head).sum().backward()
     assert weight.grad_added_to_main_grad and weight.grad.data_ptr() == weight.main_grad.data_ptr()
@@ -249,7 +249,7 @@ def tied(zero_out: bool) -> tuple[torch.Tensor, torch.Tensor]:
     weight.requires_grad_()
     weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(weight), False
     weight.zero_out_wgrad = zero_out
-    head = Head(VOCABULARY, lone())
+    head = Head(VOCABULARY, single_rank())
     linear_cross_entropy(weight[ids], weight, labels, index_of(labels), head).sum().backward()
     if weight.grad is not None and (not weight.grad_added_to_main_grad or weight.zero_out_wgrad):
         weight.main_grad.add_(weight.grad)

@@ -100,7 +100,7 @@ def test_descriptors_take_any_strides(strides: tuple[int, ...], is_copied: bool)
     TensorDescriptor.from_tensor(ready, [1, 1, 16, 64])  # checks addresses and strides
     assert all(launch._strides(ready)) and torch.equal(ready, given)
     assert (ready.data_ptr() != given.data_ptr()) == is_copied
-    # A compiler is told that results lie as `empty_like` makes them; `attend` passes contiguous rows only.
+    # To a compiler, results lie as `empty_like` makes them; `attend` passes contiguous rows only.
     assert strides[3] != 1 or torch.empty_like(ready).stride()[1:] == torch.empty_like(given).stride()[1:]
 
 

@@ -40,12 +40,12 @@ def test_parity(family: TinyFamily, layout: str, hf_directory: Callable[[TinyFam
 
 
 @pytest.mark.parametrize("registered", registry.FAMILIES, ids=lambda registered: registered.name)
-def test_every_registered_family_runs_every_battery(registered: registry.Family) -> None:
-    """Each model_type with a tower has an entry that leaves out no battery that another entry of its family has not."""
+def test_every_registered_family_runs_every_suite(registered: registry.Family) -> None:
+    """Each model_type with a tower has an entry that leaves out no suite that another entry of its family has not."""
     with_tower = {name for name in registered.model_types if name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
     entries = {family.name: family for family in FAMILIES if family.name in registered.model_types}
     missing = with_tower - entries.keys()
     assert entries and not missing, f"no entry in tests/families for {missing or registered.name}"
     assert all(registry.detect(family.config) is registered for family in entries.values())
-    for battery in LAYOUT_TABLES:
-        assert any(getattr(family.tables, battery) for family in entries.values()), battery
+    for suite in LAYOUT_TABLES:
+        assert any(getattr(family.tables, suite) for family in entries.values()), suite

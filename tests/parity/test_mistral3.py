@@ -100,7 +100,7 @@ def test_patches_turn_with_row_and_column_as_in_transformers(dtype: torch.dtype)
         assert torch.equal(torch.cat((mine, mine), dim=-1), its)
 
 
-# Mistakes that train without an error: the battery of tests/parity must see them
+# Mistakes that train without an error: the suite of tests/parity must see them
 
 
 @contextmanager
@@ -199,7 +199,7 @@ def run_with(mistake: Mistake, hf_dir: str, batches: list[MicroBatch]) -> RankRe
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
-def test_the_battery_sees_a_mistake(mistake: Mistake, hf_directory: str) -> None:
+def test_the_suite_sees_a_mistake(mistake: Mistake, hf_directory: str) -> None:
     truth = MISTRAL3.expected("images")
     (found,) = run_ranks(1, run_with, mistake, hf_directory, truth.micro_batches)
     error = worst_logits(found.logits, truth, MISTRAL3.vocabulary)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -13,8 +14,13 @@ from transformers import Qwen3VLMoeConfig
 from megatron_vlm import platform
 from megatron_vlm.config import Config
 from megatron_vlm.families import registry
+from megatron_vlm.families.build import build_chunks, build_settings
+from megatron_vlm.parallel.simulate import simulated_rank
+from megatron_vlm.planning.example_batch import example_batch
 from megatron_vlm.planning.memory import StageCounts, trace_stages
 from megatron_vlm.planning.preflight import check_layout
+from megatron_vlm.planning.recorder import fake_tensors
+from megatron_vlm.planning.trace import Tracer
 from tests.training.test_memory import EXPERTS, LENGTH, PATCHES, QWEN3_VL, SEQUENCE, TENSOR, run_config
 
 HIDDEN, NUM_EXPERTS, TOP_K = 512, 8, 2
@@ -79,6 +85,36 @@ def test_layers_of_two_kinds() -> None:
     first, second, third = stage.chunks[0].layers.values()
     assert first is third
     assert first.flops["forward"] != second.flops["forward"] and first.kept_bytes != second.kept_bytes
+
+
+def test_one_expert_per_rank() -> None:
+    """Equally many tokens come to a rank as without expert parallelism, all to its expert."""
+    batch = f"train.global_batch_size={NUM_EXPERTS}"
+    without, alone = (
+        trace(run_config(f"parallel.expert_model_parallel_size={size}", batch), size, images_per_row=0)[0].chunks[0]
+        for size in (1, NUM_EXPERTS)
+    )
+    assert without.layers[0].flops == alone.layers[0].flops
+    assert without.total.flops == alone.total.flops
+
+
+def test_a_tracer_tells_batches_apart() -> None:
+    """Rows of two documents each have half of the pairs, though all shapes are the same."""
+    config = run_config()
+    hf_config = Qwen3VLMoeConfig(**(QWEN3_VL | {"text_config": QWEN3_VL["text_config"] | EXPERTS}))
+    family = registry.detect(hf_config)
+    model_config = family.config_from_hf(hf_config, text_only=True)
+    layout, tracer = check_layout(config, model_config, 1), Tracer()
+    settings, rules = build_settings(config, layout), family.prompt_rules(model_config)
+    with simulated_rank(0, layout) as groups, fake_tensors():
+        (chunk,) = build_chunks(family, model_config, settings, groups, torch.device("cpu"))
+        batch = example_batch(model_config, rules, 1, LENGTH)
+        low = torch.arange(LENGTH)[None] // (LENGTH // 2) * (LENGTH // 2)
+        counts = [
+            tracer.trace(chunk, each).total.attention_flops["forward"]
+            for each in (batch, dataclasses.replace(batch, span_low=low.int()))
+        ]
+    assert counts[1] / counts[0] == pytest.approx((LENGTH // 2 + 1) / (LENGTH + 1))
 
 
 def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ def build_multimodal(folder: Path, family: TinyFamily, dtype: torch.dtype = torc
 
 
 def build_text(folder: Path) -> TinyFiles:
-    """A model directory without eyes (Gemma 3's), its tokenizer, and rows of text."""
+    """A model directory without a vision tower (Gemma 3's), its tokenizer, and rows of text."""
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(folder / "model")
     GEMMA3.build(with_vision=False, tokenizer=tokenizer).save_pretrained(folder / "model")

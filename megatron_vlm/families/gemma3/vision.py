@@ -38,8 +38,8 @@ class VisionEmbeddings(torch.nn.Module):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Map [I, channels, height, width] to [I, P, H]."""
         patches = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype))
-        places = torch.arange(self.position_embedding.num_embeddings, device=patches.device)
-        return patches.flatten(2).transpose(1, 2) + self.position_embedding(places)
+        positions = torch.arange(self.position_embedding.num_embeddings, device=patches.device)
+        return patches.flatten(2).transpose(1, 2) + self.position_embedding(positions)
 
 
 class VisionAttention(torch.nn.Module):

@@ -91,7 +91,7 @@ def position_ids(
     positions = np.tile(text_before + advances[frames_before], (3, 1))
     if len(ends):
         frame = frames_before[is_vision]
-        place = np.arange(ends[-1]) - (ends - heights * widths)[frame]
-        positions[1, is_vision] += place // widths[frame]
-        positions[2, is_vision] += place % widths[frame]
+        offset = np.arange(ends[-1]) - (ends - heights * widths)[frame]
+        positions[1, is_vision] += offset // widths[frame]
+        positions[2, is_vision] += offset % widths[frame]
     return positions
