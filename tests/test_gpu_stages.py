@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 import tomllib
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,14 @@ def test_the_total_limit_ends_a_stage(run: Callable[..., Any]) -> None:
     assert code == 1 and results["hangs"]["status"] == "timed out" and time.monotonic() - began < 25
 
 
+@pytest.fixture(params=[signal.SIG_IGN, signal.default_int_handler], ids=["background job", "foreground"])
+def handles_interrupts(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, request.param)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("handles_interrupts")
 def test_a_stage_past_its_limit_may_still_report(run: Callable[..., Any]) -> None:
     """As pytest does when it is interrupted."""
     code = (

@@ -86,7 +86,7 @@ def _import_weights(
     reader: SafetensorsReader, tensors: Mapping[str, HfTensor], staging: Path, progress: Progress | None
 ) -> None:
     done_bytes, total_bytes = 0, sum(reader.tensors[hf_name].num_bytes for hf_name in tensors)
-    memory = BlockMemory()
+    memory, transposed = BlockMemory(), BlockMemory()
     writer = TorchDistWriter(staging)
     try:
         for stored in reader.files:
@@ -97,7 +97,7 @@ def _import_weights(
                     writer.add(part.name, part.weight.padded_shape, stored.dtype)
                 for first_row, end_row in band.blocks(stored.dtype):
                     rows = reader.read_rows(stored.name, *band.file_rows(first_row, end_row), memory)
-                    for part, own_rows in zip(band.parts, band.from_file(rows), strict=True):
+                    for part, own_rows in zip(band.parts, band.from_file(rows, transposed), strict=True):
                         writer.write(part.name, own_rows)
                 for part in band.parts:
                     writer.write(part.name, _padding_rows(part, stored.dtype))
@@ -206,12 +206,13 @@ def _pairs(
     reader: SafetensorsReader, tensor: HfTensor, saved: TorchDistReader
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield rows as they are saved, in the file's type, and as they should be."""
-    dtype, memory = reader.tensors[tensor.hf_name].dtype, BlockMemory()
+    dtype = reader.tensors[tensor.hf_name].dtype
+    memory, transposed, saved_memory = BlockMemory(), BlockMemory(), BlockMemory()
     for band in tensor.bands:
         for first_row, end_row in band.blocks(dtype):
             rows = reader.read_rows(tensor.hf_name, *band.file_rows(first_row, end_row), memory)
-            for part, expected in zip(band.parts, band.from_file(rows), strict=True):
-                yield saved.read_rows(part.name, first_row, end_row).to(dtype), expected
+            for part, expected in zip(band.parts, band.from_file(rows, transposed), strict=True):
+                yield saved.read_rows(part.name, first_row, end_row, saved_memory).to(dtype), expected
         for part in band.parts:
             padding = _padding_rows(part, dtype)
             if len(padding):

@@ -107,10 +107,10 @@ def _load(
             part[band.dim] = (part[band.dim][0] + weight.part_of.start, part[band.dim][1] + weight.part_of.start)
         parts.append((parameter[:count], part))
     if band.is_transposed:
-        memory = BlockMemory()
+        memory, transposed = BlockMemory(), BlockMemory()
         for target, (rows, *inner) in parts:
             for index, row in enumerate(range(*rows)):
-                (matrices,) = band.from_file(reader.read_rows(tensor.hf_name, row, row + 1, memory))
+                (matrices,) = band.from_file(reader.read_rows(tensor.hf_name, row, row + 1, memory), transposed)
                 target[index].copy_(matrices[0][tuple(slice(*bounds) for bounds in inner)])
         return
     shape = band.shape if len(band.parts) > 1 else held[0][0].own_shape

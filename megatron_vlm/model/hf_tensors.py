@@ -63,12 +63,12 @@ class HfBand:
         """Yield (first row, end row) of ours in blocks of at most `block_bytes` for all parts together, or one row."""
         return row_blocks((self.num_rows, math.prod(self.shape) // self.num_rows), dtype, block_bytes)
 
-    def from_file(self, rows: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Return rows of the file in the shape of each part, as views unless they are transposed."""
+    def from_file(self, rows: torch.Tensor, memory: BlockMemory) -> Sequence[torch.Tensor]:
+        """Return rows of the file in the shape of each part: views, or in `memory` if they are transposed."""
         if len(self.parts) > 1:
             return rows.split(self._sizes, self.dim)
         if self.is_transposed:
-            rows = _transpose(rows, rows.new_empty(rows.transpose(-2, -1).shape))
+            rows = _transpose(rows, memory.take(rows.transpose(-2, -1).shape, rows.dtype))
         return [rows.view(-1, *self.parts[0].weight.own_shape[1:]) if self.shape else rows]
 
     def to_file(self, rows: Sequence[torch.Tensor], dtype: torch.dtype, memory: BlockMemory) -> torch.Tensor:
