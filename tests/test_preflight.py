@@ -222,6 +222,7 @@ def test_counts_per_rank_over_tensor_ranks() -> None:
     assert replicated < 0.0025 * total
 
 
+@pytest.mark.full
 def test_memory_follows_the_settings() -> None:
     model_config, shapes = model_config_of("4b")
 

@@ -20,6 +20,7 @@ from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.planning.memory import RankMemory, estimate_memory, trace_stages
 from megatron_vlm.planning.preflight import check_layout
 from tests import published_gemma3, published_mistral3, published_qwen3_vl
+from tests.sizes import two_sizes
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 GPU_BYTES = 80e9
@@ -29,6 +30,7 @@ SIZES: dict[str, PretrainedConfig] = {
     **{f"qwen3_vl_{name}": published_qwen3_vl.published_config(name) for name in published_qwen3_vl.SIZES},
     **{name: published_mistral3.published_config(name) for name in published_mistral3.SIZES},
 }
+ONE_OF_EACH = "gemma3_12b", "qwen3_vl_8b", "qwen3_vl_30b_a3b", "ministral3_8b"
 
 
 def record(name: str) -> tuple[registry.Family, Any, dict[str, tuple[int, ...]]]:
@@ -85,14 +87,14 @@ def test_every_published_size_has_a_recipe() -> None:
     assert {path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("demo_")} == set(SIZES)
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", two_sizes(SIZES, *ONE_OF_EACH))
 def test_recipes_fit_their_machine(name: str) -> None:
     """Each divides over the ranks that its own command line starts, and leaves 10 % of 80 GB free."""
     for rank in memory(name, IMAGES_OF_A_FULL_ROW):
         assert rank.total_bytes < 0.9 * GPU_BYTES
 
 
-@pytest.mark.parametrize("name", [name for name in SIZES if not name.startswith("gemma3")])
+@pytest.mark.parametrize("name", two_sizes([name for name in SIZES if not name.startswith("gemma3")], *ONE_OF_EACH[1:]))
 def test_recipes_say_what_they_take(name: str) -> None:
     ranks = memory(name, IMAGES_OF_A_FULL_ROW)
     fixed = max(rank.parameter_bytes + rank.gradient_bytes + rank.optimizer_bytes for rank in ranks)
@@ -117,6 +119,7 @@ def test_experts_per_rank_add_up() -> None:
     assert state == pytest.approx(12 * sum(map(math.prod, shapes.values())), rel=0.005)
 
 
+@pytest.mark.full
 def test_recipes_are_counted_quickly() -> None:
     """On one core; together they take about half a minute, the largest 4 seconds."""
     for name in SIZES:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -64,6 +65,7 @@ class OperandOwner(torch.nn.Module):
     """
 
     weight: torch.Tensor
+    bias: Any
     provider: Provider | None = None
     low_rank_scale: float | None = None
 

@@ -31,8 +31,10 @@ class Trainable:
     """
 
     def __init__(self, freeze: Iterable[str]) -> None:
+        self.entries = tuple(freeze)
         self._patterns = {
-            entry: re.compile(fnmatch.translate(f"{entry}.*" if entry in PART_NAMES else entry)) for entry in freeze
+            entry: re.compile(fnmatch.translate(f"{entry}.*" if entry in PART_NAMES else entry))
+            for entry in self.entries
         }
 
     def trains(self, name: str) -> bool:

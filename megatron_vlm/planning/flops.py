@@ -27,6 +27,7 @@ from megatron_vlm.planning.recorder import Counts, fake_tensors
 from megatron_vlm.planning.trace import ChunkCounts, Tracer
 
 _TRACED_TOKENS = 128
+_known_factors: dict[tuple[str, VisionLanguageConfig, tuple[str, ...]], list[int]] = {}
 
 
 @dataclass
@@ -67,9 +68,15 @@ class ModelFlops:
         """Return the FLOPs of micro-batches with these lengths, over all their ranks; the first call takes a second."""
         return sum(length * factor for length, factor in zip(lengths, self.factors, strict=True))
 
-    @cached_property
+    @property
     def factors(self) -> list[int]:
         """FLOPs per unit of each length."""
+        key = self.family.name, self.model_config, self.trainable.entries
+        if key not in _known_factors:
+            _known_factors[key] = self._factors()
+        return _known_factors[key]
+
+    def _factors(self) -> list[int]:
         text = self.model_config.text
         batches, traces = self._trace()
         tokens, *pairs = self.lengths(batches[0])[: 1 + len(self._windows)]

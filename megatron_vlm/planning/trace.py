@@ -140,7 +140,7 @@ def _is_differentiable(value: Any) -> bool:
 
 def _values(tensor: torch.Tensor) -> Hashable:
     """Return the shape and values of a tensor of integers, on which the work may depend."""
-    return None if tensor.is_floating_point() else (tensor.shape, tensor.cpu().numpy().tobytes())
+    return None if tensor.is_floating_point() else (tensor.shape, tensor.numpy(force=True).tobytes())
 
 
 @dataclass(frozen=True)

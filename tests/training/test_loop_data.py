@@ -52,7 +52,7 @@ def _poison_parameter(trainer: Trainer) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
-    [full(1, []), (2, []), full(2, [TENSOR]), (2, [PIPELINE, "parallel.overlap_grad_reduce=true"])],
+    [full(1, []), full(2, []), full(2, [TENSOR]), (2, [PIPELINE, "parallel.overlap_grad_reduce=true"])],
     ids=["one rank", "DP2", "TP2", "PP2"],
 )
 def test_stop_names_the_rows(place: Place, tmp_path: Path, ranks: int, overrides: list[str]) -> None:
@@ -144,7 +144,7 @@ def rows_with_a_missing_image(place: Place) -> Path:
     return path
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [full(1), 2])
 def test_bad_row_keeps_its_slot_without_weight(place: Place, tmp_path: Path, ranks: int) -> None:
     """The step's loss is the mean over the other rows, as if the row's answer had no label."""
     path = rows_with_a_missing_image(place)
@@ -164,7 +164,7 @@ def test_bad_row_keeps_its_slot_without_weight(place: Place, tmp_path: Path, ran
     assert outcome.metrics[0]["grad_norm"] == pytest.approx(others.metrics[0]["grad_norm"], rel=1e-5)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [full(1), 2])
 def test_too_many_bad_rows_end_the_run(place: Place, tmp_path: Path, ranks: int) -> None:
     """On all ranks at once, naming the row, whichever rank saw it."""
     settings = [f"data.train=[{{path: {rows_with_a_missing_image(place)}}}]", "data.max_bad_fraction=0.1"]

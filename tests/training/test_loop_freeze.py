@@ -96,13 +96,13 @@ CASES = [
     full("language model", "PP2"),
     ("language model", "PP2xVPP2"),
     full("language model", "DP2, overlapped"),
-    ("language model", "DP2, plain"),
-    ("language model", "TP2xPP2+SP, overlapped"),
+    full("language model", "DP2, plain"),
+    full("language model", "TP2xPP2+SP, overlapped"),
     ("all but projector", "PP2"),
     full("all but projector", "DP2, overlapped"),
     full("towers", "PP2"),
     ("towers", "DP2, overlapped"),
-    (EVERY_SECOND, "PP2xVPP2"),
+    full(EVERY_SECOND, "PP2xVPP2"),
     full(EVERY_SECOND, "DP2, overlapped"),
     (EVERY_SECOND, "TP2xPP2+SP, overlapped"),
 ]
@@ -135,7 +135,9 @@ def estimated(arguments: list[str], ranks: int) -> list[RankMemory]:
     return estimate_memory(config, family, model_config, check_layout(config, model_config, ranks))
 
 
-@pytest.mark.parametrize("overrides", [[PLAIN], [PLAIN, TENSOR], [PLAIN, PIPELINE]], ids=["one rank", "TP2", "PP2"])
+@pytest.mark.parametrize(
+    "overrides", [full([PLAIN]), full([PLAIN, TENSOR]), [PLAIN, PIPELINE]], ids=["one rank", "TP2", "PP2"]
+)
 def test_memory_is_estimated_exactly(place: Place, tmp_path: Path, overrides: list[str]) -> None:
     """Weights, gradients and moments of every rank, where every second layer is frozen."""
     ranks = 1 if len(overrides) == 1 else 2
