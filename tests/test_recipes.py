@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -50,17 +49,11 @@ def recipe(name: str, *overrides: str) -> tuple[Config, Layout, str]:
     return config, check_layout(config, model_config, int(started[1]) * int(started[2]), shapes), path.read_text()
 
 
-SECONDS: dict[str, float] = {}
-
-
 @cache
 def memory(name: str, images_per_row: float) -> list[RankMemory]:
     family, model_config, _ = record(name)
     config, layout, _ = recipe(name)
-    began = time.process_time()
-    estimate = estimate_memory(config, family, model_config, layout, images_per_row)
-    SECONDS[name] = time.process_time() - began
-    return estimate
+    return estimate_memory(config, family, model_config, layout, images_per_row)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -119,20 +112,8 @@ def test_experts_per_rank_add_up() -> None:
     assert state == pytest.approx(12 * sum(map(math.prod, shapes.values())), rel=0.005)
 
 
-@pytest.mark.full
-def test_recipes_are_counted_quickly() -> None:
-    """On one core; together they take about half a minute, the largest 4 seconds."""
-    for name in SIZES:
-        memory(name, IMAGES_OF_A_FULL_ROW)
-    assert sum(SECONDS.values()) < 60
-
-
-def test_a_thousand_ranks_are_described_quickly() -> None:
+def test_a_layout_of_a_thousand_ranks() -> None:
     name = "qwen3_vl_235b_a22b"
-    family, model_config, _ = record(name)
-    config, _, _ = recipe(name)
-    began = time.process_time()
-    layout = check_layout(config, model_config, 1024)
+    _, model_config, _ = record(name)
+    layout = check_layout(recipe(name)[0], model_config, 1024)
     assert (layout.data_size, layout.expert_data_size) == (32, 16)
-    estimate_memory(config, family, model_config, layout)
-    assert time.process_time() - began < 30  # takes 4 seconds
