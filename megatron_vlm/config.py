@@ -221,6 +221,8 @@ class Config:
     model: ModelSettings
     data: DataSettings
     train: TrainSettings
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where the run computes; auto takes CUDA where the machine has an NVIDIA device, and the CPU elsewhere."""
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)

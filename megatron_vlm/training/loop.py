@@ -43,7 +43,7 @@ def train(config: Config) -> int:
     Raises:
         UserError: what the user can correct; nothing that was saved is lost.
     """
-    initialize_distributed(config.parallel.distributed_timeout_minutes)
+    initialize_distributed(config.parallel.distributed_timeout_minutes, config.device)
     failed = True
     try:
         with StopRequests() as requests:
