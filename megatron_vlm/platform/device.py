@@ -65,6 +65,17 @@ class Platform:
         name = torch.cuda.get_device_name()
         return next((peak for key, peak in _PEAK_BF16_FLOPS.items() if key in name), None)
 
+    @property
+    def device_name(self) -> str:
+        """Name of the device for people."""
+        return torch.cuda.get_device_name() if self.accelerated else "CPU"
+
+    @property
+    def driver_version(self) -> str | None:
+        """Version of the NVIDIA driver, where it says one."""
+        path = Path("/sys/module/nvidia/version")
+        return path.read_text().strip() if self.accelerated and path.exists() else None
+
     def use_deterministic_algorithms(self) -> None:
         """Let torch refuse operations whose result depends on timing; call before the first device operation."""
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -30,6 +30,7 @@ from megatron_vlm.training.optimizer import apply_gradients, gradient_norm, lear
 from megatron_vlm.training.profiling import ProfileWindow
 from megatron_vlm.training.setup import Run, initialize_distributed, set_up
 from megatron_vlm.training.signals import StopRequests
+from megatron_vlm.training.start import banner, environment, record_start
 from megatron_vlm.training.step import collect_expert_use, run_global_batch
 from megatron_vlm.training.step_check import StepCheck
 
@@ -82,6 +83,8 @@ class Trainer:
 
     def run(self) -> None:
         """Resume, train to the last step or a stop, save, export."""
+        if self.run_state.is_first_rank:
+            print("\n".join(banner(self.run_state, environment())), flush=True)
         self._resume()
         on_first_rank(self._prepare_folder)
         on_first_rank(self._open_loggers)
@@ -270,6 +273,8 @@ class Trainer:
             self.row_limits.load_state_dict(resumed.extra.get("row_limits") or resumed.extra["bad_rows"])
             if run.is_first_rank:
                 print(f"resuming after step {self.step} of {train_iters}", flush=True)
+                if self.step == train_iters:
+                    print("this run is finished: nothing is left to train", flush=True)
 
     def _save(self) -> None:
         """Save this step, unless it is saved already."""
@@ -308,6 +313,7 @@ class Trainer:
                 print(f"settings changed since the last start: {', '.join(changes)}", flush=True)
         replace_durably(path, to_yaml(self.config))
         (self.run_dir / "stopped.json").unlink(missing_ok=True)
+        record_start(self.run_dir, environment(), self.step, self.config)
 
     def _open_loggers(self) -> None:
         self.loggers = build_loggers(self.config, self.run_dir, self.step)
