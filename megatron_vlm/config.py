@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, Literal
 
 PART_NAMES = ("language_model", "vision_tower", "audio_tower", "projector")
@@ -89,6 +90,8 @@ class DataSource:
     """JSONL file; image paths in it are relative to its folder."""
     weight: float = 1.0
     """Weight in the blend, relative to the other sources."""
+    name: str | None = None
+    """Name in logs; null takes the file's name without its ending, or the path where two files have the same."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class DataSettings:
     """What is read and how it becomes rows of tokens."""
 
     train: list[DataSource]
-    """Training sources: a list of {path, weight}."""
+    """Training sources: a list of {path, weight, name}."""
     seq_length: int
     """Most tokens that one row may have."""
     valid: list[DataSource] = field(default_factory=list)
@@ -117,6 +120,8 @@ class DataSettings:
     """Exit on the first bad row instead of keeping its slot without weight and counting it."""
     max_bad_fraction: float = 0.01
     """Fraction of bad rows past which the run ends (strict: false)."""
+    max_too_long_fraction: float = 0.5
+    """Fraction of rows left out as longer than seq_length past which the run ends (too_long: drop or truncate)."""
     allow_urls: bool = False
     """Fetch images given as http(s) URLs; false refuses them."""
 
@@ -221,10 +226,21 @@ class Config:
     model: ModelSettings
     data: DataSettings
     train: TrainSettings
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where the run computes; auto takes CUDA where the machine has an NVIDIA device, and the CPU elsewhere."""
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
+
+
+def source_names(sources: Sequence[DataSource]) -> list[str]:
+    """Return the names of data sources in logs."""
+    stems = [PurePath(source.path).stem for source in sources]
+    return [
+        source.name or (stem if stems.count(stem) == 1 else source.path)
+        for source, stem in zip(sources, stems, strict=True)
+    ]
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from megatron_vlm.config import PART_NAMES, Config
+from megatron_vlm.config import PART_NAMES, Config, source_names
 from megatron_vlm.errors import ConfigError, UserError, combine
 
 
@@ -143,8 +143,12 @@ def _data(config: Config) -> Iterator[UserError]:
             f"data.min_pixels {data.min_pixels} is above data.max_pixels {data.max_pixels}",
             fix="exchange them, or leave one out for the processor's own value",
         )
-    if not 0 <= data.max_bad_fraction <= 1:
-        yield ConfigError(f"data.max_bad_fraction is {data.max_bad_fraction}", fix="give a share between 0 and 1")
+        names = source_names(sources)
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            yield ConfigError(f"{key} has several sources called {name}", fix="give each a name of its own")
+    for key in ("max_bad_fraction", "max_too_long_fraction"):
+        if not 0 <= getattr(data, key) <= 1:
+            yield ConfigError(f"data.{key} is {getattr(data, key)}", fix="give a fraction between 0 and 1")
 
 
 def _train(config: Config) -> Iterator[UserError]:

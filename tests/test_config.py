@@ -152,8 +152,8 @@ def test_missing_keys_are_all_listed() -> None:
         ("--dryrun", "did you mean dry_run?"),
         ("--data.train=[{pth: a}]", "did you mean data.train.path?"),
         ("--data.train=[{path: a, class_path: os.path}]", "unknown key data.train.class_path"),
-        ("--data.train=[os.path]", "data.train cannot hold 'os.path' -- expected a list of {path, weight}"),
-        ("--data.train=a.jsonl", "data.train cannot be 'a.jsonl' -- expected a list of {path, weight}"),
+        ("--data.train=[os.path]", "data.train cannot hold 'os.path' -- expected a list of {path, weight, name}"),
+        ("--data.train=a.jsonl", "data.train cannot be 'a.jsonl' -- expected a list of {path, weight, name}"),
         ("--train.train_iters=1.5", "train.train_iters cannot be '1.5' -- expected a whole number"),
         ("--train.train_iters=many", "expected a whole number"),
         ("--data.shuffle=perhaps", "data.shuffle cannot be 'perhaps' -- expected true or false"),
@@ -264,7 +264,7 @@ def test_every_field_has_a_default_or_is_required_by_contract() -> None:
     required = {
         f"{section.name}.{key.name}"
         for section in dataclasses.fields(Config)
-        if section.name != "run_dir"
+        if section.name not in ("run_dir", "device")
         for key in dataclasses.fields(valid_keys()[section.name])
         if key.default is dataclasses.MISSING and key.default_factory is dataclasses.MISSING
     }

@@ -12,6 +12,7 @@ objects (random states), and reads only from the run's own folder: do not put a 
 from __future__ import annotations
 
 import pickle
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -216,11 +217,14 @@ class CheckpointManager:
         if incomplete is None:
             return False
 
+        began = time.monotonic()
+
         def publish() -> None:
             manifest.write(incomplete)
             run_folder.share_passthrough(self.directory, incomplete)
             run_folder.publish(incomplete, final)
             run_folder.retire(self.directory, self.keep_last)
+            print(f"saved step {step} in {time.monotonic() - began:.1f} s", flush=True)
 
         # megatron-core would let a rank that holds two copies write both.
         _, state = extract_matching_values(self._state(model_chunks, optimizer, is_loading=False), _is_copy)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
-from megatron_vlm.config import Config, DataSettings, DataSource
+from megatron_vlm.config import Config, DataSettings, DataSource, source_names
 from megatron_vlm.data.collate import LoadedSample
 from megatron_vlm.data.formats import Conversation, parse_row
 from megatron_vlm.data.images import load_image
@@ -20,7 +19,6 @@ from megatron_vlm.data.videos import load_video, require_decoder
 from megatron_vlm.errors import ConfigError, DataError
 
 ROWS_PEEKED_FOR_IMAGES = 256
-FEWEST_ROWS_FOR_FRACTION = 100
 
 
 class RowReader:
@@ -40,6 +38,7 @@ class RowReader:
     def __init__(self, sources: Sequence[DataSource], settings: DataSettings, builder: PromptBuilder) -> None:
         self.settings = settings
         self.builder = builder
+        self._names = source_names(sources)
         self.weights = [source.weight for source in sources]
         self.files = [JsonlRows(build_index(source.path)) for source in sources]
         for file in self.files:
@@ -50,7 +49,7 @@ class RowReader:
     @property
     def names(self) -> list[str]:
         """Names of the sources, for reports."""
-        return [file.index.path for file in self.files]
+        return self._names
 
     def planned_sources(self) -> list[PlannedSource]:
         """Return the facts about the sources that the plan depends on."""
@@ -175,45 +174,3 @@ def reader_for(config: Config, sources: Sequence[DataSource], rules: PromptRules
     """Build the configuration's reader of `sources`; errors are those of `PromptBuilder` and `RowReader`."""
     builder = PromptBuilder(config.model.hf_path, rules, config.data.min_pixels, config.data.max_pixels)
     return RowReader(sources, config.data, builder)
-
-
-@dataclass
-class BadRowTracker:
-    """Ends a run whose fraction of bad rows passes the limit.
-
-    The fraction is of the rows seen so far, but of no fewer than 100 (or all rows of smaller data sets), so that one
-    bad row at the start does not end a run that is fine. A row here is a sample of the data, not a row of a batch.
-
-    Args:
-        max_bad_fraction: largest fraction of bad rows.
-        total_rows: rows of all training sources.
-    """
-
-    max_bad_fraction: float
-    total_rows: int
-    bad_rows: int = 0
-    rows_seen: int = 0
-    last_problem: str | None = None
-
-    def update(self, bad_rows: int, rows: int, problems: Sequence[str] = ()) -> None:
-        """Count one step; every rank passes the sums over all ranks, so that all ranks stop together.
-
-        Args:
-            bad_rows: bad rows among those of the global batch.
-            rows: rows of the data that the global batch holds.
-            problems: descriptions of the bad rows that this rank read.
-
-        Raises:
-            DataError: the fraction passed the limit.
-        """
-        self.bad_rows += bad_rows
-        self.rows_seen += rows
-        self.last_problem = problems[-1] if problems else self.last_problem
-        fewest = min(FEWEST_ROWS_FOR_FRACTION, self.total_rows)
-        if self.bad_rows > self.max_bad_fraction * max(self.rows_seen, fewest):
-            last = f"; the last one seen here: {self.last_problem}" if self.last_problem else ""
-            raise DataError(
-                f"{self.bad_rows} of {self.rows_seen} rows are bad, more than data.max_bad_fraction "
-                f"{self.max_bad_fraction}{last}",
-                fix="repair the rows, or raise data.max_bad_fraction",
-            )

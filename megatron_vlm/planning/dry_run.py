@@ -63,7 +63,7 @@ def dry_run(config: Config, say: Callable[[str], None] = print) -> int:
     """
     if int(os.environ.get("RANK", "0")) > 0:
         return 0  # under torchrun the first rank reports for all
-    platform.initialize()  # as in training; importing it first also silences megatron-core's warnings
+    platform.initialize("cpu")  # the tensors that are counted need no device
     hf_config = registry.load_hf_config(config.model.hf_path)
     family = registry.detect(hf_config)
     model_config = family.config_from_hf(hf_config, text_only=config.model.text_only)

@@ -18,7 +18,7 @@ from megatron_vlm.config import Config, changed_settings, to_dict, to_yaml
 from megatron_vlm.conversion.passthrough import describe
 from megatron_vlm.conversion.running_model import export_hf_from_model
 from megatron_vlm.data.collate import MicroBatch
-from megatron_vlm.data.rows import BadRowTracker
+from megatron_vlm.data.row_limits import RowLimits
 from megatron_vlm.errors import ConfigError, DataError, DivergenceError
 from megatron_vlm.files.durable import replace_durably
 from megatron_vlm.model.trainable import Trainable
@@ -30,6 +30,7 @@ from megatron_vlm.training.optimizer import apply_gradients, gradient_norm, lear
 from megatron_vlm.training.profiling import ProfileWindow
 from megatron_vlm.training.setup import Run, initialize_distributed, set_up
 from megatron_vlm.training.signals import StopRequests
+from megatron_vlm.training.start import banner, environment, record_start
 from megatron_vlm.training.step import collect_expert_use, run_global_batch
 from megatron_vlm.training.step_check import StepCheck
 
@@ -43,7 +44,7 @@ def train(config: Config) -> int:
     Raises:
         UserError: what the user can correct; nothing that was saved is lost.
     """
-    initialize_distributed(config.parallel.distributed_timeout_minutes)
+    initialize_distributed(config.parallel.distributed_timeout_minutes, config.device)
     failed = True
     try:
         with StopRequests() as requests:
@@ -74,8 +75,7 @@ class Trainer:
         self.config, self.device = run.config, platform.current().device
         self.run_dir = Path(run.config.run_dir)
         self.step_check = StepCheck(self.config.train.spike_ratio)
-        rows = sum(source.num_rows for source in run.train_loader.plan.sources)
-        self.bad_rows = BadRowTracker(self.config.data.max_bad_fraction, rows)
+        self.row_limits = RowLimits(self.config.data, run.train_loader.plan.sources, run.train_loader.source_names)
         self.flops = ModelFlops(run.family, run.model_config, Trainable(self.config.model.freeze), run.groups)
         self.step = 0
         self.loggers: list[Callback] = []
@@ -83,6 +83,8 @@ class Trainer:
 
     def run(self) -> None:
         """Resume, train to the last step or a stop, save, export."""
+        if self.run_state.is_first_rank:
+            print("\n".join(banner(self.run_state, environment())), flush=True)
         self._resume()
         on_first_rank(self._prepare_folder)
         on_first_rank(self._open_loggers)
@@ -95,6 +97,7 @@ class Trainer:
                     lambda: _write_json(self.run_dir / "stopped.json", {"reason": stopped, "step": self.step})
                 )
             else:
+                self.row_limits.check_end()
                 self._export()
         finally:
             self.profile.close()
@@ -159,7 +162,7 @@ class Trainer:
         )
         problems = [problem for batch in batches for problem in batch.problems]
         try:
-            self.bad_rows.update(counters["bad_rows"], counters["samples"], problems)
+            self.row_limits.update(counters, [count for _, count in losses], problems)
         except DataError:
             self._publish_before_failing()
             raise
@@ -235,6 +238,14 @@ class Trainer:
         loader.seek(0)
         totals = sums.tolist()
         label_tokens = sum(count for _, count in totals)
+        if not label_tokens and not request:
+            self._save()
+            self._publish_before_failing()
+            raise DataError(
+                f"the held-out rows ({', '.join(loader.source_names)}) have no trained token",
+                "data.valid",
+                "look at them with tools/inspect_data.py, or leave data.valid out",
+            )
         if self.loggers and label_tokens and not request:
             losses = {"all": sum(total for total, _ in totals) / label_tokens}
             losses |= {
@@ -259,9 +270,11 @@ class Trainer:
             self.step = resumed.step
             run.train_loader.load_state_dict(dict(resumed.data))
             self.step_check.load_state_dict(resumed.extra["guard"])
-            self.bad_rows.bad_rows, self.bad_rows.rows_seen = resumed.extra["bad_rows"]
+            self.row_limits.load_state_dict(resumed.extra.get("row_limits") or resumed.extra["bad_rows"])
             if run.is_first_rank:
                 print(f"resuming after step {self.step} of {train_iters}", flush=True)
+                if self.step == train_iters:
+                    print("this run is finished: nothing is left to train", flush=True)
 
     def _save(self) -> None:
         """Save this step, unless it is saved already."""
@@ -273,7 +286,7 @@ class Trainer:
             run.scheduler,
             run.train_loader.state_dict(),
             to_yaml(self.config),
-            {"guard": self.step_check.state_dict(), "bad_rows": [self.bad_rows.bad_rows, self.bad_rows.rows_seen]},
+            {"guard": self.step_check.state_dict(), "row_limits": self.row_limits.state_dict()},
         )
 
     def _export(self) -> None:
@@ -300,6 +313,7 @@ class Trainer:
                 print(f"settings changed since the last start: {', '.join(changes)}", flush=True)
         replace_durably(path, to_yaml(self.config))
         (self.run_dir / "stopped.json").unlink(missing_ok=True)
+        record_start(self.run_dir, environment(), self.step, self.config)
 
     def _open_loggers(self) -> None:
         self.loggers = build_loggers(self.config, self.run_dir, self.step)

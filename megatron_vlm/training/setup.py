@@ -61,9 +61,9 @@ class Run:
         return torch.distributed.get_rank() == 0
 
 
-def initialize_distributed(timeout_minutes: int) -> None:
-    """Join the ranks that torchrun started; without torchrun, be the only one."""
-    backend = platform.initialize().backend
+def initialize_distributed(timeout_minutes: int, device: str = "auto") -> None:
+    """Join the ranks that torchrun started, computing on `device`; without torchrun, be the only one."""
+    backend = platform.initialize(device).backend
     timeout = timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
         torch.distributed.init_process_group(backend, timeout=timeout)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_vlm.data.describe import check_rows, describe_sample
-from megatron_vlm.data.rows import BadRowTracker, RowReader
+from megatron_vlm.data.rows import RowReader
 from megatron_vlm.errors import ConfigError, DataError
 from tests.data.rows import assistant, image, numbered_rows, row, user
 
@@ -124,20 +124,6 @@ def test_sequences_too_short_for_a_late_image(make_reader: Make, monkeypatch: py
     reader = make_reader([GOOD, row(user(image("0.png")), assistant(""))], seq_length=16)
     with pytest.raises(ConfigError, match=r"too short for one image.*rows.jsonl:2\]"):
         reader.read(0, 1)
-
-
-def test_bad_row_tracker() -> None:
-    tracker = BadRowTracker(max_bad_fraction=0.01, total_rows=100_000)
-    tracker.update(1, 8)
-    tracker.update(0, 192)
-    tracker.update(1, 8, ["rows.jsonl:9 is damaged"])
-    with pytest.raises(DataError, match=r"3 of 216 rows are bad, more than data.max_bad_fraction 0.01; .*rows.jsonl:9"):
-        tracker.update(1, 8)
-    with pytest.raises(DataError, match="1 of 4 rows"):
-        BadRowTracker(max_bad_fraction=0.1, total_rows=8).update(1, 4)
-    BadRowTracker(max_bad_fraction=0.25, total_rows=8).update(1, 1)
-    with pytest.raises(DataError):
-        BadRowTracker(max_bad_fraction=0.0, total_rows=100_000).update(1, 1000)
 
 
 def test_check_of_all_rows(make_reader: Make) -> None:
