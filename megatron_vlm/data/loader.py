@@ -267,12 +267,15 @@ def build_train_loader(
         rules: the family's prompt rules.
         sharding: this rank's part of every global batch.
         pin_memory: put tensors into page-locked memory.
-        report_problems: log bad and dropped rows; one rank per data-parallel rank should.
+        report_problems: log bad and dropped rows; one rank per data-parallel rank should. The first of them also logs
+            the notes on the model directory.
 
     Raises:
         ConfigError, DataError: see `PromptBuilder` and `RowReader`.
     """
     reader = reader_for(config, config.data.train, rules)
+    for note in reader.builder.notes if report_problems and sharding.data_parallel_rank == 0 else ():
+        logger.warning("%s", note)
     plan = SamplePlan(reader.planned_sources(), config.train.seed, config.data.shuffle)
     return MicroBatchLoader(
         reader,

@@ -1,7 +1,7 @@
 """Encode conversations as token ids, trained-token masks and media with the model's processor and chat template.
 
-Ids and pixels are what `processor.apply_chat_template(messages, tokenize=True)` gives; nothing is added. Which tokens
-are trained is decided in this order:
+Ids and pixels are what `processor.apply_chat_template(messages, tokenize=True)` gives; nothing is added, cut or padded,
+whatever arguments of calls the tokenizer's files store. Which tokens are trained is decided in this order:
 1. The template has generation tags: transformers' own `assistant_masks`.
 2. The family's turn markers, found in the rendered text. A control token inside a message could forge a turn, so such a
    row is refused, and the number of turns found must be the number of assistant messages.
@@ -27,7 +27,7 @@ from transformers.video_utils import VideoMetadata
 
 from megatron_vlm.data.formats import Conversation, ImagePart, ImageSource, Message, TextPart
 from megatron_vlm.data.media import Medium
-from megatron_vlm.data.processor import IMAGE_TOKEN_NAMES, load_processor
+from megatron_vlm.data.processor import IMAGE_TOKEN_NAMES, drop_stored_arguments, load_processor
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.data.videos import Video
 from megatron_vlm.errors import ConfigError, DataError
@@ -77,6 +77,10 @@ class PromptBuilder:
         self.hf_path = str(hf_path)
         self.processor = load_processor(self.hf_path, rules, min_pixels, max_pixels)
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        self.notes: list[str] = []
+        """What the start should say about the directory, one line each."""
+        if ignored := drop_stored_arguments(self.processor):
+            self.notes.append(f"ignored settings in the tokenizer's files of {hf_path}: {', '.join(ignored)}")
         template = self.processor.chat_template
         template = template.get("default") if isinstance(template, dict) else template
         if not template:

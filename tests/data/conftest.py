@@ -174,7 +174,7 @@ def read_rows(builder: PromptBuilder, folder: Path, rows: list[Any], **settings:
 def make_config(hf_path: Path, folder: Path) -> Callable[..., Config]:
     """Makes a configuration over files written to `folder`, with data settings as keywords."""
 
-    def make(sources: list[DataSource], global_batch_size: int = 8, **settings: Any) -> Config:
+    def make(sources: list[DataSource], global_batch_size: int = 8, hf_path: Path = hf_path, **settings: Any) -> Config:
         return Config(
             run_dir=str(folder / "run"),
             model=ModelSettings(hf_path=str(hf_path)),
