@@ -135,9 +135,9 @@ class Conversation:
         return [part.source for part in parts if part.source is not None]
 
     @property
-    def num_assistant_turns(self) -> int:
-        """Number of assistant messages."""
-        return sum(message.role == "assistant" for message in self.messages)
+    def trains_every_answer(self) -> bool:
+        """Whether no assistant message has `loss: false`."""
+        return all(message.loss for message in self.messages if message.role == "assistant")
 
     def first_messages(self, count: int) -> Conversation:
         """Return the conversation up to and including its `count`-th message."""

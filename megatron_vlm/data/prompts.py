@@ -2,10 +2,11 @@
 
 Ids and pixels are what `processor.apply_chat_template(messages, tokenize=True)` gives; nothing is added, cut or padded,
 whatever arguments of calls the tokenizer's files store. Which tokens are trained is decided in this order:
-1. The template has generation tags: transformers' own `assistant_masks`.
-2. The family's turn markers, found in the rendered text. A control token inside a message could forge a turn, so such a
-   row is refused, and the number of turns found must be the number of assistant messages.
+1. The template has generation tags: what stands between them, as in transformers' own `assistant_masks`.
+2. The family's turn markers around the assistant's texts (`answers.py`). A control token inside a message could forge a
+   turn, so such a row is refused, and so is one in which the start or the end of an answer cannot be told.
 3. Otherwise the model directory is refused.
+Placeholders of media are never trained.
 """
 
 from __future__ import annotations
@@ -19,12 +20,19 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from jinja2.exceptions import TemplateError
-from packaging.version import Version
 from PIL import Image
+from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.video_utils import VideoMetadata
 
+from megatron_vlm.data.answers import (
+    Span,
+    find_answers,
+    find_text_ends,
+    mark_messages,
+    match_tagged_answers,
+    tokens_of_spans,
+)
 from megatron_vlm.data.formats import Conversation, ImagePart, ImageSource, Message, TextPart
 from megatron_vlm.data.media import Medium
 from megatron_vlm.data.processor import IMAGE_TOKEN_NAMES, drop_stored_arguments, load_processor
@@ -32,9 +40,6 @@ from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.data.videos import Video
 from megatron_vlm.errors import ConfigError, DataError
 
-TRANSFORMERS = Version(transformers.__version__)
-# Earlier versions locate answers without counting the tokens by which images are replaced.
-TAGS_WITH_MEDIA_SINCE = Version("5.23")
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -50,6 +55,8 @@ class Sample:
     """Its images and videos in reading order."""
     media_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     """Inputs of the towers for all media in reading order, by name; see `media.Packed`. Empty without media."""
+    answer_ends: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    """Position after the last token of each answer, int64; with generation tags, of each text between them."""
 
     def count(self, kind: str) -> int:
         """Return how many media are of a kind."""
@@ -83,17 +90,10 @@ class PromptBuilder:
             self.notes.append(f"ignored settings in the tokenizer's files of {hf_path}: {', '.join(ignored)}")
         template = self.processor.chat_template
         template = template.get("default") if isinstance(template, dict) else template
+        self.template: str = template or ""
         if not template:
             raise ConfigError(f"{hf_path} has no chat template", "model.hf_path", "add a chat_template.jinja file")
         self.has_generation_tags = bool(GENERATION_TAG.search(template))
-        if self.has_generation_tags and rules.image_token_id is not None and TRANSFORMERS < TAGS_WITH_MEDIA_SINCE:
-            raise ConfigError(
-                f"the chat template of {hf_path} has generation tags, "
-                f"which transformers {TRANSFORMERS} misplaces in rows with images",
-                "model.hf_path",
-                f"install transformers {TAGS_WITH_MEDIA_SINCE} or later, or remove the tags: the assistant's turns are "
-                "then found by their markers",
-            )
         if not self.has_generation_tags and rules.assistant_start not in _probe_prompt(self.processor, rules):
             raise ConfigError(
                 f"the chat template of {hf_path} does not mark the assistant's turns with {rules.assistant_start!r}",
@@ -119,6 +119,7 @@ class PromptBuilder:
         messages = conversation.template_messages(images, [video.frames for video in videos])
         try:
             output = self._apply_template(messages, videos)
+            spans = self._find_spans(messages, conversation)
         # What templates and processors raise on a conversation they do not accept.
         except (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise DataError(
@@ -127,17 +128,14 @@ class PromptBuilder:
                 "correct or remove the row",
             ) from None
         input_ids = np.array(output["input_ids"], np.int64)
-        if self.has_generation_tags:
-            trained = np.array(output["assistant_masks"], bool)
-        else:
-            trained = self._mask_by_markers(messages, output, conversation)
-        trained = _drop_untrained_turns(trained, conversation)
+        trained, answer_ends = self._mask(input_ids, output, spans, conversation)
         if not trained.any():
             raise DataError("no token of the row is trained", conversation.row_name, "add an assistant message")
         if self.rules.media is None:
-            return Sample(input_ids, trained)
+            return Sample(input_ids, trained, answer_ends=answer_ends)
         pixels, media = self.rules.media.pack(output if images or videos else {}, input_ids, conversation.row_name)
-        return Sample(input_ids, trained, media, {} if pixels is None else {"pixel_values": pixels})
+        media_inputs = {} if pixels is None else {"pixel_values": pixels}
+        return Sample(input_ids, trained, media, media_inputs, answer_ends)
 
     def sample_frames(self, metadata: VideoMetadata, frames_per_second: float | None) -> np.ndarray:
         """Return the indices of the frames that the video processor samples from a file; see `videos.Sampler`."""
@@ -166,8 +164,6 @@ class PromptBuilder:
     def _apply_template(self, messages: list[dict[str, Any]], videos: Sequence[Video]) -> dict[str, Any]:
         """Return the processor's output for one conversation, without the batch dimension on text."""
         options: dict[str, Any] = {"tokenize": True, "return_dict": True}
-        if self.has_generation_tags:
-            options["return_assistant_tokens_mask"] = True
         if self.rules.image_token_id is None:
             output = self.processor.apply_chat_template(
                 messages, tokenizer_kwargs={"return_offsets_mapping": True}, **options
@@ -184,7 +180,7 @@ class PromptBuilder:
             metadata = [video.metadata for video in videos]
             processor_options.update(do_sample_frames=False, video_metadata=metadata)
         output = self.processor.apply_chat_template(messages, processor_kwargs=processor_options, **options)
-        per_text = ("input_ids", "assistant_masks", "offset_mapping", "text_replacement_offsets")
+        per_text = ("input_ids", "offset_mapping", "text_replacement_offsets")
         return {key: value[0] if key in per_text else value for key, value in output.items()}
 
     def _refuse_control_tokens(self, conversation: Conversation) -> None:
@@ -206,62 +202,50 @@ class PromptBuilder:
         named = [getattr(owner, name, None) for owner in (self.tokenizer, self.processor) for name in IMAGE_TOKEN_NAMES]
         return {token for token in named if token}
 
-    def _mask_by_markers(
-        self, messages: list[dict[str, Any]], output: dict[str, Any], conversation: Conversation
-    ) -> np.ndarray:
-        """Build the trained mask from the family's turn markers.
+    def _render(self, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
+        """Render messages as `apply_chat_template` does; return the text and what stands between generation tags."""
+        output: Any = render_jinja_template(
+            conversations=[messages],
+            chat_template=self.template,
+            return_assistant_tokens_mask=self.has_generation_tags,
+            **self.tokenizer.special_tokens_map,
+        )
+        texts, tagged = output
+        return texts[0], [Span(*span) for span in tagged[0]] if tagged else []
 
-        A turn's trained text starts after the start marker and ends with the end-of-turn token; the line break that
+    def _find_spans(self, messages: list[dict[str, Any]], conversation: Conversation) -> list[Span]:
+        """Return the characters of every answer."""
+        row_name = conversation.row_name
+        answers = [number for number, message in enumerate(conversation.messages) if message.role == "assistant"]
+        rendered, tagged = self._render(messages)
+        if self.has_generation_tags and conversation.trains_every_answer:
+            return tagged
+        marked, _ = self._render(mark_messages(messages))
+        text_ends = find_text_ends(rendered, marked, row_name)
+        if self.has_generation_tags:
+            return match_tagged_answers(tagged, text_ends, answers, row_name)
+        return find_answers(rendered, text_ends, answers, self.rules, row_name)
+
+    def _mask(
+        self, input_ids: np.ndarray, output: dict[str, Any], spans: list[Span], conversation: Conversation
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return which tokens are trained, [S] bool, and the end of each answer.
+
+        An answer's trained text starts after the start marker and ends with the end-of-turn token; the line break that
         templates put after that token is not trained, because generation stops before it.
         """
-        prompt = self.processor.apply_chat_template(messages, tokenize=False)
-        start_marker, end_marker = re.escape(self.rules.assistant_start), re.escape(self.rules.assistant_end)
-        spans = [found.span(1) for found in re.finditer(f"{start_marker}(.*?{end_marker})", prompt, re.DOTALL)]
-        if len(spans) != conversation.num_assistant_turns:
-            raise DataError(
-                f"the rendered text has {len(spans)} assistant turns, the row {conversation.num_assistant_turns}",
-                conversation.row_name,
-            )
-        offsets = np.array(output["offset_mapping"]).reshape(-1, 2)
-        trained = np.zeros(len(offsets), bool)
+        offsets = np.array(output["offset_mapping"], np.int64).reshape(-1, 2)
         replacements = output.get("text_replacement_offsets") or []
-        for span in spans:
-            start, end = (position + _characters_gained(position, replacements) for position in span)
-            trained |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])
+        answer = tokens_of_spans(spans, offsets, replacements, whole=not self.has_generation_tags)
+        answered = answer >= 0
+        answer_ends = np.zeros(len(spans), np.int64)
+        np.maximum.at(answer_ends, answer[answered], np.flatnonzero(answered) + 1)
         # Features of a medium inside an answer are inputs, never targets.
-        return trained & ~np.isin(output["input_ids"], self.rules.media_token_ids)
-
-
-def turn_ends(trained: np.ndarray) -> np.ndarray:
-    """Return the position after the last token of each run of trained tokens, [turns] int64."""
-    return np.flatnonzero(trained & ~np.append(trained[1:], False)) + 1
-
-
-def _characters_gained(position: int, replacements: list[dict[str, Any]]) -> int:
-    """Return by how many characters `position` moved when the image placeholders before it were expanded."""
-    return sum(
-        (item["new_span"][1] - item["new_span"][0]) - (item["span"][1] - item["span"][0])
-        for item in replacements
-        if item["span"][1] <= position
-    )
-
-
-def _drop_untrained_turns(trained: np.ndarray, conversation: Conversation) -> np.ndarray:
-    """Return the mask without the turns whose message has `loss: false`."""
-    losses = [message.loss for message in conversation.messages if message.role == "assistant"]
-    if all(losses):
-        return trained
-    ends = turn_ends(trained)
-    if len(ends) != len(losses):
-        raise DataError(
-            f"`loss: false` cannot be applied: {len(ends)} trained turns for {len(losses)} assistant messages",
-            conversation.row_name,
-        )
-    kept, start = trained.copy(), 0
-    for end, loss in zip(ends.tolist(), losses, strict=True):
-        kept[start:end] &= loss
-        start = end
-    return kept
+        trained = answered & ~np.isin(input_ids, self.rules.media_token_ids)
+        if not conversation.trains_every_answer:
+            losses = [message.loss for message in conversation.messages if message.role == "assistant"]
+            trained &= np.array([*losses, False])[answer]
+        return trained, answer_ends
 
 
 def _control_token_pattern(tokenizer: Any, rules: PromptRules) -> re.Pattern[str]:
@@ -269,7 +253,7 @@ def _control_token_pattern(tokenizer: Any, rules: PromptRules) -> re.Pattern[str
 
     Some tokenizers do not call those special, and to some a marker is ordinary text.
     """
-    markers = rules.assistant_start.strip(), rules.assistant_end
+    markers = rules.assistant_start.strip(), rules.assistant_end, *rules.other_starts
     names = {
         token.content
         for token in tokenizer.added_tokens_decoder.values()

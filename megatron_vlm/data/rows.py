@@ -14,7 +14,7 @@ from megatron_vlm.data.formats import Conversation, parse_row
 from megatron_vlm.data.images import load_image
 from megatron_vlm.data.index import JsonlRows, build_index
 from megatron_vlm.data.plan import PlannedSource
-from megatron_vlm.data.prompts import PromptBuilder, Sample, turn_ends
+from megatron_vlm.data.prompts import PromptBuilder, Sample
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.data.videos import load_video, require_decoder
 from megatron_vlm.errors import ConfigError, DataError
@@ -132,10 +132,10 @@ class RowReader:
     def _truncate(self, conversation: Conversation, sample: Sample) -> Sample | None:
         """Render the most leading messages that end with an assistant's, fit, and train something; None if none do."""
         limit = self.settings.seq_length
-        turns_that_may_fit = int((turn_ends(sample.trained) <= limit).sum())
+        turns_that_may_fit = int((sample.answer_ends <= limit).sum())
         answers = [number for number, message in enumerate(conversation.messages, 1) if message.role == "assistant"]
-        # A turn without trained tokens shows no end: then every earlier answer is a candidate.
-        complete = len(turn_ends(sample.trained)) == len(answers)
+        # A template may tag more or fewer texts than the answers: then every earlier answer is a candidate.
+        complete = len(sample.answer_ends) == len(answers)
         for count in reversed(answers[:turns_that_may_fit] if complete else answers[:-1]):
             try:
                 shorter = self._encode(conversation.first_messages(count))

@@ -22,6 +22,9 @@ class PromptRules:
     """End-of-turn token, which the template puts after them; it is trained."""
     image_token_id: int | None
     """Id of the token that stands for one feature of an image; None for a text-only model."""
+    other_starts: tuple[str, ...] = ()
+    """Tokens that stand before an assistant's words in place of `assistant_start`, where that ends a user's turn and
+    the message before is another's."""
     bidirectional_images: bool = False
     """Tokens of one image attend to each other in both directions."""
     video_token_id: int | None = None

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 
 def prompt_rules(config: ModelConfig) -> PromptRules:
-    """Prompt rules of a Mistral3 model: "[/INST]" opens an answer, "</s>" is trained as its end.
+    """Prompt rules of a Mistral3 model: an answer follows the end of another turn, "</s>" is trained as its end.
 
+    Most follow a user's turn, which "[/INST]" ends; also a system prompt, another answer, or the start of the text.
     Images vary in size. The processor writes each as rows of placeholders with a break after each row, the last of
     which is the image's end; breaks and ends are text to the model.
 
@@ -36,6 +37,7 @@ def prompt_rules(config: ModelConfig) -> PromptRules:
         assistant_start="[/INST]",
         assistant_end="</s>",
         image_token_id=config.image_token_id,
+        other_starts=("[/SYSTEM_PROMPT]", "</s>", "<s>"),
         media=None if config.text_only else _media_rules(config),
     )
 
