@@ -20,6 +20,7 @@ IMAGE_TOKEN_NAMES = (
 TEKKEN_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 # Arguments of calls that change no id of one text, and the one that all callers of a processor share.
 HARMLESS_ARGUMENTS = ("padding_side", "truncation_side", "verbose")
+MOST_TOKENS_LISTED = 5
 KEPT_ARGUMENTS = ("add_special_tokens",)
 
 
@@ -76,6 +77,47 @@ def drop_stored_arguments(processor: Any) -> list[str]:
         for name, value in dropped.items()
         if value and name not in HARMLESS_ARGUMENTS and not name.startswith("return_")
     ]
+
+
+def check_added_tokens(tokenizer: Any, rules: PromptRules, hf_path: str) -> str | None:
+    """Check that every added token has a row in the model's embedding.
+
+    Text-only models are published with the placeholders of their family's media, for which they may have no rows.
+
+    Args:
+        tokenizer: the tokenizer of `hf_path`.
+        rules: the family's rules.
+        hf_path: directory with tokenizer and model.
+
+    Returns:
+        A line that names such placeholders; None without any.
+
+    Raises:
+        ConfigError: another token has no row.
+    """
+    if rules.vocab_size is None:
+        return None
+    missing = {
+        str(token): number for number, token in tokenizer.added_tokens_decoder.items() if number >= rules.vocab_size
+    }
+    harmless = rules.media_tokens if rules.media is None else ()
+    refused = {token: number for token, number in missing.items() if token not in harmless}
+    if refused:
+        raise ConfigError(
+            f"the tokenizer has added tokens for which the model's embedding of {rules.vocab_size} rows has none: "
+            f"{_list_tokens(refused)}",
+            hf_path,
+            "remove them from the tokenizer, or resize the model's embedding (resize_token_embeddings in transformers)",
+        )
+    if not missing:
+        return None
+    return f"the text-only model has no rows for placeholders of media, which no row may have: {_list_tokens(missing)}"
+
+
+def _list_tokens(tokens: dict[str, int]) -> str:
+    shown = [f"{token} has id {number}" for token, number in list(tokens.items())[:MOST_TOKENS_LISTED]]
+    more = len(tokens) - len(shown)
+    return ", ".join(shown) + (f", and {more} more" if more else "")
 
 
 def _load(hf_path: str, has_images: bool) -> Any:

@@ -35,7 +35,12 @@ from megatron_vlm.data.answers import (
 )
 from megatron_vlm.data.formats import Conversation, ImagePart, ImageSource, Message, TextPart
 from megatron_vlm.data.media import Medium
-from megatron_vlm.data.processor import IMAGE_TOKEN_NAMES, drop_stored_arguments, load_processor
+from megatron_vlm.data.processor import (
+    IMAGE_TOKEN_NAMES,
+    check_added_tokens,
+    drop_stored_arguments,
+    load_processor,
+)
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.data.videos import Video
 from megatron_vlm.errors import ConfigError, DataError
@@ -88,6 +93,8 @@ class PromptBuilder:
         """What the start should say about the directory, one line each."""
         if ignored := drop_stored_arguments(self.processor):
             self.notes.append(f"ignored settings in the tokenizer's files of {hf_path}: {', '.join(ignored)}")
+        if note := check_added_tokens(self.tokenizer, rules, self.hf_path):
+            self.notes.append(note)
         template = self.processor.chat_template
         template = template.get("default") if isinstance(template, dict) else template
         self.template: str = template or ""
@@ -128,6 +135,7 @@ class PromptBuilder:
                 "correct or remove the row",
             ) from None
         input_ids = np.array(output["input_ids"], np.int64)
+        self._refuse_ids_without_rows(input_ids, conversation.row_name)
         trained, answer_ends = self._mask(input_ids, output, spans, conversation)
         if not trained.any():
             raise DataError("no token of the row is trained", conversation.row_name, "add an assistant message")
@@ -196,6 +204,19 @@ class PromptBuilder:
                         conversation.row_name,
                         "remove it from the text, or use a chat template with generation tags",
                     )
+
+    def _refuse_ids_without_rows(self, input_ids: np.ndarray, row_name: str) -> None:
+        """Refuse ids past the embedding: sharded and padded, it would read rows that mean nothing, or none at all."""
+        vocab_size = self.rules.vocab_size
+        if vocab_size is None or input_ids.max(initial=0) < vocab_size:
+            return
+        number = int(input_ids[np.argmax(input_ids >= vocab_size)])
+        raise DataError(
+            f"the row has the token {self.tokenizer.convert_ids_to_tokens(number)} with id {number}, but the model's "
+            f"embedding has {vocab_size} rows",
+            row_name,
+            "remove it from the row, or resize the model's embedding (resize_token_embeddings in transformers)",
+        )
 
     @cached_property
     def _image_tokens(self) -> set[str]:

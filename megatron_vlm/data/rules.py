@@ -25,6 +25,10 @@ class PromptRules:
     other_starts: tuple[str, ...] = ()
     """Tokens that stand before an assistant's words in place of `assistant_start`, where that ends a user's turn and
     the message before is another's."""
+    media_tokens: tuple[str, ...] = ()
+    """Tokens that processors write around media and in their place, also where the model takes none."""
+    vocab_size: int | None = None
+    """Rows of the model's embedding; None where no model is known, as in tests of prompts alone."""
     bidirectional_images: bool = False
     """Tokens of one image attend to each other in both directions."""
     video_token_id: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -11,12 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer, PretrainedConfig
 
 from megatron_vlm.config import Config, DataSource
 from megatron_vlm.data.loader import BatchSharding, build_train_loader
 from megatron_vlm.data.prompts import PromptBuilder
-from tests.data.references import draw_pictures, encode
+from megatron_vlm.data.rules import PromptRules
+from megatron_vlm.errors import DataError
+from megatron_vlm.families.registry import detect
+from tests import published_gemma3, published_mistral3, published_qwen3_vl
+from tests.data.references import draw_pictures, encode, refusal
 from tests.data.rows import assistant, image, numbered_rows, user, write_jsonl
+from tests.data.tiny_processor import build_processor, build_tokenizer
 
 BUILDERS = {"gemma3": "builder", "qwen3_vl": "qwen_builder", "mistral3": "mistral_builder"}
 LONG = [
@@ -98,6 +105,103 @@ def test_stored_settings_change_nothing(
         assert all(torch.equal(sample.media_inputs[key], clean.media_inputs[key]) for key in clean.media_inputs)
     sample = encode(builder, LONG, folder)
     assert (len(sample.input_ids), int(sample.trained.sum())) == FIGURES[family]
+
+
+OTHER_ROW = [user("say [OBJ0]"), assistant("yes [OBJ0]")]
+
+
+def with_added_tokens(path: Path, source: str, count: int, rows: int) -> list[int]:
+    """Copy a directory and add [OBJ0], ... past `rows` ids; returns their ids."""
+    shutil.copytree(source, path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    names = [f"[OBJ{number}]" for number in range(rows - len(tokenizer) + count)]
+    tokenizer.add_tokens(names)
+    tokenizer.save_pretrained(path)
+    return tokenizer.convert_tokens_to_ids(names)
+
+
+@pytest.mark.parametrize("past_padding", [False, True])
+def test_added_tokens_without_rows(family_builder: PromptBuilder, tmp_path: Path, past_padding: bool) -> None:
+    """Whether the embedding's padding has a row for them or not."""
+    rows = len(family_builder.tokenizer)
+    ids = with_added_tokens(tmp_path / "model", family_builder.hf_path, 70 if past_padding else 1, rows)
+    assert (max(ids) >= -(-rows // 64) * 64) == past_padding
+    rules = dataclasses.replace(family_builder.rules, vocab_size=rows)
+    refused = refusal(tmp_path / "model", rules)
+    assert (
+        f"embedding of {rows} rows has none: [OBJ0] has id {rows}" in refused and "resize_token_embeddings" in refused
+    )
+    assert refused.count("[OBJ") == (5 if past_padding else 1) and ("and 65 more" in refused) == past_padding
+    # All have one, the last of them the last row.
+    rules = dataclasses.replace(family_builder.rules, vocab_size=max(ids) + 1)
+    builder = PromptBuilder(tmp_path / "model", rules)
+    assert builder.notes == [] and ids[0] in encode(builder, OTHER_ROW, tmp_path).input_ids
+
+
+@pytest.mark.parametrize("messages", [[user("say [OBJ0]"), assistant("b")], [user("a"), assistant("yes [OBJ0]")]])
+def test_rows_with_ids_past_the_embedding(
+    family_builder: PromptBuilder, tmp_path: Path, messages: list[dict[str, Any]]
+) -> None:
+    """Also of ordinary tokens, which the start does not look through."""
+    rows = len(family_builder.tokenizer)
+    with_added_tokens(tmp_path / "model", family_builder.hf_path, 1, rows)
+    builder = PromptBuilder(tmp_path / "model", family_builder.rules)
+    builder.rules = dataclasses.replace(family_builder.rules, vocab_size=rows)
+    assert encode(builder, LONG, tmp_path).trained.any()
+    with pytest.raises(DataError, match=rf"the token \[OBJ0\] with id {rows}, but .* has {rows} rows.*jsonl:7.*resize"):
+        encode(builder, messages, tmp_path)
+
+
+def test_placeholders_without_rows_in_text_only_models(
+    tmp_path: Path, text_rules: PromptRules, rules: PromptRules
+) -> None:
+    """Gemma 3 270M and 1B are published with <image_soft_token> past their embedding."""
+    build_tokenizer().save_pretrained(tmp_path)
+    rows = move_to_the_end(tmp_path / "tokenizer.json", "<image_soft_token>")
+    text_rules = dataclasses.replace(text_rules, vocab_size=rows)
+    builder = PromptBuilder(tmp_path, text_rules)
+    assert builder.notes == [
+        "the text-only model has no rows for placeholders of media, which no row may have: "
+        f"<image_soft_token> has id {rows}"
+    ]
+    assert encode(builder, LONG, tmp_path).trained.any()
+    with pytest.raises(DataError, match="contains the control token <image_soft_token>"):
+        encode(builder, [user("<image_soft_token>"), assistant("b")], tmp_path)
+    # Nor may they be past the embedding of a model that takes images, nor others in a text-only one.
+    build_processor(tmp_path / "images")
+    move_to_the_end(tmp_path / "images" / "tokenizer.json", "<image_soft_token>")
+    image_rules = dataclasses.replace(rules, vocab_size=rows, image_token_id=rows)
+    assert f"<image_soft_token> has id {rows}" in refusal(tmp_path / "images", image_rules)
+    assert move_to_the_end(tmp_path / "tokenizer.json", "<unk>") == rows
+    assert f"none: <unk> has id {rows + 1} " in refusal(tmp_path, text_rules)
+
+
+def move_to_the_end(path: Path, token: str) -> int:
+    """Give an added token of a tokenizer.json the id after the last one of the vocabulary; returns its size."""
+    content = json.loads(path.read_text())
+    vocab = content["model"]["vocab"]
+    vocab[f"unused {token}"] = vocab.pop(token)
+    added = next(item for item in content["added_tokens"] if item["content"] == token)
+    added["id"] = 1 + max(len(vocab) - 1, *(item["id"] for item in content["added_tokens"] if item is not added))
+    content["added_tokens"].sort(key=lambda item: item["id"])
+    path.write_text(json.dumps(content))
+    return len(vocab)
+
+
+@pytest.mark.parametrize("text_only", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [
+        published_gemma3.published_config("4b"),
+        published_qwen3_vl.published_config("2b"),
+        published_mistral3.published_config("ministral3_3b"),
+    ],
+    ids=BUILDERS,
+)
+def test_rules_know_the_rows_of_the_embedding(config: PretrainedConfig, text_only: bool) -> None:
+    family = detect(config)
+    rules = family.prompt_rules(family.config_from_hf(config, text_only=text_only))
+    assert rules.vocab_size == config.get_text_config().vocab_size
 
 
 def test_start_names_ignored_settings_once(

@@ -37,6 +37,7 @@ def prompt_rules(config: ModelConfig) -> PromptRules:
         assistant_start="[/INST]",
         assistant_end="</s>",
         image_token_id=config.image_token_id,
+        media_tokens=("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
         other_starts=("[/SYSTEM_PROMPT]", "</s>", "<s>"),
         media=None if config.text_only else _media_rules(config),
     )
