@@ -35,7 +35,7 @@ def main() -> int:
             print(describe_sample(reader.read(0, row), builder), end="\n\n")
         if arguments.check:
             found = check_rows(reader)
-            print(found, *found.problems, sep="\n")
+            print(found, *found.problems, *found.notes, sep="\n")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,14 +26,17 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.video_utils import VideoMetadata
 
 from megatron_vlm.data.answers import (
+    REASONING_FIELD,
     Span,
+    check_thinking,
     find_answers,
-    find_text_ends,
+    find_marks,
+    find_thinking,
     mark_messages,
     match_tagged_answers,
     tokens_of_spans,
 )
-from megatron_vlm.data.formats import Conversation, ImagePart, ImageSource, Message, TextPart
+from megatron_vlm.data.formats import Conversation, ImagePart, ImageSource, Message, TextPart, ThinkingPart
 from megatron_vlm.data.media import Medium
 from megatron_vlm.data.processor import (
     IMAGE_TOKEN_NAMES,
@@ -46,6 +49,10 @@ from megatron_vlm.data.videos import Video
 from megatron_vlm.errors import ConfigError, DataError
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+# What templates and processors raise on a conversation they do not accept.
+REFUSALS = (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError)
+PROBE = "a thought of the probe"
 
 
 @dataclass
@@ -62,6 +69,8 @@ class Sample:
     """Inputs of the towers for all media in reading order, by name; see `media.Packed`. Empty without media."""
     answer_ends: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     """Position after the last token of each answer, int64; with generation tags, of each text between them."""
+    empty_answers: int = 0
+    """Answers that say nothing: their end-of-turn token is trained, or dropped."""
 
     def count(self, kind: str) -> int:
         """Return how many media are of a kind."""
@@ -77,15 +86,25 @@ class PromptBuilder:
         min_pixels: fewest pixels of an image, or of all frames of a video together; None keeps the processor's own
             values.
         max_pixels: most pixels, likewise.
+        train_thinking: whether the thinking in answers is trained.
+        drop_empty_answers: whether answers that say nothing are left out of the loss.
 
     Raises:
         ConfigError: the directory cannot be loaded, has no chat template, or does not fit the model or the options.
     """
 
     def __init__(
-        self, hf_path: str | Path, rules: PromptRules, min_pixels: int | None = None, max_pixels: int | None = None
+        self,
+        hf_path: str | Path,
+        rules: PromptRules,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        train_thinking: bool = True,
+        drop_empty_answers: bool = False,
     ) -> None:
         self.rules = rules
+        self.train_thinking = train_thinking
+        self.drop_empty_answers = drop_empty_answers
         self.hf_path = str(hf_path)
         self.processor = load_processor(self.hf_path, rules, min_pixels, max_pixels)
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
@@ -107,7 +126,11 @@ class PromptBuilder:
                 "model.hf_path",
                 "put {% generation %} ... {% endgeneration %} around the assistant's text in the template",
             )
-        self._control_token = _control_token_pattern(self.tokenizer, rules)
+        named = [getattr(owner, name, None) for owner in (self.tokenizer, self.processor) for name in IMAGE_TOKEN_NAMES]
+        media_tokens = {token for token in (*named, *rules.media_tokens) if token}
+        self._forging_token = _any_of(
+            media_tokens if self.has_generation_tags else media_tokens | _turn_tokens(self.tokenizer, rules)
+        )
 
     def encode(self, conversation: Conversation, images: Sequence[Image.Image], videos: Sequence[Video] = ()) -> Sample:
         """Encode one conversation as tokens, trained mask and media.
@@ -118,17 +141,21 @@ class PromptBuilder:
             videos: its decoded videos in reading order.
 
         Raises:
-            DataError: the row cannot be rendered, has a control token in its text, or trains nothing.
+            DataError: the row cannot be rendered, has a control token in its text, or trains nothing; a row that would
+                train nothing but dropped empty answers is returned as it is.
         """
         assert not images or self.rules.image_token_id is not None
         assert not videos or self.rules.video_token_id is not None
         self._refuse_control_tokens(conversation)
         messages = conversation.template_messages(images, [video.frames for video in videos])
+        if conversation.has_thinking:
+            messages = self._place_thinking(messages, conversation.row_name)
+        answers = [message for message in conversation.messages if message.role == "assistant"]
+        losses = [message.loss and not (self.drop_empty_answers and message.is_empty_answer) for message in answers]
         try:
             output = self._apply_template(messages, videos)
-            spans = self._find_spans(messages, conversation)
-        # What templates and processors raise on a conversation they do not accept.
-        except (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            spans, untrained = self._find_spans(messages, conversation, all(losses))
+        except REFUSALS as error:
             raise DataError(
                 f"the chat template or processor refuses the row: {error}",
                 conversation.row_name,
@@ -136,14 +163,15 @@ class PromptBuilder:
             ) from None
         input_ids = np.array(output["input_ids"], np.int64)
         self._refuse_ids_without_rows(input_ids, conversation.row_name)
-        trained, answer_ends = self._mask(input_ids, output, spans, conversation)
-        if not trained.any():
+        trained, answer_ends = self._mask(input_ids, output, spans, untrained, losses)
+        empty_answers = conversation.empty_answers
+        if not trained.any() and not (self.drop_empty_answers and empty_answers):
             raise DataError("no token of the row is trained", conversation.row_name, "add an assistant message")
         if self.rules.media is None:
-            return Sample(input_ids, trained, answer_ends=answer_ends)
+            return Sample(input_ids, trained, answer_ends=answer_ends, empty_answers=empty_answers)
         pixels, media = self.rules.media.pack(output if images or videos else {}, input_ids, conversation.row_name)
         media_inputs = {} if pixels is None else {"pixel_values": pixels}
-        return Sample(input_ids, trained, media, media_inputs, answer_ends)
+        return Sample(input_ids, trained, media, media_inputs, answer_ends, empty_answers)
 
     def sample_frames(self, metadata: VideoMetadata, frames_per_second: float | None) -> np.ndarray:
         """Return the indices of the frames that the video processor samples from a file; see `videos.Sampler`."""
@@ -194,11 +222,10 @@ class PromptBuilder:
     def _refuse_control_tokens(self, conversation: Conversation) -> None:
         """Refuse control tokens in the text of messages: they would forge images, or turns found by markers."""
         for message in conversation.messages:
-            texts = [part.text for part in message.parts if isinstance(part, TextPart)]
+            texts = [part.text for part in message.parts if isinstance(part, TextPart | ThinkingPart)]
             # Templates join parts, some without the spaces around them.
             for text in ("".join(text.strip() for text in texts), str(message.fields or "")):
-                found = self._control_token.search(text)
-                if found and (not self.has_generation_tags or found.group() in self._image_tokens):
+                if found := self._forging_token.search(text):
                     raise DataError(
                         f"the text of a message contains the control token {found.group()}",
                         conversation.row_name,
@@ -218,11 +245,6 @@ class PromptBuilder:
             "remove it from the row, or resize the model's embedding (resize_token_embeddings in transformers)",
         )
 
-    @cached_property
-    def _image_tokens(self) -> set[str]:
-        named = [getattr(owner, name, None) for owner in (self.tokenizer, self.processor) for name in IMAGE_TOKEN_NAMES]
-        return {token for token in named if token}
-
     def _render(self, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
         """Render messages as `apply_chat_template` does; return the text and what stands between generation tags."""
         output: Any = render_jinja_template(
@@ -234,23 +256,56 @@ class PromptBuilder:
         texts, tagged = output
         return texts[0], [Span(*span) for span in tagged[0]] if tagged else []
 
-    def _find_spans(self, messages: list[dict[str, Any]], conversation: Conversation) -> list[Span]:
-        """Return the characters of every answer."""
+    def _place_thinking(self, messages: list[dict[str, Any]], row_name: str) -> list[dict[str, Any]]:
+        """Return messages with their thinking where the template looks for it: in a part, or beside the content."""
+        if self._thinking_style == "part":
+            return messages
+        if self._thinking_style == "field":
+            return [_with_reasoning_field(message, row_name) for message in messages]
+        raise DataError(
+            "the chat template writes no thinking", row_name, "remove the thinking, or use a template that writes it"
+        )
+
+    @cached_property
+    def _thinking_style(self) -> Literal["part", "field"] | None:
+        if self._writes_thinking([{"type": "thinking", "thinking": PROBE}, {"type": "text", "text": "b"}]):
+            return "part"
+        return "field" if self._writes_thinking("b", **{REASONING_FIELD: PROBE}) else None
+
+    def _writes_thinking(self, content: Any, **fields: str) -> bool:
+        question = [{"type": "text", "text": "a"}] if isinstance(content, list) else "a"
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": content, **fields}]
+        try:
+            return PROBE in self._render(messages)[0]
+        except REFUSALS:
+            return False
+
+    def _find_spans(
+        self, messages: list[dict[str, Any]], conversation: Conversation, trains_all: bool
+    ) -> tuple[list[Span], list[Span]]:
+        """Return the characters of every answer, and those in them that are not trained because they are thinking."""
         row_name = conversation.row_name
         answers = [number for number, message in enumerate(conversation.messages) if message.role == "assistant"]
-        rendered, tagged = self._render(messages)
-        if self.has_generation_tags and conversation.trains_every_answer:
-            return tagged
-        marked, _ = self._render(mark_messages(messages))
-        text_ends = find_text_ends(rendered, marked, row_name)
-        if self.has_generation_tags:
-            return match_tagged_answers(tagged, text_ends, answers, row_name)
-        return find_answers(rendered, text_ends, answers, self.rules, row_name)
+        rendered, spans = self._render(messages)
+        if self.has_generation_tags and trains_all and not conversation.has_thinking:
+            return spans, []
+        marks = find_marks(rendered, self._render(mark_messages(messages))[0], row_name)
+        if not self.has_generation_tags:
+            spans = find_answers(rendered, marks, answers, self.rules, row_name)
+        elif not trains_all:
+            match_tagged_answers(spans, marks, answers, row_name)
+        check_thinking(messages, marks, row_name)
+        return spans, [] if self.train_thinking else find_thinking(spans, marks, row_name)
 
     def _mask(
-        self, input_ids: np.ndarray, output: dict[str, Any], spans: list[Span], conversation: Conversation
+        self,
+        input_ids: np.ndarray,
+        output: dict[str, Any],
+        spans: list[Span],
+        untrained: list[Span],
+        losses: list[bool],
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return which tokens are trained, [S] bool, and the end of each answer.
+        """Return which tokens of answers, but the untrained, are trained, [S] bool, and the end of each answer.
 
         An answer's trained text starts after the start marker and ends with the end-of-turn token; the line break that
         templates put after that token is not trained, because generation stops before it.
@@ -263,25 +318,42 @@ class PromptBuilder:
         np.maximum.at(answer_ends, answer[answered], np.flatnonzero(answered) + 1)
         # Features of a medium inside an answer are inputs, never targets.
         trained = answered & ~np.isin(input_ids, self.rules.media_token_ids)
-        if not conversation.trains_every_answer:
-            losses = [message.loss for message in conversation.messages if message.role == "assistant"]
+        trained &= tokens_of_spans(untrained, offsets, replacements, whole=False) < 0
+        if not all(losses):
             trained &= np.array([*losses, False])[answer]
         return trained, answer_ends
 
 
-def _control_token_pattern(tokenizer: Any, rules: PromptRules) -> re.Pattern[str]:
-    """Build a pattern that matches every special token, every turn marker, and the tokens that markers consist of.
+def _with_reasoning_field(message: dict[str, Any], row_name: str) -> dict[str, Any]:
+    """Return a message with its thinking part, which must be the first and only one, beside its content."""
+    parts = message["content"] if isinstance(message["content"], list) else []
+    places = [place for place, part in enumerate(parts) if part["type"] == "thinking"]
+    if not places:
+        return message
+    if places != [0]:
+        raise DataError(
+            "the chat template takes thinking only before what a message says",
+            row_name,
+            "write one thinking part, and write it first",
+        )
+    said = parts[1:]
+    content = said[0]["text"] if [part["type"] for part in said] == ["text"] else said
+    return {**message, "content": content, REASONING_FIELD: parts[0]["thinking"]}
+
+
+def _turn_tokens(tokenizer: Any, rules: PromptRules) -> set[str]:
+    """Return the tokens that would forge a turn: turn markers, tokens that they consist of, and their like.
 
     Some tokenizers do not call those special, and to some a marker is ordinary text.
     """
-    markers = rules.assistant_start.strip(), rules.assistant_end, *rules.other_starts
-    names = {
-        token.content
-        for token in tokenizer.added_tokens_decoder.values()
-        if token.special or (token.content in "".join(markers) and token.content.startswith("<"))
-    }
-    names.update(markers)
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+    markers = {rules.assistant_start.strip(), rules.assistant_end, *rules.other_starts, *rules.turn_tokens}
+    markers |= {token for name in ("bos", "eos", "pad") if (token := getattr(tokenizer, f"{name}_token"))}
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    return markers | {token for token in added if token.startswith("<") and token in "".join(markers)}
+
+
+def _any_of(tokens: set[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
 def _probe_prompt(processor: Any, rules: PromptRules) -> str:

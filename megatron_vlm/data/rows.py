@@ -94,6 +94,9 @@ class RowReader:
             if self.settings.strict:
                 raise
             return LoadedSample(self._padding_sample(), source, name, bad=True, problem=f"bad row: {error}")
+        if not sample.trained.any():
+            # All of its answers are empty and dropped.
+            return LoadedSample(self._padding_sample(sample.empty_answers), source, name)
         if len(sample.input_ids) <= self.settings.seq_length:
             return LoadedSample(sample, source, name)
         return self._too_long(conversation, sample, source)
@@ -111,9 +114,10 @@ class RowReader:
         videos = [load_video(source, name, allow_urls, self.builder.sample_frames) for source in conversation.videos]
         return self.builder.encode(conversation, images, videos)
 
-    def _padding_sample(self) -> Sample:
+    def _padding_sample(self, empty_answers: int = 0) -> Sample:
         """Return a sample of one token that trains nothing."""
-        return Sample(np.array([self.builder.padding_token_id], np.int64), np.zeros(1, bool))
+        ids = np.array([self.builder.padding_token_id], np.int64)
+        return Sample(ids, np.zeros(1, bool), empty_answers=empty_answers)
 
     def _too_long(self, conversation: Conversation, sample: Sample, source: int) -> LoadedSample:
         limit, name = self.settings.seq_length, conversation.row_name
@@ -173,8 +177,21 @@ class RowReader:
 
 def reader_for(config: Config, sources: Sequence[DataSource], rules: PromptRules) -> RowReader:
     """Build the configuration's reader of `sources`; errors are those of `PromptBuilder` and `RowReader`."""
-    builder = PromptBuilder(config.model.hf_path, rules, config.data.min_pixels, config.data.max_pixels)
-    return RowReader(sources, config.data, builder)
+    data = config.data
+    builder = PromptBuilder(
+        config.model.hf_path, rules, data.min_pixels, data.max_pixels, data.train_thinking, data.drop_empty_answers
+    )
+    return RowReader(sources, data, builder)
+
+
+def empty_answer_note(row_name: str, dropped: bool) -> str:
+    """Return the line that names the first row with an empty answer of a source."""
+    if dropped:
+        return f"an answer is empty and left out of the loss (data.drop_empty_answers) [{row_name}]"
+    return (
+        f"an answer is empty, so that only its end-of-turn token is trained [{row_name}] -- correct the row, or set "
+        "data.drop_empty_answers to leave such answers out of the loss"
+    )
 
 
 @dataclass

@@ -25,8 +25,11 @@ class PromptRules:
     other_starts: tuple[str, ...] = ()
     """Tokens that stand before an assistant's words in place of `assistant_start`, where that ends a user's turn and
     the message before is another's."""
+    turn_tokens: tuple[str, ...] = ()
+    """Further tokens with which the family's format writes turns and tools; in a text they would forge one."""
     media_tokens: tuple[str, ...] = ()
-    """Tokens that processors write around media and in their place, also where the model takes none."""
+    """Tokens that processors write around media and in their place, also where the model takes none; in a text they
+    would forge one."""
     vocab_size: int | None = None
     """Rows of the model's embedding; None where no model is known, as in tests of prompts alone."""
     bidirectional_images: bool = False

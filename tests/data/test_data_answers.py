@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +13,13 @@ import numpy as np
 import pytest
 from jinja2.exceptions import TemplateError
 from PIL import Image
-from transformers import AutoProcessor
+from tokenizers import AddedToken
+from transformers import AutoProcessor, AutoTokenizer
 
 from demo import gemma3, mistral3, qwen3_vl
+from megatron_vlm.data.answers import find_answers, find_marks, find_thinking, tokens_of_spans
 from megatron_vlm.data.prompts import PromptBuilder
+from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.errors import DataError
 from tests.data.references import Messages, draw_pictures, encode, trained_text
 from tests.data.rows import assistant, image, user
@@ -355,10 +359,10 @@ JOINING = f"""\
 def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., PromptBuilder]:
     """Makes a family's builder with another template."""
 
-    def make(family: str, template: str) -> PromptBuilder:
+    def make(family: str, template: str, **options: Any) -> PromptBuilder:
         path = tmp_path_factory.mktemp(family)
         FORMATS[family].build(path, chat_template=template)
-        return PromptBuilder(path, request.getfixturevalue(FORMATS[family].rules))
+        return PromptBuilder(path, request.getfixturevalue(FORMATS[family].rules), **options)
 
     return make
 
@@ -400,7 +404,7 @@ def test_other_templates(
         (conversation("uaa", *"abc"), "does not mark the end of the answer in message 2"),
         (conversation("uau", "a", "never ends", "b"), "does not mark the end of the answer in message 2"),
         (conversation("ua", "a", "b!"), "changes texts by what they end with"),
-        (conversation("ua", "a", "b\ufdd00\ufdd1"), "changes texts by what they end with"),
+        (conversation("ua", "a", "b\ufdd0text0\ufdd1"), "changes texts by what they end with"),
     ],
 )
 def test_answers_that_cannot_be_told_are_bad_rows(
@@ -463,19 +467,179 @@ def test_loss_of_one_tagged_answer_needs_one_block_for_each(
     messages = conversation("uaua", *"abcd")
     assert encode(builder, messages, tmp_path).trained.any()
     messages[1]["loss"] = False
-    with pytest.raises(DataError, match="`loss: false` cannot be applied"):
+    with pytest.raises(DataError, match="answers cannot be left out of the loss"):
         encode(builder, messages, tmp_path)
 
 
+THINKING = {"type": "thinking", "thinking": "two and two"}
+MISTRAL_THINKS = replaced(
+    mistral3.CHAT_TEMPLATE,
+    *FORMATS["mistral3"].lax[:2],
+    ("{{- item.text -}}", "{{- '[THINK]' + item.thinking + '[/THINK]' if item.type == 'thinking' else item.text -}}"),
+)
+# As Qwen3's: thinking is a key of its own, and what was thought before the last user's turn is left out.
+QWEN_SAYS = "{{- words(message.content) + '<|im_end|>' -}}"
+QWEN_THINKS = replaced(
+    qwen3_vl.CHAT_TEMPLATE,
+    (
+        "{%- if message.role == 'assistant' -%}\n        " + QWEN_SAYS,
+        "{%- if message.role == 'assistant' -%}"
+        "{%- set last = (messages | selectattr('role', 'equalto', 'user') | list)[-1] -%}"
+        "{%- if message.reasoning_content and last not in messages[loop.index:] -%}"
+        "{{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' -}}"
+        "{%- endif -%}" + QWEN_SAYS,
+    ),
+)
+TAGGED_THINKS = {
+    "mistral3": replaced(
+        MISTRAL_THINKS,
+        ("{{- words(message.content) + eos_token -}}", "{%- generation -%}{{- words(message.content) + eos_token -}}"),
+        ("{%- elif message.role != 'user' -%}", "{%- endgeneration -%}{%- elif message.role != 'user' -%}"),
+    ),
+    "qwen3_vl": replaced(
+        QWEN_THINKS,
+        ("{%- if message.reasoning", "{%- generation -%}{%- if message.reasoning"),
+        ("{%- endif -%}" + QWEN_SAYS, "{%- endif -%}" + QWEN_SAYS + "{%- endgeneration -%}"),
+    ),
+}
+THINKS = {"mistral3": MISTRAL_THINKS, "qwen3_vl": QWEN_THINKS}
+
+
 @pytest.mark.parametrize("tagged", [False, True])
-def test_masks_are_linear_in_length(build: Callable[..., PromptBuilder], tmp_path: Path, tagged: bool) -> None:
-    """Ten times the turns take about ten times the time, not a hundred times."""
-    builder = build("mistral3", FORMATS["mistral3"].templates()["lax, tagged" if tagged else "lax"])
+@pytest.mark.parametrize("train_thinking", [True, False])
+@pytest.mark.parametrize(
+    ("family", "answer", "thought", "said"),
+    [
+        ("mistral3", {"content": [THINKING, {"type": "text", "text": "4"}]}, "[THINK]two and two[/THINK]", "4</s>"),
+        ("mistral3", {"content": "4", "reasoning_content": "two and two"}, "[THINK]two and two[/THINK]", "4</s>"),
+        (
+            "mistral3",
+            {"content": [THINKING, THINKING, {"type": "text", "text": " 4 "}]},
+            "[THINK]two and two[/THINK]" * 2 + " ",
+            "4 </s>",
+        ),
+        ("mistral3", {"content": [THINKING]}, "[THINK]two and two[/THINK]", "</s>"),
+        ("qwen3_vl", {"content": "4", "reasoning_content": "two"}, "<think>\ntwo\n</think>\n\n", "4<|im_end|>"),
+        (
+            "qwen3_vl",
+            {"content": [THINKING, {"type": "text", "text": "4"}]},
+            "<think>\ntwo and two\n</think>\n\n",
+            "4<|im_end|>",
+        ),
+    ],
+)
+def test_thinking_goes_where_the_template_puts_it(
+    build: Callable[..., PromptBuilder],
+    tmp_path: Path,
+    family: str,
+    answer: dict[str, Any],
+    thought: str,
+    said: str,
+    train_thinking: bool,
+    tagged: bool,
+) -> None:
+    template = (TAGGED_THINKS if tagged else THINKS)[family]
+    builder = build(family, template, train_thinking=train_thinking)
+    messages = [say("user", "1"), say("assistant", "1"), say("user", "2+2?"), {"role": "assistant", **answer}]
+    sample = encode(builder, messages, tmp_path)
+    one = f"1{builder.rules.assistant_end}"
+    assert trained_text(builder, sample) == [one, thought + said if train_thinking else said]
+    assert thought in builder.tokenizer.decode(sample.input_ids)
 
-    def seconds(turns: int) -> float:
-        messages = [say("user", "a"), say("assistant", "b")] * turns
-        began = time.perf_counter()
-        assert encode(builder, messages, tmp_path).trained.sum() == 2 * turns
-        return time.perf_counter() - began
 
-    assert seconds(1000) < 40 * min(seconds(100) for _ in range(3))
+def test_thinking_between_texts(build: Callable[..., PromptBuilder], tmp_path: Path) -> None:
+    builder = build("mistral3", MISTRAL_THINKS, train_thinking=False)
+    text = [{"type": "text", "text": text} for text in "ab"]
+    messages = [
+        user("x"),
+        assistant("y"),
+        {"role": "assistant", "content": [text[0], THINKING, text[1]]},
+        assistant("z"),
+    ]
+    assert trained_text(builder, encode(builder, messages, tmp_path)) == ["y</s>a", "b</s>z</s>"]
+    messages[2]["content"] = [text[0], THINKING]
+    with pytest.raises(DataError, match="the answer in message 3 ends with thinking"):
+        encode(builder, messages, tmp_path)
+    # A system prompt may show how to think; it is never trained.
+    messages = [{"role": "system", "content": [text[0], THINKING]}, user("x"), assistant("y")]
+    sample = encode(builder, messages, tmp_path)
+    assert trained_text(builder, sample) == ["y</s>"]
+    assert "[SYSTEM_PROMPT]a[THINK]two and two[/THINK][/SYSTEM_PROMPT]" in builder.tokenizer.decode(sample.input_ids)
+
+
+def test_thinking_that_a_template_leaves_out(build: Callable[..., PromptBuilder], tmp_path: Path) -> None:
+    """A template may forget what was thought in earlier turns, and nothing else."""
+    builder = build("qwen3_vl", QWEN_THINKS)
+    thinks = {"role": "assistant", "content": "4", "reasoning_content": "two and two"}
+    messages = [user("x"), thinks, user("y"), thinks]
+    text = builder.tokenizer.decode(encode(builder, messages, tmp_path).input_ids)
+    assert text.count("two and two") == 1 and text.index("two and two") > text.index("y")
+    forgets_all = replaced(QWEN_THINKS, ("last not in", "messages | length == 2 and last not in"))
+    for template, reason in (
+        (FORMATS["qwen3_vl"].template, "the chat template writes no thinking"),
+        (forgets_all, "leaves out the thinking in message 2"),
+    ):
+        with pytest.raises(DataError, match=reason):
+            encode(build("qwen3_vl", template), [user("x"), thinks, assistant("z")], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ([{"type": "text", "text": "a"}, THINKING], "takes thinking only before what a message says"),
+        ([{**THINKING, "closed": False}], "is not closed"),
+        ([{**THINKING, "thinking": 7}], "thinking is '7'"),
+    ],
+)
+def test_thinking_that_cannot_be_used(
+    build: Callable[..., PromptBuilder], tmp_path: Path, content: list[dict[str, Any]], reason: str
+) -> None:
+    with pytest.raises(DataError, match=reason):
+        encode(build("qwen3_vl", QWEN_THINKS), [user("x"), {"role": "assistant", "content": content}], tmp_path)
+
+
+GROUNDING_TOKENS = "<|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>"
+GROUNDING = "<|object_ref_start|>square<|object_ref_end|><|box_start|>(10,20),(300,400)<|box_end|>"
+
+
+@pytest.mark.parametrize(
+    ("family", "tokens", "words"),
+    [
+        ("qwen3_vl", GROUNDING_TOKENS, GROUNDING),
+        ("mistral3", "[THINK] [/THINK]", "[THINK]two and two[/THINK]4"),
+        ("gemma3", "<loc0001> <loc0002>", "<loc0001><loc0002>cat"),
+    ],
+)
+def test_answers_with_tokens_that_forge_nothing(
+    build: Callable[..., PromptBuilder], tmp_path: Path, family: str, tokens: str, words: str
+) -> None:
+    """Grounding and thinking have special tokens, which a text may have; they are trained as one token each."""
+    path = tmp_path / "model"
+    shutil.copytree(build(family, FORMATS[family].template).hf_path, path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens.split()])
+    tokenizer.save_pretrained(path)
+    builder = PromptBuilder(path, build(family, FORMATS[family].template).rules)
+    sample = encode(builder, [user(f"Find {words}"), assistant(words)], tmp_path)
+    assert trained_text(builder, sample) == [words + builder.rules.assistant_end]
+    ids = builder.tokenizer.convert_tokens_to_ids(tokens.split())
+    assert set(ids) <= set(sample.input_ids[sample.trained].tolist())
+
+
+def test_masks_are_linear_in_length(mistral_rules: PromptRules) -> None:
+    """A million tokens in 40,000 messages; work for every pair of an answer and a token would take minutes."""
+    turns = 20_000
+    turn, words = "[INST]a[/INST]", "b" * 24
+    rendered = f"{turn}{words}</s>" * turns
+    marked = "".join(
+        f"[INST]a\ufdd0text{number}\ufdd1[/INST]{words}\ufdd0text{number + 1}\ufdd1</s>"
+        for number in range(0, 2 * turns, 2)
+    )
+    began = time.perf_counter()
+    marks = find_marks(rendered, marked, "")
+    spans = find_answers(rendered, marks, range(1, 2 * turns, 2), mistral_rules, "")
+    offsets = np.arange(len(rendered))[:, None] + np.array([0, 1])
+    answers = tokens_of_spans(spans, offsets, [], whole=True)
+    assert time.perf_counter() - began < 10
+    assert (answers >= 0).sum() == turns * len(f"{words}</s>") and answers[-1] == turns - 1
+    assert find_thinking(spans, marks, "") == []
