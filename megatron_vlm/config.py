@@ -108,6 +108,10 @@ class DataSettings:
     """Several samples in one row; not built yet, must be false."""
     too_long: Literal["drop", "truncate", "error"] = "drop"
     """Samples longer than seq_length: leave out, cut at a turn boundary (never inside an image), or exit."""
+    train_thinking: bool = True
+    """Train the thinking of answers (thinking parts, reasoning_content) too; false trains only what follows it."""
+    drop_empty_answers: bool = False
+    """Leave answers without text out of the loss; false trains their end-of-turn token."""
     min_pixels: int | None = None
     """Fewest pixels of an image; null keeps the processor's own value."""
     max_pixels: int | None = None

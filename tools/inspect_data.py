@@ -27,13 +27,15 @@ def main() -> int:
         family = detect(hf_config)
         rules = family.prompt_rules(family.config_from_hf(hf_config, arguments.text_only))
         builder = PromptBuilder(arguments.hf, rules, arguments.min_pixels, arguments.max_pixels)
+        for note in builder.notes:
+            print(f"note: {note}")
         source = DataSource(path=arguments.data)
         reader = RowReader([source], DataSettings(train=[source], seq_length=arguments.seq_length), builder)
         for row in range(arguments.first, min(arguments.first + arguments.num, reader.files[0].index.num_rows)):
             print(describe_sample(reader.read(0, row), builder), end="\n\n")
         if arguments.check:
             found = check_rows(reader)
-            print(found, *found.problems, sep="\n")
+            print(found, *found.problems, *found.notes, sep="\n")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

@@ -13,7 +13,7 @@ from megatron_vlm.data.collate import LoadedSample
 from megatron_vlm.data.images import read_bytes
 from megatron_vlm.data.plan import SamplePlan
 from megatron_vlm.data.prompts import PromptBuilder
-from megatron_vlm.data.rows import RowReader, reader_for
+from megatron_vlm.data.rows import RowReader, empty_answer_note, reader_for
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.data.videos import check_video_file
 from megatron_vlm.errors import DataError
@@ -51,6 +51,8 @@ def describe_sample(loaded: LoadedSample, builder: PromptBuilder) -> str:
         num_images, num_videos = sample.count("image"), sample.count("video")
         videos = f" and {num_videos} videos" if num_videos else ""
         figures.append(f"{num_images} images{videos} ({', '.join(shapes)})")
+    if sample.empty_answers:
+        figures.append(f"{sample.empty_answers} empty answers")
     if loaded.truncated:
         figures.append("cut at a turn boundary")
     return f"{loaded.row_name} ({', '.join(figures)})\n{marked_text(sample.input_ids, sample.trained, builder)}"
@@ -80,10 +82,14 @@ class RowCheck:
     bad_rows: int = 0
     problems: list[str] = field(default_factory=list)
     """The first problems, one line each."""
+    empty_answers: int = 0
+    notes: list[str] = field(default_factory=list)
+    """Lines that name the first row with an empty answer of each source."""
 
     def __str__(self) -> str:
         videos = f"{self.videos} videos, " if self.videos else ""
-        return f"{self.rows} rows, {self.images} images, {videos}{self.bad_rows} bad rows"
+        empty = f", {self.empty_answers} empty answers" if self.empty_answers else ""
+        return f"{self.rows} rows, {self.images} images, {videos}{self.bad_rows} bad rows{empty}"
 
     def note(self, error: DataError) -> None:
         self.bad_rows += 1
@@ -103,10 +109,17 @@ def check_rows(reader: RowReader) -> RowCheck:
     """
     check = RowCheck()
     for source, file in enumerate(reader.files):
+        is_named = False
         for row in range(file.index.num_rows):
             check.rows += 1
             try:
                 conversation = reader.conversation(source, row)
+                if empty_answers := conversation.empty_answers:
+                    check.empty_answers += empty_answers
+                    if not is_named:
+                        note = empty_answer_note(conversation.row_name, reader.builder.drop_empty_answers)
+                        check.notes.append(note)
+                    is_named = True
                 check.images += len(conversation.images)
                 check.videos += len(conversation.videos)
                 for video in conversation.videos:

@@ -8,6 +8,7 @@ Accepted rows:
 Image parts: {"type": "image", "image" | "url" | "path" | "base64": X}, {"type": "image_url", "image_url": {"url": X}}.
 An image X: a path (relative to the JSONL file, or absolute), a data URI, an http(s) URL, base64 text, {"bytes": ...}.
 Video parts: {"type": "video", "video": path of a file or [X, X, ...], "fps": optional}.
+Thinking: {"type": "thinking", "thinking": "text"}, or "reasoning_content" beside a message's content.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ ROLES = {
 }
 IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 VIDEO_KEYS = ("video", "url", "path", "video_url")
+# Names under which messages have the assistant's reasoning beside their content.
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # How base64 text of JPEG, PNG, GIF and WebP begins; it sets a bare base64 string apart from a path without disk access.
 BASE64_IMAGE_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
 SHORTEST_BASE64_IMAGE = 64
@@ -69,6 +72,13 @@ class TextPart:
 
 
 @dataclass(frozen=True)
+class ThinkingPart:
+    """What the assistant thinks before, or between, what it says."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class ImagePart:
     """An image inside a message; `source` is None only while a row is being parsed."""
 
@@ -95,7 +105,7 @@ class VideoPart:
     source: VideoSource | None
 
 
-Part = TextPart | ImagePart | VideoPart
+Part = TextPart | ThinkingPart | ImagePart | VideoPart
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,12 @@ class Message:
     def parts(self) -> tuple[Part, ...]:
         """The content as parts, also when the row wrote a plain string."""
         return (TextPart(self.content),) if isinstance(self.content, str) else self.content
+
+    @property
+    def is_empty_answer(self) -> bool:
+        """Whether it is an assistant's and says nothing, so that only its end-of-turn token would be trained."""
+        says = any(part.text.strip() for part in self.parts if isinstance(part, TextPart | ThinkingPart))
+        return self.role == "assistant" and not says and not self.fields
 
 
 @dataclass(frozen=True)
@@ -135,9 +151,14 @@ class Conversation:
         return [part.source for part in parts if part.source is not None]
 
     @property
-    def num_assistant_turns(self) -> int:
-        """Number of assistant messages."""
-        return sum(message.role == "assistant" for message in self.messages)
+    def has_thinking(self) -> bool:
+        """Whether a message has thinking beside its text."""
+        return any(isinstance(part, ThinkingPart) for message in self.messages for part in message.parts)
+
+    @property
+    def empty_answers(self) -> int:
+        """Number of assistant messages with loss that say nothing."""
+        return sum(message.loss and message.is_empty_answer for message in self.messages)
 
     def first_messages(self, count: int) -> Conversation:
         """Return the conversation up to and including its `count`-th message."""
@@ -155,6 +176,8 @@ class Conversation:
         def rendered_part(part: Part) -> dict[str, Any]:
             if isinstance(part, TextPart):
                 return {"type": "text", "text": part.text}
+            if isinstance(part, ThinkingPart):
+                return {"type": "thinking", "thinking": part.text}
             if isinstance(part, VideoPart):
                 return {"type": "video", "video": next(remaining_videos)}
             return {"type": "image", "image": next(remaining_images)}
@@ -251,9 +274,28 @@ class _RowParser:
         loss = turn.get("loss", True)
         if not isinstance(loss, bool):
             raise self.error(f"a message's `loss` is {loss!r}", "give true or false")
-        used = {"role", "from", "content", "value", "loss"}
+        used = {"role", "from", "content", "value", "loss", *REASONING_KEYS}
         fields = {key: value for key, value in turn.items() if key not in used and value is not None}
-        return Message(ROLES[role], self.content(content, markers), loss, fields)
+        return Message(ROLES[role], self.with_reasoning(self.content(content, markers), turn), loss, fields)
+
+    def with_reasoning(self, content: str | tuple[Part, ...], turn: dict[str, Any]) -> str | tuple[Part, ...]:
+        """Put reasoning that a message has beside its content before it, as a thinking part."""
+        given = [turn[key] for key in REASONING_KEYS if turn.get(key)]
+        if not given:
+            return content
+        if len(given) > 1:
+            raise self.error("a message has its reasoning twice", f"keep one of {', '.join(REASONING_KEYS)}")
+        said = (TextPart(content),) if isinstance(content, str) else content
+        return (ThinkingPart(self.thinking(given[0])), *said)
+
+    def thinking(self, given: Any) -> str:
+        """Return the text of a thinking part: a string, or a list of text parts."""
+        parts = [{"text": given}] if isinstance(given, str) else given
+        if not isinstance(parts, list) or not all(
+            isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts
+        ):
+            raise self.error(f"thinking is {str(given)[:80]!r}", "give a string, or a list of text parts")
+        return "".join(part["text"] for part in parts)
 
     def content(self, content: Any, markers: Mapping[str, Part]) -> str | tuple[Part, ...]:
         if isinstance(content, str):
@@ -265,6 +307,8 @@ class _RowParser:
         parts: list[Part] = []
         for item in content:
             part = self.part(item)
+            if isinstance(part, ThinkingPart) and not part.text.strip():
+                continue
             parts.extend(self.split_markers(part.text, markers) if markers and isinstance(part, TextPart) else [part])
         return tuple(parts)
 
@@ -282,6 +326,10 @@ class _RowParser:
         kind = item.get("type") if isinstance(item, dict) else None
         if kind == "text" and isinstance(item.get("text"), str):
             return TextPart(item["text"])
+        if kind == "thinking":
+            if item.get("closed", True) is not True:
+                raise self.error("a thinking part is not closed, which is not built yet", "remove the row")
+            return ThinkingPart(self.thinking(item.get("thinking")))
         if kind in ("image", "image_url"):
             given = [item[key] for key in IMAGE_KEYS if item.get(key) is not None]
             if len(given) > 1:
@@ -294,7 +342,8 @@ class _RowParser:
             return VideoPart(None if given is None else self.video(given, rate))
         if kind in ("audio", "input_audio"):
             raise self.error(f"a part of type {kind!r} is not built yet for this family", "remove the part or the row")
-        raise self.error(f"not a content part: {str(item)[:80]}", "give {'type': 'text' | 'image' | 'video', ...}")
+        kinds = "'text' | 'thinking' | 'image' | 'video'"
+        raise self.error(f"not a content part: {str(item)[:80]}", f"give {{'type': {kinds}, ...}}")
 
     def video_and_rate(self, item: dict[str, Any]) -> tuple[Any, Any]:
         """Return the video and its fps from a part or an object that stands for a video; None for what is missing."""

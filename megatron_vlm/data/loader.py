@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_vlm.config import Config
 from megatron_vlm.data.collate import MicroBatch, collate
 from megatron_vlm.data.plan import SamplePlan, micro_batch_start
-from megatron_vlm.data.rows import RowReader, reader_for
+from megatron_vlm.data.rows import RowReader, empty_answer_note, reader_for
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.errors import UserError
 
@@ -159,6 +159,8 @@ class MicroBatchLoader:
         self.wait_seconds = 0.0
         """Time spent waiting for data since the loader was made."""
         self._micro_batches_given = 0
+        self._with_empty_answers: set[int] = set()
+        self._drops_empty_answers = reader.builder.drop_empty_answers
         self._order = _Order()
         self._iterator: Iterator[Any] | None = None
         self._workers: set[BaseProcess] = set()
@@ -199,7 +201,17 @@ class MicroBatchLoader:
             self.consumed_samples += self.sharding.global_batch_size
         for problem in batch.problems if self.report_problems else ():
             logger.warning("%s", problem)
+        self._name_empty_answers(batch)
         return batch
+
+    def _name_empty_answers(self, batch: MicroBatch) -> None:
+        """Log the first row with an empty answer of every source, on the first rank of those that read rows."""
+        if not self.report_problems or self.sharding.data_parallel_rank:
+            return
+        for source, row_name in batch.empty_answers.items():
+            if source not in self._with_empty_answers:
+                self._with_empty_answers.add(source)
+                logger.warning("%s", empty_answer_note(row_name, self._drops_empty_answers))
 
     def global_batch(self) -> list[MicroBatch]:
         """Return this rank's micro-batches of the next global batch."""
@@ -267,12 +279,15 @@ def build_train_loader(
         rules: the family's prompt rules.
         sharding: this rank's part of every global batch.
         pin_memory: put tensors into page-locked memory.
-        report_problems: log bad and dropped rows; one rank per data-parallel rank should.
+        report_problems: log bad and dropped rows; one rank per data-parallel rank should. The first of them also logs
+            the notes on the model directory.
 
     Raises:
         ConfigError, DataError: see `PromptBuilder` and `RowReader`.
     """
     reader = reader_for(config, config.data.train, rules)
+    for note in reader.builder.notes if report_problems and sharding.data_parallel_rank == 0 else ():
+        logger.warning("%s", note)
     plan = SamplePlan(reader.planned_sources(), config.train.seed, config.data.shuffle)
     return MicroBatchLoader(
         reader,

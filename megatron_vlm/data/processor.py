@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoProcessor, AutoTokenizer
+from transformers.processing_utils import TextKwargs
 
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.errors import ConfigError
@@ -17,6 +18,10 @@ IMAGE_TOKEN_NAMES = (
 ).split()
 # A tekken.json has these tokens but no names for them; transformers' converter of single files assigns the same.
 TEKKEN_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+# Arguments of calls that change no id of one text, and the one that all callers of a processor share.
+HARMLESS_ARGUMENTS = ("padding_side", "truncation_side", "verbose")
+MOST_TOKENS_LISTED = 5
+KEPT_ARGUMENTS = ("add_special_tokens",)
 
 
 def load_processor(hf_path: str, rules: PromptRules, min_pixels: int | None, max_pixels: int | None) -> Any:
@@ -37,6 +42,82 @@ def load_processor(hf_path: str, rules: PromptRules, min_pixels: int | None, max
     if rules.media is not None and (min_pixels, max_pixels) != (None, None):
         rules.media.limit_pixels(processor, min_pixels, max_pixels)
     return processor
+
+
+def drop_stored_arguments(processor: Any) -> list[str]:
+    """Remove the arguments of single calls that a tokenizer's files store, so that no call cuts, pads or splits a text.
+
+    A tokenizer saved after a call that truncated or padded stores how in tokenizer.json, and tokenizer_config.json may
+    have any argument; processors pass them on to every call, also to those of images.
+
+    Args:
+        processor: a processor or tokenizer, which is changed.
+
+    Returns:
+        The arguments that would have changed ids or pixels, each with its value.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    arguments = set(TextKwargs.__annotations__)
+    for part in ("image_processor", "video_processor"):
+        arguments |= set(getattr(getattr(processor, part, None), "valid_kwargs", TextKwargs).__annotations__)
+    arguments -= set(KEPT_ARGUMENTS)
+    dropped = {name: tokenizer.init_kwargs.pop(name) for name in sorted(arguments & tokenizer.init_kwargs.keys())}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and backend.truncation is not None:
+        dropped["truncation"] = f"to {backend.truncation['max_length']} tokens"
+        backend.no_truncation()
+    if backend is not None and backend.padding is not None:
+        dropped["padding"] = backend.padding["length"] or "to the longest"
+        backend.no_padding()
+    if tokenizer.split_special_tokens:
+        dropped["split_special_tokens"] = True
+        tokenizer.split_special_tokens = False
+    return [
+        f"{name} {value}"
+        for name, value in dropped.items()
+        if value and name not in HARMLESS_ARGUMENTS and not name.startswith("return_")
+    ]
+
+
+def check_added_tokens(tokenizer: Any, rules: PromptRules, hf_path: str) -> str | None:
+    """Check that every added token has a row in the model's embedding.
+
+    Text-only models are published with the placeholders of their family's media, for which they may have no rows.
+
+    Args:
+        tokenizer: the tokenizer of `hf_path`.
+        rules: the family's rules.
+        hf_path: directory with tokenizer and model.
+
+    Returns:
+        A line that names such placeholders; None without any.
+
+    Raises:
+        ConfigError: another token has no row.
+    """
+    if rules.vocab_size is None:
+        return None
+    missing = {
+        str(token): number for number, token in tokenizer.added_tokens_decoder.items() if number >= rules.vocab_size
+    }
+    harmless = rules.media_tokens if rules.media is None else ()
+    refused = {token: number for token, number in missing.items() if token not in harmless}
+    if refused:
+        raise ConfigError(
+            f"the tokenizer has added tokens for which the model's embedding of {rules.vocab_size} rows has none: "
+            f"{_list_tokens(refused)}",
+            hf_path,
+            "remove them from the tokenizer, or resize the model's embedding (resize_token_embeddings in transformers)",
+        )
+    if not missing:
+        return None
+    return f"the text-only model has no rows for placeholders of media, which no row may have: {_list_tokens(missing)}"
+
+
+def _list_tokens(tokens: dict[str, int]) -> str:
+    shown = [f"{token} has id {number}" for token, number in list(tokens.items())[:MOST_TOKENS_LISTED]]
+    more = len(tokens) - len(shown)
+    return ", ".join(shown) + (f", and {more} more" if more else "")
 
 
 def _load(hf_path: str, has_images: bool) -> Any:

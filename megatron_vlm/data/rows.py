@@ -13,7 +13,7 @@ from megatron_vlm.data.formats import Conversation, parse_row
 from megatron_vlm.data.images import load_image
 from megatron_vlm.data.index import JsonlRows, build_index
 from megatron_vlm.data.plan import PlannedSource
-from megatron_vlm.data.prompts import PromptBuilder, Sample, turn_ends
+from megatron_vlm.data.prompts import PromptBuilder, Sample
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.data.videos import load_video, require_decoder
 from megatron_vlm.errors import ConfigError, DataError
@@ -93,6 +93,9 @@ class RowReader:
             if self.settings.strict:
                 raise
             return LoadedSample(self._padding_sample(), source, name, bad=True, problem=f"bad row: {error}")
+        if not sample.trained.any():
+            # All of its answers are empty and dropped.
+            return LoadedSample(self._padding_sample(sample.empty_answers), source, name)
         if len(sample.input_ids) <= self.settings.seq_length:
             return LoadedSample(sample, source, name)
         return self._too_long(conversation, sample, source)
@@ -110,9 +113,10 @@ class RowReader:
         videos = [load_video(source, name, allow_urls, self.builder.sample_frames) for source in conversation.videos]
         return self.builder.encode(conversation, images, videos)
 
-    def _padding_sample(self) -> Sample:
+    def _padding_sample(self, empty_answers: int = 0) -> Sample:
         """Return a sample of one token that trains nothing."""
-        return Sample(np.array([self.builder.padding_token_id], np.int64), np.zeros(1, bool))
+        ids = np.array([self.builder.padding_token_id], np.int64)
+        return Sample(ids, np.zeros(1, bool), empty_answers=empty_answers)
 
     def _too_long(self, conversation: Conversation, sample: Sample, source: int) -> LoadedSample:
         limit, name = self.settings.seq_length, conversation.row_name
@@ -131,10 +135,10 @@ class RowReader:
     def _truncate(self, conversation: Conversation, sample: Sample) -> Sample | None:
         """Render the most leading messages that end with an assistant's, fit, and train something; None if none do."""
         limit = self.settings.seq_length
-        turns_that_may_fit = int((turn_ends(sample.trained) <= limit).sum())
+        turns_that_may_fit = int((sample.answer_ends <= limit).sum())
         answers = [number for number, message in enumerate(conversation.messages, 1) if message.role == "assistant"]
-        # A turn without trained tokens shows no end: then every earlier answer is a candidate.
-        complete = len(turn_ends(sample.trained)) == len(answers)
+        # A template may tag more or fewer texts than the answers: then every earlier answer is a candidate.
+        complete = len(sample.answer_ends) == len(answers)
         for count in reversed(answers[:turns_that_may_fit] if complete else answers[:-1]):
             try:
                 shorter = self._encode(conversation.first_messages(count))
@@ -172,5 +176,18 @@ class RowReader:
 
 def reader_for(config: Config, sources: Sequence[DataSource], rules: PromptRules) -> RowReader:
     """Build the configuration's reader of `sources`; errors are those of `PromptBuilder` and `RowReader`."""
-    builder = PromptBuilder(config.model.hf_path, rules, config.data.min_pixels, config.data.max_pixels)
-    return RowReader(sources, config.data, builder)
+    data = config.data
+    builder = PromptBuilder(
+        config.model.hf_path, rules, data.min_pixels, data.max_pixels, data.train_thinking, data.drop_empty_answers
+    )
+    return RowReader(sources, data, builder)
+
+
+def empty_answer_note(row_name: str, dropped: bool) -> str:
+    """Return the line that names the first row with an empty answer of a source."""
+    if dropped:
+        return f"an answer is empty and left out of the loss (data.drop_empty_answers) [{row_name}]"
+    return (
+        f"an answer is empty, so that only its end-of-turn token is trained [{row_name}] -- correct the row, or set "
+        "data.drop_empty_answers to leave such answers out of the loss"
+    )

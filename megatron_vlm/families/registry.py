@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +61,8 @@ class Family:
 
     def prompt_rules(self, model_config: VisionLanguageConfig) -> PromptRules:
         """Return the rules by which turns, images and videos are written."""
-        return self._function("prompt", "prompt_rules")(model_config)
+        rules = self._function("prompt", "prompt_rules")(model_config)
+        return replace(rules, vocab_size=model_config.text.vocab_size)
 
     def _function(self, module: str, name: str) -> Callable[..., Any]:
         # The import is lazy: converting and reading data need no model code.

@@ -202,10 +202,13 @@ def _check_data(config: Config, rules: PromptRules, checks: list[RowCheck]) -> s
     for key, sources in (("train", config.data.train), ("valid", config.data.valid)):
         if not sources:
             continue
-        check = check_rows(reader_for(config, sources, rules))
+        reader = reader_for(config, sources, rules)
+        if not checks:
+            lines += [f"note      {note}" for note in reader.builder.notes]
+        check = check_rows(reader)
         checks.append(check)
         lines.append(f"data      {key}: {check}")
-        lines += [f"  {problem}" for problem in check.problems]
+        lines += [f"  {line}" for line in (*check.problems, *check.notes)]
     passes = config.train.train_iters * config.train.global_batch_size / max(1, checks[0].rows)
     lines.append(f"length    {config.train.train_iters} steps = {passes:.2f} passes over the training rows")
     return "\n".join(lines)

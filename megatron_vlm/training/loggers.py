@@ -83,6 +83,8 @@ class Console:
             parts.append(f"BAD ROWS {metrics.bad_rows}")
         if metrics.too_long_rows:
             parts.append(f"too long rows {metrics.too_long_rows}")
+        if metrics.empty_answers:
+            parts.append(f"empty answers {metrics.empty_answers}")
         print(" | ".join(parts), file=self._stream, flush=True)
 
     def on_evaluation(self, step: int, losses: dict[str, float]) -> None:

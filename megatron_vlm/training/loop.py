@@ -34,7 +34,7 @@ from megatron_vlm.training.start import banner, environment, record_start
 from megatron_vlm.training.step import collect_expert_use, run_global_batch
 from megatron_vlm.training.step_check import StepCheck
 
-COUNTERS = "samples bad_rows too_long_rows real_tokens label_tokens padded_tokens images videos".split()
+COUNTERS = "samples bad_rows too_long_rows empty_answers real_tokens label_tokens padded_tokens images videos".split()
 EXIT_DONE = 0
 
 
@@ -203,6 +203,7 @@ class Trainer:
             videos=counters["videos"],
             bad_rows=counters["bad_rows"],
             too_long_rows=counters["too_long_rows"],
+            empty_answers=counters["empty_answers"],
             step_seconds=seconds,
             data_wait_seconds=wait_seconds,
             source_losses={name: total / count for name, (total, count) in zip(names, losses, strict=True) if count},

@@ -73,6 +73,7 @@ class StepMetrics:
         model_flops: FLOPs that the model needs for the batch, forward and backward (`planning.flops`).
         world_size: number of devices.
         skipped: whether the update was left out, because loss or gradient norm was not finite or leapt up.
+        empty_answers: answers that say nothing, of which at most the end-of-turn token is trained.
         load_balancing_loss: the loss without its coefficient, mean over the micro-batches weighted by their label
             tokens; None where there is none. `loss` does not contain it.
         experts: how evenly experts were used; None where there are none.
@@ -99,6 +100,7 @@ class StepMetrics:
     model_flops: float
     world_size: int
     skipped: bool
+    empty_answers: int = 0
     load_balancing_loss: float | None = None
     experts: ExpertStatistics | None = None
 

@@ -125,6 +125,7 @@ def test_ids_and_patches_equal_the_processor(
         assert sample.count(kind) == len(theirs.get(f"{kind}_grid_thw", ()))
 
 
+@needs_transformers_5_23
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_trained_tokens_equal_assistant_masks(
     qwen_builder: PromptBuilder,

@@ -23,9 +23,17 @@ if TYPE_CHECKING:
     from megatron_vlm.families.mistral3.config import ModelConfig
 
 
-def prompt_rules(config: ModelConfig) -> PromptRules:
-    """Prompt rules of a Mistral3 model: "[/INST]" opens an answer, "</s>" is trained as its end.
+# [THINK] and [/THINK] are not among them: a text may have them.
+TURN_TOKENS = (
+    "[INST] [SYSTEM_PROMPT] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_CALLS] [ARGS] [CALL_ID] [TOOL_RESULTS] "
+    "[/TOOL_RESULTS] [TOOL_CONTENT] [PREFIX] [MIDDLE] [SUFFIX]"
+).split()
 
+
+def prompt_rules(config: ModelConfig) -> PromptRules:
+    """Prompt rules of a Mistral3 model: an answer follows the end of another turn, "</s>" is trained as its end.
+
+    Most follow a user's turn, which "[/INST]" ends; also a system prompt, another answer, or the start of the text.
     Images vary in size. The processor writes each as rows of placeholders with a break after each row, the last of
     which is the image's end; breaks and ends are text to the model.
 
@@ -36,6 +44,9 @@ def prompt_rules(config: ModelConfig) -> PromptRules:
         assistant_start="[/INST]",
         assistant_end="</s>",
         image_token_id=config.image_token_id,
+        turn_tokens=tuple(TURN_TOKENS),
+        media_tokens=("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
+        other_starts=("[/SYSTEM_PROMPT]", "</s>", "<s>"),
         media=None if config.text_only else _media_rules(config),
     )
 
