@@ -38,8 +38,10 @@ def main(argv: list[str]) -> int:
 
 def report(error: UserError) -> None:
     """Print the error once: most are the same on all ranks, and torchrun ends the others when the first rank fails."""
+    if error.is_reported_here is False:
+        return
     rank, local_rank = os.environ.get("RANK"), int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank > 0:
+    if local_rank > 0 and error.is_reported_here is None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(SECONDS_BEFORE_OTHER_RANKS_REPORT)
     where = f" (rank {rank})" if local_rank > 0 else ""
@@ -47,4 +49,5 @@ def report(error: UserError) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback; training has a handler of its own
     sys.exit(main(sys.argv[1:]))

@@ -14,6 +14,8 @@ class UserError(Exception):
 
     def __init__(self, what: str, where: str | None = None, fix: str | None = None) -> None:
         super().__init__(what, where, fix)
+        self.is_reported_here: bool | None = None
+        """Whether this rank is the first of those that have the same error, None if that is not known."""
         self.what = what
         self.where = where
         self.fix = fix

@@ -12,6 +12,7 @@ objects (random states), and reads only from the run's own folder: do not put a 
 from __future__ import annotations
 
 import pickle
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_vlm.checkpoint import optimizer_state, run_folder
 from megatron_vlm.checkpoint.run_folder import Manifest, ModelIdentity
+from megatron_vlm.checkpoint.run_owner import RunOwner
 from megatron_vlm.checkpoint.torch_dist import TorchDistReader
 from megatron_vlm.errors import CheckpointError, UserError
 from megatron_vlm.parallel.parameters import spec_of
@@ -140,6 +142,7 @@ class CheckpointManager:
         precision: type of the parameters, `fp32` or `bf16`.
         keep_last: newest checkpoints to keep; None keeps all.
         async_save: return from `save` while the writing goes on.
+        owner: of the run folder; a checkpoint is published only while the folder is still this run's.
     """
 
     def __init__(
@@ -151,6 +154,7 @@ class CheckpointManager:
         precision: str,
         keep_last: int | None = None,
         async_save: bool = True,
+        owner: RunOwner | None = None,
     ) -> None:
         self.directory = Path(directory)
         self.groups = groups
@@ -159,6 +163,8 @@ class CheckpointManager:
         self.precision = precision
         self.keep_last = keep_last
         self.async_save = async_save
+        self.owner = owner
+        self._incomplete: Path | None = None
         self._calls = AsyncCallsQueue()
 
     def latest_step(self) -> int | None:
@@ -213,13 +219,15 @@ class CheckpointManager:
             extra=dict(extra or {}),
             config=config_yaml,
         )
-        incomplete = on_first_rank(lambda: None if final.exists() else run_folder.begin(self.directory, step))
+        incomplete = on_first_rank(lambda: None if final.exists() else self._begin(step))
         if incomplete is None:
             return False
+        self._incomplete = incomplete
 
         began = time.monotonic()
 
         def publish() -> None:
+            self._confirm_owner()
             manifest.write(incomplete)
             run_folder.share_passthrough(self.directory, incomplete)
             run_folder.publish(incomplete, final)
@@ -232,6 +240,14 @@ class CheckpointManager:
         if not self.async_save:
             self.finalize(blocking=True)
         return True
+
+    def _begin(self, step: int) -> Path:
+        self._confirm_owner()
+        return run_folder.begin(self.directory, step)
+
+    def _confirm_owner(self) -> None:
+        if self.owner is not None:
+            self.owner.confirm()
 
     def _start_writing(self, state: dict[str, Any], incomplete: Path, publish: Callable[[], None]) -> None:
         """Copy `state` and let another process write it; `finalize` sees that it is done and calls `publish`."""
@@ -265,7 +281,10 @@ class CheckpointManager:
         try:
             self._calls.maybe_finalize_async_calls(blocking)
         except SaveFailed as error:
-            on_first_rank(lambda: run_folder.clean(self.directory))
+            incomplete = self._incomplete
+            assert incomplete is not None
+            on_first_rank(lambda: shutil.rmtree(incomplete, ignore_errors=True))
+            on_first_rank(self._confirm_owner)
             raise CheckpointError(
                 f"the checkpoint could not be written: {error}",
                 str(self.directory),

@@ -13,6 +13,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 import time
 import weakref
@@ -31,7 +32,7 @@ from megatron_vlm.data.collate import MicroBatch, collate
 from megatron_vlm.data.plan import SamplePlan, micro_batch_start
 from megatron_vlm.data.rows import RowReader, empty_answer_note, reader_for
 from megatron_vlm.data.rules import PromptRules
-from megatron_vlm.errors import UserError
+from megatron_vlm.errors import DataError, UserError
 
 FEWEST_AHEAD_PER_WORKER, MOST_AHEAD_PER_WORKER = 2, 16
 """Micro-batches that a worker reads ahead: its part of a whole step, so that the next step's rows are read during this
@@ -134,7 +135,7 @@ class MicroBatchLoader:
         report_problems: log one line for each bad or dropped row.
 
     Raises (from `next`):
-        DataError, ConfigError: a row is refused; see `RowReader.read`.
+        DataError, ConfigError: a row is refused, see `RowReader.read`; or a worker was killed.
     """
 
     def __init__(
@@ -192,7 +193,11 @@ class MicroBatchLoader:
             if self.num_global_batches is not None:
                 self._order.count = self.num_global_batches * self.sharding.num_micro_batches
             self._iterator = self._start_iteration()
-        batch = next(self._iterator)
+        try:
+            batch = next(self._iterator)
+        except RuntimeError:
+            self._raise_if_a_worker_was_killed()
+            raise
         self.wait_seconds += time.perf_counter() - began
         if isinstance(batch, _Refusal):
             raise batch.error
@@ -244,6 +249,21 @@ class MicroBatchLoader:
             # Only a worker that hangs in a read is still alive, and it has SIGTERM blocked.
             worker.kill()
         self._workers = set()
+
+    def _raise_if_a_worker_was_killed(self) -> None:
+        """Say what ended a worker, of which torch knows only that it is gone."""
+        for worker in self._workers:
+            worker.join(0)
+            code = worker.exitcode
+            if code is not None and code < 0:
+                name = signal.Signals(-code).name
+                guess = "; probably the machine or its container ran out of memory" if -code == signal.SIGKILL else ""
+                raise DataError(
+                    f"data worker {worker.pid} of rank {os.environ.get('RANK', '0')} on {socket.gethostname()} was "
+                    f"ended by {name}{guess}",
+                    fix="lower data.num_workers or the size of images, or give the job more memory; "
+                    "starting again resumes from the last checkpoint",
+                )
 
     def _start_iteration(self) -> Iterator[Any]:
         others = {*multiprocessing.active_children()}

@@ -14,6 +14,8 @@ import yaml
 
 from megatron_vlm import platform
 from megatron_vlm.checkpoint.manager import on_first_rank
+from megatron_vlm.checkpoint.run_folder import CHECKPOINTS_NAME, published_steps
+from megatron_vlm.checkpoint.run_owner import RunOwner
 from megatron_vlm.config import Config, changed_settings, to_dict, to_yaml
 from megatron_vlm.conversion.passthrough import describe
 from megatron_vlm.conversion.running_model import export_hf_from_model
@@ -28,8 +30,9 @@ from megatron_vlm.training.loggers import Callback, build_loggers
 from megatron_vlm.training.metrics import StepMetrics, expert_statistics
 from megatron_vlm.training.optimizer import apply_gradients, gradient_norm, learning_rates
 from megatron_vlm.training.profiling import ProfileWindow
+from megatron_vlm.training.rank_watch import RankWatch
 from megatron_vlm.training.setup import Run, initialize_distributed, set_up
-from megatron_vlm.training.signals import StopRequests
+from megatron_vlm.training.signals import StoppedBeforeTraining, StopRequests
 from megatron_vlm.training.start import banner, environment, record_start
 from megatron_vlm.training.step import collect_expert_use, run_global_batch
 from megatron_vlm.training.step_check import StepCheck
@@ -44,22 +47,35 @@ def train(config: Config) -> int:
     Raises:
         UserError: what the user can correct; nothing that was saved is lost.
     """
-    initialize_distributed(config.parallel.distributed_timeout_minutes, config.device)
+    timeout_minutes = config.parallel.distributed_timeout_minutes
+    initialize_distributed(timeout_minutes, config.device)
     failed = True
     try:
-        with StopRequests() as requests:
-            run = set_up(config)
-            try:
-                Trainer(run, requests).run()
-            finally:
-                run.train_loader.close()
-                if run.valid_loader is not None:
-                    run.valid_loader.close()
-        torch.distributed.barrier()
+        with RankWatch(timeout_minutes * 60) as watch:
+            with StopRequests() as requests, RunOwner(config.run_dir) as owner:
+                _train_as_owner(config, watch, requests, owner)
+            torch.distributed.barrier()
         failed = False
     finally:
         platform.current().leave_process_group(failed)
     return EXIT_DONE
+
+
+def _train_as_owner(config: Config, watch: RankWatch, requests: StopRequests, owner: RunOwner) -> None:
+    try:
+        run = set_up(config, owner, requests)
+    except StoppedBeforeTraining as stop:
+        number = stop.number
+        on_first_rank(lambda: _write_stop(Path(config.run_dir), number))
+        return
+    try:
+        trainer = Trainer(run, requests)
+        watch.progress = lambda: trainer.step
+        trainer.run()
+    finally:
+        run.train_loader.close()
+        if run.valid_loader is not None:
+            run.valid_loader.close()
 
 
 class Trainer:
@@ -90,7 +106,8 @@ class Trainer:
         on_first_rank(self._open_loggers)
         try:
             stopped = self._train()
-            self._save()
+            if self.step > 0:
+                self._save()
             self.run_state.checkpoints.finalize(blocking=True)
             if stopped is not None:
                 on_first_rank(
@@ -107,6 +124,9 @@ class Trainer:
     def _train(self) -> str | None:
         """Run the steps up to the last; return why training stopped before it, or None."""
         train, first = self.config.train, self.step
+        request = self._agree_on_request()
+        if request:
+            return _reason(request)
         while self.step < train.train_iters:
             request = self._step()
             self.run_state.checkpoints.finalize()
@@ -118,7 +138,7 @@ class Trainer:
             if is_last:
                 return None
             if request:
-                return f"signal {signal.Signals(request).name}"
+                return _reason(request)
             if train.exit_interval and self.step - first >= train.exit_interval:
                 return "exit_interval"
             interval = self.config.checkpoint.save_interval
@@ -155,7 +175,8 @@ class Trainer:
         counts = self._sum_over_data_ranks([*own, *lengths])
         counters = {name: int(count) for name, count in zip(COUNTERS, counts, strict=False)}
         # Bringing these figures to the host waits for the update too, so that the step's time is honest.
-        request, wait, peak = self._largest([self.requests.number, waited, platform.current().peak_memory_bytes()])
+        figures = [self.requests.poll(), self._is_lost(), waited, platform.current().peak_memory_bytes()]
+        request, lost, wait, peak = self._largest(figures)
         seconds = time.perf_counter() - began
         self._log(
             losses, loss, norm, counters, counts[len(own) :], expert_use, seconds, wait, peak, problem is not None
@@ -166,6 +187,7 @@ class Trainer:
         except DataError:
             self._publish_before_failing()
             raise
+        self._end_if(lost)
         return int(request)
 
     def _log(
@@ -232,7 +254,7 @@ class Trainer:
             for _ in range(loader.num_global_batches):
                 batches = self._to_device(loader.global_batch())
                 sums += run_global_batch(run.model, batches, run.groups, len(loader.source_names), forward_only=True)
-                request = int(self._largest([self.requests.number])[0])
+                request = self._agree_on_request()
                 if request:
                     break
         collect_expert_use(run.model, run.groups)  # what was counted here is not part of the next step
@@ -255,6 +277,19 @@ class Trainer:
             for logger in self.loggers:
                 logger.on_evaluation(self.step, losses)
         return request
+
+    def _agree_on_request(self) -> int:
+        """Return the number of a signal that some rank received, or 0; end all ranks if the folder is another's."""
+        request, lost = self._largest([self.requests.poll(), self._is_lost()])
+        self._end_if(lost)
+        return int(request)
+
+    def _is_lost(self) -> bool:
+        return self.run_state.owner.lost is not None
+
+    def _end_if(self, lost: float) -> None:
+        if lost:
+            on_first_rank(self.run_state.owner.confirm)
 
     def _resume(self) -> None:
         run, train_iters = self.run_state, self.config.train.train_iters
@@ -349,6 +384,16 @@ class Trainer:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
         return tensor.tolist()
+
+
+def _reason(number: int) -> str:
+    return f"signal {signal.Signals(number).name}"
+
+
+def _write_stop(run_dir: Path, number: int) -> None:
+    """Say why this start did no step."""
+    steps = published_steps(run_dir / CHECKPOINTS_NAME)
+    _write_json(run_dir / "stopped.json", {"reason": _reason(number), "step": steps[-1] if steps else 0})
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -18,6 +18,7 @@ from megatron.core.utils import unwrap_model
 from PIL import Image
 
 import pretrain_vlm
+from megatron_vlm.checkpoint.run_owner import RunOwner
 from megatron_vlm.cli import load_config
 from megatron_vlm.errors import UserError
 from megatron_vlm.training.loop import Trainer
@@ -112,13 +113,15 @@ def train_here(arguments: list[str], interfere: Interference | None = None) -> O
     config = load_config(arguments)
     run: Run | None = None
     error, before = None, {}
+    requests = StopRequests()
     try:
-        run = set_up(config)
-        before = _parameters(run)
-        trainer = Trainer(run, StopRequests())
-        if interfere is not None:
-            interfere(trainer)
-        trainer.run()
+        with RunOwner(config.run_dir) as owner:
+            run = set_up(config, owner, requests)
+            before = _parameters(run)
+            trainer = Trainer(run, requests)
+            if interfere is not None:
+                interfere(trainer)
+            trainer.run()
     except UserError as problem:
         error = f"{type(problem).__name__}: {problem}"
     finally:

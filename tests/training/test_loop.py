@@ -6,10 +6,13 @@ import json
 import math
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import Gemma3ForConditionalGeneration
 
+from megatron_vlm.checkpoint.run_owner import OWNER_NAME
+from megatron_vlm.errors import CheckpointError
 from megatron_vlm.training.loop import Trainer
 from tests.ranks import run_ranks
 from tests.sizes import full
@@ -148,6 +151,44 @@ def test_a_request_ends_an_evaluation(place: Place, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "stopped.json").read_text()) == {"reason": "signal SIGUSR2", "step": 2}
     assert not outcome.evaluations
     assert checkpoint_names(tmp_path) == ["step_00000002"]
+
+
+def _request_before_the_first_step(trainer: Trainer) -> None:
+    trainer.requests.number = signal.SIGINT
+
+
+@pytest.mark.parametrize("resumed", [False, full(True)])
+def test_a_request_before_the_first_step(place: Place, tmp_path: Path, resumed: bool) -> None:
+    """Nothing is trained, saved or exported, whatever was there before."""
+    if resumed:
+        train(place, tmp_path, "train.exit_interval=2")
+    before = checkpoint_names(tmp_path)
+    train(place, tmp_path, f"checkpoint.export_hf={tmp_path}/export", interfere=_request_before_the_first_step)
+    assert json.loads((tmp_path / "stopped.json").read_text()) == {"reason": "signal SIGINT", "step": 2 * resumed}
+    assert checkpoint_names(tmp_path) == before and not (tmp_path / "export").exists()
+
+
+def _lose_the_folder(trainer: Trainer) -> None:
+    """During the second step another start takes the folder over, as the first rank's heartbeat finds out."""
+    read, run_dir = trainer.run_state.train_loader.global_batch, trainer.run_dir
+
+    def read_and_lose() -> Any:
+        if trainer.step == 1 and trainer.run_state.is_first_rank:
+            found = {"pid": 1, "host": "other", "token": "another"}
+            (run_dir / OWNER_NAME).write_text(json.dumps(found))
+            with pytest.raises(CheckpointError):
+                trainer.run_state.owner.confirm()
+        return read()
+
+    trainer.run_state.train_loader.global_batch = read_and_lose  # type: ignore[method-assign]
+
+
+def test_a_run_that_lost_its_folder_ends_without_saving(place: Place, tmp_path: Path) -> None:
+    for outcome in run_ranks(2, train_here, place.arguments(tmp_path), _lose_the_folder):
+        assert outcome.error is not None and "taken over by process 1 on other" in outcome.error
+        assert [record["step"] for record in outcome.metrics] == [1, 2]
+    assert checkpoint_names(tmp_path) == [] and not (tmp_path / "stopped.json").exists()
+    assert "another" in (tmp_path / OWNER_NAME).read_text(), "the other's file is left alone"
 
 
 def expected_rates(schedule: str) -> list[float]:
