@@ -10,7 +10,13 @@ class UserError(Exception):
         what: what is wrong, with the offending values.
         where: file and line, configuration key, or rank; left out when `what` already contains it.
         fix: what to do about it.
+
+    Attributes:
+        problems: several mistakes that one error reports, each with its own parts; they are printed on lines of their
+            own.
     """
+
+    problems: tuple[UserError, ...] = ()
 
     def __init__(self, what: str, where: str | None = None, fix: str | None = None) -> None:
         super().__init__(what, where, fix)
@@ -21,6 +27,8 @@ class UserError(Exception):
         self.fix = fix
 
     def __str__(self) -> str:
+        if self.problems:
+            return "\n".join([f"{self.what}:", *(f"  ({n}) {problem}" for n, problem in enumerate(self.problems, 1))])
         text = self.what
         if self.where:
             text += f" [{self.where}]"
@@ -54,7 +62,9 @@ EXIT_USER_ERROR = 2
 
 def combine(error_type: type[UserError], problems: list[UserError]) -> UserError:
     """Build one error of `error_type` that lists all `problems`; a single problem keeps its own parts."""
-    if len(problems) == 1:
-        return error_type(problems[0].what, problems[0].where, problems[0].fix)
-    numbered = "; ".join(f"({number}) {problem}" for number, problem in enumerate(problems, start=1))
-    return error_type(f"{len(problems)} problems: {numbered}")
+    single = [each for problem in problems for each in problem.problems or (problem,)]
+    if len(single) == 1:
+        return error_type(single[0].what, single[0].where, single[0].fix)
+    combined = error_type(f"{len(single)} problems")
+    combined.problems = tuple(single)
+    return combined
