@@ -79,7 +79,7 @@ class ParallelSettings:
     overlap_param_gather: bool = False
     """Gather updated parameters while the next forward pass runs (needs the distributed optimizer)."""
     distributed_timeout_minutes: int = 10
-    """Minutes after which a collective that does not finish ends the run."""
+    """Minutes after which a silent rank, or a collective that does not finish, ends the run."""
 
 
 @dataclass(frozen=True)

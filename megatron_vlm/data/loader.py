@@ -195,7 +195,7 @@ class MicroBatchLoader:
             self._iterator = self._start_iteration()
         try:
             batch = next(self._iterator)
-        except RuntimeError:
+        except (RuntimeError, EOFError, OSError):  # the last two where a tensor is fetched that it had read ahead
             self._raise_if_a_worker_was_killed()
             raise
         self.wait_seconds += time.perf_counter() - began
@@ -253,7 +253,7 @@ class MicroBatchLoader:
     def _raise_if_a_worker_was_killed(self) -> None:
         """Say what ended a worker, of which torch knows only that it is gone."""
         for worker in self._workers:
-            worker.join(0)
+            worker.join(1.0)  # its fork server may not have heard of it yet
             code = worker.exitcode
             if code is not None and code < 0:
                 name = signal.Signals(-code).name

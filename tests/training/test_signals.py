@@ -132,6 +132,26 @@ def test_ranks_end_when_their_agent_is_killed(place: Place, tmp_path: Path) -> N
     assert f"torchrun (process {job.process.pid}) has ended: stopping" in log and "Traceback" not in log
 
 
+@pytest.mark.full
+def test_a_stopped_rank_ends_the_job(place: Place, tmp_path: Path) -> None:
+    """Within the time-out plus 30 s, with one line that names it and the stack of the other rank."""
+    run_dir, timeout = tmp_path / "run", 60
+    with Job(place, run_dir, tmp_path / "1.log", *ENDLESS, "parallel.distributed_timeout_minutes=1") as job:
+        job.wait_until(lambda: len(read_whole_lines(run_dir / "metrics.jsonl")) >= 2)
+        stopped = next(pid for pid in job.ranks() if psutil.Process(pid).environ()["RANK"] == "1")
+        os.kill(stopped, signal.SIGSTOP)
+        began = time.monotonic()
+        assert job.exit_code() == 1
+        seconds = time.monotonic() - began
+    print(f"ended after {seconds:.0f} s")
+    assert timeout < seconds < timeout + 30
+    log = job.log.read_text()
+    (line,) = [line for line in log.splitlines() if "gives no sign of life" in line]
+    assert line.startswith("rank 1 on ") and f"(process {stopped})" in line
+    assert "rank 0 at step" in log and "in _step" in log
+    assert log.count("Traceback (most recent call last)") == 1, "torchrun's own is the only one"
+
+
 def kill_while_saving(place: Place, run_dir: Path, resumed_after: int) -> list[str]:
     """Start again; the complete checkpoints, beside a half-written one."""
     # Without a worker, which takes as long to start as its rank; those of a killed rank are tests/data's.
