@@ -45,13 +45,24 @@ from megatron_vlm.data.processor import (
     load_processor,
 )
 from megatron_vlm.data.rules import PromptRules
+from megatron_vlm.data.template_limits import MOST_ADDED_CHARACTERS, limit_rendering, try_template
 from megatron_vlm.data.videos import Video
 from megatron_vlm.errors import ConfigError, DataError
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # What templates and processors raise on a conversation they do not accept.
-REFUSALS = (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError)
+REFUSALS = (
+    TemplateError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    MemoryError,
+)
+MOST_WORDS_OF_A_REFUSAL = 300
 PROBE = "a thought of the probe"
 
 
@@ -119,8 +130,9 @@ class PromptBuilder:
         self.template: str = template or ""
         if not template:
             raise ConfigError(f"{hf_path} has no chat template", "model.hf_path", "add a chat_template.jinja file")
+        try_template(template, self.hf_path)
         self.has_generation_tags = bool(GENERATION_TAG.search(template))
-        if not self.has_generation_tags and rules.assistant_start not in _probe_prompt(self.processor, rules):
+        if not self.has_generation_tags and rules.assistant_start not in self._probe_prompt():
             raise ConfigError(
                 f"the chat template of {hf_path} does not mark the assistant's turns with {rules.assistant_start!r}",
                 "model.hf_path",
@@ -153,11 +165,13 @@ class PromptBuilder:
         answers = [message for message in conversation.messages if message.role == "assistant"]
         losses = [message.loss and not (self.drop_empty_answers and message.is_empty_answer) for message in answers]
         try:
-            output = self._apply_template(messages, videos)
-            spans, untrained = self._find_spans(messages, conversation, all(losses))
+            with limit_rendering(self.template):
+                spans, untrained = self._find_spans(messages, conversation, all(losses))
+                output = self._apply_template(messages, videos)
         except REFUSALS as error:
+            reason = str(error)[:MOST_WORDS_OF_A_REFUSAL] or type(error).__name__
             raise DataError(
-                f"the chat template or processor refuses the row: {error}",
+                f"the chat template or processor refuses the row: {reason}",
                 conversation.row_name,
                 "correct or remove the row",
             ) from None
@@ -196,6 +210,20 @@ class PromptBuilder:
         blank = ImagePart(ImageSource(data=b""))
         conversation = Conversation((Message("user", (blank,)), Message("assistant", "a")), "a blank image")
         return len(self.encode(conversation, [Image.new("RGB", (2, 2))]).input_ids)
+
+    def _probe_prompt(self) -> str:
+        """Render a minimal conversation with the template; return an empty string if it refuses."""
+        contents: list[Any] = ["a", "b"]
+        if self.rules.image_token_id is not None:
+            contents = [[{"type": "text", "text": text}] for text in contents]
+        messages = [
+            {"role": role, "content": content} for role, content in zip(("user", "assistant"), contents, strict=True)
+        ]
+        try:
+            with limit_rendering(self.template):
+                return self._render(messages)[0]
+        except REFUSALS:
+            return ""
 
     def _apply_template(self, messages: list[dict[str, Any]], videos: Sequence[Video]) -> dict[str, Any]:
         """Return the processor's output for one conversation, without the batch dimension on text."""
@@ -276,7 +304,8 @@ class PromptBuilder:
         question = [{"type": "text", "text": "a"}] if isinstance(content, list) else "a"
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": content, **fields}]
         try:
-            return PROBE in self._render(messages)[0]
+            with limit_rendering(self.template):
+                return PROBE in self._render(messages)[0]
         except REFUSALS:
             return False
 
@@ -287,6 +316,12 @@ class PromptBuilder:
         row_name = conversation.row_name
         answers = [number for number, message in enumerate(conversation.messages) if message.role == "assistant"]
         rendered, spans = self._render(messages)
+        parts = [part for message in conversation.messages for part in message.parts]
+        said = sum(len(part.text) for part in parts if isinstance(part, TextPart | ThinkingPart))
+        if len(rendered) > MOST_ADDED_CHARACTERS + 4 * said:
+            raise DataError(
+                f"the chat template makes {len(rendered):,} characters of {said:,}", row_name, "correct the template"
+            )
         if self.has_generation_tags and trains_all and not conversation.has_thinking:
             return spans, []
         marks = find_marks(rendered, self._render(mark_messages(messages))[0], row_name)
@@ -354,17 +389,3 @@ def _turn_tokens(tokenizer: Any, rules: PromptRules) -> set[str]:
 
 def _any_of(tokens: set[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
-
-
-def _probe_prompt(processor: Any, rules: PromptRules) -> str:
-    """Render a minimal conversation with the template; return an empty string if it refuses."""
-    contents: list[Any] = ["a", "b"]
-    if rules.image_token_id is not None:
-        contents = [[{"type": "text", "text": text}] for text in contents]
-    messages = [
-        {"role": role, "content": content} for role, content in zip(("user", "assistant"), contents, strict=True)
-    ]
-    try:
-        return str(processor.apply_chat_template(messages, tokenize=False))
-    except (TemplateError, TypeError, KeyError, IndexError):
-        return ""

@@ -186,8 +186,8 @@ def reader_for(config: Config, sources: Sequence[DataSource], rules: PromptRules
 def empty_answer_note(row_name: str, dropped: bool) -> str:
     """Return the line that names the first row with an empty answer of a source."""
     if dropped:
-        return f"an answer is empty and left out of the loss (data.drop_empty_answers) [{row_name}]"
+        return f"an answer has no words and is left out of the loss (data.drop_empty_answers) [{row_name}]"
     return (
-        f"an answer is empty, so that only its end-of-turn token is trained [{row_name}] -- correct the row, or set "
-        "data.drop_empty_answers to leave such answers out of the loss"
+        f"an answer has no words; its end-of-turn token is trained all the same [{row_name}] -- correct the row, or "
+        "set data.drop_empty_answers to leave such answers out of the loss"
     )
