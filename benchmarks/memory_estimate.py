@@ -1,6 +1,6 @@
 """CPU time of counting the memory, FLOPs and communication of every recipe's model by a trace.
 
-    python benchmarks/trace.py [--output FILE.json]
+    python benchmarks/memory_estimate.py [--output FILE.json]
 
 Each recipe of `configs` is counted at its own layout, with rows full of images, in one process on one core, as the dry
 run does; so is the largest at 1,024 ranks.
@@ -26,7 +26,7 @@ from megatron_vlm.planning.memory import estimate_memory  # noqa: E402
 from megatron_vlm.planning.preflight import check_layout  # noqa: E402
 from tests.test_recipes import IMAGES_OF_A_FULL_ROW, SIZES, recipe, record  # noqa: E402
 
-RESULTS = REPOSITORY / "benchmarks" / "results" / "trace.json"
+RESULTS = REPOSITORY / "benchmarks" / "results" / "memory_estimate.json"
 MAX_SECONDS, MAX_SECONDS_IN_ALL = 30.0, 60.0
 LARGEST, RANKS = "qwen3_vl_235b_a22b", 1024
 
