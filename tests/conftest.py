@@ -19,3 +19,11 @@ def pytest_configure(config: pytest.Config) -> None:
         from megatron_vlm import platform
 
         platform.initialize()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Test modules are imported, and no test has run."""
+    if not session.config.getoption("numprocesses", None) and session.items:
+        from tests import ranks
+
+        ranks.prepare()

@@ -1,11 +1,11 @@
 """Runs test functions on several ranks, in worker processes that are started once per test session.
 
-Workers are forked after the heavy imports, so four of them are ready in 0.2 s (torchrun needs 15 s).
+They are forked after the heavy imports, so four of them are ready in 0.2 s (torchrun needs 15 s), and from a process
+that never computes: a backward pass starts threads of autograd, which no process forked after it could use.
 """
 
 from __future__ import annotations
 
-import atexit
 import faulthandler
 import gc
 import multiprocessing
@@ -35,21 +35,13 @@ class RankFailure(AssertionError):
 
 
 class _Pool:
-    def __init__(self) -> None:
-        platform.initialize()
-        torch.set_num_threads(1)
-        context = multiprocessing.get_context("fork")
-        gc.collect()
-        gc.freeze()  # workers would otherwise walk all that was imported in each collection
-        self.pipes, self.processes = [], []
-        for rank in range(NUM_WORKERS):
-            mine, theirs = context.Pipe()
-            self.pipes.append(mine)
-            process = context.Process(target=_work, args=(rank, theirs, self.pipes), daemon=True)
-            process.start()
-            theirs.close()  # so that the death of the worker ends what is read here
-            self.processes.append(process)
-        gc.unfreeze()
+    def __init__(self, template: multiprocessing.connection.Connection) -> None:
+        self.template = template
+        with multiprocessing.connection.Listener(family="AF_UNIX", backlog=NUM_WORKERS) as listener:
+            template.send(listener.address)
+            pipes = [listener.accept() for _ in range(NUM_WORKERS)]
+        by_rank = {pipe.recv(): pipe for pipe in pipes}
+        self.pipes = [by_rank[rank] for rank in range(NUM_WORKERS)]
 
     def run(self, world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
         with tempfile.TemporaryDirectory() as folder:
@@ -81,17 +73,38 @@ class _Pool:
         return value
 
     def close(self) -> None:
-        for process in self.processes:
+        self.template.send(None)
+        self.template.recv()
+
+
+def _serve_workers(pipe: multiprocessing.connection.Connection, parents: multiprocessing.connection.Connection) -> None:
+    """Fork new workers for each listener's address that comes; kill those before them, which is all for a None."""
+    parents.close()  # so that the death of the parent, however it dies, ends this process too
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it forks workers
+    torch.set_num_threads(1)
+    context = multiprocessing.get_context("fork")
+    processes: list[Any] = []
+    while True:
+        try:
+            address = pipe.recv()
+        except EOFError:
+            return
+        for process in processes:
             process.kill()
             process.join()
+        processes = []
+        if address is None:
+            pipe.send(None)  # they are gone
+            continue
+        for rank in range(NUM_WORKERS):
+            processes.append(context.Process(target=_work, args=(rank, address), daemon=True))
+            processes[-1].start()
 
 
-def _work(
-    rank: int, pipe: multiprocessing.connection.Connection, parents: list[multiprocessing.connection.Connection]
-) -> None:
-    for end in parents:
-        end.close()  # so that the death of the parent, however it dies, ends this process too
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _work(rank: int, address: str) -> None:
+    pipe = multiprocessing.connection.Client(address)  # ends with the parent, which has its other end
+    pipe.send(rank)
     torch.set_num_threads(1)
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # checkpoints fork writers
     # What a test in the parent may have started belongs to the parent: its data workers' server, its saves' results.
@@ -131,7 +144,23 @@ def _answer(
     return False, result
 
 
+_template: multiprocessing.connection.Connection | None = None
 _pool: _Pool | None = None
+
+
+def prepare() -> None:
+    """Fork the process that workers come from, unless it is there: best when all is imported and nothing has run."""
+    global _template
+    if _template is not None:
+        return
+    platform.initialize()
+    context = multiprocessing.get_context("fork")
+    gc.collect()
+    gc.freeze()  # workers would otherwise walk all that was imported in each collection
+    _template, theirs = context.Pipe()
+    context.Process(target=_serve_workers, args=(theirs, _template), daemon=True).start()
+    gc.unfreeze()
+    theirs.close()
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -148,8 +177,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
     global _pool
     assert 1 <= world_size <= NUM_WORKERS
     if _pool is None:
-        _pool = _Pool()
-        atexit.register(_close)
+        prepare()
+        assert _template is not None
+        _pool = _Pool(_template)
     try:
         return _pool.run(world_size, function, arguments)
     except BaseException:

@@ -28,9 +28,6 @@ class ColumnParallelLinear(OperandOwner, tensor_parallel.ColumnParallelLinear):
     overlapped parameter gathering waits for them.
     """
 
-    input_size: int
-    output_size_per_partition: int
-
     def __init__(self, in_size: int, out_size: int, mcore_config: TransformerConfig, group: Group, bias: bool = False):
         super().__init__(in_size, out_size, config=mcore_config, init_method=_no_init, bias=bias, tp_group=group)
         declare(self.weight, "matrix", normal, tensor_dim=0)
@@ -60,7 +57,7 @@ class SectionedColumnParallelLinear(OperandOwner, torch.nn.Module):
         self, in_size: int, out_size: int, sections: int, mcore_config: TransformerConfig, group: Group
     ) -> None:
         super().__init__()
-        rows, self.in_size = divide(out_size, group.size()), in_size
+        rows = divide(out_size, group.size())
         self.weight = torch.nn.Parameter(torch.empty(sections, rows, in_size, dtype=mcore_config.params_dtype))
         self.bias = torch.nn.Parameter(torch.empty(sections, rows, dtype=mcore_config.params_dtype))
         declare(self.weight, "matrix", normal, tensor_dim=1)
@@ -91,9 +88,6 @@ class RowParallelLinear(OperandOwner, tensor_parallel.RowParallelLinear):
 
     Under sequence parallelism the sum is also scattered along the sequence.
     """
-
-    input_size_per_partition: int
-    output_size: int
 
     def __init__(self, in_size: int, out_size: int, mcore_config: TransformerConfig, group: Group, bias: bool = False):
         super().__init__(

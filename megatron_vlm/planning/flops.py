@@ -27,6 +27,7 @@ from megatron_vlm.planning.recorder import Counts, fake_tensors
 from megatron_vlm.planning.trace import ChunkCounts, Tracer
 
 _TRACED_TOKENS = 128
+# Of models that this process has counted: a trace takes a second.
 _known_factors: dict[tuple[str, VisionLanguageConfig, tuple[str, ...]], list[int]] = {}
 
 

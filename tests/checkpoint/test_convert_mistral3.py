@@ -171,7 +171,7 @@ class TestTies:
         again = load(tmp_path / "again")
         assert is_tied(again) is not has_head
         assert ties(tmp_path / "again") == [not has_head] * 2
-        # The same weights in a model whose configuration is true of transformers as well.
+        # The same weights in a model that transformers itself ties, or does not.
         expected = load(untied)
         if not has_head:
             expected.lm_head.weight = expected.model.language_model.embed_tokens.weight

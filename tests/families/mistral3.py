@@ -185,5 +185,7 @@ ENTRIES = (
     MISTRAL3.variant("tied", FEW_PARITY, ["mixed", "packed"], tied=True),
     MISTRAL3.variant("with Mistral's text", MISTRAL_TEXT, ["images", "mixed", "packed"], ministral=False),
     MISTRAL3.variant("with a window", FEW_PARITY, ["mixed", "packed"], sliding_window=6),
-    MISTRAL3.variant("with Mistral's text and a window", FEW_PARITY, ["mixed"], ministral=False, sliding_window=6),
+    MISTRAL3.variant(
+        "with Mistral's text and a window", FEW_PARITY, ["mixed", "packed"], ministral=False, sliding_window=6
+    ),
 )

@@ -13,22 +13,14 @@ import torch
 
 from tests.kernels.gpu_compiler import compiling_flex_attention
 from tests.kernels.span_compile import SHARED_BYTES
-from tests.ranks import run_ranks
 from tests.sizes import full
 from vlm_kernels.span_attention import QueryShard, Spans, flex
 
-pytestmark = pytest.mark.usefixtures("forked_ranks")
 ROWS = (17, 60, 100, 127, 128, 300)
 WINDOWS = (None, 50)
 RATIOS = (1, 2, 4, 8)
 HEAD_DIMS = (64, 72, 128, 256, 512)
 KEY_HEADS = 2
-
-
-@pytest.fixture(scope="module")
-def forked_ranks() -> None:
-    """Ranks of later tests are forked first: autograd's threads, which are started here, would forbid it."""
-    run_ranks(1, int)
 
 
 def attend(

@@ -258,9 +258,11 @@ def check_kept(name: str, config: Config, world_size: int) -> None:
         assert kept == pytest.approx(expected, rel=TOLERANCE)
 
 
-def pairs(names: Iterable[str], others: Iterable[str], *small: tuple[str, str]) -> list[Any]:
-    """All pairs, of which `make test` runs these alone."""
-    every = [(name, other) for name in names for other in others]
+def pairs(
+    names: Iterable[str], others: Iterable[str], *small: tuple[str, str], without: tuple[str, str] | None = None
+) -> list[Any]:
+    """All pairs but one, of which `make test` runs these alone."""
+    every = [(name, other) for name in names for other in others if (name, other) != without]
     assert set(small) <= set(every)
     return [pair if pair in small else full(*pair) for pair in every]
 
@@ -325,12 +327,11 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
         ("mistral3", "images"),
         ("qwen3_vl", "virtual"),
         ("qwen3_vl_moe", "pipeline"),
+        without=("qwen3_vl_moe", "tensor"),  # experts need sequence parallelism
     ),
 )
 def test_kept_where_ranks_share(name: str, kind: str) -> None:
     """In a simulated rank, whose collectives return what it sends."""
-    if (name, kind) == ("qwen3_vl_moe", "tensor"):
-        pytest.skip("experts need sequence parallelism")
     world_size, overrides = LAYOUTS[kind]
     check_kept(name, run_config(*overrides), world_size)
 
