@@ -11,7 +11,6 @@ objects (random states), and reads only from the run's own folder: do not put a 
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_vlm.checkpoint import optimizer_state, run_folder
 from megatron_vlm.checkpoint.run_folder import Manifest, ModelIdentity
-from megatron_vlm.checkpoint.torch_dist import TorchDistReader
+from megatron_vlm.checkpoint.torch_dist import UNREADABLE, TorchDistReader
 from megatron_vlm.errors import CheckpointError, UserError
 from megatron_vlm.parallel.parameters import spec_of
 from megatron_vlm.parallel.sharding import replica_group, splits
@@ -50,12 +49,14 @@ class Resumed:
     """What `CheckpointManager.load` brought back besides the tensors.
 
     Args:
+        folder: the checkpoint.
         step: optimizer steps done.
         data: position in the data, as given to `save`.
         extra: as given to `save`.
         same_layout: the random states were put back too.
     """
 
+    folder: Path
     step: int
     data: Mapping[str, Any]
     extra: Mapping[str, Any]
@@ -139,7 +140,13 @@ class CheckpointManager:
         precision: type of the parameters, `fp32` or `bf16`.
         keep_last: newest checkpoints to keep; None keeps all.
         async_save: return from `save` while the writing goes on.
+
+    Attributes:
+        passthrough: names of the tensors that the run only carries through; None if an older run's checkpoint did not
+            say. To be set in a new run, `load` sets it in one that goes on.
     """
+
+    passthrough: Sequence[str] | None = ()
 
     def __init__(
         self,
@@ -162,12 +169,16 @@ class CheckpointManager:
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint, or None; the same on every rank."""
-        steps = on_first_rank(lambda: run_folder.published_steps(self.directory))
-        return steps[-1] if steps else None
+        step, _ = on_first_rank(lambda: run_folder.newest_complete(self.directory))
+        return step
 
     def clean(self) -> list[str]:
         """Delete what a killed run left half-written; call once at the start. Returns the names."""
         return on_first_rank(lambda: run_folder.clean(self.directory))
+
+    def set_aside(self) -> list[str]:
+        """Rename the incomplete checkpoints that are newer than `latest_step`; return what was done, in words."""
+        return on_first_rank(lambda: run_folder.set_aside(self.directory))
 
     def save(
         self,
@@ -211,6 +222,7 @@ class CheckpointManager:
             data=dict(data_state),
             extra=dict(extra or {}),
             config=config_yaml,
+            passthrough=self.passthrough,
         )
         incomplete = on_first_rank(lambda: None if final.exists() else run_folder.begin(self.directory, step))
         if incomplete is None:
@@ -288,6 +300,8 @@ class CheckpointManager:
             return None
         folder, manifest = on_first_rank(lambda: _find_and_read(run_folder.step_folder(self.directory, step)))
         manifest.identity.check_family(self.identity, folder)
+        with run_folder.reading_manifest(folder, "step"):
+            assert manifest.step == step, f"{manifest.step} in the folder of step {step}"
         if manifest.identity.text_only != self.identity.text_only:
             raise CheckpointError(
                 f"saved with model.text_only {manifest.identity.text_only}, this run uses {self.identity.text_only}",
@@ -299,17 +313,20 @@ class CheckpointManager:
         if not same_layout:
             del state["random"]
         if optimizer is not None:
-            saved = self._check_optimizer(manifest, optimizer, folder)
+            with run_folder.reading_manifest(folder, "optimizer"):
+                saved = self._check_optimizer(manifest, optimizer, folder)
             optimizer_state.redirect_main_parameters(state["optimizer"], optimizer, saved)
         _check_tensors(state, folder, self.groups)
         loaded = _read(lambda: dist_checkpointing.load(state, str(folder)), folder)
         if optimizer is not None:
             optimizer_state.load_state(optimizer, loaded.get("optimizer", {}), saved, str(folder))
         if param_scheduler is not None and manifest.scheduler is not None:
-            param_scheduler.load_state_dict(dict(manifest.scheduler))
+            with run_folder.reading_manifest(folder, "scheduler"):
+                param_scheduler.load_state_dict(dict(manifest.scheduler))
+        self.passthrough = manifest.passthrough
         if same_layout:
             set_random_state(loaded["random"])
-        return Resumed(manifest.step, manifest.data or {}, manifest.extra, same_layout)
+        return Resumed(folder, manifest.step, manifest.data or {}, manifest.extra, same_layout)
 
     def _check_optimizer(self, manifest: Manifest, optimizer: MegatronOptimizer, folder: Path) -> Mapping[str, Any]:
         """The saved optimizer's description, if this optimizer can continue from it."""
@@ -378,7 +395,7 @@ def _read[Result](action: Callable[[], Result], folder: Path) -> Result:
             result = action()
     except CheckpointException as error:  # torch's, one reason per rank
         failure = next(iter(error.failures.values()))[0]
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, CheckpointingException) as error:
+    except (*UNREADABLE, AttributeError, TypeError, AssertionError, CheckpointingException) as error:
         failure = error
     failures: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(failures, failure and f"{failure} ({type(failure).__name__})")
