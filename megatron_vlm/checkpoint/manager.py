@@ -315,11 +315,12 @@ class CheckpointManager:
         if optimizer is not None:
             with run_folder.reading_manifest(folder, "optimizer"):
                 saved = self._check_optimizer(manifest, optimizer, folder)
-            optimizer_state.redirect_main_parameters(state["optimizer"], optimizer, saved)
+                optimizer_state.redirect_main_parameters(state["optimizer"], optimizer, saved)
         _check_tensors(state, folder, self.groups)
         loaded = _read(lambda: dist_checkpointing.load(state, str(folder)), folder)
         if optimizer is not None:
-            optimizer_state.load_state(optimizer, loaded.get("optimizer", {}), saved, str(folder))
+            with run_folder.reading_manifest(folder, "optimizer"):
+                optimizer_state.load_state(optimizer, loaded.get("optimizer", {}), saved, str(folder))
         if param_scheduler is not None and manifest.scheduler is not None:
             with run_folder.reading_manifest(folder, "scheduler"):
                 param_scheduler.load_state_dict(dict(manifest.scheduler))

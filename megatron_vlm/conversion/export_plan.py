@@ -105,7 +105,14 @@ def plan_export(
 
     def plan(files: WeightFiles, tensors: dict[str, HfTensor]) -> ExportPlan:
         return ExportPlan(
-            source, files, tensors, tuple(passthrough), passthrough_source, weight_map, config, is_language_model
+            source,
+            files.with_format(),
+            tensors,
+            tuple(passthrough),
+            passthrough_source,
+            weight_map,
+            config,
+            is_language_model,
         )
 
     default_dtype = _config_dtype(hf_config)
