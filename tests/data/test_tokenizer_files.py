@@ -80,10 +80,7 @@ def test_a_sentencepiece_model_alone_gives_its_own_tokens(spm_path: Path, rules:
             placeholders = "\n\n<start_of_image>" + "<image_soft_token>" * 4 + "<end_of_image>\n\n"
             prompt = prompt.removeprefix("<bos>").replace("<start_of_image>", placeholders)
             assert sample.input_ids.tolist() == [judge.bos_id(), *judge.encode(prompt)]
-            (answer,) = trained_text(builder, sample)
-            assert (
-                answer.endswith("<end_of_turn>") and answer[: -len("<end_of_turn>")] == messages[1]["content"].strip()
-            )
+            assert trained_text(builder, sample) == [answer.strip() + "<end_of_turn>"]
 
 
 def test_symbols_that_get_lost_are_missed(spm_path: Path, rules: PromptRules, tmp_path: Path) -> None:
