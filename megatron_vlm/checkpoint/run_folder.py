@@ -201,14 +201,15 @@ def newest_complete(directory: Path) -> tuple[int | None, list[str]]:
         CheckpointError: there are checkpoints, but none is complete, or the newest complete one is damaged.
     """
     reasons: list[str] = []
-    for step in reversed(published_steps(directory)):
+    steps = published_steps(directory)
+    for step in reversed(steps):
         reason = _incompleteness(step_folder(directory, step))
         if reason is None:
             return step, reasons
         reasons.append(f"{step_folder(directory, step).name} is incomplete ({reason})")
     if reasons:
-        fix = "put the missing file back, or move these checkpoints away"
-        raise CheckpointError(f"no checkpoint is complete: {'; '.join(reasons[:3])}", str(directory), fix)
+        newest, fix = step_folder(directory, steps[-1]), "put the missing file back, or move these checkpoints away"
+        raise CheckpointError(f"no checkpoint is complete: {'; '.join(reasons[:3])}", str(newest), fix)
     return None, []
 
 

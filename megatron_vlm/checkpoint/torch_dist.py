@@ -52,7 +52,7 @@ RECORD_BYTES = 64 * 2**20  # a rank that wants a few rows has to read whole reco
 MAX_METADATA_BYTES = 2**30
 ZIP_HEADER_BYTES = 30  # of a member's local header; it ends with the lengths of the name and the extra field
 UNREADABLE = (
-    *(OSError, EOFError, RuntimeError, LookupError, ValueError),
+    *(OSError, EOFError, RuntimeError, LookupError, ValueError, ArithmeticError),
     *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error),
 )
 DAMAGED = "the checkpoint is damaged: use another one"
@@ -176,14 +176,15 @@ class TorchDistReader:
         path = self.directory / ".metadata"
         try:
             metadata = _MetadataUnpickler(io.BytesIO(read_small(path, MAX_METADATA_BYTES))).load()
-            entries = metadata.state_dict_metadata.items()
             self._storage: dict[MetadataIndex, _StorageInfo] = dict(metadata.storage_data)
+            self.tensors: dict[str, TensorStorageMetadata] = {
+                key: entry
+                for key, entry in metadata.state_dict_metadata.items()
+                if isinstance(entry, TensorStorageMetadata) and _is_whole(entry)
+            }
         except (*UNREADABLE, AttributeError, TypeError, MemoryError) as error:
             reason = getattr(error, "strerror", None) or error
             raise CheckpointError(f"cannot read its metadata ({reason})", str(path), DAMAGED) from error
-        self.tensors: dict[str, TensorStorageMetadata] = {
-            key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)
-        }
         self._pieces: dict[str, list[_Piece]] = {}
         self._streams: dict[str, io.FileIO] = {}
 
@@ -279,6 +280,14 @@ class TorchDistReader:
         if data.shape != chunk.sizes or data.dtype != dtype or not data.is_contiguous:
             raise CheckpointError(f"{key} is stored as {data}", str(self.directory), DAMAGED)
         return _Piece(chunk, stream, storage.offset + data.begin_byte)
+
+
+def _is_whole(entry: TensorStorageMetadata) -> bool:
+    """Return True; TypeError where a damaged description has other things than sizes."""
+    sizes = [entry.size, *(size for chunk in entry.chunks for size in (chunk.offsets, chunk.sizes))]
+    if not all(type(size) is torch.Size for size in sizes) or not isinstance(entry.properties.dtype, torch.dtype):
+        raise TypeError("a tensor's description is incomplete")
+    return True
 
 
 @dataclass(frozen=True)
