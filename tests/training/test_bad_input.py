@@ -136,7 +136,7 @@ def test_model_directory(
         (_edit("megatron_vlm.json", family="another", model_type="another_one"), "checkpoint of family another"),
         (_edit("megatron_vlm.json", format_version=99), "format version 99"),
         (_edit("megatron_vlm.json", step=7), "step is unusable"),
-        (_edit("megatron_vlm.json", data=None), "megatron_vlm.json] -- "),
+        (_edit("megatron_vlm.json", data=None), "data is unusable"),
         (_edit("megatron_vlm.json", extra={}), "extra is unusable (KeyError: 'guard')"),
         (_edit("megatron_vlm.json", scheduler={}), "scheduler is unusable"),
         (_edit("megatron_vlm.json", optimizer={}), "optimizer is unusable"),
