@@ -321,9 +321,11 @@ class CheckpointManager:
         if optimizer is not None:
             with run_folder.reading_manifest(folder, "optimizer"):
                 optimizer_state.load_state(optimizer, loaded.get("optimizer", {}), saved, str(folder))
-        if param_scheduler is not None and manifest.scheduler is not None:
+        if param_scheduler is not None:
             with run_folder.reading_manifest(folder, "scheduler"):
-                param_scheduler.load_state_dict(dict(manifest.scheduler))
+                state_of_schedule = dict(manifest.scheduler or {})
+                assert state_of_schedule["num_steps"] == step, f"it is after step {state_of_schedule['num_steps']}"
+                param_scheduler.load_state_dict(state_of_schedule)
         self.passthrough = manifest.passthrough
         if same_layout:
             set_random_state(loaded["random"])

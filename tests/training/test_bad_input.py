@@ -138,7 +138,11 @@ def test_model_directory(
         (_edit("megatron_vlm.json", step=7), "step is unusable"),
         (_edit("megatron_vlm.json", data=None), "data is unusable"),
         (_edit("megatron_vlm.json", extra={}), "extra is unusable (KeyError: 'guard')"),
-        (_edit("megatron_vlm.json", scheduler={}), "scheduler is unusable"),
+        (_edit("megatron_vlm.json", scheduler=None), "scheduler is unusable"),
+        (
+            _edit("megatron_vlm.json", scheduler={"num_steps": 1}),
+            "scheduler is unusable (AssertionError: it is after step 1",
+        ),
         (_edit("megatron_vlm.json", optimizer={}), "optimizer is unusable"),
         (_cut("megatron_vlm.json", 40), "damaged: Unterminated string"),
         (_without("megatron_vlm.json"), "no checkpoint is complete"),
