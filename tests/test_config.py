@@ -300,10 +300,10 @@ def test_bad_files(tmp_path: Path, content: str, expected: str) -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     """A pipe without a writer must not block, and a device that never ends must not fill the memory."""
     assert "No such file" in refusal("--config", str(tmp_path / "none.yaml"))
-    assert "Is a directory" in refusal("--config", str(tmp_path))
+    assert "this is a directory, not a file" in refusal("--config", str(tmp_path))
     os.mkfifo(tmp_path / "pipe.yaml")
-    assert "not a regular file" in refusal("--config", str(tmp_path / "pipe.yaml"))
-    assert "not a regular file" in refusal("--config", "/dev/zero")
+    assert "a pipe or device" in refusal("--config", str(tmp_path / "pipe.yaml"))
+    assert "a pipe or device" in refusal("--config", "/dev/zero")
     (tmp_path / "large.yaml").write_bytes(b"a: 1\n" * 100_000)
     assert "500000 bytes are too many" in refusal("--config", str(tmp_path / "large.yaml"))
     (tmp_path / "latin.yaml").write_bytes("run_dir: läuft".encode("latin-1"))

@@ -11,7 +11,6 @@ objects (random states), and reads only from the run's own folder: do not put a 
 
 from __future__ import annotations
 
-import pickle
 import shutil
 import time
 import warnings
@@ -39,7 +38,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_vlm.checkpoint import optimizer_state, run_folder
 from megatron_vlm.checkpoint.run_folder import Manifest, ModelIdentity
 from megatron_vlm.checkpoint.run_owner import RunOwner
-from megatron_vlm.checkpoint.torch_dist import TorchDistReader
+from megatron_vlm.checkpoint.torch_dist import UNREADABLE, TorchDistReader
 from megatron_vlm.errors import CheckpointError, UserError
 from megatron_vlm.parallel.parameters import spec_of
 from megatron_vlm.parallel.sharding import replica_group, splits
@@ -53,12 +52,14 @@ class Resumed:
     """What `CheckpointManager.load` brought back besides the tensors.
 
     Args:
+        folder: the checkpoint.
         step: optimizer steps done.
         data: position in the data, as given to `save`.
         extra: as given to `save`.
         same_layout: the random states were put back too.
     """
 
+    folder: Path
     step: int
     data: Mapping[str, Any]
     extra: Mapping[str, Any]
@@ -143,7 +144,13 @@ class CheckpointManager:
         keep_last: newest checkpoints to keep; None keeps all.
         async_save: return from `save` while the writing goes on.
         owner: of the run folder; a checkpoint is published only while the folder is still this run's.
+
+    Attributes:
+        passthrough: names of the tensors that the run only carries through; None if an older run's checkpoint did not
+            say. To be set in a new run, `load` sets it in one that goes on.
     """
+
+    passthrough: Sequence[str] | None = ()
 
     def __init__(
         self,
@@ -169,12 +176,16 @@ class CheckpointManager:
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint, or None; the same on every rank."""
-        steps = on_first_rank(lambda: run_folder.published_steps(self.directory))
-        return steps[-1] if steps else None
+        step, _ = on_first_rank(lambda: run_folder.newest_complete(self.directory))
+        return step
 
     def clean(self) -> list[str]:
         """Delete what a killed run left half-written; call once at the start. Returns the names."""
         return on_first_rank(lambda: run_folder.clean(self.directory))
+
+    def set_aside(self) -> list[str]:
+        """Rename the incomplete checkpoints that are newer than `latest_step`; return what was done, in words."""
+        return on_first_rank(lambda: run_folder.set_aside(self.directory))
 
     def save(
         self,
@@ -218,6 +229,7 @@ class CheckpointManager:
             data=dict(data_state),
             extra=dict(extra or {}),
             config=config_yaml,
+            passthrough=self.passthrough,
         )
         incomplete = on_first_rank(lambda: None if final.exists() else self._begin(step))
         if incomplete is None:
@@ -311,6 +323,8 @@ class CheckpointManager:
             return None
         folder, manifest = on_first_rank(lambda: _find_and_read(run_folder.step_folder(self.directory, step)))
         manifest.identity.check_family(self.identity, folder)
+        with run_folder.reading_manifest(folder, "step"):
+            assert manifest.step == step, f"{manifest.step} in the folder of step {step}"
         if manifest.identity.text_only != self.identity.text_only:
             raise CheckpointError(
                 f"saved with model.text_only {manifest.identity.text_only}, this run uses {self.identity.text_only}",
@@ -322,17 +336,23 @@ class CheckpointManager:
         if not same_layout:
             del state["random"]
         if optimizer is not None:
-            saved = self._check_optimizer(manifest, optimizer, folder)
-            optimizer_state.redirect_main_parameters(state["optimizer"], optimizer, saved)
+            with run_folder.reading_manifest(folder, "optimizer"):
+                saved = self._check_optimizer(manifest, optimizer, folder)
+                optimizer_state.redirect_main_parameters(state["optimizer"], optimizer, saved)
         _check_tensors(state, folder, self.groups)
         loaded = _read(lambda: dist_checkpointing.load(state, str(folder)), folder)
         if optimizer is not None:
-            optimizer_state.load_state(optimizer, loaded.get("optimizer", {}), saved, str(folder))
-        if param_scheduler is not None and manifest.scheduler is not None:
-            param_scheduler.load_state_dict(dict(manifest.scheduler))
+            with run_folder.reading_manifest(folder, "optimizer"):
+                optimizer_state.load_state(optimizer, loaded.get("optimizer", {}), saved, str(folder))
+        if param_scheduler is not None:
+            with run_folder.reading_manifest(folder, "scheduler"):
+                state_of_schedule = dict(manifest.scheduler or {})
+                assert state_of_schedule["num_steps"] == step, f"it is after step {state_of_schedule['num_steps']}"
+                param_scheduler.load_state_dict(state_of_schedule)
+        self.passthrough = manifest.passthrough
         if same_layout:
             set_random_state(loaded["random"])
-        return Resumed(manifest.step, manifest.data or {}, manifest.extra, same_layout)
+        return Resumed(folder, manifest.step, manifest.data or {}, manifest.extra, same_layout)
 
     def _check_optimizer(self, manifest: Manifest, optimizer: MegatronOptimizer, folder: Path) -> Mapping[str, Any]:
         """The saved optimizer's description, if this optimizer can continue from it."""
@@ -401,7 +421,7 @@ def _read[Result](action: Callable[[], Result], folder: Path) -> Result:
             result = action()
     except CheckpointException as error:  # torch's, one reason per rank
         failure = next(iter(error.failures.values()))[0]
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, CheckpointingException) as error:
+    except (*UNREADABLE, AttributeError, TypeError, AssertionError, CheckpointingException) as error:
         failure = error
     failures: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(failures, failure and f"{failure} ({type(failure).__name__})")

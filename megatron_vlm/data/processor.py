@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from megatron_vlm.errors import ConfigError
 IMAGE_TOKEN_NAMES = (
     "boi_token eoi_token image_token video_token vision_start_token vision_end_token image_break_token image_end_token"
 ).split()
+# Files of which one set must be there.
+VOCABULARY_FILES = (("tokenizer.json",), ("tokenizer.model",), ("tekken.json",), ("vocab.json", "merges.txt"))
+LARGEST_PROCESSOR_NUMBER = 2**40
 # A tekken.json has these tokens but no names for them; transformers' converter of single files assigns the same.
 TEKKEN_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 # Arguments of calls that change no id of one text, and the one that all callers of a processor share.
@@ -37,8 +41,13 @@ def load_processor(hf_path: str, rules: PromptRules, min_pixels: int | None, max
         ConfigError: the processor cannot be loaded, or does not fit the model or the limits.
     """
     _check_pixel_limits(rules, min_pixels, max_pixels)
+    _check_tokenizer_files(Path(hf_path))
+    sentencepiece_model = _sentencepiece(Path(hf_path))
     processor = _load(hf_path, has_images=rules.image_token_id is not None)
+    if sentencepiece_model is not None:
+        _check_symbols(getattr(processor, "tokenizer", processor), sentencepiece_model, hf_path)
     _check_tokens_and_patches(processor, hf_path, rules)
+    _check_numbers(processor, hf_path)
     if rules.media is not None and (min_pixels, max_pixels) != (None, None):
         rules.media.limit_pixels(processor, min_pixels, max_pixels)
     return processor
@@ -130,10 +139,15 @@ def _load(hf_path: str, has_images: bool) -> Any:
             processor = AutoTokenizer.from_pretrained(hf_path, local_files_only=True, mistral_format=False)
     # transformers raises many types on incomplete directories; all mean that this one cannot be used.
     except Exception as error:
+        files = [
+            "tokenizer_config.json",
+            *(["processor_config.json or preprocessor_config.json"] if has_images else []),
+        ]
+        missing = [names for names in files if not any(Path(hf_path, name).is_file() for name in names.split(" or "))]
         raise ConfigError(
-            f"no {'processor' if has_images else 'tokenizer'} can be loaded from {hf_path}: {error}",
+            f"no {'processor' if has_images else 'tokenizer'} can be loaded from {hf_path}: {str(error)[:300]}",
             "model.hf_path",
-            "add the tokenizer and processor files of the model",
+            f"add the tokenizer and processor files of the model, {' and '.join(filter(None, missing)) or 'undamaged'}",
         ) from None
     if has_images and not hasattr(processor, "image_processor"):
         raise ConfigError(
@@ -150,6 +164,76 @@ def _load(hf_path: str, has_images: bool) -> Any:
         # Unset means False; setting it avoids the warning that transformers gives.
         video_processor.cap_pixels_per_frame = False
     return processor
+
+
+def _check_tokenizer_files(directory: Path) -> None:
+    """Refuse a directory without a vocabulary, from which transformers would make a tokenizer of two tokens."""
+    if any(all((directory / name).is_file() for name in names) for names in VOCABULARY_FILES):
+        return
+    raise ConfigError(
+        f"no tokenizer.json in {directory}, nor {', '.join(' with '.join(names) for names in VOCABULARY_FILES[1:])}",
+        "model.hf_path",
+        "add the tokenizer files of the model",
+    )
+
+
+def _sentencepiece(directory: Path) -> Any:
+    """Return the SentencePiece model of a directory without tokenizer.json, else None.
+
+    Raises:
+        ConfigError: the file is no such model; transformers would ask for another library to read it.
+    """
+    path = directory / "tokenizer.model"
+    if not path.is_file() or (directory / "tokenizer.json").is_file():
+        return None
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor()
+    try:
+        model.LoadFromSerializedProto(path.read_bytes())
+    except (OSError, RuntimeError) as error:
+        what = f"tokenizer.model is no SentencePiece model: {str(error)[:200]}"
+        raise ConfigError(what, str(path), "download it again") from None
+    return model
+
+
+def _check_symbols(tokenizer: Any, model: Any, hf_path: str) -> None:
+    """Check that a SentencePiece model's symbols (marks of turns and media) are tokens of the tokenizer made of it.
+
+    What `extra_special_tokens` of tokenizer_config.json lists may replace them in transformers.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    pieces = vars(sentencepiece_model_pb2)["ModelProto"].FromString(model.serialized_model_proto()).pieces
+    symbols = [piece.piece for piece in pieces if piece.type == piece.USER_DEFINED and piece.piece.strip("▁\t\n ")]
+    if not symbols:
+        return
+    for symbol, ids in zip(symbols, tokenizer(symbols, add_special_tokens=False)["input_ids"], strict=True):
+        if ids != model.encode(symbol):
+            raise ConfigError(
+                f"the tokenizer made of tokenizer.model splits its symbol {symbol} into {len(ids)} tokens",
+                hf_path,
+                "use the tokenizer_config.json that was published with it, or add tokenizer.json",
+            )
+
+
+def _check_numbers(processor: Any, hf_path: str) -> None:
+    """Refuse values of image and video processors that make pixels infinite, or no numbers, or images empty."""
+    for part in ("image_processor", "video_processor"):
+        owner = getattr(processor, part, None)
+        sizes = getattr(owner, "size", None)
+        values: dict[str, Any] = {"rescale_factor": getattr(owner, "rescale_factor", None)}
+        values |= {name: getattr(owner, name, None) for name in ("image_std", "image_mean")}
+        values |= {f"size.{name}": size for name, size in (dict(sizes).items() if sizes else ())}
+        for name, value in values.items():
+            for number in value if isinstance(value, list | tuple) else (value,):
+                if number is None:
+                    continue
+                is_number = isinstance(number, int | float) and math.isfinite(number)
+                if not is_number or (number <= 0 and name != "image_mean") or abs(number) > LARGEST_PROCESSOR_NUMBER:
+                    raise ConfigError(
+                        f"the {part.replace('_', ' ')}'s {name} is {value}", hf_path, "download its configuration again"
+                    )
 
 
 def _check_tokens_and_patches(processor: Any, hf_path: str, rules: PromptRules) -> None:

@@ -20,11 +20,14 @@ def read_small(path: str | os.PathLike, max_bytes: int = MAX_SMALL_FILE_BYTES) -
         OSError: it is missing or cannot be read, is no regular file, or is larger than `max_bytes`.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for a writer
-    with open(descriptor, "rb") as stream:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            kind = "Is a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-            raise OSError(errno.EINVAL, kind, os.fspath(path))
+            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
+            raise OSError(errno.EINVAL, f"this is {kind}, not a file", os.fspath(path))
         if status.st_size > max_bytes:
             raise OSError(errno.EFBIG, f"{status.st_size} bytes are too many (at most {max_bytes})", os.fspath(path))
-        return stream.read(max_bytes)
+        with open(descriptor, "rb", closefd=False) as stream:
+            return stream.read(max_bytes)
+    finally:
+        os.close(descriptor)

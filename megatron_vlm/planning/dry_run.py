@@ -10,11 +10,18 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megatron_vlm import platform
 from megatron_vlm.checkpoint.float8 import open_weights
-from megatron_vlm.checkpoint.run_folder import Manifest, find_checkpoint
+from megatron_vlm.checkpoint.run_folder import (
+    CHECKPOINTS_NAME,
+    Manifest,
+    find_checkpoint,
+    newest_complete,
+    step_folder,
+)
 from megatron_vlm.checkpoint.torch_dist import TorchDistReader
 from megatron_vlm.config import Config
 from megatron_vlm.conversion.convert import check_tied_copies, identity_of
@@ -185,11 +192,12 @@ def _check_places(config: Config) -> str:
     """Check the folders that the run writes."""
     check_run_dir(config)
     lines = [f"run_dir   {config.run_dir}"]
-    try:
-        step = Manifest.read(find_checkpoint(config.run_dir)).step
-    except UserError:
+    step, incomplete = newest_complete(Path(config.run_dir) / CHECKPOINTS_NAME)
+    lines += [f"  checkpoint {reason}" for reason in incomplete]
+    if step is None:
         lines[0] += " (a new run)"
     else:
+        Manifest.read(step_folder(Path(config.run_dir) / CHECKPOINTS_NAME, step))
         lines[0] += f" (resumes after step {step})"
     if check_export(config):
         lines.append(f"export    {config.checkpoint.export_hf} after the last step")

@@ -6,6 +6,7 @@ import datetime
 import importlib
 import json
 import os
+import re
 import sys
 import uuid
 from pathlib import Path
@@ -13,7 +14,7 @@ from types import ModuleType
 from typing import Any, Protocol, TextIO
 
 from megatron_vlm.config import Config, to_dict
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.errors import CheckpointError, ConfigError
 from megatron_vlm.files.durable import replace_durably
 from megatron_vlm.training.metrics import StepMetrics, evaluation_record, scalars, to_record
 
@@ -147,7 +148,7 @@ def _open_from(path: Path, resume_step: int) -> TextIO:
 def _is_up_to(line: str, resume_step: int) -> bool:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= resume_step
 
@@ -216,7 +217,11 @@ class WandB:
 def _stable_id(path: Path) -> str:
     if not path.exists():
         replace_durably(path, uuid.uuid4().hex)
-    return path.read_text()
+    content = path.read_bytes()
+    if not re.fullmatch(rb"[0-9a-f]{32}", content):
+        fix = "put the id of the W&B run there, or remove the file to log to a new one"
+        raise CheckpointError(f"damaged: {content[:40]!r}", str(path), fix)
+    return content.decode()
 
 
 def _import(package: str, key: str, off: str) -> ModuleType:

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed
-import yaml
 
 from megatron_vlm import platform
 from megatron_vlm.checkpoint.manager import on_first_rank
-from megatron_vlm.checkpoint.run_folder import CHECKPOINTS_NAME, published_steps
+from megatron_vlm.checkpoint.run_folder import CHECKPOINTS_NAME, published_steps, reading_manifest
 from megatron_vlm.checkpoint.run_owner import RunOwner
 from megatron_vlm.config import Config, changed_settings, to_dict, to_yaml
-from megatron_vlm.conversion.passthrough import describe
+from megatron_vlm.conversion.passthrough import check_kept, describe
 from megatron_vlm.conversion.running_model import export_hf_from_model
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.data.row_limits import RowLimits
-from megatron_vlm.errors import ConfigError, DataError, DivergenceError
+from megatron_vlm.errors import CheckpointError, ConfigError, DataError, DivergenceError
+from megatron_vlm.files.config_files import read_config_file
 from megatron_vlm.files.durable import replace_durably
 from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.planning.flops import ModelFlops
@@ -304,9 +304,17 @@ class Trainer:
         resumed = run.checkpoints.load(run.model, run.optimizer, run.scheduler)
         if resumed is not None:
             self.step = resumed.step
-            run.train_loader.load_state_dict(dict(resumed.data))
-            self.step_check.load_state_dict(resumed.extra["guard"])
-            self.row_limits.load_state_dict(resumed.extra.get("row_limits") or resumed.extra["bad_rows"])
+            with reading_manifest(resumed.folder, "data"):
+                run.train_loader.load_state_dict(dict(resumed.data))
+            with reading_manifest(resumed.folder, "extra"):
+                self.step_check.load_state_dict(resumed.extra["guard"])
+                self.row_limits.load_state_dict(resumed.extra.get("row_limits") or resumed.extra["bad_rows"])
+            if run.due_export:
+                carried, hf_dir = run.checkpoints.passthrough or (), Path(self.config.model.hf_path)
+                on_first_rank(lambda: check_kept(carried, run.checkpoints.directory, hf_dir))
+            for line in run.checkpoints.set_aside():
+                if run.is_first_rank:
+                    print(line, flush=True)
             if run.is_first_rank:
                 print(f"resuming after step {self.step} of {train_iters}", flush=True)
                 if self.step == train_iters:
@@ -331,7 +339,14 @@ class Trainer:
             return
         hf_path, checkpoints = self.config.model.hf_path, run.checkpoints.directory
         carried = export_hf_from_model(
-            run.model, hf_path, target, run.family, run.model_config, run.groups, checkpoints
+            run.model,
+            hf_path,
+            target,
+            run.family,
+            run.model_config,
+            run.groups,
+            checkpoints,
+            run.checkpoints.passthrough or (),
         )
         on_first_rank(lambda: record_export(self.config))
         if run.is_first_rank:
@@ -344,7 +359,7 @@ class Trainer:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.run_dir / "config.yaml"
         if self.step and path.exists():
-            changes = list(changed_settings(yaml.safe_load(path.read_text(encoding="utf-8")), to_dict(self.config)))
+            changes = _changes_since(path, self.config)
             if changes:
                 print(f"settings changed since the last start: {', '.join(changes)}", flush=True)
         replace_durably(path, to_yaml(self.config))
@@ -394,6 +409,17 @@ def _write_stop(run_dir: Path, number: int) -> None:
     """Say why this start did no step."""
     steps = published_steps(run_dir / CHECKPOINTS_NAME)
     _write_json(run_dir / "stopped.json", {"reason": _reason(number), "step": steps[-1] if steps else 0})
+
+
+def _changes_since(path: Path, config: Config) -> list[str]:
+    """Return the settings that differ from those in a run's file, in words."""
+    fix = "remove the file; the run then goes on without telling which settings changed"
+    try:
+        return list(changed_settings(read_config_file(str(path)).content, to_dict(config)))
+    except ConfigError as error:
+        raise CheckpointError(f"damaged: {error.what}", error.where, fix) from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"damaged: {error}", str(path), fix) from None
 
 
 def _write_json(path: Path, content: object) -> None:

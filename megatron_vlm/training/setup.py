@@ -125,7 +125,9 @@ def set_up(config: Config, owner: RunOwner, requests: StopRequests) -> Run:
     chunks = _build_model(config, layout, family, model_config, groups)
     if checkpoints.latest_step() is None:
         loaded = _load_first_weights(config, chunks, family, model_config, groups, identity)
-        on_first_rank(lambda: passthrough.begin_run(checkpoints.directory, loaded, config.model.hf_path, weight_map))
+        checkpoints.passthrough = on_first_rank(
+            lambda: passthrough.begin_run(checkpoints.directory, loaded, config.model.hf_path, weight_map)
+        )
     requests.raise_if_stopped()
     parallel = config.parallel
     model = wrap_data_parallel(

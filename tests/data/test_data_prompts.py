@@ -149,7 +149,7 @@ def test_directories_that_do_not_serve(tmp_path: Path, rules: PromptRules) -> No
     build_processor(tmp_path / "silent", chat_template=None)
     build_processor(tmp_path / "strange", chat_template=CHAT_TEMPLATE.replace("<start_of_turn>", "<turn>"))
     build_tokenizer().save_pretrained(tmp_path / "text")
-    assert "no processor can be loaded" in refusal(tmp_path / "nothing", rules)
+    assert "no tokenizer.json in" in refusal(tmp_path / "nothing", rules)
     assert "has no chat template" in refusal(tmp_path / "silent", rules)
     assert "does not mark the assistant's turns" in refusal(tmp_path / "strange", rules)
     assert "{% generation %}" in refusal(tmp_path / "strange", rules)
