@@ -6,6 +6,7 @@ that never computes: a backward pass starts threads of autograd, which no proces
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import gc
 import multiprocessing
@@ -180,6 +181,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
         prepare()
         assert _template is not None
         _pool = _Pool(_template)
+        atexit.register(_close)
     try:
         return _pool.run(world_size, function, arguments)
     except BaseException:

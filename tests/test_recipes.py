@@ -96,6 +96,7 @@ def test_recipes_say_what_they_take(name: str) -> None:
     assert said in recipe(name)[2]
 
 
+@pytest.mark.full
 def test_experts_per_rank_add_up() -> None:
     """235B-A22B over 256 ranks: a rank has its share of the experts, which all together are transformers'."""
     name = "qwen3_vl_235b_a22b"

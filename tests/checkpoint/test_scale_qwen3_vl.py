@@ -15,7 +15,6 @@ from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.sharding import full_shape, splits
 from megatron_vlm.parallel.simulate import simulated_rank
 from tests.checkpoint import qwen3_vl_files
-from tests.sizes import full
 
 WORLD = 64
 BF16_BYTES = 2
@@ -98,7 +97,8 @@ def check_parts_tile(name: str, shape: Shape, boxes: Counter[Box]) -> None:
     assert len(boxes) * math.prod(size) == math.prod(shape), name
 
 
-@pytest.mark.parametrize("sizes", [full((8, 8, 8, 1)), (4, 4, 8, 2)], ids=["tp8 pp8 ep8", "tp4 pp4 ep8 etp2"])
+@pytest.mark.full
+@pytest.mark.parametrize("sizes", [(8, 8, 8, 1), (4, 4, 8, 2)], ids=["tp8 pp8 ep8", "tp4 pp4 ep8 etp2"])
 def test_every_tensor_of_the_235b_model_is_held_once(expected: dict[str, Shape], sizes: Sizes) -> None:
     """Once per replica: the ranks of one stage hold each tensor, in equal parts or as replicas of them."""
     hf_config = published_235b()

@@ -204,8 +204,8 @@ SMALL_OF_EXPERTS: Small = {
     ),
     "rules": ("EP2 of tensor ranks", "DP2xTP2+SP, EP2"),
     "no_images": ("EP2xTP2+SP, vision DP",),
-    "step": ("EP2, overlapped", "EP4", "EP2xTP2+SP", "ETP2 of data ranks, all-gather"),
-    "adamw": ("DP2, overlapped", "EP2xDP2, overlapped", "EP2xPP2, overlapped", "ETP2xTP2+SP"),
+    "step": ("DP2, overlapped", "EP2, overlapped", "EP4", "ETP2 of data ranks, all-gather"),
+    "adamw": ("EP2xDP2, overlapped", "EP2xPP2, overlapped", "ETP2xTP2+SP"),
 }
 SMALL_OF_EVERYTHING: Small = {
     "parity": (

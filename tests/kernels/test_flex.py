@@ -47,7 +47,7 @@ def attend(
             flex.attend(q, k, v, spans, window, head_dim**-0.5)
 
 
-SMALL_CASES = {(1, 72, False), (8, 512, True)}
+SMALL_CASES = {(1, 72, False)}
 CASES = [
     case if case in SMALL_CASES else full(*case)
     for head_dim in HEAD_DIMS
@@ -89,7 +89,7 @@ def test_the_compiler_by_itself_fails(monkeypatch: pytest.MonkeyPatch, is_traini
         attend([100], 8, 64, is_training)
 
 
-@pytest.mark.parametrize(("ranks", "is_training"), [full(1, True), full(1, False), (2, True), full(2, False)])
+@pytest.mark.parametrize(("ranks", "is_training"), [full(1, True), full(1, False), full(2, True), (2, False)])
 def test_variants_are_few_over_lengths_and_windows(ranks: int, is_training: bool) -> None:
     lengths = [*random.Random(3).sample(range(2, 500), 48), 1024, 2500]
     with torch._dynamo.config.patch(recompile_limit=8), compiling_flex_attention() as compilations:

@@ -17,8 +17,8 @@ from tests.sizes import full
 # What does not train, case by case.
 FROZEN = [
     set(),
-    {"language_model"},
-    {"vision_tower"},
+    full({"language_model"}),
+    full({"vision_tower"}),
     full({"projector"}),
     full({"language_model", "vision_tower"}),
     full({"language_model", "projector"}),
