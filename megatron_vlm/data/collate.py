@@ -34,6 +34,7 @@ class LoadedSample:
     too_long: bool = False
     truncated: bool = False
     problem: str | None = None
+    unknown_keys: tuple[str, ...] = ()
 
 
 @dataclass
@@ -70,6 +71,8 @@ class MicroBatch:
     videos, and tokens: real_tokens, label_tokens, padded_tokens, media_tokens."""
     problems: list[str] = field(default_factory=list)
     """One line for each bad or too long sample."""
+    unknown_keys: dict[tuple[int, str], str] = field(default_factory=dict)
+    """Name of the first row with each key that means nothing, by source and key."""
     empty_answers: dict[int, str] = field(default_factory=dict)
     """File and line of the first document with an empty answer, by the index of its source."""
     label_index: torch.Tensor = field(init=False)
@@ -165,6 +168,11 @@ def collate(
         media=[medium for document in documents for medium in document.sample.media],
         counters=_count(documents, labels, is_real, is_vision | is_audio),
         problems=[document.problem for document in documents if document.problem],
+        unknown_keys={
+            (document.source, key): document.row_name
+            for document in reversed(documents)
+            for key in document.unknown_keys
+        },
         empty_answers={
             document.source: document.row_name for document in reversed(documents) if document.sample.empty_answers
         },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -13,7 +14,7 @@ from megatron_vlm.data.collate import LoadedSample
 from megatron_vlm.data.images import read_bytes
 from megatron_vlm.data.plan import SamplePlan
 from megatron_vlm.data.prompts import PromptBuilder
-from megatron_vlm.data.rows import RowReader, empty_answer_note, reader_for
+from megatron_vlm.data.rows import RowReader, empty_answer_note, reader_for, unknown_key_note
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.data.videos import check_video_file
 from megatron_vlm.errors import DataError
@@ -84,7 +85,7 @@ class RowCheck:
     """The first problems, one line each."""
     empty_answers: int = 0
     notes: list[str] = field(default_factory=list)
-    """Lines that name the first row with an empty answer of each source."""
+    """Lines that name the first row with an empty answer of each source, and keys that mean nothing."""
 
     def __str__(self) -> str:
         videos = f"{self.videos} videos, " if self.videos else ""
@@ -109,11 +110,12 @@ def check_rows(reader: RowReader) -> RowCheck:
     """
     check = RowCheck()
     for source, file in enumerate(reader.files):
-        is_named = False
+        is_named, unknown_keys = False, Counter[str]()
         for row in range(file.index.num_rows):
             check.rows += 1
             try:
                 conversation = reader.conversation(source, row)
+                unknown_keys.update(conversation.unknown_keys)
                 if empty_answers := conversation.empty_answers:
                     check.empty_answers += empty_answers
                     if not is_named:
@@ -135,6 +137,7 @@ def check_rows(reader: RowReader) -> RowCheck:
                 if reader.settings.strict:
                     raise
                 check.note(error)
+        check.notes += [unknown_key_note(key, reader.names[source], f"{n} rows") for key, n in unknown_keys.items()]
     if check.bad_rows > reader.settings.max_bad_fraction * check.rows:
         raise DataError(
             f"{check.bad_rows} of {check.rows} rows are bad, more than data.max_bad_fraction "

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_vlm.config import Config
 from megatron_vlm.data.collate import MicroBatch, collate
 from megatron_vlm.data.plan import SamplePlan, micro_batch_start
-from megatron_vlm.data.rows import RowReader, empty_answer_note, reader_for
+from megatron_vlm.data.rows import RowReader, empty_answer_note, reader_for, unknown_key_note
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.errors import DataError, UserError
 
@@ -161,6 +161,7 @@ class MicroBatchLoader:
         """Time spent waiting for data since the loader was made."""
         self._micro_batches_given = 0
         self._with_empty_answers: set[int] = set()
+        self._named_keys: set[tuple[int, str]] = set()
         self._drops_empty_answers = reader.builder.drop_empty_answers
         self._order = _Order()
         self._iterator: Iterator[Any] | None = None
@@ -206,17 +207,24 @@ class MicroBatchLoader:
             self.consumed_samples += self.sharding.global_batch_size
         for problem in batch.problems if self.report_problems else ():
             logger.warning("%s", problem)
-        self._name_empty_answers(batch)
+        self._log_notes(batch)
         return batch
 
-    def _name_empty_answers(self, batch: MicroBatch) -> None:
-        """Log the first row with an empty answer of every source, on the first rank of those that read rows."""
+    def _log_notes(self, batch: MicroBatch) -> None:
+        """Log the first row with an empty answer, and with each key that means nothing, of every source.
+
+        On the first rank of those that read rows.
+        """
         if not self.report_problems or self.sharding.data_parallel_rank:
             return
         for source, row_name in batch.empty_answers.items():
             if source not in self._with_empty_answers:
                 self._with_empty_answers.add(source)
                 logger.warning("%s", empty_answer_note(row_name, self._drops_empty_answers))
+        for (source, key), row_name in batch.unknown_keys.items():
+            if (source, key) not in self._named_keys:
+                self._named_keys.add((source, key))
+                logger.warning("%s", unknown_key_note(key, self.source_names[source], f"first in {row_name}"))
 
     def global_batch(self) -> list[MicroBatch]:
         """Return this rank's micro-batches of the next global batch."""

@@ -36,7 +36,7 @@ from megatron_vlm.data.answers import (
     match_tagged_answers,
     tokens_of_spans,
 )
-from megatron_vlm.data.formats import Conversation, ImagePart, ImageSource, Message, TextPart, ThinkingPart
+from megatron_vlm.data.formats import Conversation, ImagePart, ImageSize, ImageSource, Message, TextPart, ThinkingPart
 from megatron_vlm.data.media import Medium
 from megatron_vlm.data.processor import (
     IMAGE_TOKEN_NAMES,
@@ -186,6 +186,36 @@ class PromptBuilder:
         pixels, media = self.rules.media.pack(output if images or videos else {}, input_ids, conversation.row_name)
         media_inputs = {} if pixels is None else {"pixel_values": pixels}
         return Sample(input_ids, trained, media, media_inputs, answer_ends, empty_answers)
+
+    def resized(self, image: Image.Image, size: ImageSize | None, row_name: str) -> Image.Image:
+        """Return an image in the size that its row asks for, before the processor sees it.
+
+        Raises:
+            DataError: the model scales all images to one size, or the processor's limits would change this one.
+        """
+        if size is None:
+            return image
+        fit = None if self.rules.media is None else self.rules.media.fit_image
+        if fit is None:
+            raise DataError(
+                "the row asks for the size of an image, which this model does not choose", row_name, "remove the keys"
+            )
+        sides, own = (image.height, image.width), ImageSize()
+        try:
+            asked = fit(self.processor, sides, size)
+            if asked == fit(self.processor, sides, own):
+                return image
+            kept = fit(self.processor, asked, own)
+        except ValueError as error:
+            raise DataError(f"the size that the row asks of an image: {error}", row_name, "correct it") from None
+        if kept != asked:
+            raise DataError(
+                f"the row asks for an image of {asked[0]} x {asked[1]} pixels, which the processor would make "
+                f"{kept[0]} x {kept[1]}",
+                row_name,
+                "correct the row, or widen the limits with data.min_pixels and data.max_pixels",
+            )
+        return image.resize(asked[::-1], Image.Resampling.BICUBIC)
 
     def sample_frames(self, metadata: VideoMetadata, frames_per_second: float | None) -> np.ndarray:
         """Return the indices of the frames that the video processor samples from a file; see `videos.Sampler`."""

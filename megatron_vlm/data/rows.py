@@ -8,6 +8,7 @@ from itertools import islice
 import numpy as np
 
 from megatron_vlm.config import Config, DataSettings, DataSource, source_names
+from megatron_vlm.data import row_keys
 from megatron_vlm.data.collate import LoadedSample
 from megatron_vlm.data.formats import Conversation, parse_row
 from megatron_vlm.data.images import load_image
@@ -41,9 +42,10 @@ class RowReader:
         self._names = source_names(sources)
         self.weights = [source.weight for source in sources]
         self.files = [JsonlRows(build_index(source.path)) for source in sources]
+        self._rendered = row_keys.names_in(builder.template)
         for file in self.files:
             if settings.strict and file.index.unparsable_rows:
-                parse_row(*self._line(file, file.index.unparsable_rows[0]), file.directory)
+                self._parse(file, file.index.unparsable_rows[0])
         self._check_image_fits()
 
     @property
@@ -66,7 +68,7 @@ class RowReader:
             DataError: the row has none of the known formats, or images or videos that the model does not take.
         """
         file = self.files[source]
-        conversation = parse_row(*self._line(file, row), file.directory)
+        conversation = self._parse(file, row)
         rules = self.builder.rules
         if conversation.images and rules.image_token_id is None:
             raise DataError(
@@ -97,19 +99,23 @@ class RowReader:
             # All of its answers are empty and dropped.
             return LoadedSample(self._padding_sample(sample.empty_answers), source, name)
         if len(sample.input_ids) <= self.settings.seq_length:
-            return LoadedSample(sample, source, name)
+            return LoadedSample(sample, source, name, unknown_keys=conversation.unknown_keys)
         return self._too_long(conversation, sample, source)
 
     def empty(self, source: int) -> LoadedSample:
         """Return a padding sample for a slot that holds no row."""
         return LoadedSample(self._padding_sample(), source, "")
 
-    def _line(self, file: JsonlRows, row: int) -> tuple[bytes, str]:
-        return file.read(row), file.name(row)
+    def _parse(self, file: JsonlRows, row: int) -> Conversation:
+        return parse_row(file.read(row), file.name(row), file.directory, self._rendered)
 
     def _encode(self, conversation: Conversation) -> Sample:
         name, allow_urls = conversation.row_name, self.settings.allow_urls
-        images = [load_image(source, name, allow_urls) for source in conversation.images]
+        images = [
+            self.builder.resized(load_image(part.source, name, allow_urls), part.size, name)
+            for part in conversation.image_parts
+            if part.source is not None
+        ]
         videos = [load_video(source, name, allow_urls, self.builder.sample_frames) for source in conversation.videos]
         return self.builder.encode(conversation, images, videos)
 
@@ -181,6 +187,11 @@ def reader_for(config: Config, sources: Sequence[DataSource], rules: PromptRules
         config.model.hf_path, rules, data.min_pixels, data.max_pixels, data.train_thinking, data.drop_empty_answers
     )
     return RowReader(sources, data, builder)
+
+
+def unknown_key_note(key: str, source: str, rows: str) -> str:
+    """Return the line that names a key of a source's rows which means nothing."""
+    return f"the key {key!r} means nothing here ({source}: {rows})"
 
 
 def empty_answer_note(row_name: str, dropped: bool) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_vlm.data.media import MediaRules, Medium, limit_areas, pack_in_reading_order
+from megatron_vlm.data.media import MediaRules, Medium, fit_areas, limit_areas, pack_in_reading_order
 from megatron_vlm.data.rules import PromptRules
 
 TURN_TOKENS = ("<|im_start|>", "<|endoftext|>")
@@ -65,7 +65,12 @@ def _media_rules(image_token_id: int, video_token_id: int, vision: QwenVisionCon
         merge_size=vision.spatial_merge_size,
     )
     parts = ("image_processor", "video_processor")
-    return MediaRules({f"{part}.{name}": size for part in parts for name, size in sizes.items()}, pack, limit_areas)
+    return MediaRules(
+        {f"{part}.{name}": size for part in parts for name, size in sizes.items()},
+        pack,
+        limit_areas,
+        partial(fit_areas, token_size=vision.patch_size * vision.spatial_merge_size),
+    )
 
 
 def position_ids(
