@@ -14,7 +14,7 @@ import warnings
 
 from PIL import Image, ImageOps
 
-from megatron_vlm.data.formats import ImageSource
+from megatron_vlm.data.conversation import ImageSource
 from megatron_vlm.errors import DataError
 
 MAX_IMAGE_PIXELS = 89_478_485

@@ -15,7 +15,7 @@ import torch
 from transformers.image_utils import SizeDict
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from megatron_vlm.data.formats import ImageSize
+from megatron_vlm.data.conversation import ImageSize
 from megatron_vlm.errors import ConfigError, DataError
 
 Grid = tuple[int, int, int]

@@ -36,7 +36,15 @@ from megatron_vlm.data.answers import (
     match_tagged_answers,
     tokens_of_spans,
 )
-from megatron_vlm.data.formats import Conversation, ImagePart, ImageSize, ImageSource, Message, TextPart, ThinkingPart
+from megatron_vlm.data.conversation import (
+    Conversation,
+    ImagePart,
+    ImageSize,
+    ImageSource,
+    Message,
+    TextPart,
+    ThinkingPart,
+)
 from megatron_vlm.data.media import Medium
 from megatron_vlm.data.processor import (
     IMAGE_TOKEN_NAMES,

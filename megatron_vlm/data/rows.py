@@ -10,7 +10,8 @@ import numpy as np
 from megatron_vlm.config import Config, DataSettings, DataSource, source_names
 from megatron_vlm.data import row_keys
 from megatron_vlm.data.collate import LoadedSample
-from megatron_vlm.data.formats import Conversation, parse_row
+from megatron_vlm.data.conversation import Conversation
+from megatron_vlm.data.formats import parse_row
 from megatron_vlm.data.images import load_image
 from megatron_vlm.data.index import JsonlRows, build_index
 from megatron_vlm.data.plan import PlannedSource

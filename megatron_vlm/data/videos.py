@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers.video_utils import VideoMetadata
 
-from megatron_vlm.data.formats import VideoSource
+from megatron_vlm.data.conversation import VideoSource
 from megatron_vlm.data.images import load_image
 from megatron_vlm.errors import ConfigError, DataError
 

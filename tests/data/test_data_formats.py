@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_vlm.data.formats import Conversation, ImagePart, ImageSource, TextPart, parse_row
+from megatron_vlm.data.conversation import Conversation, ImagePart, ImageSource, TextPart
+from megatron_vlm.data.formats import parse_row
 from megatron_vlm.errors import DataError
 from tests.data.rows import assistant, row, text, user
 

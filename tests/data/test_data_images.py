@@ -14,7 +14,7 @@ from PIL import Image, ImageFile
 from transformers.image_utils import load_image_as_tensor
 
 from megatron_vlm.data import images
-from megatron_vlm.data.formats import ImageSource
+from megatron_vlm.data.conversation import ImageSource
 from megatron_vlm.data.images import load_image
 from megatron_vlm.errors import DataError
 from tests.versions import needs_transformers_5_21

@@ -17,8 +17,9 @@ from transformers import AutoProcessor
 from transformers.video_utils import load_video as load_video_of_transformers
 
 from megatron_vlm.data import videos
+from megatron_vlm.data.conversation import Conversation, ImagePart, ImageSource, TextPart, VideoPart, VideoSource
 from megatron_vlm.data.describe import check_rows
-from megatron_vlm.data.formats import Conversation, ImagePart, ImageSource, TextPart, VideoPart, VideoSource, parse_row
+from megatron_vlm.data.formats import parse_row
 from megatron_vlm.data.media import Medium
 from megatron_vlm.data.prompts import PromptBuilder
 from megatron_vlm.data.rows import RowReader

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from megatron_vlm.data import row_keys
+from megatron_vlm.data.conversation import Conversation, ImageSize
 from megatron_vlm.data.describe import check_rows
-from megatron_vlm.data.formats import Conversation, ImageSize, parse_row
+from megatron_vlm.data.formats import parse_row
 from megatron_vlm.data.media import fit_areas
 from megatron_vlm.data.prompts import PromptBuilder
 from megatron_vlm.data.rows import RowReader

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers.image_utils import SizeDict
 
-from megatron_vlm.data.formats import ImageSize
+from megatron_vlm.data.conversation import ImageSize
 from megatron_vlm.data.media import MediaRules, Medium, Packed, Sides
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.errors import ConfigError, DataError
