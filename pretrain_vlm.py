@@ -26,6 +26,9 @@ def main(argv: list[str]) -> int:
     """Parse the command line, then check (`--dry_run`) or train; returns the exit code."""
     try:
         command = parse_command_line(argv)
+        from megatron_vlm import platform
+
+        platform.initialize()  # before megatron-core is imported, which takes longer without it
         if command.dry_run:
             from megatron_vlm.planning.dry_run import dry_run
 

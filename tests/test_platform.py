@@ -391,6 +391,17 @@ def test_places_in_megatron_that_meet_a_replacement(tmp_path: Path) -> None:
     assert not expected - found, "places that are gone:\n" + "\n".join(sorted(expected - found))
 
 
+@on_cpu
+def test_megatron_is_imported_without_torchs_compiler() -> None:
+    """Decorators in both of megatron-core's ways; torch's own function is back afterwards."""
+    from megatron.core.fusions.fused_bias_geglu import geglu
+    from megatron.core.transformer.moe.router import InferenceTopKRouter
+
+    for decorated in (geglu, InferenceTopKRouter._compiled_topk_routing):
+        assert not hasattr(decorated, "_torchdynamo_orig_callable")
+    assert hasattr(torch.compile(geglu), "_torchdynamo_orig_callable")
+
+
 # Adam with the fused layout
 
 
