@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from torch.distributed import TCPStore
 
-import pretrain_vlm
+from megatron_vlm import error_report
 from megatron_vlm.errors import ConfigError, UserError, combine
 
 Report = Callable[[int, UserError], list[str]]
@@ -23,8 +23,8 @@ def store() -> Iterator[TCPStore]:
 @pytest.fixture
 def report(store: TCPStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Report:
     """Lets one rank of 16 on two nodes report an error; gives the lines that it prints."""
-    monkeypatch.setattr(pretrain_vlm, "SECONDS_FOR_THE_FIRST_RANK", 0.3)
-    monkeypatch.setattr(pretrain_vlm.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(error_report, "SECONDS_FOR_THE_FIRST_RANK", 0.3)
+    monkeypatch.setattr(error_report.signal, "signal", lambda *_: None)
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "WORLD_SIZE": 16}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
@@ -32,7 +32,7 @@ def report(store: TCPStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     def one(rank: int, error: UserError) -> list[str]:
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("LOCAL_RANK", str(rank % 8))
-        pretrain_vlm.report(error)
+        error_report.report(error)
         return capsys.readouterr().err.splitlines()
 
     return one
@@ -46,12 +46,12 @@ def test_an_error_of_all_ranks_is_printed_by_the_first(report: Report) -> None:
 
 def test_other_ranks_wait_for_the_first(report: Report, store: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first rank of the second node is quicker than the first rank of all."""
-    monkeypatch.setattr(pretrain_vlm, "SECONDS_FOR_THE_FIRST_RANK", 10.0)
+    monkeypatch.setattr(error_report, "SECONDS_FOR_THE_FIRST_RANK", 10.0)
     error = ConfigError("a is 1")
     with ThreadPoolExecutor() as pool:
         monkeypatch.setenv("RANK", "8")
         text = f"ConfigError: {error}"
-        later = pool.submit(pretrain_vlm._is_mine_to_print, text, 8)
+        later = pool.submit(error_report._is_mine_to_print, text, 8)
         assert not later.done() and report(0, error) == [text]
         assert later.result() is False
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed
 
-import pretrain_vlm
+from megatron_vlm import error_report
 from megatron_vlm.errors import DataError, UserError
 from megatron_vlm.training.rank_watch import RankWatch
 
@@ -86,7 +86,7 @@ def rank_main(rank: int, port: int, scenario: str, stderr: Path) -> None:
                     interfere(rank, scenario)
                 torch.distributed.all_reduce(torch.ones(1))
     except UserError as error:
-        pretrain_vlm.report(error)
+        error_report.report(error)
         sys.exit(2)
 
 
