@@ -21,7 +21,6 @@ from benchmarks.gpu import __main__ as runner
 from benchmarks.gpu import bundle, trace
 from benchmarks.gpu.stages import FIGURES, STAGES, Stage
 from benchmarks.kernel_cases import CASES
-from tests.sizes import two_sizes
 
 ROOT = Path(__file__).parents[1]
 
@@ -247,10 +246,8 @@ def test_the_stages_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 SCRIPTS = [stage.name for stage in STAGES if not stage.name.startswith("demo")]
 
 
-@pytest.mark.parametrize(
-    "name",
-    two_sizes(SCRIPTS, "operators"),
-)
+@pytest.mark.full
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_stages_start_on_the_host(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--only", name, "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -9,6 +9,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 # Hugging Face's `kernels`, which transformers imports where it is installed; its name is that of a folder here.
@@ -36,6 +38,7 @@ def imported(folder: Path, **environment: str) -> list[Path]:
     return [Path(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.full
 def test_a_checkout_does_not_hide_the_package_called_kernels() -> None:
     expected = [ROOT / "kernels/vlm_kernels/__init__.py", ROOT / "megatron_vlm/__init__.py"]
     assert imported(ROOT, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}") == expected

@@ -83,6 +83,7 @@ for given in json.loads(sys.argv[1]):
 
 
 @on_cpu
+@pytest.mark.full
 def test_memory_is_held_in_expandable_segments_unless_the_user_says_otherwise() -> None:
     cases: list[tuple[dict[str, str], bool, int]] = [
         ({}, True, -1),

@@ -82,7 +82,7 @@ def expected() -> Figures:
 @pytest.mark.parametrize(
     "layout",
     [
-        TestLayout(distributed_optimizer=True),
+        full(TestLayout(distributed_optimizer=True)),
         full(TestLayout(4, expert=4, distributed_optimizer=True)),
         full(TestLayout(4, expert=2, distributed_optimizer=True, overlap=True)),
         TestLayout(2, tensor=2, sequence_parallel=True, expert_tensor=2),

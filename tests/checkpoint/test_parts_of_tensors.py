@@ -281,6 +281,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ]
 
 
+@pytest.mark.full
 def test_conversion_takes_a_block_of_the_table_at_a_time(tables: list[Path], tmp_path: Path) -> None:
     for source in tables:  # the small one first, for the pages of libraries
         folder = tmp_path / source.name

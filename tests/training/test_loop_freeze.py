@@ -101,7 +101,7 @@ CASES = [
     ("all but projector", "PP2"),
     full("all but projector", "DP2, overlapped"),
     full("towers", "PP2"),
-    ("towers", "DP2, overlapped"),
+    full("towers", "DP2, overlapped"),
     full(EVERY_SECOND, "PP2xVPP2"),
     full(EVERY_SECOND, "DP2, overlapped"),
     (EVERY_SECOND, "TP2xPP2+SP, overlapped"),
