@@ -128,6 +128,8 @@ class DataSettings:
     """Fraction of rows left out as longer than seq_length past which the run ends (too_long: drop or truncate)."""
     allow_urls: bool = False
     """Fetch images given as http(s) URLs; false refuses them."""
+    allow_private_urls: bool = False
+    """Also from addresses inside the machine's own network, which whoever wrote the data could not reach otherwise."""
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,8 @@ def _data(config: Config) -> Iterator[UserError]:
         names = source_names(sources)
         for name in sorted({name for name in names if names.count(name) > 1}):
             yield ConfigError(f"{key} has several sources called {name}", fix="give each a name of its own")
+    if data.allow_private_urls and not data.allow_urls:
+        yield ConfigError("data.allow_private_urls is true, but data.allow_urls is false", fix="set both, or neither")
     for key in ("max_bad_fraction", "max_too_long_fraction"):
         if not 0 <= getattr(data, key) <= 1:
             yield ConfigError(f"data.{key} is {getattr(data, key)}", fix="give a fraction between 0 and 1")

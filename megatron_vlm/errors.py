@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+LONGEST_DESCRIPTION = 400
+
 
 class UserError(Exception):
     """A mistake that the user can correct; entry points print it as one line and exit with `EXIT_USER_ERROR`.
@@ -34,7 +36,8 @@ class UserError(Exception):
             text += f" [{self.where}]"
         if self.fix:
             text += f" -- {self.fix}"
-        return " ".join(text.split())
+        # Names of files and texts of rows may hold halves of characters, which a terminal or a file refuses.
+        return " ".join(text.split()).encode(errors="backslashreplace").decode()
 
 
 class ConfigError(UserError):
@@ -42,11 +45,19 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A data file, row, image or conversation cannot be used."""
+    """A data file, row, image or conversation cannot be used; what is wrong is cut where it repeats long texts."""
+
+    def __init__(self, what: str, where: str | None = None, fix: str | None = None) -> None:
+        short = what if len(what) <= LONGEST_DESCRIPTION else f"{what[:LONGEST_DESCRIPTION]}..."
+        super().__init__(short, where, fix)
 
 
 class CheckpointError(UserError):
     """A checkpoint is missing, damaged, of another model, or would be overwritten."""
+
+
+class SaveError(CheckpointError):
+    """A checkpoint of a run could not be written; what was saved before is intact, and a later one may succeed."""
 
 
 class LaunchError(UserError):

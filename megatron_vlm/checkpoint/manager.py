@@ -39,7 +39,7 @@ from megatron_vlm.checkpoint import optimizer_state, run_folder
 from megatron_vlm.checkpoint.run_folder import Manifest, ModelIdentity
 from megatron_vlm.checkpoint.run_owner import RunOwner
 from megatron_vlm.checkpoint.torch_dist import UNREADABLE, TorchDistReader
-from megatron_vlm.errors import CheckpointError, UserError
+from megatron_vlm.errors import CheckpointError, SaveError, UserError
 from megatron_vlm.parallel.parameters import spec_of
 from megatron_vlm.parallel.sharding import replica_group, splits
 from megatron_vlm.platform.checkpointing import SaveFailed, SaveStrategy, random_state, set_random_state
@@ -255,7 +255,17 @@ class CheckpointManager:
 
     def _begin(self, step: int) -> Path:
         self._confirm_owner()
-        return run_folder.begin(self.directory, step)
+        try:
+            return run_folder.begin(self.directory, step)
+        except OSError as error:
+            raise self._save_error(error) from None
+
+    def _save_error(self, reason: Exception) -> SaveError:
+        return SaveError(
+            f"the checkpoint could not be written: {reason}",
+            str(self.directory),
+            "earlier checkpoints are intact; make room or repair the disk",
+        )
 
     def _confirm_owner(self) -> None:
         if self.owner is not None:
@@ -288,7 +298,7 @@ class CheckpointManager:
             Whether no save is under way any more.
 
         Raises:
-            CheckpointError: it could not be written; earlier checkpoints are untouched.
+            SaveError: it could not be written; earlier checkpoints are untouched.
         """
         try:
             self._calls.maybe_finalize_async_calls(blocking)
@@ -297,11 +307,7 @@ class CheckpointManager:
             assert incomplete is not None
             on_first_rank(lambda: shutil.rmtree(incomplete, ignore_errors=True))
             on_first_rank(self._confirm_owner)
-            raise CheckpointError(
-                f"the checkpoint could not be written: {error}",
-                str(self.directory),
-                "earlier checkpoints are intact; make room or repair the disk and start again with the same run_dir",
-            ) from None
+            raise self._save_error(error) from None
         return self._calls.get_num_unfinalized_calls() == 0
 
     def load(

@@ -11,7 +11,7 @@ from typing import Any
 LONGEST_PATH_SHOWN = 255
 
 
-def _shown(path: Path) -> str:
+def _shown(path: Path | str | None) -> str:
     """Format a path for messages; long text that is no path, such as base64 text of an unknown format, is cut."""
     text = str(path)
     return text if len(text) <= LONGEST_PATH_SHOWN else f"{text[:80]}..."
@@ -28,7 +28,7 @@ class ImageSource:
     def __str__(self) -> str:
         if self.data is not None:
             return f"an inline image of {len(self.data)} bytes"
-        return _shown(self.path) if self.path is not None else str(self.url)
+        return _shown(self.path if self.path is not None else self.url)
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,12 @@ class Conversation:
     def _sources(self, kind: type[ImagePart] | type[VideoPart]) -> list[Any]:
         parts = [part for message in self.messages for part in message.parts if isinstance(part, kind)]
         return [part.source for part in parts if part.source is not None]
+
+    @property
+    def characters(self) -> int:
+        """Number of characters of all texts."""
+        texts = (part for message in self.messages for part in message.parts)
+        return sum(len(part.text) for part in texts if isinstance(part, TextPart | ThinkingPart))
 
     @property
     def has_thinking(self) -> bool:

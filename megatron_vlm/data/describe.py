@@ -132,7 +132,7 @@ def check_rows(reader: RowReader) -> RowCheck:
                     if image.url is not None and reader.settings.allow_urls:
                         continue
                     if image.path is None or not os.path.isfile(image.path):
-                        read_bytes(image, conversation.row_name, reader.settings.allow_urls)
+                        read_bytes(image, conversation.row_name, reader.url_access)
             except DataError as error:
                 if reader.settings.strict:
                     raise

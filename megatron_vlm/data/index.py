@@ -37,6 +37,8 @@ class JsonlIndex:
     size_bytes: int
     digest: str
     """BLAKE2b of the whole file, hexadecimal."""
+    changed_ns: int
+    """Time of the file's last change when it was indexed, of its file system."""
     unparsable_rows: tuple[int, ...]
     """Rows that are known not to be JSON objects without having parsed all rows."""
 
@@ -55,11 +57,12 @@ def build_index(path: str) -> JsonlIndex:
         raise DataError(f"data file {path} does not exist", fix="give the path of a JSONL file")
     try:
         with open(path, "rb") as file:
+            changed_ns = os.fstat(file.fileno()).st_mtime_ns
             starts, first_bytes, newlines, size_bytes, digest = _scan(file)
     except OSError as error:
         raise DataError(f"data file {path} cannot be read ({error.strerror})") from None
     ends = newlines if len(newlines) == len(starts) else np.append(newlines, size_bytes)
-    index = JsonlIndex(path, starts, ends, np.empty(0, np.int64), size_bytes, digest, ())
+    index = JsonlIndex(path, starts, ends, np.empty(0, np.int64), size_bytes, digest, changed_ns, ())
     return _check_suspects(index, np.flatnonzero(first_bytes != ord("{")))
 
 
@@ -105,6 +108,7 @@ def _check_suspects(index: JsonlIndex, suspects: np.ndarray) -> JsonlIndex:
         row_of_line[blank] + 1,
         index.size_bytes,
         index.digest,
+        index.changed_ns,
         tuple(int(row_of_line[line]) for line in unparsable),
     )
 
@@ -128,15 +132,20 @@ class JsonlRows:
         """Return the text of row `row` (from 0), without a byte order mark.
 
         Raises:
-            DataError: the file shrank since it was indexed.
+            DataError: the file was changed since it was indexed.
         """
         if self._descriptor is None:
             self._descriptor = os.open(self.index.path, os.O_RDONLY)
         start, end = int(self.index.starts[row]), int(self.index.ends[row])
         # pread keeps no position, so forked processes may share the descriptor.
         text = os.pread(self._descriptor, end - start, start)
-        if len(text) != end - start:
-            raise DataError("the file is shorter than when it was indexed", self.name(row), "do not change data files")
+        status = os.fstat(self._descriptor)
+        if (status.st_size, status.st_mtime_ns) != (self.index.size_bytes, self.index.changed_ns):
+            raise DataError(
+                "the file was changed or replaced since it was indexed",
+                self.name(row),
+                "put it back, or start again with a new run_dir; data files must not change during a run",
+            )
         return text.removeprefix(BYTE_ORDER_MARK) if start == 0 else text
 
     def name(self, row: int) -> str:

@@ -17,10 +17,15 @@ from megatron_vlm.data.index import JsonlRows, build_index
 from megatron_vlm.data.plan import PlannedSource
 from megatron_vlm.data.prompts import PromptBuilder, Sample
 from megatron_vlm.data.rules import PromptRules
+from megatron_vlm.data.urls import UrlAccess
 from megatron_vlm.data.videos import load_video, require_decoder
 from megatron_vlm.errors import ConfigError, DataError
 
 ROWS_PEEKED_FOR_IMAGES = 256
+# Past these, or so many per token of data.seq_length, a row is refused before its text is rendered and tokenised, which
+# could take minutes; a token has no more characters than that but in runs of blanks.
+MOST_CHARACTERS, CHARACTERS_PER_TOKEN = 2**20, 32
+MOST_MESSAGES = 4096
 
 
 class RowReader:
@@ -48,6 +53,13 @@ class RowReader:
             if settings.strict and file.index.unparsable_rows:
                 self._parse(file, file.index.unparsable_rows[0])
         self._check_image_fits()
+
+    @property
+    def url_access(self) -> UrlAccess:
+        """Which URLs of images are fetched."""
+        if not self.settings.allow_urls:
+            return UrlAccess.NONE
+        return UrlAccess.ALL if self.settings.allow_private_urls else UrlAccess.PUBLIC
 
     @property
     def names(self) -> list[str]:
@@ -91,6 +103,7 @@ class RowReader:
         name = self.files[source].name(row)
         try:
             conversation = self.conversation(source, row)
+            self._refuse_huge(conversation)
             sample = self._encode(conversation)
         except DataError as error:
             if self.settings.strict:
@@ -110,14 +123,23 @@ class RowReader:
     def _parse(self, file: JsonlRows, row: int) -> Conversation:
         return parse_row(file.read(row), file.name(row), file.directory, self._rendered)
 
+    def _refuse_huge(self, conversation: Conversation) -> None:
+        tokens = self.settings.seq_length
+        for what, count, limit in (
+            ("characters", conversation.characters, max(MOST_CHARACTERS, CHARACTERS_PER_TOKEN * tokens)),
+            ("messages", len(conversation.messages), max(MOST_MESSAGES, tokens)),
+        ):
+            if count > limit:
+                raise DataError(f"the row has {count} {what}, more than {limit}", conversation.row_name, "split it")
+
     def _encode(self, conversation: Conversation) -> Sample:
-        name, allow_urls = conversation.row_name, self.settings.allow_urls
+        name, access = conversation.row_name, self.url_access
         images = [
-            self.builder.resized(load_image(part.source, name, allow_urls), part.size, name)
+            self.builder.resized(load_image(part.source, name, access), part.size, name)
             for part in conversation.image_parts
             if part.source is not None
         ]
-        videos = [load_video(source, name, allow_urls, self.builder.sample_frames) for source in conversation.videos]
+        videos = [load_video(source, name, access, self.builder.sample_frames) for source in conversation.videos]
         return self.builder.encode(conversation, images, videos)
 
     def _padding_sample(self, empty_answers: int = 0) -> Sample:

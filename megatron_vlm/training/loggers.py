@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib
 import json
@@ -30,6 +31,18 @@ class Callback(Protocol):
 
     def close(self) -> None:
         """The run has ended; write out what is buffered."""
+
+
+def check_packages(config: Config) -> None:
+    """Refuse loggers whose packages are missing, before anything else takes time.
+
+    Raises:
+        ConfigError: a package that `logging` asks for is not installed.
+    """
+    if config.logging.tensorboard:
+        _import("tensorboard", "logging.tensorboard", "false")
+    if config.logging.wandb is not None:
+        _import("wandb", "logging.wandb", "null")
 
 
 def build_loggers(config: Config, run_dir: str | os.PathLike, resume_step: int) -> list[Callback]:
@@ -113,44 +126,103 @@ class JsonLines:
     """Writes one object per line: steps in `metrics.jsonl`, evaluations in `evaluations.jsonl`.
 
     A run that went on past its last checkpoint before it ended repeats steps; their earlier lines are dropped, so that
-    each step occurs once, and so is a last line cut short by a crash.
+    each step occurs once, and so is a last line cut short by a crash; other lines that are no record of a step are an
+    error. Where the disk is full, lines are kept and written later.
     """
 
     def __init__(self, run_dir: str | os.PathLike, resume_step: int) -> None:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
         self._steps, self._evaluations = (
-            _open_from(Path(run_dir) / name, resume_step) for name in ("metrics.jsonl", "evaluations.jsonl")
+            LineFile(_kept_up_to(Path(run_dir) / name, resume_step)) for name in ("metrics.jsonl", "evaluations.jsonl")
         )
 
     def on_step(self, metrics: StepMetrics) -> None:
         """Append the step."""
-        self._steps.write(json.dumps(to_record(metrics)) + "\n")
+        self._steps.append(json.dumps(to_record(metrics)))
 
     def on_evaluation(self, step: int, losses: dict[str, float]) -> None:
         """Append the evaluation."""
-        self._evaluations.write(json.dumps(evaluation_record(step, losses)) + "\n")
+        self._evaluations.append(json.dumps(evaluation_record(step, losses)))
 
     def close(self) -> None:
-        """Close both files."""
+        """Write what is left and close both files."""
         self._steps.close()
         self._evaluations.close()
 
 
-def _open_from(path: Path, resume_step: int) -> TextIO:
-    """Open for appending, after dropping incomplete lines and those of steps beyond `resume_step`."""
+class LineFile:
+    """A file of whole lines: one that cannot be written is taken back, kept, and tried again with the next.
+
+    Args:
+        path: of the file, which ends with a whole line or does not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("ab", buffering=0)
+        self._size = path.stat().st_size
+        self._left = b""
+        self._has_warned = False
+
+    def append(self, line: str) -> None:
+        """Write a line, and those before it that could not be written."""
+        self._left += line.encode() + b"\n"
+        self._write()
+
+    def close(self) -> None:
+        """Close the file, after a last attempt to write what is left."""
+        if self._left:
+            self._write()
+        self._file.close()
+
+    def _write(self) -> None:
+        try:
+            is_whole = self._file.write(self._left) == len(self._left)
+        except OSError as error:
+            self._take_back(error.strerror or str(error))
+            return
+        if not is_whole:
+            self._take_back("there is room for a part only")
+            return
+        self._size, self._left, self._has_warned = self._size + len(self._left), b"", False
+
+    def _take_back(self, reason: str) -> None:
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._file.fileno(), self._size)
+        if not self._has_warned:
+            print(f"warning: {self.path} cannot be written ({reason}); its lines are kept and tried again", flush=True)
+        self._has_warned = True
+
+
+def _kept_up_to(path: Path, resume_step: int) -> Path:
+    """Drop incomplete last lines and those of steps beyond `resume_step`; returns the path.
+
+    Raises:
+        CheckpointError: another line is no record.
+    """
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    kept = "".join(line + "\n" for line in text.splitlines() if _is_up_to(line, resume_step))
-    if kept != text:
+    lines = text.split("\n")
+    last = lines.pop()  # what no line break ends was cut short
+    kept = ""
+    for number, line in enumerate(lines, 1):
+        step = _step_of(line)
+        if step is None:
+            raise CheckpointError(
+                f"line {number} is damaged", str(path), "correct the line or delete it, and start again"
+            )
+        kept += f"{line}\n" if step <= resume_step else ""
+    if kept != text or last:
         replace_durably(path, kept)
-    return path.open("a", encoding="utf-8", buffering=1)
+    return path
 
 
-def _is_up_to(line: str, resume_step: int) -> bool:
+def _step_of(line: str) -> int | None:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
-        return False
-    return isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= resume_step
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if isinstance(step, int) else None
 
 
 class TensorBoard:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,13 +21,13 @@ from megatron_vlm.conversion.passthrough import check_kept, describe
 from megatron_vlm.conversion.running_model import export_hf_from_model
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.data.row_limits import RowLimits
-from megatron_vlm.errors import CheckpointError, ConfigError, DataError, DivergenceError
+from megatron_vlm.errors import CheckpointError, ConfigError, DataError, DivergenceError, SaveError
 from megatron_vlm.files.config_files import read_config_file
 from megatron_vlm.files.durable import replace_durably
 from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.planning.flops import ModelFlops
 from megatron_vlm.planning.preflight import record_export
-from megatron_vlm.training.loggers import Callback, build_loggers
+from megatron_vlm.training.loggers import Callback, build_loggers, check_packages
 from megatron_vlm.training.metrics import StepMetrics, expert_statistics
 from megatron_vlm.training.optimizer import apply_gradients, gradient_norm, learning_rates
 from megatron_vlm.training.profiling import ProfileWindow
@@ -37,6 +38,7 @@ from megatron_vlm.training.start import banner, environment, record_start
 from megatron_vlm.training.step import collect_expert_use, run_global_batch
 from megatron_vlm.training.step_check import StepCheck
 
+SAVES_TRIED_PER_INTERVAL = 10
 COUNTERS = "samples bad_rows too_long_rows empty_answers real_tokens label_tokens padded_tokens images videos".split()
 EXIT_DONE = 0
 
@@ -63,6 +65,7 @@ def train(config: Config) -> int:
 
 def _train_as_owner(config: Config, watch: RankWatch, requests: StopRequests, owner: RunOwner) -> None:
     try:
+        check_packages(config)
         run = set_up(config, owner, requests)
     except StoppedBeforeTraining as stop:
         number = stop.number
@@ -94,7 +97,10 @@ class Trainer:
         self.row_limits = RowLimits(self.config.data, run.train_loader.plan.sources, run.train_loader.source_names)
         self.flops = ModelFlops(run.family, run.model_config, Trainable(self.config.model.freeze), run.groups)
         self.step = 0
+        self._retried_at = 0
+        """Step after which a save that failed is tried again."""
         self.loggers: list[Callback] = []
+        self._failed_loggers: list[Callback] = []
         self.profile = ProfileWindow(self.run_dir, self.config.logging.profile if run.is_first_rank else None)
 
     def run(self) -> None:
@@ -118,8 +124,7 @@ class Trainer:
                 self._export()
         finally:
             self.profile.close()
-            for logger in self.loggers:
-                logger.close()
+            self._tell_loggers(lambda logger: logger.close())
 
     def _train(self) -> str | None:
         """Run the steps up to the last; return why training stopped before it, or None."""
@@ -129,7 +134,7 @@ class Trainer:
             return _reason(request)
         while self.step < train.train_iters:
             request = self._step()
-            self.run_state.checkpoints.finalize()
+            self._try_to_save(self.run_state.checkpoints.finalize)
             is_last = self.step == train.train_iters
             if self.run_state.valid_loader is not None and (
                 is_last or (train.eval_interval and self.step % train.eval_interval == 0)
@@ -142,9 +147,19 @@ class Trainer:
             if train.exit_interval and self.step - first >= train.exit_interval:
                 return "exit_interval"
             interval = self.config.checkpoint.save_interval
-            if interval and self.step % interval == 0:
-                self._save()
+            if interval and (self.step % interval == 0 or self.step == self._retried_at):
+                self._try_to_save(self._save)
         return None
+
+    def _try_to_save(self, save: Callable[[], object]) -> None:
+        """Run a part of an interim save; where the disk is full, training goes on and tries again soon."""
+        try:
+            save()
+        except SaveError as error:
+            interval = self.config.checkpoint.save_interval
+            self._retried_at = self.step + max(1, (interval or 0) // SAVES_TRIED_PER_INTERVAL)
+            if self.run_state.is_first_rank:
+                print(f"warning: {error}; it is tried again after step {self._retried_at}", flush=True)
 
     def _step(self) -> int:
         """Run one optimizer step; return the number of a signal that some rank received, or 0."""
@@ -238,8 +253,17 @@ class Trainer:
             load_balancing_loss=balance,
         )
         if skipped or self.step % train.log_interval == 0 or self.step == train.train_iters:
-            for logger in self.loggers:
-                logger.on_step(metrics)
+            self._tell_loggers(lambda logger: logger.on_step(metrics))
+
+    def _tell_loggers(self, what: Callable[[Callback], None]) -> None:
+        """Hand something to every logger; one that cannot write is named once, and training goes on without it."""
+        for logger in self.loggers:
+            try:
+                what(logger)
+            except OSError as error:
+                if logger not in self._failed_loggers:
+                    print(f"warning: {type(logger).__name__} cannot log: {error}", file=sys.stderr, flush=True)
+                self._failed_loggers.append(logger)
 
     def _evaluate(self) -> int:
         """Log the loss on the held-out data; return the number of a signal received meanwhile, which ends it early."""
@@ -274,8 +298,7 @@ class Trainer:
             losses |= {
                 name: total / count for name, (total, count) in zip(loader.source_names, totals, strict=True) if count
             }
-            for logger in self.loggers:
-                logger.on_evaluation(self.step, losses)
+            self._tell_loggers(lambda logger: logger.on_evaluation(self.step, losses))
         return request
 
     def _agree_on_request(self) -> int:

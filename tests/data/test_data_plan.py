@@ -55,7 +55,7 @@ def test_reading_a_file_that_shrank_is_an_error(tmp_path: Path) -> None:
     path.write_text('{"a": 1}\n{"b": 2}\n')
     rows = JsonlRows(build_index(str(path)))
     path.write_text('{"a": 1}\n')
-    with pytest.raises(DataError, match=r"shorter than when it was indexed \[.*rows.jsonl:2\]"):
+    with pytest.raises(DataError, match=r"changed or replaced since it was indexed \[.*rows.jsonl:2\]"):
         rows.read(1)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +52,45 @@ def test_metrics_of_every_step(place: Place, tmp_path: Path) -> None:
         # Rows come in file order, every second one with an image.
         assert (record["images"], record["bad_rows"], record["too_long_rows"]) == (2, 0, 0)
         assert record["tokens"] > record["label_tokens"]
-        assert set(record["source_losses"]) == {str(place.data / "train.jsonl")}
+        assert set(record["source_losses"]) == {"train"}
     # Eight rows are two global batches: steps 1 and 3 read the same rows.
     assert metrics[0]["tokens"] == metrics[2]["tokens"] != metrics[1]["tokens"]
     assert metrics[2]["loss"] < metrics[0]["loss"]
+
+
+def no_room_in_steps(first: int, last: int, trainer: Trainer) -> None:
+    """Files of this process, and of those it starts, cannot grow past 2 KiB during these steps."""
+    step, (soft, hard) = trainer._step, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited() -> int:
+        has_room = not first <= trainer.step + 1 <= last
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft if has_room else 2048, hard))
+        return step()
+
+    trainer._step = limited  # type: ignore[method-assign]
+
+
+def remove_limit() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def test_full_disk_delays_an_interim_save(place: Place, tmp_path: Path) -> None:
+    settings = ["train.train_iters=9", "checkpoint.save_interval=4", "checkpoint.keep_last=9"]
+    outcome = train(place, tmp_path, *settings, interfere=partial(no_room_in_steps, 4, 4))
+    again, *regular = (int(name.removeprefix("step_")) for name in checkpoint_names(tmp_path))
+    # The failure shows when the writing process has ended, at one of the next steps.
+    assert again in (6, 7) and regular == [8, 9]
+    assert [record["step"] for record in outcome.metrics] == list(range(1, 10))
+
+
+def test_full_disk_at_the_end(place: Place, tmp_path: Path) -> None:
+    arguments = place.arguments(tmp_path, "checkpoint.save_interval=2")
+    (outcome,) = run_ranks(1, train_here, arguments, partial(no_room_in_steps, 4, 4))
+    run_ranks(1, remove_limit)
+    assert outcome.error is not None and outcome.error.startswith("SaveError: the checkpoint could not be written")
+    assert checkpoint_names(tmp_path) == ["step_00000002"]
+    train(place, tmp_path)
+    assert checkpoint_names(tmp_path)[-1] == "step_00000004"
 
 
 def test_log_interval_keeps_the_last_step(place: Place, tmp_path: Path) -> None:

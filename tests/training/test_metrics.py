@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import math
+import resource
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_vlm import platform
 from megatron_vlm.config import Config, DataSettings, DataSource, LoggingSettings, ModelSettings, TrainSettings
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.errors import CheckpointError, ConfigError
 from megatron_vlm.report.run_report import read_metrics, write_report
 from megatron_vlm.training.loggers import Console, JsonLines, TensorBoard, WandB, build_loggers
 from megatron_vlm.training.metrics import ExpertStatistics, StepMetrics, expert_statistics, to_record
@@ -174,6 +175,36 @@ def test_each_step_occurs_once_after_a_crash(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text().splitlines()[:3] == kept
     assert [line["step"] for line in _lines(tmp_path / "evaluations.jsonl")] == [1, 2, 3]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluations.jsonl", "metrics.jsonl"]
+
+
+def test_full_disk_tears_no_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A limit on the size of files, which the third line passes, cuts that write as a full disk does."""
+    logger = JsonLines(tmp_path, resume_step=0)
+    path = tmp_path / "metrics.jsonl"
+    for step in (1, 2):
+        logger.on_step(replace(METRICS, step=step))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 100, limits[1]))
+    try:
+        for step in (3, 4):
+            logger.on_step(replace(METRICS, step=step))
+            assert _steps(tmp_path) == [1, 2]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert capsys.readouterr().out.count("metrics.jsonl cannot be written") == 1
+    logger.on_step(replace(METRICS, step=5))
+    assert _steps(tmp_path) == [1, 2, 3, 4, 5]
+    logger.close()
+
+
+def test_damaged_line_is_named(tmp_path: Path) -> None:
+    logger = JsonLines(tmp_path, resume_step=0)
+    logger.on_step(METRICS)
+    logger.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("nonsense\n" + path.read_text())
+    with pytest.raises(CheckpointError, match=r"line 1 is damaged \[.*metrics.jsonl\]"):
+        JsonLines(tmp_path, resume_step=7)
 
 
 def test_a_clean_resume_does_not_rewrite(tmp_path: Path) -> None:
