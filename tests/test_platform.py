@@ -497,7 +497,9 @@ ALLOWED_WORDS = {
         '"cpu"',
         '"""Where the run computes; auto takes CUDA where the machine has an NVIDIA device, and the CPU elsewhere."""',
     },
+    "pretrain_vlm.py": {'"cpu"'},
     "megatron_vlm/planning/dry_run.py": {'"cpu"'},
+    "megatron_vlm/data/template_trial.py": {"RLIMIT_CPU"},  # of processors' time
     # Counting runs on the host beside training, and names operators of torch's.
     "megatron_vlm/planning/flops.py": {'"cpu"'},
     "megatron_vlm/planning/recorder.py": {

@@ -24,7 +24,7 @@ from megatron_vlm.data import template_trial
 from megatron_vlm.errors import ConfigError
 
 TRIAL_SECONDS = 8
-"""More than the CPU time that the trial may have, for machines that are busy."""
+"""More than the time that the trial may compute, for machines that are busy."""
 ROW_SECONDS = 5
 MOST_ADDED_CHARACTERS = template_trial.MOST_CHARACTERS
 _MONITORING_TOOL = 4
@@ -78,7 +78,7 @@ def _trial(template: str) -> str | None:
     if trial.returncode == template_trial.EXIT_CHARACTERS:
         return f"writes more than {template_trial.MOST_CHARACTERS:,} characters for a few words"
     if trial.returncode < 0:
-        return f"takes more than {template_trial.CPU_SECONDS} seconds for a few words, or crashes"
+        return f"takes more than {template_trial.BUSY_SECONDS} seconds for a few words, or crashes"
     reason = trial.stderr.decode(errors="replace").strip().splitlines()
     return f"cannot be tried ({reason[-1] if reason else f'exit code {trial.returncode}'})"
 

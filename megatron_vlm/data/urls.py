@@ -94,6 +94,8 @@ class _Fetching:
             while left > 0 and (block := response.read(min(left, _BLOCK_BYTES))):
                 blocks.append(block)
                 left -= len(block)
+        if left and response.length:
+            raise ValueError("it ends early")
         if left == 0:
             raise ValueError(f"it has more than {most_bytes} bytes")
         return b"".join(blocks)
