@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import typing
@@ -13,12 +14,15 @@ from typing import Any
 from megatron_vlm.config import Config
 from megatron_vlm.config_checks import validate
 from megatron_vlm.config_keys import (
+    SOURCE_KEYS,
     SWITCHES,
+    full_sources,
     parsed,
     section_problems,
     unknown_key,
     valid_keys,
     value_problems,
+    with_full_sources,
     words_for,
 )
 from megatron_vlm.errors import ConfigError, UserError, combine
@@ -53,7 +57,11 @@ def parse_command_line(argv: list[str], program: str = "pretrain_vlm.py") -> Com
     import yaml
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    jsonargparse.set_loader("configuration", load_yaml, (yaml.YAMLError, ValueError, RecursionError))
+    jsonargparse.set_loader(
+        "configuration",
+        lambda text: with_full_sources(load_yaml(text)),
+        (yaml.YAMLError, ValueError, RecursionError),
+    )
     parser = jsonargparse.ArgumentParser(
         prog=program,
         parser_mode="configuration",
@@ -63,6 +71,7 @@ def parse_command_line(argv: list[str], program: str = "pretrain_vlm.py") -> Com
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below.")
     parser.add_argument("--dry_run", action="store_true", help="Check everything without training; needs no GPU.")
     parser.add_class_arguments(Config)
+    argv = _with_full_sources(argv)
     _check_keys(argv)
     try:
         parsed = parser.instantiate(parser.parse_args(argv))
@@ -128,13 +137,30 @@ def _check_keys(argv: list[str]) -> None:
         raise combine(ConfigError, problems)
 
 
+def _with_full_sources(argv: list[str]) -> list[str]:
+    """Write out the short forms of data.train and data.valid."""
+    written = list(argv)
+    for position, argument in enumerate(argv):
+        name, equals, text = argument.partition("=")
+        if name.removesuffix("+") not in {f"--data.{key}" for key in SOURCE_KEYS}:
+            continue
+        place = position if equals else position + 1
+        if equals or (place < len(argv) and not argv[place].startswith("--")):
+            text = text if equals else argv[place]
+            given = parsed(text)
+            full = full_sources(given)
+            if full != given:
+                written[place] = f"{name}={json.dumps(full)}" if equals else json.dumps(full)
+    return written
+
+
 def _file_problems(path: str) -> list[UserError]:
     """Return what is wrong in a configuration file."""
     try:
         file = read_config_file(path)
     except UserError as error:
         return [error]
-    content = dict(file.content)
+    content = dict(with_full_sources(file.content))
     if isinstance(content.get("dry_run"), bool):
         del content["dry_run"]  # --print_config writes it
     return list(section_problems(content, Config, "", file.where))

@@ -87,7 +87,8 @@ class DataSource:
     """One data set of a blend."""
 
     path: str
-    """JSONL file; image paths in it are relative to its folder."""
+    """JSONL file, file with one JSON array, or pattern such as data/*.jsonl, whose files are one source; image paths
+    are relative to the file's folder."""
     weight: float = 1.0
     """Weight in the blend, relative to the other sources."""
     name: str | None = None

@@ -18,6 +18,7 @@ from megatron_vlm.files.config_files import load_yaml
 from megatron_vlm.key_aliases import ALIASES, WITHOUT_KEY
 
 SWITCHES = ("config", "dry_run", "print_config", "help")  # of the command line
+SOURCE_KEYS = ("train", "valid")  # of `data`; a source may be written as its path alone
 Where = Callable[[str], str]
 """Gives the place of a key: a file and line, or the command line."""
 _short = reprlib.Repr(maxlevel=3, maxdict=6, maxlist=6, maxstring=80, maxother=80).repr
@@ -39,6 +40,23 @@ def _item_type(kind: Any) -> type | None:
     held = next(iter(typing.get_args(kind)), None)
     holds_dataclass = typing.get_origin(kind) is list and dataclasses.is_dataclass(held)
     return held if holds_dataclass and isinstance(held, type) else None
+
+
+def with_full_sources(content: Any) -> Any:
+    """Write out the short forms of data.train and data.valid in a configuration's mapping; other contents stay."""
+    data = content.get("data") if isinstance(content, dict) else None
+    if not isinstance(data, dict):
+        return content
+    full = {key: full_sources(data[key]) for key in SOURCE_KEYS if key in data}
+    return {**content, "data": {**data, **full}}
+
+
+def full_sources(value: Any) -> Any:
+    """Return the full form of data sources that are given as a path, a list of paths, or one source."""
+    items = value if isinstance(value, list) else [value]
+    if value is None or not all(isinstance(item, str | dict) for item in items):
+        return value
+    return [{"path": item} if isinstance(item, str) else item for item in items]
 
 
 def section_problems(content: Any, settings: type, section: str, where: Where) -> Iterator[ConfigError]:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from megatron_vlm.cli import load_config, parse_command_line
-from megatron_vlm.config import Config, to_yaml
+from megatron_vlm.config import Config, DataSource, to_yaml
 from megatron_vlm.config_keys import valid_keys
 from megatron_vlm.errors import ConfigError, UserError, combine
 from megatron_vlm.key_aliases import ALIASES, WITHOUT_KEY
@@ -145,6 +145,20 @@ def test_missing_keys_are_all_listed() -> None:
     assert "model.hf_path" not in message
 
 
+@pytest.mark.parametrize("written", ["a.jsonl", "[a.jsonl]", "{path: a.jsonl}", "[{path: a.jsonl}]"])
+def test_sources_may_be_paths(config_file: str, tmp_path: Path, written: str) -> None:
+    expected = [DataSource("a.jsonl")]
+    assert load_config(["--config", config_file, f"--data.train={written}"]).data.train == expected
+    assert load_config(["--config", config_file, "--data.train", written]).data.train == expected
+    content = yaml.safe_load(Path(config_file).read_text())
+    content["data"]["train"] = content["data"]["valid"] = yaml.safe_load(written)
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(content))
+    data = load_config(["--config", str(tmp_path / "short.yaml")]).data
+    assert data.train == data.valid == expected
+    pattern = load_config(["--config", config_file, "--data.train=data/*.jsonl"]).data.train
+    assert pattern == [DataSource("data/*.jsonl")]
+
+
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
@@ -156,12 +170,12 @@ def test_missing_keys_are_all_listed() -> None:
         ("--data.train=[{pth: a}]", "did you mean data.train.path?"),
         ("--data.train=[{path: a, class_path: os.path}]", "unknown key data.train.class_path"),
         (
-            "--data.train=[os.path]",
-            "data.train cannot hold 'os.path' [command line] -- expected a list of {path",
+            "--data.train=[3]",
+            "data.train cannot hold 3 [command line] -- expected a list of {path",
         ),
         (
-            "--data.train=a.jsonl",
-            "data.train cannot be 'a.jsonl' [command line] -- expected a list of {path, weight, name}",
+            "--data.train=3",
+            "data.train cannot be 3 [command line] -- expected a list of {path, weight, name}",
         ),
         ("--train.train_iters=1.5", "train.train_iters cannot be '1.5' [command line] -- expected a whole number"),
         ("--train.train_iters=many", "expected a whole number"),

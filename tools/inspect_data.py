@@ -31,7 +31,7 @@ def main() -> int:
             print(f"note: {note}")
         source = DataSource(path=arguments.data)
         reader = RowReader([source], DataSettings(train=[source], seq_length=arguments.seq_length), builder)
-        for row in range(arguments.first, min(arguments.first + arguments.num, reader.files[0].index.num_rows)):
+        for row in range(arguments.first, min(arguments.first + arguments.num, reader.sources[0].num_rows)):
             print(describe_sample(reader.read(0, row), builder), end="\n\n")
         if arguments.check:
             found = check_rows(reader)

@@ -109,9 +109,9 @@ def check_rows(reader: RowReader) -> RowCheck:
         ConfigError: there are video files, and the package that decodes them is not installed.
     """
     check = RowCheck()
-    for source, file in enumerate(reader.files):
+    for source, rows in enumerate(reader.sources):
         is_named, unknown_keys = False, Counter[str]()
-        for row in range(file.index.num_rows):
+        for row in range(rows.num_rows):
             check.rows += 1
             try:
                 conversation = reader.conversation(source, row)

@@ -13,7 +13,7 @@ from megatron_vlm.data.collate import LoadedSample
 from megatron_vlm.data.conversation import Conversation
 from megatron_vlm.data.formats import parse_row
 from megatron_vlm.data.images import load_image
-from megatron_vlm.data.index import JsonlRows, build_index
+from megatron_vlm.data.index import SourceRows
 from megatron_vlm.data.plan import PlannedSource
 from megatron_vlm.data.prompts import PromptBuilder, Sample
 from megatron_vlm.data.rules import PromptRules
@@ -47,11 +47,11 @@ class RowReader:
         self.builder = builder
         self._names = source_names(sources)
         self.weights = [source.weight for source in sources]
-        self.files = [JsonlRows(build_index(source.path)) for source in sources]
+        self.sources = [SourceRows(source.path) for source in sources]
         self._rendered = row_keys.names_in(builder.template)
-        for file in self.files:
-            if settings.strict and file.index.unparsable_rows:
-                self._parse(file, file.index.unparsable_rows[0])
+        for rows in self.sources:
+            if settings.strict and rows.unparsable_rows:
+                self._parse(rows, rows.unparsable_rows[0])
         self._check_image_fits()
 
     @property
@@ -68,10 +68,9 @@ class RowReader:
 
     def planned_sources(self) -> list[PlannedSource]:
         """Return the facts about the sources that the plan depends on."""
-        indices = [file.index for file in self.files]
         return [
-            PlannedSource(index.path, index.num_rows, index.digest, weight)
-            for index, weight in zip(indices, self.weights, strict=True)
+            PlannedSource(rows.path, rows.num_rows, rows.digest, weight)
+            for rows, weight in zip(self.sources, self.weights, strict=True)
         ]
 
     def conversation(self, source: int, row: int) -> Conversation:
@@ -80,16 +79,16 @@ class RowReader:
         Raises:
             DataError: the row has none of the known formats, or images or videos that the model does not take.
         """
-        file = self.files[source]
-        conversation = self._parse(file, row)
+        rows = self.sources[source]
+        conversation = self._parse(rows, row)
         rules = self.builder.rules
         if conversation.images and rules.image_token_id is None:
             raise DataError(
-                "the row has images but the model is text-only", file.name(row), "remove the images or the row"
+                "the row has images but the model is text-only", rows.name(row), "remove the images or the row"
             )
         if conversation.videos and rules.video_token_id is None:
             raise DataError(
-                "the row has videos, which this model does not take", file.name(row), "remove the videos or the row"
+                "the row has videos, which this model does not take", rows.name(row), "remove the videos or the row"
             )
         return conversation
 
@@ -100,7 +99,7 @@ class RowReader:
             DataError: the row is bad and `strict` is set, or too long and `too_long` is `error`.
             ConfigError: the row has an image and seq_length is too short for any.
         """
-        name = self.files[source].name(row)
+        name = self.sources[source].name(row)
         try:
             conversation = self.conversation(source, row)
             self._refuse_huge(conversation)
@@ -120,7 +119,8 @@ class RowReader:
         """Return a padding sample for a slot that holds no row."""
         return LoadedSample(self._padding_sample(), source, "")
 
-    def _parse(self, file: JsonlRows, row: int) -> Conversation:
+    def _parse(self, rows: SourceRows, row: int) -> Conversation:
+        file, row = rows.locate(row)
         return parse_row(file.read(row), file.name(row), file.directory, self._rendered)
 
     def _refuse_huge(self, conversation: Conversation) -> None:
@@ -190,8 +190,8 @@ class RowReader:
         """Refuse at once where the first rows have images beyond seq_length, or videos that cannot be decoded."""
         if self.builder.rules.image_token_id is None:
             return
-        for source, file in enumerate(self.files):
-            for row in islice(range(file.index.num_rows), ROWS_PEEKED_FOR_IMAGES):
+        for source, rows in enumerate(self.sources):
+            for row in islice(range(rows.num_rows), ROWS_PEEKED_FOR_IMAGES):
                 try:
                     conversation = self.conversation(source, row)
                 except DataError:
