@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-LONGEST_DESCRIPTION = 400
+LONGEST_DESCRIPTION = 500
 
 
 class UserError(Exception):
     """A mistake that the user can correct; entry points print it as one line and exit with `EXIT_USER_ERROR`.
 
     Args:
-        what: what is wrong, with the offending values.
+        what: what is wrong, with the offending values; cut where these are long.
         where: file and line, configuration key, or rank; left out when `what` already contains it.
         fix: what to do about it.
 
@@ -22,6 +22,7 @@ class UserError(Exception):
 
     def __init__(self, what: str, where: str | None = None, fix: str | None = None) -> None:
         super().__init__(what, where, fix)
+        what = what if len(what) <= LONGEST_DESCRIPTION else f"{what[:LONGEST_DESCRIPTION]}..."
         self.is_reported_here: bool | None = None
         """Whether this rank is the first of those that have the same error, None if that is not known."""
         self.what = what
@@ -45,11 +46,7 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A data file, row, image or conversation cannot be used; what is wrong is cut where it repeats long texts."""
-
-    def __init__(self, what: str, where: str | None = None, fix: str | None = None) -> None:
-        short = what if len(what) <= LONGEST_DESCRIPTION else f"{what[:LONGEST_DESCRIPTION]}..."
-        super().__init__(short, where, fix)
+    """A data file, row, image or conversation cannot be used."""
 
 
 class CheckpointError(UserError):
