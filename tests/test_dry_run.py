@@ -180,6 +180,17 @@ def test_bad_rows(
     assert "1 bad rows" in capsys.readouterr().out
 
 
+def test_rows_that_are_too_long(arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short, long = row(user("a"), assistant("b")), row(user("a"), assistant("b " * 500))
+    write_jsonl(folder / "train.jsonl", [short, long, long])
+    message = refusal([*arguments, "--data.too_long=drop"], capsys)
+    assert "too many rows are too long" in message and "2 longer than data.seq_length" in message
+    assert "too long" in refusal([*arguments, "--data.too_long=error", "--data.max_too_long_fraction=1"], capsys)
+    for accepted in ("--data.max_too_long_fraction=0.7", "--data.too_long=truncate"):
+        assert pretrain_vlm.main([*arguments, accepted]) == 0
+        assert "2 longer than data.seq_length" in capsys.readouterr().out
+
+
 def copied(model_dir: Path, target: Path) -> Path:
     shutil.copytree(model_dir, target)
     return target

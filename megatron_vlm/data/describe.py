@@ -98,6 +98,67 @@ class RowCheck:
             self.problems.append(str(error))
 
 
+@dataclass
+class LengthCheck:
+    """Lengths in tokens of the rows that were encoded; bad rows have none.
+
+    Attributes:
+        seq_length: data.seq_length.
+        rows: how many rows there are.
+        lengths: of those encoded.
+        bad_rows: those that could not be.
+    """
+
+    seq_length: int
+    rows: int
+    lengths: list[int] = field(default_factory=list)
+    bad_rows: int = 0
+
+    @property
+    def too_long(self) -> int:
+        """How many are longer than data.seq_length."""
+        return sum(length > self.seq_length for length in self.lengths)
+
+    def __str__(self) -> str:
+        bad = f", {self.bad_rows} bad rows" if self.bad_rows else ""
+        if not self.lengths:
+            return f"no lengths of {self.rows} rows{bad}"
+        mean = sum(self.lengths) / len(self.lengths)
+        return (
+            f"{min(self.lengths)} to {max(self.lengths)} tokens, {mean:.0f} in the mean, {self.too_long} longer than "
+            f"data.seq_length {self.seq_length} ({len(self.lengths)} of {self.rows} rows encoded{bad})"
+        )
+
+
+def check_lengths(reader: RowReader, most_per_source: int | None = None) -> LengthCheck:
+    """Encode rows as training will, images and videos included, and count their tokens.
+
+    Args:
+        reader: reads rows of the sources.
+        most_per_source: how many rows of each source, evenly spaced; None encodes all.
+
+    Raises:
+        DataError: more rows are too long than `max_too_long_fraction` allows, where such rows are left out, or any is,
+            where `too_long` is `error`.
+    """
+    settings = reader.settings
+    check = LengthCheck(settings.seq_length, sum(rows.num_rows for rows in reader.sources))
+    for source, rows in enumerate(reader.sources):
+        count = rows.num_rows if most_per_source is None else min(most_per_source, rows.num_rows)
+        for row in (number * rows.num_rows // count for number in range(count)):
+            try:
+                check.lengths.append(reader.num_tokens(source, row))
+            except DataError:
+                check.bad_rows += 1
+    allowed = {"error": 0.0, "truncate": 1.0}.get(settings.too_long, settings.max_too_long_fraction)
+    if check.too_long > allowed * len(check.lengths):
+        raise DataError(
+            f"too many rows are too long: {check}",
+            fix="raise data.seq_length, set data.too_long to truncate, or raise data.max_too_long_fraction",
+        )
+    return check
+
+
 def check_rows(reader: RowReader) -> RowCheck:
     """Parse every row and look for every image and video file (not decoding it).
 

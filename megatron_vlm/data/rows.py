@@ -115,6 +115,16 @@ class RowReader:
             return LoadedSample(sample, source, name, unknown_keys=conversation.unknown_keys)
         return self._too_long(conversation, sample, source)
 
+    def num_tokens(self, source: int, row: int) -> int:
+        """Return the length of a row, whatever data.seq_length is.
+
+        Raises:
+            DataError: the row is bad.
+        """
+        conversation = self.conversation(source, row)
+        self._refuse_huge(conversation)
+        return len(self._encode(conversation).input_ids)
+
     def empty(self, source: int) -> LoadedSample:
         """Return a padding sample for a slot that holds no row."""
         return LoadedSample(self._padding_sample(), source, "")

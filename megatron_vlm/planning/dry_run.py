@@ -26,7 +26,7 @@ from megatron_vlm.checkpoint.torch_dist import TorchDistReader
 from megatron_vlm.config import Config
 from megatron_vlm.conversion.convert import check_tied_copies, identity_of
 from megatron_vlm.conversion.passthrough import describe
-from megatron_vlm.data.describe import RowCheck, check_rows, describe_samples
+from megatron_vlm.data.describe import RowCheck, check_lengths, check_rows, describe_samples
 from megatron_vlm.data.rows import reader_for
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.errors import ConfigError, UserError, combine
@@ -38,6 +38,7 @@ from megatron_vlm.planning.memory import estimate_memory, format_communication, 
 from megatron_vlm.planning.preflight import check_export, check_layout, check_run_dir
 
 SAMPLES_SHOWN = 3
+ROWS_MEASURED = 64  # of each source
 
 
 @dataclass
@@ -86,6 +87,8 @@ def dry_run(config: Config, say: Callable[[str], None] = print) -> int:
     report.attempt(lambda: _check_load(config, family, model_config))
     report.attempt(lambda: _check_places(config))
     report.attempt(lambda: _check_data(config, family.prompt_rules(model_config), checks))
+    if checks:
+        report.attempt(lambda: _check_lengths(config, family.prompt_rules(model_config)))
     if layouts:
         images_per_row = _images_per_row(checks[0]) if checks else 1.0
         report.attempt(lambda: _describe_memory(config, family, model_config, layouts[0], images_per_row))
@@ -219,4 +222,13 @@ def _check_data(config: Config, rules: PromptRules, checks: list[RowCheck]) -> s
         lines += [f"  {line}" for line in (*check.problems, *check.notes)]
     passes = config.train.train_iters * config.train.global_batch_size / max(1, checks[0].rows)
     lines.append(f"length    {config.train.train_iters} steps = {passes:.2f} passes over the training rows")
+    return "\n".join(lines)
+
+
+def _check_lengths(config: Config, rules: PromptRules) -> str:
+    """Check on a sample of the rows that enough of them fit into data.seq_length."""
+    lines = []
+    for key, sources in (("train", config.data.train), ("valid", config.data.valid)):
+        if sources:
+            lines.append(f"lengths   {key}: {check_lengths(reader_for(config, sources, rules), ROWS_MEASURED)}")
     return "\n".join(lines)
