@@ -12,6 +12,7 @@ from __future__ import annotations
 import signal
 import sys
 
+from megatron_vlm import output
 from megatron_vlm.cli import parse_command_line
 from megatron_vlm.error_report import report
 from megatron_vlm.errors import EXIT_USER_ERROR, UserError
@@ -38,5 +39,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    output.endure()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback; training has a handler of its own
     sys.exit(main(sys.argv[1:]))

@@ -24,17 +24,19 @@ def report(error: UserError) -> None:
         return
     rank = int(os.environ.get("RANK", "0"))
     text = f"{type(error).__name__}: {error}"
-    if rank == 0 or error.is_reported_here:
-        print(text, file=sys.stderr, flush=True)
-    else:
+    if rank:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if (
-        error.is_reported_here is None
-        and int(os.environ.get("WORLD_SIZE", "1")) > 1
-        and _is_mine_to_print(text, rank)
-        and rank > 0
-    ):
-        print(f"[rank {rank}] {text}", file=sys.stderr, flush=True)
+    is_mine = rank == 0 or bool(error.is_reported_here)
+    if is_mine:
+        _print(text, rank)
+    if error.is_reported_here is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        found_none = _is_mine_to_print(text, rank)
+        if found_none and not is_mine:
+            _print(text, rank)
+
+
+def _print(text: str, rank: int) -> None:
+    print(f"[rank {rank}] {text}" if rank else text, file=sys.stderr, flush=True)
 
 
 def _is_mine_to_print(text: str, rank: int) -> bool:

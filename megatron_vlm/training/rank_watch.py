@@ -27,6 +27,7 @@ from megatron_vlm.errors import UserError
 
 GRACE_SECONDS = 10.0
 POST_SECONDS = 5.0
+FIRST_RANK_SECONDS = 2.0  # in which it has the error that all ranks have
 _HUNG, _ERROR = "rank_watch/hung", "rank_watch/error"
 
 
@@ -75,7 +76,10 @@ class RankWatch:
         self._thread.join(self.post_seconds)
 
     def _is_first_with(self, store: torch.distributed.Store, text: str) -> bool:
-        """Whether no other rank failed with the same text before."""
+        """Whether no other rank failed with the same text before; the first rank is waited for."""
+        end = time.monotonic() + FIRST_RANK_SECONDS
+        while self.rank and time.monotonic() < end and not store.check([_ERROR]):
+            time.sleep(0.05)
         first = _text(store.compare_set(_ERROR, "", f"{self.rank} {text}"))
         return first == f"{self.rank} {text}" or first.partition(" ")[2] != text
 

@@ -59,7 +59,6 @@ def test_settings(refusal: Refusal, overrides: list[str], expected: str) -> None
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ([video([]), "?"], "a video has no frames"),
         ([video(["red.png", "wide.png"]), "?"], "the frames of a video differ in size: 32 x 32, 40 x 32"),
         ([video(["red.png", "not there.png"]), "?"], "not there.png does not exist"),
         ([image("thread.png"), "?"], "one side more than 200 times the other"),

@@ -133,7 +133,7 @@ def test_ranks_that_wait_for_different_things(results: dict[str, Result]) -> Non
 def test_errors_are_reported_once(results: dict[str, Result]) -> None:
     own = results["own error"]
     assert own.codes == [1, 2, 1]
-    assert own.stderr[0] == own.stderr[2] == "" and own.stderr[1] == "DataError (rank 1): only rank 1 read this\n"
+    assert own.stderr[0] == own.stderr[2] == "" and own.stderr[1] == "[rank 1] DataError: only rank 1 read this\n"
     same = results["same error"]
     assert same.codes == [2, 2, 2]
     assert len(same.lines_with("all ranks read the same")) == 1

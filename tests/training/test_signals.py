@@ -34,6 +34,8 @@ from tests.training.loop_run import (
 )
 
 PATIENCE_SECONDS = 240.0  # a start takes 10 s on an idle machine
+BANNER_LINE = re.compile(r"(megatron_vlm \d|(device|model|layout|data|schedule|writes) +\S).*")
+SAVED_LINE = re.compile(r"saved step \d+ in \d+\.\d s")
 STEP_LINE = re.compile(r"step +\d+/\d+ \| loss [\d.]+ \| .*left \d+.*")
 
 
@@ -186,13 +188,17 @@ def _signal_the_last_rank(trainer: Trainer) -> None:
 
 
 def check_console(log: Path, resumed_after: int | None) -> None:
-    """Nothing but a line per step, and how the run goes on; the last line may not be complete yet."""
+    """Nothing but what runs, how it goes on, and a line per step or save; the last line may not be complete yet."""
     lines = log.read_text().rpartition("\n")[0].splitlines()
+    assert lines[0].startswith("run_dir ") or BANNER_LINE.fullmatch(lines[0]), lines[0]
+    lines = [line for line in lines if not BANNER_LINE.fullmatch(line)]
     if resumed_after is not None:
+        if lines[0].startswith("run_dir "):
+            assert "is taken over" in lines.pop(0)
         assert lines.pop(0) == f"resuming after step {resumed_after} of 100000"
         changes = "data.num_workers 1 -> 0, checkpoint.save_interval null -> 1"
         assert lines.pop(0) == f"settings changed since the last start: {changes}"
-    others = [line for line in lines if not STEP_LINE.fullmatch(line)]
+    others = [line for line in lines if not STEP_LINE.fullmatch(line) and not SAVED_LINE.fullmatch(line)]
     assert lines and not others, "\n".join(others)
 
 
