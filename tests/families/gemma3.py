@@ -217,7 +217,7 @@ TEXT_ONLY = GEMMA3.variant(
         NOTHING,
         parity=some(LAYOUTS, "TP1", "TP2+SP", "TP4", "PP2xVPP2", "TP2xPP2+SP", "DP2, distributed optimizer"),
         rules=some(ALL_RULES, "TP2", "TP2+SP", "TP4"),
-        small={"parity": ("PP2xVPP2", "TP2xPP2+SP", "DP2, distributed optimizer"), "rules": ("TP4",)},
+        small={"parity": ("TP2xPP2+SP", "PP2xVPP2", "DP2, distributed optimizer"), "rules": ("TP4",)},
     ),
     ["text", "packed"],
     with_vision=False,

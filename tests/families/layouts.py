@@ -178,20 +178,18 @@ IN_TURN: Turns = ((_shared(2, tensor=2, sequence_parallel=True), 3), (_shared(2,
 Small = Mapping[str, Sequence[str]]
 SMALL: Small = {
     "parity": (
-        "TP1",
-        "PP2xVPP2",
+        "PP2 uneven",
         "PP4, stages without layers between",
         "TP2+SP, selective recompute",
         "TP2xPP2+SP, full recompute",
     ),
     "rules": ("TP4+SP",),
     "no_images": ("DP2xTP2, vision DP",),
-    "step": ("TP4", "PP2 uneven"),
-    "norm": ("DP2xTP2, distributed optimizer, vision DP",),
+    "step": ("PP2xVPP2",),
+    "norm": ("TP4, keys and values replicated",),
 }
 SMALL_OF_EXPERTS: Small = {
     "parity": (
-        "TP1",
         "TP4+SP",
         "TP2+SP, vision DP",
         "PP2 uneven",
@@ -202,30 +200,25 @@ SMALL_OF_EXPERTS: Small = {
         "EP2xTP2+SP, all-gather",
         "EP4xTP2+SP",
     ),
-    "rules": ("EP2 of tensor ranks", "DP2xTP2+SP, EP2"),
+    "rules": ("EP2 of tensor ranks",),
     "no_images": ("EP2xTP2+SP, vision DP",),
     "step": ("DP2, overlapped", "EP2, overlapped", "EP4", "ETP2 of data ranks, all-gather"),
     "adamw": ("EP2xDP2, overlapped", "EP2xPP2, overlapped", "ETP2xTP2+SP"),
+    "norm": ("ETP2xEP2xTP2+SP",),
 }
 SMALL_OF_EVERYTHING: Small = {
     "parity": (
-        "TP1",
-        "PP2 uneven",
+        "TP4, vision DP",
         "PP4, stages without layers between",
         "TP2+SP, selective recompute",
         "TP2xPP2+SP, full recompute",
     ),
-    "rules": ("TP4+SP",),
-    "no_images": ("DP2",),
-    "step": ("TP2xPP2+SP", "DP2, overlapped", "DP4, one rank without images"),
+    "rules": ("TP2",),
+    "no_images": ("DP2xTP2, vision DP",),
+    "step": ("PP2 uneven", "DP2, overlapped", "DP4, one rank without images"),
     "text_step": ("TP1",),
     "adamw": ("DP2xTP2+SP", "DP2xPP2xVPP2, overlapped"),
-    "norm": (
-        "TP4, keys and values replicated",
-        "PP2, tied embedding on both",
-        "TP2xPP2",
-        "DP2xTP2, distributed optimizer, vision DP",
-    ),
+    "norm": ("PP2, tied embedding on both",),
     "continued": ("PP2, fp32",),
 }
 
@@ -271,7 +264,7 @@ class LayoutTables:
 
 LAYOUT_TABLES = tuple(suite.name for suite in fields(LayoutTables) if suite.name != "small")
 NOTHING = LayoutTables(**{suite: {} for suite in LAYOUT_TABLES}, small={})
-FEW_PARITY = replace(NOTHING, parity=FEW, small={"parity": ("TP2xPP2+SP",)})
+FEW_PARITY = replace(NOTHING, parity=FEW, small={"parity": ("TP1",)})
 WITH_EXPERTS = LayoutTables(
     parity=PARITY_OF_EXPERTS,
     rules=RULES_OF_EXPERTS,

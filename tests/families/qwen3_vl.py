@@ -227,18 +227,16 @@ QWEN3_VL = TinyFamily(
         in_turn=(),
         small={
             "parity": (
-                "TP1",
-                "PP4",
                 "PP2xVPP2, DeepStack crossing",
                 "TP2+SP, selective recompute",
                 "TP2xPP2+SP, vision alone",
                 "DP2, overlapped, full recompute",
                 "DP2xPP2, overlapped, DeepStack crossing",
             ),
-            "rules": ("TP4, vision DP",),
-            "step": ("TP4",),
+            "rules": ("TP4+SP",),
+            "step": ("PP4",),
             "adamw": ("TP2xPP2+SP",),
-            "norm": ("DP2xTP2, distributed optimizer, vision DP",),
+            "norm": ("TP4, keys and values replicated",),
         },
     ),
 )

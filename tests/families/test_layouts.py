@@ -70,7 +70,11 @@ def test_every_two_features_meet_in_make_test(has_experts: bool) -> None:
 
 @pytest.mark.parametrize(
     ("suite", "left_out"),
-    [("step", "DP4, one rank without images"), ("parity", "TP2xPP2+SP, full recompute"), ("rules", "TP4, vision DP")],
+    [
+        ("step", "DP4, one rank without images"),
+        ("parity", "TP2xPP2+SP, full recompute"),
+        ("adamw", "DP2xPP2xVPP2, overlapped"),
+    ],
 )
 def test_a_layout_that_is_left_out_shows(suite: str, left_out: str) -> None:
     def without(family: TinyFamily) -> TinyFamily:

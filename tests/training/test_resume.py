@@ -114,6 +114,7 @@ def test_same_layout_continues_bit_for_bit(
     assert any(not torch.equal(before[key], after[key]) for key in moments)
 
 
+@pytest.mark.full
 def test_rows_read_ahead_are_not_skipped(runs: Runs) -> None:
     """A worker process has read later rows when the run stops; who reads does not matter."""
     rows = runs.start("straight", ONE_RANK)
@@ -150,6 +151,7 @@ def test_other_layouts_continue_at_fp32(family: TinyFamily, multimodal_of: Files
         assert (ours_part - its_part).norm() <= TENSOR_TOLERANCE * its_part.norm(), key
 
 
+@pytest.mark.full
 def test_loading_weights_starts_a_new_schedule(runs: Runs) -> None:
     """From a run's checkpoint as from its export: both hold its weights and nothing else."""
     export = runs.folder / "hf"
