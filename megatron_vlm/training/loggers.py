@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import importlib
 import json
 import os
@@ -18,6 +17,8 @@ from megatron_vlm.config import Config, to_dict
 from megatron_vlm.errors import CheckpointError, ConfigError
 from megatron_vlm.files.durable import replace_durably
 from megatron_vlm.training.metrics import StepMetrics, evaluation_record, scalars, to_record
+
+LEAST_WAIT_SHOWN = 0.02  # of a step's time
 
 
 class Callback(Protocol):
@@ -66,7 +67,10 @@ def build_loggers(config: Config, run_dir: str | os.PathLike, resume_step: int) 
 
 
 class Console:
-    """Prints one line per logged step; tokens per expert are shown as the fewest, the mean and the most."""
+    """Prints one line per logged step, of at most 100 columns where nothing is the matter and there are no experts.
+
+    Tokens per expert are shown as the fewest, the mean and the most.
+    """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
@@ -74,23 +78,19 @@ class Console:
     def on_step(self, metrics: StepMetrics) -> None:
         """Print the step."""
         width = len(str(metrics.train_iters))
+        speed = f"{metrics.flops_per_second / 1e12:.3g} TFLOP/s" if metrics.mfu is None else f"MFU {metrics.mfu:.0%}"
         parts = [
             f"step {metrics.step:>{width}}/{metrics.train_iters}",
             f"loss {metrics.loss:.4f}",
-            *_expert_figures(metrics),
-            f"grad-norm {metrics.grad_norm:.3f}",
-            f"lr {metrics.lr:.2e}",
-            f"{metrics.tokens_per_second:,.0f} tokens/s",
-            f"{metrics.flops_per_second / 1e12:.3g} TFLOP/s/device",
+            f"norm {metrics.grad_norm:.3g}",
+            f"lr {metrics.lr:.1e}".replace("e-0", "e-"),
+            f"{_short(metrics.tokens_per_second)} tok/s",
+            speed,
+            f"{_short(metrics.peak_memory_bytes / 2**30)} GiB",
+            f"eta {_hours(metrics.seconds_left)}",
         ]
-        if metrics.mfu is not None:
-            parts.append(f"MFU {metrics.mfu:.1%}")
-        parts += [
-            f"memory {metrics.peak_memory_bytes / 2**30:.1f} GiB",
-            f"data-wait {metrics.data_wait_share:.0%}",
-            f"padding {metrics.padding_share:.0%}",
-            f"left {datetime.timedelta(seconds=round(metrics.seconds_left))}",
-        ]
+        if metrics.data_wait_share >= LEAST_WAIT_SHOWN:
+            parts.append(f"waits for data {metrics.data_wait_share:.0%}")
         if metrics.skipped:
             parts.append("UPDATE SKIPPED")
         if metrics.bad_rows:
@@ -99,7 +99,8 @@ class Console:
             parts.append(f"too long rows {metrics.too_long_rows}")
         if metrics.empty_answers:
             parts.append(f"empty answers {metrics.empty_answers}")
-        print(" | ".join(parts), file=self._stream, flush=True)
+        parts += _expert_figures(metrics)
+        print("  ".join(parts), file=self._stream, flush=True)
 
     def on_evaluation(self, step: int, losses: dict[str, float]) -> None:
         """Print the losses; that of a single source equals the mean and is left out."""
@@ -109,6 +110,21 @@ class Console:
 
     def close(self) -> None:
         """Nothing is buffered."""
+
+
+def _hours(seconds: float) -> str:
+    """Format a time: 12:34, 1:02:03, 123:00:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
+def _short(number: float) -> str:
+    """Format a number with three digits: 412, 4.12k, 41.2k, 4.12M."""
+    for unit in ("", "k", "M"):
+        if number < 999.5:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}G"
 
 
 def _expert_figures(metrics: StepMetrics) -> list[str]:

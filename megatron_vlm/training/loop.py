@@ -28,7 +28,7 @@ from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.planning.flops import ModelFlops
 from megatron_vlm.planning.preflight import record_export
 from megatron_vlm.training.loggers import Callback, build_loggers, check_packages
-from megatron_vlm.training.metrics import StepMetrics, expert_statistics
+from megatron_vlm.training.metrics import Pace, StepMetrics, expert_statistics, over_steps
 from megatron_vlm.training.optimizer import apply_gradients, gradient_norm, learning_rates
 from megatron_vlm.training.profiling import ProfileWindow
 from megatron_vlm.training.rank_watch import RankWatch
@@ -101,6 +101,9 @@ class Trainer:
         """Step after which a save that failed is tried again."""
         self.loggers: list[Callback] = []
         self._failed_loggers: list[Callback] = []
+        self._not_logged: list[StepMetrics] = []
+        """Steps since the last that was logged."""
+        self.pace = Pace(max(self.config.train.eval_interval or 0, self.config.checkpoint.save_interval or 0))
         self.profile = ProfileWindow(self.run_dir, self.config.logging.profile if run.is_first_rank else None)
 
     def run(self) -> None:
@@ -193,6 +196,7 @@ class Trainer:
         figures = [self.requests.poll(), self._is_lost(), waited, platform.current().peak_memory_bytes()]
         request, lost, wait, peak = self._largest(figures)
         seconds = time.perf_counter() - began
+        self.pace.step_ended()
         self._log(
             losses, loss, norm, counters, counts[len(own) :], expert_use, seconds, wait, peak, problem is not None
         )
@@ -249,11 +253,18 @@ class Trainer:
             model_flops=self.flops.of(lengths),
             world_size=torch.distributed.get_world_size(),
             skipped=skipped,
+            samples=run.train_loader.consumed_samples,
+            epoch=run.train_loader.consumed_samples / run.train_loader.plan.num_rows,
+            time=time.time(),
+            seconds_left=self.pace.seconds_for(train.train_iters - self.step),
             experts=None if expert_use is None else expert_statistics(expert_use[0]),
             load_balancing_loss=balance,
         )
+        self._not_logged.append(metrics)
         if skipped or self.step % train.log_interval == 0 or self.step == train.train_iters:
-            self._tell_loggers(lambda logger: logger.on_step(metrics))
+            logged = over_steps(self._not_logged)
+            self._not_logged = []
+            self._tell_loggers(lambda logger: logger.on_step(logged))
 
     def _tell_loggers(self, what: Callable[[Callback], None]) -> None:
         """Hand something to every logger; one that cannot write is named once, and training goes on without it."""
