@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks import figures
-from tests.sizes import full
 
 ROOT = Path(__file__).parents[1]
 TESTS = """
@@ -31,7 +30,8 @@ def test_last(): "killed" in broken and os._exit(1)
 """
 
 
-@pytest.mark.parametrize("workers", [full([]), ["-n", "1", "--dist", "loadfile"]], ids=["one process", "a worker"])
+@pytest.mark.full
+@pytest.mark.parametrize("workers", [[], ["-n", "1", "--dist", "loadfile"]], ids=["one process", "a worker"])
 def test_what_passed_is_not_run_again(tmp_path: Path, workers: list[str]) -> None:
     (tmp_path / "test_it.py").write_text(TESTS)
 

@@ -87,6 +87,7 @@ def convert(source: Path, folder: Path) -> list[int]:
 # its memory too, and how many are mapped at a time depends on what else the machine does.
 
 
+@pytest.mark.full
 def test_conversion_takes_one_expert_at_a_time(published: dict[int, Path], tmp_path: Path) -> None:
     for num_experts, source in published.items():
         growths = convert(source, tmp_path / str(num_experts))

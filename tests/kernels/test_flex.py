@@ -47,17 +47,10 @@ def attend(
             flex.attend(q, k, v, spans, window, head_dim**-0.5)
 
 
-SMALL_CASES = {(1, 72, False)}
-CASES = [
-    case if case in SMALL_CASES else full(*case)
-    for head_dim in HEAD_DIMS
-    for ratio in RATIOS
-    for is_training in (True, False)
-    for case in [(ratio, head_dim, is_training)]
-]
-
-
-@pytest.mark.parametrize(("ratio", "head_dim", "is_training"), CASES)
+@pytest.mark.full
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_short_rows_take_the_general_kernel(ratio: int, head_dim: int, is_training: bool) -> None:
     check_kernels(ROWS, ratio, head_dim, is_training)
 

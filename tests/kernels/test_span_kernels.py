@@ -17,6 +17,7 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tests.kernels.span_compile import SHARED_BYTES, TENSOR_MEMORY_COLUMNS, compile_kernels
+from tests.sizes import full
 from tests.versions import needs_triton_3_9
 from vlm_kernels.span_attention import launch
 
@@ -106,7 +107,7 @@ def test_descriptors_take_any_strides(strides: tuple[int, ...], is_copied: bool)
 
 # On Hopper, 72 is compiled like 64 to 128; `python -m tests.kernels.span_compile` does everything.
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("head_dim", "major"), [(72, 8), (72, 9), (512, 9), (512, 10)])
+@pytest.mark.parametrize(("head_dim", "major"), [full(72, 8), (72, 9), full(512, 9), (512, 10)])
 def test_machine_code(head_dim: int, major: int) -> None:
     """No spills, tensor cores, loads in bulk or by 16 bytes, and memory that the GPU has; for shards the same code."""
     kernels = compile_kernels(head_dim, major)
