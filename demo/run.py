@@ -3,7 +3,7 @@
 Where the recipe has two layouts, training stops halfway and resumes in the other.
 
     python -m demo.run [--model gemma3 | qwen3_vl_moe | mistral3] [--output FOLDER] [--train_iters N] [--seed N]
-                       [--processes 1]
+                       [--processes 1] [--device cuda]
 
 Exits with 0 only if the exported model answers from the image: at least 90 % exact match on held-out questions, and
 at most 40 % once the images are swapped between them.
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stops = _stops(recipe, options.train_iters)
     for stage, (first, last) in zip(recipe.stages, pairwise(stops), strict=True):
         with phases.section(_heading(stage, first, last, options.train_iters)):
-            overrides = [*_overrides(folder, options.train_iters), *stage.arguments()]
+            overrides = [*_overrides(folder, options.train_iters), *stage.arguments(), "--device", options.device]
             if last < options.train_iters:
                 overrides += ["--train.exit_interval", last - first]
             launch_training(REPOSITORY / "configs" / recipe.config, overrides, REPOSITORY, options.processes)
@@ -87,6 +87,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--processes", type=int, choices=(1, RANKS), default=RANKS, help="that train; 1 for a single GPU (default: 2)"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="on which they train (default: cpu)")
     options = parser.parse_args(arguments)
     recipe = RECIPES[options.model]
     options.train_iters = recipe.train_iters if options.train_iters is None else options.train_iters

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, Literal
 
 PART_NAMES = ("language_model", "vision_tower", "audio_tower", "projector")
@@ -78,7 +79,7 @@ class ParallelSettings:
     overlap_param_gather: bool = False
     """Gather updated parameters while the next forward pass runs (needs the distributed optimizer)."""
     distributed_timeout_minutes: int = 10
-    """Minutes after which a collective that does not finish ends the run."""
+    """Minutes after which a silent rank, or a collective that does not finish, ends the run."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,12 @@ class DataSource:
     """One data set of a blend."""
 
     path: str
-    """JSONL file; image paths in it are relative to its folder."""
+    """JSONL file, file with one JSON array, or pattern such as data/*.jsonl, whose files are one source; image paths
+    are relative to the file's folder."""
     weight: float = 1.0
     """Weight in the blend, relative to the other sources."""
+    name: str | None = None
+    """Name in logs; null takes the file's name without its ending, or the path where two files have the same."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class DataSettings:
     """What is read and how it becomes rows of tokens."""
 
     train: list[DataSource]
-    """Training sources: a list of {path, weight}."""
+    """Training sources: a list of {path, weight, name}."""
     seq_length: int
     """Most tokens that one row may have."""
     valid: list[DataSource] = field(default_factory=list)
@@ -105,6 +109,10 @@ class DataSettings:
     """Several samples in one row; not built yet, must be false."""
     too_long: Literal["drop", "truncate", "error"] = "drop"
     """Samples longer than seq_length: leave out, cut at a turn boundary (never inside an image), or exit."""
+    train_thinking: bool = True
+    """Train the thinking of answers (thinking parts, reasoning_content) too; false trains only what follows it."""
+    drop_empty_answers: bool = False
+    """Leave answers without text out of the loss; false trains their end-of-turn token."""
     min_pixels: int | None = None
     """Fewest pixels of an image; null keeps the processor's own value."""
     max_pixels: int | None = None
@@ -117,8 +125,12 @@ class DataSettings:
     """Exit on the first bad row instead of keeping its slot without weight and counting it."""
     max_bad_fraction: float = 0.01
     """Fraction of bad rows past which the run ends (strict: false)."""
+    max_too_long_fraction: float = 0.5
+    """Fraction of rows left out as longer than seq_length past which the run ends (too_long: drop or truncate)."""
     allow_urls: bool = False
     """Fetch images given as http(s) URLs; false refuses them."""
+    allow_private_urls: bool = False
+    """Also from addresses inside the machine's own network, which whoever wrote the data could not reach otherwise."""
 
 
 @dataclass(frozen=True)
@@ -221,10 +233,21 @@ class Config:
     model: ModelSettings
     data: DataSettings
     train: TrainSettings
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where the run computes; auto takes CUDA where the machine has an NVIDIA device, and the CPU elsewhere."""
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
+
+
+def source_names(sources: Sequence[DataSource]) -> list[str]:
+    """Return the names of data sources in logs."""
+    stems = [PurePath(source.path).stem for source in sources]
+    return [
+        source.name or (stem if stems.count(stem) == 1 else source.path)
+        for source, stem in zip(sources, stems, strict=True)
+    ]
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
-from megatron_vlm.config import PART_NAMES, Config
+from megatron_vlm.config import PART_NAMES, Config, source_names
 from megatron_vlm.errors import ConfigError, UserError, combine
+
+MOST = 2**31 - 1
+MOST_RANKS = 1_000_000
+MOST_NAME_BYTES, MOST_PATH_BYTES = 255, 4095  # of Linux
 
 
 def validate(config: Config) -> None:
@@ -17,6 +20,7 @@ def validate(config: Config) -> None:
     """
     problems: list[UserError] = [
         *_ranges(config),
+        *_paths(config),
         *_not_built(config),
         *_model(config),
         *_parallel(config),
@@ -29,44 +33,66 @@ def validate(config: Config) -> None:
 
 
 def _ranges(config: Config) -> Iterator[UserError]:
-    """Check the numbers that have a minimum."""
+    """Check the numbers that have a smallest and a largest value; the largest are far above any that makes sense."""
     parallel, data, train = config.parallel, config.data, config.train
     optimizer, checkpoint = config.optimizer, config.checkpoint
-    at_least: list[tuple[str, float | None, float]] = [
-        ("parallel.tensor_model_parallel_size", parallel.tensor_model_parallel_size, 1),
-        ("parallel.pipeline_model_parallel_size", parallel.pipeline_model_parallel_size, 1),
-        ("parallel.virtual_pipeline_model_parallel_size", parallel.virtual_pipeline_model_parallel_size, 1),
-        ("parallel.expert_model_parallel_size", parallel.expert_model_parallel_size, 1),
-        ("parallel.expert_tensor_parallel_size", parallel.expert_tensor_parallel_size, 1),
-        ("parallel.distributed_timeout_minutes", parallel.distributed_timeout_minutes, 1),
-        ("model.moe_aux_loss_coeff", config.model.moe_aux_loss_coeff, 0),
-        ("model.loss_chunk_mib", config.model.loss_chunk_mib, 1),
-        ("model.z_loss_coeff", config.model.z_loss_coeff, 0),
-        ("data.seq_length", data.seq_length, 2),
-        ("data.min_pixels", data.min_pixels, 1),
-        ("data.max_pixels", data.max_pixels, 1),
-        ("data.num_workers", data.num_workers, 0),
-        ("train.train_iters", train.train_iters, 1),
-        ("train.global_batch_size", train.global_batch_size, 1),
-        ("train.micro_batch_size", train.micro_batch_size, 1),
-        ("train.seed", train.seed, 0),
-        ("train.eval_interval", train.eval_interval, 1),
-        ("train.eval_iters", train.eval_iters, 1),
-        ("train.log_interval", train.log_interval, 1),
-        ("train.exit_interval", train.exit_interval, 1),
-        ("train.spike_ratio", train.spike_ratio, 1),
-        ("optimizer.lr", optimizer.lr, 0),
-        ("optimizer.min_lr", optimizer.min_lr, 0),
-        ("optimizer.weight_decay", optimizer.weight_decay, 0),
-        ("optimizer.clip_grad", optimizer.clip_grad, 0),
-        ("optimizer.warmup_iters", optimizer.warmup_iters, 0),
-        ("optimizer.wsd_decay_iters", optimizer.wsd_decay_iters, 1),
-        ("checkpoint.save_interval", checkpoint.save_interval, 1),
-        ("checkpoint.keep_last", checkpoint.keep_last, 1),
+    ranges: list[tuple[str, float | None, float, float]] = [
+        ("parallel.tensor_model_parallel_size", parallel.tensor_model_parallel_size, 1, MOST_RANKS),
+        ("parallel.pipeline_model_parallel_size", parallel.pipeline_model_parallel_size, 1, MOST_RANKS),
+        ("parallel.virtual_pipeline_model_parallel_size", parallel.virtual_pipeline_model_parallel_size, 1, MOST_RANKS),
+        ("parallel.expert_model_parallel_size", parallel.expert_model_parallel_size, 1, MOST_RANKS),
+        ("parallel.expert_tensor_parallel_size", parallel.expert_tensor_parallel_size, 1, MOST_RANKS),
+        ("parallel.distributed_timeout_minutes", parallel.distributed_timeout_minutes, 1, 1_000_000),
+        ("model.moe_aux_loss_coeff", config.model.moe_aux_loss_coeff, 0, MOST),
+        ("model.loss_chunk_mib", config.model.loss_chunk_mib, 1, 1_000_000),
+        ("model.z_loss_coeff", config.model.z_loss_coeff, 0, MOST),
+        ("data.seq_length", data.seq_length, 2, 1_000_000_000),
+        ("data.min_pixels", data.min_pixels, 1, MOST),
+        ("data.max_pixels", data.max_pixels, 1, MOST),
+        ("data.num_workers", data.num_workers, 0, 1024),
+        ("train.train_iters", train.train_iters, 1, MOST),
+        ("train.global_batch_size", train.global_batch_size, 1, 1_000_000_000),
+        ("train.micro_batch_size", train.micro_batch_size, 1, 1_000_000_000),
+        ("train.seed", train.seed, 0, MOST),
+        ("train.eval_interval", train.eval_interval, 1, MOST),
+        ("train.eval_iters", train.eval_iters, 1, MOST),
+        ("train.log_interval", train.log_interval, 1, MOST),
+        ("train.exit_interval", train.exit_interval, 1, MOST),
+        ("train.spike_ratio", train.spike_ratio, 1, MOST),
+        ("optimizer.lr", optimizer.lr, 0, MOST),
+        ("optimizer.min_lr", optimizer.min_lr, 0, MOST),
+        ("optimizer.weight_decay", optimizer.weight_decay, 0, MOST),
+        ("optimizer.clip_grad", optimizer.clip_grad, 0, MOST),
+        ("optimizer.warmup_iters", optimizer.warmup_iters, 0, MOST),
+        ("optimizer.wsd_decay_iters", optimizer.wsd_decay_iters, 1, MOST),
+        ("checkpoint.save_interval", checkpoint.save_interval, 1, MOST),
+        ("checkpoint.keep_last", checkpoint.keep_last, 1, MOST),
     ]
-    for key, value, least in at_least:
-        if value is not None and not (value >= least and math.isfinite(value)):
-            yield ConfigError(f"{key} is {value}", fix=f"give a number of at least {least}")
+    for key, value, least, most in ranges:
+        if value is not None and not least <= value <= most:
+            yield ConfigError(f"{key} is {value}", fix=f"give a number of at least {least} and at most {most}")
+
+
+def _paths(config: Config) -> Iterator[UserError]:
+    """Check that paths can be paths."""
+    paths: list[tuple[str, str | None]] = [("run_dir", config.run_dir), ("model.hf_path", config.model.hf_path)]
+    paths += [("checkpoint.load", config.checkpoint.load), ("checkpoint.export_hf", config.checkpoint.export_hf)]
+    for key, sources in (("data.train", config.data.train), ("data.valid", config.data.valid)):
+        paths += [(f"the path of a source in {key}", source.path) for source in sources]
+    for key, path in paths:
+        if path is None:
+            continue
+        try:
+            names = path.encode().split(b"/")
+        except UnicodeEncodeError:
+            yield ConfigError(f"{key} has characters that are no text: {path[:80]!r}", fix="write it as UTF-8")
+            continue
+        if not path.strip():
+            yield ConfigError(f"{key} is empty", fix="name a file or directory")
+        elif b"\0" in path.encode():
+            yield ConfigError(f"{key} has a zero byte: {path[:80]!r}", fix="remove it")
+        elif max(map(len, names)) > MOST_NAME_BYTES or len(path.encode()) > MOST_PATH_BYTES:
+            yield ConfigError(f"{key} is longer than a path can be: {path[:80]!r}...", fix="shorten it")
 
 
 def _not_built(config: Config) -> Iterator[UserError]:
@@ -84,9 +110,6 @@ def _not_built(config: Config) -> Iterator[UserError]:
 
 
 def _model(config: Config) -> Iterator[UserError]:
-    for key, path in (("run_dir", config.run_dir), ("model.hf_path", config.model.hf_path)):
-        if not path.strip():
-            yield ConfigError(f"{key} is empty", fix="name a directory")
     freeze = config.model.freeze
     for entry in freeze:
         if entry not in PART_NAMES and not set(entry) & set(".*?["):
@@ -136,15 +159,21 @@ def _data(config: Config) -> Iterator[UserError]:
         yield ConfigError("data.train is empty", fix="list at least one {path, weight}")
     for key, sources in (("data.train", data.train), ("data.valid", data.valid)):
         for source in sources:
-            if not (source.weight > 0 and math.isfinite(source.weight)):
+            if not 0 < source.weight <= MOST:
                 yield ConfigError(f"{key}: the weight of {source.path} is {source.weight}", fix="give a number above 0")
     if data.min_pixels and data.max_pixels and data.min_pixels > data.max_pixels:
         yield ConfigError(
             f"data.min_pixels {data.min_pixels} is above data.max_pixels {data.max_pixels}",
             fix="exchange them, or leave one out for the processor's own value",
         )
-    if not 0 <= data.max_bad_fraction <= 1:
-        yield ConfigError(f"data.max_bad_fraction is {data.max_bad_fraction}", fix="give a share between 0 and 1")
+        names = source_names(sources)
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            yield ConfigError(f"{key} has several sources called {name}", fix="give each a name of its own")
+    if data.allow_private_urls and not data.allow_urls:
+        yield ConfigError("data.allow_private_urls is true, but data.allow_urls is false", fix="set both, or neither")
+    for key in ("max_bad_fraction", "max_too_long_fraction"):
+        if not 0 <= getattr(data, key) <= 1:
+            yield ConfigError(f"data.{key} is {getattr(data, key)}", fix="give a fraction between 0 and 1")
 
 
 def _train(config: Config) -> Iterator[UserError]:
@@ -179,14 +208,14 @@ def _optimizer(config: Config) -> Iterator[UserError]:
         )
     if not all(0 <= beta < 1 for beta in optimizer.betas):
         yield ConfigError(f"optimizer.betas are {list(optimizer.betas)}", fix="give two numbers from 0 to below 1")
-    if optimizer.eps <= 0:
+    if not 0 < optimizer.eps <= MOST:
         yield ConfigError(f"optimizer.eps is {optimizer.eps}", fix="give a number above 0")
     for name, factor in optimizer.lr_multipliers.items():
         if name not in PART_NAMES:
             yield ConfigError(
                 f"optimizer.lr_multipliers names {name!r}, which is no part", fix=f"parts are {', '.join(PART_NAMES)}"
             )
-        elif not (factor >= 0 and math.isfinite(factor)):
+        elif not 0 <= factor <= MOST:
             yield ConfigError(f"optimizer.lr_multipliers.{name} is {factor}", fix="give a number of at least 0")
 
 

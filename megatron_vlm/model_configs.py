@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import types
+import typing
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +101,90 @@ class VisionLanguageConfig:
     def text_only(self) -> bool:
         """Whether the model is text-only: a language model that takes no media."""
         return self.parts == TEXT_PARTS
+
+
+# Far above any published size; planning makes lists and tensors without memory of these lengths.
+LARGEST_SIZE = 2**24
+MOST_LAYERS = 10_000
+_FROM_ZERO = ("pad_token_id", "image_token_id", "video_token_id", "deepstack_layers", "mscale", "mscale_all_dim")
+_SCALES = ("factor", "rope_scaling_factor", "attention_factor", "beta_fast", "beta_slow")
+_RANGES: dict[str, tuple[float, float]] = {
+    "norm_eps": (1e-12, 0.1),
+    "projector_norm_eps": (1e-12, 0.1),
+    "rope_theta": (1.0, 2.0**53),
+    **dict.fromkeys(_FROM_ZERO, (0, LARGEST_SIZE)),
+    **dict.fromkeys(_SCALES, (1e-3, LARGEST_SIZE)),
+}
+
+
+def check_raw_config(content: dict[str, Any], path: str) -> None:
+    """Refuse numbers of a config.json that would keep transformers busy, or that no number is like.
+
+    Args:
+        content: the file's object.
+        path: of the file, for the message.
+
+    Raises:
+        ConfigError: a number is not finite or absurdly large, or there are too many layers.
+    """
+    waiting: list[tuple[str, Any]] = [("", content)]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(f"{key}.{name}" if key else str(name), item) for name, item in value.items()]
+        elif isinstance(value, list):
+            waiting += [(f"{key}[{index}]", item) for index, item in enumerate(value)]
+        elif isinstance(value, int | float):
+            counts_layers = key.endswith(("num_hidden_layers", "depth", "num_layers"))
+            if not math.isfinite(value) or abs(value) > (MOST_LAYERS if counts_layers else 2**53):
+                raise ConfigError(f"{key} is {value}", path, "use a published configuration")
+
+
+def check_numbers(config: Any, model: str, part: str = "") -> None:
+    """Refuse sizes and factors that no model can have: of another type, zero, negative, not finite, absurdly large.
+
+    Args:
+        config: a model configuration, or a part of one.
+        model: name of the family, for the message.
+        part: where the part is.
+
+    Raises:
+        ConfigError: names the first such number by its part and field.
+    """
+    for field, kind in typing.get_type_hints(type(config)).items():
+        value, name = getattr(config, field), f"{part}{field}"
+        kinds = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+        if value is None and type(None) in kinds:
+            continue
+        items = value if isinstance(value, tuple) else (value,)
+        if typing.get_origin(kind) is tuple:
+            kinds = typing.get_args(kind)
+        for item in items:
+            if dataclasses.is_dataclass(item):
+                check_numbers(item, model, f"{name}.")
+            elif int in kinds or float in kinds:
+                require(_is_possible(item, field, float in kinds), f"{name} {item!r}", model)
+    if isinstance(config, DecoderConfig):
+        require(config.layers != (), f"{part}num_hidden_layers 0", model)
+        padding, size = config.pad_token_id, config.vocab_size
+        require(padding is None or padding < size, f"{part}pad_token_id {padding} with vocab_size {size}", model)
+    if isinstance(config, DecoderLayerConfig):
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        require(heads % groups == 0, f"{part}num_attention_heads {heads} with num_key_value_heads {groups}", model)
+        require(config.head_dim % 2 == 0, f"{part}head_dim {config.head_dim}, an odd number,", model)
+    if isinstance(config, TowerConfig):
+        size, heads = config.hidden_size, config.num_attention_heads
+        require(size % heads == 0, f"{part}hidden_size {size} with num_attention_heads {heads}", model)
+
+
+def _is_possible(value: Any, field: str, may_be_fraction: bool) -> bool:
+    """Return whether a value is a number of the field's kind and range."""
+    if isinstance(value, bool) or not isinstance(value, int | float if may_be_fraction else int):
+        return False
+    least, most = _RANGES.get(
+        field, (math.ulp(0.0) if may_be_fraction else 1, 2.0**53 if may_be_fraction else LARGEST_SIZE)
+    )
+    return least <= value <= most  # false for a value that is no number
 
 
 def require(condition: bool, what: str, model: str) -> None:

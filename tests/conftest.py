@@ -13,6 +13,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz_factor", type=int, default=1, help="how many times as many cases tests/fuzz runs")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Not in a process that hands tests to others: it imports none."""
     if not config.getoption("numprocesses", None):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_vlm.cli import load_config, parse_command_line, valid_keys
-from megatron_vlm.config import Config, to_yaml
+from megatron_vlm.cli import load_config, parse_command_line
+from megatron_vlm.config import Config, DataSource, to_yaml
+from megatron_vlm.config_keys import valid_keys
 from megatron_vlm.errors import ConfigError, UserError, combine
+from megatron_vlm.key_aliases import ALIASES, WITHOUT_KEY
+from tests.refusals import check_refusal
 
 MINIMAL = {
     "run_dir": "runs/one",
@@ -50,12 +55,10 @@ def config_file(tmp_path: Path) -> str:
 
 
 def refusal(*argv: str) -> str:
-    """The one line that a user sees for these arguments."""
+    """What a user sees for these arguments: one line, or the number of problems and a line for each."""
     with pytest.raises(ConfigError) as caught:
         parse_command_line(list(argv))
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+    return check_refusal(str(caught.value))
 
 
 def test_contract_keys_exist() -> None:
@@ -142,26 +145,62 @@ def test_missing_keys_are_all_listed() -> None:
     assert "model.hf_path" not in message
 
 
+@pytest.mark.parametrize("written", ["a.jsonl", "[a.jsonl]", "{path: a.jsonl}", "[{path: a.jsonl}]"])
+def test_sources_may_be_paths(config_file: str, tmp_path: Path, written: str) -> None:
+    expected = [DataSource("a.jsonl")]
+    assert load_config(["--config", config_file, f"--data.train={written}"]).data.train == expected
+    assert load_config(["--config", config_file, "--data.train", written]).data.train == expected
+    content = yaml.safe_load(Path(config_file).read_text())
+    content["data"]["train"] = content["data"]["valid"] = yaml.safe_load(written)
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(content))
+    data = load_config(["--config", str(tmp_path / "short.yaml")]).data
+    assert data.train == data.valid == expected
+    pattern = load_config(["--config", config_file, "--data.train=data/*.jsonl"]).data.train
+    assert pattern == [DataSource("data/*.jsonl")]
+
+
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
         ("--data.seqlength=3", "unknown key data.seqlength [command line] -- did you mean data.seq_length?"),
         ("--optim.lr=3", "did you mean optimizer.lr?"),
         ("--tensor_model_parallel_size=2", "did you mean parallel.tensor_model_parallel_size?"),
-        ("--parallel.tp=2", "parallel has tensor_model_parallel_size, sequence_parallel"),
+        ("--parallel.width=2", "parallel has tensor_model_parallel_size, sequence_parallel"),
         ("--dryrun", "did you mean dry_run?"),
         ("--data.train=[{pth: a}]", "did you mean data.train.path?"),
         ("--data.train=[{path: a, class_path: os.path}]", "unknown key data.train.class_path"),
-        ("--data.train=[os.path]", "data.train cannot hold 'os.path' -- expected a list of {path, weight}"),
-        ("--data.train=a.jsonl", "data.train cannot be 'a.jsonl' -- expected a list of {path, weight}"),
-        ("--train.train_iters=1.5", "train.train_iters cannot be '1.5' -- expected a whole number"),
+        (
+            "--data.train=[3]",
+            "data.train cannot hold 3 [command line] -- expected a list of {path",
+        ),
+        (
+            "--data.train=3",
+            "data.train cannot be 3 [command line] -- expected a list of {path, weight, name}",
+        ),
+        ("--train.train_iters=1.5", "train.train_iters cannot be '1.5' [command line] -- expected a whole number"),
         ("--train.train_iters=many", "expected a whole number"),
-        ("--data.shuffle=perhaps", "data.shuffle cannot be 'perhaps' -- expected true or false"),
+        ("--data.shuffle=perhaps", "data.shuffle cannot be 'perhaps' [command line] -- expected true or false"),
         ("--model.recompute=some", "expected one of none, selective, full"),
-        ("--checkpoint.keep_last=x", "checkpoint.keep_last cannot be 'x' -- expected a whole number or null"),
+        (
+            "--checkpoint.keep_last=x",
+            "checkpoint.keep_last cannot be 'x' [command line] -- expected a whole number or",
+        ),
         ("--parallel.pipeline_layout=[1,a]", "expected a list such as [1, 2] or null"),
         ("--optimizer.betas=[0.9]", "expected a list of 2 numbers"),
         ("--optimizer.lr=nan", "optimizer.lr"),
+        ("--optimizer.eps=.nan", "optimizer.eps is nan"),
+        ("--run_dir=null", "run_dir is null [command line] -- expected text"),
+        ("--train.seed=null", "train.seed is null [command line] -- expected a whole number"),
+        ("--train.seed=010", "train.seed cannot be '010'"),
+        ("--train.seed=1:30", "train.seed cannot be '1:30'"),
+        (f"--train.seed={'9' * 5000}", "train.seed cannot be '99"),
+        ("--optimizer=null", "section optimizer is empty"),
+        ("--optimizer=adamw", "optimizer cannot be 'adamw' [command line] -- did you mean optimizer.name?"),
+        ("--train.seed", "--train.seed has no value [command line] -- write --train.seed VALUE"),
+        ("--config", "--config has no value"),
+        ("--dry_run=true", "--dry_run takes no value"),
+        ("--data.train=[{weight: 2}]", "item 1 of data.train has no path"),
+        ("--data.train=[{path: a, weight: null}]", "data.train.weight is null"),
         ("stray", "cannot understand 'stray'"),
     ],
 )
@@ -201,6 +240,18 @@ def test_unknown_and_ill_typed(config_file: str, argument: str, expected: str) -
         (["--data.max_bad_fraction=2"], "between 0 and 1"),
         (["--logging.profile=[5,2]"], "first step, last step"),
         (["--run_dir="], "run_dir is empty"),
+        (
+            ["--data.num_workers=2147483648"],
+            "data.num_workers is 2147483648 -- give a number of at least 0",
+        ),
+        (["--train.train_iters=99999999999999999999"], "train.train_iters is 99999999999999999999"),
+        (["--parallel.pipeline_model_parallel_size=2147483648"], "at least 1 and at most 1000000"),
+        (["--optimizer.lr=1e400"], "optimizer.lr is inf"),
+        (["--data.train=[{path: a, weight: .inf}]"], "the weight of a is inf"),
+        (["--run_dir", "a\0b"], "run_dir has a zero byte: 'a\\x00b'"),
+        (["--data.train=[{path: ''}]"], "the path of a source in data.train is empty"),
+        (["--model.hf_path", "a\ud800b"], "model.hf_path has characters that are no text"),
+        (["--run_dir", "a" * 300], "run_dir is longer than a path can be"),
     ],
 )
 def test_values_that_cannot_work(config_file: str, overrides: list[str], expected: str) -> None:
@@ -222,7 +273,7 @@ def test_values_that_do_work(config_file: str) -> None:
 
 def test_all_problems_in_one_message(config_file: str) -> None:
     message = refusal("--config", config_file, "--optimizer.name=muon", "--data.packing=true", "--optimizer.eps=0")
-    assert message.startswith("3 problems: (1) ")
+    assert message.startswith("3 problems:\n  (1) ")
     assert "muon" in message and "packing" in message and "eps" in message
 
 
@@ -231,10 +282,26 @@ def test_all_problems_in_one_message(config_file: str) -> None:
     [
         ("run_dir: [", "not valid YAML"),
         ("- a", "holds no mapping"),
+        ("", "holds no mapping"),
+        ("[" * 5000, "not valid YAML: maximum recursion depth"),
+        ("run_dir: a\nmodel: {hf_path: b}\nrun_dir: c", "key run_dir stands twice, in lines 1 and 3"),
+        ("model:\n  freeze: []\n  freeze: []", "key model.freeze stands twice, in lines 2 and 3"),
+        ("data:\n  train:\n    - {path: a,\n       path: b}", "key path stands twice, in lines 3 and 4"),
+        ("optimizer:\ntrain:", "section optimizer is empty"),
+        ("model:\n  load_weights: null", "bad.yaml:2] -- expected true or false"),
+        ("optimizer:\n  betas: null\n  lr_multipliers:\n", "optimizer.lr_multipliers is null"),
+        ("optimizer: [1]", "optimizer cannot be [1]"),
+        ("train: {seed: 1:30}", "train.seed cannot be '1:30'"),
+        ("train: {seed: 010}", "train.seed cannot be '010'"),
+        ("print_config:", "unknown key print_config"),
+        ("print_config:", "it belongs on the command line: --print_config"),
+        ("dry_run: 1", "unknown key dry_run"),
+        ("a: &a [1, 1]\nb: &b [*a, *a]\nmodel: {freeze: *b}", "model.freeze cannot be [[1, 1], [1, 1]]"),
+        ("run_dir: &a [*a]", "run_dir cannot be [[[[...]]]]"),
         ("modell: {hf_path: x}", "unknown key modell"),
         ("data: {train: [{path: a, wieght: 2}]}", "did you mean data.train.weight?"),
         ("data: {train: [{path: a, class_path: os.path}]}", "unknown key data.train.class_path"),
-        ("train: {train_iters: {a: 1}}", "unknown key train.train_iters.a"),
+        ("train: {train_iters: {a: 1}}", "train.train_iters cannot be {'a': 1}"),
     ],
 )
 def test_bad_files(tmp_path: Path, content: str, expected: str) -> None:
@@ -244,8 +311,73 @@ def test_bad_files(tmp_path: Path, content: str, expected: str) -> None:
     assert expected in message and "bad.yaml" in message
 
 
-def test_missing_file(tmp_path: Path) -> None:
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    """A pipe without a writer must not block, and a device that never ends must not fill the memory."""
     assert "No such file" in refusal("--config", str(tmp_path / "none.yaml"))
+    assert "this is a directory, not a file" in refusal("--config", str(tmp_path))
+    os.mkfifo(tmp_path / "pipe.yaml")
+    assert "a pipe or device" in refusal("--config", str(tmp_path / "pipe.yaml"))
+    assert "a pipe or device" in refusal("--config", "/dev/zero")
+    (tmp_path / "large.yaml").write_bytes(b"a: 1\n" * 100_000)
+    assert "500000 bytes are too many" in refusal("--config", str(tmp_path / "large.yaml"))
+    (tmp_path / "latin.yaml").write_bytes("run_dir: läuft".encode("latin-1"))
+    assert "not UTF-8" in refusal("--config", str(tmp_path / "latin.yaml"))
+
+
+def test_numbers_and_merges_mean_what_they_say(config_file: str, tmp_path: Path) -> None:
+    """1e-4 is a number, though YAML 1.1 calls it text; quoted numbers are numbers; merge keys are no duplicates."""
+    path = tmp_path / "second.yaml"
+    path.write_text("optimizer: &o\n  lr: 1e-4\n  eps: '1e-6'\ntrain: {seed: 1_000}\n")
+    config = load_config(["--config", config_file, "--config", str(path), "--train.eval_iters", "0x10"])
+    assert (config.optimizer.lr, config.optimizer.eps) == (1e-4, 1e-6)
+    assert (config.train.seed, config.train.eval_iters) == (1000, 16)
+    path.write_text("optimizer:\n  <<: {lr: 2, eps: 3}\n  lr: 0.5\n")
+    optimizer = load_config(["--config", config_file, "--config", str(path)]).optimizer
+    assert (optimizer.lr, optimizer.eps) == (0.5, 3)
+
+
+# As the manuals of these stacks write them.
+OTHER_STACKS = {
+    "Hugging Face Trainer": (
+        "learning_rate optimizer.lr, per_device_train_batch_size train.micro_batch_size, output_dir run_dir, "
+        "max_steps train.train_iters, warmup_steps optimizer.warmup_iters, save_total_limit checkpoint.keep_last, "
+        "logging_steps train.log_interval, eval_steps train.eval_interval, save_steps checkpoint.save_interval, "
+        "max_grad_norm optimizer.clip_grad, bf16 train.precision, lr_scheduler_type optimizer.schedule, "
+        "adam_epsilon optimizer.eps, dataloader_num_workers data.num_workers, gradient_checkpointing model.recompute"
+    ),
+    "axolotl": "sequence_len data.seq_length, base_model model.hf_path, sample_packing data.packing",
+    "LLaMA-Factory": "model_name_or_path model.hf_path, cutoff_len data.seq_length, image_max_pixels data.max_pixels",
+    "ms-swift": "max_length data.seq_length, freeze_vit model.freeze, vit_lr optimizer.lr_multipliers",
+    "Megatron-LM": (
+        "tensor-model-parallel-size parallel.tensor_model_parallel_size, seq-length data.seq_length, "
+        "lr-decay-style optimizer.schedule, lr-warmup-iters optimizer.warmup_iters, adam-eps optimizer.eps, "
+        "micro-batch-size train.micro_batch_size, num-workers data.num_workers, data-path data.train, "
+        "recompute-granularity model.recompute, use-distributed-optimizer parallel.use_distributed_optimizer"
+    ),
+    "torchtitan": (
+        "training.steps train.train_iters, training.local_batch_size train.micro_batch_size, "
+        "training.seq_len data.seq_length, parallelism.tensor_parallel_degree parallel.tensor_model_parallel_size, "
+        "training.max_norm optimizer.clip_grad, lr_scheduler.warmup_steps optimizer.warmup_iters, "
+        "validation.steps train.eval_iters, checkpoint.interval checkpoint.save_interval"
+    ),
+}
+PAIRS = [pair.split() for pairs in OTHER_STACKS.values() for pair in pairs.split(", ")]
+
+
+@pytest.mark.parametrize(("foreign", "ours"), PAIRS)
+def test_keys_of_other_stacks_have_a_hint(config_file: str, foreign: str, ours: str) -> None:
+    assert f"did you mean {ours}?" in refusal("--config", config_file, f"--{foreign}=1")
+
+
+def test_hints_name_keys_that_exist(config_file: str) -> None:
+    keys = valid_keys()
+    assert set(ALIASES.values()) <= set(keys)
+    # A name that is a key here would never be looked up, but for sections that got a single value.
+    assert set(ALIASES) & set(keys) == {"model", "optimizer"}
+    assert not set(WITHOUT_KEY) & set(ALIASES)
+    for name, remedy in WITHOUT_KEY.items():
+        assert f"-- {remedy}" in refusal("--config", config_file, f"--{name}=1")
+        assert set(re.findall(r"\b[a-z]+\.[a-z_]+\b", remedy)) <= set(keys)
 
 
 def test_error_text_has_what_where_fix() -> None:
@@ -264,7 +396,7 @@ def test_every_field_has_a_default_or_is_required_by_contract() -> None:
     required = {
         f"{section.name}.{key.name}"
         for section in dataclasses.fields(Config)
-        if section.name != "run_dir"
+        if section.name not in ("run_dir", "device")
         for key in dataclasses.fields(valid_keys()[section.name])
         if key.default is dataclasses.MISSING and key.default_factory is dataclasses.MISSING
     }

@@ -19,6 +19,7 @@ from megatron_vlm.checkpoint.run_folder import MANIFEST_NAME
 from megatron_vlm.conversion.convert import import_checkpoint
 from tests.data.rows import assistant, image, row, user, write_jsonl
 from tests.data.tiny_processor import build_processor
+from tests.refusals import check_refusal
 
 SOFT_TOKENS = 4
 ROOT = Path(__file__).parent.parent
@@ -89,11 +90,9 @@ def arguments(model_dir: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The single line on stderr of a run that must end with exit code 2."""
+    """The error on stderr of a run that must end with exit code 2."""
     assert pretrain_vlm.main(arguments) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
+    return check_refusal(capsys.readouterr().err)
 
 
 def test_dry_run_describes_the_run(arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,7 +151,7 @@ def test_problems_of_different_kinds_come_together(
 ) -> None:
     bad = ["--parallel.tensor_model_parallel_size=3", "--checkpoint.load=/nowhere", f"--checkpoint.export_hf={folder}"]
     line = refusal([*arguments, *bad, "--data.train=[{path: /nowhere.jsonl}]"], capsys)
-    assert line.startswith("ConfigError: 4 problems:")
+    assert line.startswith("ConfigError: 10 problems:")  # seven of them of the tensor size
     for text in ("attention heads 4", "no such folder", "not empty", "/nowhere.jsonl"):
         assert text in line
 
@@ -179,6 +178,17 @@ def test_bad_rows(
     assert "max_bad_fraction" in refusal(arguments, capsys)
     assert pretrain_vlm.main([*arguments, "--data.max_bad_fraction=0.5"]) == 0
     assert "1 bad rows" in capsys.readouterr().out
+
+
+def test_rows_that_are_too_long(arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short, long = row(user("a"), assistant("b")), row(user("a"), assistant("b " * 500))
+    write_jsonl(folder / "train.jsonl", [short, long, long])
+    message = refusal([*arguments, "--data.too_long=drop"], capsys)
+    assert "too many rows are too long" in message and "2 longer than data.seq_length" in message
+    assert "too long" in refusal([*arguments, "--data.too_long=error", "--data.max_too_long_fraction=1"], capsys)
+    for accepted in ("--data.max_too_long_fraction=0.7", "--data.too_long=truncate"):
+        assert pretrain_vlm.main([*arguments, accepted]) == 0
+        assert "2 longer than data.seq_length" in capsys.readouterr().out
 
 
 def copied(model_dir: Path, target: Path) -> Path:

@@ -13,6 +13,7 @@ import pretrain_vlm
 from tests.data.rows import assistant, image, row, user, write_jsonl
 from tests.data.tiny_processor import build_mistral_processor
 from tests.families import mistral3
+from tests.refusals import check_refusal
 
 
 @pytest.fixture(scope="module")
@@ -76,5 +77,5 @@ def test_bad_settings(
     arguments: list[str], overrides: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert pretrain_vlm.main([*arguments, *overrides]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    line = check_refusal(capsys.readouterr().err)
     assert expected in line

@@ -13,6 +13,7 @@ import pretrain_vlm
 from tests.data.rows import assistant, image, row, user, video, write_jsonl
 from tests.data.tiny_processor import build_qwen_processor
 from tests.families.qwen3_vl import EXPERTS, MOE, TEXT, TOP_K, VISION
+from tests.refusals import check_refusal
 
 EXPERT, EXPERT_TENSOR = "--parallel.expert_model_parallel_size", "--parallel.expert_tensor_parallel_size"
 TENSOR = ["--parallel.tensor_model_parallel_size=2", "--parallel.sequence_parallel=true"]
@@ -84,7 +85,7 @@ def test_bad_settings(
     arguments: list[str], overrides: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert pretrain_vlm.main([*arguments, *overrides]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    line = check_refusal(capsys.readouterr().err)
     assert expected in line
 
 

@@ -35,13 +35,14 @@ from megatron_vlm import platform
 from megatron_vlm.checkpoint import optimizer_state
 from megatron_vlm.checkpoint.manager import CheckpointManager, sharded_model_state
 from megatron_vlm.checkpoint.run_folder import ModelIdentity
+from megatron_vlm.errors import ConfigError
 from megatron_vlm.layers.moe import LocalTokens, MoE, TopKRouter
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.groups import build_groups
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.mcore_config import build_mcore_config
 from megatron_vlm.parallel.parameters import declare, normal, zeros
-from megatron_vlm.platform import megatron_cpu
+from megatron_vlm.platform import device, megatron_cpu
 from megatron_vlm.platform.fused_adam import FusedLayoutAdam
 from megatron_vlm.training.step import run_global_batch
 from tests.checkpoint.tiny_run import prepare_process
@@ -99,6 +100,36 @@ def test_memory_is_held_in_expandable_segments_unless_the_user_says_otherwise() 
         for given, expandable, max_split_size in cases
     ]
     assert found == expected, done.stderr
+
+
+@on_cpu
+def test_a_machine_with_an_nvidia_device_does_not_train_on_its_cpu_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here torch finds no driver, which is what it says."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert not device._takes_cuda("auto") and not device._takes_cuda("cpu")
+    with pytest.raises(ConfigError, match=r"device is cuda, but torch .* cannot use CUDA: .*\w+.* -- repair"):
+        platform.initialize("cuda")
+    monkeypatch.setattr(device, "_nvidia_devices", lambda: ["/dev/nvidia0"])
+    with pytest.raises(ConfigError, match=r"has an NVIDIA device \(/dev/nvidia0\), but torch .* cannot use CUDA"):
+        device._takes_cuda("auto")
+    assert not device._takes_cuda("cpu")
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert not device._takes_cuda("auto"), "the user hides the device"
+
+
+@on_cpu
+def test_nvidia_devices_are_found_without_a_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, (vendor, kind) in {
+        "0000:01:00.0": ("0x10de", "0x030200"),
+        "0000:01:00.1": ("0x10de", "0x040300"),  # its sound
+        "0000:02:00.0": ("0x8086", "0x030000"),
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vendor").write_text(f"{vendor}\n")
+        (tmp_path / name / "class").write_text(f"{kind}\n")
+    monkeypatch.setattr(device, "_PCI_DEVICES", f"{tmp_path}/*")
+    assert device._nvidia_devices() == ["PCI 0000:01:00.0"]
 
 
 # torch outside megatron-core
@@ -461,6 +492,14 @@ ALLOWED_WORDS = {
     },
     "megatron_vlm/parallel/groups.py": {"model_parallel_cuda_manual_seed"},
     "megatron_vlm/parallel/mcore_config.py": {"use_cpu_initialization"},
+    "megatron_vlm/config.py": {
+        '"cuda"',
+        '"cpu"',
+        '"""Where the run computes; auto takes CUDA where the machine has an NVIDIA device, and the CPU elsewhere."""',
+    },
+    "pretrain_vlm.py": {'"cpu"'},
+    "megatron_vlm/planning/dry_run.py": {'"cpu"'},
+    "megatron_vlm/data/template_trial.py": {"RLIMIT_CPU"},  # of processors' time
     # Counting runs on the host beside training, and names operators of torch's.
     "megatron_vlm/planning/flops.py": {'"cpu"'},
     "megatron_vlm/planning/recorder.py": {

@@ -17,6 +17,7 @@ from megatron_vlm.planning.dry_run import world_size_to_check
 from megatron_vlm.planning.preflight import check_layout
 from tests import published_gemma3
 from tests.published_qwen3_vl import published_config
+from tests.refusals import check_refusal
 
 TENSOR, PIPELINE = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
 EXPERT, EXPERT_TENSOR = "parallel.expert_model_parallel_size", "parallel.expert_tensor_parallel_size"
@@ -49,7 +50,7 @@ def layout_of(world_size: int, *overrides: str, model_config: Any = None) -> Lay
 def refusal(world_size: int, *overrides: str, model_config: Any = None) -> UserError:
     with pytest.raises(UserError) as caught:
         layout_of(world_size, *overrides, model_config=model_config)
-    assert "\n" not in str(caught.value)
+    check_refusal(str(caught.value))
     return caught.value
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.cli import load_config, parse_command_line, valid_keys
+from megatron_vlm.cli import load_config, parse_command_line
+from megatron_vlm.config_keys import valid_keys
 from tools import config_reference, convert, inspect_data
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -6,11 +6,10 @@ import triton
 from packaging.version import Version
 
 TRANSFORMERS = Version(transformers.__version__)
-HAS_TAGS_WITH_MEDIA = Version("5.23") <= TRANSFORMERS
 
-# Before: masks of answers behind images are misplaced (`data/prompts.py` refuses to use them), rotation angles are a
-# matrix product, which torch counts as FLOPs, and messages and private functions are others.
-needs_transformers_5_23 = pytest.mark.skipif(not HAS_TAGS_WITH_MEDIA, reason="needs transformers 5.23")
+# Before: transformers' own masks of answers behind images are misplaced, rotation angles are a matrix product, which
+# torch counts as FLOPs, and messages and private functions are others.
+needs_transformers_5_23 = pytest.mark.skipif(Version("5.23") > TRANSFORMERS, reason="needs transformers 5.23")
 # Before, transformers' own loader ignored the orientation of photographs.
 needs_transformers_5_21 = pytest.mark.skipif(Version("5.21") > TRANSFORMERS, reason="needs transformers 5.21")
 # Seen with 3.6: to the interpreter a loop bound that was loaded is no number, beside numpy 2.5. On GPUs it is one.

@@ -23,6 +23,11 @@ HEADING = """# Configuration keys
 
 Written by `python tools/config_reference.py > docs/config.md` from `megatron_vlm/config.py`; a test compares the two.
 Every key may stand in the YAML file or on the command line (`--train.seed 7`). Keys without a default are required.
+
+A key that is unknown, empty (`null` where the type does not say so) or twice in one file is refused, with the line; for
+the name that another stack gives to a setting (`learning_rate`, `sequence_len`, ...) the error has ours. The command
+line wins over files, later files over earlier ones. `1e-4` is a number; `1:30` and `010`, which YAML 1.1 reads as 90
+and 8, are none.
 """
 
 

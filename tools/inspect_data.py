@@ -1,6 +1,6 @@
 """Print rows of a JSONL file as a model will see them; trained text stands between [[ and ]].
 
-python tools/inspect_data.py --hf MODEL_DIRECTORY --data rows.jsonl --num 3 [--check]
+python tools/inspect_data.py --hf MODEL_DIRECTORY --data rows.jsonl --num 3 [--check] [--lengths]
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_vlm.config import DataSettings, DataSource
-from megatron_vlm.data.describe import check_rows, describe_sample
+from megatron_vlm.data.describe import check_lengths, check_rows, describe_sample
 from megatron_vlm.data.prompts import PromptBuilder
 from megatron_vlm.data.rows import RowReader
 from megatron_vlm.errors import EXIT_USER_ERROR, UserError
@@ -27,13 +27,17 @@ def main() -> int:
         family = detect(hf_config)
         rules = family.prompt_rules(family.config_from_hf(hf_config, arguments.text_only))
         builder = PromptBuilder(arguments.hf, rules, arguments.min_pixels, arguments.max_pixels)
+        for note in builder.notes:
+            print(f"note: {note}")
         source = DataSource(path=arguments.data)
         reader = RowReader([source], DataSettings(train=[source], seq_length=arguments.seq_length), builder)
-        for row in range(arguments.first, min(arguments.first + arguments.num, reader.files[0].index.num_rows)):
+        for row in range(arguments.first, min(arguments.first + arguments.num, reader.sources[0].num_rows)):
             print(describe_sample(reader.read(0, row), builder), end="\n\n")
         if arguments.check:
             found = check_rows(reader)
-            print(found, *found.problems, sep="\n")
+            print(found, *found.problems, *found.notes, sep="\n")
+        if arguments.lengths:
+            print(check_lengths(reader))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -55,6 +59,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--check", action="store_true", help="also parse every row and look for every image and video file"
     )
+    parser.add_argument("--lengths", action="store_true", help="also encode every row and count its tokens")
     return parser.parse_args()
 
 

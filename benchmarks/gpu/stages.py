@@ -49,7 +49,7 @@ def _script(name: str, purpose: str, estimate_seconds: int, module: str, *argume
 
 
 def _demo(model: str) -> Stage:
-    command = ("-m", "demo.run", "--processes", "1", "--model", model)
+    command = ("-m", "demo.run", "--processes", "1", "--device", "cuda", "--model", model)
     # A demo takes minutes on a host too: only its command line is parsed there.
     return Stage(
         f"demo_{model}", "training, resuming, export, answers", 150, command, (*command, "--help"), limit_seconds=400

@@ -21,6 +21,7 @@ from typing import Self
 import torch
 
 from megatron_vlm.errors import CheckpointError
+from megatron_vlm.files.assets import ASSET_PATTERNS
 from megatron_vlm.files.block_memory import BlockMemory
 from megatron_vlm.files.durable import StreamedFile, copy_durably, read_bytes, sync_directory, write_durably
 from megatron_vlm.files.safetensors_headers import (
@@ -32,23 +33,13 @@ from megatron_vlm.files.safetensors_headers import (
     read_shard_header,
     row_blocks,
 )
+from megatron_vlm.files.small_files import read_small
 
-# What belongs to a checkpoint besides its weights: copied by an export, bit for bit.
-ASSET_PATTERNS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tekken.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*preprocessor_config.json",
-    "processor_config.json",
-    "chat_template*",
-    "additional_chat_templates/*",
-)
+OTHER_WEIGHTS = {
+    "*.gguf": "in the format of llama.cpp",
+    "consolidated*.safetensors": "in Mistral's own format",
+    "adapter_model.safetensors": "those of an adapter only, to be merged into its base model",
+}
 PROCESSOR_PATTERNS = ("*preprocessor_config.json", "processor_config.json")
 
 
@@ -71,10 +62,7 @@ class SafetensorsReader:
         if not self.directory.is_dir():
             raise CheckpointError("no such directory", str(self.directory), "give a Hugging Face checkpoint directory")
         if not has_weights(self.directory):
-            pickles = sorted(path.name for path in self.directory.glob("*.bin*"))
-            what = f"the weights are pickles ({pickles[0]})" if pickles else f"neither {SINGLE_FILE} nor {INDEX_FILE}"
-            fix = "only safetensors are read: save the model with save_pretrained of a current transformers"
-            raise CheckpointError(what, str(self.directory), fix)
+            raise _no_weights(self.directory)
         if os.path.lexists(self.directory / SINGLE_FILE):
             self.files = WeightFiles((read_shard_header(self.directory / SINGLE_FILE),), None)
         else:
@@ -190,6 +178,20 @@ class SafetensorsReader:
         return values.view(stored.dtype)
 
 
+def _no_weights(directory: Path) -> CheckpointError:
+    """Tell what a directory has instead of weights that can be read."""
+    what, fix = f"neither {SINGLE_FILE} nor {INDEX_FILE}", "add the weight files, or set model.load_weights to false"
+    pickles = sorted(path.name for pattern in ("*.bin*", "*.pt", "*.pth") for path in directory.glob(pattern))
+    if pickles:
+        what = f"the weights are pickles ({pickles[0]})"
+        fix = "only safetensors are read: save the model with save_pretrained of a current transformers"
+    for name, kind in OTHER_WEIGHTS.items():
+        found = sorted(path.name for path in directory.glob(name))
+        if found:
+            what, fix = f"the weights are {kind} ({found[0]})", f"give the model's files with {SINGLE_FILE} or an index"
+    return CheckpointError(what, str(directory), fix)
+
+
 def has_weights(directory: Path) -> bool:
     """Whether a directory holds safetensors (a link to a file that is gone counts, and fails when it is read)."""
     return any(os.path.lexists(directory / file) for file in (SINGLE_FILE, INDEX_FILE))
@@ -212,7 +214,7 @@ def _read_index(path: Path) -> tuple[bytes, dict[str, str]]:
     """The index, and tensor name to file name; refuses names that could point outside the directory."""
     fix = "download or save the checkpoint again"
     try:
-        content = path.read_bytes()
+        content = read_small(path)
     except OSError as error:
         raise CheckpointError(f"cannot read the index: {error.strerror}", str(path), fix) from error
     try:
@@ -222,7 +224,7 @@ def _read_index(path: Path) -> tuple[bytes, dict[str, str]]:
         valid = False
     if not valid or not weight_map:
         raise CheckpointError("the index is not JSON with a filled weight_map", str(path), fix)
-    for file in weight_map.values():
+    for file in dict.fromkeys(weight_map.values()):
         if "/" in file or "\\" in file or "\0" in file or not file.endswith(".safetensors"):
             raise CheckpointError(
                 f"the index names {file!r}, which is not a plain safetensors file name", str(path), "do not trust it"

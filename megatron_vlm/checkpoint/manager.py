@@ -11,7 +11,8 @@ objects (random states), and reads only from the run's own folder: do not put a 
 
 from __future__ import annotations
 
-import pickle
+import shutil
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,8 +37,9 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_vlm.checkpoint import optimizer_state, run_folder
 from megatron_vlm.checkpoint.run_folder import Manifest, ModelIdentity
-from megatron_vlm.checkpoint.torch_dist import TorchDistReader
-from megatron_vlm.errors import CheckpointError, UserError
+from megatron_vlm.checkpoint.run_owner import RunOwner
+from megatron_vlm.checkpoint.torch_dist import UNREADABLE, TorchDistReader
+from megatron_vlm.errors import CheckpointError, SaveError, UserError
 from megatron_vlm.parallel.parameters import spec_of
 from megatron_vlm.parallel.sharding import replica_group, splits
 from megatron_vlm.platform.checkpointing import SaveFailed, SaveStrategy, random_state, set_random_state
@@ -50,12 +52,14 @@ class Resumed:
     """What `CheckpointManager.load` brought back besides the tensors.
 
     Args:
+        folder: the checkpoint.
         step: optimizer steps done.
         data: position in the data, as given to `save`.
         extra: as given to `save`.
         same_layout: the random states were put back too.
     """
 
+    folder: Path
     step: int
     data: Mapping[str, Any]
     extra: Mapping[str, Any]
@@ -139,7 +143,14 @@ class CheckpointManager:
         precision: type of the parameters, `fp32` or `bf16`.
         keep_last: newest checkpoints to keep; None keeps all.
         async_save: return from `save` while the writing goes on.
+        owner: of the run folder; a checkpoint is published only while the folder is still this run's.
+
+    Attributes:
+        passthrough: names of the tensors that the run only carries through; None if an older run's checkpoint did not
+            say. To be set in a new run, `load` sets it in one that goes on.
     """
+
+    passthrough: Sequence[str] | None = ()
 
     def __init__(
         self,
@@ -150,6 +161,7 @@ class CheckpointManager:
         precision: str,
         keep_last: int | None = None,
         async_save: bool = True,
+        owner: RunOwner | None = None,
     ) -> None:
         self.directory = Path(directory)
         self.groups = groups
@@ -158,16 +170,22 @@ class CheckpointManager:
         self.precision = precision
         self.keep_last = keep_last
         self.async_save = async_save
+        self.owner = owner
+        self._incomplete: Path | None = None
         self._calls = AsyncCallsQueue()
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint, or None; the same on every rank."""
-        steps = on_first_rank(lambda: run_folder.published_steps(self.directory))
-        return steps[-1] if steps else None
+        step, _ = on_first_rank(lambda: run_folder.newest_complete(self.directory))
+        return step
 
     def clean(self) -> list[str]:
         """Delete what a killed run left half-written; call once at the start. Returns the names."""
         return on_first_rank(lambda: run_folder.clean(self.directory))
+
+    def set_aside(self) -> list[str]:
+        """Rename the incomplete checkpoints that are newer than `latest_step`; return what was done, in words."""
+        return on_first_rank(lambda: run_folder.set_aside(self.directory))
 
     def save(
         self,
@@ -211,16 +229,22 @@ class CheckpointManager:
             data=dict(data_state),
             extra=dict(extra or {}),
             config=config_yaml,
+            passthrough=self.passthrough,
         )
-        incomplete = on_first_rank(lambda: None if final.exists() else run_folder.begin(self.directory, step))
+        incomplete = on_first_rank(lambda: None if final.exists() else self._begin(step))
         if incomplete is None:
             return False
+        self._incomplete = incomplete
+
+        began = time.monotonic()
 
         def publish() -> None:
+            self._confirm_owner()
             manifest.write(incomplete)
             run_folder.share_passthrough(self.directory, incomplete)
             run_folder.publish(incomplete, final)
             run_folder.retire(self.directory, self.keep_last)
+            print(f"saved step {step} in {time.monotonic() - began:.1f} s", flush=True)
 
         # megatron-core would let a rank that holds two copies write both.
         _, state = extract_matching_values(self._state(model_chunks, optimizer, is_loading=False), _is_copy)
@@ -228,6 +252,24 @@ class CheckpointManager:
         if not self.async_save:
             self.finalize(blocking=True)
         return True
+
+    def _begin(self, step: int) -> Path:
+        self._confirm_owner()
+        try:
+            return run_folder.begin(self.directory, step)
+        except OSError as error:
+            raise self._save_error(error) from None
+
+    def _save_error(self, reason: Exception) -> SaveError:
+        return SaveError(
+            f"the checkpoint could not be written: {reason}",
+            str(self.directory),
+            "earlier checkpoints are intact; make room or repair the disk",
+        )
+
+    def _confirm_owner(self) -> None:
+        if self.owner is not None:
+            self.owner.confirm()
 
     def _start_writing(self, state: dict[str, Any], incomplete: Path, publish: Callable[[], None]) -> None:
         """Copy `state` and let another process write it; `finalize` sees that it is done and calls `publish`."""
@@ -256,17 +298,16 @@ class CheckpointManager:
             Whether no save is under way any more.
 
         Raises:
-            CheckpointError: it could not be written; earlier checkpoints are untouched.
+            SaveError: it could not be written; earlier checkpoints are untouched.
         """
         try:
             self._calls.maybe_finalize_async_calls(blocking)
         except SaveFailed as error:
-            on_first_rank(lambda: run_folder.clean(self.directory))
-            raise CheckpointError(
-                f"the checkpoint could not be written: {error}",
-                str(self.directory),
-                "earlier checkpoints are intact; make room or repair the disk and start again with the same run_dir",
-            ) from None
+            incomplete = self._incomplete
+            assert incomplete is not None
+            on_first_rank(lambda: shutil.rmtree(incomplete, ignore_errors=True))
+            on_first_rank(self._confirm_owner)
+            raise self._save_error(error) from None
         return self._calls.get_num_unfinalized_calls() == 0
 
     def load(
@@ -288,6 +329,8 @@ class CheckpointManager:
             return None
         folder, manifest = on_first_rank(lambda: _find_and_read(run_folder.step_folder(self.directory, step)))
         manifest.identity.check_family(self.identity, folder)
+        with run_folder.reading_manifest(folder, "step"):
+            assert manifest.step == step, f"{manifest.step} in the folder of step {step}"
         if manifest.identity.text_only != self.identity.text_only:
             raise CheckpointError(
                 f"saved with model.text_only {manifest.identity.text_only}, this run uses {self.identity.text_only}",
@@ -299,17 +342,23 @@ class CheckpointManager:
         if not same_layout:
             del state["random"]
         if optimizer is not None:
-            saved = self._check_optimizer(manifest, optimizer, folder)
-            optimizer_state.redirect_main_parameters(state["optimizer"], optimizer, saved)
+            with run_folder.reading_manifest(folder, "optimizer"):
+                saved = self._check_optimizer(manifest, optimizer, folder)
+                optimizer_state.redirect_main_parameters(state["optimizer"], optimizer, saved)
         _check_tensors(state, folder, self.groups)
         loaded = _read(lambda: dist_checkpointing.load(state, str(folder)), folder)
         if optimizer is not None:
-            optimizer_state.load_state(optimizer, loaded.get("optimizer", {}), saved, str(folder))
-        if param_scheduler is not None and manifest.scheduler is not None:
-            param_scheduler.load_state_dict(dict(manifest.scheduler))
+            with run_folder.reading_manifest(folder, "optimizer"):
+                optimizer_state.load_state(optimizer, loaded.get("optimizer", {}), saved, str(folder))
+        if param_scheduler is not None:
+            with run_folder.reading_manifest(folder, "scheduler"):
+                state_of_schedule = dict(manifest.scheduler or {})
+                assert state_of_schedule["num_steps"] == step, f"it is after step {state_of_schedule['num_steps']}"
+                param_scheduler.load_state_dict(state_of_schedule)
+        self.passthrough = manifest.passthrough
         if same_layout:
             set_random_state(loaded["random"])
-        return Resumed(manifest.step, manifest.data or {}, manifest.extra, same_layout)
+        return Resumed(folder, manifest.step, manifest.data or {}, manifest.extra, same_layout)
 
     def _check_optimizer(self, manifest: Manifest, optimizer: MegatronOptimizer, folder: Path) -> Mapping[str, Any]:
         """The saved optimizer's description, if this optimizer can continue from it."""
@@ -378,7 +427,7 @@ def _read[Result](action: Callable[[], Result], folder: Path) -> Result:
             result = action()
     except CheckpointException as error:  # torch's, one reason per rank
         failure = next(iter(error.failures.values()))[0]
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, CheckpointingException) as error:
+    except (*UNREADABLE, AttributeError, TypeError, AssertionError, CheckpointingException) as error:
         failure = error
     failures: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(failures, failure and f"{failure} ({type(failure).__name__})")

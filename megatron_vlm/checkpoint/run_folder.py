@@ -3,6 +3,7 @@
     run_dir/checkpoints/step_00000100/                    complete: the name exists only once everything is on disk
     run_dir/checkpoints/step_00000200.incomplete.3f9ac2/  being written, or left behind by a killed run
     run_dir/checkpoints/step_00000050.removed.81bc04/     being deleted
+    run_dir/checkpoints/step_00000300.damaged.0c91fe/     was incomplete at a start, which took an earlier one
     run_dir/checkpoints/passthrough/                      tensors that are only carried through, for all checkpoints
 
 A checkpoint is a folder in megatron-core's `torch_dist` format plus `megatron_vlm.json`, the manifest, and
@@ -18,18 +19,22 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm.checkpoint.torch_dist import TorchDistReader
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.files.durable import sync_directory, write_durably
+from megatron_vlm.files.small_files import read_small
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "megatron_vlm.json"
 CHECKPOINTS_NAME = "checkpoints"
 PASSTHROUGH_NAME = "passthrough"
+RUN_FILES = ("config.yaml", "metrics.jsonl", "evaluations.jsonl", "stopped.json", "exported.json", "wandb_run_id")
 _PUBLISHED = re.compile(r"step_(\d{8,})")
 _LEFTOVER = re.compile(r"step_\d{8,}\.(incomplete|removed)\.[0-9a-f]+|\.passthrough\.partial-\d+")
 
@@ -73,6 +78,7 @@ class Manifest:
         data: position in the data, or None.
         extra: what the training loop wants back.
         config: the resolved configuration, YAML.
+        passthrough: names of the tensors that are only carried through; None in manifests that do not say so.
     """
 
     identity: ModelIdentity
@@ -84,6 +90,7 @@ class Manifest:
     data: Mapping[str, Any] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     config: str = ""
+    passthrough: Sequence[str] | None = None
 
     def to_json(self) -> str:
         fields = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
@@ -102,14 +109,7 @@ class Manifest:
             CheckpointError: there is none, it is damaged, or it is of another format version.
         """
         path = folder / MANIFEST_NAME
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"no {MANIFEST_NAME}", str(folder), "give a run folder or a checkpoint that this program wrote"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot be read: {error}", str(path), "use another checkpoint") from None
+        content = read_json(path, "use another checkpoint")
         version = content.get("format_version") if isinstance(content, dict) else None
         if version != FORMAT_VERSION:
             raise CheckpointError(
@@ -119,21 +119,122 @@ class Manifest:
 
     @staticmethod
     def _from_content(content: dict[str, Any], path: Path) -> Manifest:
+        kinds: dict[str, tuple[type, ...]] = {
+            "family": (str,),
+            "model_type": (str,),
+            "text_only": (bool,),
+            "tied": (bool,),
+            "hf_config": (dict,),
+            "step": (int,),
+            "layout": (dict,),
+            "precision": (str,),
+            "config": (str,),
+            "extra": (dict,),
+            **dict.fromkeys(("optimizer", "scheduler", "data"), (dict, type(None))),
+            "passthrough": (list, type(None)),
+        }
         identity_names = [entry.name for entry in dataclasses.fields(ModelIdentity)]
-        names = [entry.name for entry in dataclasses.fields(Manifest) if entry.name != "identity"]
-        try:
-            identity = ModelIdentity(**{name: content[name] for name in identity_names})
-        except KeyError as error:
-            raise CheckpointError(f"key {error} is missing", str(path), "use another checkpoint") from None
-        return Manifest(identity, **{name: content[name] for name in names if name in content})
+        missing = [name for name in identity_names if name not in content]
+        wrong = [name for name, kind in kinds.items() if name in content and not isinstance(content[name], kind)]
+        if missing or wrong:
+            problem = f"{missing[0]!r} is missing" if missing else f"{wrong[0]!r} is {str(content[wrong[0]])[:80]!r}"
+            raise CheckpointError(f"damaged: {problem}", str(path), "use another checkpoint")
+        fields = {name: value for name, value in content.items() if name in kinds and name not in identity_names}
+        return Manifest(ModelIdentity(**{name: content[name] for name in identity_names}), **fields)
+
+
+def read_json(path: Path, fix: str) -> Any:
+    """Read a small JSON file.
+
+    Args:
+        path: the file.
+        fix: what to do if it is damaged.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(read_small(path))
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", str(path), fix) from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"damaged: {error}", str(path), fix) from None
+
+
+@contextmanager
+def reading_manifest(folder: Path, what: str) -> Iterator[None]:
+    """Report errors inside the block, which takes over values of a checkpoint's manifest, as damage of the manifest.
+
+    Args:
+        folder: the checkpoint.
+        what: what is taken over.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, OverflowError) as error:
+        reason = f"{what} is unusable ({type(error).__name__}: {error})"
+        raise CheckpointError(f"damaged: {reason}", str(folder / MANIFEST_NAME), "use another checkpoint") from error
 
 
 def published_steps(directory: Path) -> list[int]:
-    """Steps of the complete checkpoints in `directory`, ascending."""
+    """Steps of the published checkpoints in `directory`, ascending.
+
+    Raises:
+        CheckpointError: a file has the name of one.
+    """
     if not directory.is_dir():
         return []
-    matches = (_PUBLISHED.fullmatch(entry.name) for entry in directory.iterdir() if entry.is_dir())
+    matches = [_PUBLISHED.fullmatch(entry.name) for entry in directory.iterdir()]
+    for name in (match[0] for match in matches if match):
+        if not (directory / name).is_dir():
+            raise CheckpointError("a file stands where a checkpoint belongs", str(directory / name), "move it away")
     return sorted(int(match[1]) for match in matches if match)
+
+
+def newest_complete(directory: Path) -> tuple[int | None, list[str]]:
+    """Find the newest complete checkpoint in a folder of checkpoints.
+
+    Returns:
+        Its step, None if there is no checkpoint; and the reasons for which newer ones are incomplete.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is complete, or the newest complete one is damaged.
+    """
+    reasons: list[str] = []
+    steps = published_steps(directory)
+    for step in reversed(steps):
+        reason = _incompleteness(step_folder(directory, step))
+        if reason is None:
+            return step, reasons
+        reasons.append(f"{step_folder(directory, step).name} is incomplete ({reason})")
+    if reasons:
+        newest, fix = step_folder(directory, steps[-1]), "put the missing file back, or move these checkpoints away"
+        raise CheckpointError(f"no checkpoint is complete: {'; '.join(reasons[:3])}", str(newest), fix)
+    return None, []
+
+
+def _incompleteness(folder: Path) -> str | None:
+    """Why a published checkpoint cannot be read, judged by the files that it has (a copy that was interrupted)."""
+    for name in (MANIFEST_NAME, *TorchDistReader.METADATA_FILES):
+        if not (folder / name).exists():
+            return f"{name} is missing"
+    with TorchDistReader(folder) as reader:
+        return reader.incompleteness()
+
+
+def set_aside(directory: Path) -> list[str]:
+    """Rename checkpoints that are incomplete and newer than the newest complete one; return what was done, in words.
+
+    Otherwise the run that goes on from the older one could not save these steps.
+    """
+    step, reasons = newest_complete(directory)
+    done = []
+    for newer, reason in zip(reversed(published_steps(directory)), reasons, strict=False):
+        folder = step_folder(directory, newer)
+        name = f"{folder.name}.damaged.{secrets.token_hex(3)}"
+        os.rename(folder, directory / name)
+        done.append(f"checkpoint {reason}; it is now {name}, and step {step} is resumed from")
+    return done
 
 
 def step_folder(directory: Path, step: int) -> Path:
@@ -196,6 +297,22 @@ def retire(directory: Path, keep_last: int | None) -> None:
         shutil.rmtree(removed, ignore_errors=True)
 
 
+def check_in_the_way(run_dir: Path) -> None:
+    """Make sure that folders and files of a run folder are of the kind that a run expects.
+
+    Raises:
+        CheckpointError: something else has the name of one.
+    """
+    for name in ("", CHECKPOINTS_NAME, f"{CHECKPOINTS_NAME}/{PASSTHROUGH_NAME}", "tensorboard", "profile"):
+        path = run_dir / name
+        if os.path.lexists(path) and not path.is_dir():
+            raise CheckpointError("this is no folder, which a run needs there", str(path), "move it away")
+    for name in RUN_FILES:
+        path = run_dir / name
+        if os.path.lexists(path) and not path.is_file():
+            raise CheckpointError("this is no regular file, which a run writes there", str(path), "move it away")
+
+
 def clean(directory: Path) -> list[str]:
     """Delete what killed runs left behind; returns the names. Only for the one run that writes to `directory`."""
     leftovers = []
@@ -207,7 +324,7 @@ def clean(directory: Path) -> list[str]:
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
-    """The checkpoint that `path` means: itself, or the newest complete one of a run folder.
+    """The checkpoint that `path` means: itself, or the newest complete one of a run folder, with a line about others.
 
     Args:
         path: a checkpoint, a run folder, or a run's `checkpoints` folder.
@@ -216,12 +333,15 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
         CheckpointError: there is none.
     """
     folder = Path(path)
-    if (folder / MANIFEST_NAME).is_file():
+    if os.path.lexists(folder / MANIFEST_NAME):
         return folder
     for directory in (folder / CHECKPOINTS_NAME, folder):
-        steps = published_steps(directory)
-        if steps:
-            return step_folder(directory, steps[-1])
+        step, reasons = newest_complete(directory)
+        if step is not None:
+            found = step_folder(directory, step)
+            for reason in reasons:
+                print(f"checkpoint {reason}; {found.name} is taken instead", flush=True)
+            return found
     if not folder.is_dir():
         raise CheckpointError("no such folder", str(folder), "give a run folder or a checkpoint")
     if (folder / "config.json").is_file():

@@ -44,13 +44,15 @@ from megatron_vlm.errors import CheckpointError
 from megatron_vlm.files.block_memory import BlockMemory
 from megatron_vlm.files.durable import StreamedFile, read_bytes, write_durably
 from megatron_vlm.files.safetensors_headers import row_blocks
+from megatron_vlm.files.small_files import read_small
 
 MEGATRON_METADATA_FILE = "metadata.json"
 COMMON_STATE_KEY = "common_state/shard_0_1"  # megatron-core's unique key of its only ShardedObject
 RECORD_BYTES = 64 * 2**20  # a rank that wants a few rows has to read whole records
+MAX_METADATA_BYTES = 2**30
 ZIP_HEADER_BYTES = 30  # of a member's local header; it ends with the lengths of the name and the extra field
 UNREADABLE = (
-    *(OSError, EOFError, RuntimeError, LookupError, ValueError),
+    *(OSError, EOFError, RuntimeError, LookupError, ValueError, ArithmeticError),
     *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error),
 )
 DAMAGED = "the checkpoint is damaged: use another one"
@@ -163,23 +165,56 @@ class TorchDistReader:
         CheckpointError: not a distributed checkpoint, or damaged metadata.
     """
 
+    METADATA_FILES = (MEGATRON_METADATA_FILE, ".metadata")
+
     def __init__(self, directory: str | os.PathLike) -> None:
         self.directory = Path(directory).absolute()
         fix = "give the directory of one complete checkpoint"
-        if not (self.directory / MEGATRON_METADATA_FILE).is_file():
+        if not (self.directory / MEGATRON_METADATA_FILE).exists():
             raise CheckpointError("not a distributed checkpoint (no metadata.json)", str(self.directory), fix)
+        self._check_format(self.directory / MEGATRON_METADATA_FILE)
+        path = self.directory / ".metadata"
         try:
-            with open(self.directory / ".metadata", "rb") as stream:
-                metadata = _MetadataUnpickler(stream).load()
-            entries = metadata.state_dict_metadata.items()
-            self._storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
-        except (*UNREADABLE, AttributeError, TypeError) as error:
-            raise CheckpointError(f"cannot read its metadata ({error})", str(self.directory), fix) from error
-        self.tensors: dict[str, TensorStorageMetadata] = {
-            key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)
-        }
+            metadata = _MetadataUnpickler(io.BytesIO(read_small(path, MAX_METADATA_BYTES))).load()
+            self._storage: dict[MetadataIndex, _StorageInfo] = dict(metadata.storage_data)
+            self.tensors: dict[str, TensorStorageMetadata] = {
+                key: entry
+                for key, entry in metadata.state_dict_metadata.items()
+                if isinstance(entry, TensorStorageMetadata) and _is_whole(entry)
+            }
+        except (*UNREADABLE, AttributeError, TypeError, MemoryError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"cannot read its metadata ({reason})", str(path), DAMAGED) from error
         self._pieces: dict[str, list[_Piece]] = {}
         self._streams: dict[str, io.FileIO] = {}
+
+    @staticmethod
+    def _check_format(path: Path) -> None:
+        """Refuse another format than this, and a damaged `metadata.json`, before megatron-core reads it."""
+        try:
+            content = json.loads(read_small(path))
+            backend, version = content["sharded_backend"], content["sharded_backend_version"]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"cannot be read ({reason})", str(path), DAMAGED) from error
+        if (backend, version) != ("torch_dist", 1):
+            what = f"format {backend!r}, version {version!r}, is not that of this program (torch_dist, 1)"
+            raise CheckpointError(what, str(path), "use another checkpoint")
+
+    def incompleteness(self) -> str | None:
+        """Return which file of those with tensors is missing or too short, or None."""
+        try:
+            ends: dict[str, int] = {}
+            for stored in self._storage.values():
+                ends[stored.relative_path] = max(ends.get(stored.relative_path, 0), stored.offset + stored.length)
+            for name, end in sorted(ends.items()):
+                if not (self.directory / name).exists():
+                    return f"{name} is missing"
+                if (self.directory / name).stat().st_size < end:
+                    return f"{name} is cut short"
+        except (AttributeError, TypeError, OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read its metadata ({error})", str(self.directory), DAMAGED) from error
+        return None
 
     def __enter__(self) -> Self:
         return self
@@ -245,6 +280,14 @@ class TorchDistReader:
         if data.shape != chunk.sizes or data.dtype != dtype or not data.is_contiguous:
             raise CheckpointError(f"{key} is stored as {data}", str(self.directory), DAMAGED)
         return _Piece(chunk, stream, storage.offset + data.begin_byte)
+
+
+def _is_whole(entry: TensorStorageMetadata) -> bool:
+    """Return True; TypeError where a damaged description has other things than sizes."""
+    sizes = [entry.size, *(size for chunk in entry.chunks for size in (chunk.offsets, chunk.sizes))]
+    if not all(type(size) is torch.Size for size in sizes) or not isinstance(entry.properties.dtype, torch.dtype):
+        raise TypeError("a tensor's description is incomplete")
+    return True
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,8 @@ def import_checkpoint(
         with staged_directory(out_dir) as staging:
             _import_weights(reader, found.tensors, staging, progress)
             keep_passthrough(reader, found.passthrough, staging)
-            Manifest(identity=identity_of(hf_dir, family.name, model_config)).write(staging)
+            identity = identity_of(hf_dir, family.name, model_config)
+            Manifest(identity=identity, passthrough=found.passthrough).write(staging)
     return found.passthrough
 
 
@@ -263,7 +264,8 @@ def open_for_export(
         CheckpointError: it is unreadable, of another family or kind, or its tensors do not fit.
     """
     directory = find_checkpoint(checkpoint)
-    identity = Manifest.read(directory).identity
+    manifest = Manifest.read(directory)
+    identity = manifest.identity
     hf_config = registry.load_hf_config(hf_dir)
     family = registry.detect(hf_config)
     same_kind = identity.text_only or identity.model_type == hf_config.model_type
@@ -282,7 +284,8 @@ def open_for_export(
     try:
         weight_map.check_stored(reader.shapes, str(directory))
         dtypes = {name: tensor.properties.dtype for name, tensor in reader.tensors.items()}
-        return reader, plan_export(hf_dir, hf_config, weight_map, dtypes, directory)
+        carried = manifest.passthrough or ()
+        return reader, plan_export(hf_dir, hf_config, weight_map, dtypes, directory, carried)
     except CheckpointError:
         reader.close()
         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ import torch
 
 from megatron_vlm.checkpoint.float8 import find_quantization, open_weights
 from megatron_vlm.checkpoint.hf import PROCESSOR_PATTERNS, SafetensorsWriter, copy_assets, has_weights
-from megatron_vlm.conversion.passthrough import copy_tensors, find_passthrough
+from megatron_vlm.conversion.passthrough import check_carried, copy_tensors, find_passthrough
 from megatron_vlm.families import registry
 from megatron_vlm.files.durable import write_durably
 from megatron_vlm.files.safetensors_headers import StoredTensor, WeightFiles
@@ -75,6 +75,7 @@ def plan_export(
     weight_map: WeightMap,
     dtypes: dict[str, torch.dtype],
     checkpoint: Path | None = None,
+    carried: Sequence[str] = (),
 ) -> ExportPlan:
     """Decide names, dtypes and files of an export.
 
@@ -89,6 +90,10 @@ def plan_export(
         weight_map: of the model to be exported.
         dtypes: by our name, of the model to be exported.
         checkpoint: where tensors that are only carried through are looked for first; see `find_passthrough`.
+        carried: names of those that the checkpoint was saved with.
+
+    Raises:
+        CheckpointError: some of those tensors are gone, or the weights in `hf_dir` do not fit.
     """
     source = Path(hf_dir).absolute()
     is_language_model = _is_language_model(hf_config, weight_map)
@@ -96,10 +101,18 @@ def plan_export(
     config = new_config(source, hf_config, weight_map)
     passthrough_source = find_passthrough(checkpoint, source) if weight_map.passthrough else None
     passthrough = {} if passthrough_source is None else _passthrough_in(passthrough_source, weight_map)
+    check_carried(carried, passthrough, checkpoint or source)
 
     def plan(files: WeightFiles, tensors: dict[str, HfTensor]) -> ExportPlan:
         return ExportPlan(
-            source, files, tensors, tuple(passthrough), passthrough_source, weight_map, config, is_language_model
+            source,
+            files.with_format(),
+            tensors,
+            tuple(passthrough),
+            passthrough_source,
+            weight_map,
+            config,
+            is_language_model,
         )
 
     default_dtype = _config_dtype(hf_config)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from megatron_vlm.checkpoint.float8 import open_weights
 from megatron_vlm.checkpoint.hf import SafetensorsReader, SafetensorsWriter, has_weights
 from megatron_vlm.checkpoint.run_folder import PASSTHROUGH_NAME
+from megatron_vlm.errors import CheckpointError
 from megatron_vlm.files.block_memory import BlockMemory
 from megatron_vlm.files.durable import staged_directory
 from megatron_vlm.files.safetensors_headers import StoredTensor, WeightFiles, row_blocks
@@ -31,6 +32,41 @@ def find_passthrough(checkpoint: Path | None, hf_dir: Path) -> Path | None:
     if checkpoint is not None and (checkpoint / PASSTHROUGH_NAME).is_dir():
         return checkpoint / PASSTHROUGH_NAME
     return hf_dir if has_weights(hf_dir) else None
+
+
+def check_carried(carried: Sequence[str], found: Collection[str], checkpoint: Path) -> None:
+    """Make sure that tensors that a checkpoint was saved with were found again.
+
+    Args:
+        carried: their names, of the checkpoint's manifest.
+        found: names of those that were found.
+        checkpoint: the checkpoint, or the folder of a run's checkpoints.
+
+    Raises:
+        CheckpointError: some are gone.
+    """
+    gone = [name for name in carried if name not in found]
+    if gone:
+        raise CheckpointError(
+            f"{len(gone)} tensors that are only carried through are gone: {abbreviate(gone)}",
+            str(checkpoint / PASSTHROUGH_NAME),
+            "put this folder back (every checkpoint of the run has the same), or give a model directory with weights",
+        )
+
+
+def check_kept(carried: Sequence[str], checkpoints: Path, hf_dir: Path) -> None:
+    """Make sure that a run that goes on still has the tensors that it began with, for its export; see `check_carried`.
+
+    Args:
+        carried: their names.
+        checkpoints: the folder of the run's checkpoints.
+        hf_dir: the model's Hugging Face directory.
+    """
+    source = find_passthrough(checkpoints, hf_dir) if carried else None
+    if source is None:
+        return check_carried(carried, (), checkpoints)
+    with open_weights(source) as reader:
+        check_carried(carried, reader.tensors, checkpoints)
 
 
 def keep_passthrough(reader: SafetensorsReader, names: Sequence[str], folder: Path) -> None:

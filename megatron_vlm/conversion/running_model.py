@@ -125,6 +125,7 @@ def export_hf_from_model(
     model_config: VisionLanguageConfig,
     groups: ProcessGroupCollection,
     checkpoint: Path | None = None,
+    carried: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """Write the model as a Hugging Face directory; called on every rank.
 
@@ -139,19 +140,21 @@ def export_hf_from_model(
         groups: process groups.
         checkpoint: the folder of the run's checkpoints, or a checkpoint: where tensors that are only carried through
             are looked for first. Else those of `hf_dir` are written.
+        carried: names of those that the run began with.
 
     Returns:
         Names of the tensors that are only carried through.
 
     Raises:
-        CheckpointError: the target is not empty or cannot be written; every rank raises the same.
+        CheckpointError: the target is not empty or cannot be written, or tensors that are only carried through are
+            gone; every rank raises the same.
     """
     on_first_rank(lambda: check_export_target(out_dir))
     gather_parameters(model_chunks)
     source = _Gatherer(model_chunks, groups)
     weight_map = family.weight_map(model_config)
     plan = on_first_rank(
-        lambda: plan_export(hf_dir, registry.load_hf_config(hf_dir), weight_map, source.dtypes(), checkpoint)
+        lambda: plan_export(hf_dir, registry.load_hf_config(hf_dir), weight_map, source.dtypes(), checkpoint, carried)
     )
     failure: CheckpointError | None = None
     gathered = source.gather(plan)

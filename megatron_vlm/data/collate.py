@@ -34,6 +34,7 @@ class LoadedSample:
     too_long: bool = False
     truncated: bool = False
     problem: str | None = None
+    unknown_keys: tuple[str, ...] = ()
 
 
 @dataclass
@@ -66,10 +67,14 @@ class MicroBatch:
     media: list[Medium] = field(default_factory=list)
     """All media in reading order, also without `media_inputs`."""
     counters: dict[str, int] = field(default_factory=dict)
-    """samples, bad_rows, too_long_rows, truncated_rows (samples, of one row of the data each), images, videos, and
-    tokens: real_tokens, label_tokens, padded_tokens, media_tokens."""
+    """samples, bad_rows, too_long_rows, truncated_rows (samples, of one row of the data each), empty_answers, images,
+    videos, and tokens: real_tokens, label_tokens, padded_tokens, media_tokens."""
     problems: list[str] = field(default_factory=list)
     """One line for each bad or too long sample."""
+    unknown_keys: dict[tuple[int, str], str] = field(default_factory=dict)
+    """Name of the first row with each key that means nothing, by source and key."""
+    empty_answers: dict[int, str] = field(default_factory=dict)
+    """File and line of the first document with an empty answer, by the index of its source."""
     label_index: torch.Tensor = field(init=False)
     """int64: the flat positions s * B + b that have a label, ascending. Made from `labels` while they are on the
     host, which would have to wait for a device to count them."""
@@ -163,6 +168,14 @@ def collate(
         media=[medium for document in documents for medium in document.sample.media],
         counters=_count(documents, labels, is_real, is_vision | is_audio),
         problems=[document.problem for document in documents if document.problem],
+        unknown_keys={
+            (document.source, key): document.row_name
+            for document in reversed(documents)
+            for key in document.unknown_keys
+        },
+        empty_answers={
+            document.source: document.row_name for document in reversed(documents) if document.sample.empty_answers
+        },
     )
 
 
@@ -176,6 +189,7 @@ def _count(
         "bad_rows": sum(document.bad for document in documents),
         "too_long_rows": sum(document.too_long for document in documents),
         "truncated_rows": sum(document.truncated for document in documents),
+        "empty_answers": sum(document.sample.empty_answers for document in documents),
         "images": sum(document.sample.count("image") for document in documents),
         "videos": sum(document.sample.count("video") for document in documents),
         "real_tokens": num_real,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -13,7 +14,7 @@ from megatron_vlm.data.collate import LoadedSample
 from megatron_vlm.data.images import read_bytes
 from megatron_vlm.data.plan import SamplePlan
 from megatron_vlm.data.prompts import PromptBuilder
-from megatron_vlm.data.rows import RowReader, reader_for
+from megatron_vlm.data.rows import RowReader, empty_answer_note, reader_for, unknown_key_note
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.data.videos import check_video_file
 from megatron_vlm.errors import DataError
@@ -51,6 +52,8 @@ def describe_sample(loaded: LoadedSample, builder: PromptBuilder) -> str:
         num_images, num_videos = sample.count("image"), sample.count("video")
         videos = f" and {num_videos} videos" if num_videos else ""
         figures.append(f"{num_images} images{videos} ({', '.join(shapes)})")
+    if sample.empty_answers:
+        figures.append(f"{sample.empty_answers} empty answers")
     if loaded.truncated:
         figures.append("cut at a turn boundary")
     return f"{loaded.row_name} ({', '.join(figures)})\n{marked_text(sample.input_ids, sample.trained, builder)}"
@@ -80,15 +83,80 @@ class RowCheck:
     bad_rows: int = 0
     problems: list[str] = field(default_factory=list)
     """The first problems, one line each."""
+    empty_answers: int = 0
+    notes: list[str] = field(default_factory=list)
+    """Lines that name the first row with an empty answer of each source, and keys that mean nothing."""
 
     def __str__(self) -> str:
         videos = f"{self.videos} videos, " if self.videos else ""
-        return f"{self.rows} rows, {self.images} images, {videos}{self.bad_rows} bad rows"
+        empty = f", {self.empty_answers} empty answers" if self.empty_answers else ""
+        return f"{self.rows} rows, {self.images} images, {videos}{self.bad_rows} bad rows{empty}"
 
     def note(self, error: DataError) -> None:
         self.bad_rows += 1
         if len(self.problems) < MOST_PROBLEMS_LISTED:
             self.problems.append(str(error))
+
+
+@dataclass
+class LengthCheck:
+    """Lengths in tokens of the rows that were encoded; bad rows have none.
+
+    Attributes:
+        seq_length: data.seq_length.
+        rows: how many rows there are.
+        lengths: of those encoded.
+        bad_rows: those that could not be.
+    """
+
+    seq_length: int
+    rows: int
+    lengths: list[int] = field(default_factory=list)
+    bad_rows: int = 0
+
+    @property
+    def too_long(self) -> int:
+        """How many are longer than data.seq_length."""
+        return sum(length > self.seq_length for length in self.lengths)
+
+    def __str__(self) -> str:
+        bad = f", {self.bad_rows} bad rows" if self.bad_rows else ""
+        if not self.lengths:
+            return f"no lengths of {self.rows} rows{bad}"
+        mean = sum(self.lengths) / len(self.lengths)
+        return (
+            f"{min(self.lengths)} to {max(self.lengths)} tokens, {mean:.0f} in the mean, {self.too_long} longer than "
+            f"data.seq_length {self.seq_length} ({len(self.lengths)} of {self.rows} rows encoded{bad})"
+        )
+
+
+def check_lengths(reader: RowReader, most_per_source: int | None = None) -> LengthCheck:
+    """Encode rows as training will, images and videos included, and count their tokens.
+
+    Args:
+        reader: reads rows of the sources.
+        most_per_source: how many rows of each source, evenly spaced; None encodes all.
+
+    Raises:
+        DataError: more rows are too long than `max_too_long_fraction` allows, where such rows are left out, or any is,
+            where `too_long` is `error`.
+    """
+    settings = reader.settings
+    check = LengthCheck(settings.seq_length, sum(rows.num_rows for rows in reader.sources))
+    for source, rows in enumerate(reader.sources):
+        count = rows.num_rows if most_per_source is None else min(most_per_source, rows.num_rows)
+        for row in (number * rows.num_rows // count for number in range(count)):
+            try:
+                check.lengths.append(reader.num_tokens(source, row))
+            except DataError:
+                check.bad_rows += 1
+    allowed = {"error": 0.0, "truncate": 1.0}.get(settings.too_long, settings.max_too_long_fraction)
+    if check.too_long > allowed * len(check.lengths):
+        raise DataError(
+            f"too many rows are too long: {check}",
+            fix="raise data.seq_length, set data.too_long to truncate, or raise data.max_too_long_fraction",
+        )
+    return check
 
 
 def check_rows(reader: RowReader) -> RowCheck:
@@ -102,11 +170,19 @@ def check_rows(reader: RowReader) -> RowCheck:
         ConfigError: there are video files, and the package that decodes them is not installed.
     """
     check = RowCheck()
-    for source, file in enumerate(reader.files):
-        for row in range(file.index.num_rows):
+    for source, rows in enumerate(reader.sources):
+        is_named, unknown_keys = False, Counter[str]()
+        for row in range(rows.num_rows):
             check.rows += 1
             try:
                 conversation = reader.conversation(source, row)
+                unknown_keys.update(conversation.unknown_keys)
+                if empty_answers := conversation.empty_answers:
+                    check.empty_answers += empty_answers
+                    if not is_named:
+                        note = empty_answer_note(conversation.row_name, reader.builder.drop_empty_answers)
+                        check.notes.append(note)
+                    is_named = True
                 check.images += len(conversation.images)
                 check.videos += len(conversation.videos)
                 for video in conversation.videos:
@@ -117,11 +193,12 @@ def check_rows(reader: RowReader) -> RowCheck:
                     if image.url is not None and reader.settings.allow_urls:
                         continue
                     if image.path is None or not os.path.isfile(image.path):
-                        read_bytes(image, conversation.row_name, reader.settings.allow_urls)
+                        read_bytes(image, conversation.row_name, reader.url_access)
             except DataError as error:
                 if reader.settings.strict:
                     raise
                 check.note(error)
+        check.notes += [unknown_key_note(key, reader.names[source], f"{n} rows") for key, n in unknown_keys.items()]
     if check.bad_rows > reader.settings.max_bad_fraction * check.rows:
         raise DataError(
             f"{check.bad_rows} of {check.rows} rows are bad, more than data.max_bad_fraction "

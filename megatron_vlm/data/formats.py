@@ -5,9 +5,14 @@ Accepted rows:
     {"messages": [... "<image> in the text" ...], "images": [...]}                         images listed beside the text
     {"conversations": [{"from": "human", "value": "<image>\\n..."}, ...], "image": ...}     LLaVA / ShareGPT style
 `video` or `videos` beside the messages, with "<video>" in the text, likewise.
-Image parts: {"type": "image", "image" | "url" | "path" | "base64": X}, {"type": "image_url", "image_url": {"url": X}}.
+Image parts: {"type": "image", "image" | "url" | "path" | "base64": X}, {"type": "image_url", "image_url": {"url": X}},
+{"type": "image", "index": 0} for one that the row lists; with "min_pixels", "max_pixels", "resized_height" and
+"resized_width" for this image.
 An image X: a path (relative to the JSONL file, or absolute), a data URI, an http(s) URL, base64 text, {"bytes": ...}.
 Video parts: {"type": "video", "video": path of a file or [X, X, ...], "fps": optional}.
+Thinking: {"type": "thinking", "thinking": "text"}, or "reasoning_content" beside a message's content.
+Messages with "loss" or "train" false, or "weight" or "loss_mask" 0, are not trained.
+What keys mean, and which make a row bad: `row_keys`.
 """
 
 from __future__ import annotations
@@ -18,10 +23,23 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm.data import row_keys
+from megatron_vlm.data.conversation import (
+    Conversation,
+    ImagePart,
+    ImageSize,
+    ImageSource,
+    Message,
+    Part,
+    TextPart,
+    ThinkingPart,
+    VideoPart,
+    VideoSource,
+)
+from megatron_vlm.data.row_keys import IMAGE_KEYS, LOSS_KEYS, REASONING_KEYS, SIZE_KEYS, VIDEO_KEYS, is_given
 from megatron_vlm.errors import DataError
 
 IMAGE_MARKER, VIDEO_MARKER = "<image>", "<video>"
@@ -33,153 +51,27 @@ ROLES = {
     "gpt": "assistant",
     "model": "assistant",
 }
-IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
-VIDEO_KEYS = ("video", "url", "path", "video_url")
 # How base64 text of JPEG, PNG, GIF and WebP begins; it sets a bare base64 string apart from a path without disk access.
 BASE64_IMAGE_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
 SHORTEST_BASE64_IMAGE = 64
-LONGEST_PATH_SHOWN = 255
+LONGEST_KEY_SHOWN = 60
+MOST_PIXELS_ASKED = 2**31 - 1
 
 
-def _shown(path: Path) -> str:
-    """Format a path for messages; long text that is no path, such as base64 text of an unknown format, is cut."""
-    text = str(path)
-    return text if len(text) <= LONGEST_PATH_SHOWN else f"{text[:80]}..."
-
-
-@dataclass(frozen=True)
-class ImageSource:
-    """Where one image comes from: exactly one of the three is set."""
-
-    path: Path | None = None
-    data: bytes | None = None
-    url: str | None = None
-
-    def __str__(self) -> str:
-        if self.data is not None:
-            return f"an inline image of {len(self.data)} bytes"
-        return _shown(self.path) if self.path is not None else str(self.url)
-
-
-@dataclass(frozen=True)
-class TextPart:
-    """Text inside a message."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class ImagePart:
-    """An image inside a message; `source` is None only while a row is being parsed."""
-
-    source: ImageSource | None
-
-
-@dataclass(frozen=True)
-class VideoSource:
-    """Where one video comes from: a file, or its frames."""
-
-    path: Path | None = None
-    frames: tuple[ImageSource, ...] = ()
-    frames_per_second: float | None = None
-    """For a list of frames, the rate at which they are shown; for a file, the rate at which frames are sampled."""
-
-    def __str__(self) -> str:
-        return _shown(self.path) if self.path is not None else f"of {len(self.frames)} frames"
-
-
-@dataclass(frozen=True)
-class VideoPart:
-    """A video inside a message; `source` is None only while a row is being parsed."""
-
-    source: VideoSource | None
-
-
-Part = TextPart | ImagePart | VideoPart
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn: its role, its content, whether it is trained, and further keys for the chat template (`fields`)."""
-
-    role: str
-    content: str | tuple[Part, ...]
-    loss: bool = True
-    fields: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """The content as parts, also when the row wrote a plain string."""
-        return (TextPart(self.content),) if isinstance(self.content, str) else self.content
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """One row: its messages in order, and its name ("file.jsonl:17") for error messages."""
-
-    messages: tuple[Message, ...]
-    row_name: str
-
-    @property
-    def images(self) -> list[ImageSource]:
-        """Sources of all images in reading order."""
-        return self._sources(ImagePart)
-
-    @property
-    def videos(self) -> list[VideoSource]:
-        """Sources of all videos in reading order."""
-        return self._sources(VideoPart)
-
-    def _sources(self, kind: type[ImagePart] | type[VideoPart]) -> list[Any]:
-        parts = [part for message in self.messages for part in message.parts if isinstance(part, kind)]
-        return [part.source for part in parts if part.source is not None]
-
-    @property
-    def num_assistant_turns(self) -> int:
-        """Number of assistant messages."""
-        return sum(message.role == "assistant" for message in self.messages)
-
-    def first_messages(self, count: int) -> Conversation:
-        """Return the conversation up to and including its `count`-th message."""
-        return dataclasses.replace(self, messages=self.messages[:count])
-
-    def template_messages(self, images: Sequence[Any], videos: Sequence[Any] = ()) -> list[dict[str, Any]]:
-        """Return the messages in the form that chat templates and processors take.
-
-        Args:
-            images: one decoded image per image part, in reading order.
-            videos: the frames of each video part, in reading order.
-        """
-        remaining_images, remaining_videos = iter(images), iter(videos)
-
-        def rendered_part(part: Part) -> dict[str, Any]:
-            if isinstance(part, TextPart):
-                return {"type": "text", "text": part.text}
-            if isinstance(part, VideoPart):
-                return {"type": "video", "video": next(remaining_videos)}
-            return {"type": "image", "image": next(remaining_images)}
-
-        rendered = []
-        for message in self.messages:
-            content: str | list[dict[str, Any]]
-            if isinstance(message.content, str):
-                content = message.content
-            else:
-                content = [rendered_part(part) for part in message.content]
-            rendered.append({**message.fields, "role": message.role, "content": content})
-        return rendered
-
-
-def parse_row(line: bytes | str, row_name: str, directory: Path) -> Conversation:
+def parse_row(
+    line: bytes | str, row_name: str, directory: Path, rendered: frozenset[str] = frozenset()
+) -> Conversation:
     """Parse one JSONL line.
 
     Args:
         line: the line's text.
         row_name: file and line number, for error messages.
         directory: folder of the JSONL file; relative image paths start here.
+        rendered: keys of messages that the chat template reads.
 
     Raises:
-        DataError: the line is not JSON, has none of the known formats, or its placeholders do not match its images.
+        DataError: the line is not JSON, has none of the known formats, or keys that would mean something, or its
+            placeholders do not match its images.
     """
     try:
         row = json.loads(line)
@@ -189,71 +81,128 @@ def parse_row(line: bytes | str, row_name: str, directory: Path) -> Conversation
         ) from None
     if not isinstance(row, dict):
         raise DataError(f"the line holds a JSON {type(row).__name__}, not an object", row_name)
-    return _RowParser(row_name, directory).parse(row)
+    return _RowParser(row_name, directory, rendered).parse(row)
 
 
 class _RowParser:
     """Parses one row; holds what every error message and relative path needs."""
 
-    def __init__(self, row_name: str, directory: Path) -> None:
-        self.row_name = row_name
-        self.directory = directory
+    def __init__(self, row_name: str, directory: Path, rendered: frozenset[str]) -> None:
+        self.row_name, self.directory, self.rendered = row_name, directory, rendered
+        self.unknown_keys: dict[str, None] = {}
+        self.images: list[ImagePart] = []
+        self.videos: list[VideoPart] = []
+        """What the row lists beside its messages, and below, which of it parts chose by `index`."""
+        self.lists_media = False
+        self.chosen_images: set[int] = set()
+        self.chosen_videos: set[int] = set()
 
     def parse(self, row: dict[str, Any]) -> Conversation:
-        if row.get("tools"):
-            raise self.error("the row lists tools, which are not built yet", "remove the key, or the row")
-        for key in ("audio", "audios"):
-            if row.get(key):
-                raise self.error(f"the row lists {key}, which is not built yet for this family", "remove the row")
-        is_llava = "messages" not in row and "conversations" in row
-        turns = row.get("conversations") if is_llava else row.get("messages")
+        self.check_keys(row_keys.ROW, row, "")
+        is_llava = is_given(row.get("conversations"))
+        if is_llava and is_given(row.get("messages")):
+            raise self.error("the row has `messages` and `conversations`", "keep one of them")
+        turns = row.get("conversations" if is_llava else "messages")
         if not isinstance(turns, list) or not turns:
             raise self.error(
                 f"no list of messages; the row's keys are {sorted(row)}", "give `messages` or `conversations`"
             )
-        images, videos = self.listed_images(row), self.listed_videos(row)
-        # A marker stands for an image or video only where the row says so; elsewhere "<image>" is ordinary text.
-        markers: dict[str, Part] = {VIDEO_MARKER: VideoPart(None)} if videos else {}
-        if is_llava or images:
-            # LLaVA's video rows write "<image>" for a video.
-            markers[IMAGE_MARKER] = ImagePart(None) if images or not videos else VideoPart(None)
+        self.lists_media = any(key in row for key in ("image", "images", "video", "videos"))
+        self.images, self.videos = self.listed_images(row), self.listed_videos(row)
+        markers = self.markers(row, is_llava)
         messages = [self.message(turn, markers) for turn in turns]
-        if isinstance(row.get("system"), str) and messages[0].role != "system":
-            messages.insert(0, Message("system", row["system"]))
-        messages = self.fill_placeholders(messages, [ImagePart(image) for image in images], "image")
-        messages = self.fill_placeholders(messages, [VideoPart(video) for video in videos], "video")
-        return Conversation(tuple(messages), self.row_name)
+        if is_given(row.get("system")):
+            self.add_system(messages, row["system"])
+        images = [part for number, part in enumerate(self.images) if number not in self.chosen_images]
+        videos = [part for number, part in enumerate(self.videos) if number not in self.chosen_videos]
+        messages = self.fill_placeholders(messages, images, "image")
+        messages = self.fill_placeholders(messages, videos, "video")
+        return Conversation(tuple(messages), self.row_name, tuple(self.unknown_keys))
+
+    def markers(self, row: dict[str, Any], is_llava: bool) -> dict[str, Part]:
+        """Return what "<image>" and "<video>" stand for in texts; in LLaVA's video rows, "<image>" is a video."""
+        only_videos = is_llava and self.videos and not self.images
+        return {IMAGE_MARKER: VideoPart(None) if only_videos else ImagePart(None), VIDEO_MARKER: VideoPart(None)}
+
+    def add_system(self, messages: list[Message], system: Any) -> None:
+        if not isinstance(system, str):
+            raise self.error(f"the row's `system` is {str(system)[:80]!r}", "give a string")
+        if any(message.role == "system" for message in messages):
+            raise self.error("the row has a `system` key and a system message", "keep one of them")
+        messages.insert(0, Message("system", system))
+
+    def check_keys(self, table: row_keys.KeyTable, item: dict[str, Any], prefix: str) -> None:
+        rendered = self.rendered if table is row_keys.MESSAGE else frozenset()
+        for key in table.check(item, self.error, rendered):
+            self.unknown_keys[f"{prefix}{key}"[:LONGEST_KEY_SHOWN]] = None
 
     def error(self, what: str, fix: str | None = None) -> DataError:
         return DataError(what, self.row_name, fix)
 
-    def listed_images(self, row: dict[str, Any]) -> list[ImageSource]:
+    def listed_images(self, row: dict[str, Any]) -> list[ImagePart]:
         """Parse the images that a row lists beside its messages."""
-        listed = row.get("images") if row.get("images") is not None else row.get("image")
-        if listed is None:
-            return []
-        return [self.image(item) for item in (listed if isinstance(listed, list) else [listed])]
+        key = self.only_key(row, ("images", "image"), "the row")
+        listed = [] if key is None else row[key]
+        return [self.image_part(item) for item in (listed if isinstance(listed, list) else [listed])]
 
-    def listed_videos(self, row: dict[str, Any]) -> list[VideoSource]:
+    def listed_videos(self, row: dict[str, Any]) -> list[VideoPart]:
         """Parse the videos that a row lists beside its messages; a list under `video` is one video's frames."""
-        if row.get("videos") is not None:
-            listed = row["videos"]
-            return [self.video(item) for item in (listed if isinstance(listed, list) else [listed])]
-        return [] if row.get("video") is None else [self.video(row["video"])]
+        key = self.only_key(row, ("videos", "video"), "the row")
+        listed = [] if key is None else row[key]
+        items = listed if key != "video" and isinstance(listed, list) else [listed]
+        return [VideoPart(self.video(item)) for item in items]
+
+    def only_key(self, item: dict[str, Any], keys: Sequence[str], owner: str) -> str | None:
+        """Return the key of these that is given, None without any."""
+        given = [key for key in keys if is_given(item.get(key))]
+        if len(given) > 1:
+            raise self.error(f"{owner} has {' and '.join(f'`{key}`' for key in given)}", "keep one of them")
+        return given[0] if given else None
 
     def message(self, turn: Any, markers: Mapping[str, Part]) -> Message:
         if not isinstance(turn, dict):
             raise self.error(f"a message is a JSON {type(turn).__name__}, not an object")
-        role = turn.get("role", turn.get("from"))
+        self.check_keys(row_keys.MESSAGE, turn, "messages.")
+        role = turn.get(self.only_key(turn, ("role", "from"), "a message") or "role", turn.get("from"))
         if not isinstance(role, str) or role not in ROLES:
             raise self.error(f"unknown role {str(role)[:80]!r}", f"roles are {', '.join(ROLES)}")
-        content = turn.get("content", turn.get("value"))
-        loss = turn.get("loss", True)
-        if not isinstance(loss, bool):
-            raise self.error(f"a message's `loss` is {loss!r}", "give true or false")
-        used = {"role", "from", "content", "value", "loss"}
-        fields = {key: value for key, value in turn.items() if key not in used and value is not None}
-        return Message(ROLES[role], self.content(content, markers), loss, fields)
+        content = turn.get(self.only_key(turn, ("content", "value"), "a message") or "content", turn.get("value"))
+        fields = {
+            key: value
+            for key, value in turn.items()
+            if key in self.rendered and key not in row_keys.MESSAGE.read and is_given(value)
+        }
+        if content is None and fields:
+            content = ""  # a call of a tool needs no words
+        return Message(
+            ROLES[role], self.with_reasoning(self.content(content, markers), turn), self.is_trained(turn), fields
+        )
+
+    def is_trained(self, turn: dict[str, Any]) -> bool:
+        given = {key: turn[key] for key in LOSS_KEYS if is_given(turn.get(key))}
+        for key, value in given.items():
+            if not isinstance(value, bool | int | float) or value not in (0, 1):
+                raise self.error(f"a message's `{key}` is {str(value)[:80]}", "give true or false")
+        if len({bool(value) for value in given.values()}) > 1:
+            raise self.error(f"a message's {' and '.join(f'`{key}`' for key in given)} disagree", "keep one of them")
+        return all(given.values())
+
+    def with_reasoning(self, content: str | tuple[Part, ...], turn: dict[str, Any]) -> str | tuple[Part, ...]:
+        """Put reasoning that a message has beside its content before it, as a thinking part."""
+        key = self.only_key(turn, REASONING_KEYS, "a message")
+        if key is None:
+            return content
+        said = (TextPart(content),) if isinstance(content, str) else content
+        return (ThinkingPart(self.thinking(turn[key])), *said)
+
+    def thinking(self, given: Any) -> str:
+        """Return the text of a thinking part: a string, or a list of text parts."""
+        parts = [{"text": given}] if isinstance(given, str) else given
+        if not isinstance(parts, list) or not all(
+            isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts
+        ):
+            raise self.error(f"thinking is {str(given)[:80]!r}", "give a string, or a list of text parts")
+        return "".join(part["text"] for part in parts)
 
     def content(self, content: Any, markers: Mapping[str, Part]) -> str | tuple[Part, ...]:
         if isinstance(content, str):
@@ -265,7 +214,12 @@ class _RowParser:
         parts: list[Part] = []
         for item in content:
             part = self.part(item)
-            parts.extend(self.split_markers(part.text, markers) if markers and isinstance(part, TextPart) else [part])
+            if isinstance(part, ThinkingPart) and not part.text.strip():
+                continue
+            if isinstance(part, TextPart) and self.lists_media:  # elsewhere images are parts, and this is only text
+                parts.extend(self.split_markers(part.text, markers))
+            else:
+                parts.append(part)
         return tuple(parts)
 
     def split_markers(self, text: str, markers: Mapping[str, Part]) -> Iterator[Part]:
@@ -281,31 +235,76 @@ class _RowParser:
     def part(self, item: Any) -> Part:
         kind = item.get("type") if isinstance(item, dict) else None
         if kind == "text" and isinstance(item.get("text"), str):
+            self.check_keys(row_keys.TEXT_PART, item, "parts.")
             return TextPart(item["text"])
+        if kind == "thinking":
+            self.check_keys(row_keys.THINKING_PART, item, "parts.")
+            if item.get("closed", True) is not True:
+                raise self.error("a thinking part is not closed, which is not built yet", "remove the row")
+            return ThinkingPart(self.thinking(item.get("thinking")))
         if kind in ("image", "image_url"):
-            given = [item[key] for key in IMAGE_KEYS if item.get(key) is not None]
-            if len(given) > 1:
-                raise self.error("an image part names more than one image", f"keep one of {', '.join(IMAGE_KEYS)}")
-            if given and item.get("base64") is not None:
-                return ImagePart(ImageSource(data=self.decode_base64(given[0])))
-            return ImagePart(self.image(given[0]) if given else None)
+            return self.image_part_of_message(item)
         if kind in ("video", "video_url"):
             given, rate = self.video_and_rate(item)
+            index = self.index(item, given, self.videos, "video")
+            if index is not None:
+                self.chosen_videos.add(index)
+                return self.videos[index]
             return VideoPart(None if given is None else self.video(given, rate))
         if kind in ("audio", "input_audio"):
             raise self.error(f"a part of type {kind!r} is not built yet for this family", "remove the part or the row")
-        raise self.error(f"not a content part: {str(item)[:80]}", "give {'type': 'text' | 'image' | 'video', ...}")
+        kinds = "'text' | 'thinking' | 'image' | 'video'"
+        raise self.error(f"not a content part: {str(item)[:80]}", f"give {{'type': {kinds}, ...}}")
+
+    def image_part_of_message(self, item: dict[str, Any]) -> ImagePart:
+        self.check_keys(row_keys.IMAGE_PART, _without_auto_detail(item), "parts.")
+        key, size = self.only_key(item, IMAGE_KEYS, "an image part"), self.image_size(item)
+        index = self.index(item, key, self.images, "image")
+        if index is not None:
+            self.chosen_images.add(index)
+            return self.with_size(self.images[index], size)
+        if key is None:
+            return ImagePart(None, size)
+        if key == "base64":
+            return ImagePart(ImageSource(data=self.decode_base64(item[key])), size)
+        return self.with_size(self.image_part(item[key]), size)
+
+    def with_size(self, part: ImagePart, size: ImageSize | None) -> ImagePart:
+        if part.size is not None and size is not None and part.size != size:
+            raise self.error("an image has two sizes", "keep one of them")
+        return dataclasses.replace(part, size=size or part.size)
+
+    def index(self, item: dict[str, Any], given: Any, listed: Sequence[Part], kind: str) -> int | None:
+        """Return which of the row's images or videos a part chooses, if it does that."""
+        index = item.get("index")
+        if not is_given(index):
+            return None
+        if given is not None:
+            raise self.error(f"a part has an `index` and its own {kind}", "keep one of them")
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(listed):
+            raise self.error(
+                f"a part has the `index` {str(index)[:80]}, but the row lists {len(listed)} {kind}s",
+                "count them from 0",
+            )
+        return index
+
+    def image_size(self, item: dict[str, Any]) -> ImageSize | None:
+        given = {key: item[key] for key in SIZE_KEYS if is_given(item.get(key))}
+        for key, value in given.items():
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MOST_PIXELS_ASKED:
+                raise self.error(f"an image's `{key}` is {str(value)[:80]}", "give a number of pixels")
+        size = ImageSize(**given)
+        if (size.resized_height is None) != (size.resized_width is None):
+            raise self.error("an image has one of `resized_height` and `resized_width`", "give both or neither")
+        if size.min_pixels is not None and size.max_pixels is not None and size.min_pixels > size.max_pixels:
+            raise self.error(f"an image's `min_pixels` is {size.min_pixels}, above its `max_pixels`", "lower it")
+        return size if given else None
 
     def video_and_rate(self, item: dict[str, Any]) -> tuple[Any, Any]:
         """Return the video and its fps from a part or an object that stands for a video; None for what is missing."""
-        given = [item[key] for key in VIDEO_KEYS if item.get(key) is not None]
-        if len(given) > 1:
-            raise self.error("a video part names more than one video", f"keep one of {', '.join(VIDEO_KEYS)}")
-        # Other tools' settings of one video; ignoring them would train on other frames.
-        unknown = [key for key in sorted(item) if item[key] is not None and key not in ("type", "fps", *VIDEO_KEYS)]
-        if unknown:
-            raise self.error(f"a video part also has {', '.join(unknown)}", "keep only the video and `fps`")
-        return (given[0] if given else None), item.get("fps")
+        self.check_keys(row_keys.VIDEO_PART, item, "parts.")
+        key = self.only_key(item, VIDEO_KEYS, "a video part")
+        return (None if key is None else item[key]), item.get("fps")
 
     def video(self, given: Any, rate: Any = None) -> VideoSource:
         if isinstance(given, dict):
@@ -316,16 +315,26 @@ class _RowParser:
         if isinstance(given, list):
             if not given:
                 raise self.error("a video has no frames", "remove the part or the row")
-            return VideoSource(frames=tuple(self.image(frame) for frame in given), frames_per_second=rate)
+            return VideoSource(frames=tuple(self.frame(frame) for frame in given), frames_per_second=rate)
         if not isinstance(given, str) or not given:
             raise self.error(f"not a video: {str(given)[:80]!r}", "give the path of a file, or a list of frames")
         if given.startswith(("http://", "https://", "data:")):
             raise self.error(f"a video is not a file: {given[:80]!r}", "write it to a file")
         return VideoSource(path=self.directory / given.removeprefix("file://"), frames_per_second=rate)
 
+    def image_part(self, given: Any) -> ImagePart:
+        """Parse an image with the size that an object beside its place may ask for."""
+        return ImagePart(self.image(given), self.image_size(given) if isinstance(given, dict) else None)
+
+    def frame(self, given: Any) -> ImageSource:
+        if isinstance(given, dict) and self.image_size(given) is not None:
+            raise self.error("a frame of a video asks for a size", "keep only its path or bytes")
+        return self.image(given)
+
     def image(self, given: Any) -> ImageSource:
         if isinstance(given, dict):
-            if given.get("bytes") is not None:
+            self.check_keys(row_keys.IMAGE, _without_auto_detail(given), "images.")
+            if is_given(given.get("bytes")):
                 return ImageSource(data=self.image_bytes(given["bytes"]))
             given = given.get("url") or given.get("path")
         if not isinstance(given, str) or not given:
@@ -354,18 +363,33 @@ class _RowParser:
 
     def fill_placeholders(self, messages: list[Message], listed: Sequence[Part], kind: str) -> list[Message]:
         """Replace placeholders by the row's listed images, or its listed videos, in order."""
-        placeholder: Part = ImagePart(None) if kind == "image" else VideoPart(None)
-        found = sum(part == placeholder for message in messages for part in message.parts)
+
+        def is_placeholder(part: Part) -> bool:
+            return isinstance(part, ImagePart if kind == "image" else VideoPart) and part.source is None
+
+        found = sum(is_placeholder(part) for message in messages for part in message.parts)
         if found != len(listed):
             raise self.error(
                 f"{found} {kind} placeholders but {len(listed)} {kind}s",
-                "write one placeholder per image or video, in the same order",
+                "write one placeholder per image or video, in the same order; a text that only speaks of "
+                f"<{kind}> is a part: {{'type': 'text', 'text': ...}}",
             )
         remaining = iter(listed)
         filled = []
         for message in messages:
             if not isinstance(message.content, str):
-                parts = [next(remaining) if part == placeholder else part for part in message.content]
+                parts = (self.filled(part, remaining) if is_placeholder(part) else part for part in message.content)
                 message = dataclasses.replace(message, content=tuple(parts))
             filled.append(message)
         return filled
+
+    def filled(self, placeholder: Part, remaining: Iterator[Part]) -> Part:
+        listed = next(remaining)
+        if isinstance(placeholder, ImagePart) and isinstance(listed, ImagePart):
+            return self.with_size(listed, placeholder.size)
+        return listed
+
+
+def _without_auto_detail(item: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what OpenAI's format says where the size of an image is left to the model."""
+    return {key: value for key, value in item.items() if (key, value) != ("detail", "auto")}

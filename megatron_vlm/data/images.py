@@ -8,31 +8,31 @@ from __future__ import annotations
 
 import io
 import os
-import urllib.error
-import urllib.request
 import warnings
 
 from PIL import Image, ImageOps
 
-from megatron_vlm.data.formats import ImageSource
+from megatron_vlm.data.conversation import ImageSource
+from megatron_vlm.data.urls import UrlAccess, fetch
 from megatron_vlm.errors import DataError
 
 MAX_IMAGE_PIXELS = 89_478_485
 """Largest width x height that is decoded; PIL's own limit, which PIL only warns about up to twice its value."""
+MAX_RATIO_OF_SIDES = 200
+"""That of Qwen's processors; of what is thinner no processor makes anything that could be seen."""
 MAX_IMAGE_BYTES = 256 * 2**20
 """Largest encoded image that is read."""
-URL_TIMEOUT_SECONDS = 20.0
 # No format that runs an interpreter (EPS, PDF) or stands for another file.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
-def load_image(source: ImageSource, row_name: str, allow_urls: bool) -> Image.Image:
+def load_image(source: ImageSource, row_name: str, access: UrlAccess) -> Image.Image:
     """Read and decode one image.
 
     Args:
         source: where the image is.
         row_name: file and line of the row, for error messages.
-        allow_urls: fetch http(s) URLs instead of refusing them.
+        access: which URLs are fetched.
 
     Returns:
         The image upright, mode RGB.
@@ -40,7 +40,7 @@ def load_image(source: ImageSource, row_name: str, allow_urls: bool) -> Image.Im
     Raises:
         DataError: the image is missing, not an image, damaged, too large, or a URL where URLs are refused.
     """
-    data = read_bytes(source, row_name, allow_urls)
+    data = read_bytes(source, row_name, access)
     if len(data) > MAX_IMAGE_BYTES:
         raise DataError(f"image {source} is larger than {MAX_IMAGE_BYTES} bytes", row_name)
     try:
@@ -67,13 +67,20 @@ def _decode(data: bytes, source: ImageSource, row_name: str) -> Image.Image:
             row_name,
             "scale it down",
         )
+    if max(image.size) > MAX_RATIO_OF_SIDES * min(image.size):
+        raise DataError(
+            f"image {source} has {image.width} x {image.height} pixels, one side more than {MAX_RATIO_OF_SIDES} times "
+            "the other",
+            row_name,
+            "cut it into pieces",
+        )
     if image.mode.startswith(("I", "F")):
         # Converting these to 8 bits saturates; transformers silently trains on the result.
         raise DataError(f"image {source} has more than 8 bits per channel", row_name, "convert it to 8 bits")
     return ImageOps.exif_transpose(image).convert("RGB")
 
 
-def read_bytes(source: ImageSource, row_name: str, allow_urls: bool) -> bytes:
+def read_bytes(source: ImageSource, row_name: str, access: UrlAccess) -> bytes:
     """Return the encoded bytes of an image.
 
     Raises:
@@ -82,11 +89,11 @@ def read_bytes(source: ImageSource, row_name: str, allow_urls: bool) -> bytes:
     if source.data is not None:
         return source.data
     if source.url is not None:
-        if not allow_urls:
+        if access == UrlAccess.NONE:
             raise DataError(
-                f"image {source.url} is a URL", row_name, "download it, or set data.allow_urls to true to fetch URLs"
+                f"image {source} is a URL", row_name, "download it, or set data.allow_urls to true to fetch URLs"
             )
-        return _fetch(source.url, row_name)
+        return fetch(source.url, row_name, access, MAX_IMAGE_BYTES)
     assert source.path is not None
     if not os.path.isfile(source.path):  # Path.is_file raises where a name is too long
         raise DataError(f"image {source} does not exist", row_name, "restore the file or remove the row")
@@ -95,15 +102,3 @@ def read_bytes(source: ImageSource, row_name: str, allow_urls: bool) -> bytes:
             return file.read(MAX_IMAGE_BYTES + 1)
     except OSError as error:
         raise DataError(f"image {source} cannot be read ({error.strerror})", row_name) from None
-
-
-def _fetch(url: str, row_name: str) -> bytes:
-    """Download a URL up to the size limit, and only over http(s), also after redirects."""
-    try:
-        with urllib.request.urlopen(url, timeout=URL_TIMEOUT_SECONDS) as response:
-            if not response.url.startswith(("http://", "https://")):
-                raise DataError(f"image {url} redirects to {response.url}", row_name)
-            data: bytes = response.read(MAX_IMAGE_BYTES + 1)
-            return data
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        raise DataError(f"image {url} cannot be fetched ({error})", row_name) from None

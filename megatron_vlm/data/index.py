@@ -2,11 +2,13 @@
 
 The pass looks at line breaks and at each line's first byte, at the speed of the disk; it parses no JSON. Rows are
 parsed when they are read, so a row that is not JSON is found when its turn comes (and by `--dry_run`, which parses all
-rows). Only lines that do not begin with "{", and a last line that is cut short, are known at once.
+rows). Only lines that do not begin with "{", and a last line that is cut short, are known at once. A file that holds
+one JSON array has its elements as rows; a source of several files has the rows of one after those of another.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -16,10 +18,25 @@ from typing import Any
 
 import numpy as np
 
+from megatron_vlm.data.json_arrays import ArrayScanner, NotAnArrayError
 from megatron_vlm.errors import DataError
 
 BLOCK_BYTES = 8 * 2**20
 NEWLINE = 10
+SNIFFED_BYTES = 4096
+_WRITE_JSONL = "write it as JSONL, one JSON object per line"
+# Name, where its mark stands in the file, and the mark.
+_OTHER_FORMATS = (
+    ("a parquet file", 0, b"PAR1"),
+    ("an Arrow file", 0, b"ARROW1"),
+    ("a tar archive", 257, b"ustar"),
+    ("a ZIP archive", 0, b"PK\x03\x04"),
+    ("compressed (gzip)", 0, b"\x1f\x8b"),
+    ("compressed (zstd)", 0, b"\x28\xb5\x2f\xfd"),
+    ("compressed (xz)", 0, b"\xfd7zXZ"),
+    ("compressed (bzip2)", 0, b"BZh"),
+    ("a SQLite database", 0, b"SQLite format 3"),
+)
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -37,8 +54,12 @@ class JsonlIndex:
     size_bytes: int
     digest: str
     """BLAKE2b of the whole file, hexadecimal."""
+    changed_ns: int
+    """Time of the file's last change when it was indexed, of its file system."""
     unparsable_rows: tuple[int, ...]
     """Rows that are known not to be JSON objects without having parsed all rows."""
+    is_array: bool = False
+    """Whether the file is one JSON array."""
 
     @property
     def num_rows(self) -> int:
@@ -46,26 +67,88 @@ class JsonlIndex:
 
 
 def build_index(path: str) -> JsonlIndex:
-    """Index a JSONL file.
+    """Index a JSONL file, or a file with one JSON array.
 
     Raises:
-        DataError: the file is missing, unreadable, or has no rows.
+        DataError: the file is missing, unreadable, of another format, or has no rows.
     """
-    if not os.path.isfile(path):
-        raise DataError(f"data file {path} does not exist", fix="give the path of a JSONL file")
+    _refuse_what_is_no_file(path)
     try:
         with open(path, "rb") as file:
+            start = file.read(SNIFFED_BYTES)
+            _refuse_other_formats(path, start)
+            file.seek(0)
+            if start.removeprefix(BYTE_ORDER_MARK).lstrip()[:1] == b"[":
+                return _index_array(path, file)
+            changed_ns = os.fstat(file.fileno()).st_mtime_ns
             starts, first_bytes, newlines, size_bytes, digest = _scan(file)
     except OSError as error:
         raise DataError(f"data file {path} cannot be read ({error.strerror})") from None
     ends = newlines if len(newlines) == len(starts) else np.append(newlines, size_bytes)
-    index = JsonlIndex(path, starts, ends, np.empty(0, np.int64), size_bytes, digest, ())
+    index = JsonlIndex(path, starts, ends, np.empty(0, np.int64), size_bytes, digest, changed_ns, ())
     return _check_suspects(index, np.flatnonzero(first_bytes != ord("{")))
+
+
+def expand(path: str) -> list[str]:
+    """Return the files that a source's path names: itself, or all that match its pattern, sorted.
+
+    Raises:
+        DataError: no file matches.
+    """
+    if os.path.lexists(path) or not glob.has_magic(path):
+        return [path]
+    found = sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name))
+    if not found:
+        raise DataError(f"no file matches {path}", fix="give the path of a JSONL file, or a pattern that matches some")
+    return found
+
+
+def _refuse_what_is_no_file(path: str) -> None:
+    if os.path.isdir(path):
+        names = set(os.listdir(path))
+        if {"dataset_info.json", "dataset_dict.json", "state.json"} & names:
+            what, fix = "a Hugging Face data set on disk, which is not read", _WRITE_JSONL
+        else:
+            what, fix = "a directory", f"name a file in it, or a pattern such as {path.rstrip('/')}/*.jsonl"
+        raise DataError(f"data file {path} is {what}", fix=fix)
+    if not os.path.lexists(path):
+        raise DataError(f"data file {path} does not exist", fix="give the path of a JSONL file")
+    if not os.path.isfile(path):
+        raise DataError(f"data file {path} is a broken link, a pipe or a device", fix="give the path of a JSONL file")
+
+
+def _refuse_other_formats(path: str, start: bytes) -> None:
+    for name, offset, magic in _OTHER_FORMATS:
+        if start[offset : offset + len(magic)] == magic:
+            raise DataError(f"data file {path} is {name}, which is not read", fix=_WRITE_JSONL)
+
+
+def _index_array(path: str, file: Any) -> JsonlIndex:
+    changed_ns, digest, scanner, size_bytes = os.fstat(file.fileno()).st_mtime_ns, _new_digest(), ArrayScanner(), 0
+    try:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+            scanner.take(block)
+            size_bytes += len(block)
+        starts, ends = scanner.finish()
+    except NotAnArrayError as error:
+        raise DataError(
+            f"data file {path} begins like a JSON array of objects and is none: {error}",
+            fix="write one JSON object per line, or one array of objects",
+        ) from None
+    if not len(starts):
+        raise DataError(f"data file {path} has no rows", fix="write one JSON object per line")
+    blanks = np.empty(0, np.int64)
+    return JsonlIndex(path, starts, ends, blanks, size_bytes, digest.hexdigest(), changed_ns, (), is_array=True)
+
+
+def _new_digest() -> Any:
+    return hashlib.blake2b(digest_size=16)
 
 
 def _scan(file: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, str]:
     """Return line starts, each line's first byte, newline offsets, size and digest of an open file."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = _new_digest()
     starts, first_bytes, newlines = [], [], []
     offset, last_byte = 0, NEWLINE
     while block := file.read(BLOCK_BYTES):
@@ -105,6 +188,7 @@ def _check_suspects(index: JsonlIndex, suspects: np.ndarray) -> JsonlIndex:
         row_of_line[blank] + 1,
         index.size_bytes,
         index.digest,
+        index.changed_ns,
         tuple(int(row_of_line[line]) for line in unparsable),
     )
 
@@ -128,19 +212,26 @@ class JsonlRows:
         """Return the text of row `row` (from 0), without a byte order mark.
 
         Raises:
-            DataError: the file shrank since it was indexed.
+            DataError: the file was changed since it was indexed.
         """
         if self._descriptor is None:
             self._descriptor = os.open(self.index.path, os.O_RDONLY)
         start, end = int(self.index.starts[row]), int(self.index.ends[row])
         # pread keeps no position, so forked processes may share the descriptor.
         text = os.pread(self._descriptor, end - start, start)
-        if len(text) != end - start:
-            raise DataError("the file is shorter than when it was indexed", self.name(row), "do not change data files")
+        status = os.fstat(self._descriptor)
+        if (status.st_size, status.st_mtime_ns) != (self.index.size_bytes, self.index.changed_ns):
+            raise DataError(
+                "the file was changed or replaced since it was indexed",
+                self.name(row),
+                "put it back, or start again with a new run_dir; data files must not change during a run",
+            )
         return text.removeprefix(BYTE_ORDER_MARK) if start == 0 else text
 
     def name(self, row: int) -> str:
-        """Return the file and line number of a row, as error messages and reports name it."""
+        """Return the file and line number of a row, as error messages and reports name it; of an array, the index."""
+        if self.index.is_array:
+            return f"{self.index.path}[{row}]"
         blanks_before = int(np.searchsorted(self.index.rows_after_blanks, row, side="right"))
         return f"{self.index.path}:{row + blanks_before + 1}"
 
@@ -150,3 +241,44 @@ class JsonlRows:
     def __del__(self) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)
+
+
+class SourceRows:
+    """The rows of one source: those of its file, or of the files that match its pattern, one after another.
+
+    Args:
+        path: of a file, or a pattern.
+
+    Raises:
+        DataError: see `expand` and `build_index`.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.files = [JsonlRows(build_index(file)) for file in expand(path)]
+        self._firsts = np.cumsum([0, *(file.index.num_rows for file in self.files)])
+        self.num_rows = int(self._firsts[-1])
+
+    @property
+    def digest(self) -> str:
+        """Of the contents of all files in their order; that of a single file is its own."""
+        digests = [file.index.digest for file in self.files]
+        return (
+            digests[0] if len(digests) == 1 else hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()
+        )
+
+    @property
+    def unparsable_rows(self) -> list[int]:
+        """Rows that are known not to be JSON objects without having parsed all rows."""
+        parts = zip(self._firsts[:-1].tolist(), self.files, strict=True)
+        return [first + row for first, file in parts for row in file.index.unparsable_rows]
+
+    def locate(self, row: int) -> tuple[JsonlRows, int]:
+        """Return the file that a row is in, and its number there."""
+        number = int(np.searchsorted(self._firsts, row, side="right")) - 1
+        return self.files[number], row - int(self._firsts[number])
+
+    def name(self, row: int) -> str:
+        """Return the file and line number of a row."""
+        file, row = self.locate(row)
+        return file.name(row)

@@ -13,6 +13,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 import time
 import weakref
@@ -29,9 +30,9 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_vlm.config import Config
 from megatron_vlm.data.collate import MicroBatch, collate
 from megatron_vlm.data.plan import SamplePlan, micro_batch_start
-from megatron_vlm.data.rows import RowReader, reader_for
+from megatron_vlm.data.rows import RowReader, empty_answer_note, reader_for, unknown_key_note
 from megatron_vlm.data.rules import PromptRules
-from megatron_vlm.errors import UserError
+from megatron_vlm.errors import DataError, UserError
 
 FEWEST_AHEAD_PER_WORKER, MOST_AHEAD_PER_WORKER = 2, 16
 """Micro-batches that a worker reads ahead: its part of a whole step, so that the next step's rows are read during this
@@ -134,7 +135,7 @@ class MicroBatchLoader:
         report_problems: log one line for each bad or dropped row.
 
     Raises (from `next`):
-        DataError, ConfigError: a row is refused; see `RowReader.read`.
+        DataError, ConfigError: a row is refused, see `RowReader.read`; or a worker was killed.
     """
 
     def __init__(
@@ -159,6 +160,9 @@ class MicroBatchLoader:
         self.wait_seconds = 0.0
         """Time spent waiting for data since the loader was made."""
         self._micro_batches_given = 0
+        self._with_empty_answers: set[int] = set()
+        self._named_keys: set[tuple[int, str]] = set()
+        self._drops_empty_answers = reader.builder.drop_empty_answers
         self._order = _Order()
         self._iterator: Iterator[Any] | None = None
         self._workers: set[BaseProcess] = set()
@@ -190,7 +194,11 @@ class MicroBatchLoader:
             if self.num_global_batches is not None:
                 self._order.count = self.num_global_batches * self.sharding.num_micro_batches
             self._iterator = self._start_iteration()
-        batch = next(self._iterator)
+        try:
+            batch = next(self._iterator)
+        except (RuntimeError, EOFError, OSError):  # the last two where a tensor is fetched that it had read ahead
+            self._raise_if_a_worker_was_killed()
+            raise
         self.wait_seconds += time.perf_counter() - began
         if isinstance(batch, _Refusal):
             raise batch.error
@@ -199,7 +207,24 @@ class MicroBatchLoader:
             self.consumed_samples += self.sharding.global_batch_size
         for problem in batch.problems if self.report_problems else ():
             logger.warning("%s", problem)
+        self._log_notes(batch)
         return batch
+
+    def _log_notes(self, batch: MicroBatch) -> None:
+        """Log the first row with an empty answer, and with each key that means nothing, of every source.
+
+        On the first rank of those that read rows.
+        """
+        if not self.report_problems or self.sharding.data_parallel_rank:
+            return
+        for source, row_name in batch.empty_answers.items():
+            if source not in self._with_empty_answers:
+                self._with_empty_answers.add(source)
+                logger.warning("%s", empty_answer_note(row_name, self._drops_empty_answers))
+        for (source, key), row_name in batch.unknown_keys.items():
+            if (source, key) not in self._named_keys:
+                self._named_keys.add((source, key))
+                logger.warning("%s", unknown_key_note(key, self.source_names[source], f"first in {row_name}"))
 
     def global_batch(self) -> list[MicroBatch]:
         """Return this rank's micro-batches of the next global batch."""
@@ -232,6 +257,21 @@ class MicroBatchLoader:
             # Only a worker that hangs in a read is still alive, and it has SIGTERM blocked.
             worker.kill()
         self._workers = set()
+
+    def _raise_if_a_worker_was_killed(self) -> None:
+        """Say what ended a worker, of which torch knows only that it is gone."""
+        for worker in self._workers:
+            worker.join(1.0)  # its fork server may not have heard of it yet
+            code = worker.exitcode
+            if code is not None and code < 0:
+                name = signal.Signals(-code).name
+                guess = "; probably the machine or its container ran out of memory" if -code == signal.SIGKILL else ""
+                raise DataError(
+                    f"data worker {worker.pid} of rank {os.environ.get('RANK', '0')} on {socket.gethostname()} was "
+                    f"ended by {name}{guess}",
+                    fix="lower data.num_workers or the size of images, or give the job more memory; "
+                    "starting again resumes from the last checkpoint",
+                )
 
     def _start_iteration(self) -> Iterator[Any]:
         others = {*multiprocessing.active_children()}
@@ -267,12 +307,15 @@ def build_train_loader(
         rules: the family's prompt rules.
         sharding: this rank's part of every global batch.
         pin_memory: put tensors into page-locked memory.
-        report_problems: log bad and dropped rows; one rank per data-parallel rank should.
+        report_problems: log bad and dropped rows; one rank per data-parallel rank should. The first of them also logs
+            the notes on the model directory.
 
     Raises:
         ConfigError, DataError: see `PromptBuilder` and `RowReader`.
     """
     reader = reader_for(config, config.data.train, rules)
+    for note in reader.builder.notes if report_problems and sharding.data_parallel_rank == 0 else ():
+        logger.warning("%s", note)
     plan = SamplePlan(reader.planned_sources(), config.train.seed, config.data.shuffle)
     return MicroBatchLoader(
         reader,

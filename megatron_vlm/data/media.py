@@ -13,10 +13,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from transformers.image_utils import SizeDict
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
+from megatron_vlm.data.conversation import ImageSize
 from megatron_vlm.errors import ConfigError, DataError
 
 Grid = tuple[int, int, int]
+Sides = tuple[int, int]
+"""Height and width in pixels."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,9 @@ class MediaRules:
     limit_pixels: Callable[[Any, int | None, int | None], None]
     """Sets data.min_pixels and data.max_pixels, at least one of them given, on a processor; raises ConfigError where it
     cannot respect them."""
+    fit_image: Callable[[Any, Sides, ImageSize], Sides] | None = None
+    """Returns the height and width that the processor would give to an image of these sides, within limits that a row
+    asks for in place of its own; raises ValueError where none fit. None where all images have one size."""
 
 
 def pack_in_reading_order(
@@ -153,3 +160,22 @@ def limit_areas(processor: Any, min_pixels: int | None, max_pixels: int | None) 
                 "set both, the second no smaller",
             )
         part.size = SizeDict(shortest_edge=fewest, longest_edge=most)
+
+
+def fit_areas(processor: Any, sides: Sides, size: ImageSize, *, token_size: int) -> Sides:
+    """Fit an image as processors do that limit areas and round sides to whole tokens; see `MediaRules.fit_image`.
+
+    Args:
+        processor: see `limit_areas`.
+        sides: of the image.
+        size: what the row asks for.
+        token_size: height and width of the square for which one token stands, in pixels.
+    """
+    if size.resized_height is not None and size.resized_width is not None:
+        sides = size.resized_height, size.resized_width
+        return max(1, round(sides[0] / token_size)) * token_size, max(1, round(sides[1] / token_size)) * token_size
+    limits = processor.image_processor.size
+    most = size.max_pixels or max(limits["longest_edge"], size.min_pixels or 0)
+    fewest = size.min_pixels or min(limits["shortest_edge"], most)
+    height, width = smart_resize(*sides, factor=token_size, min_pixels=fewest, max_pixels=most)
+    return height, width

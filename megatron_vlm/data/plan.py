@@ -115,13 +115,17 @@ class SamplePlan:
 
         Raises:
             DataError: the data, their weights, the seed or the shuffling changed since the state was saved.
+            ValueError: the position is damaged.
         """
         if state["fingerprint"] != self.fingerprint:
             raise DataError(
                 f"the data order is not the one this run was trained with: {'; '.join(self._changes(state))}",
                 fix="restore it, or start a new run_dir with checkpoint.load",
             )
-        return int(state["consumed_samples"])
+        consumed_samples = state["consumed_samples"]
+        if type(consumed_samples) is not int or not 0 <= consumed_samples < 2**62:
+            raise ValueError(f"consumed_samples is {consumed_samples!r}")
+        return consumed_samples
 
     def _changes(self, state: dict[str, Any]) -> list[str]:
         changes = [

@@ -1,11 +1,12 @@
 """Encode conversations as token ids, trained-token masks and media with the model's processor and chat template.
 
-Ids and pixels are what `processor.apply_chat_template(messages, tokenize=True)` gives; nothing is added. Which tokens
-are trained is decided in this order:
-1. The template has generation tags: transformers' own `assistant_masks`.
-2. The family's turn markers, found in the rendered text. A control token inside a message could forge a turn, so such a
-   row is refused, and the number of turns found must be the number of assistant messages.
+Ids and pixels are what `processor.apply_chat_template(messages, tokenize=True)` gives; nothing is added, cut or padded,
+whatever arguments of calls the tokenizer's files store. Which tokens are trained is decided in this order:
+1. The template has generation tags: what stands between them, as in transformers' own `assistant_masks`.
+2. The family's turn markers around the assistant's texts (`answers.py`). A control token inside a message could forge a
+   turn, so such a row is refused, and so is one in which the start or the end of an answer cannot be told.
 3. Otherwise the model directory is refused.
+Placeholders of media are never trained.
 """
 
 from __future__ import annotations
@@ -15,27 +16,62 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import transformers
 from jinja2.exceptions import TemplateError
-from packaging.version import Version
 from PIL import Image
+from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.video_utils import VideoMetadata
 
-from megatron_vlm.data.formats import Conversation, ImagePart, ImageSource, Message, TextPart
+from megatron_vlm.data.answers import (
+    REASONING_FIELD,
+    Span,
+    check_thinking,
+    find_answers,
+    find_marks,
+    find_thinking,
+    mark_messages,
+    match_tagged_answers,
+    tokens_of_spans,
+)
+from megatron_vlm.data.conversation import (
+    Conversation,
+    ImagePart,
+    ImageSize,
+    ImageSource,
+    Message,
+    TextPart,
+    ThinkingPart,
+)
 from megatron_vlm.data.media import Medium
-from megatron_vlm.data.processor import IMAGE_TOKEN_NAMES, load_processor
+from megatron_vlm.data.processor import (
+    IMAGE_TOKEN_NAMES,
+    check_added_tokens,
+    drop_stored_arguments,
+    load_processor,
+)
 from megatron_vlm.data.rules import PromptRules
+from megatron_vlm.data.template_limits import MOST_ADDED_CHARACTERS, limit_rendering, try_template
 from megatron_vlm.data.videos import Video
 from megatron_vlm.errors import ConfigError, DataError
 
-TRANSFORMERS = Version(transformers.__version__)
-# Earlier versions locate answers without counting the tokens by which images are replaced.
-TAGS_WITH_MEDIA_SINCE = Version("5.23")
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+# What templates and processors raise on a conversation they do not accept.
+REFUSALS = (
+    TemplateError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    MemoryError,
+)
+MOST_WORDS_OF_A_REFUSAL = 300
+PROBE = "a thought of the probe"
 
 
 @dataclass
@@ -50,6 +86,10 @@ class Sample:
     """Its images and videos in reading order."""
     media_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     """Inputs of the towers for all media in reading order, by name; see `media.Packed`. Empty without media."""
+    answer_ends: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    """Position after the last token of each answer, int64; with generation tags, of each text between them."""
+    empty_answers: int = 0
+    """Answers that say nothing: their end-of-turn token is trained, or dropped."""
 
     def count(self, kind: str) -> int:
         """Return how many media are of a kind."""
@@ -65,38 +105,52 @@ class PromptBuilder:
         min_pixels: fewest pixels of an image, or of all frames of a video together; None keeps the processor's own
             values.
         max_pixels: most pixels, likewise.
+        train_thinking: whether the thinking in answers is trained.
+        drop_empty_answers: whether answers that say nothing are left out of the loss.
 
     Raises:
         ConfigError: the directory cannot be loaded, has no chat template, or does not fit the model or the options.
     """
 
     def __init__(
-        self, hf_path: str | Path, rules: PromptRules, min_pixels: int | None = None, max_pixels: int | None = None
+        self,
+        hf_path: str | Path,
+        rules: PromptRules,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        train_thinking: bool = True,
+        drop_empty_answers: bool = False,
     ) -> None:
         self.rules = rules
+        self.train_thinking = train_thinking
+        self.drop_empty_answers = drop_empty_answers
         self.hf_path = str(hf_path)
         self.processor = load_processor(self.hf_path, rules, min_pixels, max_pixels)
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        self.notes: list[str] = []
+        """What the start should say about the directory, one line each."""
+        if ignored := drop_stored_arguments(self.processor):
+            self.notes.append(f"ignored settings in the tokenizer's files of {hf_path}: {', '.join(ignored)}")
+        if note := check_added_tokens(self.tokenizer, rules, self.hf_path):
+            self.notes.append(note)
         template = self.processor.chat_template
         template = template.get("default") if isinstance(template, dict) else template
+        self.template: str = template or ""
         if not template:
             raise ConfigError(f"{hf_path} has no chat template", "model.hf_path", "add a chat_template.jinja file")
+        try_template(template, self.hf_path)
         self.has_generation_tags = bool(GENERATION_TAG.search(template))
-        if self.has_generation_tags and rules.image_token_id is not None and TRANSFORMERS < TAGS_WITH_MEDIA_SINCE:
-            raise ConfigError(
-                f"the chat template of {hf_path} has generation tags, "
-                f"which transformers {TRANSFORMERS} misplaces in rows with images",
-                "model.hf_path",
-                f"install transformers {TAGS_WITH_MEDIA_SINCE} or later, or remove the tags: the assistant's turns are "
-                "then found by their markers",
-            )
-        if not self.has_generation_tags and rules.assistant_start not in _probe_prompt(self.processor, rules):
+        if not self.has_generation_tags and rules.assistant_start not in self._probe_prompt():
             raise ConfigError(
                 f"the chat template of {hf_path} does not mark the assistant's turns with {rules.assistant_start!r}",
                 "model.hf_path",
                 "put {% generation %} ... {% endgeneration %} around the assistant's text in the template",
             )
-        self._control_token = _control_token_pattern(self.tokenizer, rules)
+        named = [getattr(owner, name, None) for owner in (self.tokenizer, self.processor) for name in IMAGE_TOKEN_NAMES]
+        media_tokens = {token for token in (*named, *rules.media_tokens) if token}
+        self._forging_token = _any_of(
+            media_tokens if self.has_generation_tags else media_tokens | _turn_tokens(self.tokenizer, rules)
+        )
 
     def encode(self, conversation: Conversation, images: Sequence[Image.Image], videos: Sequence[Video] = ()) -> Sample:
         """Encode one conversation as tokens, trained mask and media.
@@ -107,33 +161,69 @@ class PromptBuilder:
             videos: its decoded videos in reading order.
 
         Raises:
-            DataError: the row cannot be rendered, has a control token in its text, or trains nothing.
+            DataError: the row cannot be rendered, has a control token in its text, or trains nothing; a row that would
+                train nothing but dropped empty answers is returned as it is.
         """
         assert not images or self.rules.image_token_id is not None
         assert not videos or self.rules.video_token_id is not None
         self._refuse_control_tokens(conversation)
         messages = conversation.template_messages(images, [video.frames for video in videos])
+        if conversation.has_thinking:
+            messages = self._place_thinking(messages, conversation.row_name)
+        answers = [message for message in conversation.messages if message.role == "assistant"]
+        losses = [message.loss and not (self.drop_empty_answers and message.is_empty_answer) for message in answers]
         try:
-            output = self._apply_template(messages, videos)
-        # What templates and processors raise on a conversation they do not accept.
-        except (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            with limit_rendering(self.template):
+                spans, untrained = self._find_spans(messages, conversation, all(losses))
+                output = self._apply_template(messages, videos)
+        except REFUSALS as error:
+            reason = str(error)[:MOST_WORDS_OF_A_REFUSAL] or type(error).__name__
             raise DataError(
-                f"the chat template or processor refuses the row: {error}",
+                f"the chat template or processor refuses the row: {reason}",
                 conversation.row_name,
                 "correct or remove the row",
             ) from None
         input_ids = np.array(output["input_ids"], np.int64)
-        if self.has_generation_tags:
-            trained = np.array(output["assistant_masks"], bool)
-        else:
-            trained = self._mask_by_markers(messages, output, conversation)
-        trained = _drop_untrained_turns(trained, conversation)
-        if not trained.any():
+        self._refuse_ids_without_rows(input_ids, conversation.row_name)
+        trained, answer_ends = self._mask(input_ids, output, spans, untrained, losses)
+        empty_answers = conversation.empty_answers
+        if not trained.any() and not (self.drop_empty_answers and empty_answers):
             raise DataError("no token of the row is trained", conversation.row_name, "add an assistant message")
         if self.rules.media is None:
-            return Sample(input_ids, trained)
+            return Sample(input_ids, trained, answer_ends=answer_ends, empty_answers=empty_answers)
         pixels, media = self.rules.media.pack(output if images or videos else {}, input_ids, conversation.row_name)
-        return Sample(input_ids, trained, media, {} if pixels is None else {"pixel_values": pixels})
+        media_inputs = {} if pixels is None else {"pixel_values": pixels}
+        return Sample(input_ids, trained, media, media_inputs, answer_ends, empty_answers)
+
+    def resized(self, image: Image.Image, size: ImageSize | None, row_name: str) -> Image.Image:
+        """Return an image in the size that its row asks for, before the processor sees it.
+
+        Raises:
+            DataError: the model scales all images to one size, or the processor's limits would change this one.
+        """
+        if size is None:
+            return image
+        fit = None if self.rules.media is None else self.rules.media.fit_image
+        if fit is None:
+            raise DataError(
+                "the row asks for the size of an image, which this model does not choose", row_name, "remove the keys"
+            )
+        sides, own = (image.height, image.width), ImageSize()
+        try:
+            asked = fit(self.processor, sides, size)
+            if asked == fit(self.processor, sides, own):
+                return image
+            kept = fit(self.processor, asked, own)
+        except ValueError as error:
+            raise DataError(f"the size that the row asks of an image: {error}", row_name, "correct it") from None
+        if kept != asked:
+            raise DataError(
+                f"the row asks for an image of {asked[0]} x {asked[1]} pixels, which the processor would make "
+                f"{kept[0]} x {kept[1]}",
+                row_name,
+                "correct the row, or widen the limits with data.min_pixels and data.max_pixels",
+            )
+        return image.resize(asked[::-1], Image.Resampling.BICUBIC)
 
     def sample_frames(self, metadata: VideoMetadata, frames_per_second: float | None) -> np.ndarray:
         """Return the indices of the frames that the video processor samples from a file; see `videos.Sampler`."""
@@ -159,11 +249,23 @@ class PromptBuilder:
         conversation = Conversation((Message("user", (blank,)), Message("assistant", "a")), "a blank image")
         return len(self.encode(conversation, [Image.new("RGB", (2, 2))]).input_ids)
 
+    def _probe_prompt(self) -> str:
+        """Render a minimal conversation with the template; return an empty string if it refuses."""
+        contents: list[Any] = ["a", "b"]
+        if self.rules.image_token_id is not None:
+            contents = [[{"type": "text", "text": text}] for text in contents]
+        messages = [
+            {"role": role, "content": content} for role, content in zip(("user", "assistant"), contents, strict=True)
+        ]
+        try:
+            with limit_rendering(self.template):
+                return self._render(messages)[0]
+        except REFUSALS:
+            return ""
+
     def _apply_template(self, messages: list[dict[str, Any]], videos: Sequence[Video]) -> dict[str, Any]:
         """Return the processor's output for one conversation, without the batch dimension on text."""
         options: dict[str, Any] = {"tokenize": True, "return_dict": True}
-        if self.has_generation_tags:
-            options["return_assistant_tokens_mask"] = True
         if self.rules.image_token_id is None:
             output = self.processor.apply_chat_template(
                 messages, tokenizer_kwargs={"return_offsets_mapping": True}, **options
@@ -180,110 +282,148 @@ class PromptBuilder:
             metadata = [video.metadata for video in videos]
             processor_options.update(do_sample_frames=False, video_metadata=metadata)
         output = self.processor.apply_chat_template(messages, processor_kwargs=processor_options, **options)
-        per_text = ("input_ids", "assistant_masks", "offset_mapping", "text_replacement_offsets")
+        per_text = ("input_ids", "offset_mapping", "text_replacement_offsets")
         return {key: value[0] if key in per_text else value for key, value in output.items()}
 
     def _refuse_control_tokens(self, conversation: Conversation) -> None:
         """Refuse control tokens in the text of messages: they would forge images, or turns found by markers."""
         for message in conversation.messages:
-            texts = [part.text for part in message.parts if isinstance(part, TextPart)]
+            texts = [part.text for part in message.parts if isinstance(part, TextPart | ThinkingPart)]
             # Templates join parts, some without the spaces around them.
             for text in ("".join(text.strip() for text in texts), str(message.fields or "")):
-                found = self._control_token.search(text)
-                if found and (not self.has_generation_tags or found.group() in self._image_tokens):
+                if found := self._forging_token.search(text):
                     raise DataError(
                         f"the text of a message contains the control token {found.group()}",
                         conversation.row_name,
                         "remove it from the text, or use a chat template with generation tags",
                     )
 
+    def _refuse_ids_without_rows(self, input_ids: np.ndarray, row_name: str) -> None:
+        """Refuse ids past the embedding: sharded and padded, it would read rows that mean nothing, or none at all."""
+        vocab_size = self.rules.vocab_size
+        if vocab_size is None or input_ids.max(initial=0) < vocab_size:
+            return
+        number = int(input_ids[np.argmax(input_ids >= vocab_size)])
+        raise DataError(
+            f"the row has the token {self.tokenizer.convert_ids_to_tokens(number)} with id {number}, but the model's "
+            f"embedding has {vocab_size} rows",
+            row_name,
+            "remove it from the row, or resize the model's embedding (resize_token_embeddings in transformers)",
+        )
+
+    def _render(self, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
+        """Render messages as `apply_chat_template` does; return the text and what stands between generation tags."""
+        output: Any = render_jinja_template(
+            conversations=[messages],
+            chat_template=self.template,
+            return_assistant_tokens_mask=self.has_generation_tags,
+            **self.tokenizer.special_tokens_map,
+        )
+        texts, tagged = output
+        return texts[0], [Span(*span) for span in tagged[0]] if tagged else []
+
+    def _place_thinking(self, messages: list[dict[str, Any]], row_name: str) -> list[dict[str, Any]]:
+        """Return messages with their thinking where the template looks for it: in a part, or beside the content."""
+        if self._thinking_style == "part":
+            return messages
+        if self._thinking_style == "field":
+            return [_with_reasoning_field(message, row_name) for message in messages]
+        raise DataError(
+            "the chat template writes no thinking", row_name, "remove the thinking, or use a template that writes it"
+        )
+
     @cached_property
-    def _image_tokens(self) -> set[str]:
-        named = [getattr(owner, name, None) for owner in (self.tokenizer, self.processor) for name in IMAGE_TOKEN_NAMES]
-        return {token for token in named if token}
+    def _thinking_style(self) -> Literal["part", "field"] | None:
+        if self._writes_thinking([{"type": "thinking", "thinking": PROBE}, {"type": "text", "text": "b"}]):
+            return "part"
+        return "field" if self._writes_thinking("b", **{REASONING_FIELD: PROBE}) else None
 
-    def _mask_by_markers(
-        self, messages: list[dict[str, Any]], output: dict[str, Any], conversation: Conversation
-    ) -> np.ndarray:
-        """Build the trained mask from the family's turn markers.
+    def _writes_thinking(self, content: Any, **fields: str) -> bool:
+        question = [{"type": "text", "text": "a"}] if isinstance(content, list) else "a"
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": content, **fields}]
+        try:
+            with limit_rendering(self.template):
+                return PROBE in self._render(messages)[0]
+        except REFUSALS:
+            return False
 
-        A turn's trained text starts after the start marker and ends with the end-of-turn token; the line break that
+    def _find_spans(
+        self, messages: list[dict[str, Any]], conversation: Conversation, trains_all: bool
+    ) -> tuple[list[Span], list[Span]]:
+        """Return the characters of every answer, and those in them that are not trained because they are thinking."""
+        row_name = conversation.row_name
+        answers = [number for number, message in enumerate(conversation.messages) if message.role == "assistant"]
+        rendered, spans = self._render(messages)
+        parts = [part for message in conversation.messages for part in message.parts]
+        said = sum(len(part.text) for part in parts if isinstance(part, TextPart | ThinkingPart))
+        if len(rendered) > MOST_ADDED_CHARACTERS + 4 * said:
+            raise DataError(
+                f"the chat template makes {len(rendered):,} characters of {said:,}", row_name, "correct the template"
+            )
+        if self.has_generation_tags and trains_all and not conversation.has_thinking:
+            return spans, []
+        marks = find_marks(rendered, self._render(mark_messages(messages))[0], row_name)
+        if not self.has_generation_tags:
+            spans = find_answers(rendered, marks, answers, self.rules, row_name)
+        elif not trains_all:
+            match_tagged_answers(spans, marks, answers, row_name)
+        check_thinking(messages, marks, row_name)
+        return spans, [] if self.train_thinking else find_thinking(spans, marks, row_name)
+
+    def _mask(
+        self,
+        input_ids: np.ndarray,
+        output: dict[str, Any],
+        spans: list[Span],
+        untrained: list[Span],
+        losses: list[bool],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return which tokens of answers, but the untrained, are trained, [S] bool, and the end of each answer.
+
+        An answer's trained text starts after the start marker and ends with the end-of-turn token; the line break that
         templates put after that token is not trained, because generation stops before it.
         """
-        prompt = self.processor.apply_chat_template(messages, tokenize=False)
-        start_marker, end_marker = re.escape(self.rules.assistant_start), re.escape(self.rules.assistant_end)
-        spans = [found.span(1) for found in re.finditer(f"{start_marker}(.*?{end_marker})", prompt, re.DOTALL)]
-        if len(spans) != conversation.num_assistant_turns:
-            raise DataError(
-                f"the rendered text has {len(spans)} assistant turns, the row {conversation.num_assistant_turns}",
-                conversation.row_name,
-            )
-        offsets = np.array(output["offset_mapping"]).reshape(-1, 2)
-        trained = np.zeros(len(offsets), bool)
+        offsets = np.array(output["offset_mapping"], np.int64).reshape(-1, 2)
         replacements = output.get("text_replacement_offsets") or []
-        for span in spans:
-            start, end = (position + _characters_gained(position, replacements) for position in span)
-            trained |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])
+        answer = tokens_of_spans(spans, offsets, replacements, whole=not self.has_generation_tags)
+        answered = answer >= 0
+        answer_ends = np.zeros(len(spans), np.int64)
+        np.maximum.at(answer_ends, answer[answered], np.flatnonzero(answered) + 1)
         # Features of a medium inside an answer are inputs, never targets.
-        return trained & ~np.isin(output["input_ids"], self.rules.media_token_ids)
+        trained = answered & ~np.isin(input_ids, self.rules.media_token_ids)
+        trained &= tokens_of_spans(untrained, offsets, replacements, whole=False) < 0
+        if not all(losses):
+            trained &= np.array([*losses, False])[answer]
+        return trained, answer_ends
 
 
-def turn_ends(trained: np.ndarray) -> np.ndarray:
-    """Return the position after the last token of each run of trained tokens, [turns] int64."""
-    return np.flatnonzero(trained & ~np.append(trained[1:], False)) + 1
-
-
-def _characters_gained(position: int, replacements: list[dict[str, Any]]) -> int:
-    """Return by how many characters `position` moved when the image placeholders before it were expanded."""
-    return sum(
-        (item["new_span"][1] - item["new_span"][0]) - (item["span"][1] - item["span"][0])
-        for item in replacements
-        if item["span"][1] <= position
-    )
-
-
-def _drop_untrained_turns(trained: np.ndarray, conversation: Conversation) -> np.ndarray:
-    """Return the mask without the turns whose message has `loss: false`."""
-    losses = [message.loss for message in conversation.messages if message.role == "assistant"]
-    if all(losses):
-        return trained
-    ends = turn_ends(trained)
-    if len(ends) != len(losses):
+def _with_reasoning_field(message: dict[str, Any], row_name: str) -> dict[str, Any]:
+    """Return a message with its thinking part, which must be the first and only one, beside its content."""
+    parts = message["content"] if isinstance(message["content"], list) else []
+    places = [place for place, part in enumerate(parts) if part["type"] == "thinking"]
+    if not places:
+        return message
+    if places != [0]:
         raise DataError(
-            f"`loss: false` cannot be applied: {len(ends)} trained turns for {len(losses)} assistant messages",
-            conversation.row_name,
+            "the chat template takes thinking only before what a message says",
+            row_name,
+            "write one thinking part, and write it first",
         )
-    kept, start = trained.copy(), 0
-    for end, loss in zip(ends.tolist(), losses, strict=True):
-        kept[start:end] &= loss
-        start = end
-    return kept
+    said = parts[1:]
+    content = said[0]["text"] if [part["type"] for part in said] == ["text"] else said
+    return {**message, "content": content, REASONING_FIELD: parts[0]["thinking"]}
 
 
-def _control_token_pattern(tokenizer: Any, rules: PromptRules) -> re.Pattern[str]:
-    """Build a pattern that matches every special token, every turn marker, and the tokens that markers consist of.
+def _turn_tokens(tokenizer: Any, rules: PromptRules) -> set[str]:
+    """Return the tokens that would forge a turn: turn markers, tokens that they consist of, and their like.
 
     Some tokenizers do not call those special, and to some a marker is ordinary text.
     """
-    markers = rules.assistant_start.strip(), rules.assistant_end
-    names = {
-        token.content
-        for token in tokenizer.added_tokens_decoder.values()
-        if token.special or (token.content in "".join(markers) and token.content.startswith("<"))
-    }
-    names.update(markers)
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+    markers = {rules.assistant_start.strip(), rules.assistant_end, *rules.other_starts, *rules.turn_tokens}
+    markers |= {token for name in ("bos", "eos", "pad") if (token := getattr(tokenizer, f"{name}_token"))}
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    return markers | {token for token in added if token.startswith("<") and token in "".join(markers)}
 
 
-def _probe_prompt(processor: Any, rules: PromptRules) -> str:
-    """Render a minimal conversation with the template; return an empty string if it refuses."""
-    contents: list[Any] = ["a", "b"]
-    if rules.image_token_id is not None:
-        contents = [[{"type": "text", "text": text}] for text in contents]
-    messages = [
-        {"role": role, "content": content} for role, content in zip(("user", "assistant"), contents, strict=True)
-    ]
-    try:
-        return str(processor.apply_chat_template(messages, tokenize=False))
-    except (TemplateError, TypeError, KeyError, IndexError):
-        return ""
+def _any_of(tokens: set[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")

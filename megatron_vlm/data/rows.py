@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
-from megatron_vlm.config import Config, DataSettings, DataSource
+from megatron_vlm.config import Config, DataSettings, DataSource, source_names
+from megatron_vlm.data import row_keys
 from megatron_vlm.data.collate import LoadedSample
-from megatron_vlm.data.formats import Conversation, parse_row
+from megatron_vlm.data.conversation import Conversation
+from megatron_vlm.data.formats import parse_row
 from megatron_vlm.data.images import load_image
-from megatron_vlm.data.index import JsonlRows, build_index
+from megatron_vlm.data.index import SourceRows
 from megatron_vlm.data.plan import PlannedSource
-from megatron_vlm.data.prompts import PromptBuilder, Sample, turn_ends
+from megatron_vlm.data.prompts import PromptBuilder, Sample
 from megatron_vlm.data.rules import PromptRules
+from megatron_vlm.data.urls import UrlAccess
 from megatron_vlm.data.videos import load_video, require_decoder
 from megatron_vlm.errors import ConfigError, DataError
 
 ROWS_PEEKED_FOR_IMAGES = 256
-FEWEST_ROWS_FOR_FRACTION = 100
+# Past these, or so many per token of data.seq_length, a row is refused before its text is rendered and tokenised, which
+# could take minutes; a token has no more characters than that but in runs of blanks.
+MOST_CHARACTERS, CHARACTERS_PER_TOKEN = 2**20, 32
+MOST_MESSAGES = 4096
 
 
 class RowReader:
@@ -40,24 +45,32 @@ class RowReader:
     def __init__(self, sources: Sequence[DataSource], settings: DataSettings, builder: PromptBuilder) -> None:
         self.settings = settings
         self.builder = builder
+        self._names = source_names(sources)
         self.weights = [source.weight for source in sources]
-        self.files = [JsonlRows(build_index(source.path)) for source in sources]
-        for file in self.files:
-            if settings.strict and file.index.unparsable_rows:
-                parse_row(*self._line(file, file.index.unparsable_rows[0]), file.directory)
+        self.sources = [SourceRows(source.path) for source in sources]
+        self._rendered = row_keys.names_in(builder.template)
+        for rows in self.sources:
+            if settings.strict and rows.unparsable_rows:
+                self._parse(rows, rows.unparsable_rows[0])
         self._check_image_fits()
+
+    @property
+    def url_access(self) -> UrlAccess:
+        """Which URLs of images are fetched."""
+        if not self.settings.allow_urls:
+            return UrlAccess.NONE
+        return UrlAccess.ALL if self.settings.allow_private_urls else UrlAccess.PUBLIC
 
     @property
     def names(self) -> list[str]:
         """Names of the sources, for reports."""
-        return [file.index.path for file in self.files]
+        return self._names
 
     def planned_sources(self) -> list[PlannedSource]:
         """Return the facts about the sources that the plan depends on."""
-        indices = [file.index for file in self.files]
         return [
-            PlannedSource(index.path, index.num_rows, index.digest, weight)
-            for index, weight in zip(indices, self.weights, strict=True)
+            PlannedSource(rows.path, rows.num_rows, rows.digest, weight)
+            for rows, weight in zip(self.sources, self.weights, strict=True)
         ]
 
     def conversation(self, source: int, row: int) -> Conversation:
@@ -66,16 +79,16 @@ class RowReader:
         Raises:
             DataError: the row has none of the known formats, or images or videos that the model does not take.
         """
-        file = self.files[source]
-        conversation = parse_row(*self._line(file, row), file.directory)
+        rows = self.sources[source]
+        conversation = self._parse(rows, row)
         rules = self.builder.rules
         if conversation.images and rules.image_token_id is None:
             raise DataError(
-                "the row has images but the model is text-only", file.name(row), "remove the images or the row"
+                "the row has images but the model is text-only", rows.name(row), "remove the images or the row"
             )
         if conversation.videos and rules.video_token_id is None:
             raise DataError(
-                "the row has videos, which this model does not take", file.name(row), "remove the videos or the row"
+                "the row has videos, which this model does not take", rows.name(row), "remove the videos or the row"
             )
         return conversation
 
@@ -86,34 +99,63 @@ class RowReader:
             DataError: the row is bad and `strict` is set, or too long and `too_long` is `error`.
             ConfigError: the row has an image and seq_length is too short for any.
         """
-        name = self.files[source].name(row)
+        name = self.sources[source].name(row)
         try:
             conversation = self.conversation(source, row)
+            self._refuse_huge(conversation)
             sample = self._encode(conversation)
         except DataError as error:
             if self.settings.strict:
                 raise
             return LoadedSample(self._padding_sample(), source, name, bad=True, problem=f"bad row: {error}")
+        if not sample.trained.any():
+            # All of its answers are empty and dropped.
+            return LoadedSample(self._padding_sample(sample.empty_answers), source, name)
         if len(sample.input_ids) <= self.settings.seq_length:
-            return LoadedSample(sample, source, name)
+            return LoadedSample(sample, source, name, unknown_keys=conversation.unknown_keys)
         return self._too_long(conversation, sample, source)
+
+    def num_tokens(self, source: int, row: int) -> int:
+        """Return the length of a row, whatever data.seq_length is.
+
+        Raises:
+            DataError: the row is bad.
+        """
+        conversation = self.conversation(source, row)
+        self._refuse_huge(conversation)
+        return len(self._encode(conversation).input_ids)
 
     def empty(self, source: int) -> LoadedSample:
         """Return a padding sample for a slot that holds no row."""
         return LoadedSample(self._padding_sample(), source, "")
 
-    def _line(self, file: JsonlRows, row: int) -> tuple[bytes, str]:
-        return file.read(row), file.name(row)
+    def _parse(self, rows: SourceRows, row: int) -> Conversation:
+        file, row = rows.locate(row)
+        return parse_row(file.read(row), file.name(row), file.directory, self._rendered)
+
+    def _refuse_huge(self, conversation: Conversation) -> None:
+        tokens = self.settings.seq_length
+        for what, count, limit in (
+            ("characters", conversation.characters, max(MOST_CHARACTERS, CHARACTERS_PER_TOKEN * tokens)),
+            ("messages", len(conversation.messages), max(MOST_MESSAGES, tokens)),
+        ):
+            if count > limit:
+                raise DataError(f"the row has {count} {what}, more than {limit}", conversation.row_name, "split it")
 
     def _encode(self, conversation: Conversation) -> Sample:
-        name, allow_urls = conversation.row_name, self.settings.allow_urls
-        images = [load_image(source, name, allow_urls) for source in conversation.images]
-        videos = [load_video(source, name, allow_urls, self.builder.sample_frames) for source in conversation.videos]
+        name, access = conversation.row_name, self.url_access
+        images = [
+            self.builder.resized(load_image(part.source, name, access), part.size, name)
+            for part in conversation.image_parts
+            if part.source is not None
+        ]
+        videos = [load_video(source, name, access, self.builder.sample_frames) for source in conversation.videos]
         return self.builder.encode(conversation, images, videos)
 
-    def _padding_sample(self) -> Sample:
+    def _padding_sample(self, empty_answers: int = 0) -> Sample:
         """Return a sample of one token that trains nothing."""
-        return Sample(np.array([self.builder.padding_token_id], np.int64), np.zeros(1, bool))
+        ids = np.array([self.builder.padding_token_id], np.int64)
+        return Sample(ids, np.zeros(1, bool), empty_answers=empty_answers)
 
     def _too_long(self, conversation: Conversation, sample: Sample, source: int) -> LoadedSample:
         limit, name = self.settings.seq_length, conversation.row_name
@@ -132,10 +174,10 @@ class RowReader:
     def _truncate(self, conversation: Conversation, sample: Sample) -> Sample | None:
         """Render the most leading messages that end with an assistant's, fit, and train something; None if none do."""
         limit = self.settings.seq_length
-        turns_that_may_fit = int((turn_ends(sample.trained) <= limit).sum())
+        turns_that_may_fit = int((sample.answer_ends <= limit).sum())
         answers = [number for number, message in enumerate(conversation.messages, 1) if message.role == "assistant"]
-        # A turn without trained tokens shows no end: then every earlier answer is a candidate.
-        complete = len(turn_ends(sample.trained)) == len(answers)
+        # A template may tag more or fewer texts than the answers: then every earlier answer is a candidate.
+        complete = len(sample.answer_ends) == len(answers)
         for count in reversed(answers[:turns_that_may_fit] if complete else answers[:-1]):
             try:
                 shorter = self._encode(conversation.first_messages(count))
@@ -158,8 +200,8 @@ class RowReader:
         """Refuse at once where the first rows have images beyond seq_length, or videos that cannot be decoded."""
         if self.builder.rules.image_token_id is None:
             return
-        for source, file in enumerate(self.files):
-            for row in islice(range(file.index.num_rows), ROWS_PEEKED_FOR_IMAGES):
+        for source, rows in enumerate(self.sources):
+            for row in islice(range(rows.num_rows), ROWS_PEEKED_FOR_IMAGES):
                 try:
                     conversation = self.conversation(source, row)
                 except DataError:
@@ -173,47 +215,23 @@ class RowReader:
 
 def reader_for(config: Config, sources: Sequence[DataSource], rules: PromptRules) -> RowReader:
     """Build the configuration's reader of `sources`; errors are those of `PromptBuilder` and `RowReader`."""
-    builder = PromptBuilder(config.model.hf_path, rules, config.data.min_pixels, config.data.max_pixels)
-    return RowReader(sources, config.data, builder)
+    data = config.data
+    builder = PromptBuilder(
+        config.model.hf_path, rules, data.min_pixels, data.max_pixels, data.train_thinking, data.drop_empty_answers
+    )
+    return RowReader(sources, data, builder)
 
 
-@dataclass
-class BadRowTracker:
-    """Ends a run whose fraction of bad rows passes the limit.
+def unknown_key_note(key: str, source: str, rows: str) -> str:
+    """Return the line that names a key of a source's rows which means nothing."""
+    return f"the key {key!r} means nothing here ({source}: {rows})"
 
-    The fraction is of the rows seen so far, but of no fewer than 100 (or all rows of smaller data sets), so that one
-    bad row at the start does not end a run that is fine. A row here is a sample of the data, not a row of a batch.
 
-    Args:
-        max_bad_fraction: largest fraction of bad rows.
-        total_rows: rows of all training sources.
-    """
-
-    max_bad_fraction: float
-    total_rows: int
-    bad_rows: int = 0
-    rows_seen: int = 0
-    last_problem: str | None = None
-
-    def update(self, bad_rows: int, rows: int, problems: Sequence[str] = ()) -> None:
-        """Count one step; every rank passes the sums over all ranks, so that all ranks stop together.
-
-        Args:
-            bad_rows: bad rows among those of the global batch.
-            rows: rows of the data that the global batch holds.
-            problems: descriptions of the bad rows that this rank read.
-
-        Raises:
-            DataError: the fraction passed the limit.
-        """
-        self.bad_rows += bad_rows
-        self.rows_seen += rows
-        self.last_problem = problems[-1] if problems else self.last_problem
-        fewest = min(FEWEST_ROWS_FOR_FRACTION, self.total_rows)
-        if self.bad_rows > self.max_bad_fraction * max(self.rows_seen, fewest):
-            last = f"; the last one seen here: {self.last_problem}" if self.last_problem else ""
-            raise DataError(
-                f"{self.bad_rows} of {self.rows_seen} rows are bad, more than data.max_bad_fraction "
-                f"{self.max_bad_fraction}{last}",
-                fix="repair the rows, or raise data.max_bad_fraction",
-            )
+def empty_answer_note(row_name: str, dropped: bool) -> str:
+    """Return the line that names the first row with an empty answer of a source."""
+    if dropped:
+        return f"an answer has no words and is left out of the loss (data.drop_empty_answers) [{row_name}]"
+    return (
+        f"an answer has no words; its end-of-turn token is trained all the same [{row_name}] -- correct the row, or "
+        "set data.drop_empty_answers to leave such answers out of the loss"
+    )

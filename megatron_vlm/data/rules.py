@@ -22,6 +22,16 @@ class PromptRules:
     """End-of-turn token, which the template puts after them; it is trained."""
     image_token_id: int | None
     """Id of the token that stands for one feature of an image; None for a text-only model."""
+    other_starts: tuple[str, ...] = ()
+    """Tokens that stand before an assistant's words in place of `assistant_start`, where that ends a user's turn and
+    the message before is another's."""
+    turn_tokens: tuple[str, ...] = ()
+    """Further tokens with which the family's format writes turns and tools; in a text they would forge one."""
+    media_tokens: tuple[str, ...] = ()
+    """Tokens that processors write around media and in their place, also where the model takes none; in a text they
+    would forge one."""
+    vocab_size: int | None = None
+    """Rows of the model's embedding; None where no model is known, as in tests of prompts alone."""
     bidirectional_images: bool = False
     """Tokens of one image attend to each other in both directions."""
     video_token_id: int | None = None

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from transformers.video_utils import VideoMetadata
 
-from megatron_vlm.data.formats import VideoSource
+from megatron_vlm.data.conversation import VideoSource
 from megatron_vlm.data.images import load_image
+from megatron_vlm.data.urls import UrlAccess
 from megatron_vlm.errors import ConfigError, DataError
 
 DEFAULT_FRAMES_PER_SECOND = 24.0
@@ -55,13 +56,13 @@ class Video:
         }
 
 
-def load_video(source: VideoSource, row_name: str, allow_urls: bool, sample_frames: Sampler) -> Video:
+def load_video(source: VideoSource, row_name: str, access: UrlAccess, sample_frames: Sampler) -> Video:
     """Read and decode one video.
 
     Args:
         source: a file, or a list of frames.
         row_name: file and line of the row, for error messages.
-        allow_urls: fetch frames from http(s) URLs instead of refusing them.
+        access: which URLs of frames are fetched.
         sample_frames: chooses the frames to take from a file.
 
     Raises:
@@ -69,7 +70,7 @@ def load_video(source: VideoSource, row_name: str, allow_urls: bool, sample_fram
         ConfigError: the package that decodes files is not installed.
     """
     if source.path is None:
-        frames = [np.asarray(load_image(frame, row_name, allow_urls)) for frame in source.frames]
+        frames = [np.asarray(load_image(frame, row_name, access)) for frame in source.frames]
         if len({frame.shape for frame in frames}) > 1:
             sizes = sorted({f"{frame.shape[1]} x {frame.shape[0]}" for frame in frames})
             raise DataError(f"the frames of a video differ in size: {', '.join(sizes)}", row_name, "scale them alike")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.files.assets import ASSET_PATTERNS
+from megatron_vlm.files.small_files import read_small
+from megatron_vlm.model_configs import check_numbers, check_raw_config
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -47,7 +50,15 @@ class Family:
 
     def config_from_hf(self, hf_config: PretrainedConfig, text_only: bool) -> Any:
         """Return the family's model configuration; ConfigError where its modules cannot compute what is asked."""
-        return self._function("config", "config_from_hf")(hf_config, text_only)
+        try:
+            config = self._function("config", "config_from_hf")(hf_config, text_only)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ConfigError(
+                f"a value cannot be used ({reason})", "config.json", "use a published configuration"
+            ) from error
+        check_numbers(config, self.name)
+        return config
 
     def build_chunk(
         self, model_config: VisionLanguageConfig, chunk: ChunkSettings, groups: ProcessGroupCollection
@@ -61,13 +72,15 @@ class Family:
 
     def prompt_rules(self, model_config: VisionLanguageConfig) -> PromptRules:
         """Return the rules by which turns, images and videos are written."""
-        return self._function("prompt", "prompt_rules")(model_config)
+        rules = self._function("prompt", "prompt_rules")(model_config)
+        return replace(rules, vocab_size=model_config.text.vocab_size)
 
     def _function(self, module: str, name: str) -> Callable[..., Any]:
         # The import is lazy: converting and reading data need no model code.
         return getattr(import_module(f"megatron_vlm.families.{self.name}.{module}"), name)
 
 
+_AGAIN = "download or export it again"
 FAMILIES = (
     Family("gemma3", ("gemma3", "gemma3_text"), "Gemma3Chunk"),
     Family("qwen3_vl", ("qwen3_vl", "qwen3_vl_moe"), "Qwen3VLChunk"),
@@ -86,16 +99,22 @@ def load_hf_config(directory: str | os.PathLike) -> PretrainedConfig:
     """
     path = Path(directory) / "config.json"
     try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError("no config.json", str(directory), "give a directory in Hugging Face format") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"config.json cannot be read: {error}", str(path), "download or export it again") from None
+        content = json.loads(read_small(path))
+    except (FileNotFoundError, NotADirectoryError):
+        raise _no_config(Path(directory)) from None
+    except OSError as error:
+        raise ConfigError(f"config.json cannot be read: {error.strerror}", str(path), _AGAIN) from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"config.json cannot be read: {error}", str(path), _AGAIN) from None
+    if not isinstance(content, dict):
+        raise ConfigError("config.json is not an object with keys", str(path), _AGAIN)
+    _check_kinds_of_files(Path(directory))
+    check_raw_config(content, str(path))
     family = _find(content.get("model_type"), str(path))
     try:
         hf_config = AutoConfig.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:  # whatever transformers' validation raises
-        raise ConfigError(f"transformers refuses config.json: {error}", str(path), "correct the key") from None
+        raise ConfigError(f"transformers refuses config.json: {str(error)[:300]}", str(path), "correct it") from None
     if family.head_tells_tie:
         # The import is lazy because it imports torch.
         from megatron_vlm.checkpoint.hf import stored_names
@@ -107,6 +126,28 @@ def load_hf_config(directory: str | os.PathLike) -> PretrainedConfig:
             # The class's default, tied, is right for the smallest published size only; the text part's is for all.
             set_tie(hf_config, bool(hf_config.get_text_config().tie_word_embeddings))
     return hf_config
+
+
+def _no_config(directory: Path) -> ConfigError:
+    """Tell what a directory is that has no config.json."""
+    fix = "give a directory in Hugging Face format"
+    if (directory / "adapter_config.json").is_file():
+        fix = "this is an adapter: merge it into its base model (PEFT's merge_and_unload), and give the merged one"
+    elif (directory / "params.json").is_file() or (directory / "consolidated.safetensors").is_file():
+        fix = "these are files in Mistral's own format: give the model's files in Hugging Face format"
+    elif directory.is_file():
+        fix = "this is a file: give the directory that it is in"
+    elif not directory.exists():
+        fix = "there is no such directory: give one in Hugging Face format; nothing is downloaded"
+    return ConfigError("no config.json", str(directory), fix)
+
+
+def _check_kinds_of_files(directory: Path) -> None:
+    """Refuse pipes and devices among a model's files, which libraries would wait for or read without end."""
+    patterns = (*ASSET_PATTERNS, "*.safetensors*", "*.json")
+    for path in sorted({path for pattern in patterns for path in directory.glob(pattern)}):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ConfigError("a pipe or device stands where a file belongs", str(path), _AGAIN)
 
 
 def set_tie(hf_config: PretrainedConfig, is_tied: bool) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from megatron_vlm.errors import CheckpointError
@@ -93,7 +96,8 @@ def staged_directory(directory: str | os.PathLike) -> Iterator[Path]:
     """A temporary sibling that becomes `directory` by one rename when the block ends without an error.
 
     Parents are created. Whoever writes files into the sibling syncs them to disk; the directory entries are synced
-    here. After an error the sibling is removed; after a kill it stays behind under a name that starts with a dot.
+    here. After an error the sibling is removed; after a kill it stays behind under a name that starts with a dot, until
+    the next call for the same place.
 
     Args:
         directory: the final place, missing or empty.
@@ -102,7 +106,8 @@ def staged_directory(directory: str | os.PathLike) -> Iterator[Path]:
         The temporary directory to write into.
     """
     target = check_export_target(directory)
-    staging = target.parent / f".{target.name}.partial-{os.getpid()}"
+    _remove_abandoned(target)
+    staging = target.parent / f".{target.name}.partial-{socket.gethostname()}-{os.getpid()}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
@@ -116,6 +121,15 @@ def staged_directory(directory: str | os.PathLike) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove siblings of earlier calls whose process has ended, as far as can be told from this machine."""
+    prefix = f".{target.name}.partial-{socket.gethostname()}-"
+    for path in target.parent.glob(f"{glob.escape(prefix)}*"):
+        pid = path.name.removeprefix(prefix)
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def sync_directory(directory: Path) -> None:

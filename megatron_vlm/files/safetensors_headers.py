@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -91,7 +92,10 @@ def read_shard_header(path: Path) -> Shard:
     """
     fix = "download or save this file again"
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError("a weight file is a pipe, a device or a directory", str(path), fix)
         with open(path, "rb") as stream:
             prefix = stream.read(8)
             header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
@@ -105,7 +109,7 @@ def read_shard_header(path: Path) -> Shard:
     if len(header) < header_bytes:
         raise CheckpointError(f"the file is truncated inside its header ({size} bytes)", str(path), fix)
     try:
-        tensors = _parse_header(json.loads(header), path.name, 8 + header_bytes)
+        tensors = _parse_header(json.loads(header, object_pairs_hook=_without_duplicates), path.name, 8 + header_bytes)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"corrupt safetensors header ({error})", str(path), fix) from error
     expected_bytes = tensors[-1].end_byte if tensors else 8 + header_bytes
@@ -115,16 +119,27 @@ def read_shard_header(path: Path) -> Shard:
     return Shard(path.name, prefix + header, tensors)
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        raise ValueError("a key stands twice")
+    return entries
+
+
 def _parse_header(header: Mapping[str, Any], file: str, data_start_byte: int) -> tuple[StoredTensor, ...]:
     tensors = []
     for name, entry in header.items():
         if name == "__metadata__":
+            if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
+                raise ValueError("__metadata__ maps other things than text to text")
             continue
         if entry["dtype"] not in TORCH_DTYPES:
             raise ValueError(f"{name} has the unknown dtype {entry['dtype']}")
         dtype, shape = TORCH_DTYPES[entry["dtype"]], tuple(entry["shape"])
         begin_byte, end_byte = entry["data_offsets"]
-        sizes_are_valid = all(isinstance(size, int) and size >= 0 for size in (*shape, begin_byte, end_byte))
+        # Also where another dimension is 0: torch counts in 64 bits.
+        sizes_are_valid = all(type(size) is int and size >= 0 for size in (*shape, begin_byte, end_byte))
+        sizes_are_valid = sizes_are_valid and math.prod(filter(None, shape)) < 2**60
         if not sizes_are_valid or end_byte - begin_byte != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{name}: shape {list(shape)} and offsets {begin_byte}..{end_byte} do not fit")
         tensors.append(StoredTensor(name, file, dtype, shape, data_start_byte + begin_byte, data_start_byte + end_byte))
@@ -165,6 +180,10 @@ class WeightFiles:
                 index = _encode_index(content)
         return cls(shards, index)
 
+    def with_format(self) -> WeightFiles:
+        """The same files with `format: pt` in every header, which loaders of earlier years ask for."""
+        return WeightFiles(tuple(map(_with_format, self.shards)), self.index)
+
     @classmethod
     def plan(
         cls,
@@ -200,6 +219,14 @@ class WeightFiles:
         return cls(shards, _encode_index({"metadata": metadata, "weight_map": weight_map}))
 
 
+def _with_format(shard: Shard) -> Shard:
+    header = json.loads(shard.header[8:])
+    metadata = header.get("__metadata__", {})
+    if metadata.get("format") == "pt":
+        return shard
+    return _encode_shard(shard.file, {**header, "__metadata__": metadata | {"format": "pt"}})
+
+
 def _encode_index(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
@@ -216,6 +243,11 @@ def _plan_shard(file: str, tensors: list[tuple[str, torch.dtype, tuple[int, ...]
             "data_offsets": [offset_byte, end_byte],
         }
         offset_byte = end_byte
+    return _encode_shard(file, header)
+
+
+def _encode_shard(file: str, header: dict[str, Any]) -> Shard:
+    """Encode the header of a file, padded to 8 bytes."""
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)
     return Shard(file, struct.pack("<Q", len(encoded)) + encoded, _parse_header(header, file, 8 + len(encoded)))

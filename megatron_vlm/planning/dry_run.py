@@ -10,16 +10,23 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megatron_vlm import platform
 from megatron_vlm.checkpoint.float8 import open_weights
-from megatron_vlm.checkpoint.run_folder import Manifest, find_checkpoint
+from megatron_vlm.checkpoint.run_folder import (
+    CHECKPOINTS_NAME,
+    Manifest,
+    find_checkpoint,
+    newest_complete,
+    step_folder,
+)
 from megatron_vlm.checkpoint.torch_dist import TorchDistReader
 from megatron_vlm.config import Config
 from megatron_vlm.conversion.convert import check_tied_copies, identity_of
 from megatron_vlm.conversion.passthrough import describe
-from megatron_vlm.data.describe import RowCheck, check_rows, describe_samples
+from megatron_vlm.data.describe import RowCheck, check_lengths, check_rows, describe_samples
 from megatron_vlm.data.rows import reader_for
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.errors import ConfigError, UserError, combine
@@ -31,6 +38,7 @@ from megatron_vlm.planning.memory import estimate_memory, format_communication, 
 from megatron_vlm.planning.preflight import check_export, check_layout, check_run_dir
 
 SAMPLES_SHOWN = 3
+ROWS_MEASURED = 64  # of each source
 
 
 @dataclass
@@ -63,7 +71,7 @@ def dry_run(config: Config, say: Callable[[str], None] = print) -> int:
     """
     if int(os.environ.get("RANK", "0")) > 0:
         return 0  # under torchrun the first rank reports for all
-    platform.initialize()  # as in training; importing it first also silences megatron-core's warnings
+    platform.initialize("cpu")  # the tensors that are counted need no device
     hf_config = registry.load_hf_config(config.model.hf_path)
     family = registry.detect(hf_config)
     model_config = family.config_from_hf(hf_config, text_only=config.model.text_only)
@@ -79,6 +87,8 @@ def dry_run(config: Config, say: Callable[[str], None] = print) -> int:
     report.attempt(lambda: _check_load(config, family, model_config))
     report.attempt(lambda: _check_places(config))
     report.attempt(lambda: _check_data(config, family.prompt_rules(model_config), checks))
+    if checks:
+        report.attempt(lambda: _check_lengths(config, family.prompt_rules(model_config)))
     if layouts:
         images_per_row = _images_per_row(checks[0]) if checks else 1.0
         report.attempt(lambda: _describe_memory(config, family, model_config, layouts[0], images_per_row))
@@ -185,11 +195,12 @@ def _check_places(config: Config) -> str:
     """Check the folders that the run writes."""
     check_run_dir(config)
     lines = [f"run_dir   {config.run_dir}"]
-    try:
-        step = Manifest.read(find_checkpoint(config.run_dir)).step
-    except UserError:
+    step, incomplete = newest_complete(Path(config.run_dir) / CHECKPOINTS_NAME)
+    lines += [f"  checkpoint {reason}" for reason in incomplete]
+    if step is None:
         lines[0] += " (a new run)"
     else:
+        Manifest.read(step_folder(Path(config.run_dir) / CHECKPOINTS_NAME, step))
         lines[0] += f" (resumes after step {step})"
     if check_export(config):
         lines.append(f"export    {config.checkpoint.export_hf} after the last step")
@@ -202,10 +213,22 @@ def _check_data(config: Config, rules: PromptRules, checks: list[RowCheck]) -> s
     for key, sources in (("train", config.data.train), ("valid", config.data.valid)):
         if not sources:
             continue
-        check = check_rows(reader_for(config, sources, rules))
+        reader = reader_for(config, sources, rules)
+        if not checks:
+            lines += [f"note      {note}" for note in reader.builder.notes]
+        check = check_rows(reader)
         checks.append(check)
         lines.append(f"data      {key}: {check}")
-        lines += [f"  {problem}" for problem in check.problems]
+        lines += [f"  {line}" for line in (*check.problems, *check.notes)]
     passes = config.train.train_iters * config.train.global_batch_size / max(1, checks[0].rows)
     lines.append(f"length    {config.train.train_iters} steps = {passes:.2f} passes over the training rows")
+    return "\n".join(lines)
+
+
+def _check_lengths(config: Config, rules: PromptRules) -> str:
+    """Check on a sample of the rows that enough of them fit into data.seq_length."""
+    lines = []
+    for key, sources in (("train", config.data.train), ("valid", config.data.valid)):
+        if sources:
+            lines.append(f"lengths   {key}: {check_lengths(reader_for(config, sources, rules), ROWS_MEASURED)}")
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm.checkpoint.run_folder import check_in_the_way, read_json
 from megatron_vlm.config import Config
 from megatron_vlm.config_checks import divisors, nearest_multiples
 from megatron_vlm.errors import ConfigError, LaunchError, UserError, combine
@@ -166,15 +167,17 @@ def _name_problems(config: Config, names: list[str]) -> Iterator[UserError]:
 
 
 def check_run_dir(config: Config) -> None:
-    """Make sure that the run folder can be written, without creating it.
+    """Make sure that the run folder can be written, without creating it, and that nothing is in the way there.
 
     Raises:
         ConfigError: the folder cannot be written.
+        CheckpointError: something else has the name of a file or folder that the run writes.
     """
     folder = Path(config.run_dir).absolute()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(f"run_dir {config.run_dir} cannot be written", where=str(nearest), fix="name another folder")
+    check_in_the_way(folder)
 
 
 def check_export(config: Config) -> bool:
@@ -189,7 +192,8 @@ def check_export(config: Config) -> bool:
     if config.checkpoint.export_hf is None:
         return False
     record = Path(config.run_dir) / EXPORT_RECORD
-    if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == _export_record(config):
+    fix = "remove it, and the exported directory if it is complete"
+    if record.exists() and read_json(record, fix) == _export_record(config):
         return False
     check_export_target(config.checkpoint.export_hf)
     return True

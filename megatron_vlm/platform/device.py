@@ -5,15 +5,18 @@ On CUDA: NCCL and megatron-core as it is. On CPU: gloo, with `megatron_cpu` maki
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import logging
 import os
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed
 
+from megatron_vlm.errors import ConfigError
 from megatron_vlm.platform import fused_adam, megatron_cpu, single_rank
 
 # megatron-core warns at import and at build of what is missing or deprecated in parts that are not used here.
@@ -24,6 +27,7 @@ logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 # Dense bf16 peak by name (NVIDIA data sheets, without sparsity); MFU is not printed for others.
 _PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12}
 
+_PCI_DEVICES = "/sys/bus/pci/devices/*"
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
@@ -61,6 +65,17 @@ class Platform:
         name = torch.cuda.get_device_name()
         return next((peak for key, peak in _PEAK_BF16_FLOPS.items() if key in name), None)
 
+    @property
+    def device_name(self) -> str:
+        """Name of the device for people."""
+        return torch.cuda.get_device_name() if self.accelerated else "CPU"
+
+    @property
+    def driver_version(self) -> str | None:
+        """Version of the NVIDIA driver, where it says one."""
+        path = Path("/sys/module/nvidia/version")
+        return path.read_text().strip() if self.accelerated and path.exists() else None
+
     def use_deterministic_algorithms(self) -> None:
         """Let torch refuse operations whose result depends on timing; call before the first device operation."""
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -75,16 +90,24 @@ class Platform:
 _CURRENT: Platform | None = None
 
 
-def initialize() -> Platform:
+def initialize(device_type: str = "auto") -> Platform:
     """Choose the device and make megatron-core work on it; call once per process, before using megatron-core.
 
     The CUDA device is the one of LOCAL_RANK. Without Transformer Engine and apex, megatron-core's distributed optimizer
     is given an Adam whose state has the layout that it expects (`fused_adam`).
+
+    Args:
+        device_type: "cuda", "cpu", or "auto": CUDA where the machine has an NVIDIA device.
+
+    Raises:
+        ConfigError: CUDA is asked for, or the machine has an NVIDIA device, and torch cannot use it.
     """
     global _CURRENT
-    if _CURRENT is not None:
+    if _CURRENT is not None and device_type in ("auto", _CURRENT.device.type):
         return _CURRENT
-    if torch.cuda.is_available():
+    takes_cuda = _takes_cuda(device_type)
+    assert _CURRENT is None, f"this process computes on {_CURRENT.device} already"
+    if takes_cuda:
         _ask_for_expandable_segments()
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
@@ -97,6 +120,44 @@ def initialize() -> Platform:
     if not has_transformer_engine() and importlib.util.find_spec("apex") is None:
         fused_adam.install()
     return _CURRENT
+
+
+def _takes_cuda(device_type: str) -> bool:
+    """Return whether to compute on CUDA; a machine whose driver is broken must not train on its CPU unasked."""
+    if device_type == "cpu":
+        return False
+    if torch.cuda.is_available():
+        return True
+    devices = _nvidia_devices()
+    if device_type == "auto" and (not devices or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")):
+        return False
+    asked = "device is cuda" if device_type == "cuda" else f"this machine has an NVIDIA device ({devices[0]})"
+    raise ConfigError(
+        f"{asked}, but torch {torch.__version__} cannot use CUDA: {_why_cuda_fails()}",
+        "device",
+        "repair the driver or install a torch that fits it, or set device to cpu",
+    )
+
+
+def _nvidia_devices() -> list[str]:
+    """Return traces of NVIDIA devices on this machine, whatever state their driver is in."""
+    nodes = sorted(glob.glob("/dev/nvidia[0-9]*"))
+    for folder in sorted(glob.glob(_PCI_DEVICES)):
+        try:
+            vendor, kind = (Path(folder, name).read_text().strip() for name in ("vendor", "class"))
+        except OSError:
+            continue
+        if vendor == "0x10de" and kind.startswith(("0x0300", "0x0302")):  # display and 3D controllers
+            nodes.append(f"PCI {Path(folder).name}")
+    return nodes
+
+
+def _why_cuda_fails() -> str:
+    try:
+        torch.cuda.init()
+    except Exception as error:  # whatever torch raises is the reason
+        return " ".join(str(error).split())
+    return "no CUDA device is visible"
 
 
 def _ask_for_expandable_segments() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
+import contextlib
 import importlib
 import json
 import os
+import re
 import sys
 import uuid
 from pathlib import Path
@@ -13,9 +14,11 @@ from types import ModuleType
 from typing import Any, Protocol, TextIO
 
 from megatron_vlm.config import Config, to_dict
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.errors import CheckpointError, ConfigError
 from megatron_vlm.files.durable import replace_durably
 from megatron_vlm.training.metrics import StepMetrics, evaluation_record, scalars, to_record
+
+LEAST_WAIT_SHOWN = 0.02  # of a step's time
 
 
 class Callback(Protocol):
@@ -29,6 +32,18 @@ class Callback(Protocol):
 
     def close(self) -> None:
         """The run has ended; write out what is buffered."""
+
+
+def check_packages(config: Config) -> None:
+    """Refuse loggers whose packages are missing, before anything else takes time.
+
+    Raises:
+        ConfigError: a package that `logging` asks for is not installed.
+    """
+    if config.logging.tensorboard:
+        _import("tensorboard", "logging.tensorboard", "false")
+    if config.logging.wandb is not None:
+        _import("wandb", "logging.wandb", "null")
 
 
 def build_loggers(config: Config, run_dir: str | os.PathLike, resume_step: int) -> list[Callback]:
@@ -52,7 +67,10 @@ def build_loggers(config: Config, run_dir: str | os.PathLike, resume_step: int) 
 
 
 class Console:
-    """Prints one line per logged step; tokens per expert are shown as the fewest, the mean and the most."""
+    """Prints one line per logged step, of at most 100 columns where nothing is the matter and there are no experts.
+
+    Tokens per expert are shown as the fewest, the mean and the most.
+    """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
@@ -60,30 +78,29 @@ class Console:
     def on_step(self, metrics: StepMetrics) -> None:
         """Print the step."""
         width = len(str(metrics.train_iters))
+        speed = f"{metrics.flops_per_second / 1e12:.3g} TFLOP/s" if metrics.mfu is None else f"MFU {metrics.mfu:.0%}"
         parts = [
             f"step {metrics.step:>{width}}/{metrics.train_iters}",
             f"loss {metrics.loss:.4f}",
-            *_expert_figures(metrics),
-            f"grad-norm {metrics.grad_norm:.3f}",
-            f"lr {metrics.lr:.2e}",
-            f"{metrics.tokens_per_second:,.0f} tokens/s",
-            f"{metrics.flops_per_second / 1e12:.3g} TFLOP/s/device",
+            f"norm {metrics.grad_norm:.3g}",
+            f"lr {metrics.lr:.1e}".replace("e-0", "e-"),
+            f"{_short(metrics.tokens_per_second)} tok/s",
+            speed,
+            f"{_short(metrics.peak_memory_bytes / 2**30)} GiB",
+            f"eta {_hours(metrics.seconds_left)}",
         ]
-        if metrics.mfu is not None:
-            parts.append(f"MFU {metrics.mfu:.1%}")
-        parts += [
-            f"memory {metrics.peak_memory_bytes / 2**30:.1f} GiB",
-            f"data-wait {metrics.data_wait_share:.0%}",
-            f"padding {metrics.padding_share:.0%}",
-            f"left {datetime.timedelta(seconds=round(metrics.seconds_left))}",
-        ]
+        if metrics.data_wait_share >= LEAST_WAIT_SHOWN:
+            parts.append(f"waits for data {metrics.data_wait_share:.0%}")
         if metrics.skipped:
             parts.append("UPDATE SKIPPED")
         if metrics.bad_rows:
             parts.append(f"BAD ROWS {metrics.bad_rows}")
         if metrics.too_long_rows:
             parts.append(f"too long rows {metrics.too_long_rows}")
-        print(" | ".join(parts), file=self._stream, flush=True)
+        if metrics.empty_answers:
+            parts.append(f"empty answers {metrics.empty_answers}")
+        parts += _expert_figures(metrics)
+        print("  ".join(parts), file=self._stream, flush=True)
 
     def on_evaluation(self, step: int, losses: dict[str, float]) -> None:
         """Print the losses; that of a single source equals the mean and is left out."""
@@ -93,6 +110,21 @@ class Console:
 
     def close(self) -> None:
         """Nothing is buffered."""
+
+
+def _hours(seconds: float) -> str:
+    """Format a time: 12:34, 1:02:03, 123:00:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
+def _short(number: float) -> str:
+    """Format a number with three digits: 412, 4.12k, 41.2k, 4.12M."""
+    for unit in ("", "k", "M"):
+        if number < 999.5:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}G"
 
 
 def _expert_figures(metrics: StepMetrics) -> list[str]:
@@ -110,44 +142,103 @@ class JsonLines:
     """Writes one object per line: steps in `metrics.jsonl`, evaluations in `evaluations.jsonl`.
 
     A run that went on past its last checkpoint before it ended repeats steps; their earlier lines are dropped, so that
-    each step occurs once, and so is a last line cut short by a crash.
+    each step occurs once, and so is a last line cut short by a crash; other lines that are no record of a step are an
+    error. Where the disk is full, lines are kept and written later.
     """
 
     def __init__(self, run_dir: str | os.PathLike, resume_step: int) -> None:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
         self._steps, self._evaluations = (
-            _open_from(Path(run_dir) / name, resume_step) for name in ("metrics.jsonl", "evaluations.jsonl")
+            LineFile(_kept_up_to(Path(run_dir) / name, resume_step)) for name in ("metrics.jsonl", "evaluations.jsonl")
         )
 
     def on_step(self, metrics: StepMetrics) -> None:
         """Append the step."""
-        self._steps.write(json.dumps(to_record(metrics)) + "\n")
+        self._steps.append(json.dumps(to_record(metrics)))
 
     def on_evaluation(self, step: int, losses: dict[str, float]) -> None:
         """Append the evaluation."""
-        self._evaluations.write(json.dumps(evaluation_record(step, losses)) + "\n")
+        self._evaluations.append(json.dumps(evaluation_record(step, losses)))
 
     def close(self) -> None:
-        """Close both files."""
+        """Write what is left and close both files."""
         self._steps.close()
         self._evaluations.close()
 
 
-def _open_from(path: Path, resume_step: int) -> TextIO:
-    """Open for appending, after dropping incomplete lines and those of steps beyond `resume_step`."""
+class LineFile:
+    """A file of whole lines: one that cannot be written is taken back, kept, and tried again with the next.
+
+    Args:
+        path: of the file, which ends with a whole line or does not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("ab", buffering=0)
+        self._size = path.stat().st_size
+        self._left = b""
+        self._has_warned = False
+
+    def append(self, line: str) -> None:
+        """Write a line, and those before it that could not be written."""
+        self._left += line.encode() + b"\n"
+        self._write()
+
+    def close(self) -> None:
+        """Close the file, after a last attempt to write what is left."""
+        if self._left:
+            self._write()
+        self._file.close()
+
+    def _write(self) -> None:
+        try:
+            is_whole = self._file.write(self._left) == len(self._left)
+        except OSError as error:
+            self._take_back(error.strerror or str(error))
+            return
+        if not is_whole:
+            self._take_back("there is room for a part only")
+            return
+        self._size, self._left, self._has_warned = self._size + len(self._left), b"", False
+
+    def _take_back(self, reason: str) -> None:
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._file.fileno(), self._size)
+        if not self._has_warned:
+            print(f"warning: {self.path} cannot be written ({reason}); its lines are kept and tried again", flush=True)
+        self._has_warned = True
+
+
+def _kept_up_to(path: Path, resume_step: int) -> Path:
+    """Drop incomplete last lines and those of steps beyond `resume_step`; returns the path.
+
+    Raises:
+        CheckpointError: another line is no record.
+    """
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    kept = "".join(line + "\n" for line in text.splitlines() if _is_up_to(line, resume_step))
-    if kept != text:
+    lines = text.split("\n")
+    last = lines.pop()  # what no line break ends was cut short
+    kept = ""
+    for number, line in enumerate(lines, 1):
+        step = _step_of(line)
+        if step is None:
+            raise CheckpointError(
+                f"line {number} is damaged", str(path), "correct the line or delete it, and start again"
+            )
+        kept += f"{line}\n" if step <= resume_step else ""
+    if kept != text or last:
         replace_durably(path, kept)
-    return path.open("a", encoding="utf-8", buffering=1)
+    return path
 
 
-def _is_up_to(line: str, resume_step: int) -> bool:
+def _step_of(line: str) -> int | None:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError:
-        return False
-    return isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= resume_step
+    except (ValueError, RecursionError):
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if isinstance(step, int) else None
 
 
 class TensorBoard:
@@ -214,7 +305,11 @@ class WandB:
 def _stable_id(path: Path) -> str:
     if not path.exists():
         replace_durably(path, uuid.uuid4().hex)
-    return path.read_text()
+    content = path.read_bytes()
+    if not re.fullmatch(rb"[0-9a-f]{32}", content):
+        fix = "put the id of the W&B run there, or remove the file to log to a new one"
+        raise CheckpointError(f"damaged: {content[:40]!r}", str(path), fix)
+    return content.decode()
 
 
 def _import(package: str, key: str, off: str) -> ModuleType:

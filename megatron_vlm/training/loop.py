@@ -4,36 +4,42 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed
-import yaml
 
 from megatron_vlm import platform
 from megatron_vlm.checkpoint.manager import on_first_rank
+from megatron_vlm.checkpoint.run_folder import CHECKPOINTS_NAME, published_steps, reading_manifest
+from megatron_vlm.checkpoint.run_owner import RunOwner
 from megatron_vlm.config import Config, changed_settings, to_dict, to_yaml
-from megatron_vlm.conversion.passthrough import describe
+from megatron_vlm.conversion.passthrough import check_kept, describe
 from megatron_vlm.conversion.running_model import export_hf_from_model
 from megatron_vlm.data.collate import MicroBatch
-from megatron_vlm.data.rows import BadRowTracker
-from megatron_vlm.errors import ConfigError, DataError, DivergenceError
+from megatron_vlm.data.row_limits import RowLimits
+from megatron_vlm.errors import CheckpointError, ConfigError, DataError, DivergenceError, SaveError
+from megatron_vlm.files.config_files import read_config_file
 from megatron_vlm.files.durable import replace_durably
 from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.planning.flops import ModelFlops
 from megatron_vlm.planning.preflight import record_export
-from megatron_vlm.training.loggers import Callback, build_loggers
-from megatron_vlm.training.metrics import StepMetrics, expert_statistics
+from megatron_vlm.training.loggers import Callback, build_loggers, check_packages
+from megatron_vlm.training.metrics import Pace, StepMetrics, expert_statistics, over_steps
 from megatron_vlm.training.optimizer import apply_gradients, gradient_norm, learning_rates
 from megatron_vlm.training.profiling import ProfileWindow
+from megatron_vlm.training.rank_watch import RankWatch
 from megatron_vlm.training.setup import Run, initialize_distributed, set_up
-from megatron_vlm.training.signals import StopRequests
+from megatron_vlm.training.signals import StoppedBeforeTraining, StopRequests
+from megatron_vlm.training.start import banner, environment, record_start
 from megatron_vlm.training.step import collect_expert_use, run_global_batch
 from megatron_vlm.training.step_check import StepCheck
 
-COUNTERS = "samples bad_rows too_long_rows real_tokens label_tokens padded_tokens images videos".split()
+SAVES_TRIED_PER_INTERVAL = 10
+COUNTERS = "samples bad_rows too_long_rows empty_answers real_tokens label_tokens padded_tokens images videos".split()
 EXIT_DONE = 0
 
 
@@ -43,22 +49,36 @@ def train(config: Config) -> int:
     Raises:
         UserError: what the user can correct; nothing that was saved is lost.
     """
-    initialize_distributed(config.parallel.distributed_timeout_minutes)
+    timeout_minutes = config.parallel.distributed_timeout_minutes
+    initialize_distributed(timeout_minutes, config.device)
     failed = True
     try:
-        with StopRequests() as requests:
-            run = set_up(config)
-            try:
-                Trainer(run, requests).run()
-            finally:
-                run.train_loader.close()
-                if run.valid_loader is not None:
-                    run.valid_loader.close()
-        torch.distributed.barrier()
+        with RankWatch(timeout_minutes * 60) as watch:
+            with StopRequests() as requests, RunOwner(config.run_dir) as owner:
+                _train_as_owner(config, watch, requests, owner)
+            torch.distributed.barrier()
         failed = False
     finally:
         platform.current().leave_process_group(failed)
     return EXIT_DONE
+
+
+def _train_as_owner(config: Config, watch: RankWatch, requests: StopRequests, owner: RunOwner) -> None:
+    try:
+        check_packages(config)
+        run = set_up(config, owner, requests)
+    except StoppedBeforeTraining as stop:
+        number = stop.number
+        on_first_rank(lambda: _write_stop(Path(config.run_dir), number))
+        return
+    try:
+        trainer = Trainer(run, requests)
+        watch.progress = lambda: trainer.step
+        trainer.run()
+    finally:
+        run.train_loader.close()
+        if run.valid_loader is not None:
+            run.valid_loader.close()
 
 
 class Trainer:
@@ -74,39 +94,50 @@ class Trainer:
         self.config, self.device = run.config, platform.current().device
         self.run_dir = Path(run.config.run_dir)
         self.step_check = StepCheck(self.config.train.spike_ratio)
-        rows = sum(source.num_rows for source in run.train_loader.plan.sources)
-        self.bad_rows = BadRowTracker(self.config.data.max_bad_fraction, rows)
+        self.row_limits = RowLimits(self.config.data, run.train_loader.plan.sources, run.train_loader.source_names)
         self.flops = ModelFlops(run.family, run.model_config, Trainable(self.config.model.freeze), run.groups)
         self.step = 0
+        self._retried_at = 0
+        """Step after which a save that failed is tried again."""
         self.loggers: list[Callback] = []
+        self._failed_loggers: list[Callback] = []
+        self._not_logged: list[StepMetrics] = []
+        """Steps since the last that was logged."""
+        self.pace = Pace(max(self.config.train.eval_interval or 0, self.config.checkpoint.save_interval or 0))
         self.profile = ProfileWindow(self.run_dir, self.config.logging.profile if run.is_first_rank else None)
 
     def run(self) -> None:
         """Resume, train to the last step or a stop, save, export."""
+        if self.run_state.is_first_rank:
+            print("\n".join(banner(self.run_state, environment())), flush=True)
         self._resume()
         on_first_rank(self._prepare_folder)
         on_first_rank(self._open_loggers)
         try:
             stopped = self._train()
-            self._save()
+            if self.step > 0:
+                self._save()
             self.run_state.checkpoints.finalize(blocking=True)
             if stopped is not None:
                 on_first_rank(
                     lambda: _write_json(self.run_dir / "stopped.json", {"reason": stopped, "step": self.step})
                 )
             else:
+                self.row_limits.check_end()
                 self._export()
         finally:
             self.profile.close()
-            for logger in self.loggers:
-                logger.close()
+            self._tell_loggers(lambda logger: logger.close())
 
     def _train(self) -> str | None:
         """Run the steps up to the last; return why training stopped before it, or None."""
         train, first = self.config.train, self.step
+        request = self._agree_on_request()
+        if request:
+            return _reason(request)
         while self.step < train.train_iters:
             request = self._step()
-            self.run_state.checkpoints.finalize()
+            self._try_to_save(self.run_state.checkpoints.finalize)
             is_last = self.step == train.train_iters
             if self.run_state.valid_loader is not None and (
                 is_last or (train.eval_interval and self.step % train.eval_interval == 0)
@@ -115,13 +146,23 @@ class Trainer:
             if is_last:
                 return None
             if request:
-                return f"signal {signal.Signals(request).name}"
+                return _reason(request)
             if train.exit_interval and self.step - first >= train.exit_interval:
                 return "exit_interval"
             interval = self.config.checkpoint.save_interval
-            if interval and self.step % interval == 0:
-                self._save()
+            if interval and (self.step % interval == 0 or self.step == self._retried_at):
+                self._try_to_save(self._save)
         return None
+
+    def _try_to_save(self, save: Callable[[], object]) -> None:
+        """Run a part of an interim save; where the disk is full, training goes on and tries again soon."""
+        try:
+            save()
+        except SaveError as error:
+            interval = self.config.checkpoint.save_interval
+            self._retried_at = self.step + max(1, (interval or 0) // SAVES_TRIED_PER_INTERVAL)
+            if self.run_state.is_first_rank:
+                print(f"warning: {error}; it is tried again after step {self._retried_at}", flush=True)
 
     def _step(self) -> int:
         """Run one optimizer step; return the number of a signal that some rank received, or 0."""
@@ -152,17 +193,20 @@ class Trainer:
         counts = self._sum_over_data_ranks([*own, *lengths])
         counters = {name: int(count) for name, count in zip(COUNTERS, counts, strict=False)}
         # Bringing these figures to the host waits for the update too, so that the step's time is honest.
-        request, wait, peak = self._largest([self.requests.number, waited, platform.current().peak_memory_bytes()])
+        figures = [self.requests.poll(), self._is_lost(), waited, platform.current().peak_memory_bytes()]
+        request, lost, wait, peak = self._largest(figures)
         seconds = time.perf_counter() - began
+        self.pace.step_ended()
         self._log(
             losses, loss, norm, counters, counts[len(own) :], expert_use, seconds, wait, peak, problem is not None
         )
         problems = [problem for batch in batches for problem in batch.problems]
         try:
-            self.bad_rows.update(counters["bad_rows"], counters["samples"], problems)
+            self.row_limits.update(counters, [count for _, count in losses], problems)
         except DataError:
             self._publish_before_failing()
             raise
+        self._end_if(lost)
         return int(request)
 
     def _log(
@@ -200,6 +244,7 @@ class Trainer:
             videos=counters["videos"],
             bad_rows=counters["bad_rows"],
             too_long_rows=counters["too_long_rows"],
+            empty_answers=counters["empty_answers"],
             step_seconds=seconds,
             data_wait_seconds=wait_seconds,
             source_losses={name: total / count for name, (total, count) in zip(names, losses, strict=True) if count},
@@ -208,12 +253,28 @@ class Trainer:
             model_flops=self.flops.of(lengths),
             world_size=torch.distributed.get_world_size(),
             skipped=skipped,
+            samples=run.train_loader.consumed_samples,
+            epoch=run.train_loader.consumed_samples / run.train_loader.plan.num_rows,
+            time=time.time(),
+            seconds_left=self.pace.seconds_for(train.train_iters - self.step),
             experts=None if expert_use is None else expert_statistics(expert_use[0]),
             load_balancing_loss=balance,
         )
+        self._not_logged.append(metrics)
         if skipped or self.step % train.log_interval == 0 or self.step == train.train_iters:
-            for logger in self.loggers:
-                logger.on_step(metrics)
+            logged = over_steps(self._not_logged)
+            self._not_logged = []
+            self._tell_loggers(lambda logger: logger.on_step(logged))
+
+    def _tell_loggers(self, what: Callable[[Callback], None]) -> None:
+        """Hand something to every logger; one that cannot write is named once, and training goes on without it."""
+        for logger in self.loggers:
+            try:
+                what(logger)
+            except OSError as error:
+                if logger not in self._failed_loggers:
+                    print(f"warning: {type(logger).__name__} cannot log: {error}", file=sys.stderr, flush=True)
+                self._failed_loggers.append(logger)
 
     def _evaluate(self) -> int:
         """Log the loss on the held-out data; return the number of a signal received meanwhile, which ends it early."""
@@ -228,21 +289,41 @@ class Trainer:
             for _ in range(loader.num_global_batches):
                 batches = self._to_device(loader.global_batch())
                 sums += run_global_batch(run.model, batches, run.groups, len(loader.source_names), forward_only=True)
-                request = int(self._largest([self.requests.number])[0])
+                request = self._agree_on_request()
                 if request:
                     break
         collect_expert_use(run.model, run.groups)  # what was counted here is not part of the next step
         loader.seek(0)
         totals = sums.tolist()
         label_tokens = sum(count for _, count in totals)
+        if not label_tokens and not request:
+            self._save()
+            self._publish_before_failing()
+            raise DataError(
+                f"the held-out rows ({', '.join(loader.source_names)}) have no trained token",
+                "data.valid",
+                "look at them with tools/inspect_data.py, or leave data.valid out",
+            )
         if self.loggers and label_tokens and not request:
             losses = {"all": sum(total for total, _ in totals) / label_tokens}
             losses |= {
                 name: total / count for name, (total, count) in zip(loader.source_names, totals, strict=True) if count
             }
-            for logger in self.loggers:
-                logger.on_evaluation(self.step, losses)
+            self._tell_loggers(lambda logger: logger.on_evaluation(self.step, losses))
         return request
+
+    def _agree_on_request(self) -> int:
+        """Return the number of a signal that some rank received, or 0; end all ranks if the folder is another's."""
+        request, lost = self._largest([self.requests.poll(), self._is_lost()])
+        self._end_if(lost)
+        return int(request)
+
+    def _is_lost(self) -> bool:
+        return self.run_state.owner.lost is not None
+
+    def _end_if(self, lost: float) -> None:
+        if lost:
+            on_first_rank(self.run_state.owner.confirm)
 
     def _resume(self) -> None:
         run, train_iters = self.run_state, self.config.train.train_iters
@@ -257,11 +338,21 @@ class Trainer:
         resumed = run.checkpoints.load(run.model, run.optimizer, run.scheduler)
         if resumed is not None:
             self.step = resumed.step
-            run.train_loader.load_state_dict(dict(resumed.data))
-            self.step_check.load_state_dict(resumed.extra["guard"])
-            self.bad_rows.bad_rows, self.bad_rows.rows_seen = resumed.extra["bad_rows"]
+            with reading_manifest(resumed.folder, "data"):
+                run.train_loader.load_state_dict(dict(resumed.data))
+            with reading_manifest(resumed.folder, "extra"):
+                self.step_check.load_state_dict(resumed.extra["guard"])
+                self.row_limits.load_state_dict(resumed.extra.get("row_limits") or resumed.extra["bad_rows"])
+            if run.due_export:
+                carried, hf_dir = run.checkpoints.passthrough or (), Path(self.config.model.hf_path)
+                on_first_rank(lambda: check_kept(carried, run.checkpoints.directory, hf_dir))
+            for line in run.checkpoints.set_aside():
+                if run.is_first_rank:
+                    print(line, flush=True)
             if run.is_first_rank:
                 print(f"resuming after step {self.step} of {train_iters}", flush=True)
+                if self.step == train_iters:
+                    print("this run is finished: nothing is left to train", flush=True)
 
     def _save(self) -> None:
         """Save this step, unless it is saved already."""
@@ -273,7 +364,7 @@ class Trainer:
             run.scheduler,
             run.train_loader.state_dict(),
             to_yaml(self.config),
-            {"guard": self.step_check.state_dict(), "bad_rows": [self.bad_rows.bad_rows, self.bad_rows.rows_seen]},
+            {"guard": self.step_check.state_dict(), "row_limits": self.row_limits.state_dict()},
         )
 
     def _export(self) -> None:
@@ -282,7 +373,14 @@ class Trainer:
             return
         hf_path, checkpoints = self.config.model.hf_path, run.checkpoints.directory
         carried = export_hf_from_model(
-            run.model, hf_path, target, run.family, run.model_config, run.groups, checkpoints
+            run.model,
+            hf_path,
+            target,
+            run.family,
+            run.model_config,
+            run.groups,
+            checkpoints,
+            run.checkpoints.passthrough or (),
         )
         on_first_rank(lambda: record_export(self.config))
         if run.is_first_rank:
@@ -295,11 +393,12 @@ class Trainer:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.run_dir / "config.yaml"
         if self.step and path.exists():
-            changes = list(changed_settings(yaml.safe_load(path.read_text(encoding="utf-8")), to_dict(self.config)))
+            changes = _changes_since(path, self.config)
             if changes:
                 print(f"settings changed since the last start: {', '.join(changes)}", flush=True)
         replace_durably(path, to_yaml(self.config))
         (self.run_dir / "stopped.json").unlink(missing_ok=True)
+        record_start(self.run_dir, environment(), self.step, self.config)
 
     def _open_loggers(self) -> None:
         self.loggers = build_loggers(self.config, self.run_dir, self.step)
@@ -334,6 +433,27 @@ class Trainer:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
         return tensor.tolist()
+
+
+def _reason(number: int) -> str:
+    return f"signal {signal.Signals(number).name}"
+
+
+def _write_stop(run_dir: Path, number: int) -> None:
+    """Say why this start did no step."""
+    steps = published_steps(run_dir / CHECKPOINTS_NAME)
+    _write_json(run_dir / "stopped.json", {"reason": _reason(number), "step": steps[-1] if steps else 0})
+
+
+def _changes_since(path: Path, config: Config) -> list[str]:
+    """Return the settings that differ from those in a run's file, in words."""
+    fix = "remove the file; the run then goes on without telling which settings changed"
+    try:
+        return list(changed_settings(read_config_file(str(path)).content, to_dict(config)))
+    except ConfigError as error:
+        raise CheckpointError(f"damaged: {error.what}", error.where, fix) from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"damaged: {error}", str(path), fix) from None
 
 
 def _write_json(path: Path, content: object) -> None:

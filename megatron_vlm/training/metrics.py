@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from time import monotonic
 from typing import Any
 
 import torch
 
 from megatron_vlm import platform
+
+FEWEST_STEPS_OF_PACE = 20
+_COUNTS = ("tokens label_tokens padded_tokens images videos bad_rows too_long_rows empty_answers").split()
+_MEANS = "grad_norm step_seconds data_wait_seconds model_flops".split()
 
 
 @dataclass(frozen=True)
@@ -49,13 +56,13 @@ def expert_statistics(tokens: torch.Tensor) -> ExpertStatistics:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Figures of one optimizer step; counts are over the global batch.
+    """Figures of one optimizer step, or of several in a row (`over_steps`); counts are over the global batches.
 
     Attributes:
         step: number of the step, from 1.
         train_iters: steps of the whole run.
         loss: mean over the label tokens.
-        grad_norm: global gradient norm before clipping.
+        grad_norm: global gradient norm before clipping; of several steps, the mean.
         lr: learning rate of parts without a multiplier.
         lr_by_part: learning rate of each part that trains.
         tokens: real tokens, image tokens included and padding not.
@@ -65,14 +72,20 @@ class StepMetrics:
         videos: number of videos.
         bad_rows: rows without weight because they cannot be used.
         too_long_rows: rows without weight because they have more than data.seq_length tokens.
-        step_seconds: wall-clock time of the step, waiting for data included.
+        step_seconds: wall-clock time of a step, waiting for data included.
         data_wait_seconds: part of it spent waiting for the next batch.
         source_losses: mean loss per data source that has label tokens.
         source_label_tokens: label tokens per data source.
         peak_memory_bytes: peak memory of the rank that held most.
-        model_flops: FLOPs that the model needs for the batch, forward and backward (`planning.flops`).
+        model_flops: FLOPs that the model needs for a batch, forward and backward (`planning.flops`).
         world_size: number of devices.
         skipped: whether the update was left out, because loss or gradient norm was not finite or leapt up.
+        empty_answers: answers that say nothing, of which at most the end-of-turn token is trained.
+        steps: how many steps the figures are of.
+        samples: rows of the data taken in the whole run so far.
+        epoch: the same in passes over the data.
+        time: when the step ended, in seconds since 1970.
+        seconds_left: time to the end of the run at the pace of the last steps, evaluations and saves included.
         load_balancing_loss: the loss without its coefficient, mean over the micro-batches weighted by their label
             tokens; None where there is none. `loss` does not contain it.
         experts: how evenly experts were used; None where there are none.
@@ -99,18 +112,24 @@ class StepMetrics:
     model_flops: float
     world_size: int
     skipped: bool
+    empty_answers: int = 0
+    steps: int = 1
+    samples: int = 0
+    epoch: float = 0.0
+    time: float = 0.0
+    seconds_left: float = 0.0
     load_balancing_loss: float | None = None
     experts: ExpertStatistics | None = None
 
     @property
     def tokens_per_second(self) -> float:
         """Real tokens per second over all devices."""
-        return self.tokens / self.step_seconds
+        return self.tokens / (self.steps * self.step_seconds)
 
     @property
     def images_per_second(self) -> float:
         """Images per second over all devices."""
-        return self.images / self.step_seconds
+        return self.images / (self.steps * self.step_seconds)
 
     @property
     def flops_per_second(self) -> float:
@@ -138,10 +157,58 @@ class StepMetrics:
         """Fraction of the step spent waiting for data."""
         return self.data_wait_seconds / self.step_seconds
 
-    @property
-    def seconds_left(self) -> float:
-        """Time to the end of the run if every step took as long as this one."""
-        return (self.train_iters - self.step) * self.step_seconds
+
+class Pace:
+    """Wall-clock time from the end of one step to the end of the next, over the last steps.
+
+    Args:
+        interval: steps in which everything that comes regularly (evaluations, saves) comes once.
+    """
+
+    def __init__(self, interval: int = 0) -> None:
+        self._ends = deque([monotonic()], maxlen=max(interval, FEWEST_STEPS_OF_PACE) + 1)
+
+    def step_ended(self) -> None:
+        """Note the time."""
+        self._ends.append(monotonic())
+
+    def seconds_for(self, steps: int) -> float:
+        """Return the time that so many steps will take."""
+        return steps * (self._ends[-1] - self._ends[0]) / max(1, len(self._ends) - 1)
+
+
+def over_steps(steps: Sequence[StepMetrics]) -> StepMetrics:
+    """Return the figures of several steps in a row: counts add up, the others are means; the rest is the last step's.
+
+    Losses are means over label tokens, as in one step. Experts' figures are the last step's.
+    """
+    last, count = steps[-1], len(steps)
+    if count == 1:
+        return last
+    sums = {name: sum(getattr(each, name) for each in steps) for name in _COUNTS}
+    means = {name: sum(getattr(each, name) for each in steps) / count for name in _MEANS}
+    labels = {name: sum(each.source_label_tokens[name] for each in steps) for name in last.source_label_tokens}
+    source_losses = {
+        name: sum(each.source_losses.get(name, 0.0) * each.source_label_tokens[name] for each in steps) / number
+        for name, number in labels.items()
+        if number
+    }
+    weights = [each.label_tokens / max(1, sums["label_tokens"]) for each in steps]
+    balance = None
+    if last.load_balancing_loss is not None:
+        balance = sum(weight * (each.load_balancing_loss or 0.0) for weight, each in zip(weights, steps, strict=True))
+    return replace(
+        last,
+        **sums,
+        **means,
+        loss=sum(weight * each.loss for weight, each in zip(weights, steps, strict=True)),
+        source_losses=source_losses,
+        source_label_tokens=labels,
+        peak_memory_bytes=max(each.peak_memory_bytes for each in steps),
+        skipped=any(each.skipped for each in steps),
+        load_balancing_loss=balance,
+        steps=count,
+    )
 
 
 def to_record(metrics: StepMetrics) -> dict[str, Any]:
@@ -163,7 +230,6 @@ def to_record(metrics: StepMetrics) -> dict[str, Any]:
         "padding_share": metrics.padding_share,
         "label_token_share": metrics.label_token_share,
         "data_wait_share": metrics.data_wait_share,
-        "seconds_left": metrics.seconds_left,
     }
     return finite(record)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron_vlm import platform
 from megatron_vlm.checkpoint.manager import CheckpointManager, load_weights, on_first_rank
 from megatron_vlm.checkpoint.run_folder import ModelIdentity
+from megatron_vlm.checkpoint.run_owner import RunOwner
 from megatron_vlm.config import Config
 from megatron_vlm.conversion import passthrough
 from megatron_vlm.conversion.running_model import load_hf_into_model
@@ -32,6 +32,8 @@ from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.planning.preflight import check_export, check_layout, check_run_dir
 from megatron_vlm.training.optimizer import build_optimizer, build_scheduler
+from megatron_vlm.training.rank_watch import collective_timeout
+from megatron_vlm.training.signals import StopRequests
 
 
 @dataclass
@@ -54,6 +56,7 @@ class Run:
     valid_loader: MicroBatchLoader | None
     checkpoints: CheckpointManager
     due_export: bool
+    owner: RunOwner
 
     @property
     def is_first_rank(self) -> bool:
@@ -61,10 +64,10 @@ class Run:
         return torch.distributed.get_rank() == 0
 
 
-def initialize_distributed(timeout_minutes: int) -> None:
-    """Join the ranks that torchrun started; without torchrun, be the only one."""
-    backend = platform.initialize().backend
-    timeout = timedelta(minutes=timeout_minutes)
+def initialize_distributed(timeout_minutes: int, device: str = "auto") -> None:
+    """Join the ranks that torchrun started, computing on `device`; without torchrun, be the only one."""
+    backend = platform.initialize(device).backend
+    timeout = collective_timeout(timeout_minutes)
     if "RANK" in os.environ:
         torch.distributed.init_process_group(backend, timeout=timeout)
     else:
@@ -73,11 +76,17 @@ def initialize_distributed(timeout_minutes: int) -> None:
         )
 
 
-def set_up(config: Config) -> Run:
+def set_up(config: Config, owner: RunOwner, requests: StopRequests) -> Run:
     """Check, read, build and load; torch.distributed must be initialised.
 
+    Args:
+        config: a validated configuration.
+        owner: takes the run folder, after the checks that are cheap and before anything in it is changed.
+        requests: asked between the parts that take long.
+
     Raises:
-        UserError: whatever the configuration, data, weights or checkpoints are refused for.
+        UserError: whatever the configuration, data, weights or checkpoints are refused for, or the folder is in use.
+        StoppedBeforeTraining: some rank received a signal.
     """
     hf_config = registry.load_hf_config(config.model.hf_path)
     family = registry.detect(hf_config)
@@ -87,12 +96,15 @@ def set_up(config: Config) -> Run:
     layout = check_layout(config, model_config, torch.distributed.get_world_size(), names)
     check_run_dir(config)
     due_export = check_export(config)
-    groups = build_groups(layout, timedelta(minutes=config.parallel.distributed_timeout_minutes))
+    on_first_rank(lambda: owner.take(lambda: requests.poll() != 0))
+    requests.raise_if_stopped()
+    groups = build_groups(layout, collective_timeout(config.parallel.distributed_timeout_minutes))
     initialize_megatron(config.train.seed, groups)
     if config.train.deterministic:
         platform.current().use_deterministic_algorithms()
 
     train_loader, valid_loader = _build_loaders(config, layout, family.prompt_rules(model_config), groups)
+    requests.raise_if_stopped()
     identity = ModelIdentity(
         family.name,
         hf_config.model_type,
@@ -108,11 +120,15 @@ def set_up(config: Config) -> Run:
         config.train.precision,
         config.checkpoint.keep_last,
         config.checkpoint.async_save,
+        owner,
     )
     chunks = _build_model(config, layout, family, model_config, groups)
     if checkpoints.latest_step() is None:
         loaded = _load_first_weights(config, chunks, family, model_config, groups, identity)
-        on_first_rank(lambda: passthrough.begin_run(checkpoints.directory, loaded, config.model.hf_path, weight_map))
+        checkpoints.passthrough = on_first_rank(
+            lambda: passthrough.begin_run(checkpoints.directory, loaded, config.model.hf_path, weight_map)
+        )
+    requests.raise_if_stopped()
     parallel = config.parallel
     model = wrap_data_parallel(
         chunks,
@@ -137,6 +153,7 @@ def set_up(config: Config) -> Run:
         valid_loader,
         checkpoints,
         due_export,
+        owner,
     )
 
 

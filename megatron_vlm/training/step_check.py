@@ -43,4 +43,4 @@ class StepCheck:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Continue from a saved state."""
-        self.mean, self.steps = state["mean"], int(state["steps"])
+        self.mean, self.steps = float(state["mean"]), int(state["steps"])

@@ -342,15 +342,19 @@ def test_weights_come_from_a_checkpoint_of_weights_only(tmp_path):
     assert torch.equal(states[-1][f"parameter.0.{EMBEDDING}"], last_copy), "the last stage's copy"
 
 
-@pytest.mark.parametrize("damage", ["truncated", "removed", "metadata"])
+@pytest.mark.parametrize("damage", ["truncated", "removed", "metadata", "overwritten"])
 def test_damage_is_reported_on_every_rank(source, tmp_path, damage):
     shutil.copytree(source[0], tmp_path, dirs_exist_ok=True)
     checkpoint = tmp_path / f"step_{STEPS:08d}"
     file = checkpoint / ".metadata" if damage == "metadata" else max(checkpoint.glob("*.distcp"))
-    file.unlink() if damage == "removed" else os.truncate(file, 300)
+    if damage == "overwritten":
+        file.write_bytes(bytes(file.stat().st_size))
+    else:
+        file.unlink() if damage == "removed" else os.truncate(file, 300)
     for fails in (load_fails, partial(load_weights_fails, identity=IDENTITY)):
         for message in run_ranks(2, fails, Settings(TestLayout(2, pipeline=2)), str(tmp_path)):
-            assert str(checkpoint) in message and ("damaged" in message or "metadata" in message)
+            assert str(checkpoint) in message and any(word in message for word in ("damaged", "metadata", "incomplete"))
+            assert ("cannot be read, rank" in message) == (damage == "overwritten")
             assert "\n" not in message
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import struct
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from megatron_vlm.checkpoint import hf
@@ -112,6 +114,21 @@ def test_a_small_plan_is_one_file_and_the_library_reads_it(tmp_path: Path) -> No
     assert all(loaded[name].equal(tensor) for name, tensor in tensors.items())
 
 
+@pytest.mark.parametrize("present", [None, {"source": "here"}, {"format": "tf"}])
+def test_what_is_written_says_that_it_is_for_torch(tmp_path: Path, present: dict[str, str] | None) -> None:
+    """Loaders of earlier years refuse files that do not; other metadata stay, and so do the tensors."""
+    tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.arange(4).to(torch.int8)}
+    (tmp_path / "source").mkdir()
+    save_file(tensors, tmp_path / "source" / "model.safetensors", metadata=present)
+    with SafetensorsReader(tmp_path / "source") as reader:
+        write(tmp_path / "out", reader.files.with_format(), tensors)
+        assert (reader.files.with_format() == reader.files) is False
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as written:
+        assert written.metadata() == (present or {}) | {"format": "pt"}
+    loaded = load_file(tmp_path / "out" / "model.safetensors")
+    assert loaded.keys() == tensors.keys() and all(loaded[name].equal(tensor) for name, tensor in tensors.items())
+
+
 def test_a_wrong_total_in_an_index_is_corrected(copied: Path, tmp_path: Path) -> None:
     path = copied / "model.safetensors.index.json"
     index = json.loads(path.read_text())
@@ -162,6 +179,43 @@ def claim_more_rows(header: dict) -> None:
     first["shape"][0] += 1
 
 
+def first_shape(*shape: object) -> Callable[[dict], None]:
+    def change(header: dict) -> None:
+        next(entry for name, entry in header.items() if name != "__metadata__")["shape"] = list(shape)
+
+    return change
+
+
+def small_file(directory: Path, shape: list[int]) -> None:
+    """A file without data, which tensors of no elements have."""
+    header = json.dumps({"x": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    shard(directory).write_bytes(struct.pack("<Q", len(header)) + header)
+
+
+def metadata(value: object) -> Callable[[dict], None]:
+    return lambda header: header.update(__metadata__=value)
+
+
+def replaced_by(
+    make: Callable[[Path], object], name: str = "model-00001-of-00002.safetensors"
+) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        (directory / name).unlink()
+        make(directory / name)
+
+    return change
+
+
+def repeat_a_key(directory: Path) -> None:
+    data = shard(directory).read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = data[8 : 8 + length].rstrip()
+    first = json.loads(header)
+    name, entry = next((name, entry) for name, entry in first.items() if name != "__metadata__")
+    header = header[:-1] + f",{json.dumps(name)}:{json.dumps(entry)}}}".encode()
+    shard(directory).write_bytes(struct.pack("<Q", len(header)) + header + data[8 + length :])
+
+
 def index_entry(file: str) -> Callable[[Path], None]:
     def change(directory: Path) -> None:
         path = directory / "model.safetensors.index.json"
@@ -187,6 +241,21 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "garbage": (lambda d: shard(d).write_bytes(b"\x40" + bytes(7) + b"{" * 200), "corrupt.*model-00001"),
     "overlapping offsets": (lambda d: overwrite_header(d, move_first_tensor), "corrupt.*belong to no tensor"),
     "shape beyond offsets": (lambda d: overwrite_header(d, claim_more_rows), "corrupt.*do not fit"),
+    "shape of text": (lambda d: overwrite_header(d, first_shape("4", 2)), "corrupt.*do not fit"),
+    "shape of fractions": (lambda d: overwrite_header(d, first_shape(4.0, 2)), "corrupt.*do not fit"),
+    "shape of booleans": (lambda d: overwrite_header(d, first_shape(True, 2)), "corrupt.*do not fit"),
+    "negative shape": (lambda d: overwrite_header(d, first_shape(-4, -2)), "corrupt.*do not fit"),
+    "shape that overflows": (lambda d: small_file(d, [2**62, 2**62]), "corrupt.*do not fit"),
+    "empty and too large": (lambda d: small_file(d, [0, 2**70]), "corrupt.*do not fit"),
+    "metadata of numbers": (lambda d: overwrite_header(d, metadata({"format": 1})), "corrupt.*__metadata__"),
+    "metadata of text": (lambda d: overwrite_header(d, metadata("pt")), "corrupt.*__metadata__"),
+    "a key twice": (repeat_a_key, "corrupt.*a key stands twice"),
+    "a pipe": (replaced_by(os.mkfifo), "a weight file is a pipe.*model-00001"),
+    "a device": (replaced_by(lambda path: path.symlink_to("/dev/zero")), "a weight file is a pipe, a device"),
+    "index is a pipe": (
+        replaced_by(os.mkfifo, "model.safetensors.index.json"),
+        "cannot read the index: this is a pipe or device",
+    ),
     "index points up": (index_entry("../model-00001-of-00002.safetensors"), "not a plain safetensors file name"),
     "index is absolute": (index_entry("/etc/passwd"), "not a plain safetensors file name"),
     "index names a pickle": (index_entry("pytorch_model.bin"), "not a plain safetensors file name"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 
 from megatron_vlm.checkpoint import run_folder
 from megatron_vlm.checkpoint.manager import CheckpointManager
+from megatron_vlm.checkpoint.run_folder import Manifest
 from megatron_vlm.conversion import passthrough
 from megatron_vlm.conversion.convert import export_checkpoint, identity_of, import_checkpoint, verify_checkpoint
 from megatron_vlm.conversion.running_model import export_hf_from_model, load_hf_into_model
@@ -83,6 +86,31 @@ def test_a_checkpoint_without_them_takes_those_of_the_reference(source: Path, tm
     assert files(tmp_path / "out") == files(source)
 
 
+def test_those_that_are_gone_are_missed(source: Path, imported: Path, tmp_path: Path) -> None:
+    """Deleted by hand: an export without them would say nothing. A reference with weights stands in for them."""
+    assert set(Manifest.read(imported).passthrough or ()) == CARRIED
+    shutil.rmtree(imported / run_folder.PASSTHROUGH_NAME)
+    bare = without_weights(source, tmp_path / "bare")
+    with pytest.raises(CheckpointError, match=r"4 tensors that are only carried through are gone: mtp.*passthrough\]"):
+        export_checkpoint(imported, bare, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert set(export_checkpoint(imported, source, tmp_path / "out")) == CARRIED
+    with pytest.raises(CheckpointError, match="are gone"):
+        passthrough.check_kept(sorted(CARRIED), imported, bare)
+    passthrough.check_kept(sorted(CARRIED), imported, source)
+    passthrough.check_kept((), imported, bare)
+
+
+def test_a_manifest_that_does_not_name_them(source: Path, imported: Path, tmp_path: Path) -> None:
+    """As earlier versions wrote it; they are exported all the same."""
+    path = imported / run_folder.MANIFEST_NAME
+    content = json.loads(path.read_text())
+    del content["passthrough"]
+    path.write_text(json.dumps(content))
+    assert Manifest.read(imported).passthrough is None
+    assert set(export_checkpoint(imported, without_weights(source, tmp_path / "bare"), tmp_path / "out")) == CARRIED
+
+
 def test_several_files(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(safetensors_headers.WeightFiles.plan.__func__, "__defaults__", (100,))
     import_checkpoint(source, tmp_path / "checkpoint")
@@ -143,6 +171,7 @@ def save_twice_and_export(source: Path, reference: Path, folder: Path) -> tuple[
         manager = CheckpointManager(
             checkpoints, groups, identity, layout.sizes(), "fp32", keep_last=1, async_save=False
         )
+        manager.passthrough = sorted(CARRIED)
         for step in (1, 2):
             manager.save(step, [stage], None, None, data_state={}, config_yaml="")
         return export_hf_from_model([stage], reference, folder / "out", FAMILY, config, groups, checkpoints)
@@ -160,6 +189,7 @@ def test_a_run_keeps_them_in_every_checkpoint(source: Path, tmp_path: Path, has_
     checkpoints = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["passthrough", "step_00000002"]
     check_carried(checkpoints / "step_00000002" / "passthrough", expected)
+    assert set(Manifest.read(checkpoints / "step_00000002").passthrough or ()) == CARRIED
     kept, shared = (
         folder / "passthrough" / "model.safetensors" for folder in (checkpoints, checkpoints / "step_00000002")
     )

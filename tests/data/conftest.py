@@ -29,7 +29,6 @@ from tests.data.tiny_processor import (
     build_processor,
     build_qwen_processor,
 )
-from tests.versions import HAS_TAGS_WITH_MEDIA
 
 SOFT_TOKENS = 4
 
@@ -68,15 +67,9 @@ def builder(hf_path: Path, rules: PromptRules) -> PromptBuilder:
     return PromptBuilder(hf_path, rules)
 
 
-def tagged(path: Path, rules: PromptRules) -> PromptBuilder:
-    if not HAS_TAGS_WITH_MEDIA:
-        pytest.skip("needs transformers 5.23")
-    return PromptBuilder(path, rules)
-
-
 @pytest.fixture(scope="session")
 def tagged_builder(tagged_hf_path: Path, rules: PromptRules) -> PromptBuilder:
-    return tagged(tagged_hf_path, rules)
+    return PromptBuilder(tagged_hf_path, rules)
 
 
 @pytest.fixture(scope="session")
@@ -108,7 +101,7 @@ def qwen_builder(qwen_path: Path, qwen_rules: PromptRules) -> PromptBuilder:
 
 @pytest.fixture(scope="session")
 def tagged_qwen_builder(tagged_qwen_path: Path, qwen_rules: PromptRules) -> PromptBuilder:
-    return tagged(tagged_qwen_path, qwen_rules)
+    return PromptBuilder(tagged_qwen_path, qwen_rules)
 
 
 @pytest.fixture(scope="session")
@@ -136,7 +129,7 @@ def mistral_builder(mistral_path: Path, mistral_rules: PromptRules) -> PromptBui
 
 @pytest.fixture(scope="session")
 def tagged_mistral_builder(tagged_mistral_path: Path, mistral_rules: PromptRules) -> PromptBuilder:
-    return tagged(tagged_mistral_path, mistral_rules)
+    return PromptBuilder(tagged_mistral_path, mistral_rules)
 
 
 @pytest.fixture
@@ -174,7 +167,7 @@ def read_rows(builder: PromptBuilder, folder: Path, rows: list[Any], **settings:
 def make_config(hf_path: Path, folder: Path) -> Callable[..., Config]:
     """Makes a configuration over files written to `folder`, with data settings as keywords."""
 
-    def make(sources: list[DataSource], global_batch_size: int = 8, **settings: Any) -> Config:
+    def make(sources: list[DataSource], global_batch_size: int = 8, hf_path: Path = hf_path, **settings: Any) -> Config:
         return Config(
             run_dir=str(folder / "run"),
             model=ModelSettings(hf_path=str(hf_path)),

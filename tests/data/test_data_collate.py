@@ -57,6 +57,7 @@ def test_shapes_types_and_counters(reader: RowReader) -> None:
         "bad_rows": 1,
         "too_long_rows": 0,
         "truncated_rows": 0,
+        "empty_answers": 0,
         "images": 3,
         "videos": 0,
         "real_tokens": real,

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_vlm.data.formats import Conversation, ImagePart, ImageSource, TextPart, parse_row
+from megatron_vlm.data.conversation import Conversation, ImagePart, ImageSource, TextPart
+from megatron_vlm.data.formats import parse_row
 from megatron_vlm.errors import DataError
 from tests.data.rows import assistant, row, text, user
 
@@ -104,9 +105,13 @@ def test_system_text_beside_the_turns() -> None:
 
 
 def test_loss_flag_and_further_fields() -> None:
-    parsed = parse(row(user("a"), {**assistant("b"), "loss": False, "name": "bot", "weight": None}))
-    assert parsed.messages[1].loss is False
-    assert parsed.template_messages([])[1] == {"role": "assistant", "content": [text("b")], "name": "bot"}
+    line = json.dumps(row(user("a"), {**assistant("b"), "loss": False, "name": "bot", "weight": None}))
+    rendered, not_rendered = (parse_row(line, "row", FOLDER, frozenset(names)) for names in ({"name"}, ()))
+    assert rendered.messages[1].loss is False
+    assert rendered.template_messages([])[1] == {"role": "assistant", "content": [text("b")], "name": "bot"}
+    assert not rendered.unknown_keys
+    assert not_rendered.template_messages([])[1] == {"role": "assistant", "content": [text("b")]}
+    assert not_rendered.unknown_keys == ("messages.name",)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +127,7 @@ def test_loss_flag_and_further_fields() -> None:
         ({"conversations": [{"from": {}, "value": "a"}]}, "unknown role '{}'"),
         (row({"role": "user", "content": None}), "content is None"),
         (row({"role": "user", "content": ["a"]}), "not a content part"),
-        (row({**assistant("a"), "loss": "no"}), "`loss` is 'no'"),
+        (row({**assistant("a"), "loss": "no"}), "`loss` is no"),
         (row(user({"type": "image"})), "1 image placeholders but 0 images"),
         ({"conversations": [{"from": "human", "value": "<image>"}]}, "1 image placeholders but 0 images"),
         (
@@ -132,9 +137,9 @@ def test_loss_flag_and_further_fields() -> None:
         ({"conversations": [{"from": "human", "value": "Hi"}], "image": "a.png"}, "0 image placeholders but 1 images"),
         (row(user({"type": "image", "image": "data:image/png,abc"})), "data URI is not base64"),
         (row(user({"type": "image", "base64": "??"})), "not base64"),
-        (row(user({"type": "image", "image": "a", "url": "b"})), "more than one image"),
+        (row(user({"type": "image", "image": "a", "url": "b"})), "image part has `image` and `url`"),
         (row(user({"type": "audio", "audio": "a.wav"})), "'audio' is not built yet for this family"),
-        ({**row(user("a")), "tools": [{"name": "search"}]}, "tools, which are not built yet"),
+        ({**row(user("a")), "tools": [{"name": "search"}]}, "the row has 'tools'"),
     ],
 )
 def test_refusals_name_the_row(content: Any, message: str) -> None:

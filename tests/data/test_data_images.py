@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.server
 import io
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ import pytest
 from PIL import Image, ImageFile
 from transformers.image_utils import load_image_as_tensor
 
-from megatron_vlm.data import images
-from megatron_vlm.data.formats import ImageSource
+from megatron_vlm.data import images, urls
+from megatron_vlm.data.conversation import ImageSource
 from megatron_vlm.data.images import load_image
+from megatron_vlm.data.urls import UrlAccess
 from megatron_vlm.errors import DataError
 from tests.versions import needs_transformers_5_21
 
@@ -45,6 +48,10 @@ def rotated() -> Image.Exif:
         ("RGBA", "PNG", {}),
         ("L", "PNG", {}),
         ("P", "PNG", {}),
+        ("P", "PNG", {"transparency": 3}),
+        ("P", "PNG", {"transparency": bytes(range(256))}),
+        ("L", "PNG", {"transparency": 5}),
+        ("P", "GIF", {"transparency": 3}),
         ("LA", "PNG", {}),
         ("RGB", "JPEG", {"quality": 60}),
         ("CMYK", "JPEG", {}),
@@ -58,12 +65,12 @@ def test_pixels_equal_those_of_transformers(tmp_path: Path, mode: str, kind: str
     path.write_bytes(encoded(picture().convert(mode), kind, **options))
     theirs = load_image_as_tensor(str(path)).permute(1, 2, 0).numpy()
     for source in (ImageSource(path=path), ImageSource(data=path.read_bytes())):
-        assert np.array_equal(np.asarray(load_image(source, "row", False)), theirs)
+        assert np.array_equal(np.asarray(load_image(source, "row", UrlAccess.NONE)), theirs)
 
 
-def refusal(source: ImageSource, allow_urls: bool = False) -> str:
+def refusal(source: ImageSource, access: UrlAccess = UrlAccess.NONE) -> str:
     with pytest.raises(DataError) as raised:
-        load_image(source, "rows.jsonl:7", allow_urls)
+        load_image(source, "rows.jsonl:7", access)
     assert raised.value.where == "rows.jsonl:7"
     return str(raised.value)
 
@@ -103,28 +110,83 @@ def test_files_larger_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "larger than 10 bytes" in refusal(ImageSource(path=path))
 
 
-class OnePicture(http.server.BaseHTTPRequestHandler):
+class Pictures(http.server.BaseHTTPRequestHandler):
+    """Serves a picture, and answers that no picture can be made of."""
+
     def do_GET(self) -> None:
-        self.send_response(200 if self.path == "/a.png" else 404)
+        if self.path == "/slow.png":
+            time.sleep(1.0)  # past the deadline of the test
+        if self.path.startswith("/to/"):
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/to/"))
+        elif self.path == "/headers.png":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 1000 + b"\r\n")
+            return
+        elif self.path == "/nonsense.png":
+            self.wfile.write(b"nonsense\r\n\r\n")
+            return
+        elif self.path == "/cut.png":
+            self.send_response(200)
+            self.send_header("Content-Length", "1000000")
+        else:
+            self.send_response(200 if self.path == "/a.png" else 404)
         self.end_headers()
-        if self.path == "/a.png":
+        if self.path in ("/a.png", "/cut.png"):
             self.wfile.write(encoded(picture(), "PNG"))
 
     def log_message(self, format: str, *args: Any) -> None:
         """Keep the test's output quiet."""
 
 
-def test_urls_only_where_allowed() -> None:
-    server = http.server.HTTPServer(("127.0.0.1", 0), OnePicture)
+@pytest.fixture
+def address() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients that leave early
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    try:
-        address = f"http://127.0.0.1:{server.server_port}"
-        assert "data.allow_urls" in refusal(ImageSource(url=f"{address}/a.png"))
-        loaded = load_image(ImageSource(url=f"{address}/a.png"), "row", allow_urls=True)
-        assert np.array_equal(np.asarray(loaded), np.asarray(picture()))
-        assert "cannot be fetched" in refusal(ImageSource(url=f"{address}/b.png"), allow_urls=True)
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_urls_only_where_allowed(address: str) -> None:
+    source = ImageSource(url=f"{address}/a.png")
+    assert "data.allow_urls" in refusal(source)
+    assert "private address 127.0.0.1" in refusal(source, UrlAccess.PUBLIC)
+    assert "data.allow_private_urls" in refusal(source, UrlAccess.PUBLIC)
+    assert np.array_equal(np.asarray(load_image(source, "row", UrlAccess.ALL)), np.asarray(picture()))
+
+
+def test_redirects_are_followed_within_the_rules(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    redirected = ImageSource(url=f"{address}/to/{address}/a.png")
+    assert np.array_equal(np.asarray(load_image(redirected, "row", UrlAccess.ALL)), np.asarray(picture()))
+    # A public name may redirect to a private address: here the first is taken for public.
+    port = int(address.rpartition(":")[2])
+    is_private = urls._is_private
+    monkeypatch.setattr(urls, "_is_private", lambda ip: ip != "127.0.0.1" and is_private(ip))
+    assert "private address" in refusal(
+        ImageSource(url=f"{address}/to/http://127.0.0.2:{port}/a.png"), UrlAccess.PUBLIC
+    )
+    for target in ("file:///etc/passwd", "ftp://127.0.0.1/a.png", "data:image/png;base64,AAAA"):
+        assert "cannot be fetched" in refusal(ImageSource(url=f"{address}/to/{target}"), UrlAccess.ALL)
+
+
+@pytest.mark.parametrize("name", ["missing", "headers", "nonsense", "cut", "slow"])
+def test_urls_that_fail(address: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(urls, "DEADLINE_SECONDS", 0.5)
+    message = refusal(ImageSource(url=f"{address}/{name}.png"), UrlAccess.ALL)
+    assert f"{name}.png cannot be fetched" in message and len(message) < 600
+    if name == "slow":
+        assert "longer than 0.5 s" in message
+
+
+@pytest.mark.parametrize("url", ["http://", "http://[::1", "http://a b/c", "http://\ud83d/", "http://" + "a" * 5000])
+def test_urls_that_are_none(url: str) -> None:
+    message = refusal(ImageSource(url=url), UrlAccess.PUBLIC)
+    assert "cannot be fetched" in message and len(message) < 600
+
+
+@pytest.mark.parametrize("ip", "10.1.2.3 127.0.0.1 169.254.1.2 192.168.0.1 ::1 fe80::1%eth0 ::ffff:10.0.0.1".split())
+def test_private_addresses(ip: str) -> None:
+    assert urls._is_private(ip) and not urls._is_private("8.8.8.8")

@@ -123,6 +123,24 @@ def test_workers_end_with_their_rank(hf_path: Path, sources: list[DataSource]) -
     killed.communicate(timeout=60)
 
 
+def test_a_killed_worker_is_named(
+    make_config: Make, rules: PromptRules, sources: list[DataSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a kernel that ran out of memory: one line with rank and process, not torch's traceback."""
+    monkeypatch.setenv("RANK", "3")
+    loader = build_train_loader(make_config(sources, num_workers=1), rules, BatchSharding(8, 1))
+    next(loader)
+    (worker,) = loader._workers
+    worker.kill()
+    with pytest.raises(DataError) as caught:
+        for _ in range(100):  # what the worker had read ahead comes first
+            next(loader)
+    line = str(caught.value)
+    assert line.startswith(f"data worker {worker.pid} of rank 3 on ") and "SIGKILL" in line
+    assert "out of memory" in line and "data.num_workers" in line
+    loader.close()
+
+
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 8), (2, 2), (4, 1), (8, 1)])
 def test_global_batches_do_not_depend_on_ranks(
     make_config: Make, rules: PromptRules, sources: list[DataSource], ranks: int, micro: int
@@ -169,7 +187,7 @@ def test_blend_reaches_the_micro_batches(make_config: Make, rules: PromptRules, 
     loader = rank_loaders(make_config(sources), rules, 1, 8)[0]
     ids = torch.cat([next(loader).document_sources for _ in range(12)])
     assert ids.bincount().tolist() == [64, 32]
-    assert loader.source_names == [source.path for source in sources]
+    assert loader.source_names == [Path(source.path).stem for source in sources]
 
 
 def test_bad_rows_are_reported_with_their_name(

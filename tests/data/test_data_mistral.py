@@ -91,6 +91,7 @@ def test_ids_and_patches_equal_the_processor(
         assert torch.equal(sample.media_inputs["pixel_values"], patches)
 
 
+@needs_transformers_5_23
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_trained_tokens_equal_assistant_masks(
     mistral_builder: PromptBuilder,

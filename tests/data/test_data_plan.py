@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_vlm.data import index as index_module
-from megatron_vlm.data.index import JsonlRows, build_index
+from megatron_vlm.data.index import JsonlRows, SourceRows, build_index
 from megatron_vlm.data.plan import PlannedSource, SamplePlan, blend_cycle, blend_shares, micro_batch_start, permute
 from megatron_vlm.errors import DataError
 
@@ -42,6 +45,105 @@ def test_index_notes_a_cut_last_line_and_a_byte_order_mark(tmp_path: Path) -> No
     assert rows.index.unparsable_rows == (1,)
 
 
+ELEMENTS: list[Any] = [
+    {"a": 1},
+    {},
+    {"text": 'quotes " and \\ and \\" and [ { ] } , at the end \\'},
+    {"nested": [{"b": ["}", "]"]}, []], "é\u2028": "\ud83d\n\t/"},
+    {"c": "\\" * 7 + '"'},
+]
+
+
+@pytest.mark.parametrize("block_bytes", [1, 2, 3, 7, 2**20])
+@pytest.mark.parametrize("options", [{}, {"indent": 2}, {"ensure_ascii": True, "separators": (",", ":")}])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf", b" \n"])
+def test_elements_of_an_array_are_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int, options: dict[str, Any], mark: bytes
+) -> None:
+    monkeypatch.setattr(index_module, "BLOCK_BYTES", block_bytes)
+    path = tmp_path / "rows.json"
+    path.write_bytes(mark + json.dumps(ELEMENTS, **options).encode(errors="surrogatepass") + b"\n")
+    rows = JsonlRows(build_index(str(path)))
+    assert [json.loads(rows.read(row)) for row in range(rows.index.num_rows)] == ELEMENTS
+    assert rows.name(3) == f"{path}[3]" and rows.index.size_bytes == path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "has no rows"),
+        ('[{"a": 1}', "cut short"),
+        ('[{"a": "', "cut short"),
+        ('[{"a": 1} {"b": 2}]', "2 elements and 0 commas"),
+        ('[{"a": 1},]', "1 elements and 1 commas"),
+        ('[{"a": 1}, 3]', "byte 11, '3'"),
+        ('["a"]', "byte 1"),
+        ("[[1]]", "byte 1, '['"),
+        ("[{}] x", "byte 5, 'x'"),
+        ("[{}]]", "byte 4, ']'"),
+        ("[{}] [{}]", "byte 5, '['"),
+    ],
+)
+@pytest.mark.parametrize("block_bytes", [1, 2**20])
+def test_what_is_no_array_of_objects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str, block_bytes: int
+) -> None:
+    monkeypatch.setattr(index_module, "BLOCK_BYTES", block_bytes)
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(DataError) as raised:
+        build_index(str(tmp_path / "rows.json"))
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PAR1....", "a parquet file, which is not read -- write it as JSONL"),
+        (b"\0" * 257 + b"ustar\0", "a tar archive"),
+        (b"\x1f\x8b....", "compressed (gzip)"),
+        (b"PK\x03\x04", "a ZIP archive"),
+    ],
+)
+def test_other_formats_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "rows").write_bytes(content)
+    with pytest.raises(DataError) as raised:
+        SourceRows(str(tmp_path / "rows"))
+    assert message in str(raised.value)
+
+
+def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "dataset_info.json").write_text("{}")
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in {
+        "folder": "is a directory -- name a file in it, or a pattern such as .*/folder/\\*.jsonl",
+        "set": "a Hugging Face data set on disk",
+        "pipe": "a broken link, a pipe or a device",
+        "no*.jsonl": "no file matches",
+    }.items():
+        with pytest.raises(DataError, match=message):
+            SourceRows(str(tmp_path / name))
+
+
+def test_files_of_a_pattern_are_one_source(tmp_path: Path) -> None:
+    (tmp_path / "b.jsonl").write_text('{"b": 1}\nno\n')
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n')
+    (tmp_path / "c.json").write_text('[{"c": 1}]')
+    rows = SourceRows(str(tmp_path / "*.json*"))
+    assert rows.num_rows == 5 and rows.unparsable_rows == [3]
+    assert [
+        rows.name(row).rpartition("/")[2] for row in range(5)
+    ] == "a.jsonl:1 a.jsonl:3 b.jsonl:1 b.jsonl:2 c.json[0]".split()
+    file, row = rows.locate(4)
+    assert file.read(row) == b'{"c": 1}'
+    digest = rows.digest
+    (tmp_path / "b.jsonl").write_text('{"b": 2}\nno\n')
+    assert SourceRows(str(tmp_path / "*.json*")).digest != digest
+    alone = SourceRows(str(tmp_path / "a.jsonl"))
+    assert alone.digest == build_index(str(tmp_path / "a.jsonl")).digest
+
+
 def test_index_refuses_what_has_no_rows(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n \n")
     with pytest.raises(DataError, match="has no rows"):
@@ -55,7 +157,7 @@ def test_reading_a_file_that_shrank_is_an_error(tmp_path: Path) -> None:
     path.write_text('{"a": 1}\n{"b": 2}\n')
     rows = JsonlRows(build_index(str(path)))
     path.write_text('{"a": 1}\n')
-    with pytest.raises(DataError, match=r"shorter than when it was indexed \[.*rows.jsonl:2\]"):
+    with pytest.raises(DataError, match=r"changed or replaced since it was indexed \[.*rows.jsonl:2\]"):
         rows.read(1)
 
 

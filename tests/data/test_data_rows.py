@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_vlm.config import Config, DataSource
 from megatron_vlm.data.describe import check_rows, describe_sample
-from megatron_vlm.data.rows import BadRowTracker, RowReader
+from megatron_vlm.data.loader import BatchSharding, build_train_loader
+from megatron_vlm.data.rows import RowReader, reader_for
+from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.errors import ConfigError, DataError
-from tests.data.rows import assistant, image, numbered_rows, row, user
+from tests.data.rows import assistant, image, numbered_rows, row, user, write_jsonl
 
 GOOD = row(user("a"), assistant("b"))
 BAD_ROWS = {
@@ -126,18 +130,53 @@ def test_sequences_too_short_for_a_late_image(make_reader: Make, monkeypatch: py
         reader.read(0, 1)
 
 
-def test_bad_row_tracker() -> None:
-    tracker = BadRowTracker(max_bad_fraction=0.01, total_rows=100_000)
-    tracker.update(1, 8)
-    tracker.update(0, 192)
-    tracker.update(1, 8, ["rows.jsonl:9 is damaged"])
-    with pytest.raises(DataError, match=r"3 of 216 rows are bad, more than data.max_bad_fraction 0.01; .*rows.jsonl:9"):
-        tracker.update(1, 8)
-    with pytest.raises(DataError, match="1 of 4 rows"):
-        BadRowTracker(max_bad_fraction=0.1, total_rows=8).update(1, 4)
-    BadRowTracker(max_bad_fraction=0.25, total_rows=8).update(1, 1)
-    with pytest.raises(DataError):
-        BadRowTracker(max_bad_fraction=0.0, total_rows=100_000).update(1, 1000)
+EMPTY = [
+    row({"role": "user", "content": "Hello"}, {"role": "assistant", "content": ""}),
+    row({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "  \n "}),
+    row(user("a"), assistant("b"), user("c"), assistant(" ", "\n")),
+    row(user("a"), assistant()),
+]
+# These are no empty answers: one has a user's empty text, one is not trained.
+FULL = [row(user(""), assistant("b")), row(user("a"), {**assistant(""), "loss": False}, user("c"), assistant("d"))]
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_empty_answers(
+    hf_path: Path,
+    rules: PromptRules,
+    folder: Path,
+    make_config: Callable[..., Config],
+    caplog: pytest.LogCaptureFixture,
+    drop: bool,
+) -> None:
+    """They train the end-of-turn token or nothing; they are counted, and the first of each source is named, once."""
+    sources = [
+        DataSource(write_jsonl(folder / f"{name}.jsonl", rows))
+        for name, rows in {"a": EMPTY, "b": FULL + EMPTY}.items()
+    ]
+    config = make_config(sources, global_batch_size=1, shuffle=False, drop_empty_answers=drop)
+    loader = build_train_loader(config, rules, BatchSharding(1, 1), report_problems=True)
+    trained = {}
+    counters = []
+    with caplog.at_level(logging.WARNING):
+        for _ in range(12):
+            batch = next(loader)
+            trained[batch.document_names[0].rpartition("/")[2]] = batch.labels[batch.labels >= 0].tolist()
+            counters.append(batch.counters["empty_answers"] + batch.counters["bad_rows"])
+    end_of_turn = 5
+    nothing = [] if drop else [end_of_turn]
+    assert trained["a.jsonl:1"] == trained["a.jsonl:2"] == trained["a.jsonl:4"] == nothing
+    assert len(trained["a.jsonl:3"]) == (2 if drop else 3) and trained["a.jsonl:3"][1] == end_of_turn
+    assert len(trained["b.jsonl:2"]) == 2
+    assert sum(counters) == 10  # six of a, of which two come again, and four of b
+    named = [record.getMessage() for record in caplog.records]
+    assert len(named) == 2 and "a.jsonl:1]" in named[0] and "b.jsonl:3]" in named[1]
+    assert all(("left out of the loss (data" in line) == drop for line in named)
+    reader = reader_for(config, sources, rules)
+    check = check_rows(reader)
+    assert check.empty_answers == 8 and check.bad_rows == 0 and check.notes == named
+    assert "8 empty answers" in str(check)
+    assert "1 empty answers" in describe_sample(reader.read(0, 0), reader.builder)
 
 
 def test_check_of_all_rows(make_reader: Make) -> None:

@@ -17,8 +17,9 @@ from transformers import AutoProcessor
 from transformers.video_utils import load_video as load_video_of_transformers
 
 from megatron_vlm.data import videos
+from megatron_vlm.data.conversation import Conversation, ImagePart, ImageSource, TextPart, VideoPart, VideoSource
 from megatron_vlm.data.describe import check_rows
-from megatron_vlm.data.formats import Conversation, ImagePart, ImageSource, TextPart, VideoPart, VideoSource, parse_row
+from megatron_vlm.data.formats import parse_row
 from megatron_vlm.data.media import Medium
 from megatron_vlm.data.prompts import PromptBuilder
 from megatron_vlm.data.rows import RowReader
@@ -220,8 +221,8 @@ def test_videos_beside_the_turns(listed: dict[str, Any], expected: VideoPart) ->
     for marker in ("<video>", "<image>"):
         parsed = parse({"conversations": [{"from": "human", "value": f"{marker}\nWhat?"}], **listed})
         assert parsed.messages[0].content == (expected, TextPart("What?"))
-    parsed = parse({"messages": [{"role": "user", "content": "<video>Is it an <image>?"}], **listed})
-    assert parsed.messages[0].content == (expected, TextPart("Is it an <image>?"))
+    with pytest.raises(DataError, match="1 image placeholders but 0 images"):
+        parse({"messages": [{"role": "user", "content": "<video>Is it an <image>?"}], **listed})
 
 
 def test_images_and_videos_beside_the_turns() -> None:
@@ -241,12 +242,16 @@ def test_images_and_videos_beside_the_turns() -> None:
     [
         ({"messages": [{"role": "user", "content": "Hi"}], "video": "a.mp4"}, "0 video placeholders but 1 videos"),
         ({"messages": [{"role": "user", "content": "<video><video>"}], "video": "a.mp4"}, "2 video placeholders but 1"),
-        ({"messages": [{"role": "user", "content": "<video>"}], "video": []}, "a video has no frames"),
-        ({"messages": [{"role": "user", "content": "<video>"}], "videos": [{"path": "a", "nframes": 8}]}, "nframes"),
-        (row(user({"type": "video", "video": {"path": "a", "start": 3, "nframes": 8}})), "nframes, start"),
-        (row(user({"type": "video", "video": {"path": "a.mp4", "url": "b.mp4"}})), "more than one video"),
+        ({"messages": [{"role": "user", "content": "<video>"}], "video": []}, "1 video placeholders but 0"),
+        (
+            {"messages": [{"role": "user", "content": "<video>"}], "videos": [{"path": "a", "nframes": 8}]},
+            "video part has 'nframes'",
+        ),
+        (row(user({"type": "video", "video": {"path": "a", "video_start": 3}})), "video part has 'video_start'"),
+        (row(user({"type": "video", "video": []})), "1 video placeholders but 0 videos"),
+        (row(user({"type": "video", "video": {"path": "a.mp4", "url": "b.mp4"}})), "video part has `url` and `path`"),
         (row(user({"type": "video", "video": {"fps": 2}})), "not a video"),
-        ({"messages": [{"role": "user", "content": "a"}], "audio": "a.wav"}, "lists audio, which is not built yet"),
+        ({"messages": [{"role": "user", "content": "a"}], "audio": "a.wav"}, "the row has 'audio'.*not built yet"),
     ],
 )
 def test_refusals_name_the_row(content: dict[str, Any], message: str) -> None:
@@ -255,6 +260,6 @@ def test_refusals_name_the_row(content: dict[str, Any], message: str) -> None:
     assert "[rows.jsonl:7]" in str(raised.value)
 
 
-def test_marker_is_plain_text_where_no_video_is_listed() -> None:
-    parsed = parse({"conversations": [{"from": "human", "value": "<image> <video>"}], "image": "0.png"})
-    assert parsed.messages[0].content == (ImagePart(ImageSource(FOLDER / "0.png")), TextPart(" <video>"))
+def test_marker_without_a_video() -> None:
+    with pytest.raises(DataError, match="1 video placeholders but 0 videos"):
+        parse({"conversations": [{"from": "human", "value": "<image> <video>"}], "image": "0.png"})

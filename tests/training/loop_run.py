@@ -18,6 +18,7 @@ from megatron.core.utils import unwrap_model
 from PIL import Image
 
 import pretrain_vlm
+from megatron_vlm.checkpoint.run_owner import RunOwner
 from megatron_vlm.cli import load_config
 from megatron_vlm.errors import UserError
 from megatron_vlm.training.loop import Trainer
@@ -27,6 +28,7 @@ from tests.checkpoint.tiny_run import prepare_process
 from tests.data.rows import assistant, image, row, user, write_jsonl
 from tests.families.gemma3 import GEMMA3
 from tests.families.tiny_family import TinyFamily
+from tests.refusals import check_refusal
 from tests.training.tiny_run_config import build_multimodal
 
 ROOT = Path(__file__).parent.parent.parent
@@ -112,13 +114,15 @@ def train_here(arguments: list[str], interfere: Interference | None = None) -> O
     config = load_config(arguments)
     run: Run | None = None
     error, before = None, {}
+    requests = StopRequests()
     try:
-        run = set_up(config)
-        before = _parameters(run)
-        trainer = Trainer(run, StopRequests())
-        if interfere is not None:
-            interfere(trainer)
-        trainer.run()
+        with RunOwner(config.run_dir) as owner:
+            run = set_up(config, owner, requests)
+            before = _parameters(run)
+            trainer = Trainer(run, requests)
+            if interfere is not None:
+                interfere(trainer)
+            trainer.run()
     except UserError as problem:
         error = f"{type(problem).__name__}: {problem}"
     finally:
@@ -158,13 +162,13 @@ def _optimizer_elements(run: Run) -> int:
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line on stderr with which the entry point, in this process, must refuse a start with exit code 2."""
+    """The error on stderr with which the entry point, in this process, must refuse a start with exit code 2."""
     capsys.readouterr()
     assert pretrain_vlm.main(arguments) == 2
     lines = [line for line in capsys.readouterr().err.strip().splitlines() if not line.startswith("[transformers]")]
-    assert len(lines) == 1, lines
-    assert " -- " in lines[0], f"no remedy: {lines[0]}"
-    return lines[0]
+    text = check_refusal("\n".join(lines))
+    assert all(" -- " in line for line in lines[1:] or lines), f"no remedy: {text}"
+    return text
 
 
 def edit_config(change: Callable[[Any], None]) -> Callable[[Path], None]:

@@ -15,6 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vlm.cli import load_config
+from megatron_vlm.errors import CheckpointError
+from megatron_vlm.planning.preflight import check_export
+from megatron_vlm.training.loop import _changes_since
 from tests.data.rows import assistant, image, row, user, write_jsonl
 from tests.ranks import run_ranks
 from tests.training.loop_run import (
@@ -131,13 +135,22 @@ def test_model_directory(
     [
         (_edit("megatron_vlm.json", family="another", model_type="another_one"), "checkpoint of family another"),
         (_edit("megatron_vlm.json", format_version=99), "format version 99"),
-        (_cut("megatron_vlm.json", 40), "cannot be read"),
-        (_without("megatron_vlm.json"), "holds no complete checkpoint"),
+        (_edit("megatron_vlm.json", step=7), "step is unusable"),
+        (_edit("megatron_vlm.json", data=None), "data is unusable"),
+        (_edit("megatron_vlm.json", extra={}), "extra is unusable (KeyError: 'guard')"),
+        (_edit("megatron_vlm.json", scheduler=None), "scheduler is unusable"),
+        (
+            _edit("megatron_vlm.json", scheduler={"num_steps": 1}),
+            "scheduler is unusable (AssertionError: it is after step 1",
+        ),
+        (_edit("megatron_vlm.json", optimizer={}), "optimizer is unusable"),
+        (_cut("megatron_vlm.json", 40), "damaged: Unterminated string"),
+        (_without("megatron_vlm.json"), "no checkpoint is complete"),
         (_without("__0_0.distcp"), "__0_0.distcp"),
-        (_cut("__0_0.distcp", 2000), "cannot be read"),
+        (_cut("__0_0.distcp", 2000), "__0_0.distcp is cut short"),
         (_without(".metadata"), ".metadata"),
         (_cut(".metadata", 40), "cannot read its metadata"),
-        (_without("metadata.json"), "no metadata.json"),
+        (_without("metadata.json"), "metadata.json is missing"),
     ],
 )
 def test_damaged_checkpoint_at_resumption(
@@ -213,6 +226,27 @@ def test_files_in_the_way(refusal: Refusal, tmp_path: Path) -> None:
     assert f"[{run_dir}/checkpoints" in refusal(run_dir=run_dir)
     (tmp_path / "file").write_text("")
     assert "cannot be written" in refusal(run_dir=tmp_path / "file")
+
+
+def test_damaged_configuration_of_the_last_start(refusal: Refusal, run_dir: Path) -> None:
+    (run_dir / "config.yaml").write_text("run_dir: [")
+    line = refusal(run_dir=run_dir)
+    assert line.startswith("CheckpointError: damaged: ") and f"[{run_dir}/config.yaml" in line
+    assert (run_dir / "config.yaml").read_text() == "run_dir: [" and checkpoint_names(run_dir) == ["step_00000002"]
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "a: &a [*a]", "a: !!set {b}", "a: 1\na: 2", "[" * 5000])
+def test_settings_of_the_last_start_that_cannot_be_read(place: Place, tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(CheckpointError, match=r"damaged: .*/config\.yaml(:\d+)?\] -- remove the file"):
+        _changes_since(tmp_path / "config.yaml", load_config(place.arguments(tmp_path)))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[" * 100_000])
+def test_damaged_record_of_the_export(place: Place, tmp_path: Path, content: str) -> None:
+    (tmp_path / "exported.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"damaged: .*/exported\.json\] -- remove it"):
+        check_export(load_config(place.arguments(tmp_path, f"checkpoint.export_hf={tmp_path}/out")))
 
 
 def test_row_found_by_a_worker_process(place: Place, tmp_path: Path) -> None:

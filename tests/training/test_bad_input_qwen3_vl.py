@@ -59,10 +59,9 @@ def test_settings(refusal: Refusal, overrides: list[str], expected: str) -> None
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ([video([]), "?"], "a video has no frames"),
         ([video(["red.png", "wide.png"]), "?"], "the frames of a video differ in size: 32 x 32, 40 x 32"),
         ([video(["red.png", "not there.png"]), "?"], "not there.png does not exist"),
-        ([image("thread.png"), "?"], "refuses the row: absolute aspect ratio must be smaller than 200"),
+        ([image("thread.png"), "?"], "one side more than 200 times the other"),
         ([image("red.png"), "What is <|image_pad|>?"], "contains the control token <|image_pad|>"),
         ([image("red.png"), "What is <|video_pad|>?"], "contains the control token <|video_pad|>"),
     ],

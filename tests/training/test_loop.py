@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import signal
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import Gemma3ForConditionalGeneration
 
+from megatron_vlm import output
+from megatron_vlm.checkpoint.run_owner import OWNER_NAME
+from megatron_vlm.errors import CheckpointError
 from megatron_vlm.training.loop import Trainer
 from tests.ranks import run_ranks
 from tests.sizes import full
@@ -47,10 +53,46 @@ def test_metrics_of_every_step(place: Place, tmp_path: Path) -> None:
         # Rows come in file order, every second one with an image.
         assert (record["images"], record["bad_rows"], record["too_long_rows"]) == (2, 0, 0)
         assert record["tokens"] > record["label_tokens"]
-        assert set(record["source_losses"]) == {str(place.data / "train.jsonl")}
+        assert set(record["source_losses"]) == {"train"}
     # Eight rows are two global batches: steps 1 and 3 read the same rows.
     assert metrics[0]["tokens"] == metrics[2]["tokens"] != metrics[1]["tokens"]
     assert metrics[2]["loss"] < metrics[0]["loss"]
+
+
+def no_room_in_steps(first: int, last: int, trainer: Trainer) -> None:
+    """Files of this process, and of those it starts, cannot grow past 2 KiB during these steps."""
+    output.endure()  # pytest's files for the output have the same limit
+    step, (soft, hard) = trainer._step, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited() -> int:
+        has_room = not first <= trainer.step + 1 <= last
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft if has_room else 2048, hard))
+        return step()
+
+    trainer._step = limited  # type: ignore[method-assign]
+
+
+def remove_limit() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def test_full_disk_delays_an_interim_save(place: Place, tmp_path: Path) -> None:
+    settings = ["train.train_iters=9", "checkpoint.save_interval=4", "checkpoint.keep_last=9"]
+    outcome = train(place, tmp_path, *settings, interfere=partial(no_room_in_steps, 4, 4))
+    again, *regular = (int(name.removeprefix("step_")) for name in checkpoint_names(tmp_path))
+    # The failure shows when the writing process has ended, at one of the next steps.
+    assert again in (6, 7) and regular == [8, 9]
+    assert [record["step"] for record in outcome.metrics] == list(range(1, 10))
+
+
+def test_full_disk_at_the_end(place: Place, tmp_path: Path) -> None:
+    arguments = place.arguments(tmp_path, "checkpoint.save_interval=2")
+    (outcome,) = run_ranks(1, train_here, arguments, partial(no_room_in_steps, 4, 4))
+    run_ranks(1, remove_limit)
+    assert outcome.error is not None and outcome.error.startswith("SaveError: the checkpoint could not be written")
+    assert checkpoint_names(tmp_path) == ["step_00000002"]
+    train(place, tmp_path)
+    assert checkpoint_names(tmp_path)[-1] == "step_00000004"
 
 
 def test_log_interval_keeps_the_last_step(place: Place, tmp_path: Path) -> None:
@@ -118,7 +160,7 @@ def test_evaluation_changes_nothing(place: Place, tmp_path: Path) -> None:
     assert losses(watched) == losses(plain)
     assert [record["step"] for record in watched.evaluations] == [2, 4, 5]
     for record in watched.evaluations:
-        assert set(record["source_losses"]) == {f"{place.data}/train.jsonl", f"{place.data}/text.jsonl"}
+        assert set(record["source_losses"]) == {"train", "text"}
     assert not plain.evaluations
     evaluated = [record["loss"] for record in watched.evaluations]
     assert evaluated[2] < evaluated[0]
@@ -148,6 +190,44 @@ def test_a_request_ends_an_evaluation(place: Place, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "stopped.json").read_text()) == {"reason": "signal SIGUSR2", "step": 2}
     assert not outcome.evaluations
     assert checkpoint_names(tmp_path) == ["step_00000002"]
+
+
+def _request_before_the_first_step(trainer: Trainer) -> None:
+    trainer.requests.number = signal.SIGINT
+
+
+@pytest.mark.parametrize("resumed", [False, full(True)])
+def test_a_request_before_the_first_step(place: Place, tmp_path: Path, resumed: bool) -> None:
+    """Nothing is trained, saved or exported, whatever was there before."""
+    if resumed:
+        train(place, tmp_path, "train.exit_interval=2")
+    before = checkpoint_names(tmp_path)
+    train(place, tmp_path, f"checkpoint.export_hf={tmp_path}/export", interfere=_request_before_the_first_step)
+    assert json.loads((tmp_path / "stopped.json").read_text()) == {"reason": "signal SIGINT", "step": 2 * resumed}
+    assert checkpoint_names(tmp_path) == before and not (tmp_path / "export").exists()
+
+
+def _lose_the_folder(trainer: Trainer) -> None:
+    """During the second step another start takes the folder over, as the first rank's heartbeat finds out."""
+    read, run_dir = trainer.run_state.train_loader.global_batch, trainer.run_dir
+
+    def read_and_lose() -> Any:
+        if trainer.step == 1 and trainer.run_state.is_first_rank:
+            found = {"pid": 1, "host": "other", "token": "another"}
+            (run_dir / OWNER_NAME).write_text(json.dumps(found))
+            with pytest.raises(CheckpointError):
+                trainer.run_state.owner.confirm()
+        return read()
+
+    trainer.run_state.train_loader.global_batch = read_and_lose  # type: ignore[method-assign]
+
+
+def test_a_run_that_lost_its_folder_ends_without_saving(place: Place, tmp_path: Path) -> None:
+    for outcome in run_ranks(2, train_here, place.arguments(tmp_path), _lose_the_folder):
+        assert outcome.error is not None and "taken over by process 1 on other" in outcome.error
+        assert [record["step"] for record in outcome.metrics] == [1, 2]
+    assert checkpoint_names(tmp_path) == [] and not (tmp_path / "stopped.json").exists()
+    assert "another" in (tmp_path / OWNER_NAME).read_text(), "the other's file is left alone"
 
 
 def expected_rates(schedule: str) -> list[float]:

@@ -206,3 +206,23 @@ def test_a_batch_without_any_label(place: Place, tmp_path: Path, ranks: int, ove
     assert math.isfinite(outcome.metrics[1]["loss"]) and outcome.metrics[1]["grad_norm"] > 0
     (idle, *_) = start(place, tmp_path / "idle", *settings, "train.exit_interval=1", ranks=ranks)
     assert not any(idle.changed(part) for part in ("language_model", "vision_tower", "projector"))
+
+
+def test_rows_that_are_all_too_long_export_nothing(place: Place, tmp_path: Path) -> None:
+    path, target = place.data / "long.jsonl", tmp_path / "exported"
+    write_jsonl(path, [row(user("? " * 200), assistant("!"))] * 8)
+    settings = [f"data.train=[{{path: {path}}}]", "data.max_too_long_fraction=1", "train.train_iters=2"]
+    (outcome,) = start(place, tmp_path / "run", *settings, f"checkpoint.export_hf={target}")
+    assert outcome.error and "none of the 8 rows of this run had a token to train" in outcome.error
+    assert "long.jsonl:" in outcome.error and not target.exists()
+    (outcome,) = start(place, tmp_path / "limited", *settings[::2])
+    assert outcome.error and "8 of 8 rows are longer than data.seq_length" in outcome.error
+
+
+def test_held_out_rows_without_a_token_to_train(place: Place, tmp_path: Path) -> None:
+    path = place.data / "unusable.jsonl"
+    write_jsonl(path, [row(user(image("gone.png"), "?"), assistant("!"))] * 4)
+    settings = [f"data.valid=[{{path: {path}, name: held out}}]", "train.train_iters=1"]
+    (outcome,) = start(place, tmp_path, *settings)
+    assert outcome.error and "the held-out rows (held out) have no trained token" in outcome.error
+    assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]

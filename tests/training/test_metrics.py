@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import math
+import resource
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_vlm import platform
 from megatron_vlm.config import Config, DataSettings, DataSource, LoggingSettings, ModelSettings, TrainSettings
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.errors import CheckpointError, ConfigError
 from megatron_vlm.report.run_report import read_metrics, write_report
+from megatron_vlm.training import metrics as metrics_module
 from megatron_vlm.training.loggers import Console, JsonLines, TensorBoard, WandB, build_loggers
-from megatron_vlm.training.metrics import ExpertStatistics, StepMetrics, expert_statistics, to_record
+from megatron_vlm.training.metrics import ExpertStatistics, Pace, StepMetrics, expert_statistics, over_steps, to_record
 from megatron_vlm.training.profiling import ProfileWindow
 
 METRICS = StepMetrics(
@@ -46,6 +48,7 @@ METRICS = StepMetrics(
     model_flops=8e12,
     world_size=4,
     skipped=False,
+    seconds_left=26.0,
 )
 
 
@@ -75,7 +78,6 @@ def test_derived_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     assert METRICS.padding_share == 0.2
     assert METRICS.label_token_share == 0.25
     assert METRICS.data_wait_share == 0.25
-    assert METRICS.seconds_left == 26
     monkeypatch.setattr(platform.Platform, "peak_flops", lambda self: None)
     assert METRICS.mfu is None
 
@@ -109,8 +111,8 @@ def test_figures_of_experts_are_there_only_for_models_with_experts() -> None:
     Console(stream).on_step(replace(METRICS, experts=experts, load_balancing_loss=2.125))
     Console(stream).on_step(replace(METRICS, experts=replace(experts, dead_experts=0)))
     both, no_loss = stream.getvalue().splitlines()
-    assert "| loss 2.5000 | load-balancing 2.1250 | expert tokens 1/8/20 (3 dead) | grad-norm 1.250 |" in both
-    assert "| loss 2.5000 | expert tokens 1/8/20 | grad-norm 1.250 |" in no_loss
+    assert both.endswith("  load-balancing 2.1250  expert tokens 1/8/20 (3 dead)")
+    assert no_loss.endswith("  expert tokens 1/8/20") and "load-balancing" not in no_loss
 
 
 def test_report_has_a_row_of_charts_for_experts(tmp_path: Path) -> None:
@@ -136,12 +138,61 @@ def test_console_shows_each_figure_and_trouble(monkeypatch: pytest.MonkeyPatch) 
     console.on_evaluation(8, {"all": 1.5, "a.jsonl": 1.0, "b.jsonl": 2.0})
     calm, troubled, single, evaluation = stream.getvalue().splitlines()
     assert calm == (
-        "step  7/20 | loss 2.5000 | grad-norm 1.250 | lr 3.00e-04 | 400 tokens/s | 1 TFLOP/s/device | MFU 10.0% "
-        "| memory 3.0 GiB | data-wait 25% | padding 20% | left 0:00:26"
+        "step  7/20  loss 2.5000  norm 1.25  lr 3.0e-4  400 tok/s  MFU 10%  3 GiB  eta 0:26  waits for data 25%"
     )
-    assert troubled.endswith("| UPDATE SKIPPED | BAD ROWS 2 | too long rows 1") and "loss nan" in troubled
+    assert troubled.endswith("  UPDATE SKIPPED  BAD ROWS 2  too long rows 1") and "loss nan" in troubled
     assert single == "evaluation after step 8 | loss 1.5000"
     assert evaluation == "evaluation after step 8 | loss 1.5000 | a.jsonl 1.0000 | b.jsonl 2.0000"
+
+
+def test_console_fits_100_columns() -> None:
+    large = replace(
+        METRICS,
+        step=10_000,
+        train_iters=99_999,
+        grad_norm=12.3456,
+        tokens=12_345_678,
+        peak_memory_bytes=138 * 2**30,
+        model_flops=4.8e15,
+        data_wait_seconds=0.0,
+        seconds_left=99 * 3600 + 1800.0,
+    )
+    stream = io.StringIO()
+    Console(stream).on_step(large)
+    line = stream.getvalue().rstrip("\n")
+    assert "  6.17M tok/s  600 TFLOP/s  138 GiB  eta 99:30:00" in line and len(line) <= 100, len(line)
+
+
+def test_figures_of_several_steps() -> None:
+    first = replace(METRICS, step=6, bad_rows=1, skipped=True, source_losses={"a.jsonl": 5.0})
+    second = replace(
+        METRICS,
+        loss=1.0,
+        grad_norm=3.25,
+        tokens=400,
+        label_tokens=600,
+        step_seconds=4.0,
+        source_losses={"a.jsonl": 1.0, "b.jsonl": 1.0},
+        source_label_tokens={"a.jsonl": 300, "b.jsonl": 300},
+        peak_memory_bytes=2**30,
+    )
+    first = replace(first, source_label_tokens={"a.jsonl": 200, "b.jsonl": 0})
+    both = over_steps([first, second])
+    assert over_steps([first]) is first
+    assert (both.step, both.steps, both.tokens, both.label_tokens, both.bad_rows) == (7, 2, 1200, 800, 1)
+    assert both.loss == (2.5 * 200 + 1.0 * 600) / 800 and both.grad_norm == 2.25
+    assert (both.step_seconds, both.tokens_per_second, both.skipped) == (3.0, 200.0, True)
+    assert both.source_losses == {"a.jsonl": (5.0 * 200 + 300) / 500, "b.jsonl": 1.0}
+    assert both.peak_memory_bytes == 3 * 2**30
+
+
+def test_pace_counts_what_lies_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 1.0, 2.0, 13.0])  # an evaluation of ten seconds before the third step
+    monkeypatch.setattr(metrics_module, "monotonic", lambda: next(times))
+    pace = Pace()
+    for expected in (1.0, 1.0, 13 / 3):
+        pace.step_ended()
+        assert pace.seconds_for(10) == pytest.approx(10 * expected)
 
 
 def test_json_lines_are_readable_while_the_run_goes_on(tmp_path: Path) -> None:
@@ -174,6 +225,36 @@ def test_each_step_occurs_once_after_a_crash(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text().splitlines()[:3] == kept
     assert [line["step"] for line in _lines(tmp_path / "evaluations.jsonl")] == [1, 2, 3]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluations.jsonl", "metrics.jsonl"]
+
+
+def test_full_disk_tears_no_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A limit on the size of files, which the third line passes, cuts that write as a full disk does."""
+    logger = JsonLines(tmp_path, resume_step=0)
+    path = tmp_path / "metrics.jsonl"
+    for step in (1, 2):
+        logger.on_step(replace(METRICS, step=step))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 100, limits[1]))
+    try:
+        for step in (3, 4):
+            logger.on_step(replace(METRICS, step=step))
+            assert _steps(tmp_path) == [1, 2]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert capsys.readouterr().out.count("metrics.jsonl cannot be written") == 1
+    logger.on_step(replace(METRICS, step=5))
+    assert _steps(tmp_path) == [1, 2, 3, 4, 5]
+    logger.close()
+
+
+def test_damaged_line_is_named(tmp_path: Path) -> None:
+    logger = JsonLines(tmp_path, resume_step=0)
+    logger.on_step(METRICS)
+    logger.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("nonsense\n" + path.read_text())
+    with pytest.raises(CheckpointError, match=r"line 1 is damaged \[.*metrics.jsonl\]"):
+        JsonLines(tmp_path, resume_step=7)
 
 
 def test_a_clean_resume_does_not_rewrite(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -12,9 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
+from megatron_vlm.checkpoint.run_owner import OWNER_NAME
 from megatron_vlm.training.loop import Trainer
 from tests.ranks import run_ranks
 from tests.sizes import full
@@ -30,8 +33,10 @@ from tests.training.loop_run import (
     train_here,
 )
 
-PATIENCE_SECONDS = 90.0  # a start takes 10 s on an idle machine
-STEP_LINE = re.compile(r"step +\d+/\d+ \| loss [\d.]+ \| .*left \d+.*")
+PATIENCE_SECONDS = 240.0  # a start takes 10 s on an idle machine
+BANNER_LINE = re.compile(r"(megatron_vlm \d|(device|model|layout|data|schedule|writes) +\S).*")
+SAVED_LINE = re.compile(r"saved step \d+ in \d+\.\d s")
+STEP_LINE = re.compile(r"step +\d+/\d+  loss [\d.]+  .*eta [\d:]+.*")
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +106,54 @@ def test_stop_and_kill(place: Place, tmp_path: Path, everything: bool) -> None:
     assert json.loads((run_dir / "stopped.json").read_text()) == {"reason": "signal SIGUSR1", "step": last + 1}
 
 
+@pytest.mark.full
+def test_ranks_end_when_their_agent_is_killed(place: Place, tmp_path: Path) -> None:
+    """They finish the step and save, and leave no process behind; meanwhile and afterwards the folder is safe."""
+    run_dir = tmp_path / "run"
+    with Job(place, run_dir, tmp_path / "1.log", *ENDLESS, "data.num_workers=1") as job:
+        job.wait_until(lambda: len(read_whole_lines(run_dir / "metrics.jsonl")) >= 2)
+        owner = json.loads((run_dir / OWNER_NAME).read_text())
+        assert owner["pid"] in job.ranks()
+        second = subprocess.run(
+            [sys.executable, "pretrain_vlm.py", *place.arguments(run_dir)], cwd=ROOT, capture_output=True, text=True
+        )
+        assert second.returncode == 2 and f"is used by process {owner['pid']} on" in second.stderr
+        assert len(second.stderr.strip().splitlines()) == 1
+        assert json.loads((run_dir / OWNER_NAME).read_text()) == owner
+
+        below = psutil.Process(job.process.pid).children(recursive=True)
+        steps = len(read_whole_lines(run_dir / "metrics.jsonl"))
+        job.process.kill()
+        _, alive = psutil.wait_procs(below, timeout=PATIENCE_SECONDS)
+        assert not alive
+    stopped = json.loads((run_dir / "stopped.json").read_text())
+    assert stopped["reason"] == "signal SIGTERM" and stopped["step"] <= steps + 4
+    assert checkpoint_names(run_dir) == [f"step_{stopped['step']:08d}"]
+    assert not (run_dir / OWNER_NAME).exists()
+    log = job.log.read_text()
+    assert f"torchrun (process {job.process.pid}) has ended: stopping" in log and "Traceback" not in log
+
+
+@pytest.mark.full
+def test_a_stopped_rank_ends_the_job(place: Place, tmp_path: Path) -> None:
+    """Within the time-out plus 30 s, with one line that names it and the stack of the other rank."""
+    run_dir, timeout = tmp_path / "run", 60
+    with Job(place, run_dir, tmp_path / "1.log", *ENDLESS, "parallel.distributed_timeout_minutes=1") as job:
+        job.wait_until(lambda: len(read_whole_lines(run_dir / "metrics.jsonl")) >= 2)
+        stopped = next(pid for pid in job.ranks() if psutil.Process(pid).environ()["RANK"] == "1")
+        os.kill(stopped, signal.SIGSTOP)
+        began = time.monotonic()
+        assert job.exit_code() == 1
+        seconds = time.monotonic() - began
+    print(f"ended after {seconds:.0f} s")
+    assert timeout < seconds < timeout + 30
+    log = job.log.read_text()
+    (line,) = [line for line in log.splitlines() if "gives no sign of life" in line]
+    assert line.startswith("rank 1 on ") and f"(process {stopped})" in line
+    assert "rank 0 at step" in log and "in _step" in log
+    assert log.count("Traceback (most recent call last)") == 1, "torchrun's own is the only one"
+
+
 def kill_while_saving(place: Place, run_dir: Path, resumed_after: int) -> list[str]:
     """Start again; the complete checkpoints, beside a half-written one."""
     # Without a worker, which takes as long to start as its rank; those of a killed rank are tests/data's.
@@ -135,13 +188,17 @@ def _signal_the_last_rank(trainer: Trainer) -> None:
 
 
 def check_console(log: Path, resumed_after: int | None) -> None:
-    """Nothing but a line per step, and how the run goes on; the last line may not be complete yet."""
+    """Nothing but what runs, how it goes on, and a line per step or save; the last line may not be complete yet."""
     lines = log.read_text().rpartition("\n")[0].splitlines()
+    assert lines[0].startswith("run_dir ") or BANNER_LINE.fullmatch(lines[0]), lines[0]
+    lines = [line for line in lines if not BANNER_LINE.fullmatch(line)]
     if resumed_after is not None:
+        if lines[0].startswith("run_dir "):
+            assert "is taken over" in lines.pop(0)
         assert lines.pop(0) == f"resuming after step {resumed_after} of 100000"
         changes = "data.num_workers 1 -> 0, checkpoint.save_interval null -> 1"
         assert lines.pop(0) == f"settings changed since the last start: {changes}"
-    others = [line for line in lines if not STEP_LINE.fullmatch(line)]
+    others = [line for line in lines if not STEP_LINE.fullmatch(line) and not SAVED_LINE.fullmatch(line)]
     assert lines and not others, "\n".join(others)
 
 
@@ -151,6 +208,33 @@ def read_whole_lines(path: Path) -> list[dict]:
         return read_lines(path)
     except json.JSONDecodeError:
         return []
+
+
+def test_a_rank_notices_that_its_agent_has_ended() -> None:
+    """The agent starts a rank and is killed; the rank, adopted by another process, sees a request."""
+    rank = """
+import time
+from megatron_vlm.training.signals import StopRequests
+requests = StopRequests()
+print(requests.poll(), flush=True)
+while not requests.poll():
+    time.sleep(0.01)
+print(int(requests.poll()), flush=True)
+"""
+    agent = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1]]); time.sleep(600)"
+    with subprocess.Popen(
+        [sys.executable, "-c", agent, rank],
+        cwd=ROOT,
+        env={**os.environ, "TORCHELASTIC_RUN_ID": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "0\n"
+        process.kill()
+        assert process.stdout.readline() == f"{int(signal.SIGTERM)}\n"
+        assert f"torchrun (process {process.pid}) has ended" in process.stderr.read()
 
 
 def test_a_second_signal_ends_at_once() -> None:

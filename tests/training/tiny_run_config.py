@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from megatron_vlm.checkpoint.run_owner import RunOwner
 from megatron_vlm.cli import load_config
 from megatron_vlm.config import Config
 from megatron_vlm.training.loop import Trainer
@@ -84,20 +85,22 @@ def _argument(value: Any) -> str:
 def train_on_rank(config: Config) -> list[list[str]]:
     """On a pool rank: one start of a run; returns the names of the rows that this rank read in each step."""
     prepare_process()
-    run = set_up(config)
-    loader, names = run.train_loader, []
-    read = loader.global_batch
+    requests, names = StopRequests(), []
+    with RunOwner(config.run_dir) as owner:
+        run = set_up(config, owner, requests)
+        loader = run.train_loader
+        read = loader.global_batch
 
-    def global_batch() -> Any:
-        batches = read()
-        names.append([name for batch in batches for name in batch.document_names])
-        return batches
+        def global_batch() -> Any:
+            batches = read()
+            names.append([name for batch in batches for name in batch.document_names])
+            return batches
 
-    loader.global_batch = global_batch  # type: ignore[method-assign]
-    try:
-        Trainer(run, StopRequests()).run()
-    finally:
-        loader.close()
+        loader.global_batch = global_batch  # type: ignore[method-assign]
+        try:
+            Trainer(run, requests).run()
+        finally:
+            loader.close()
     return names
 
 

@@ -148,6 +148,6 @@ def _check_projector(hf: Narrowed) -> None:
     side = round(hf.mm_tokens_per_image**0.5)
     patches = hf.vision_config.image_size // hf.vision_config.patch_size
     _require(
-        side * side == hf.mm_tokens_per_image and patches % side == 0,
+        side >= 1 and side * side == hf.mm_tokens_per_image and patches >= 1 and patches % side == 0,
         f"mm_tokens_per_image {hf.mm_tokens_per_image} with {patches} x {patches} patches",
     )

@@ -32,6 +32,8 @@ def prompt_rules(config: ModelConfig) -> PromptRules:
         assistant_start="<start_of_turn>model\n",
         assistant_end="<end_of_turn>",
         image_token_id=None if config.text_only else config.image_token_id,
+        turn_tokens=("<start_of_turn>",),
+        media_tokens=("<start_of_image>", "<end_of_image>", "<image_soft_token>"),
         bidirectional_images=not config.text_only,
         media=None if config.text_only else _media_rules(config),
     )

@@ -135,10 +135,10 @@ def _yarn(rope: Narrowed, max_position_embeddings: int) -> YarnScaling | None:
         return None
     _require(rope["rope_type"] == "yarn", f"rope_type {rope['rope_type']!r}")
     return YarnScaling(
-        factor=rope["factor"] or max_position_embeddings / rope["original_max_position_embeddings"],
+        factor=_given(rope["factor"], max_position_embeddings / rope["original_max_position_embeddings"]),
         original_length=rope["original_max_position_embeddings"],
-        beta_fast=rope.get("beta_fast") or 32,
-        beta_slow=rope.get("beta_slow") or 1,
+        beta_fast=_given(rope.get("beta_fast"), 32),
+        beta_slow=_given(rope.get("beta_slow"), 1),
         mscale=rope.get("mscale"),
         mscale_all_dim=rope.get("mscale_all_dim"),
         attention_factor=rope.get("attention_factor"),
@@ -146,9 +146,14 @@ def _yarn(rope: Narrowed, max_position_embeddings: int) -> YarnScaling | None:
     )
 
 
+def _given(value: Narrowed, default: float) -> Narrowed:
+    return default if value is None else value
+
+
 def _query_scaling(rope: Narrowed) -> QueryScaling | None:
     beta = rope.get("llama_4_scaling_beta")
     _require(beta is not None, "a Ministral3 without rope_parameters.llama_4_scaling_beta")
+    _require(isinstance(beta, int | float) and beta >= 0, f"rope_parameters.llama_4_scaling_beta {beta!r}")
     return QueryScaling(beta, rope["original_max_position_embeddings"]) if beta else None
 
 

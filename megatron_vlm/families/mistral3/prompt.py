@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from transformers.image_utils import SizeDict
 
-from megatron_vlm.data.media import MediaRules, Medium, Packed
+from megatron_vlm.data.conversation import ImageSize
+from megatron_vlm.data.media import MediaRules, Medium, Packed, Sides
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.errors import ConfigError, DataError
 
@@ -23,9 +24,17 @@ if TYPE_CHECKING:
     from megatron_vlm.families.mistral3.config import ModelConfig
 
 
-def prompt_rules(config: ModelConfig) -> PromptRules:
-    """Prompt rules of a Mistral3 model: "[/INST]" opens an answer, "</s>" is trained as its end.
+# [THINK] and [/THINK] are not among them: a text may have them.
+TURN_TOKENS = (
+    "[INST] [SYSTEM_PROMPT] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_CALLS] [ARGS] [CALL_ID] [TOOL_RESULTS] "
+    "[/TOOL_RESULTS] [TOOL_CONTENT] [PREFIX] [MIDDLE] [SUFFIX]"
+).split()
 
+
+def prompt_rules(config: ModelConfig) -> PromptRules:
+    """Prompt rules of a Mistral3 model: an answer follows the end of another turn, "</s>" is trained as its end.
+
+    Most follow a user's turn, which "[/INST]" ends; also a system prompt, another answer, or the start of the text.
     Images vary in size. The processor writes each as rows of placeholders with a break after each row, the last of
     which is the image's end; breaks and ends are text to the model.
 
@@ -36,6 +45,9 @@ def prompt_rules(config: ModelConfig) -> PromptRules:
         assistant_start="[/INST]",
         assistant_end="</s>",
         image_token_id=config.image_token_id,
+        turn_tokens=tuple(TURN_TOKENS),
+        media_tokens=("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
+        other_starts=("[/SYSTEM_PROMPT]", "</s>", "<s>"),
         media=None if config.text_only else _media_rules(config),
     )
 
@@ -53,6 +65,7 @@ def _media_rules(config: ModelConfig) -> MediaRules:
             merge_size=vision.spatial_merge_size,
         ),
         limit_pixels=partial(limit_longest_edge, token_size=vision.patch_size * vision.spatial_merge_size),
+        fit_image=partial(fit_longest_edge, token_size=vision.patch_size * vision.spatial_merge_size),
     )
 
 
@@ -145,3 +158,20 @@ def limit_longest_edge(processor: Any, min_pixels: int | None, max_pixels: int |
             "raise it",
         )
     processor.image_processor.size = SizeDict(longest_edge=edge)
+
+
+def fit_longest_edge(processor: Any, sides: Sides, size: ImageSize, *, token_size: int) -> Sides:
+    """Fit an image as Pixtral's processor does, with `max_pixels` as in `limit_longest_edge`; see `MediaRules`."""
+    if size.min_pixels is not None:
+        raise ValueError("`min_pixels` has no meaning for this model, whose processor enlarges no image")
+    if size.resized_height is not None and size.resized_width is not None:
+        height, width = size.resized_height, size.resized_width
+    else:
+        edge = processor.image_processor.size["longest_edge"]
+        if size.max_pixels is not None:
+            edge = min(edge, math.isqrt(size.max_pixels) // token_size * token_size)
+        if edge == 0:
+            raise ValueError(f"`max_pixels` {size.max_pixels} are fewer than the {token_size**2} of one token")
+        shrink = max(1, sides[0] / edge, sides[1] / edge)
+        height, width = max(1, math.floor(sides[0] / shrink)), max(1, math.floor(sides[1] / shrink))
+    return -(-height // token_size) * token_size, -(-width // token_size) * token_size

@@ -99,6 +99,8 @@ def _text(hf: Narrowed, tied: bool) -> TextConfig:
 def _layer(hf: Narrowed, head_dim: int, index: int) -> DecoderLayerConfig:
     num_experts = getattr(hf, "num_experts", None) or getattr(hf, "num_local_experts", None)
     moe = None
+    sparse_step = getattr(hf, "decoder_sparse_step", 1)
+    _require(sparse_step >= 1, f"decoder_sparse_step {sparse_step}")
     if num_experts and index not in hf.mlp_only_layers and (index + 1) % hf.decoder_sparse_step == 0:
         _require(
             1 <= hf.num_experts_per_tok <= num_experts,

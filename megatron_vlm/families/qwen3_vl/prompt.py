@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_vlm.data.media import MediaRules, Medium, limit_areas, pack_in_reading_order
+from megatron_vlm.data.media import MediaRules, Medium, fit_areas, limit_areas, pack_in_reading_order
 from megatron_vlm.data.rules import PromptRules
+
+TURN_TOKENS = ("<|im_start|>", "<|endoftext|>")
+# <|object_ref_start|>, <|box_start|> and the like are not among them: they are text about an image, not an image.
+MEDIA_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
 if TYPE_CHECKING:
     from megatron_vlm.families.qwen3_vl.config import ModelConfig
@@ -31,7 +35,9 @@ def prompt_rules(config: ModelConfig) -> PromptRules:
     start, end = "<|im_start|>assistant\n", "<|im_end|>"
     if config.text_only:
         numbered = partial(position_ids, media_token_ids=[], merge_size=1)
-        return PromptRules(start, end, image_token_id=None, position_ids=numbered)
+        return PromptRules(
+            start, end, image_token_id=None, turn_tokens=TURN_TOKENS, media_tokens=MEDIA_TOKENS, position_ids=numbered
+        )
     image, video, vision = config.image_token_id, config.video_token_id, config.vision
     assert image is not None and video is not None and vision is not None
     return PromptRules(
@@ -39,6 +45,8 @@ def prompt_rules(config: ModelConfig) -> PromptRules:
         end,
         image_token_id=image,
         video_token_id=video,
+        turn_tokens=TURN_TOKENS,
+        media_tokens=MEDIA_TOKENS,
         media=_media_rules(image, video, vision),
         position_ids=partial(position_ids, media_token_ids=[image, video], merge_size=vision.spatial_merge_size),
     )
@@ -57,7 +65,12 @@ def _media_rules(image_token_id: int, video_token_id: int, vision: QwenVisionCon
         merge_size=vision.spatial_merge_size,
     )
     parts = ("image_processor", "video_processor")
-    return MediaRules({f"{part}.{name}": size for part in parts for name, size in sizes.items()}, pack, limit_areas)
+    return MediaRules(
+        {f"{part}.{name}": size for part in parts for name, size in sizes.items()},
+        pack,
+        limit_areas,
+        partial(fit_areas, token_size=vision.patch_size * vision.spatial_merge_size),
+    )
 
 
 def position_ids(

@@ -1,0 +1,145 @@
+"""What a start says on the console, and what it keeps of itself in `run_dir/starts.jsonl`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform as machine
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+
+from megatron_vlm import platform
+from megatron_vlm.config import Config, to_dict
+from megatron_vlm.data.loader import MicroBatchLoader
+from megatron_vlm.model.trainable import Trainable
+from megatron_vlm.training.setup import Run
+
+_PACKAGES = ("megatron-vlm", "torch", "megatron-core", "transformers", "safetensors", "numpy")
+# What schedulers and launchers call a start.
+_JOB_VARIABLES = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_NODELIST")
+STARTS_NAME = "starts.jsonl"
+
+
+def environment() -> dict[str, Any]:
+    """Describe what this process runs on: host, command, job, versions, commit, devices."""
+    current = platform.current()
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": socket.gethostname(),
+        "command": shlex.join([sys.executable, *sys.argv]),
+        "job": {name: os.environ[name] for name in _JOB_VARIABLES if name in os.environ},
+        "versions": {"python": machine.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "commit": _commit(),
+        "device": current.device_name,
+        "driver": current.driver_version,
+        "ranks": torch.distributed.get_world_size(),
+        "nodes": _num_nodes(),
+    }
+
+
+def record_start(run_dir: Path, described: Mapping[str, Any], step: int, config: Config) -> None:
+    """Append this start, with its configuration, to the run's `starts.jsonl`.
+
+    Args:
+        run_dir: the run's folder.
+        described: the result of `environment`.
+        step: step after which the start goes on.
+        config: the configuration.
+    """
+    with (run_dir / STARTS_NAME).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**described, "after_step": step, "config": to_dict(config)}) + "\n")
+
+
+def banner(run: Run, described: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a start says: versions, devices, model, layout, data, schedule, and where it writes.
+
+    Args:
+        run: what was set up.
+        described: the result of `environment`.
+    """
+    versions, config, commit = described["versions"], run.config, described["commit"]
+    others = ", ".join(f"{name} {versions[name]}" for name in ("torch", "megatron-core", "transformers", "python"))
+    yield f"megatron_vlm {versions['megatron-vlm']}{f' ({commit})' if commit else ''}, {others}"
+    nodes = described["nodes"]
+    yield f"device    {described['ranks']} x {described['device']} on {nodes} node{'s' * (nodes > 1)}"
+    kind = "text only" if run.model_config.text_only else "with images"
+    yield f"model     {config.model.hf_path}: {run.family.name}, {kind}, {_parameters(run)}"
+    yield f"layout    {run.layout}"
+    yield f"data      train: {_sources(run.train_loader)}"
+    if run.valid_loader is not None:
+        yield f"          valid: {_sources(run.valid_loader)}"
+    yield f"schedule  {_schedule(config, run.train_loader.plan.num_rows)}"
+    interval = config.checkpoint.save_interval
+    saves = (
+        f"a checkpoint every {interval} steps and after the last" if interval else "a checkpoint after the last step"
+    )
+    export = f"; export to {config.checkpoint.export_hf}" if run.due_export and config.checkpoint.export_hf else ""
+    yield f"writes    {config.run_dir}: {saves}{export}"
+
+
+def _parameters(run: Run) -> str:
+    trainable = Trainable(run.config.model.freeze)
+    sizes = {name: math.prod(weight.padded_shape) for name, weight in run.family.weight_map(run.model_config).items()}
+    total, trained = sum(sizes.values()), sum(size for name, size in sizes.items() if trainable.trains(name))
+    return f"{total / 1e6:,.1f} M parameters, {'all' if trained == total else f'{trained / 1e6:,.1f} M'} trained"
+
+
+def _sources(loader: MicroBatchLoader) -> str:
+    pairs = zip(loader.source_names, loader.plan.sources, strict=True)
+    total = sum(source.weight for source in loader.plan.sources)
+    many = len(loader.source_names) > 1
+    parts = [
+        f"{name} {source.num_rows:,} rows" + (f" ({source.weight / total:.0%})" if many else "")
+        for name, source in pairs
+    ]
+    return ", ".join(parts)
+
+
+def _schedule(config: Config, num_rows: int) -> str:
+    train, optimizer = config.train, config.optimizer
+    passes = train.train_iters * train.global_batch_size / num_rows
+    text = (
+        f"{train.train_iters:,} steps of {train.global_batch_size} rows = {passes:.2f} passes; {optimizer.name}, "
+        f"lr {optimizer.lr:g} {optimizer.schedule}"
+    )
+    return text + (f" after {optimizer.warmup_iters} steps of warm-up" if optimizer.warmup_iters else "")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Return the commit of the checkout that this code is in, "+" behind it where files differ; None elsewhere."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _num_nodes() -> int:
+    """Return the nodes of a start by torchrun, which puts equally many ranks on each."""
+    ranks = torch.distributed.get_world_size()
+    return ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))

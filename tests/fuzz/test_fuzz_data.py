@@ -1,0 +1,92 @@
+"""Rows and images that nobody meant: each is read, or is a bad row with one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_vlm.data.conversation import ImageSource
+from megatron_vlm.data.describe import check_rows
+from megatron_vlm.data.images import load_image
+from megatron_vlm.data.urls import UrlAccess
+from megatron_vlm.errors import DataError
+from tests.data.conftest import read_rows
+from tests.data.rows import assistant, image, row, user, video
+from tests.fuzz.mutations import check_line, damaged, mutated, within_limits
+
+ROWS, IMAGES = 400, 400
+SEEDS: list[dict[str, Any]] = [
+    row(user("Hello, how are you?"), assistant("I am fine.")),
+    row(user(image("0.png"), "What colour?"), assistant("Red."), user(image("1.png"), "And?"), assistant("Blue.")),
+    row({"role": "system", "content": "Be kind."}, user({**image("2.png"), "max_pixels": 64}), assistant("Yes.")),
+    row(user(video(["0.png", "0.png"], 2)), assistant("A ball.")),
+    row(user("a"), {"role": "assistant", "content": "4", "reasoning_content": "two", "loss": True, "weight": 1}),
+    {"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "x"}], "images": ["3.png"]},
+    {"conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "x"}], "image": "4.png"},
+    {**row(user({"type": "image", "index": 1}, {"type": "image"}), assistant("b")), "image": ["0.png"] * 2},
+    {"system": "s", "messages": [user("a"), assistant("b"), user("c"), assistant("d")], "id": 7, "videos": []},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["builder", "qwen_builder", "mistral_builder"])
+def test_rows(family: str, folder: Path, factor: int, request: pytest.FixtureRequest) -> None:
+    rng = random.Random(f"rows of {family}")
+    lines: list[str | bytes] = []
+    while len(lines) < ROWS * factor:
+        line: str | bytes = json.dumps(mutated(rng.choice(SEEDS), rng))
+        if rng.random() < 0.15:
+            line = damaged(str(line).encode(), rng, head=10_000).replace(b"\n", b"")
+        lines.append(line)
+    with within_limits(f"{family}, opening"):
+        reader = read_rows(request.getfixturevalue(family), folder, lines, max_bad_fraction=1.0)
+    outcomes = Counter[bool]()
+    for number in range(reader.sources[0].num_rows):
+        file, _ = reader.sources[0].locate(number)
+        case = f"{family}, row {number}: {file.read(number)[:500]!r}"
+        with within_limits(case):
+            loaded = reader.read(0, number)
+        if loaded.problem:
+            check_line(case, loaded.problem)
+        outcomes[loaded.bad] += 1
+    assert min(outcomes[True], outcomes[False]) > len(lines) // 100, outcomes
+    check = check_rows(reader)
+    for line in check.problems + check.notes:
+        check_line(family, line)
+
+
+def pictures() -> list[bytes]:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (13, 17, 3), np.uint8))
+    encoded = []
+    for kind, mode in (("PNG", "RGB"), ("PNG", "P"), ("PNG", "LA"), ("JPEG", "RGB"), ("GIF", "P"), ("WEBP", "RGB")):
+        buffer = io.BytesIO()
+        picture.convert(mode).save(buffer, kind)
+        encoded.append(buffer.getvalue())
+    for kind in ("TIFF", "BMP", "PPM"):
+        buffer = io.BytesIO()
+        picture.save(buffer, kind)
+        encoded.append(buffer.getvalue())
+    return encoded
+
+
+def test_images(factor: int) -> None:
+    rng, originals = random.Random("images"), pictures()
+    outcomes = Counter[str]()
+    for number in range(IMAGES * factor):
+        data = damaged(rng.choice(originals), rng, head=60)
+        case = f"image {number}: {data[:200]!r}"
+        with within_limits(case):
+            try:
+                assert load_image(ImageSource(data=data), "row", UrlAccess.NONE).mode == "RGB", case
+                outcomes["read"] += 1
+            except DataError as error:
+                check_line(case, str(error))
+                outcomes["refused"] += 1
+    assert min(outcomes.values()) > IMAGES // 20, outcomes

@@ -1,0 +1,147 @@
+"""A rank that hangs ends the job with its name and everybody's stacks; an error is reported once, by who has it."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed
+
+from megatron_vlm import error_report
+from megatron_vlm.errors import DataError, UserError
+from megatron_vlm.training.rank_watch import RankWatch
+
+RANKS = 3
+POST_SECONDS, LONG = 0.2, 300.0
+SCENARIOS = ["stopped", "stopped late", "mismatch", "own error", "same error", "crash", "no interference"]
+# Seconds until a silent rank is reported, and until a collective ends by an exception.
+TIMEOUTS = {"stopped": (2.0, LONG), "stopped late": (LONG, 3.0), "mismatch": (LONG, 3.0)}
+
+
+@dataclass
+class Result:
+    """Exit codes and stderr of the ranks of one scenario."""
+
+    codes: list[int | None]
+    stderr: list[str]
+
+    def lines_with(self, text: str) -> list[str]:
+        return [line for part in self.stderr for line in part.splitlines() if text in line]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    """This process does for the ranks of every scenario what torchrun does: it hosts their store and waits."""
+    context, stores, processes = multiprocessing.get_context("fork"), [], {}
+    folder = tmp_path_factory.mktemp("ranks")
+    gc.collect()
+    for scenario in SCENARIOS:
+        stores.append(torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False))
+        arguments = [(rank, stores[-1].port, scenario, folder / f"{scenario} {rank}") for rank in range(RANKS)]
+        processes[scenario] = [context.Process(target=rank_main, args=each) for each in arguments]
+    everyone = [process for ranks in processes.values() for process in ranks]
+    try:
+        for process in everyone:
+            process.start()
+        for process in everyone:
+            process.join(120)  # far more than the time-outs of a few seconds
+    finally:
+        for process in everyone:
+            process.kill()
+    return {
+        scenario: Result(
+            [process.exitcode for process in processes[scenario]],
+            [(folder / f"{scenario} {rank}").read_text() for rank in range(RANKS)],
+        )
+        for scenario in SCENARIOS
+    }
+
+
+def rank_main(rank: int, port: int, scenario: str, stderr: Path) -> None:
+    """Do three steps, of which the last does not come about."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
+    sys.stderr = os.fdopen(2, "w")
+    torch.set_num_threads(1)
+    silence, timeout = TIMEOUTS.get(scenario, (LONG, LONG))
+    store = torch.distributed.TCPStore("localhost", port, is_master=False)
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=timeout)
+    )
+    try:
+        with RankWatch(silence, POST_SECONDS) as watch:
+            for step in range(3):
+                watch.progress = lambda step=step: step
+                if step == 2:
+                    interfere(rank, scenario)
+                torch.distributed.all_reduce(torch.ones(1))
+    except UserError as error:
+        error_report.report(error)
+        sys.exit(2)
+
+
+def interfere(rank: int, scenario: str) -> None:
+    """Do what the scenario says."""
+    if scenario == "same error":
+        raise DataError("all ranks read the same")
+    if scenario == "no interference" or rank != 1:
+        return
+    if scenario == "own error":
+        raise DataError("only rank 1 read this")
+    if scenario == "crash":
+        raise ValueError("only rank 1 crashed")
+    if scenario == "mismatch":
+        wait_for_something_else()
+    time.sleep(5 * POST_SECONDS)  # its step is known
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def wait_for_something_else() -> None:
+    """The stacks must show this name."""
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("scenario", ["stopped", "stopped late"])
+def test_a_stopped_rank_is_named(results: dict[str, Result], scenario: str) -> None:
+    """Also when a collective ends by an exception before the rank was silent for long enough."""
+    result = results[scenario]
+    assert result.codes == [1, -signal.SIGKILL, 1]
+    (line,) = result.lines_with("hangs")
+    assert line.startswith(f"rank 1 on {socket.gethostname()} (process ") and "at step 2" in line and " -- " in line
+    for rank in (0, 2):  # where it waits: as a stack that was dumped, or a traceback
+        assert "in all_reduce" in result.stderr[rank]
+
+
+def test_ranks_that_wait_for_different_things(results: dict[str, Result]) -> None:
+    result = results["mismatch"]
+    assert result.codes == [1, 1, 1]
+    (line,) = result.lines_with("a collective did not end")
+    assert "rank 0 at step 2, rank 1 at step 2, rank 2 at step 2" in line
+    assert "wait_for_something_else" in result.stderr[1] and "in all_reduce" in result.stderr[0]
+
+
+def test_errors_are_reported_once(results: dict[str, Result]) -> None:
+    own = results["own error"]
+    assert own.codes == [1, 2, 1]
+    assert own.stderr[0] == own.stderr[2] == "" and own.stderr[1] == "[rank 1] DataError: only rank 1 read this\n"
+    same = results["same error"]
+    assert same.codes == [2, 2, 2]
+    assert len(same.lines_with("all ranks read the same")) == 1
+    crash = results["crash"]
+    assert crash.codes == [1, 1, 1]
+    assert crash.stderr[0] == crash.stderr[2] == ""
+    assert "Traceback" in crash.stderr[1] and "only rank 1 crashed" in crash.stderr[1]
+
+
+def test_nothing_happens_to_ranks_that_work(results: dict[str, Result]) -> None:
+    assert results["no interference"] == Result([0, 0, 0], ["", "", ""])
