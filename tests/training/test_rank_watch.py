@@ -22,10 +22,11 @@ from megatron_vlm.errors import DataError, UserError
 from megatron_vlm.training.rank_watch import RankWatch
 
 RANKS = 3
-POST_SECONDS, LONG = 0.2, 300.0
+# On a busy machine a thread may not run for half a second.
+POST_SECONDS, LONG = 0.6, 300.0
 SCENARIOS = ["stopped", "stopped late", "mismatch", "own error", "same error", "crash", "no interference"]
 # Seconds until a silent rank is reported, and until a collective ends by an exception.
-TIMEOUTS = {"stopped": (2.0, LONG), "stopped late": (LONG, 3.0), "mismatch": (LONG, 3.0)}
+TIMEOUTS = {"stopped": (4.0, LONG), "stopped late": (LONG, 6.0), "mismatch": (LONG, 6.0)}
 
 
 @dataclass
@@ -78,6 +79,8 @@ def rank_main(rank: int, port: int, scenario: str, stderr: Path) -> None:
     torch.distributed.init_process_group(
         "gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=timeout)
     )
+    store.set(f"ready {rank}", "")
+    store.wait([f"ready {each}" for each in range(RANKS)], timedelta(seconds=LONG))
     try:
         with RankWatch(silence, POST_SECONDS) as watch:
             for step in range(3):
