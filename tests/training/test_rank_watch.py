@@ -50,15 +50,15 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
         stores.append(torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False))
         arguments = [(rank, stores[-1].port, scenario, folder / f"{scenario} {rank}") for rank in range(RANKS)]
         processes[scenario] = [context.Process(target=rank_main, args=each) for each in arguments]
-    everyone = [process for ranks in processes.values() for process in ranks]
-    try:
-        for process in everyone:
-            process.start()
-        for process in everyone:
-            process.join(120)  # far more than the time-outs of a few seconds
-    finally:
-        for process in everyone:
-            process.kill()
+    for ranks in processes.values():  # one scenario after another, so that no thread starves
+        try:
+            for process in ranks:
+                process.start()
+            for process in ranks:
+                process.join(120)  # far more than the time-outs of a few seconds
+        finally:
+            for process in ranks:
+                process.kill()
     return {
         scenario: Result(
             [process.exitcode for process in processes[scenario]],
