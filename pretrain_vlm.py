@@ -4,7 +4,7 @@
     python pretrain_vlm.py --config FILE.yaml --dry_run
 
 Exit codes: 0 done, or stopped early on request (`stopped.json` in the run folder says which); 2 a mistake that the user
-can correct, told in one line each; anything else a crash.
+can correct, printed in one line each; anything else a crash.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def find_marks(rendered: str, marked: str, row_name: str) -> list[Mark]:
         read = found.end()
     if "".join([*pieces, marked[read:]]) != rendered:
         raise DataError(
-            "where answers start and end cannot be told, because the chat template changes texts by what they end with",
+            "where answers start and end cannot be determined: the chat template changes texts by what they end with",
             row_name,
             USE_TAGS,
         )
@@ -128,7 +128,7 @@ def find_answers(
         row_name: file and line of the row, for error messages.
 
     Raises:
-        DataError: an answer's start or end cannot be told.
+        DataError: an answer's start or end cannot be determined.
     """
     # The first and the last mark of each run of marks of one message.
     runs = [(run[0], run[-1]) for run in (list(group) for _, group in groupby(marks, key=lambda mark: mark.message))]

@@ -296,6 +296,8 @@ class _RowParser:
         size = ImageSize(**given)
         if (size.resized_height is None) != (size.resized_width is None):
             raise self.error("an image has one of `resized_height` and `resized_width`", "give both or neither")
+        if size.resized_height is not None and (size.min_pixels is not None or size.max_pixels is not None):
+            raise self.error("an image has sides (`resized_height`) and limits of its area (`max_pixels`)", "keep one")
         if size.min_pixels is not None and size.max_pixels is not None and size.min_pixels > size.max_pixels:
             raise self.error(f"an image's `min_pixels` is {size.min_pixels}, above its `max_pixels`", "lower it")
         return size if given else None

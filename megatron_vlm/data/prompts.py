@@ -4,7 +4,7 @@ Ids and pixels are what `processor.apply_chat_template(messages, tokenize=True)`
 whatever arguments of calls the tokenizer's files store. Which tokens are trained is decided in this order:
 1. The template has generation tags: what stands between them, as in transformers' own `assistant_masks`.
 2. The family's turn markers around the assistant's texts (`answers.py`). A control token inside a message could forge a
-   turn, so such a row is refused, and so is one in which the start or the end of an answer cannot be told.
+   turn, so such a row is refused, and so is one in which the start or the end of an answer cannot be determined.
 3. Otherwise the model directory is refused.
 Placeholders of media are never trained.
 """

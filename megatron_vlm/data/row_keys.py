@@ -128,7 +128,7 @@ VIDEO_PART = KeyTable(
 
 
 def is_given(value: Any) -> bool:
-    """Whether a key has a value: exports of tables write what is missing as null, as "" or as an empty list."""
+    """Whether a key has a value: exports of tables write what is missing as null, as "" or as empty lists."""
     return value is not None and value not in ("", "[]", "{}") and value != [] and value != {}
 
 

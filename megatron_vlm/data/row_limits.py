@@ -40,9 +40,13 @@ class RowLimits:
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any] | Sequence[int]) -> None:
-        """Continue with the counts of a checkpoint; former ones have (bad rows, rows seen)."""
+        """Continue with the counts of a checkpoint.
+
+        Former ones have (bad rows, rows seen) and not the labels, of which the run is taken to have had some.
+        """
         if isinstance(state, Sequence):
-            state = dict(zip(("bad_rows", "rows_seen"), state, strict=True))
+            bad_rows, rows_seen = state
+            state = {"bad_rows": bad_rows, "rows_seen": rows_seen, "source_labels": [1] * len(self.sources)}
         for name, value in state.items():
             setattr(self, name, value)
 

@@ -101,9 +101,7 @@ class RowReader:
         """
         name = self.sources[source].name(row)
         try:
-            conversation = self.conversation(source, row)
-            self._refuse_huge(conversation)
-            sample = self._encode(conversation)
+            conversation, sample = self._conversation_and_sample(source, row)
         except DataError as error:
             if self.settings.strict:
                 raise
@@ -121,9 +119,7 @@ class RowReader:
         Raises:
             DataError: the row is bad.
         """
-        conversation = self.conversation(source, row)
-        self._refuse_huge(conversation)
-        return len(self._encode(conversation).input_ids)
+        return len(self._conversation_and_sample(source, row)[1].input_ids)
 
     def empty(self, source: int) -> LoadedSample:
         """Return a padding sample for a slot that holds no row."""
@@ -132,6 +128,11 @@ class RowReader:
     def _parse(self, rows: SourceRows, row: int) -> Conversation:
         file, row = rows.locate(row)
         return parse_row(file.read(row), file.name(row), file.directory, self._rendered)
+
+    def _conversation_and_sample(self, source: int, row: int) -> tuple[Conversation, Sample]:
+        conversation = self.conversation(source, row)
+        self._refuse_huge(conversation)
+        return conversation, self._encode(conversation)
 
     def _refuse_huge(self, conversation: Conversation) -> None:
         tokens = self.settings.seq_length

@@ -1,8 +1,9 @@
 """Fetch images from http(s) URLs that stand in data, which may not be ours to trust.
 
-One deadline holds for all of it, redirects included. Addresses inside the machine's own network are refused, also
-behind a public name or a redirect: whoever writes the data must not reach what only this machine can. The address that
-is checked is the one that is connected to. A proxy that the environment names does its own looking up.
+One deadline holds for all of it, redirects included, but for looking up a name, which nothing ends. Addresses inside
+the machine's own network are refused, also behind a public name or a redirect: whoever writes the data must not reach
+what only this machine can. The address that is checked is the one that is connected to. A proxy that the environment
+names does its own looking up.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def fetch(url: str, row_name: str, access: UrlAccess, most_bytes: int) -> bytes:
         reason = f"it takes longer than {DEADLINE_SECONDS:g} s" if fetching.is_ended else _reason(error)
     finally:
         watchdog.cancel()
+        fetching.close()
     fix = "download it and name the file"
     if fetching.is_refused:
         fix += ", or set data.allow_private_urls to true"
@@ -120,9 +122,15 @@ class _Fetching:
             except OSError as error:
                 last = error
                 continue
-            self._sockets.append(connection)
+            self._sockets.append(connection.dup())  # TLS takes the connection itself away
+            if self.is_ended:  # while it was made
+                self.end()
             return connection
         raise last
+
+    def close(self) -> None:
+        for connection in self._sockets:
+            connection.close()
 
     def end(self) -> None:
         """Make whatever waits for a socket return."""

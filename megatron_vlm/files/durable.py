@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
@@ -20,6 +22,7 @@ from megatron_vlm.files.block_memory import BlockMemory
 
 # Measured on ext4: files written in larger requests take up to four times as long. `cp` uses this size too.
 REQUEST_BYTES = 256 * 2**10
+ABANDONED_SECONDS = 600.0
 
 
 class StreamedFile(FileIO):
@@ -97,7 +100,7 @@ def staged_directory(directory: str | os.PathLike) -> Iterator[Path]:
 
     Parents are created. Whoever writes files into the sibling syncs them to disk; the directory entries are synced
     here. After an error the sibling is removed; after a kill it stays behind under a name that starts with a dot, until
-    the next call for the same place.
+    a later call for the same place.
 
     Args:
         directory: the final place, missing or empty.
@@ -124,12 +127,20 @@ def staged_directory(directory: str | os.PathLike) -> Iterator[Path]:
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Remove siblings of earlier calls whose process has ended, as far as can be told from this machine."""
+    """Remove siblings of earlier calls that nobody writes any more.
+
+    That is: no process of the number in their name runs on this machine, and nothing in them has changed for a while;
+    a container of the same name may not see another's processes.
+    """
     prefix = f".{target.name}.partial-{socket.gethostname()}-"
     for path in target.parent.glob(f"{glob.escape(prefix)}*"):
         pid = path.name.removeprefix(prefix)
-        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
+        if not pid.isdecimal() or psutil.pid_exists(int(pid)):
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            changed = max(each.stat().st_mtime for each in (path, *path.iterdir()))
+            if time.time() - changed > ABANDONED_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def sync_directory(directory: Path) -> None:

@@ -160,7 +160,8 @@ class Trainer:
             save()
         except SaveError as error:
             interval = self.config.checkpoint.save_interval
-            self._retried_at = self.step + max(1, (interval or 0) // SAVES_TRIED_PER_INTERVAL)
+            later = self.step + max(1, (interval or 0) // SAVES_TRIED_PER_INTERVAL)
+            self._retried_at = min(later, self.config.train.train_iters)
             if self.run_state.is_first_rank:
                 print(f"warning: {error}; it is tried again after step {self._retried_at}", flush=True)
 

@@ -6,7 +6,10 @@ import json
 import os
 import re
 import shutil
+import socket
 import struct
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -275,6 +278,34 @@ def test_damaged_checkpoints_are_refused_by_name(copied: Path, damage: str) -> N
         SafetensorsReader(copied)
     assert re.search(message, str(caught.value)), caught.value
     assert caught.value.fix and "\n" not in str(caught.value)
+
+
+def test_exports_that_were_killed_are_removed(tmp_path: Path) -> None:
+    """Not those that somebody may still write: of this process, changed lately, or of another machine."""
+    old, here = time.time() - 2 * durable.ABANDONED_SECONDS, socket.gethostname()
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    names = {
+        f".export.partial-{here}-{ended.pid}": old,
+        f".export.partial-{here}-{os.getppid()}": old,
+        f".export.partial-another-{ended.pid}": old,
+        f".another.partial-{here}-{ended.pid}": old,
+    }
+    for name, changed in names.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"part")
+        for path in (tmp_path / name / "model.safetensors", tmp_path / name):
+            os.utime(path, (changed, changed))
+    abandoned, *others = names
+    (tmp_path / abandoned / "model.safetensors").touch()
+    with durable.staged_directory(tmp_path / "export"):
+        assert (tmp_path / abandoned).exists(), "changed lately"
+    os.utime(tmp_path / abandoned / "model.safetensors", (old, old))
+    os.utime(tmp_path / abandoned, (old, old))
+    (tmp_path / "export").rmdir()
+    with durable.staged_directory(tmp_path / "export"):
+        assert not (tmp_path / abandoned).exists()
+    assert all((tmp_path / name).exists() for name in others)
 
 
 def test_companions_are_copied_and_weights_are_not(sharded: Path, tmp_path: Path) -> None:

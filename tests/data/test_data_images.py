@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import io
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -185,6 +186,17 @@ def test_urls_that_fail(address: str, name: str, monkeypatch: pytest.MonkeyPatch
 def test_urls_that_are_none(url: str) -> None:
     message = refusal(ImageSource(url=url), UrlAccess.PUBLIC)
     assert "cannot be fetched" in message and len(message) < 600
+
+
+def test_the_deadline_holds_for_a_connection_that_tls_took_over(address: str) -> None:
+    """TLS detaches the socket that was connected and makes another of its descriptor."""
+    fetching = urls._Fetching(UrlAccess.ALL)
+    host, _, port = address.removeprefix("http://").partition(":")
+    with socket.socket(fileno=fetching.connect((host, int(port))).detach()) as taken:
+        taken.settimeout(10)
+        fetching.end()
+        assert taken.recv(1) == b""  # nothing was asked for, so that only the end brings an answer
+    fetching.close()
 
 
 @pytest.mark.parametrize("ip", "10.1.2.3 127.0.0.1 169.254.1.2 192.168.0.1 ::1 fe80::1%eth0 ::ffff:10.0.0.1".split())

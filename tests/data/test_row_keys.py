@@ -166,6 +166,7 @@ def test_size_that_the_model_cannot_give(make_reader: Make, make_qwen_reader: Ma
     assert "give both or neither" in problem(make_qwen_reader, resized_height=8)
     assert "above its `max_pixels`" in problem(make_qwen_reader, min_pixels=64, max_pixels=8)
     assert "is 0" in problem(make_qwen_reader, max_pixels=0)
+    assert "keep one" in problem(make_qwen_reader, resized_height=8, resized_width=8, max_pixels=64)
 
 
 def test_sizes_are_those_of_the_processor(qwen_builder: PromptBuilder) -> None:

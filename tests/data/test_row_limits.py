@@ -92,6 +92,7 @@ def test_counts_survive_a_checkpoint() -> None:
     assert resumed.state_dict() == tracker.state_dict()
     former.load_state_dict([2, 200])
     assert (former.bad_rows, former.rows_seen) == (2, 200)
+    former.check_end()  # of a run that was finished then
     for each in (resumed, former):
         with pytest.raises(DataError, match="3 of 201 rows are bad"):
             step(each, 1, 1)
