@@ -53,7 +53,7 @@ def fetch(url: str, row_name: str, access: UrlAccess, most_bytes: int) -> bytes:
     try:
         return fetching.body(url, most_bytes)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = f"it takes longer than {DEADLINE_SECONDS:g} s" if fetching.is_ended else _reason(error)
+        reason = _reason(error, fetching.is_ended)
     finally:
         watchdog.cancel()
         fetching.close()
@@ -175,9 +175,11 @@ def _is_private(address: str) -> bool:
     return not inner.is_global or inner.is_multicast
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, is_ended: bool) -> str:
     """Return why, on one line of bounded length."""
     if isinstance(error, urllib.error.URLError) and isinstance(error.reason, Exception):
         error = error.reason
+    if is_ended or isinstance(error, TimeoutError):  # the sockets' own time-outs end with the deadline too
+        return f"it takes longer than {DEADLINE_SECONDS:g} s"
     text = " ".join(str(error).split()) or type(error).__name__
     return text[:LONGEST_URL_SHOWN]
