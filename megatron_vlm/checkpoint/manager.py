@@ -38,11 +38,17 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_vlm.checkpoint import optimizer_state, run_folder
 from megatron_vlm.checkpoint.run_folder import Manifest, ModelIdentity
 from megatron_vlm.checkpoint.run_owner import RunOwner
-from megatron_vlm.checkpoint.torch_dist import UNREADABLE, TorchDistReader
+from megatron_vlm.checkpoint.torch_dist import UNREADABLE, CheckedFileReader, TorchDistReader
 from megatron_vlm.errors import CheckpointError, SaveError, UserError
 from megatron_vlm.parallel.parameters import spec_of
 from megatron_vlm.parallel.sharding import replica_group, splits
-from megatron_vlm.platform.checkpointing import SaveFailed, SaveStrategy, random_state, set_random_state
+from megatron_vlm.platform.checkpointing import (
+    SaveFailed,
+    SaveStrategy,
+    loading_with,
+    random_state,
+    set_random_state,
+)
 
 _SHOWN_PROBLEMS = 4
 
@@ -421,7 +427,7 @@ def _read[Result](action: Callable[[], Result], folder: Path) -> Result:
     """Run `action`, which reads tensors; if it fails on any rank, every rank has the same error for the user."""
     failure: Any = None
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), loading_with(CheckedFileReader):
             # Remarks on the way in which megatron-core calls torch.
             warnings.filterwarnings("ignore", module=r"(torch\.distributed\.checkpoint|megatron)\.")
             result = action()

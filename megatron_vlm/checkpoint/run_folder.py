@@ -19,6 +19,7 @@ import os
 import re
 import secrets
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "megatron_vlm.json"
 CHECKPOINTS_NAME = "checkpoints"
 PASSTHROUGH_NAME = "passthrough"
+CRC_KEY = "crc32"
+METADATA_CRC_KEY = "metadata_crc32"
 RUN_FILES = ("config.yaml", "metrics.jsonl", "evaluations.jsonl", "stopped.json", "exported.json", "wandb_run_id")
 _PUBLISHED = re.compile(r"step_(\d{8,})")
 _LEFTOVER = re.compile(r"step_\d{8,}\.(incomplete|removed)\.[0-9a-f]+|\.passthrough\.partial-\d+")
@@ -92,14 +95,18 @@ class Manifest:
     config: str = ""
     passthrough: Sequence[str] | None = None
 
-    def to_json(self) -> str:
+    def to_json(self, metadata_crc32: int | None = None) -> str:
+        """Return the file's text: the fields, the CRC-32 of megatron-core's metadata, and the CRC-32 of all that."""
         fields = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
         identity = dataclasses.asdict(fields.pop("identity"))
-        return json.dumps({"format_version": FORMAT_VERSION, **identity, **fields}, indent=1)
+        content = {"format_version": FORMAT_VERSION, **identity, **fields, METADATA_CRC_KEY: metadata_crc32}
+        return json.dumps({**content, CRC_KEY: _crc_of_content(content)}, indent=1)
 
     def write(self, folder: Path) -> None:
-        """Write into `folder`, durably."""
-        write_durably(folder / MANIFEST_NAME, self.to_json().encode())
+        """Write into `folder`, which has the tensors already, durably."""
+        metadata = folder / TorchDistReader.METADATA_FILE
+        metadata_crc32 = zlib.crc32(metadata.read_bytes()) if metadata.exists() else None
+        write_durably(folder / MANIFEST_NAME, self.to_json(metadata_crc32).encode())
 
     @staticmethod
     def read(folder: Path) -> Manifest:
@@ -115,6 +122,7 @@ class Manifest:
             raise CheckpointError(
                 f"format version {version}, this program reads {FORMAT_VERSION}", str(path), "use a matching version"
             )
+        _check_checksums(content, path)
         return Manifest._from_content(content, path)
 
     @staticmethod
@@ -141,6 +149,23 @@ class Manifest:
             raise CheckpointError(f"damaged: {problem}", str(path), "use another checkpoint")
         fields = {name: value for name, value in content.items() if name in kinds and name not in identity_names}
         return Manifest(ModelIdentity(**{name: content[name] for name in identity_names}), **fields)
+
+
+def _crc_of_content(content: Mapping[str, Any]) -> int:
+    """CRC-32 of the values, however the file is laid out."""
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _check_checksums(content: dict[str, Any], path: Path) -> None:
+    """Compare a manifest, and megatron-core's metadata beside it, with their checksums; older ones have none."""
+    if CRC_KEY in content and content.pop(CRC_KEY) != _crc_of_content(content):
+        fix = f"use another checkpoint, or, if this was edited by hand, delete the key {CRC_KEY}"
+        raise CheckpointError("its content is not what was saved: its checksum differs", str(path), fix)
+    metadata = path.parent / TorchDistReader.METADATA_FILE
+    metadata_crc32 = content.get(METADATA_CRC_KEY)
+    if metadata_crc32 is not None and metadata.is_file() and zlib.crc32(metadata.read_bytes()) != metadata_crc32:
+        what = "its content is not what was saved: its checksum differs"
+        raise CheckpointError(what, str(metadata), "use another checkpoint")
 
 
 def read_json(path: Path, fix: str) -> Any:

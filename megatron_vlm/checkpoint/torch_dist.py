@@ -6,6 +6,9 @@ A `torch_dist` checkpoint is torch.distributed.checkpoint's: `.distcp` files tha
 torch.load only lay out and describe the records (`skip_data`, the meta device), and the bytes go by in small blocks.
 What is written is loaded by `megatron.core.dist_checkpointing.load` in any layout.
 
+Checksums: a record is a zip file, which holds the CRC-32 of its values. torch writes it and never looks at it again;
+whoever reads here does, of what it reads anyway (`TorchDistReader` rows, `CheckedFileReader` whole records).
+
 Trust: `.metadata` is a pickle. The reader here admits only the classes that describe a checkpoint, and opens records
 with `weights_only`; training looks through it before megatron-core's own loader, which has no such limit, reads on. A
 checkpoint that somebody else made may still be as dangerous as a program that somebody else made.
@@ -14,19 +17,22 @@ checkpoint that somebody else made may still be as dangerous as a program that s
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self, cast
 
 import torch
-from torch.distributed.checkpoint import FileSystemWriter
+from isal import isal_zlib
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -37,7 +43,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 from torch.serialization import skip_data
 
 from megatron_vlm.errors import CheckpointError
@@ -50,7 +58,14 @@ MEGATRON_METADATA_FILE = "metadata.json"
 COMMON_STATE_KEY = "common_state/shard_0_1"  # megatron-core's unique key of its only ShardedObject
 RECORD_BYTES = 64 * 2**20  # a rank that wants a few rows has to read whole records
 MAX_METADATA_BYTES = 2**30
-ZIP_HEADER_BYTES = 30  # of a member's local header; it ends with the lengths of the name and the extra field
+# Of zip files: a member's header ends with the lengths of its name and of an extra field; its values are followed by a
+# descriptor whose second word is their CRC-32; its entry in the directory at the end has the CRC-32 at byte 16, and at
+# byte 28 the lengths of name, extra field and comment.
+ZIP_HEADER_BYTES = 30
+ZIP_DESCRIPTOR = b"PK\x07\x08"
+ZIP_ENTRY_BYTES = 46
+ZIP_ENTRY_CRC_BYTE = 16
+ZIP_ENTRY_LENGTHS_BYTE = 28
 UNREADABLE = (
     *(OSError, EOFError, RuntimeError, LookupError, ValueError, ArithmeticError),
     *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error),
@@ -91,11 +106,17 @@ class TorchDistWriter:
             if not unwritten.record_rows:
                 self._begin_record(key, entry, unwritten)
             block = rows[: unwritten.record_rows]
+            values = block.contiguous().reshape(-1).view(torch.uint8).numpy()
             self._file.seek(unwritten.position_byte)
-            unwritten.position_byte += self._file.write(block.contiguous().reshape(-1).view(torch.uint8).numpy())
+            unwritten.position_byte += self._file.write(values)
+            unwritten.crc = isal_zlib.crc32(values, unwritten.crc)
             unwritten.record_rows -= len(block)
             unwritten.rows -= len(block)
             rows = rows[len(block) :]
+            if not unwritten.record_rows:
+                for crc_byte in unwritten.crc_bytes:
+                    self._file.seek(crc_byte)
+                    self._file.write(struct.pack("<L", unwritten.crc))
 
     def _begin_record(self, key: str, entry: TensorStorageMetadata, unwritten: _Unwritten) -> None:
         """Append a record for the next rows of a tensor, without their values."""
@@ -105,8 +126,11 @@ class TorchDistWriter:
         with skip_data():  # the memory of this tensor is never touched, so it costs none
             storage = self._append(MetadataIndex(key, offsets), torch.empty(sizes, dtype=entry.properties.dtype))
         entry.chunks.append(ChunkStorageMetadata(offsets=offsets, sizes=sizes))
+        record = _Record(self._file, storage)
         unwritten.record_rows = end_row - first_row
-        unwritten.position_byte = storage.offset + _locate_data(self._file, storage).begin_byte
+        unwritten.position_byte = storage.offset + _locate_data(record).begin_byte
+        unwritten.crc_bytes = tuple(storage.offset + crc_byte for crc_byte in _locate_crcs(record))
+        unwritten.crc = 0
 
     def close(self, common_state: dict[str, Any]) -> None:
         """Finish the file and write the metadata.
@@ -147,16 +171,23 @@ class _Unwritten:
         rows: number in all.
         record_rows: number in the record that is begun.
         position_byte: where the next row belongs in the file.
+        crc: CRC-32 of the record's rows so far.
+        crc_bytes: where it belongs in the file.
     """
 
     records: Iterator[tuple[int, int]]
     rows: int
     record_rows: int = 0
     position_byte: int = 0
+    crc: int = 0
+    crc_bytes: tuple[int, ...] = ()
 
 
 class TorchDistReader:
     """Reads rows of the tensors in a `torch_dist` checkpoint, without process groups.
+
+    The values of a record are compared with its checksum when its last row has been read; whoever hands on what is read
+    here calls `check_rest` before it is relied on.
 
     Args:
         directory: the checkpoint.
@@ -165,7 +196,8 @@ class TorchDistReader:
         CheckpointError: not a distributed checkpoint, or damaged metadata.
     """
 
-    METADATA_FILES = (MEGATRON_METADATA_FILE, ".metadata")
+    METADATA_FILE = ".metadata"
+    METADATA_FILES = (MEGATRON_METADATA_FILE, METADATA_FILE)
 
     def __init__(self, directory: str | os.PathLike) -> None:
         self.directory = Path(directory).absolute()
@@ -173,7 +205,7 @@ class TorchDistReader:
         if not (self.directory / MEGATRON_METADATA_FILE).exists():
             raise CheckpointError("not a distributed checkpoint (no metadata.json)", str(self.directory), fix)
         self._check_format(self.directory / MEGATRON_METADATA_FILE)
-        path = self.directory / ".metadata"
+        path = self.directory / self.METADATA_FILE
         try:
             metadata = _MetadataUnpickler(io.BytesIO(read_small(path, MAX_METADATA_BYTES))).load()
             self._storage: dict[MetadataIndex, _StorageInfo] = dict(metadata.storage_data)
@@ -258,28 +290,62 @@ class TorchDistReader:
     ) -> torch.Tensor:
         sizes = piece.chunk.sizes
         shape = (end_row - first_row, *sizes[1:]) if sizes else ()
-        row_bytes = math.prod(sizes[1:]) * dtype.itemsize
-        begin_byte = piece.begin_byte + (first_row - piece.first_row) * row_bytes
-        try:
-            values = read_bytes(piece.stream.fileno(), begin_byte, math.prod(shape) * dtype.itemsize, memory)
-        except (OSError, EOFError) as error:
-            raise CheckpointError(f"cannot be read ({error})", os.fsdecode(piece.stream.name), DAMAGED) from error
+        begin_byte = (first_row - piece.first_row) * math.prod(sizes[1:]) * dtype.itemsize
+        self._check_up_to(piece, begin_byte)
+        values = piece.read(begin_byte, math.prod(shape) * dtype.itemsize, memory)
+        piece.check(begin_byte, values)
         return values.view(dtype).view(shape)
+
+    def _check_up_to(self, piece: _Piece, end_byte: int) -> None:
+        """Read what was skipped of a piece's values, for its checksum."""
+        memory = BlockMemory()
+        while piece.checked_bytes < end_byte:
+            begin_byte = piece.checked_bytes
+            piece.check(begin_byte, piece.read(begin_byte, min(RECORD_BYTES, end_byte - begin_byte), memory))
+
+    def check_rest(self) -> None:
+        """Read the rest of every record that was read in part, and compare it with its checksum.
+
+        Raises:
+            CheckpointError: its values are not those that were saved.
+        """
+        for pieces in self._pieces.values():
+            for piece in pieces:
+                if piece.checked_bytes:
+                    self._check_up_to(piece, piece.num_bytes)
+
+    def check_all(self) -> None:
+        """Read all that was not read yet, of tensors and other things, and compare it with its checksum; see above."""
+        self.check_rest()
+        done = {id(piece.storage) for pieces in self._pieces.values() for piece in pieces if piece.checked_bytes}
+        for index, storage in self._storage.items():
+            if id(storage) not in done:
+                try:
+                    _check_record(_Record(self._stream(storage), storage), index.fqn)
+                except UNREADABLE as error:
+                    raise self._unreadable(index.fqn, error) from error
 
     def _locate(self, key: str, chunk: ChunkStorageMetadata) -> _Piece:
         dtype = self.tensors[key].properties.dtype
         try:
             storage = self._storage[MetadataIndex(key, chunk.offsets)]
-            if storage.relative_path not in self._streams:
-                self._streams[storage.relative_path] = io.FileIO(self.directory / storage.relative_path, "rb")
-            stream = self._streams[storage.relative_path]
-            data = _locate_data(stream, storage)
+            stream = self._stream(storage)
+            data = _locate_data(_Record(stream, storage))
         except UNREADABLE as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise CheckpointError(f"cannot read {key} ({reason})", str(self.directory), DAMAGED) from error
+            raise self._unreadable(key, error) from error
         if data.shape != chunk.sizes or data.dtype != dtype or not data.is_contiguous:
             raise CheckpointError(f"{key} is stored as {data}", str(self.directory), DAMAGED)
-        return _Piece(chunk, stream, storage.offset + data.begin_byte)
+        num_bytes = math.prod(chunk.sizes) * dtype.itemsize
+        return _Piece(key, chunk, storage, stream, storage.offset + data.begin_byte, num_bytes, data.crc)
+
+    def _stream(self, storage: _StorageInfo) -> io.FileIO:
+        if storage.relative_path not in self._streams:
+            self._streams[storage.relative_path] = io.FileIO(self.directory / storage.relative_path, "rb")
+        return self._streams[storage.relative_path]
+
+    def _unreadable(self, key: str, error: BaseException) -> CheckpointError:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return CheckpointError(f"cannot read {key} ({reason})", str(self.directory), DAMAGED)
 
 
 def _is_whole(entry: TensorStorageMetadata) -> bool:
@@ -290,13 +356,101 @@ def _is_whole(entry: TensorStorageMetadata) -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A saved part of a tensor: which part, and where its values begin in which file."""
+class CheckedFileReader(FileSystemReader):
+    """torch's reader, which megatron-core loads with, but what it reads must have the checksum that it was saved with.
 
+    A record is read once even if several parts of it are wanted, and nothing is read for the checksum alone.
+    """
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read what is planned into the planner's tensors.
+
+        Raises:
+            ValueError: a record's values are not those that were saved.
+        """
+        wanted = [(self.storage_data[item.storage_index], item) for item in plan.items]
+        wanted.sort(key=lambda entry: (entry[0].relative_path, entry[0].offset))
+        for path, in_file in itertools.groupby(wanted, lambda entry: entry[0].relative_path):
+            with io.FileIO(os.path.join(self.path, path), "rb") as stream:
+                for _, in_record in itertools.groupby(in_file, lambda entry: entry[0].offset):
+                    storages, items = zip(*in_record, strict=True)
+                    _load_record(_Record(stream, storages[0]), items, planner)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+
+def _load_record(record: _Record, items: Sequence[ReadItem], planner: LoadPlanner) -> None:
+    """Read a record and give the planner the parts of it that it wants."""
+    key = items[0].storage_index.fqn
+    if items[0].type == LoadItemType.BYTE_IO:
+        _check_record(record, key)
+        record.seek(0)
+        content = record.read()
+        for item in items:
+            planner.load_bytes(item, io.BytesIO(content))
+        return
+    stored = torch.load(cast(IO[bytes], record), map_location="cpu", weights_only=True)
+    values = torch.empty(0, dtype=torch.uint8).set_(stored.untyped_storage())
+    _check_crc(isal_zlib.crc32(values.numpy()), _find_values(record)[1].CRC, key, record.file_name)
+    for item in items:
+        part = narrow_tensor_by_index(stored, item.storage_offsets, item.lengths)
+        target = planner.resolve_tensor(item).detach()
+        if target.shape != part.shape:
+            raise ValueError(f"{key} is stored as {list(part.shape)} where {list(target.shape)} is wanted")
+        target.copy_(part)
+        planner.commit_tensor(item, target)
+
+
+def _check_record(record: _Record, key: str) -> None:
+    """Compare every member of a record with its checksum."""
+    with zipfile.ZipFile(cast(IO[bytes], record)) as archive:
+        if archive.testzip() is not None:
+            raise ValueError(_changed(key, record.file_name))
+
+
+def _check_crc(crc: int, stored_crc: int, key: str, file_name: str) -> None:
+    if crc != stored_crc:
+        raise ValueError(_changed(key, file_name))
+
+
+def _changed(key: str, file_name: str) -> str:
+    return f"what {file_name} holds of {key} is not what was saved: its checksum differs"
+
+
+@dataclass
+class _Piece:
+    """A saved part of a tensor: which part, and where its values begin in which file; its first bytes are checked."""
+
+    key: str
     chunk: ChunkStorageMetadata
+    storage: _StorageInfo
     stream: io.FileIO
     begin_byte: int
+    num_bytes: int
+    stored_crc: int
+    checked_bytes: int = 0
+    crc: int = 0
+
+    def read(self, begin_byte: int, num_bytes: int, memory: BlockMemory | None) -> torch.Tensor:
+        """Read a range of its values as uint8; for `memory` see `read_bytes`."""
+        try:
+            return read_bytes(self.stream.fileno(), self.begin_byte + begin_byte, num_bytes, memory)
+        except (OSError, EOFError) as error:
+            raise CheckpointError(f"cannot be read ({error})", os.fsdecode(self.stream.name), DAMAGED) from error
+
+    def check(self, begin_byte: int, values: torch.Tensor) -> None:
+        """Take values into the checksum that continue what it has, and compare it once it has all."""
+        new = values[self.checked_bytes - begin_byte :]
+        if not len(new):
+            return
+        self.crc = isal_zlib.crc32(new.numpy(), self.crc)
+        self.checked_bytes += len(new)
+        if self.checked_bytes == self.num_bytes:
+            try:
+                _check_crc(self.crc, self.stored_crc, self.key, self.storage.relative_path)
+            except ValueError as error:
+                raise CheckpointError(str(error), os.fsdecode(self.stream.name), DAMAGED) from None
 
     @property
     def first_row(self) -> int:
@@ -309,28 +463,59 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _RecordData:
-    """The tensor in a torch.save record; `begin_byte` counts from the record's begin."""
+    """The tensor in a torch.save record; `begin_byte` counts from the record's begin, `crc` is the stored CRC-32."""
 
     shape: torch.Size
     dtype: torch.dtype
     is_contiguous: bool
     begin_byte: int
+    crc: int
 
 
-def _locate_data(stream: io.FileIO, storage: _StorageInfo) -> _RecordData:
+def _locate_data(record: _Record) -> _RecordData:
     """Find the values in a torch.save record without reading them: it is a zip file of uncompressed members."""
-    record = _Record(stream, storage)
+    record.seek(0)
     tensor = torch.load(cast(IO[bytes], record), map_location="meta", weights_only=True)
-    with zipfile.ZipFile(cast(IO[bytes], record)) as archive:
-        values = [member for member in archive.infolist() if "/data/" in member.filename]
-    if not isinstance(tensor, torch.Tensor) or len(values) != 1 or values[0].compress_type != zipfile.ZIP_STORED:
+    _, values = _find_values(record)
+    if (
+        not isinstance(tensor, torch.Tensor)
+        or not tensor.untyped_storage().nbytes() == tensor.nbytes == values.file_size
+    ):
         raise ValueError("not one plain tensor")
-    record.seek(values[0].header_offset)
+    begin_byte = _begin_byte(record, values)
+    return _RecordData(tensor.shape, tensor.dtype, tensor.is_contiguous(), begin_byte, values.CRC)
+
+
+def _locate_crcs(record: _Record) -> tuple[int, int]:
+    """Find where a torch.save record holds the CRC-32 of its values: behind them, and in the zip file's directory."""
+    position, values = _find_values(record)
+    descriptor_byte = _begin_byte(record, values) + values.file_size
+    record.seek(descriptor_byte)
+    assert record.read(4) == ZIP_DESCRIPTOR
+    return descriptor_byte + 4, position + ZIP_ENTRY_CRC_BYTE
+
+
+def _find_values(record: _Record) -> tuple[int, zipfile.ZipInfo]:
+    """Return where the directory entry of a torch.save record's values begins, and the entry; check all else."""
+    with zipfile.ZipFile(cast(IO[bytes], record)) as archive:
+        members, position = archive.infolist(), archive.start_dir
+        values = [member for member in members if "/data/" in member.filename]
+        for member in members:
+            if member not in values:
+                archive.read(member)  # raises BadZipFile where the checksum differs
+    if len(values) != 1 or values[0].compress_type != zipfile.ZIP_STORED:
+        raise ValueError("not one plain tensor")
+    for _ in range(members.index(values[0])):
+        record.seek(position + ZIP_ENTRY_LENGTHS_BYTE)
+        position += ZIP_ENTRY_BYTES + sum(struct.unpack("<HHH", record.read(6)))
+    return position, values[0]
+
+
+def _begin_byte(record: _Record, member: zipfile.ZipInfo) -> int:
+    record.seek(member.header_offset)
     header = record.read(ZIP_HEADER_BYTES)
     name_bytes, extra_bytes = struct.unpack("<HH", header[-4:])
-    begin_byte = values[0].header_offset + ZIP_HEADER_BYTES + name_bytes + extra_bytes
-    begin_byte += int(tensor.storage_offset()) * tensor.dtype.itemsize
-    return _RecordData(tensor.shape, tensor.dtype, tensor.is_contiguous(), begin_byte)
+    return member.header_offset + ZIP_HEADER_BYTES + int(name_bytes) + int(extra_bytes)
 
 
 class _Record(io.RawIOBase):
@@ -341,6 +526,7 @@ class _Record(io.RawIOBase):
         self._begin_byte = storage.offset
         self._num_bytes = storage.length
         self._position = 0
+        self.file_name = str(storage.relative_path)
 
     def readable(self) -> bool:
         return True

@@ -163,6 +163,7 @@ def _export_weights(reader: TorchDistReader, plan: ExportPlan, staging: Path, pr
             if progress is not None:
                 progress(done_bytes, total_bytes)
         plan.copy_passthrough(writer)
+        reader.check_rest()
         writer.close()
     finally:
         writer.abort()
@@ -173,7 +174,8 @@ def verify_checkpoint(
 ) -> Comparison:
     """Compare a Hugging Face directory with a distributed checkpoint, bit by bit.
 
-    A checkpoint of another precision is compared after conversion to the type in the Hugging Face file.
+    A checkpoint of another precision is compared after conversion to the type in the Hugging Face file. Whatever else
+    the checkpoint holds, the optimizer's state for example, is compared with its checksums.
 
     Args:
         hf_dir: configuration and safetensors.
@@ -200,6 +202,7 @@ def verify_checkpoint(
             done_bytes += reader.tensors[hf_name].num_bytes
             if progress is not None:
                 progress(done_bytes, total_bytes)
+        saved.check_all()
     return Comparison(len(compared), total_bytes, tuple(differences))
 
 

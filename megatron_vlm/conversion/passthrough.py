@@ -2,24 +2,30 @@
 
 A checkpoint keeps them in a folder of its own, `passthrough`, as safetensors under their names in the files. A run
 keeps them beside its checkpoints from its first start on, whatever becomes of the files that they came from, and every
-checkpoint shares them. An export writes them as they are.
+checkpoint shares them. An export writes them as they are. A file beside them has the CRC-32 of each.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
+import torch
+from isal import isal_zlib
+
 from megatron_vlm.checkpoint.float8 import open_weights
 from megatron_vlm.checkpoint.hf import SafetensorsReader, SafetensorsWriter, has_weights
-from megatron_vlm.checkpoint.run_folder import PASSTHROUGH_NAME
+from megatron_vlm.checkpoint.run_folder import PASSTHROUGH_NAME, read_json
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.files.block_memory import BlockMemory
-from megatron_vlm.files.durable import staged_directory
+from megatron_vlm.files.durable import staged_directory, write_durably
 from megatron_vlm.files.safetensors_headers import StoredTensor, WeightFiles, row_blocks
 from megatron_vlm.model.weight_map import WeightMap, abbreviate
+
+CHECKSUMS_NAME = "passthrough_crc32.json"
 
 
 def find_passthrough(checkpoint: Path | None, hf_dir: Path) -> Path | None:
@@ -78,7 +84,8 @@ def keep_passthrough(reader: SafetensorsReader, names: Sequence[str], folder: Pa
     with staged_directory(folder / PASSTHROUGH_NAME) as staging:
         writer = SafetensorsWriter(staging, files)
         try:
-            copy_tensors(reader, stored, writer)
+            checksums = copy_tensors(reader, stored, writer)
+            write_durably(staging / CHECKSUMS_NAME, json.dumps(checksums, indent=1).encode())
             writer.close()
         finally:
             writer.abort()
@@ -108,12 +115,31 @@ def begin_run(
     return names
 
 
-def copy_tensors(reader: SafetensorsReader, tensors: Iterable[StoredTensor], writer: SafetensorsWriter) -> None:
-    """Copy tensors from one directory to another, bit for bit."""
-    memory = BlockMemory()
+def copy_tensors(
+    reader: SafetensorsReader, tensors: Iterable[StoredTensor], writer: SafetensorsWriter
+) -> dict[str, int]:
+    """Copy tensors from one directory to another, bit for bit.
+
+    Returns:
+        The CRC-32 of each by its name.
+
+    Raises:
+        CheckpointError: the directory has another checksum for one.
+    """
+    path = reader.directory / CHECKSUMS_NAME
+    expected = read_json(path, "use another checkpoint") if path.exists() else {}
+    memory, checksums = BlockMemory(), {}
     for stored in tensors:
+        crc = 0
         for first_row, end_row in row_blocks(stored.shape, stored.dtype):
-            writer.write(stored.name, first_row, reader.read_rows(stored.name, first_row, end_row, memory))
+            rows = reader.read_rows(stored.name, first_row, end_row, memory)
+            crc = isal_zlib.crc32(rows.reshape(-1).view(torch.uint8).numpy(), crc)
+            writer.write(stored.name, first_row, rows)
+        if isinstance(expected, dict) and expected.get(stored.name, crc) != crc:
+            what = f"{stored.name} is not what was saved: its checksum differs"
+            raise CheckpointError(what, str(reader.directory), "use the passthrough folder of another checkpoint")
+        checksums[stored.name] = crc
+    return checksums
 
 
 def describe(names: Sequence[str]) -> str:

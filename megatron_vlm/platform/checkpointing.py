@@ -31,12 +31,14 @@ from typing import Any
 import numpy
 import torch
 import torch.distributed
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_vlm.platform.device import current
 
@@ -154,6 +156,20 @@ def padding_kept(optimizer: DistributedOptimizer) -> Iterator[None]:
         yield
     finally:
         del optimizer.get_parameter_state_dp_zero
+
+
+@contextmanager
+def loading_with(reader: type[FileSystemReader]) -> Iterator[None]:
+    """Within the block, megatron-core's `load` and its strategies read by this class, for which it has no parameter."""
+    modules: tuple[Any, ...] = (torch_strategy, serialization)
+    originals = [module._get_filesystem_reader for module in modules]
+    for module in modules:
+        module._get_filesystem_reader = lambda directory, **_: reader(directory)
+    try:
+        yield
+    finally:
+        for module, original in zip(modules, originals, strict=True):
+            module._get_filesystem_reader = original
 
 
 def random_state() -> dict[str, Any]:

@@ -52,14 +52,15 @@ def train(config: Config) -> int:
     timeout_minutes = config.parallel.distributed_timeout_minutes
     initialize_distributed(timeout_minutes, config.device)
     failed = True
-    try:
-        with RankWatch(timeout_minutes * 60) as watch:
-            with StopRequests() as requests, RunOwner(config.run_dir) as owner:
-                _train_as_owner(config, watch, requests, owner)
-            torch.distributed.barrier()
-        failed = False
-    finally:
-        platform.current().leave_process_group(failed)
+    with StopRequests() as requests:
+        try:
+            with RankWatch(timeout_minutes * 60) as watch:
+                with RunOwner(config.run_dir) as owner:
+                    _train_as_owner(config, watch, requests, owner)
+                torch.distributed.barrier()
+            failed = False
+        finally:
+            platform.current().leave_process_group(failed)
     return EXIT_DONE
 
 
@@ -354,6 +355,8 @@ class Trainer:
                 print(f"resuming after step {self.step} of {train_iters}", flush=True)
                 if self.step == train_iters:
                     print("this run is finished: nothing is left to train", flush=True)
+        elif run.is_first_rank and (self.run_dir / "metrics.jsonl").is_file():
+            print("an earlier start left figures but no checkpoint: training starts over", flush=True)
 
     def _save(self) -> None:
         """Save this step, unless it is saved already."""

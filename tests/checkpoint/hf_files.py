@@ -100,11 +100,12 @@ def write_config(directory: Path, config: dict[str, Any]) -> None:
 
 
 def change_manifest(source: Path, target: Path, **changes: object) -> Path:
-    """Copy a checkpoint that says something else about itself."""
+    """Copy a checkpoint that says something else about itself, as if saved so."""
     target.mkdir()
     for path in source.iterdir():
         (target / path.name).write_bytes(path.read_bytes())
     content = json.loads((source / "megatron_vlm.json").read_text())
+    del content["crc32"]
     (target / "megatron_vlm.json").write_text(json.dumps(content | changes))
     return target
 

@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.strategies.checkpointable import Checkpoin
 from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
 from megatron_vlm.checkpoint import torch_dist
+from megatron_vlm.checkpoint.run_folder import Manifest
 from megatron_vlm.checkpoint.torch_dist import TorchDistReader
 from megatron_vlm.conversion.convert import export_checkpoint, import_checkpoint, verify_checkpoint
 from megatron_vlm.errors import CheckpointError, UserError
@@ -183,8 +184,8 @@ def test_export_assembles_what_training_had_split(
         )
     checkpoint = tmp_path / "run" / "checkpoints" / "step_00000007"
     torch.distributed.checkpoint.save(state, checkpoint_id=checkpoint, no_dist=True)
-    for name in ("metadata.json", "megatron_vlm.json"):
-        (checkpoint / name).write_bytes((imported / name).read_bytes())
+    (checkpoint / "metadata.json").write_bytes((imported / "metadata.json").read_bytes())
+    Manifest.read(imported).write(checkpoint)
     assert verify_checkpoint(multimodal, tmp_path / "run").differences == ()
     export_checkpoint(tmp_path / "run", multimodal, tmp_path / "out")
     assert files(tmp_path / "out") == files(multimodal)
@@ -296,7 +297,7 @@ class TestRefusals:
             def __reduce__(self) -> tuple[object, ...]:
                 return os.mkdir, (str(tmp_path / "executed"),)
 
-        checkpoint = change_manifest(imported, tmp_path / "checkpoint")
+        checkpoint = change_manifest(imported, tmp_path / "checkpoint", metadata_crc32=None)
         (checkpoint / ".metadata").write_bytes(pickle.dumps(Malicious()))
         with pytest.raises(CheckpointError, match=r"asks for posix\.mkdir"):
             export_checkpoint(checkpoint, multimodal, tmp_path / "out")

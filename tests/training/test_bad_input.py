@@ -102,6 +102,7 @@ def _cut(name: str, remaining: int) -> Callable[[Path], None]:
 def _edit(name: str, **values: object) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         content = json.loads((folder / name).read_text())
+        content.pop("crc32", None)
         (folder / name).write_text(json.dumps(content | values))
 
     return change
