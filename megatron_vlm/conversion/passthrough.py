@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from megatron_vlm.checkpoint.float8 import open_weights
@@ -20,6 +20,7 @@ from megatron_vlm.files.block_memory import BlockMemory
 from megatron_vlm.files.durable import staged_directory
 from megatron_vlm.files.safetensors_headers import StoredTensor, WeightFiles, row_blocks
 from megatron_vlm.model.weight_map import WeightMap, abbreviate
+from megatron_vlm.progress import Progress
 
 
 def find_passthrough(checkpoint: Path | None, hf_dir: Path) -> Path | None:
@@ -108,12 +109,15 @@ def begin_run(
     return names
 
 
-def copy_tensors(reader: SafetensorsReader, tensors: Iterable[StoredTensor], writer: SafetensorsWriter) -> None:
+def copy_tensors(reader: SafetensorsReader, tensors: Sequence[StoredTensor], writer: SafetensorsWriter) -> None:
     """Copy tensors from one directory to another, bit for bit."""
     memory = BlockMemory()
-    for stored in tensors:
-        for first_row, end_row in row_blocks(stored.shape, stored.dtype):
-            writer.write(stored.name, first_row, reader.read_rows(stored.name, first_row, end_row, memory))
+    with Progress("copying tensors carried through", sum(stored.num_bytes for stored in tensors)) as progress:
+        for stored in tensors:
+            for first_row, end_row in row_blocks(stored.shape, stored.dtype):
+                rows = reader.read_rows(stored.name, first_row, end_row, memory)
+                writer.write(stored.name, first_row, rows)
+                progress.advance(rows.nbytes)
 
 
 def describe(names: Sequence[str]) -> str:
