@@ -4,7 +4,7 @@
     python tools/convert.py export --ckpt CKPT --hf REFERENCE_DIR --out DIR
     python tools/convert.py verify --hf DIR --ckpt CKPT
 
-Exit codes: 0 done (verify: everything equal), 2 a user's mistake (verify: something differs).
+Exit codes: 0 done (verify: everything equal), 2 a user's mistake (verify: something differs), 130 interrupted.
 
 A distributed checkpoint contains pickles: give --ckpt only what this program wrote on a machine that you trust.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -22,6 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_vlm import output
 from megatron_vlm.errors import EXIT_USER_ERROR, UserError
 
 DIFFERENCES_SHOWN = 20
@@ -30,8 +32,12 @@ DIFFERENCES_SHOWN = 20
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return the exit code."""
     options = _parse(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return options.run(options)
+    except KeyboardInterrupt:
+        print("interrupted: nothing is left behind", file=sys.stderr)
+        return 128 + signal.SIGINT
     except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -63,9 +69,9 @@ def _import(options: argparse.Namespace) -> int:
     from megatron_vlm.conversion.convert import import_checkpoint
     from megatron_vlm.conversion.passthrough import describe
 
-    progress = _Progress("import")
-    carried = import_checkpoint(options.hf, options.out, progress)
-    print(f"imported {options.hf} to {options.out} in {progress.elapsed_seconds():.2f} s")
+    began = time.monotonic()
+    carried = import_checkpoint(options.hf, options.out)
+    print(f"imported {options.hf} to {options.out} in {time.monotonic() - began:.2f} s")
     if carried:
         print(describe(carried))
     return 0
@@ -75,9 +81,9 @@ def _export(options: argparse.Namespace) -> int:
     from megatron_vlm.conversion.convert import export_checkpoint
     from megatron_vlm.conversion.passthrough import describe
 
-    progress = _Progress("export")
-    carried = export_checkpoint(options.ckpt, options.hf, options.out, progress)
-    print(f"exported {options.ckpt} to {options.out} in {progress.elapsed_seconds():.2f} s")
+    began = time.monotonic()
+    carried = export_checkpoint(options.ckpt, options.hf, options.out)
+    print(f"exported {options.ckpt} to {options.out} in {time.monotonic() - began:.2f} s")
     if carried:
         print(describe(carried))
     return 0
@@ -86,7 +92,7 @@ def _export(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from megatron_vlm.conversion.convert import verify_checkpoint
 
-    result = verify_checkpoint(options.hf, options.ckpt, _Progress("verify"))
+    result = verify_checkpoint(options.hf, options.ckpt)
     for difference in result.differences[:DIFFERENCES_SHOWN]:
         print(f"differs: {difference.hf_name}: {difference.reason}")
     if len(result.differences) > DIFFERENCES_SHOWN:
@@ -96,34 +102,8 @@ def _verify(options: argparse.Namespace) -> int:
     return EXIT_USER_ERROR if result.differences else 0
 
 
-class _Progress:
-    """A progress line on a terminal, rewritten at most once a second."""
-
-    def __init__(self, label: str) -> None:
-        self.label = label
-        self.start_seconds = self.shown_seconds = time.monotonic()
-
-    def elapsed_seconds(self) -> float:
-        """Return the seconds since the work began, without the start of the interpreter."""
-        return time.monotonic() - self.start_seconds
-
-    def __call__(self, done_bytes: int, total_bytes: int) -> None:
-        now_seconds = time.monotonic()
-        finished = done_bytes == total_bytes
-        if not sys.stderr.isatty() or (now_seconds - self.shown_seconds < 1 and not finished):
-            return
-        self.shown_seconds = now_seconds
-        rate = done_bytes / 1e9 / max(now_seconds - self.start_seconds, 1e-3)
-        ending = "\n" if finished else ""
-        print(
-            f"\r{self.label}: {done_bytes / 1e9:.1f} of {total_bytes / 1e9:.1f} GB, {rate:.2f} GB/s ",
-            end=ending,
-            file=sys.stderr,
-            flush=True,
-        )
-
-
 if __name__ == "__main__":
+    output.endure()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     sys.exit(main())

@@ -15,7 +15,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Requirements of this project and of its benchmarks that clusters' containers do not bring.
-MISSING = ("docstring_parser", "isal", "jsonargparse", "liger-kernel", "megatron-core", "protobuf", "sentencepiece")
+MISSING = tuple("docstring_parser isal jsonargparse liger-kernel megatron-core protobuf rich sentencepiece".split())
 KERNELS = Path("kernels/vlm_kernels")
 BINARY, BUILD_LOG = "_C.abi3.so", "_C.txt"
 MAX_BYTES = 60 * 2**20

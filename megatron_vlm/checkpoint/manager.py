@@ -38,6 +38,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_vlm.checkpoint import optimizer_state, run_folder
 from megatron_vlm.checkpoint.run_folder import Manifest, ModelIdentity
 from megatron_vlm.checkpoint.run_owner import RunOwner
+from megatron_vlm.checkpoint.save_progress import num_bytes_saved, wait_for_save
 from megatron_vlm.checkpoint.torch_dist import UNREADABLE, CheckedFileReader, TorchDistReader
 from megatron_vlm.errors import CheckpointError, SaveError, UserError
 from megatron_vlm.parallel.parameters import spec_of
@@ -178,6 +179,8 @@ class CheckpointManager:
         self.async_save = async_save
         self.owner = owner
         self._incomplete: Path | None = None
+        self._num_bytes = 0
+        """Of the save that is under way."""
         self._calls = AsyncCallsQueue()
 
     def latest_step(self) -> int | None:
@@ -254,6 +257,7 @@ class CheckpointManager:
 
         # megatron-core would let a rank that holds two copies write both.
         _, state = extract_matching_values(self._state(model_chunks, optimizer, is_loading=False), _is_copy)
+        self._num_bytes = num_bytes_saved(state)
         self._start_writing(state, incomplete, publish)
         if not self.async_save:
             self.finalize(blocking=True)
@@ -307,7 +311,10 @@ class CheckpointManager:
             SaveError: it could not be written; earlier checkpoints are untouched.
         """
         try:
-            self._calls.maybe_finalize_async_calls(blocking)
+            self._calls.maybe_finalize_async_calls()
+            if blocking and self._calls.get_num_unfinalized_calls():
+                assert self._incomplete is not None
+                wait_for_save(self._calls, self._incomplete, self._num_bytes)
         except SaveFailed as error:
             incomplete = self._incomplete
             assert incomplete is not None

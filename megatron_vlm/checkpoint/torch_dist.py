@@ -53,6 +53,7 @@ from megatron_vlm.files.block_memory import BlockMemory
 from megatron_vlm.files.durable import StreamedFile, read_bytes, write_durably
 from megatron_vlm.files.safetensors_headers import row_blocks
 from megatron_vlm.files.small_files import read_small
+from megatron_vlm.progress import Progress
 
 MEGATRON_METADATA_FILE = "metadata.json"
 COMMON_STATE_KEY = "common_state/shard_0_1"  # megatron-core's unique key of its only ShardedObject
@@ -318,12 +319,14 @@ class TorchDistReader:
         """Read all that was not read yet, of tensors and other things, and compare it with its checksum; see above."""
         self.check_rest()
         done = {id(piece.storage) for pieces in self._pieces.values() for piece in pieces if piece.checked_bytes}
-        for index, storage in self._storage.items():
-            if id(storage) not in done:
+        left = {index: storage for index, storage in self._storage.items() if id(storage) not in done}
+        with Progress("comparing checksums", sum(storage.length for storage in left.values())) as progress:
+            for index, storage in left.items():
                 try:
                     _check_record(_Record(self._stream(storage), storage), index.fqn)
                 except UNREADABLE as error:
                     raise self._unreadable(index.fqn, error) from error
+                progress.advance(storage.length)
 
     def _locate(self, key: str, chunk: ChunkStorageMetadata) -> _Piece:
         dtype = self.tensors[key].properties.dtype
@@ -370,11 +373,14 @@ class CheckedFileReader(FileSystemReader):
         """
         wanted = [(self.storage_data[item.storage_index], item) for item in plan.items]
         wanted.sort(key=lambda entry: (entry[0].relative_path, entry[0].offset))
-        for path, in_file in itertools.groupby(wanted, lambda entry: entry[0].relative_path):
-            with io.FileIO(os.path.join(self.path, path), "rb") as stream:
-                for _, in_record in itertools.groupby(in_file, lambda entry: entry[0].offset):
-                    storages, items = zip(*in_record, strict=True)
-                    _load_record(_Record(stream, storages[0]), items, planner)
+        total_bytes = sum({(storage.relative_path, storage.offset): storage.length for storage, _ in wanted}.values())
+        with Progress(f"loading {Path(self.path).name}", total_bytes) as progress:
+            for path, in_file in itertools.groupby(wanted, lambda entry: entry[0].relative_path):
+                with io.FileIO(os.path.join(self.path, path), "rb") as stream:
+                    for _, in_record in itertools.groupby(in_file, lambda entry: entry[0].offset):
+                        storages, items = zip(*in_record, strict=True)
+                        _load_record(_Record(stream, storages[0]), items, planner)
+                        progress.advance(storages[0].length)
         future: Future[None] = Future()
         future.set_result(None)
         return future

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +30,7 @@ from megatron_vlm.files.safetensors_headers import row_blocks
 from megatron_vlm.model.hf_tensors import HfPart, HfTensor
 from megatron_vlm.model.weight_map import FoundTensors, WeightMap
 from megatron_vlm.model_configs import VisionLanguageConfig
-
-Progress = Callable[[int, int], None]
+from megatron_vlm.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -51,15 +50,12 @@ class Comparison:
     differences: tuple[Difference, ...]
 
 
-def import_checkpoint(
-    hf_dir: str | os.PathLike, out_dir: str | os.PathLike, progress: Progress | None = None
-) -> tuple[str, ...]:
+def import_checkpoint(hf_dir: str | os.PathLike, out_dir: str | os.PathLike) -> tuple[str, ...]:
     """Write a Hugging Face directory's weights as a distributed checkpoint that loads in any layout.
 
     Args:
         hf_dir: configuration and safetensors.
         out_dir: the new checkpoint; missing or empty.
-        progress: called with (bytes done, bytes in all).
 
     Returns:
         Names of the tensors that are only carried through.
@@ -76,36 +72,30 @@ def import_checkpoint(
         found = weight_map.match(reader)
         check_tied_copies(reader, found)
         with staged_directory(out_dir) as staging:
-            _import_weights(reader, found.tensors, staging, progress)
+            _import_weights(reader, found.tensors, staging)
             keep_passthrough(reader, found.passthrough, staging)
             identity = identity_of(hf_dir, family.name, model_config)
             Manifest(identity=identity, passthrough=found.passthrough).write(staging)
     return found.passthrough
 
 
-def _import_weights(
-    reader: SafetensorsReader, tensors: Mapping[str, HfTensor], staging: Path, progress: Progress | None
-) -> None:
-    done_bytes, total_bytes = 0, sum(reader.tensors[hf_name].num_bytes for hf_name in tensors)
+def _import_weights(reader: SafetensorsReader, tensors: Mapping[str, HfTensor], staging: Path) -> None:
     memory, transposed = BlockMemory(), BlockMemory()
     writer = TorchDistWriter(staging)
     try:
-        for stored in reader.files:
-            if stored.name not in tensors:
-                continue
-            for band in tensors[stored.name].bands:
-                for part in band.parts:
-                    writer.add(part.name, part.weight.padded_shape, stored.dtype)
-                for first_row, end_row in band.blocks(stored.dtype):
-                    rows = reader.read_rows(stored.name, *band.file_rows(first_row, end_row), memory)
-                    for part, own_rows in zip(band.parts, band.from_file(rows, transposed), strict=True):
-                        writer.write(part.name, own_rows)
-                for part in band.parts:
-                    writer.write(part.name, _padding_rows(part, stored.dtype))
-            done_bytes += stored.num_bytes
-            if progress is not None:
-                progress(done_bytes, total_bytes)
-        writer.close(common_state={})
+        with Progress("importing", sum(reader.tensors[hf_name].num_bytes for hf_name in tensors)) as progress:
+            for stored in reader.files:
+                for band in tensors[stored.name].bands if stored.name in tensors else ():
+                    for part in band.parts:
+                        writer.add(part.name, part.weight.padded_shape, stored.dtype)
+                    for first_row, end_row in band.blocks(stored.dtype):
+                        rows = reader.read_rows(stored.name, *band.file_rows(first_row, end_row), memory)
+                        for part, own_rows in zip(band.parts, band.from_file(rows, transposed), strict=True):
+                            writer.write(part.name, own_rows)
+                        progress.advance(rows.nbytes)
+                    for part in band.parts:
+                        writer.write(part.name, _padding_rows(part, stored.dtype))
+            writer.close(common_state={})
     finally:
         writer.abort()
 
@@ -120,7 +110,6 @@ def export_checkpoint(
     checkpoint: str | os.PathLike,
     hf_dir: str | os.PathLike,
     out_dir: str | os.PathLike,
-    progress: Progress | None = None,
 ) -> tuple[str, ...]:
     """Write the weights of a distributed checkpoint as a Hugging Face directory.
 
@@ -129,7 +118,6 @@ def export_checkpoint(
         hf_dir: the model's Hugging Face directory. Names, dtypes and shards follow its weights, if it has any (see
             `plan_export`); float8 weights are written as bfloat16.
         out_dir: the new directory; missing or empty.
-        progress: called with (bytes done, bytes in all).
 
     Returns:
         Names of the tensors that are only carried through.
@@ -140,28 +128,26 @@ def export_checkpoint(
     check_export_target(out_dir)
     reader, plan = open_for_export(checkpoint, hf_dir, tie_follows_checkpoint=True)
     with reader, staged_directory(out_dir) as staging:
-        _export_weights(reader, plan, staging, progress)
+        _export_weights(reader, plan, staging)
         plan.write_assets(staging)
     return plan.passthrough
 
 
-def _export_weights(reader: TorchDistReader, plan: ExportPlan, staging: Path, progress: Progress | None) -> None:
-    done_bytes, total_bytes = 0, plan.files.num_bytes
+def _export_weights(reader: TorchDistReader, plan: ExportPlan, staging: Path) -> None:
     file_memory, part_memory = BlockMemory(), defaultdict[int, BlockMemory](BlockMemory)
     writer = SafetensorsWriter(staging, plan.files)
     try:
-        for stored in plan.files:
-            for band in plan.bands(stored.name):
-                for first_row, end_row in band.blocks(stored.dtype):
-                    rows = [
-                        reader.read_rows(part.name, first_row, end_row, part_memory[index])
-                        for index, part in enumerate(band.parts)
-                    ]
-                    file_row, _ = band.file_rows(first_row, end_row)
-                    writer.write(stored.name, file_row, band.to_file(rows, stored.dtype, file_memory))
-            done_bytes += stored.num_bytes
-            if progress is not None:
-                progress(done_bytes, total_bytes)
+        with Progress("exporting", plan.weight_bytes) as progress:
+            for stored in plan.files:
+                for band in plan.bands(stored.name):
+                    for first_row, end_row in band.blocks(stored.dtype):
+                        rows = [
+                            reader.read_rows(part.name, first_row, end_row, part_memory[index])
+                            for index, part in enumerate(band.parts)
+                        ]
+                        block = band.to_file(rows, stored.dtype, file_memory)
+                        writer.write(stored.name, band.file_rows(first_row, end_row)[0], block)
+                        progress.advance(block.nbytes)
         plan.copy_passthrough(writer)
         reader.check_rest()
         writer.close()
@@ -169,9 +155,7 @@ def _export_weights(reader: TorchDistReader, plan: ExportPlan, staging: Path, pr
         writer.abort()
 
 
-def verify_checkpoint(
-    hf_dir: str | os.PathLike, checkpoint: str | os.PathLike, progress: Progress | None = None
-) -> Comparison:
+def verify_checkpoint(hf_dir: str | os.PathLike, checkpoint: str | os.PathLike) -> Comparison:
     """Compare a Hugging Face directory with a distributed checkpoint, bit by bit.
 
     A checkpoint of another precision is compared after conversion to the type in the Hugging Face file. Whatever else
@@ -180,7 +164,6 @@ def verify_checkpoint(
     Args:
         hf_dir: configuration and safetensors.
         checkpoint: see `export_checkpoint`.
-        progress: called with (bytes done, bytes in all).
 
     Returns:
         How much was compared, and every tensor that differs.
@@ -191,23 +174,21 @@ def verify_checkpoint(
         found = plan.weight_map.match(reader)
         compared = [*found.with_copies, *found.passthrough]
         total_bytes = sum(reader.tensors[hf_name].num_bytes for hf_name in compared)
-        done_bytes = 0
-        for hf_name in compared:
-            if hf_name in found.passthrough:
-                reason = _compare_passthrough(reader, hf_name, saved.directory)
-            else:
-                reason = _difference(_pairs(reader, found.with_copies[hf_name], saved))
-            if reason is not None:
-                differences.append(Difference(hf_name, reason))
-            done_bytes += reader.tensors[hf_name].num_bytes
-            if progress is not None:
-                progress(done_bytes, total_bytes)
+        with Progress("comparing", total_bytes) as progress:
+            for hf_name in compared:
+                if hf_name in found.passthrough:
+                    reason = _compare_passthrough(reader, hf_name, saved.directory)
+                    progress.advance(reader.tensors[hf_name].num_bytes)
+                else:
+                    reason = _difference(_pairs(reader, found.with_copies[hf_name], saved, progress))
+                if reason is not None:
+                    differences.append(Difference(hf_name, reason))
         saved.check_all()
     return Comparison(len(compared), total_bytes, tuple(differences))
 
 
 def _pairs(
-    reader: SafetensorsReader, tensor: HfTensor, saved: TorchDistReader
+    reader: SafetensorsReader, tensor: HfTensor, saved: TorchDistReader, progress: Progress
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield rows as they are saved, in the file's type, and as they should be."""
     dtype = reader.tensors[tensor.hf_name].dtype
@@ -217,6 +198,7 @@ def _pairs(
             rows = reader.read_rows(tensor.hf_name, *band.file_rows(first_row, end_row), memory)
             for part, expected in zip(band.parts, band.from_file(rows, transposed), strict=True):
                 yield saved.read_rows(part.name, first_row, end_row, saved_memory).to(dtype), expected
+            progress.advance(rows.nbytes)
         for part in band.parts:
             padding = _padding_rows(part, dtype)
             if len(padding):

@@ -48,6 +48,11 @@ class ExportPlan:
     config: bytes | None
     is_language_model: bool
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes in `files`, but for what is only carried through."""
+        return sum(stored.num_bytes for stored in self.files if stored.name in self.tensors)
+
     def bands(self, hf_name: str) -> tuple[HfBand, ...]:
         """What holds weights of the tensor in `files`; nothing, if it is only carried through."""
         return self.tensors[hf_name].bands if hf_name in self.tensors else ()

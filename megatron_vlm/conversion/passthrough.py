@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from megatron_vlm.files.block_memory import BlockMemory
 from megatron_vlm.files.durable import staged_directory, write_durably
 from megatron_vlm.files.safetensors_headers import StoredTensor, WeightFiles, row_blocks
 from megatron_vlm.model.weight_map import WeightMap, abbreviate
+from megatron_vlm.progress import Progress
 
 CHECKSUMS_NAME = "passthrough_crc32.json"
 
@@ -116,7 +117,7 @@ def begin_run(
 
 
 def copy_tensors(
-    reader: SafetensorsReader, tensors: Iterable[StoredTensor], writer: SafetensorsWriter
+    reader: SafetensorsReader, tensors: Sequence[StoredTensor], writer: SafetensorsWriter
 ) -> dict[str, int]:
     """Copy tensors from one directory to another, bit for bit.
 
@@ -129,16 +130,18 @@ def copy_tensors(
     path = reader.directory / CHECKSUMS_NAME
     expected = read_json(path, "use another checkpoint") if path.exists() else {}
     memory, checksums = BlockMemory(), {}
-    for stored in tensors:
-        crc = 0
-        for first_row, end_row in row_blocks(stored.shape, stored.dtype):
-            rows = reader.read_rows(stored.name, first_row, end_row, memory)
-            crc = isal_zlib.crc32(rows.reshape(-1).view(torch.uint8).numpy(), crc)
-            writer.write(stored.name, first_row, rows)
-        if isinstance(expected, dict) and expected.get(stored.name, crc) != crc:
-            what = f"{stored.name} is not what was saved: its checksum differs"
-            raise CheckpointError(what, str(reader.directory), "use the passthrough folder of another checkpoint")
-        checksums[stored.name] = crc
+    with Progress("copying tensors carried through", sum(stored.num_bytes for stored in tensors)) as progress:
+        for stored in tensors:
+            crc = 0
+            for first_row, end_row in row_blocks(stored.shape, stored.dtype):
+                rows = reader.read_rows(stored.name, first_row, end_row, memory)
+                crc = isal_zlib.crc32(rows.reshape(-1).view(torch.uint8).numpy(), crc)
+                writer.write(stored.name, first_row, rows)
+                progress.advance(rows.nbytes)
+            if isinstance(expected, dict) and expected.get(stored.name, crc) != crc:
+                what = f"{stored.name} is not what was saved: its checksum differs"
+                raise CheckpointError(what, str(reader.directory), "use the passthrough folder of another checkpoint")
+            checksums[stored.name] = crc
     return checksums
 
 

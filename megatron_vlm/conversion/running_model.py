@@ -37,6 +37,7 @@ from megatron_vlm.model.weight_tables import Weight
 from megatron_vlm.model_configs import VisionLanguageConfig
 from megatron_vlm.parallel.parameters import spec_of
 from megatron_vlm.parallel.sharding import Group, full_shape, replica_group, splits
+from megatron_vlm.progress import Progress
 
 GATHERED_BYTES = 16 * 2**20  # what goes to the writing rank at a time: enough that starting a transfer costs little
 
@@ -73,11 +74,22 @@ def load_hf_into_model(
     with open_weights(hf_dir) as reader, torch.no_grad():
         found = weight_map.match(reader)
         check_tied_copies(reader, found)
-        for tensor in found.tensors.values():
-            for band in tensor.bands:
-                held = [(part.weight, own) for part in band.parts for own in parameters[part.name]]
-                if held:
-                    _load(held, reader, tensor, band, groups)
+        work = [
+            (held, tensor, band)
+            for tensor in found.tensors.values()
+            for band in tensor.bands
+            if (held := [(part.weight, own) for part in band.parts for own in parameters[part.name]])
+        ]
+        sizes = [_num_bytes(held, reader.tensors[tensor.hf_name].dtype) for held, tensor, _ in work]
+        with Progress("loading weights", sum(sizes)) as progress:
+            for (held, tensor, band), num_bytes in zip(work, sizes, strict=True):
+                _load(held, reader, tensor, band, groups)
+                progress.advance(num_bytes)
+
+
+def _num_bytes(held: Sequence[tuple[Weight, torch.nn.Parameter]], dtype: torch.dtype) -> int:
+    """Bytes of a file's tensor of this type that go into the parameters."""
+    return sum(parameter.numel() for _, parameter in held) * dtype.itemsize
 
 
 def _load(
@@ -189,10 +201,12 @@ def _write(plan: ExportPlan, gathered: Iterator[_Rows], out_dir: str | os.PathLi
     with staged_directory(out_dir) as staging:
         writer = SafetensorsWriter(staging, plan.files)
         try:
-            for stored, band, first_row, of_parts in gathered:
-                # Parameters may live on another device and in another precision.
-                block = band.to_file([rows for rows in of_parts if rows is not None], stored.dtype, memory)
-                writer.write(stored.name, band.file_rows(first_row, first_row)[0], block)
+            with Progress("exporting", plan.weight_bytes) as progress:
+                for stored, band, first_row, of_parts in gathered:
+                    # Parameters may live on another device and in another precision.
+                    block = band.to_file([rows for rows in of_parts if rows is not None], stored.dtype, memory)
+                    writer.write(stored.name, band.file_rows(first_row, first_row)[0], block)
+                    progress.advance(block.nbytes)
             plan.copy_passthrough(writer)
             writer.close()
         finally:

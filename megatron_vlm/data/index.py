@@ -12,6 +12,7 @@ import glob
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 
 from megatron_vlm.data.json_arrays import ArrayScanner, NotAnArrayError
 from megatron_vlm.errors import DataError
+from megatron_vlm.progress import Progress
 
 BLOCK_BYTES = 8 * 2**20
 NEWLINE = 10
@@ -66,8 +68,12 @@ class JsonlIndex:
         return len(self.starts)
 
 
-def build_index(path: str) -> JsonlIndex:
+def build_index(path: str, progress: Progress | None = None) -> JsonlIndex:
     """Index a JSONL file, or a file with one JSON array.
+
+    Args:
+        path: the file.
+        progress: told of the bytes that are read.
 
     Raises:
         DataError: the file is missing, unreadable, of another format, or has no rows.
@@ -79,9 +85,9 @@ def build_index(path: str) -> JsonlIndex:
             _refuse_other_formats(path, start)
             file.seek(0)
             if start.removeprefix(BYTE_ORDER_MARK).lstrip()[:1] == b"[":
-                return _index_array(path, file)
+                return _index_array(path, file, progress)
             changed_ns = os.fstat(file.fileno()).st_mtime_ns
-            starts, first_bytes, newlines, size_bytes, digest = _scan(file)
+            starts, first_bytes, newlines, size_bytes, digest = _scan(file, progress)
     except OSError as error:
         raise DataError(f"data file {path} cannot be read ({error.strerror})") from None
     ends = newlines if len(newlines) == len(starts) else np.append(newlines, size_bytes)
@@ -123,11 +129,10 @@ def _refuse_other_formats(path: str, start: bytes) -> None:
             raise DataError(f"data file {path} is {name}, which is not read", fix=_WRITE_JSONL)
 
 
-def _index_array(path: str, file: Any) -> JsonlIndex:
+def _index_array(path: str, file: Any, progress: Progress | None) -> JsonlIndex:
     changed_ns, digest, scanner, size_bytes = os.fstat(file.fileno()).st_mtime_ns, _new_digest(), ArrayScanner(), 0
     try:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
+        for block in _blocks(file, digest, progress):
             scanner.take(block)
             size_bytes += len(block)
         starts, ends = scanner.finish()
@@ -146,13 +151,21 @@ def _new_digest() -> Any:
     return hashlib.blake2b(digest_size=16)
 
 
-def _scan(file: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, str]:
+def _blocks(file: Any, digest: Any, progress: Progress | None) -> Iterator[bytes]:
+    """Yield the blocks of an open file, each added to its digest."""
+    while block := file.read(BLOCK_BYTES):
+        digest.update(block)
+        yield block
+        if progress is not None:
+            progress.advance(len(block))
+
+
+def _scan(file: Any, progress: Progress | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, str]:
     """Return line starts, each line's first byte, newline offsets, size and digest of an open file."""
     digest = _new_digest()
     starts, first_bytes, newlines = [], [], []
     offset, last_byte = 0, NEWLINE
-    while block := file.read(BLOCK_BYTES):
-        digest.update(block)
+    for block in _blocks(file, digest, progress):
         array = np.frombuffer(block, np.uint8)
         is_newline = array == NEWLINE
         starts_line = np.concatenate(([last_byte == NEWLINE], is_newline[:-1]))
@@ -248,14 +261,15 @@ class SourceRows:
 
     Args:
         path: of a file, or a pattern.
+        progress: see `build_index`.
 
     Raises:
         DataError: see `expand` and `build_index`.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, progress: Progress | None = None) -> None:
         self.path = path
-        self.files = [JsonlRows(build_index(file)) for file in expand(path)]
+        self.files = [JsonlRows(build_index(file, progress)) for file in expand(path)]
         self._firsts = np.cumsum([0, *(file.index.num_rows for file in self.files)])
         self.num_rows = int(self._firsts[-1])
 
@@ -282,3 +296,12 @@ class SourceRows:
         """Return the file and line number of a row."""
         file, row = self.locate(row)
         return file.name(row)
+
+
+def index_sources(paths: Sequence[str]) -> list[SourceRows]:
+    """Index the files of all sources, and show how far that has come; errors are those of `SourceRows`."""
+    files = [file for path in paths for file in expand(path)]
+    total_bytes = sum(os.path.getsize(file) for file in files if os.path.isfile(file))
+    label = f"indexing {files[0] if len(files) == 1 else f'{len(files)} data files'}"
+    with Progress(label, total_bytes) as progress:
+        return [SourceRows(path, progress) for path in paths]

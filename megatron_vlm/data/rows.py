@@ -13,7 +13,7 @@ from megatron_vlm.data.collate import LoadedSample
 from megatron_vlm.data.conversation import Conversation
 from megatron_vlm.data.formats import parse_row
 from megatron_vlm.data.images import load_image
-from megatron_vlm.data.index import SourceRows
+from megatron_vlm.data.index import SourceRows, index_sources
 from megatron_vlm.data.plan import PlannedSource
 from megatron_vlm.data.prompts import PromptBuilder, Sample
 from megatron_vlm.data.rules import PromptRules
@@ -47,7 +47,7 @@ class RowReader:
         self.builder = builder
         self._names = source_names(sources)
         self.weights = [source.weight for source in sources]
-        self.sources = [SourceRows(source.path) for source in sources]
+        self.sources = index_sources([source.path for source in sources])
         self._rendered = row_keys.names_in(builder.template)
         for rows in self.sources:
             if settings.strict and rows.unparsable_rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import multiprocessing
 import os
 import resource
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint import FileSystemWriter
 
+from megatron_vlm import progress
 from megatron_vlm.checkpoint import run_folder
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.platform import checkpointing
@@ -92,6 +94,47 @@ def _save_twice(folder: str) -> tuple[bool, bool]:
     assert multiprocessing.active_children() == children
     assert isinstance(filesystem_async._results_queue, checkpointing._WriteResults)
     return first, second
+
+
+PROGRESS_SETTINGS = {
+    "tensor and pipeline": Settings(TestLayout(4, tensor=2, pipeline=2, expert=2)),
+    "optimizer not distributed": Settings(TestLayout(2), distributed_optimizer=False),
+    "bf16, gathered late": Settings(TestLayout(2), bf16=True, overlap_param_gather=True),
+}
+
+
+@pytest.mark.parametrize("settings", PROGRESS_SETTINGS.values(), ids=PROGRESS_SETTINGS)
+def test_a_save_that_is_waited_for_shows_the_bytes_on_disk(tmp_path, settings):
+    """The bytes announced are those of the tensors on disk, where torch.save adds a header to each."""
+    ranks = run_ranks(settings.layout.world_size, _save_slowly, settings, str(tmp_path))
+    announced, lines = ranks[0]
+    assert {other for other, _ in ranks} == {announced} and not any(lines for _, lines in ranks[1:])
+    files = list((tmp_path / "step_00000001").glob("*.distcp"))
+    on_disk = sum(path.stat().st_size for path in files)
+    tensors = torch.distributed.checkpoint.FileSystemReader(tmp_path / "step_00000001").read_metadata()
+    headers = 4096 * len(tensors.storage_data)
+    assert announced <= on_disk <= announced + headers
+    assert lines and all(line.startswith("saving step_00000001: ") and "/s" in line for line in lines)
+
+
+def _save_slowly(settings: Settings, folder: str) -> tuple[int, list[str]]:
+    rank, stream = dist.get_rank(), io.StringIO()
+    write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
+
+    def write_slowly(*arguments, **keywords):
+        time.sleep(0.4 if rank else 0.1)
+        return write(*arguments, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(filesystem_async.FileSystemWriterAsync, "write_preloaded_data", write_slowly)
+        patch.setattr(progress, "LINE_AFTER_SECONDS", 0.05)
+        patch.setattr(progress, "LINE_EVERY_SECONDS", 0.05)
+        patch.setattr("sys.stderr", stream)
+        patch.setenv("RANK", str(rank))
+        run = Run(settings, folder)
+        run.train(1)
+        run.save()
+    return run.manager._num_bytes, stream.getvalue().splitlines()
 
 
 def test_keep_last(tmp_path):

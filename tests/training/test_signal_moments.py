@@ -18,6 +18,9 @@ PROGRAM = """
 import importlib, os, signal, sys
 from unittest.mock import patch
 
+from megatron_vlm import platform
+
+platform.initialize("cpu")  # before megatron-core is imported, as the entry point does
 module, _, name = sys.argv[1].rpartition(":")
 owner = importlib.import_module(module)
 *path, name = name.split(".")
@@ -50,9 +53,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 def start(place: Place, run_dir: Path, moment: str, num_signals: int) -> subprocess.CompletedProcess:
     arguments = place.arguments(run_dir, "train.train_iters=6", "checkpoint.save_interval=2", "data.num_workers=1")
     command = [sys.executable, "-c", PROGRAM, moment, str(num_signals), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/kernels"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONPATH": f"{ROOT}:{ROOT}/kernels",
+    }
     export = f"--checkpoint.export_hf={run_dir}/export"
-    return subprocess.run([*command, export], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run([*command, export], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
 
 @pytest.mark.full
