@@ -103,18 +103,18 @@ class _Frame:
 
     def marks(self, marks: Mapping[int, str]) -> list[str]:
         """Dashed lines from top to bottom with their texts to the right, as far as there is room for them."""
-        parts, free_from = [], 0.0
+        lines, texts, free_from = [], [], 0.0
         for step, text in sorted(marks.items()):
             if not self.first <= step <= self.last:
                 continue
             x = self.x(step)
-            y1, y2 = _MARGIN_TOP - 6, self.height - _MARGIN_BOTTOM
-            parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{y1}" y2="{y2}"/>')
+            bottom = self.height - _MARGIN_BOTTOM
+            lines.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{bottom}"/>')
             end = x + 6 + _MARK_CHARACTER_WIDTH * len(text)
             if x >= free_from and end <= self.width:
                 free_from = end
-                parts.append(f'<text class="mark-text" x="{x + 6:.1f}" y="{_MARGIN_TOP + 4}">{escape(text)}</text>')
-        return parts
+                texts.append(f'<text class="mark-text" x="{x + 6:.1f}" y="12">{escape(text)}</text>')
+        return lines + texts
 
     def line(self, name: str, points: Points) -> str:
         """A line through points, in the style of a class."""

@@ -156,7 +156,7 @@ def _figures(run: RunRecord) -> list[Figure]:
         figures.append(Figure("Time in steps", _duration(seconds), f"{_step_time(run)} per step{starts}"))
     peak = max((number(row, "peak_memory_bytes") or 0 for row in run.steps), default=0)
     if peak:
-        figures.append(Figure("Peak memory of a rank", f"{peak / 2**30:.3g} GiB"))
+        figures.append(Figure("Peak memory", f"{peak / 2**30:.3g} GiB", "of the rank that used most"))
     if skipped := sum(row.get("skipped") is True for row in run.steps):
         figures.append(Figure("Updates left out", f"{skipped:,}", "loss or gradients not finite, or a spike", False))
     return figures

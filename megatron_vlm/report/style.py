@@ -39,7 +39,7 @@ svg { display: block; width: 100%; height: auto; }
 .smooth-key { background: var(--accent); }
 .second-key { border: 2px solid var(--good); }
 .mark { stroke: var(--soft); stroke-dasharray: 4 4; }
-.mark-text { fill: var(--soft); font-size: 11px; }
+.mark-text { fill: var(--soft); font-size: 11px; paint-order: stroke; stroke: var(--surface); stroke-width: 4px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 10px 18px; border-bottom: 1px solid var(--rule); vertical-align: top; }

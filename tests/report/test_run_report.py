@@ -91,7 +91,7 @@ def test_a_finished_run(run_dir: Path) -> None:
     assert card(text, "Held-out loss") == ("0.1", "best 0.1 after step 60")
     assert card(text, "Tokens")[0] == "60k" and card(text, "Tokens per second")[0] == "2k"
     assert card(text, "Time in steps") == ("30 s", "0.5 s per step, 3 starts")
-    assert card(text, "Peak memory of a rank")[0] == "1 GiB"
+    assert card(text, "Peak memory")[0] == "1 GiB"
     assert text.count('class="dot"') == 3
     assert ">resumed</text>" in text and ">resumed: tensor 2, data 2</text>" in text
     assert "after step 40: parallel.tensor_model_parallel_size 1 -&gt; 2" in text
