@@ -67,8 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         answers,
         scores,
         phases,
-        _layout_rows(recipe, stops, options.processes),
-        stops[1:-1],
+        len(recipe.stages),
     )
     print_summary(scores, phases, len(samples), report, folder / "export")
     return 0 if scores.passed else 1
@@ -147,15 +146,6 @@ def _heading(stage: Stage, first: int, last: int, train_iters: int) -> str:
     begin = "Resume" if first else "Train"
     end = "export to Hugging Face format" if last == train_iters else f"stop after step {last}"
     return f"{begin} with {stage.name}, {end}"
-
-
-def _layout_rows(recipe: Recipe, stops: Sequence[int], processes: int) -> list[dict]:
-    """Returns one row per stage."""
-    return [
-        {"steps": f"{first + 1} to {last}", "processes": processes}
-        | {key.replace("_model_parallel_size", " parallel"): size for key, size in stage.layout.items()}
-        for stage, (first, last) in zip(recipe.stages, pairwise(stops), strict=True)
-    ]
 
 
 if __name__ == "__main__":

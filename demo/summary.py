@@ -7,7 +7,8 @@ from pathlib import Path
 
 from demo.console import Phases, print_table
 from demo.evaluate import HeldoutSample, best_blind_guess, exact_match
-from megatron_vlm.report.run_report import Figure, Sample, write_report
+from megatron_vlm.report.page import Figure, Sample
+from megatron_vlm.report.run_report import write_report
 
 LEAST_EXACT_MATCH = 0.90
 MOST_SWAPPED_MATCH = 0.40
@@ -86,11 +87,10 @@ def write_demo_report(
     answers: Answers,
     scores: Scores,
     phases: Phases,
-    layout_rows: Sequence[dict],
-    stops: Sequence[int],
+    num_starts: int,
 ) -> None:
-    """Writes the report of the demo from the run's own files (metrics, evaluations, resolved configuration)."""
-    resumed = "stopped and resumed in another layout, " if stops else ""
+    """Writes the report of the demo's run, with what the demo asked the model beside the run's own figures."""
+    resumed = "stopped and resumed in another layout, " if num_starts > 1 else ""
     figures = [
         Figure(
             "Exact match, held out",
@@ -108,20 +108,16 @@ def write_demo_report(
         Figure("Time in all", f"{phases.total_seconds:.0f} s", "two processes, no accelerator"),
     ]
     write_report(
+        run_folder,
         path,
-        f"A tiny {title} learns to look",
-        run_folder / "metrics.jsonl",
-        (run_folder / "config.yaml").read_text(encoding="utf-8"),
-        layout_rows,
-        samples_to_show(answers),
-        figures,
+        title=f"A tiny {title} learns to look",
         subtitle=(
             f"Trained from random weights on drawn images, {resumed}exported, and asked {len(answers.samples)} "
             f"held-out questions through plain transformers."
         ),
-        marks=dict.fromkeys(stops, "stopped, resumed in another layout"),
-        evaluations_jsonl=run_folder / "evaluations.jsonl",
+        figures=figures,
         tables={"Exact match": _table_by_kind(answers), "Time": _table_of_seconds(phases)},
+        samples=samples_to_show(answers),
     )
 
 

@@ -23,7 +23,7 @@ import torch
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.files.assets import ASSET_PATTERNS
 from megatron_vlm.files.block_memory import BlockMemory
-from megatron_vlm.files.durable import StreamedFile, copy_durably, read_bytes, sync_directory, write_durably
+from megatron_vlm.files.durable import StreamedFile, copy_durably, read_bytes, write_durably
 from megatron_vlm.files.safetensors_headers import (
     BLOCK_BYTES,
     INDEX_FILE,
@@ -33,7 +33,7 @@ from megatron_vlm.files.safetensors_headers import (
     read_shard_header,
     row_blocks,
 )
-from megatron_vlm.files.small_files import read_small
+from megatron_vlm.files.small_files import read_small, sync_directory
 
 OTHER_WEIGHTS = {
     "*.gguf": "in the format of llama.cpp",

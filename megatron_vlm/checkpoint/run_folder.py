@@ -28,8 +28,8 @@ from typing import Any
 
 from megatron_vlm.checkpoint.torch_dist import TorchDistReader
 from megatron_vlm.errors import CheckpointError
-from megatron_vlm.files.durable import sync_directory, write_durably
-from megatron_vlm.files.small_files import read_small
+from megatron_vlm.files.durable import write_durably
+from megatron_vlm.files.small_files import read_small, sync_directory
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "megatron_vlm.json"

@@ -19,6 +19,7 @@ import torch
 
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.files.block_memory import BlockMemory
+from megatron_vlm.files.small_files import sync_directory
 
 # Measured on ext4: files written in larger requests take up to four times as long. `cp` uses this size too.
 REQUEST_BYTES = 256 * 2**10
@@ -143,32 +144,12 @@ def _remove_abandoned(target: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def sync_directory(directory: Path) -> None:
-    """Make the names inside `directory` survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_durably(path: Path, content: bytes) -> None:
     """Write a small file and sync it to disk."""
     with open(path, "xb") as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def replace_durably(path: Path, content: str) -> None:
-    """Write a small UTF-8 file, over one of that name if there is one: readers see the old content or the new."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
-    sync_directory(path.parent)
 
 
 def copy_durably(source: Path, target: Path) -> None:

@@ -1,10 +1,15 @@
-"""Reading small files that somebody else wrote: only regular ones, and only up to a size."""
+"""Small files: those that somebody else wrote are read with care, our own are replaced whole.
+
+Nothing here imports torch, so that tools which only look at files start quickly.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
+from pathlib import Path
 
 MAX_SMALL_FILE_BYTES = 64 * 2**20
 
@@ -29,5 +34,30 @@ def read_small(path: str | os.PathLike, max_bytes: int = MAX_SMALL_FILE_BYTES) -
             raise OSError(errno.EFBIG, f"{status.st_size} bytes are too many (at most {max_bytes})", os.fspath(path))
         with open(descriptor, "rb", closefd=False) as stream:
             return stream.read(max_bytes)
+    finally:
+        os.close(descriptor)
+
+
+def replace_durably(path: Path, content: str) -> None:
+    """Write a small UTF-8 file, over one of that name if there is one: readers see the old content or the new."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names inside `directory` survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -15,7 +15,8 @@ from megatron_vlm.checkpoint.run_folder import check_in_the_way, read_json
 from megatron_vlm.config import Config
 from megatron_vlm.config_checks import divisors, nearest_multiples
 from megatron_vlm.errors import ConfigError, LaunchError, UserError, combine
-from megatron_vlm.files.durable import check_export_target, replace_durably
+from megatron_vlm.files.durable import check_export_target
+from megatron_vlm.files.small_files import replace_durably
 from megatron_vlm.model.trainable import Trainable, part_of
 from megatron_vlm.model_configs import VisionLanguageConfig
 from megatron_vlm.parallel.layout import Layout, assign_layers

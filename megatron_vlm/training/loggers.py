@@ -15,7 +15,7 @@ from typing import Any, Protocol, TextIO
 
 from megatron_vlm.config import Config, to_dict
 from megatron_vlm.errors import CheckpointError, ConfigError
-from megatron_vlm.files.durable import replace_durably
+from megatron_vlm.files.small_files import replace_durably
 from megatron_vlm.training.metrics import StepMetrics, evaluation_record, scalars, to_record
 
 LEAST_WAIT_SHOWN = 0.02  # of a step's time

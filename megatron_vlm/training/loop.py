@@ -23,7 +23,7 @@ from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.data.row_limits import RowLimits
 from megatron_vlm.errors import CheckpointError, ConfigError, DataError, DivergenceError, SaveError
 from megatron_vlm.files.config_files import read_config_file
-from megatron_vlm.files.durable import replace_durably
+from megatron_vlm.files.small_files import replace_durably
 from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.planning.flops import ModelFlops
 from megatron_vlm.planning.preflight import record_export

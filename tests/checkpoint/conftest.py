@@ -6,7 +6,6 @@ from types import TracebackType
 
 import pytest
 
-from megatron_vlm.conversion import convert, passthrough, running_model
 from megatron_vlm.progress import Progress
 
 
@@ -23,5 +22,8 @@ class ExactProgress(Progress):
 @pytest.fixture(autouse=True)
 def exact_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process; ranks of a test's own are others."""
+    # Not above: pytest may read this file before the platform is initialised, and these import megatron-core.
+    from megatron_vlm.conversion import convert, passthrough, running_model
+
     for module in (convert, passthrough, running_model):
         monkeypatch.setattr(module, "Progress", ExactProgress)

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from demo.console import Phases
 from demo.draw import COLOURS, QUESTIONS, draw_dataset, pixel_digest
 from demo.evaluate import HeldoutSample, best_blind_guess, exact_match, load_samples, swap_images
-from demo.summary import Answers, Scores, samples_to_show
+from demo.summary import Answers, Scores, samples_to_show, write_demo_report
 
 KIND_OF_QUESTION = {question: kind for kind, questions in QUESTIONS.items() for question in questions}
 
@@ -119,6 +120,18 @@ def test_exact_match_forgives_nothing():
 def test_swap_leaves_nothing_to_swap_with_alone():
     alone = HeldoutSample(Path("a.png"), "?", "red", "red", "colour")
     assert swap_images([alone]) == [alone]
+
+
+def test_the_report_has_the_demo_beside_the_run(dataset, tmp_path):
+    samples = load_samples(dataset.heldout_path, KIND_OF_QUESTION)
+    after = [sample.answer for sample in samples]
+    answers = Answers(samples, swap_images(samples), [""] * 288, after, after)
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "loss": {9 - step}}}\n' for step in (1, 2, 3)))
+    write_demo_report(tmp_path / "a.html", "Model", tmp_path, answers, Scores.of(answers), Phases(1), num_starts=2)
+    text = (tmp_path / "a.html").read_text()
+    assert "A tiny Model learns to look" in text and "resumed in another layout" in text
+    assert text.count('class="sample right"') == 24 and ">Loss</div>" in text and ">Held-out loss" not in text
+    assert text.count("data:image/png;base64,") == 24
 
 
 def test_report_shows_wrong_answers_first_and_then_all_kinds_in_turn(dataset):

@@ -20,7 +20,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_vlm import platform
 from megatron_vlm.config import Config, DataSettings, DataSource, LoggingSettings, ModelSettings, TrainSettings
 from megatron_vlm.errors import CheckpointError, ConfigError
-from megatron_vlm.report.run_report import read_metrics, write_report
+from megatron_vlm.report import run_report
+from megatron_vlm.report.run_record import read_run
+from megatron_vlm.report.run_report import write_report
 from megatron_vlm.training import metrics as metrics_module
 from megatron_vlm.training.loggers import Console, JsonLines, TensorBoard, WandB, build_loggers
 from megatron_vlm.training.metrics import ExpertStatistics, Pace, StepMetrics, expert_statistics, over_steps, to_record
@@ -121,11 +123,19 @@ def test_report_has_a_row_of_charts_for_experts(tmp_path: Path) -> None:
         for step in (1, 2, 3):
             logger.on_step(replace(METRICS, step=step, **figures))
         logger.close()
-        write_report(tmp_path / "report.html", "Title", tmp_path / "metrics.jsonl", "", [])
-        return (tmp_path / "report.html").read_text().count("<svg")
+        return write_report(tmp_path).read_text().count("<svg")
 
     dense = charts()
+    # The loss, eight figures (the peak of this device is not known) and two data sources.
+    assert dense == 11
     assert charts(experts=ExpertStatistics(1, 8.0, 20, 3), load_balancing_loss=2.0) == dense + 3
+
+
+def test_the_report_reads_keys_that_are_written() -> None:
+    experts = ExpertStatistics(1, 8.0, 20, 3)
+    record = to_record(replace(METRICS, experts=experts, load_balancing_loss=2.0))
+    read = [key for key, _, _ in (run_report._STEP_CHARTS | run_report._EXPERT_CHARTS).values()]
+    assert {*read, *run_report._COUNTED_ROWS} <= record.keys()
 
 
 def test_console_shows_each_figure_and_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +210,7 @@ def test_json_lines_are_readable_while_the_run_goes_on(tmp_path: Path) -> None:
     for logger in loggers:
         logger.on_step(METRICS)
         logger.on_evaluation(7, {"all": 1.5, "a.jsonl": 1.0})
-    assert read_metrics(tmp_path / "run" / "metrics.jsonl") == [to_record(METRICS)]
+    assert read_run(tmp_path / "run").steps == [to_record(METRICS)]
     expected = {"step": 7, "loss": 1.5, "source_losses": {"a.jsonl": 1.0}}
     assert _lines(tmp_path / "run" / "evaluations.jsonl") == [expected]
     for logger in loggers:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vlm.report.run_report import write_report
 from megatron_vlm.training import start
 from tests.ranks import run_ranks
 from tests.training.loop_run import Place, build_place, train_here
@@ -49,6 +50,9 @@ def test_banner_and_record(place: Place, tmp_path: Path) -> None:
     assert [record["after_step"] for record in records] == [0, 1, 2]
     assert [record["config"]["train"]["exit_interval"] for record in records] == [1, None, None]
     assert all(record["versions"]["torch"] and record["host"] and record["command"] for record in records)
+    report = write_report(tmp_path).read_text()
+    assert "Finished: 2 of 2 steps." in report and report.count(f"<td>{records[0]['host']}</td>") == 3
+    assert "after step 1: train.exit_interval 1 -&gt; null" in report
 
 
 def test_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
