@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any, TextIO
 
@@ -20,14 +21,14 @@ class EnduringStream:
         """Write, or lose, the text."""
         try:
             return self._stream.write(text)
-        except OSError:
+        except (OSError, ValueError):  # the second where it was closed
             return len(text)
 
     def flush(self) -> None:
         """Flush what can be."""
         try:
             self._stream.flush()
-        except (OSError, ValueError):  # the second where it was closed
+        except (OSError, ValueError):
             return
 
     def __getattr__(self, name: str) -> Any:
@@ -38,5 +39,7 @@ def endure() -> None:
     """Make this process's standard output and standard error such streams."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
+        if stream is None:  # it was closed before the start
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         if not isinstance(stream, EnduringStream):
             setattr(sys, name, EnduringStream(stream))

@@ -78,10 +78,13 @@ class Progress:
     def update(self, done_bytes: int) -> None:
         """So many bytes are done in all."""
         self.done_bytes = done_bytes
-        if self.is_shown:
-            now = self._clock()
-            if now >= self._due:
-                self._show(now)
+        if self.is_due:
+            self._show(self._clock())
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the next update shows; for those to whom it costs something to know how far the work is."""
+        return self.is_shown and self._clock() >= self._due
 
     def _show(self, now: float) -> None:
         self._marks.append((now, self.done_bytes))

@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,20 +28,34 @@ from megatron_vlm import output
 from megatron_vlm.errors import EXIT_USER_ERROR, UserError
 
 DIFFERENCES_SHOWN = 20
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return the exit code."""
     options = _parse(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return options.run(options)
     except KeyboardInterrupt:
-        print("interrupted: nothing is left behind", file=sys.stderr)
-        return 128 + signal.SIGINT
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """End the command; no further signal disturbs it while it removes what it has begun."""
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _raise_if_interrupted() -> None:
+    """Packages that were being imported may have swallowed the interruption."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        raise KeyboardInterrupt
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -69,6 +84,7 @@ def _import(options: argparse.Namespace) -> int:
     from megatron_vlm.conversion.convert import import_checkpoint
     from megatron_vlm.conversion.passthrough import describe
 
+    _raise_if_interrupted()
     began = time.monotonic()
     carried = import_checkpoint(options.hf, options.out)
     print(f"imported {options.hf} to {options.out} in {time.monotonic() - began:.2f} s")
@@ -81,6 +97,7 @@ def _export(options: argparse.Namespace) -> int:
     from megatron_vlm.conversion.convert import export_checkpoint
     from megatron_vlm.conversion.passthrough import describe
 
+    _raise_if_interrupted()
     began = time.monotonic()
     carried = export_checkpoint(options.ckpt, options.hf, options.out)
     print(f"exported {options.ckpt} to {options.out} in {time.monotonic() - began:.2f} s")
@@ -92,6 +109,7 @@ def _export(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from megatron_vlm.conversion.convert import verify_checkpoint
 
+    _raise_if_interrupted()
     result = verify_checkpoint(options.hf, options.ckpt)
     for difference in result.differences[:DIFFERENCES_SHOWN]:
         print(f"differs: {difference.hf_name}: {difference.reason}")
@@ -103,6 +121,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    for number in SIGNALS:
+        signal.signal(number, _interrupt)
     output.endure()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)

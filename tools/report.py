@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_vlm import output
 from megatron_vlm.errors import EXIT_USER_ERROR, UserError
 from megatron_vlm.report.run_report import write_report
 
@@ -41,4 +42,5 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    output.endure()
     sys.exit(main())

@@ -152,8 +152,8 @@ class Manifest:
 
 
 def _crc_of_content(content: Mapping[str, Any]) -> int:
-    """CRC-32 of the values, however the file is laid out."""
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+    """CRC-32 of the values as they are read again, however the file is laid out."""
+    return zlib.crc32(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode())
 
 
 def _check_checksums(content: dict[str, Any], path: Path) -> None:

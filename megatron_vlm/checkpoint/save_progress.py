@@ -49,7 +49,7 @@ def wait_for_save(calls: AsyncCallsQueue, folder: Path, total_bytes: int) -> Non
         while calls.get_num_unfinalized_calls():
             time.sleep(wait_seconds)
             wait_seconds = min(2 * wait_seconds, _LONGEST_WAIT_SECONDS)
-            if progress.is_shown:
+            if progress.is_due:
                 progress.update(min(_bytes_in(folder), total_bytes))
             calls.maybe_finalize_async_calls()
 

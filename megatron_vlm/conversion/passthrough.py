@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -62,7 +62,9 @@ def check_carried(carried: Sequence[str], found: Collection[str], checkpoint: Pa
 
 
 def check_kept(carried: Sequence[str], checkpoints: Path, hf_dir: Path) -> None:
-    """Make sure that a run that goes on still has the tensors that it began with, for its export; see `check_carried`.
+    """Make sure that a run that goes on still has the tensors that it began with, for its export.
+
+    They are read, to compare their checksums: at the export it would be too late. See `check_carried`.
 
     Args:
         carried: their names.
@@ -74,6 +76,7 @@ def check_kept(carried: Sequence[str], checkpoints: Path, hf_dir: Path) -> None:
         return check_carried(carried, (), checkpoints)
     with open_weights(source) as reader:
         check_carried(carried, reader.tensors, checkpoints)
+        _read_checked(reader, [reader.tensors[name] for name in carried], "checking tensors carried through")
 
 
 def keep_passthrough(reader: SafetensorsReader, names: Sequence[str], folder: Path) -> None:
@@ -127,20 +130,42 @@ def copy_tensors(
     Raises:
         CheckpointError: the directory has another checksum for one.
     """
-    path = reader.directory / CHECKSUMS_NAME
-    expected = read_json(path, "use another checkpoint") if path.exists() else {}
+    return _read_checked(reader, tensors, "copying tensors carried through", writer.write)
+
+
+def _read_checked(
+    reader: SafetensorsReader,
+    tensors: Sequence[StoredTensor],
+    label: str,
+    take: Callable[[str, int, torch.Tensor], None] | None = None,
+) -> dict[str, int]:
+    """Read tensors and compare them with the directory's checksums, if it has any; returns the checksums.
+
+    Args:
+        reader: of the directory.
+        tensors: those that are read.
+        label: what this is done for.
+        take: is given name, first row and rows of each block.
+    """
+    path, expected = reader.directory / CHECKSUMS_NAME, None
+    fix = "take this folder from another import of the model, or delete it and name a model directory with weights"
+    if path.exists():
+        expected = read_json(path, fix)
+        if not isinstance(expected, dict):
+            raise CheckpointError("damaged: it holds no names", str(path), fix)
     memory, checksums = BlockMemory(), {}
-    with Progress("copying tensors carried through", sum(stored.num_bytes for stored in tensors)) as progress:
+    with Progress(label, sum(stored.num_bytes for stored in tensors)) as progress:
         for stored in tensors:
             crc = 0
             for first_row, end_row in row_blocks(stored.shape, stored.dtype):
                 rows = reader.read_rows(stored.name, first_row, end_row, memory)
                 crc = isal_zlib.crc32(rows.reshape(-1).view(torch.uint8).numpy(), crc)
-                writer.write(stored.name, first_row, rows)
+                if take is not None:
+                    take(stored.name, first_row, rows)
                 progress.advance(rows.nbytes)
-            if isinstance(expected, dict) and expected.get(stored.name, crc) != crc:
+            if expected is not None and expected.get(stored.name) != crc:
                 what = f"{stored.name} is not what was saved: its checksum differs"
-                raise CheckpointError(what, str(reader.directory), "use the passthrough folder of another checkpoint")
+                raise CheckpointError(what, str(reader.directory), fix)
             checksums[stored.name] = crc
     return checksums
 

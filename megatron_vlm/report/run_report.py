@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -81,6 +82,9 @@ def write_report(
         CheckpointError: it is no run folder, something in it cannot be read, or the report cannot be written.
     """
     run = read_run(run_dir)
+    path = run_dir / REPORT_NAME if path is None else path
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+        raise CheckpointError("this is no regular file that a page could replace", str(path), "name another file")
     title = run.run_dir.absolute().name if title is None else title
     text = page.page(
         title,
@@ -100,7 +104,6 @@ def write_report(
             page.section("Left out of this page", page.bullets(run.problems)),
         ],
     )
-    path = run_dir / REPORT_NAME if path is None else path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_durably(path, text)

@@ -18,6 +18,7 @@ from megatron_vlm.errors import CheckpointError, ConfigError
 from megatron_vlm.files.small_files import replace_durably
 from megatron_vlm.training.metrics import StepMetrics, evaluation_record, scalars, to_record
 
+COLUMNS = 100
 LEAST_WAIT_SHOWN = 0.02  # of a step's time
 
 
@@ -67,7 +68,7 @@ def build_loggers(config: Config, run_dir: str | os.PathLike, resume_step: int) 
 
 
 class Console:
-    """Prints one line per logged step, of at most 100 columns where nothing is the matter and there are no experts.
+    """Prints a line per logged step, and more below it for what does not fit into 100 columns.
 
     Tokens per expert are shown as the fewest, the mean and the most.
     """
@@ -78,7 +79,7 @@ class Console:
     def on_step(self, metrics: StepMetrics) -> None:
         """Print the step."""
         width = len(str(metrics.train_iters))
-        speed = f"{metrics.flops_per_second / 1e12:.3g} TFLOP/s" if metrics.mfu is None else f"MFU {metrics.mfu:.0%}"
+        speed = f"{_short(metrics.flops_per_second)}FLOP/s" if metrics.mfu is None else f"MFU {metrics.mfu:.0%}"
         parts = [
             f"step {metrics.step:>{width}}/{metrics.train_iters}",
             f"loss {metrics.loss:.4f}",
@@ -100,7 +101,13 @@ class Console:
         if metrics.empty_answers:
             parts.append(f"empty answers {metrics.empty_answers}")
         parts += _expert_figures(metrics)
-        print("  ".join(parts), file=self._stream, flush=True)
+        lines = [parts[0]]
+        for part in parts[1:]:
+            if len(lines[-1]) + len(part) + 2 <= COLUMNS:
+                lines[-1] += f"  {part}"
+            else:
+                lines.append(f"    {part}")
+        print("\n".join(lines), file=self._stream, flush=True)
 
     def on_evaluation(self, step: int, losses: dict[str, float]) -> None:
         """Print the losses; that of a single source equals the mean and is left out."""
@@ -120,11 +127,11 @@ def _hours(seconds: float) -> str:
 
 def _short(number: float) -> str:
     """Format a number with three digits: 412, 4.12k, 41.2k, 4.12M."""
-    for unit in ("", "k", "M"):
+    for unit in ("", "k", "M", "G"):
         if number < 999.5:
             return f"{number:.3g}{unit}"
         number /= 1000
-    return f"{number:.3g}G"
+    return f"{number:.3g}T"
 
 
 def _expert_figures(metrics: StepMetrics) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import os
 import shutil
 import zipfile
@@ -17,7 +18,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_vlm.checkpoint import torch_dist
 from megatron_vlm.checkpoint.manager import load_weights
-from megatron_vlm.checkpoint.run_folder import Manifest, find_checkpoint
+from megatron_vlm.checkpoint.run_folder import Manifest, ModelIdentity, find_checkpoint
 from megatron_vlm.checkpoint.torch_dist import CheckedFileReader, TorchDistReader, TorchDistWriter
 from megatron_vlm.conversion.convert import export_checkpoint, import_checkpoint, verify_checkpoint
 from megatron_vlm.errors import CheckpointError
@@ -227,3 +228,44 @@ def test_nothing_is_read_for_the_checksum_alone(
         assert reader.read_rows("x", 0, 2000).equal(values)
         reader.check_rest()
     assert values.nbytes < read[0] < 1.01 * values.nbytes
+
+
+def test_a_call_that_reads_less_than_was_asked_for(
+    large: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux reads at most 2 GiB at once, which larger records exceed."""
+    folder, values = large
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda descriptor, views, at: preadv(descriptor, [views[0][:100_000]], at))
+    state = {"x": torch.empty_like(values)}
+    torch.distributed.checkpoint.load(state, storage_reader=CheckedFileReader(folder), no_dist=True)
+    assert state["x"].equal(values)
+    with TorchDistReader(folder) as reader:
+        assert reader.read_rows("x", 0, 2000).equal(values)
+        reader.check_all()
+
+
+def test_imports_of_earlier_versions_have_no_checksums(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their zip files have 0 in its place, and their manifest none."""
+    monkeypatch.setattr(torch_dist, "_locate_crcs", lambda record: ())
+    import_checkpoint(model, tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint" / "megatron_vlm.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in manifest.items() if "crc32" not in key}))
+    with zipfile.ZipFile(io.BytesIO(next(records(path.parent))[3])) as archive:
+        assert archive.testzip() is not None
+    assert verify_checkpoint(model, path.parent).differences == ()
+    export_checkpoint(path.parent, model, tmp_path / "out")
+    with TorchDistReader(path.parent) as reader:
+        shape = reader.shapes[NORM]
+    state = {NORM: torch.empty(shape, dtype=torch.bfloat16)}
+    torch.distributed.checkpoint.load(state, storage_reader=CheckedFileReader(path.parent), no_dist=True)
+
+
+def test_a_manifest_is_compared_as_it_is_read(tmp_path: Path) -> None:
+    """JSON makes strings of keys, which sort otherwise than numbers."""
+    identity = ModelIdentity("gemma3", "gemma3", False, True)
+    Manifest(identity, extra={"passes": dict.fromkeys(range(12), 1)}).write(tmp_path)
+    assert Manifest.read(tmp_path).extra["passes"]["11"] == 1

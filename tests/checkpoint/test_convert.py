@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -342,3 +343,25 @@ def test_verify_exits_with_2_on_a_difference(
     assert convert_tool.main(["verify", "--hf", str(source), "--ckpt", str(imported)]) == 2
     printed = capsys.readouterr().out
     assert "differs: language_model.model.norm.weight" in printed and "66 of 67 tensors equal" in printed
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_command_in_one_line(multimodal: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """Further ones do not disturb it while it removes what it has begun."""
+    program = f"""
+import os, runpy, shutil, sys
+from megatron_vlm.checkpoint.torch_dist import TorchDistWriter
+def write(*arguments):
+    os.kill(os.getpid(), {int(number)})
+rmtree = shutil.rmtree
+def remove(*arguments, **settings):
+    os.kill(os.getpid(), {int(number)})
+    rmtree(*arguments, **settings)
+TorchDistWriter.write, shutil.rmtree = write, remove
+sys.argv = ["convert.py", "import", "--hf", {str(multimodal)!r}, "--out", {str(tmp_path / "out")!r}]
+runpy.run_path({str(REPOSITORY / "tools" / "convert.py")!r}, run_name="__main__")
+"""
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=120, check=False)
+    assert (result.returncode, result.stdout) == (130, "") and result.stderr.endswith("interrupted\n"), result.stderr
+    assert "Traceback" not in result.stderr and list(tmp_path.iterdir()) == []

@@ -101,6 +101,25 @@ def test_those_that_are_gone_are_missed(source: Path, imported: Path, tmp_path: 
     passthrough.check_kept((), imported, bare)
 
 
+def test_one_that_has_changed_is_refused(source: Path, imported: Path, tmp_path: Path) -> None:
+    """By an export, and by a run that goes on, which would find out at its end otherwise."""
+    folder = imported / run_folder.PASSTHROUGH_NAME
+    bare = without_weights(source, tmp_path / "bare")
+    (path,) = folder.glob("*.safetensors")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="its checksum differs"):
+        export_checkpoint(imported, bare, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="its checksum differs"):
+        passthrough.check_kept(sorted(CARRIED), imported, bare)
+    path.write_bytes(content)
+    passthrough.check_kept(sorted(CARRIED), imported, bare)
+    for damaged in ("", "[]", "{}"):
+        (folder / passthrough.CHECKSUMS_NAME).write_text(damaged)
+        with pytest.raises(CheckpointError):
+            passthrough.check_kept(sorted(CARRIED), imported, bare)
+
+
 def test_a_manifest_that_does_not_name_them(source: Path, imported: Path, tmp_path: Path) -> None:
     """As earlier versions wrote it; they are exported all the same."""
     path = imported / run_folder.MANIFEST_NAME

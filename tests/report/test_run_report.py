@@ -236,9 +236,20 @@ def test_a_report_that_cannot_be_written_is_an_error_of_one_line(run_dir: Path) 
     with pytest.raises(CheckpointError, match="cannot be written") as caught:
         write_report(run_dir, run_dir / "config.yaml" / "page.html")
     assert isinstance(caught.value, UserError) and "name another file" in str(caught.value)
-    with pytest.raises(CheckpointError, match="cannot be written"):
+    with pytest.raises(CheckpointError, match="no regular file"):
         write_report(run_dir, run_dir)
     assert not list(run_dir.parent.glob("*.partial"))
+
+
+def test_only_a_regular_file_is_replaced(run_dir: Path, tmp_path: Path) -> None:
+    """Not a device, which root could, nor a link such as /dev/stdout."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "page.html").write_text("old")
+    (tmp_path / "link").symlink_to("page.html")
+    for name in ("pipe", "link", "."):
+        with pytest.raises(CheckpointError, match="no regular file"):
+            write_report(run_dir, tmp_path / name)
+    assert (tmp_path / "page.html").read_text() == "old"
 
 
 def test_the_tool_starts_without_torch(run_dir: Path) -> None:
