@@ -70,7 +70,8 @@ def build_loggers(config: Config, run_dir: str | os.PathLike, resume_step: int) 
 class Console:
     """Prints a line per logged step, and more below it for what does not fit into 100 columns.
 
-    Tokens per expert are shown as the fewest, the mean and the most.
+    `wait` is the share of the time in which the slowest rank waited for data. Tokens per expert are shown as the
+    fewest, the mean and the most.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -79,19 +80,18 @@ class Console:
     def on_step(self, metrics: StepMetrics) -> None:
         """Print the step."""
         width = len(str(metrics.train_iters))
-        speed = f"{_short(metrics.flops_per_second)}FLOP/s" if metrics.mfu is None else f"MFU {metrics.mfu:.0%}"
         parts = [
             f"step {metrics.step:>{width}}/{metrics.train_iters}",
             f"loss {metrics.loss:.4f}",
             f"norm {metrics.grad_norm:.3g}",
             f"lr {metrics.lr:.1e}".replace("e-0", "e-"),
             f"{_short(metrics.tokens_per_second)} tok/s",
-            speed,
+            *([] if metrics.mfu is None else [f"MFU {metrics.mfu:.0%}"]),
             f"{_short(metrics.peak_memory_bytes / 2**30)} GiB",
             f"eta {_hours(metrics.seconds_left)}",
         ]
         if metrics.data_wait_share >= LEAST_WAIT_SHOWN:
-            parts.append(f"waits for data {metrics.data_wait_share:.0%}")
+            parts.append(f"wait {metrics.data_wait_share:.0%}")
         if metrics.skipped:
             parts.append("UPDATE SKIPPED")
         if metrics.bad_rows:
@@ -127,11 +127,11 @@ def _hours(seconds: float) -> str:
 
 def _short(number: float) -> str:
     """Format a number with three digits: 412, 4.12k, 41.2k, 4.12M."""
-    for unit in ("", "k", "M", "G"):
+    for unit in ("", "k", "M"):
         if number < 999.5:
             return f"{number:.3g}{unit}"
         number /= 1000
-    return f"{number:.3g}T"
+    return f"{number:.3g}G"
 
 
 def _expert_figures(metrics: StepMetrics) -> list[str]:

@@ -198,7 +198,7 @@ def check_console(log: Path, resumed_after: int | None) -> None:
         assert lines.pop(0) == f"resuming after step {resumed_after} of 100000"
         changes = "data.num_workers 1 -> 0, checkpoint.save_interval null -> 1"
         assert lines.pop(0) == f"settings changed since the last start: {changes}"
-    lines = [line for line in lines if not line.startswith("    waits for data")]  # below a long line
+    lines = [line for line in lines if not line.startswith("    wait ")]  # below a long line
     others = [line for line in lines if not STEP_LINE.fullmatch(line) and not SAVED_LINE.fullmatch(line)]
     assert lines and not others, "\n".join(others)
 
