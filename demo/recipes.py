@@ -81,7 +81,7 @@ RECIPES = {
         title="Gemma 3",
         config="demo_gemma3.yaml",
         folder="demo_out",
-        train_iters=400,
+        train_iters=240,
         build=partial(_build, gemma3, f"{gemma3.SOFT_TOKENS_PER_IMAGE} tokens per image"),
         stages=_TENSOR_THEN_PIPELINE,
     ),

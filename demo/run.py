@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     recipe = RECIPES[options.model] if options.processes == RANKS else RECIPES[options.model].alone()
     folder = options.output or _next_folder(REPOSITORY / recipe.folder)
-    torch.set_num_threads(RANKS)
+    torch.set_num_threads(1)  # operations of a tiny model are too short to share: threads mostly wait for each other
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     phases = Phases(total=4 + len(recipe.stages))

@@ -274,6 +274,7 @@ class PromptBuilder:
         processor_options: dict[str, Any] = {
             "return_offsets_mapping": True,
             "return_text_replacement_offsets": True,
+            "return_mm_token_type_ids": False,  # unused, and slow to make
             # Lists even where a processor would make tensors, which transformers is slow to walk for its masks.
             "text_kwargs": {"return_tensors": None},
         }
