@@ -30,6 +30,7 @@ from megatron_vlm.errors import EXIT_USER_ERROR, UserError
 DIFFERENCES_SHOWN = 20
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_received: list[int] = []
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,12 +50,13 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     """End the command; no further signal disturbs it while it removes what it has begun."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
+    _received.append(number)
     raise KeyboardInterrupt
 
 
 def _raise_if_interrupted() -> None:
     """Packages that were being imported may have swallowed the interruption."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    if _received:
         raise KeyboardInterrupt
 
 

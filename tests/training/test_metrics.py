@@ -147,9 +147,7 @@ def test_console_shows_each_figure_and_trouble(monkeypatch: pytest.MonkeyPatch) 
     console.on_evaluation(8, {"all": 1.5, "a.jsonl": 1.5})
     console.on_evaluation(8, {"all": 1.5, "a.jsonl": 1.0, "b.jsonl": 2.0})
     calm, troubled, single, evaluation = stream.getvalue().replace("\n    ", "  ").splitlines()
-    assert calm == (
-        "step  7/20  loss 2.5000  norm 1.25  lr 3.0e-4  400 tok/s  MFU 10%  3 GiB  eta 0:26  wait 25%"
-    )
+    assert calm == ("step  7/20  loss 2.5000  norm 1.25  lr 3.0e-4  400 tok/s  MFU 10%  3 GiB  eta 0:26  wait 25%")
     assert troubled.endswith("  UPDATE SKIPPED  BAD ROWS 2  too long rows 1") and "loss nan" in troubled
     assert single == "evaluation after step 8 | loss 1.5000"
     assert evaluation == "evaluation after step 8 | loss 1.5000 | a.jsonl 1.0000 | b.jsonl 2.0000"
