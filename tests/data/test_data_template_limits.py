@@ -89,15 +89,15 @@ def test_rows_for_which_a_template_does_not_end(
     long = "{%- if messages | length > 2 and messages[0].content == 'long' -%}" + text + "{%- endif -%}"
     (path / "chat_template.jinja").write_text(long + template)
     builder = PromptBuilder(path, qwen_rules)
-    monkeypatch.setattr(template_limits, "ROW_SECONDS", 0.2)
+    monkeypatch.setattr(template_limits, "ROW_SECONDS", 1.5)  # good rows take as much where a machine is busy
 
     def messages(first: str) -> list[dict[str, Any]]:
         return [{"role": role, "content": first} for role in ("user", "assistant", "user")]
 
     began = time.perf_counter()
-    with pytest.raises(DataError, match=r"refuses the row: it takes more than 0.2 seconds"):
+    with pytest.raises(DataError, match=r"refuses the row: it takes more than 1.5 seconds"):
         encode(builder, messages("long"), path)
-    assert time.perf_counter() - began < 2
+    assert time.perf_counter() - began < 30  # it would not end in days
     assert trained_text(builder, encode(builder, messages("short"), path)) == ["short<|im_end|>"]
 
 
