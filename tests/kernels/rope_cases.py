@@ -65,7 +65,7 @@ def make(case: Case, seed: int = 0) -> Inputs:
         q, k = both[..., : case.heads[0], :], both[..., -case.heads[1] :, :]
     else:
         q, k = (heads(count) for count in case.heads)
-    weights = [random(case.head_dim) if case.weights else None for _ in range(2)]
+    weights = [random(case.head_dim) if case.weights and count else None for count in case.heads]
     angles = random(*case.tokens, case.rotated // 2, dtype=torch.float64)
     scale = 1 + random(*case.tokens, dtype=torch.float64).abs() if case.scaled else None
     cosine, sine = angles.cos().to(case.table_dtype), angles.sin().to(case.table_dtype)

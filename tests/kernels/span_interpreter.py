@@ -181,9 +181,7 @@ class Mutant:
 _SMALL = Case(64, "images", length=60, tma=True)
 _SHARD = Case(64, "images", length=60, queries=(8, 4))
 MUTANTS = {
-    "no window": Mutant(
-        spans, "torch.maximum(self.low, self.query_positions - window + 1)", "self.low", Case(64, "causal", 20, 60)
-    ),
+    "no window": Mutant(spans, "torch.maximum(self.low, first)", "self.low", Case(64, "causal", 20, 60)),
     "bound of keys": Mutant(triton_kernels, "<= last[:, None]", "< last[:, None]", _SMALL),
     "bound of queries": Mutant(triton_kernels, "<= last_key[None, :]", "< last_key[None, :]", _SMALL),
     "no rescale": Mutant(triton_kernels, "total * rescale[:, None] + ", "total + ", _SMALL),

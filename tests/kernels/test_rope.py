@@ -24,6 +24,7 @@ CASES = {
     "partial": Case(rotated=6),
     "two sections": Case(sections=2, head_dim=12, rotated=12),
     "two sections, partial": Case(sections=2, head_dim=12, rotated=8, zero_centered=True),
+    "queries alone": Case(heads=(3, 0)),
     "packed": Case(tokens=(7,), heads=(3, 3), head_dim=6, rotated=6, packed=True, weights=False, eps=None),
     "packed with norms": Case(tokens=(7,), heads=(4, 1), packed=True),
 }

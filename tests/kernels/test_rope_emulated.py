@@ -122,6 +122,7 @@ CASES: dict[str, tuple[Case, int]] = {
     "heads of 72 in two sections": (case(HALF, HALF, 72, sections=2, heads=(3, 3), weights=False), 2),
     "512 elements a head": (case(HALF, SINGLE, 512, tokens=(3,), heads=(5, 1)), 8),
     "a quarter turns": (case(BRAIN, SINGLE, 256, rotated=64, heads=(3, 2), strided=True), 8),
+    "queries alone": (case(BRAIN, SINGLE, 256, heads=(9, 0), scaled=True), 8),
     "fp32": (case(SINGLE, SINGLE, 128, heads=(9, 2), scaled=True), 4),
     "fp32, heads of 12": (case(SINGLE, SINGLE, 12, heads=(62, 30), packed=True), 2),
     "odd sections, fp32": (case(SINGLE, SINGLE, 30, sections=3, heads=(7, 2), zero_centered=True), 1),

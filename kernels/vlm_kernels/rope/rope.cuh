@@ -471,7 +471,8 @@ inline void divide(Rotation<Table>& rotation, Both<Side>& both, int64_t max_bloc
     side.slices = (side.heads + heads_of_a_warp - 1) / heads_of_a_warp;
     const int64_t blocks = (static_cast<int64_t>(rotation.tokens) * side.slices + WARPS - 1) / WARPS;
     const int64_t share = max_blocks * side.heads / (both.at[0].heads + both.at[1].heads);
-    side.blocks = static_cast<int>(blocks < share ? blocks : share > 0 ? share : 1);
+    // A side may have no heads.
+    side.blocks = static_cast<int>(blocks < share || blocks == 0 ? blocks : share > 0 ? share : 1);
   }
 }
 

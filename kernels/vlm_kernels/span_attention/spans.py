@@ -1,8 +1,9 @@
 """Visible key ranges of a micro-batch, and the block tables that attention builds from them, once for all layers.
 
 Key k is visible to query q iff `low[q] <= k <= high[q]` and `position[q] - k < window`, all of them indices in the
-sequence of keys. With `low` the start of the document and `high` the query itself this is causal attention; `high` at
-the end of an image makes the image bidirectional. Queries are that same sequence, or any part of it in any order.
+sequence of keys; a window may spare some keys (`kept`). With `low` the start of the document and `high` the query
+itself this is causal attention; `high` at the end of an image makes the image bidirectional. Queries are that same
+sequence, or any part of it in any order.
 
 Shapes: B batch, Sq queries, Sk keys, G key/value heads, D head dim.
 """
@@ -60,11 +61,13 @@ class Spans:
         low: [B, Sq] int32, first visible key.
         high: [B, Sq] int32, last visible key.
         shard: positions of the queries in the sequence of keys; None where they are all of it, in order.
+        kept: [B, Sq] int32, first key that no window hides from the query; None where windows hide all.
     """
 
     low: torch.Tensor
     high: torch.Tensor
     shard: QueryShard | None = None
+    kept: torch.Tensor | None = None
     _block_masks: dict[int | None, BlockMask] = field(default_factory=dict, repr=False)
     _first_keys: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
     _block_ranges: dict[tuple[int | None, int, int], BlockRanges] = field(default_factory=dict, repr=False)
@@ -87,6 +90,17 @@ class Spans:
             return self.shard.positions
         return torch.arange(self.low.shape[1], device=self.low.device, dtype=torch.int32)
 
+    def causal(self) -> Spans:
+        """Return spans of the same documents in which no query sees a later key."""
+        return Spans(self.low, self.query_positions.expand_as(self.low).contiguous(), self.shard)
+
+    def with_whole_blocks(self) -> Spans:
+        """Return spans in which windows hide nothing of a query's block, the run of queries that see equally far."""
+        assert self.shard is None, "a block may lie on several ranks"
+        begins = torch.ones_like(self.high, dtype=torch.bool)
+        begins[:, 1:] = self.high[:, 1:] != self.high[:, :-1]
+        return Spans(self.low, self.high, kept=torch.where(begins, self.query_positions, 0).cummax(1).values)
+
     def block_mask(self, window: int | None) -> BlockMask:
         """Return the block-sparse form of `dense`, built from a table of [B, Sq, Sk / 128], not of [Sq, Sk]."""
         if window not in self._block_masks:
@@ -98,7 +112,10 @@ class Spans:
         if window is None:
             return self.low
         if window not in self._first_keys:
-            self._first_keys[window] = torch.maximum(self.low, self.query_positions - window + 1)
+            first = self.query_positions - window + 1
+            if self.kept is not None:
+                first = torch.minimum(first, self.kept)
+            self._first_keys[window] = torch.maximum(self.low, first)
         return self._first_keys[window]
 
     def block_ranges(self, window: int | None, blocks: Blocks) -> BlockRanges:
@@ -118,9 +135,7 @@ class Spans:
     def dense(self, window: int | None) -> torch.Tensor:
         """Return the dense mask [B, 1, Sq, Sk] bool, true where the key is visible."""
         key = torch.arange(self.num_keys, device=self.low.device)
-        visible = (key >= self.low[..., None]) & (key <= self.high[..., None])
-        if window is not None:
-            visible &= self.query_positions[..., None] - key < window
+        visible = (key >= self.first_key(window)[..., None]) & (key <= self.high[..., None])
         return visible.unsqueeze(1)
 
 
