@@ -102,7 +102,7 @@ def check_linears(sequence_parallel: bool, provided: bool) -> None:
         {
             "column": ColumnParallelLinear(HIDDEN, OUT, config, group, bias=True),
             "sections": SectionedColumnParallelLinear(HIDDEN, OUT, 3, config, group),
-            "replicated": ReplicatedLinear(HIDDEN, OUT, config),
+            "replicated": ReplicatedLinear(HIDDEN, OUT, (0, OUT), config),
             "row": RowParallelLinear(OUT, HIDDEN, config, group, bias=True),
         }
     )

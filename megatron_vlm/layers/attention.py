@@ -17,11 +17,10 @@ from megatron_vlm.layers.linear import (
     Group,
     ReplicatedLinear,
     RowParallelLinear,
-    multiply,
+    column_parallel,
 )
 from megatron_vlm.layers.norm import RMSNorm
-from megatron_vlm.layers.operands import Operand
-from megatron_vlm.model_configs import DecoderLayerConfig
+from megatron_vlm.model_configs import DecoderLayerConfig, ImageMask
 from vlm_kernels.rope import RopeTable, qk_norm_rope
 from vlm_kernels.span_attention import Spans, span_attention
 
@@ -66,12 +65,30 @@ class AttentionCore(torch.nn.Module):
         return attended_BNSD.permute(2, 0, 1, 3).flatten(2).contiguous()
 
 
+def masked_spans(spans: Spans, image_mask: ImageMask) -> Spans:
+    """Return the spans of layers with an image mask, from those in which images see ahead."""
+    if image_mask == "causal":
+        return spans.causal()
+    return spans if image_mask == "window" else spans.with_whole_blocks()
+
+
+def key_value_linear(
+    hidden_size: int, layer: DecoderLayerConfig, mcore_config: TransformerConfig, group: Group
+) -> ColumnParallelLinear | ReplicatedLinear:
+    """Build the projection of keys or values, whose heads are split over the tensor ranks.
+
+    With more tensor ranks than heads it is replicated on every rank, which uses the rows of the one head that its query
+    heads attend with: sharding it further would split a head. Its gradients are then summed over the ranks.
+    """
+    heads, size = layer.num_key_value_heads, layer.head_dim
+    if group.size() <= heads:
+        return ColumnParallelLinear(hidden_size, heads * size, mcore_config, group)
+    own_head = group.rank() * heads // group.size()
+    return ReplicatedLinear(hidden_size, heads * size, (own_head * size, size), mcore_config)
+
+
 class SelfAttention(torch.nn.Module):
     """Self-attention of one decoder layer; heads are split over the tensor ranks.
-
-    With more tensor ranks than key/value heads, `k_proj` and `v_proj` are replicated on every rank, which uses the rows
-    of the one head that its query heads attend with: sharding them further would split a head. Their gradients are then
-    summed over the ranks.
 
     Args:
         hidden_size: H.
@@ -95,15 +112,8 @@ class SelfAttention(torch.nn.Module):
         self.layer, self.group = layer, group
         self.sequence_parallel = mcore_config.sequence_parallel
         query_size = layer.num_attention_heads * layer.head_dim
-        key_size = layer.num_key_value_heads * layer.head_dim
         self.q_proj = ColumnParallelLinear(hidden_size, query_size, mcore_config, group)
-        self.replicated_keys = group.size() > layer.num_key_value_heads
-        self.k_proj, self.v_proj = (
-            ReplicatedLinear(hidden_size, key_size, mcore_config)
-            if self.replicated_keys
-            else ColumnParallelLinear(hidden_size, key_size, mcore_config, group)
-            for _ in range(2)
-        )
+        self.k_proj, self.v_proj = (key_value_linear(hidden_size, layer, mcore_config, group) for _ in range(2))
         self.core = AttentionCore(layer.window, layer.softmax_scale, recompute_core)
         self.o_proj = RowParallelLinear(query_size, hidden_size, mcore_config, group)
         self.norms = norms
@@ -134,10 +144,10 @@ class SelfAttention(torch.nn.Module):
         Returns:
             A tensor of the shape of `x_SBH`.
         """
-        operands = (self.q_proj(), *self._key_value_operands())
+        linears = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (
             projected.unflatten(-1, (-1, self.layer.head_dim))
-            for projected in multiply(x_SBH, operands, self.group, self.sequence_parallel)
+            for projected in column_parallel(x_SBH, linears, self.group, self.sequence_parallel)
         )
         q, k = qk_norm_rope(q, k, rope, query_scale=query_scale, **self._norms())
         return self.o_proj(self.core(q, k, v, spans))
@@ -151,11 +161,3 @@ class SelfAttention(torch.nn.Module):
             "eps": self.layer.norm_eps,
             "zero_centered": self.norms == "zero_centered",
         }
-
-    def _key_value_operands(self) -> tuple[Operand, Operand]:
-        k, v = self.k_proj(), self.v_proj()
-        if not self.replicated_keys:
-            return k, v
-        head = self.group.rank() * self.layer.num_key_value_heads // self.group.size()
-        start, size = head * self.layer.head_dim, self.layer.head_dim
-        return k.rows(start, size), v.rows(start, size)

@@ -51,36 +51,53 @@ class SectionedColumnParallelLinear(OperandOwner, torch.nn.Module):
         sections: number of sections.
         mcore_config: megatron-core settings.
         group: the tensor-parallel process group.
+        bias: add a bias [sections, out].
     """
 
     def __init__(
-        self, in_size: int, out_size: int, sections: int, mcore_config: TransformerConfig, group: Group
+        self,
+        in_size: int,
+        out_size: int,
+        sections: int,
+        mcore_config: TransformerConfig,
+        group: Group,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         rows = divide(out_size, group.size())
         self.weight = torch.nn.Parameter(torch.empty(sections, rows, in_size, dtype=mcore_config.params_dtype))
-        self.bias = torch.nn.Parameter(torch.empty(sections, rows, dtype=mcore_config.params_dtype))
         declare(self.weight, "matrix", normal, tensor_dim=1)
-        declare(self.bias, "vector", zeros, tensor_dim=1)
+        self.bias = None
+        if bias:
+            self.bias = torch.nn.Parameter(torch.empty(sections, rows, dtype=mcore_config.params_dtype))
+            declare(self.bias, "vector", zeros, tensor_dim=1)
 
     def forward(self) -> Operand:
-        """Return the weight [sections * out / tensor ranks, in] and the bias [sections * out / tensor ranks]."""
-        return self.operand(None if self.weight is None else self.weight.flatten(0, 1), self.bias.flatten())
+        """Return the weight [sections * out / tensor ranks, in] and the bias [its rows] or None."""
+        weight = None if self.weight is None else self.weight.flatten(0, 1)
+        return self.operand(weight, None if self.bias is None else self.bias.flatten())
 
 
 class ReplicatedLinear(OperandOwner, torch.nn.Linear):
     """A replicated weight [out, in] without bias on every tensor rank, which uses some of its rows.
 
     It is called like `ColumnParallelLinear`.
+
+    Args:
+        in_size: size of the input.
+        out_size: output size of the whole weight.
+        rows: first row that this rank uses, and how many.
+        mcore_config: megatron-core settings.
     """
 
-    def __init__(self, in_size: int, out_size: int, mcore_config: TransformerConfig) -> None:
+    def __init__(self, in_size: int, out_size: int, rows: tuple[int, int], mcore_config: TransformerConfig) -> None:
         super().__init__(in_size, out_size, bias=False, dtype=mcore_config.params_dtype)
+        self.rows = rows
         declare(self.weight, "matrix", normal, partial=True)
 
     def forward(self) -> Operand:  # type: ignore[override]
-        """Return the weight [out, in]."""
-        return self.operand(self.weight, None)
+        """Return this rank's rows of the weight, [rows, in]."""
+        return self.operand(self.weight, None).rows(*self.rows)
 
 
 class RowParallelLinear(OperandOwner, tensor_parallel.RowParallelLinear):
@@ -122,7 +139,7 @@ def _no_init(weight: torch.Tensor) -> None:
 
 def column_parallel(
     x: torch.Tensor,
-    linears: Sequence[ColumnParallelLinear | SectionedColumnParallelLinear],
+    linears: Sequence[ColumnParallelLinear | SectionedColumnParallelLinear | ReplicatedLinear],
     group: Group,
     sequence_parallel: bool,
 ) -> list[torch.Tensor]:

@@ -14,7 +14,12 @@ from vlm_kernels.rope import RopeTable
 
 
 def rope_table(
-    positions_BS: torch.Tensor, head_dim: int, theta: float, scaling_factor: float, dtype: torch.dtype
+    positions_BS: torch.Tensor,
+    head_dim: int,
+    theta: float,
+    scaling_factor: float,
+    dtype: torch.dtype,
+    num_angles: int | None = None,
 ) -> RopeTable:
     """Return cosines and sines of the rotation angles, computed in fp32.
 
@@ -24,13 +29,16 @@ def rope_table(
         theta: base of the geometric series of frequencies.
         scaling_factor: divisor of the frequencies (linear scaling).
         dtype: dtype of the result.
+        num_angles: number of pairs that rotate, the fastest; the others stay ("proportional"). None for all.
 
     Returns:
         Two tensors [S, B, D / 2].
 
-    Source: "default" and "linear" in transformers' modeling_rope_utils.
+    Source: "default", "linear" and "proportional" in transformers' modeling_rope_utils.
     """
     frequencies = geometric_frequencies(head_dim, theta, positions_BS.device) / scaling_factor
+    if num_angles is not None:
+        frequencies[num_angles:] = 0
     return _table(positions_BS.t().float()[..., None] * frequencies, dtype)
 
 

@@ -10,11 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.layers.embedding import TokenEmbedding, padded_vocab_size
 from megatron_vlm.layers.expert_use import ExpertUse
-from megatron_vlm.layers.linear import ColumnParallelLinear, Group
+from megatron_vlm.layers.linear import ColumnParallelLinear
+from megatron_vlm.layers.moe import LocalTokens, Routing
 from megatron_vlm.layers.norm import RMSNorm
 from megatron_vlm.layers.recompute import run_layer
 from megatron_vlm.layers.vocab_parallel_loss import Head, linear_cross_entropy
@@ -32,27 +34,31 @@ class LanguageModelChunk(torch.nn.Module):
     Args:
         text: configuration of the language model.
         chunk: settings of the pipeline chunk.
-        group: the tensor-parallel process group.
+        groups: process groups.
         make_layer: function that builds the decoder layer with a global id.
         zero_centered_norm: whether the final norm multiplies by one plus its weight.
         softcap: bound of the logits; None for none.
+        embedding_scale: factor on embeddings.
     """
 
     def __init__(
         self,
         text: DecoderConfig,
         chunk: ChunkSettings,
-        group: Group,
+        groups: ProcessGroupCollection,
         make_layer: Callable[[int], torch.nn.Module],
         zero_centered_norm: bool,
         softcap: float | None = None,
+        embedding_scale: float | None = None,
     ) -> None:
         super().__init__()
-        self.text = text
+        self.text, self.embedding_scale = text, embedding_scale
+        self.chunk, self.groups, group = chunk, groups, groups.tp
         self.head = Head(text.vocab_size, group, chunk.mcore_config.sequence_parallel, softcap, chunk.loss.chunk_bytes)
         self.z_loss_coeff = chunk.loss.z_loss_coeff
         self.recompute_layers = chunk.recompute == "full"
-        self.expert_use: ExpertUse | None = None
+        has_experts = any(layer.moe is not None for layer in text.layers)
+        self.expert_use = ExpertUse(text.layers, chunk, group) if has_experts else None
         if chunk.is_first or (chunk.is_last and text.tie_word_embeddings):
             self.embed_tokens = TokenEmbedding(
                 text.vocab_size,
@@ -74,9 +80,11 @@ class LanguageModelChunk(torch.nn.Module):
                 declare(self.lm_head.weight, "table", normal_rows(text.vocab_size), tensor_dim=0)
 
     def embed(self, ids_BS: torch.Tensor) -> torch.Tensor:
-        """Return embeddings [B, S, H]."""
+        """Return embeddings [B, S, H]; a scale is rounded to the weights' dtype first, as in transformers."""
         embedded: torch.Tensor = self.embed_tokens(ids_BS)
-        return embedded
+        if self.embedding_scale is None:
+            return embedded
+        return embedded * torch.tensor(self.embedding_scale, dtype=embedded.dtype).item()
 
     def run(self, state: StageState, batch: MicroBatch) -> StageState:
         """Run this chunk's layers on the state that the layer before them left."""
@@ -108,6 +116,18 @@ class LanguageModelChunk(torch.nn.Module):
             inputs: result of `layer_inputs`.
         """
         return replace(state, hidden=output)
+
+    def local_tokens(self, batch: MicroBatch) -> LocalTokens | None:
+        """Return which tokens count for the experts; None without experts."""
+        return None if self.expert_use is None else LocalTokens.of(batch.document_ids, self.chunk, self.groups)
+
+    def count_experts(
+        self, layer: int, routing: Routing | None, tokens: LocalTokens | None, scalars: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Count where a layer's experts' tokens went, and return the carried scalars after the layer."""
+        if self.expert_use is None or routing is None or tokens is None:
+            return scalars
+        return self.expert_use.add(layer, routing, tokens, scalars)
 
     def head_weight(self) -> torch.Tensor:
         """Return this rank's rows of the head, [vocabulary / tensor ranks, H]."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.data.collate import NO_LOSS, MicroBatch
 from megatron_vlm.layers.patches import encode_packed
 from megatron_vlm.model.language_model import LanguageModelChunk
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
@@ -61,15 +63,25 @@ class ModelChunk(MegatronModule):
         raise NotImplementedError
 
     def losses(self, state: StageState, batch: MicroBatch) -> torch.Tensor:
-        """Return the loss of every token in fp32, [B, S], from the state that the last decoder layer left."""
-        return self.language_model.losses(state.hidden, batch)
+        """Return the loss of every token in fp32, [B, S], from the state that the last decoder layer left.
+
+        The load-balancing loss of experts is included where there is one.
+        """
+        losses_BS, use = self.language_model.losses(state.hidden, batch), self.language_model.expert_use
+        if use is not None and state.scalars is not None:
+            losses_BS = use.with_balancing(losses_BS, batch.labels != NO_LOSS, state.scalars)
+        return losses_BS
 
     def boundary(self, layer: int, batch: MicroBatch) -> Boundary:
-        """Return what is sent to the chunk that begins with a decoder layer (global id); by default, hidden states."""
+        """Return what is sent to the chunk that begins with a decoder layer (global id).
+
+        By default, that is hidden states, and the load-balancing sum of experts.
+        """
         rows, length = batch.input_ids.shape
         if self.config.sequence_parallel:
             length //= self.groups.tp.size()
-        return Boundary((length, rows, self.config.hidden_size))
+        use = self.language_model.expert_use
+        return Boundary((length, rows, self.config.hidden_size), num_scalars=0 if use is None else use.num_carried)
 
     def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
         """Receive what the previous chunk sent (called by the schedule)."""
@@ -82,13 +94,32 @@ class ModelChunk(MegatronModule):
             x_SBH = scatter_to_sequence_parallel_region(x_SBH, group=self.groups.tp)
         return x_SBH
 
+    def first_state(self, x_BSH: torch.Tensor, carried: Mapping[str, torch.Tensor] | None = None) -> StageState:
+        """Return the state before the first layer.
+
+        Args:
+            x_BSH: tokens and media as one sequence.
+            carried: tensors for later layers.
+        """
+        x_SBH, use = self.to_sequence_first(x_BSH), self.language_model.expert_use
+        if use is not None and self.groups.tp_ep.size() > 1 and torch.is_grad_enabled() and not x_SBH.requires_grad:
+            # Nothing below the experts trains here; on a rank with images something may, and its backward pass
+            # exchanges tokens, in which this rank must take part.
+            x_SBH.requires_grad_()
+        return StageState(x_SBH, carried or {}, use.start(x_BSH.device) if use is not None else None)
+
     def packed_features(self, batch: MicroBatch) -> list[torch.Tensor]:
         """Return the projector's features of a micro-batch's packed images and videos; empty if none is encoded."""
         if not (batch.grids or self.always_encodes):
             return []
         pixels = batch.media_inputs.get("pixel_values")
         divided_over = self.groups.tp if self.divides_images else None
-        return encode_packed(self.vision_tower, self.projector, pixels, batch.grids, divided_over)
+        return encode_packed(self.vision_tower, self.image_projector, pixels, batch.grids, divided_over)
+
+    @property
+    def image_projector(self) -> torch.nn.Module:
+        """The projector of images; a family with several projectors has them as submodules."""
+        return self.projector
 
     def mark_tower(self, *towers: torch.nn.Module) -> None:
         """Declare towers replicated with partial gradients, where each tensor rank encodes only some of the images."""

@@ -43,7 +43,7 @@ class Text:
     norm_eps: float = 1e-6
     pad_token_id: int | None = None
     tie_word_embeddings: bool = True
-    layers: tuple[Any, ...] = (SimpleNamespace(num_attention_heads=1),) * NUM_LAYERS
+    layers: tuple[Any, ...] = (SimpleNamespace(num_attention_heads=1, moe=None),) * NUM_LAYERS
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def a_quarter(whole: torch.Tensor, std: float, generator: torch.Generator) -> No
 class ToyLanguageModel(LanguageModelChunk):
     def __init__(self, config: Model, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
         dtype = chunk.mcore_config.params_dtype
-        super().__init__(config.text, chunk, groups.tp, lambda _: Layer(dtype), zero_centered_norm=False)
+        super().__init__(config.text, chunk, groups, lambda _: Layer(dtype), zero_centered_norm=False)
         self.per_layer_norm = PerLayerNorm(dtype)
         bound = torch.nn.Parameter(torch.empty((), dtype=dtype))
         self.clip_bound = declare(bound, "buffer", a_quarter, stages="all")

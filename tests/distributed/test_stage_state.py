@@ -36,7 +36,7 @@ class Text:
     norm_eps: float = 1e-6
     pad_token_id: int | None = None
     tie_word_embeddings: bool = False
-    layers: tuple[Any, ...] = (SimpleNamespace(num_attention_heads=1),) * NUM_LAYERS
+    layers: tuple[Any, ...] = (SimpleNamespace(num_attention_heads=1, moe=None),) * NUM_LAYERS
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class ToyChunk(ModelChunk):
         super().__init__(chunk, groups, has_vision=False)
         dtype = chunk.mcore_config.params_dtype
         make_layer = lambda index: Layer(index, dtype)  # noqa: E731
-        self.language_model = ToyLanguageModel(config.text, chunk, groups.tp, make_layer, zero_centered_norm=False)
+        self.language_model = ToyLanguageModel(config.text, chunk, groups, make_layer, zero_centered_norm=False)
 
     def embed(self, batch: MicroBatch) -> StageState:
         return StageState(self.to_sequence_first(self.language_model.embed(batch.input_ids)))

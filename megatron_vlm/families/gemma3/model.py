@@ -62,20 +62,16 @@ class DecoderLayer(torch.nn.Module):
 class Gemma3LanguageModel(LanguageModelChunk):
     """The decoder layers of one chunk; embeddings are scaled by the root of the hidden size."""
 
-    def __init__(self, text: TextConfig, chunk: ChunkSettings, group: Group) -> None:
+    def __init__(self, text: TextConfig, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
         super().__init__(
             text,
             chunk,
-            group,
-            make_layer=lambda index: DecoderLayer(text, text.layers[index], chunk, group),
+            groups,
+            make_layer=lambda index: DecoderLayer(text, text.layers[index], chunk, groups.tp),
             zero_centered_norm=True,
             softcap=text.final_logit_softcapping,
+            embedding_scale=text.hidden_size**0.5,
         )
-
-    def embed(self, ids_BS: torch.Tensor) -> torch.Tensor:
-        """Return scaled embeddings [B, S, H]; the scale is rounded to the weights' dtype first, as in transformers."""
-        embedded = super().embed(ids_BS)
-        return embedded * torch.tensor(self.text.hidden_size**0.5, dtype=embedded.dtype).item()
 
     def layer_inputs(self, batch: MicroBatch, dtype: torch.dtype) -> tuple[RopeTables, Spans]:
         """Return a rotary table for each kind of layer, and spans."""
@@ -98,7 +94,7 @@ class Gemma3Chunk(ModelChunk):
 
     def __init__(self, config: ModelConfig, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
         super().__init__(chunk, groups, "vision_tower" in config.parts)
-        self.language_model = Gemma3LanguageModel(config.text, chunk, groups.tp)
+        self.language_model = Gemma3LanguageModel(config.text, chunk, groups)
         if chunk.is_first and "vision_tower" in config.parts:
             assert config.vision is not None
             size = config.vision.image_size
@@ -127,7 +123,7 @@ class Gemma3Chunk(ModelChunk):
             if pixels is not None:
                 features = self._image_features(pixels.to(x_BSH.device, non_blocking=True))
                 x_BSH = place_features(x_BSH, features, batch.feature_index)
-        return StageState(self.to_sequence_first(x_BSH))
+        return self.first_state(x_BSH)
 
     def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return concatenated soft tokens of all images, [I * tokens per image, H], full on every tensor rank."""

@@ -57,12 +57,12 @@ class Mistral3LanguageModel(LanguageModelChunk):
 
     text: TextConfig
 
-    def __init__(self, text: TextConfig, chunk: ChunkSettings, group: Group) -> None:
+    def __init__(self, text: TextConfig, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
         super().__init__(
             text,
             chunk,
-            group,
-            make_layer=lambda index: DecoderLayer(text, text.layers[index], chunk, group),
+            groups,
+            make_layer=lambda index: DecoderLayer(text, text.layers[index], chunk, groups.tp),
             zero_centered_norm=False,
         )
 
@@ -98,7 +98,7 @@ class Mistral3Chunk(ModelChunk):
 
     def __init__(self, config: ModelConfig, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
         super().__init__(chunk, groups, "vision_tower" in config.parts)
-        self.language_model = Mistral3LanguageModel(config.text, chunk, groups.tp)
+        self.language_model = Mistral3LanguageModel(config.text, chunk, groups)
         if chunk.is_first and "vision_tower" in config.parts:
             assert config.vision is not None
             mcore_config = chunk.tower_mcore_config
@@ -111,4 +111,4 @@ class Mistral3Chunk(ModelChunk):
         x_BSH = self.language_model.embed(batch.input_ids.masked_fill(batch.feature_index >= 0, 0))
         for features in self.packed_features(batch):
             x_BSH = place_features(x_BSH, features, batch.feature_index)
-        return StageState(self.to_sequence_first(x_BSH))
+        return self.first_state(x_BSH)

@@ -9,16 +9,16 @@ Shapes: B batch, S sequence (hidden states hold a shard of it under sequence par
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_vlm.data.collate import NO_LOSS, MicroBatch
+from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families.qwen3_vl.config import ModelConfig, TextConfig
 from megatron_vlm.layers.attention import SelfAttention
 from megatron_vlm.layers.embedding import place_features, spread_features
-from megatron_vlm.layers.expert_use import ExpertUse
 from megatron_vlm.layers.mlp import GatedMLP
 from megatron_vlm.layers.moe import LocalTokens, MoE, Routing, TopKRouter
 from megatron_vlm.layers.norm import add_and_norm
@@ -76,29 +76,24 @@ class Qwen3VLLanguageModel(LanguageModelChunk):
         super().__init__(
             text,
             chunk,
-            groups.tp,
+            groups,
             make_layer=lambda index: DecoderLayer(text, text.layers[index], chunk, groups),
             zero_centered_norm=False,
         )
-        self.chunk, self.groups = chunk, groups
         self.rope = (text.layers[0].head_dim, text.rope_theta, text.mrope_section)
-        has_experts = any(layer.moe is not None for layer in text.layers)
-        self.expert_use = ExpertUse(text.layers, chunk, groups.tp) if has_experts else None
 
     def layer_inputs(self, batch: MicroBatch, dtype: torch.dtype) -> tuple[RopeTable, Spans, LocalTokens | None]:
         """Return the rotary table, spans, and which tokens count for the experts."""
         rope = mrope_table(batch.position_ids, *self.rope, dtype)
-        tokens = None if self.expert_use is None else LocalTokens.of(batch.document_ids, self.chunk, self.groups)
-        return rope, Spans(batch.span_low, batch.span_high), tokens
+        return rope, Spans(batch.span_low, batch.span_high), self.local_tokens(batch)
 
     def after_layer(
         self, layer: int, output: tuple[torch.Tensor, Routing | None], state: StageState, inputs: tuple[Any, ...]
     ) -> StageState:
         """Count where experts' tokens went, and add the layer's DeepStack features."""
-        (x_SBH, routing), carried, scalars = output, dict(state.carried), state.scalars
-        if self.expert_use is not None and routing is not None:
-            *_, tokens = inputs
-            scalars = self.expert_use.add(layer, routing, tokens, scalars)
+        (x_SBH, routing), carried = output, dict(state.carried)
+        *_, tokens = inputs
+        scalars = self.count_experts(layer, routing, tokens, state.scalars)
         if deepstack_name(layer) in carried:
             x_SBH = x_SBH + carried.pop(deepstack_name(layer))
         return StageState(x_SBH, carried, scalars)
@@ -136,19 +131,10 @@ class Qwen3VLChunk(ModelChunk):
 
     def boundary(self, layer: int, batch: MicroBatch) -> Boundary:
         """Return the shapes of hidden states, remaining DeepStack features, and the load-balancing sum."""
-        hidden = super().boundary(layer, batch).hidden
-        is_visual, use = bool(batch.grids) or self.always_encodes, self.language_model.expert_use
+        boundary = super().boundary(layer, batch)
+        is_visual = bool(batch.grids) or self.always_encodes
         levels = range(layer, self.num_levels) if is_visual else ()
-        return Boundary(
-            hidden, {deepstack_name(level): hidden for level in levels}, 0 if use is None else use.num_carried
-        )
-
-    def losses(self, state: StageState, batch: MicroBatch) -> torch.Tensor:
-        """Return the loss of every token, with the load-balancing loss where there is one."""
-        losses_BS, use = super().losses(state, batch), self.language_model.expert_use
-        if use is not None and state.scalars is not None:
-            losses_BS = use.with_balancing(losses_BS, batch.labels != NO_LOSS, state.scalars)
-        return losses_BS
+        return replace(boundary, carried={deepstack_name(level): boundary.hidden for level in levels})
 
     def embed(self, batch: MicroBatch) -> StageState:
         """Return tokens and visual features as one sequence, and the DeepStack features, zero on text."""
@@ -158,14 +144,6 @@ class Qwen3VLChunk(ModelChunk):
         if features:
             x_BSH = place_features(x_BSH, features[0], batch.feature_index)
         levels = [spread_features(level.to(x_BSH.dtype), batch.feature_index) for level in features[1:]]
-        use = self.language_model.expert_use
-        x_SBH = self.to_sequence_first(x_BSH)
-        if use is not None and self.groups.tp_ep.size() > 1 and torch.is_grad_enabled() and not x_SBH.requires_grad:
-            # Nothing below the experts trains here; on a rank with images something may, and its backward pass
-            # exchanges tokens, in which this rank must take part.
-            x_SBH.requires_grad_()
-        return StageState(
-            x_SBH,
-            {deepstack_name(layer): self.to_sequence_first(level_BSH) for layer, level_BSH in enumerate(levels)},
-            use.start(x_BSH.device) if use is not None else None,
+        return self.first_state(
+            x_BSH, {deepstack_name(layer): self.to_sequence_first(level_BSH) for layer, level_BSH in enumerate(levels)}
         )
