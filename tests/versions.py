@@ -8,7 +8,7 @@ from packaging.version import Version
 TRANSFORMERS = Version(transformers.__version__)
 
 # Before: transformers' own masks of answers behind images are misplaced, rotation angles are a matrix product, which
-# torch counts as FLOPs, and messages and private functions are others.
+# torch counts as FLOPs, audio is decoded by another package, and messages and private functions are others.
 needs_transformers_5_23 = pytest.mark.skipif(Version("5.23") > TRANSFORMERS, reason="needs transformers 5.23")
 # Before, transformers' own loader ignored the orientation of photographs.
 needs_transformers_5_21 = pytest.mark.skipif(Version("5.21") > TRANSFORMERS, reason="needs transformers 5.21")

@@ -57,7 +57,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max_pixels", type=int, help="most pixels of an image (default: the processor's own value)")
     parser.add_argument("--text_only", action="store_true", help="use only the language model of a directory")
     parser.add_argument(
-        "--check", action="store_true", help="also parse every row and look for every image and video file"
+        "--check", action="store_true", help="also parse every row and look for every image, video and audio file"
     )
     parser.add_argument("--lengths", action="store_true", help="also encode every row and count its tokens")
     return parser.parse_args()

@@ -15,7 +15,9 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Requirements of this project and of its benchmarks that clusters' containers do not bring.
-MISSING = tuple("docstring_parser isal jsonargparse liger-kernel megatron-core protobuf rich sentencepiece".split())
+MISSING = tuple(
+    "docstring_parser isal jsonargparse liger-kernel megatron-core protobuf rich sentencepiece soundfile soxr".split()
+)
 KERNELS = Path("kernels/vlm_kernels")
 BINARY, BUILD_LOG = "_C.abi3.so", "_C.txt"
 MAX_BYTES = 60 * 2**20

@@ -68,7 +68,7 @@ class MicroBatch:
     """All media in reading order, also without `media_inputs`."""
     counters: dict[str, int] = field(default_factory=dict)
     """samples, bad_rows, too_long_rows, truncated_rows (samples, of one row of the data each), empty_answers, images,
-    videos, and tokens: real_tokens, label_tokens, padded_tokens, media_tokens."""
+    videos, audio_clips, and tokens: real_tokens, label_tokens, padded_tokens, media_tokens."""
     problems: list[str] = field(default_factory=list)
     """One line for each bad or too long sample."""
     unknown_keys: dict[tuple[int, str], str] = field(default_factory=dict)
@@ -192,6 +192,7 @@ def _count(
         "empty_answers": sum(document.sample.empty_answers for document in documents),
         "images": sum(document.sample.count("image") for document in documents),
         "videos": sum(document.sample.count("video") for document in documents),
+        "audio_clips": sum(document.sample.count("audio") for document in documents),
         "real_tokens": num_real,
         "label_tokens": int((labels != NO_LOSS).sum()),
         "padded_tokens": labels.numel() - num_real,

@@ -1,4 +1,4 @@
-"""What one row of the data says: its messages, their parts, and where their images and videos come from."""
+"""What one row of the data says: its messages, their parts, and where their images, videos and audio come from."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 LONGEST_PATH_SHOWN = 255
 
@@ -18,17 +18,32 @@ def _shown(path: Path | str | None) -> str:
 
 
 @dataclass(frozen=True)
-class ImageSource:
-    """Where one image comes from: exactly one of the three is set."""
+class EncodedSource:
+    """Where the bytes of one medium come from: exactly one of the three is set."""
 
+    kind: ClassVar[str]
     path: Path | None = None
     data: bytes | None = None
     url: str | None = None
 
     def __str__(self) -> str:
         if self.data is not None:
-            return f"an inline image of {len(self.data)} bytes"
-        return _shown(self.path if self.path is not None else self.url)
+            return f"{self.kind} of {len(self.data)} inline bytes"
+        return f"{self.kind} {_shown(self.path if self.path is not None else self.url)}"
+
+
+@dataclass(frozen=True)
+class ImageSource(EncodedSource):
+    """Where one image comes from."""
+
+    kind = "image"
+
+
+@dataclass(frozen=True)
+class AudioSource(EncodedSource):
+    """Where one clip of audio comes from."""
+
+    kind = "audio"
 
 
 @dataclass(frozen=True)
@@ -83,7 +98,14 @@ class VideoPart:
     source: VideoSource | None
 
 
-Part = TextPart | ThinkingPart | ImagePart | VideoPart
+@dataclass(frozen=True)
+class AudioPart:
+    """A clip of audio inside a message; `source` is None only while a row is being parsed."""
+
+    source: AudioSource | None
+
+
+Part = TextPart | ThinkingPart | ImagePart | VideoPart | AudioPart
 
 
 @dataclass(frozen=True)
@@ -131,7 +153,12 @@ class Conversation:
         """Sources of all videos in reading order."""
         return self._sources(VideoPart)
 
-    def _sources(self, kind: type[ImagePart] | type[VideoPart]) -> list[Any]:
+    @property
+    def audio(self) -> list[AudioSource]:
+        """Sources of all clips of audio in reading order."""
+        return self._sources(AudioPart)
+
+    def _sources(self, kind: type[ImagePart] | type[VideoPart] | type[AudioPart]) -> list[Any]:
         parts = [part for message in self.messages for part in message.parts if isinstance(part, kind)]
         return [part.source for part in parts if part.source is not None]
 
@@ -155,14 +182,17 @@ class Conversation:
         """Return the conversation up to and including its `count`-th message."""
         return dataclasses.replace(self, messages=self.messages[:count])
 
-    def template_messages(self, images: Sequence[Any], videos: Sequence[Any] = ()) -> list[dict[str, Any]]:
+    def template_messages(
+        self, images: Sequence[Any], videos: Sequence[Any] = (), audio: Sequence[Any] = ()
+    ) -> list[dict[str, Any]]:
         """Return the messages in the form that chat templates and processors take.
 
         Args:
             images: one decoded image per image part, in reading order.
             videos: the frames of each video part, in reading order.
+            audio: the samples of each audio part, in reading order.
         """
-        remaining_images, remaining_videos = iter(images), iter(videos)
+        remaining_images, remaining_videos, remaining_audio = iter(images), iter(videos), iter(audio)
 
         def rendered_part(part: Part) -> dict[str, Any]:
             if isinstance(part, TextPart):
@@ -171,6 +201,8 @@ class Conversation:
                 return {"type": "thinking", "thinking": part.text}
             if isinstance(part, VideoPart):
                 return {"type": "video", "video": next(remaining_videos)}
+            if isinstance(part, AudioPart):
+                return {"type": "audio", "audio": next(remaining_audio)}
             return {"type": "image", "image": next(remaining_images)}
 
         rendered = []

@@ -10,6 +10,7 @@ from itertools import groupby
 import numpy as np
 
 from megatron_vlm.config import Config
+from megatron_vlm.data.audio import require_audio_packages
 from megatron_vlm.data.collate import LoadedSample
 from megatron_vlm.data.images import read_bytes
 from megatron_vlm.data.plan import SamplePlan
@@ -21,6 +22,7 @@ from megatron_vlm.errors import DataError
 
 TRAINED_OPEN, TRAINED_CLOSE = "[[", "]]"
 MOST_PROBLEMS_LISTED = 20
+COUNTED_MEDIA = {"image": "images", "video": "videos", "audio": "audio clips"}
 
 
 def describe_samples(config: Config, rules: PromptRules, num: int = 3) -> str:
@@ -49,9 +51,9 @@ def describe_sample(loaded: LoadedSample, builder: PromptBuilder) -> str:
     figures = [f"{len(sample.input_ids)} tokens", f"{int(sample.trained.sum())} trained"]
     if sample.media:
         shapes = [f"{name} {'x'.join(map(str, value.shape))}" for name, value in sample.media_inputs.items()]
-        num_images, num_videos = sample.count("image"), sample.count("video")
-        videos = f" and {num_videos} videos" if num_videos else ""
-        figures.append(f"{num_images} images{videos} ({', '.join(shapes)})")
+        counts = [(sample.count(kind), what) for kind, what in COUNTED_MEDIA.items()]
+        found = " and ".join(f"{count} {what}" for count, what in counts if count)
+        figures.append(f"{found} ({', '.join(shapes)})")
     if sample.empty_answers:
         figures.append(f"{sample.empty_answers} empty answers")
     if loaded.truncated:
@@ -80,6 +82,7 @@ class RowCheck:
     rows: int = 0
     images: int = 0
     videos: int = 0
+    audio_clips: int = 0
     bad_rows: int = 0
     problems: list[str] = field(default_factory=list)
     """The first problems, one line each."""
@@ -89,8 +92,9 @@ class RowCheck:
 
     def __str__(self) -> str:
         videos = f"{self.videos} videos, " if self.videos else ""
+        audio = f"{self.audio_clips} audio clips, " if self.audio_clips else ""
         empty = f", {self.empty_answers} empty answers" if self.empty_answers else ""
-        return f"{self.rows} rows, {self.images} images, {videos}{self.bad_rows} bad rows{empty}"
+        return f"{self.rows} rows, {self.images} images, {videos}{audio}{self.bad_rows} bad rows{empty}"
 
     def note(self, error: DataError) -> None:
         self.bad_rows += 1
@@ -131,7 +135,7 @@ class LengthCheck:
 
 
 def check_lengths(reader: RowReader, most_per_source: int | None = None) -> LengthCheck:
-    """Encode rows as training will, images and videos included, and count their tokens.
+    """Encode rows as training will, images, videos and audio included, and count their tokens.
 
     Args:
         reader: reads rows of the sources.
@@ -160,7 +164,7 @@ def check_lengths(reader: RowReader, most_per_source: int | None = None) -> Leng
 
 
 def check_rows(reader: RowReader) -> RowCheck:
-    """Parse every row and look for every image and video file (not decoding it).
+    """Parse every row and look for every image, video and audio file (not decoding it).
 
     Args:
         reader: reads rows of the sources.
@@ -185,15 +189,18 @@ def check_rows(reader: RowReader) -> RowCheck:
                     is_named = True
                 check.images += len(conversation.images)
                 check.videos += len(conversation.videos)
+                check.audio_clips += len(conversation.audio)
                 for video in conversation.videos:
                     if video.path is not None:
                         check_video_file(video, conversation.row_name)
+                if conversation.audio:
+                    require_audio_packages(conversation.row_name)
                 frames = [frame for video in conversation.videos for frame in video.frames]
-                for image in conversation.images + frames:
-                    if image.url is not None and reader.settings.allow_urls:
+                for encoded in (*conversation.images, *frames, *conversation.audio):
+                    if encoded.url is not None and reader.settings.allow_urls:
                         continue
-                    if image.path is None or not os.path.isfile(image.path):
-                        read_bytes(image, conversation.row_name, reader.url_access)
+                    if encoded.path is None or not os.path.isfile(encoded.path):
+                        read_bytes(encoded, conversation.row_name, reader.url_access)
             except DataError as error:
                 if reader.settings.strict:
                     raise

@@ -4,12 +4,15 @@ Accepted rows:
     {"messages": [{"role": ..., "content": "text" or [parts]}, ...]}                       OpenAI style
     {"messages": [... "<image> in the text" ...], "images": [...]}                         images listed beside the text
     {"conversations": [{"from": "human", "value": "<image>\\n..."}, ...], "image": ...}     LLaVA / ShareGPT style
-`video` or `videos` beside the messages, with "<video>" in the text, likewise.
+`video` or `videos` beside the messages, with "<video>" in the text, likewise, and `audio` or `audios`, with "<audio>".
 Image parts: {"type": "image", "image" | "url" | "path" | "base64": X}, {"type": "image_url", "image_url": {"url": X}},
 {"type": "image", "index": 0} for one that the row lists; with "min_pixels", "max_pixels", "resized_height" and
 "resized_width" for this image.
-An image X: a path (relative to the JSONL file, or absolute), a data URI, an http(s) URL, base64 text, {"bytes": ...}.
+An image or clip X: a path (relative to the JSONL file, or absolute), a data URI, an http(s) URL, base64 text, or
+{"bytes": ...}.
 Video parts: {"type": "video", "video": path of a file or [X, X, ...], "fps": optional}.
+Audio parts: {"type": "audio", "audio" | "url" | "path" | "base64": X}, {"type": "audio_url", "audio_url": {"url": X}},
+{"type": "input_audio", "input_audio": {"data": base64, "format": ...}}, {"type": "audio", "index": 0}.
 Thinking: {"type": "thinking", "thinking": "text"}, or "reasoning_content" beside a message's content.
 Messages with "loss" or "train" false, or "weight" or "loss_mask" 0, are not trained.
 What keys mean, and which make a row bad: `row_keys`.
@@ -28,7 +31,10 @@ from typing import Any
 
 from megatron_vlm.data import row_keys
 from megatron_vlm.data.conversation import (
+    AudioPart,
+    AudioSource,
     Conversation,
+    EncodedSource,
     ImagePart,
     ImageSize,
     ImageSource,
@@ -39,10 +45,24 @@ from megatron_vlm.data.conversation import (
     VideoPart,
     VideoSource,
 )
-from megatron_vlm.data.row_keys import IMAGE_KEYS, LOSS_KEYS, REASONING_KEYS, SIZE_KEYS, VIDEO_KEYS, is_given
+from megatron_vlm.data.row_keys import (
+    AUDIO_KEYS,
+    IMAGE_KEYS,
+    LOSS_KEYS,
+    REASONING_KEYS,
+    SIZE_KEYS,
+    SOURCE_KEYS,
+    VIDEO_KEYS,
+    is_given,
+)
 from megatron_vlm.errors import DataError
 
-IMAGE_MARKER, VIDEO_MARKER = "<image>", "<video>"
+IMAGE_MARKER, VIDEO_MARKER, AUDIO_MARKER = "<image>", "<video>", "<audio>"
+PLACEHOLDERS: dict[str, type[ImagePart] | type[VideoPart] | type[AudioPart]] = {
+    "image": ImagePart,
+    "video": VideoPart,
+    "audio": AudioPart,
+}
 ROLES = {
     "system": "system",
     "user": "user",
@@ -51,9 +71,13 @@ ROLES = {
     "gpt": "assistant",
     "model": "assistant",
 }
-# How base64 text of JPEG, PNG, GIF and WebP begins; it sets a bare base64 string apart from a path without disk access.
-BASE64_IMAGE_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
-SHORTEST_BASE64_IMAGE = 64
+# How base64 text of JPEG, PNG, GIF and WebP begins, and of WAV, FLAC, Ogg and most MP3 files; it sets a bare base64
+# string apart from a path without disk access.
+BASE64_STARTS = {
+    ImageSource: ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR"),
+    AudioSource: ("UklGR", "ZkxhQ", "T2dnU", "SUQz"),
+}
+SHORTEST_BASE64 = 64
 LONGEST_KEY_SHOWN = 60
 MOST_PIXELS_ASKED = 2**31 - 1
 
@@ -66,12 +90,12 @@ def parse_row(
     Args:
         line: the line's text.
         row_name: file and line number, for error messages.
-        directory: folder of the JSONL file; relative image paths start here.
+        directory: folder of the JSONL file; relative paths start here.
         rendered: keys of messages that the chat template reads.
 
     Raises:
         DataError: the line is not JSON, has none of the known formats, or keys that would mean something, or its
-            placeholders do not match its images.
+            placeholders do not match its images, videos and audio.
     """
     try:
         row = json.loads(line)
@@ -90,12 +114,10 @@ class _RowParser:
     def __init__(self, row_name: str, directory: Path, rendered: frozenset[str]) -> None:
         self.row_name, self.directory, self.rendered = row_name, directory, rendered
         self.unknown_keys: dict[str, None] = {}
-        self.images: list[ImagePart] = []
-        self.videos: list[VideoPart] = []
-        """What the row lists beside its messages, and below, which of it parts chose by `index`."""
+        self.listed: dict[str, Sequence[Part]] = {}
+        self.chosen: dict[str, set[int]] = {kind: set() for kind in PLACEHOLDERS}
+        """What the row lists beside its messages, by kind, and which of it parts chose by `index`."""
         self.lists_media = False
-        self.chosen_images: set[int] = set()
-        self.chosen_videos: set[int] = set()
 
     def parse(self, row: dict[str, Any]) -> Conversation:
         self.check_keys(row_keys.ROW, row, "")
@@ -107,22 +129,29 @@ class _RowParser:
             raise self.error(
                 f"no list of messages; the row's keys are {sorted(row)}", "give `messages` or `conversations`"
             )
-        self.lists_media = any(key in row for key in ("image", "images", "video", "videos"))
-        self.images, self.videos = self.listed_images(row), self.listed_videos(row)
+        self.lists_media = any(key in row for key in ("image", "images", "video", "videos", "audio", "audios"))
+        self.listed = {
+            "image": self.listed_images(row),
+            "video": self.listed_videos(row),
+            "audio": self.listed_audio(row),
+        }
         markers = self.markers(row, is_llava)
         messages = [self.message(turn, markers) for turn in turns]
         if is_given(row.get("system")):
             self.add_system(messages, row["system"])
-        images = [part for number, part in enumerate(self.images) if number not in self.chosen_images]
-        videos = [part for number, part in enumerate(self.videos) if number not in self.chosen_videos]
-        messages = self.fill_placeholders(messages, images, "image")
-        messages = self.fill_placeholders(messages, videos, "video")
+        for kind, listed in self.listed.items():
+            left = [part for number, part in enumerate(listed) if number not in self.chosen[kind]]
+            messages = self.fill_placeholders(messages, left, kind)
         return Conversation(tuple(messages), self.row_name, tuple(self.unknown_keys))
 
     def markers(self, row: dict[str, Any], is_llava: bool) -> dict[str, Part]:
-        """Return what "<image>" and "<video>" stand for in texts; in LLaVA's video rows, "<image>" is a video."""
-        only_videos = is_llava and self.videos and not self.images
-        return {IMAGE_MARKER: VideoPart(None) if only_videos else ImagePart(None), VIDEO_MARKER: VideoPart(None)}
+        """Return what markers stand for in texts; in LLaVA's video rows, "<image>" is a video."""
+        only_videos = is_llava and self.listed["video"] and not self.listed["image"]
+        return {
+            IMAGE_MARKER: VideoPart(None) if only_videos else ImagePart(None),
+            VIDEO_MARKER: VideoPart(None),
+            AUDIO_MARKER: AudioPart(None),
+        }
 
     def add_system(self, messages: list[Message], system: Any) -> None:
         if not isinstance(system, str):
@@ -151,6 +180,12 @@ class _RowParser:
         listed = [] if key is None else row[key]
         items = listed if key != "video" and isinstance(listed, list) else [listed]
         return [VideoPart(self.video(item)) for item in items]
+
+    def listed_audio(self, row: dict[str, Any]) -> list[AudioPart]:
+        """Parse the clips of audio that a row lists beside its messages."""
+        key = self.only_key(row, ("audios", "audio"), "the row")
+        listed = [] if key is None else row[key]
+        return [AudioPart(self.clip(item)) for item in (listed if isinstance(listed, list) else [listed])]
 
     def only_key(self, item: dict[str, Any], keys: Sequence[str], owner: str) -> str | None:
         """Return the key of these that is given, None without any."""
@@ -246,37 +281,44 @@ class _RowParser:
             return self.image_part_of_message(item)
         if kind in ("video", "video_url"):
             given, rate = self.video_and_rate(item)
-            index = self.index(item, given, self.videos, "video")
-            if index is not None:
-                self.chosen_videos.add(index)
-                return self.videos[index]
-            return VideoPart(None if given is None else self.video(given, rate))
-        if kind in ("audio", "input_audio"):
-            raise self.error(f"a part of type {kind!r} is not built yet for this family", "remove the part or the row")
-        kinds = "'text' | 'thinking' | 'image' | 'video'"
+            chosen = self.chosen_by_index(item, given, "video")
+            return chosen or VideoPart(None if given is None else self.video(given, rate))
+        if kind in ("audio", "audio_url", "input_audio"):
+            return self.audio_part_of_message(item)
+        kinds = "'text' | 'thinking' | 'image' | 'video' | 'audio'"
         raise self.error(f"not a content part: {str(item)[:80]}", f"give {{'type': {kinds}, ...}}")
 
     def image_part_of_message(self, item: dict[str, Any]) -> ImagePart:
         self.check_keys(row_keys.IMAGE_PART, _without_auto_detail(item), "parts.")
         key, size = self.only_key(item, IMAGE_KEYS, "an image part"), self.image_size(item)
-        index = self.index(item, key, self.images, "image")
-        if index is not None:
-            self.chosen_images.add(index)
-            return self.with_size(self.images[index], size)
+        chosen = self.chosen_by_index(item, key, "image")
+        if isinstance(chosen, ImagePart):
+            return self.with_size(chosen, size)
         if key is None:
             return ImagePart(None, size)
         if key == "base64":
             return ImagePart(ImageSource(data=self.decode_base64(item[key])), size)
         return self.with_size(self.image_part(item[key]), size)
 
+    def audio_part_of_message(self, item: dict[str, Any]) -> Part:
+        self.check_keys(row_keys.AUDIO_PART, item, "parts.")
+        key = self.only_key(item, AUDIO_KEYS, "an audio part")
+        if chosen := self.chosen_by_index(item, key, "audio"):
+            return chosen
+        if key is None:
+            return AudioPart(None)
+        if key == "base64":
+            return AudioPart(AudioSource(data=self.decode_base64(item[key])))
+        return AudioPart(self.clip(item[key]))
+
     def with_size(self, part: ImagePart, size: ImageSize | None) -> ImagePart:
         if part.size is not None and size is not None and part.size != size:
             raise self.error("an image has two sizes", "keep one of them")
         return dataclasses.replace(part, size=size or part.size)
 
-    def index(self, item: dict[str, Any], given: Any, listed: Sequence[Part], kind: str) -> int | None:
-        """Return which of the row's images or videos a part chooses, if it does that."""
-        index = item.get("index")
+    def chosen_by_index(self, item: dict[str, Any], given: Any, kind: str) -> Part | None:
+        """Return what a part chooses of the row's images, videos or clips of audio, if it does that."""
+        index, listed = item.get("index"), self.listed[kind]
         if not is_given(index):
             return None
         if given is not None:
@@ -286,7 +328,8 @@ class _RowParser:
                 f"a part has the `index` {str(index)[:80]}, but the row lists {len(listed)} {kind}s",
                 "count them from 0",
             )
-        return index
+        self.chosen[kind].add(index)
+        return listed[index]
 
     def image_size(self, item: dict[str, Any]) -> ImageSize | None:
         given = {key: item[key] for key in SIZE_KEYS if is_given(item.get(key))}
@@ -336,23 +379,46 @@ class _RowParser:
     def image(self, given: Any) -> ImageSource:
         if isinstance(given, dict):
             self.check_keys(row_keys.IMAGE, _without_auto_detail(given), "images.")
-            if is_given(given.get("bytes")):
-                return ImageSource(data=self.image_bytes(given["bytes"]))
-            given = given.get("url") or given.get("path")
+        return self.encoded(given, ImageSource)
+
+    def clip(self, given: Any) -> AudioSource:
+        """Parse a clip of audio."""
+        if isinstance(given, dict):
+            self.check_keys(row_keys.AUDIO, given, "audios.")
+            if self.only_source(given, AudioSource) == "data":
+                data = given["data"]
+                is_address = isinstance(data, str) and data.startswith(("data:", "http://", "https://"))
+                given = data if is_address else {"bytes": data}
+        return self.encoded(given, AudioSource)
+
+    def encoded[Source: EncodedSource](self, given: Any, kind: type[Source]) -> Source:
+        """Parse what stands for an image or a clip of audio: a path, a URL, bytes, or an object with one of them."""
+        if isinstance(given, dict):
+            key = self.only_source(given, kind)
+            if key == "bytes":
+                return kind(data=self.inline_bytes(given[key]))
+            given = None if key is None else given[key]
         if not isinstance(given, str) or not given:
-            raise self.error(f"not an image: {str(given)[:80]!r}", "give a path, a data URI, or {'bytes': base64}")
+            what = {"image": "an image", "audio": "audio"}[kind.kind]
+            raise self.error(f"not {what}: {str(given)[:80]!r}", "give a path, a data URI, or {'bytes': base64}")
         if given.startswith("data:"):
             header, comma, body = given.partition(",")
             if not comma or not header.endswith(";base64"):
-                raise self.error(f"a data URI is not base64: {given[:40]!r}", "write data:image/png;base64,...")
-            return ImageSource(data=self.decode_base64(body))
+                example = {"image": "image/png", "audio": "audio/wav"}[kind.kind]
+                raise self.error(f"a data URI is not base64: {given[:40]!r}", f"write data:{example};base64,...")
+            return kind(data=self.decode_base64(body))
         if given.startswith(("http://", "https://")):
-            return ImageSource(url=given)
-        if len(given) >= SHORTEST_BASE64_IMAGE and given.startswith(BASE64_IMAGE_STARTS):
-            return ImageSource(data=self.decode_base64(given))
-        return ImageSource(path=self.directory / given.removeprefix("file://"))
+            return kind(url=given)
+        if len(given) >= SHORTEST_BASE64 and given.startswith(BASE64_STARTS[kind]):
+            return kind(data=self.decode_base64(given))
+        return kind(path=self.directory / given.removeprefix("file://"))
 
-    def image_bytes(self, given: Any) -> bytes:
+    def only_source(self, given: dict[str, Any], kind: type[EncodedSource]) -> str | None:
+        """Return the key under which an object has its image or clip; beside `bytes`, `path` is only its name."""
+        keys = SOURCE_KEYS[:-1] if is_given(given.get("bytes")) else SOURCE_KEYS
+        return self.only_key(given, keys, {"image": "an image", "audio": "a clip of audio"}[kind.kind])
+
+    def inline_bytes(self, given: Any) -> bytes:
         if isinstance(given, list) and all(isinstance(value, int) and 0 <= value < 256 for value in given):
             return bytes(given)
         return self.decode_base64(given)
@@ -361,19 +427,19 @@ class _RowParser:
         try:
             return base64.b64decode("".join(text.split()), validate=True)
         except (AttributeError, ValueError, binascii.Error) as error:
-            raise self.error(f"an image's bytes are not base64 ({error})") from None
+            raise self.error(f"the bytes of an image or of audio are not base64 ({error})") from None
 
     def fill_placeholders(self, messages: list[Message], listed: Sequence[Part], kind: str) -> list[Message]:
-        """Replace placeholders by the row's listed images, or its listed videos, in order."""
+        """Replace placeholders of one kind by what the row lists of that kind, in order."""
 
         def is_placeholder(part: Part) -> bool:
-            return isinstance(part, ImagePart if kind == "image" else VideoPart) and part.source is None
+            return isinstance(part, PLACEHOLDERS[kind]) and part.source is None
 
         found = sum(is_placeholder(part) for message in messages for part in message.parts)
         if found != len(listed):
             raise self.error(
                 f"{found} {kind} placeholders but {len(listed)} {kind}s",
-                "write one placeholder per image or video, in the same order; a text that only speaks of "
+                "write one placeholder per image, video or clip, in the same order; a text that only speaks of "
                 f"<{kind}> is a part: {{'type': 'text', 'text': ...}}",
             )
         remaining = iter(listed)

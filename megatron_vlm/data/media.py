@@ -1,4 +1,4 @@
-"""Describe the images and videos of a row, and pack their patches into one sequence in reading order.
+"""Describe the images, videos and clips of audio of a row, and pack their patches into one sequence in reading order.
 
 Shapes: S tokens, P patches, I images.
 """
@@ -36,19 +36,20 @@ class Medium:
     grid: Grid
 
 
-Packed = tuple[torch.Tensor | None, list[Medium]]
-"""The vision tower's input for all images and videos in reading order, float32, or None without any; and the media
-themselves. Media of any size: [P, patch features]; images scaled to one size: [I, channels, height, width]."""
+Packed = tuple[dict[str, torch.Tensor], list[Medium]]
+"""The towers' inputs by name, float32, for all media in reading order, and the media themselves: images and videos,
+then clips of audio. "pixel_values": [P, patch features] of media of any size, [I, channels, height, width] of images
+scaled to one size. "audio_features": [frames, values of a frame]. A name is missing where no medium needs it."""
 
 
 @dataclass(frozen=True)
 class MediaRules:
-    """How a family's processor treats images and videos."""
+    """How a family's processor treats images, videos and audio."""
 
     sizes: Mapping[str, int]
     """Sizes in config.json by which images are cut, by the attribute of the processor that must equal them."""
     pack: Callable[[Mapping[str, Any], np.ndarray, str], Packed]
-    """Returns pixels and media from (the processor's output, token ids [S], file and line of the row); raises DataError
+    """Returns inputs and media from (the processor's output, token ids [S], file and line of the row); raises DataError
     where the placeholders do not match the media."""
     limit_pixels: Callable[[Any, int | None, int | None], None]
     """Sets data.min_pixels and data.max_pixels, at least one of them given, on a processor; raises ConfigError where it
@@ -56,6 +57,9 @@ class MediaRules:
     fit_image: Callable[[Any, Sides, ImageSize], Sides] | None = None
     """Returns the height and width that the processor would give to an image of these sides, within limits that a row
     asks for in place of its own; raises ValueError where none fit. None where all images have one size."""
+    most_audio_samples: int | None = None
+    """Most samples of a clip of audio: past them the processor cuts it off, or it takes too much memory. None where the
+    model takes no audio."""
 
 
 def pack_in_reading_order(
@@ -84,7 +88,7 @@ def pack_in_reading_order(
     patches: list[torch.Tensor] = []
     media: list[Medium] = []
     frames_left, expected = 0, 0
-    for token, length in _runs(input_ids, image_token_id, video_token_id):
+    for token, length in placeholder_runs(input_ids, image_token_id, video_token_id):
         if frames_left == 0 or token != video_token_id:
             pixels, medium = next(videos if token == video_token_id else images, (None, None))
             if pixels is None or medium is None or frames_left:
@@ -100,9 +104,8 @@ def pack_in_reading_order(
         raise _mismatch("fewer runs of placeholders than images and frames", row_name)
     # Media of a single kind are in order already; patches are large, so they are not copied without need.
     whole = [output[key] for key in ("pixel_values", "pixel_values_videos") if key in output]
-    if len(whole) < 2:
-        return (whole[0] if whole else None), media
-    return torch.cat(patches), media
+    pixels = torch.cat(patches) if len(whole) > 1 else next(iter(whole), None)
+    return ({} if pixels is None else {"pixel_values": pixels}), media
 
 
 def _pieces(
@@ -115,12 +118,12 @@ def _pieces(
     return zip(output[pixels].split([math.prod(medium.grid) for medium in media]), media, strict=True)
 
 
-def _runs(input_ids: np.ndarray, image_token_id: int | None, video_token_id: int | None) -> Iterator[tuple[int, int]]:
-    """Iterate over the runs of the same placeholder as (token, length)."""
-    is_vision = np.isin(input_ids, [token for token in (image_token_id, video_token_id) if token is not None])
+def placeholder_runs(input_ids: np.ndarray, *token_ids: int | None) -> Iterator[tuple[int, int]]:
+    """Iterate over the runs of the same placeholder, one of these tokens, as (token, length)."""
+    is_placeholder = np.isin(input_ids, [token for token in token_ids if token is not None])
     starts = np.flatnonzero(np.diff(input_ids, prepend=-1))
     lengths = np.diff(starts, append=len(input_ids))
-    kept = is_vision[starts]
+    kept = is_placeholder[starts]
     return zip(input_ids[starts[kept]].tolist(), lengths[kept].tolist(), strict=True)
 
 

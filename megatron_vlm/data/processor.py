@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoProcessor, AutoTokenizer
-from transformers.processing_utils import TextKwargs
+from transformers.processing_utils import AudioKwargs, TextKwargs
 
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.errors import ConfigError
 
-# Attribute names of the tokens that processors write around, and in place of, an image or video.
-IMAGE_TOKEN_NAMES = (
-    "boi_token eoi_token image_token video_token vision_start_token vision_end_token image_break_token image_end_token"
+# Attribute names of the tokens that processors write around, and in place of, an image, a video or audio.
+MEDIA_TOKEN_NAMES = (
+    "boi_token eoi_token image_token video_token vision_start_token vision_end_token image_break_token image_end_token "
+    "boa_token eoa_token audio_token"
 ).split()
 # Files of which one set must be there.
 VOCABULARY_FILES = (("tokenizer.json",), ("tokenizer.model",), ("tekken.json",), ("vocab.json", "merges.txt"))
@@ -43,7 +44,7 @@ def load_processor(hf_path: str, rules: PromptRules, min_pixels: int | None, max
     _check_pixel_limits(rules, min_pixels, max_pixels)
     _check_tokenizer_files(Path(hf_path))
     sentencepiece_model = _sentencepiece(Path(hf_path))
-    processor = _load(hf_path, has_images=rules.image_token_id is not None)
+    processor = _load(hf_path, has_media=rules.media is not None)
     if sentencepiece_model is not None:
         _check_symbols(getattr(processor, "tokenizer", processor), sentencepiece_model, hf_path)
     _check_tokens_and_patches(processor, hf_path, rules)
@@ -57,16 +58,16 @@ def drop_stored_arguments(processor: Any) -> list[str]:
     """Remove the arguments of single calls that a tokenizer's files store, so that no call cuts, pads or splits a text.
 
     A tokenizer saved after a call that truncated or padded stores how in tokenizer.json, and tokenizer_config.json may
-    have any argument; processors pass them on to every call, also to those of images.
+    have any argument; processors pass them on to every call, also to those of images and audio.
 
     Args:
         processor: a processor or tokenizer, which is changed.
 
     Returns:
-        The arguments that would have changed ids or pixels, each with its value.
+        The arguments that would have changed ids, pixels or audio, each with its value.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
-    arguments = set(TextKwargs.__annotations__)
+    arguments = {*TextKwargs.__annotations__, *AudioKwargs.__annotations__}
     for part in ("image_processor", "video_processor"):
         arguments |= set(getattr(getattr(processor, part, None), "valid_kwargs", TextKwargs).__annotations__)
     arguments -= set(KEPT_ARGUMENTS)
@@ -129,9 +130,9 @@ def _list_tokens(tokens: dict[str, int]) -> str:
     return ", ".join(shown) + (f", and {more} more" if more else "")
 
 
-def _load(hf_path: str, has_images: bool) -> Any:
+def _load(hf_path: str, has_media: bool) -> Any:
     try:
-        if has_images:
+        if has_media:
             processor = AutoProcessor.from_pretrained(hf_path, local_files_only=True)
         else:
             # Not mistral-common's tokenizer, where that package happens to be installed: it renders no template and
@@ -141,15 +142,15 @@ def _load(hf_path: str, has_images: bool) -> Any:
     except Exception as error:
         files = [
             "tokenizer_config.json",
-            *(["processor_config.json or preprocessor_config.json"] if has_images else []),
+            *(["processor_config.json or preprocessor_config.json"] if has_media else []),
         ]
         missing = [names for names in files if not any(Path(hf_path, name).is_file() for name in names.split(" or "))]
         raise ConfigError(
-            f"no {'processor' if has_images else 'tokenizer'} can be loaded from {hf_path}: {str(error)[:300]}",
+            f"no {'processor' if has_media else 'tokenizer'} can be loaded from {hf_path}: {str(error)[:300]}",
             "model.hf_path",
             f"add the tokenizer and processor files of the model, {' and '.join(filter(None, missing)) or 'undamaged'}",
         ) from None
-    if has_images and not hasattr(processor, "image_processor"):
+    if has_media and not hasattr(processor, "image_processor"):
         raise ConfigError(
             f"{hf_path} has a tokenizer but no image processor",
             "model.hf_path",
@@ -218,11 +219,17 @@ def _check_symbols(tokenizer: Any, model: Any, hf_path: str) -> None:
 
 
 def _check_numbers(processor: Any, hf_path: str) -> None:
-    """Refuse values of image and video processors that make pixels infinite, or no numbers, or images empty."""
-    for part in ("image_processor", "video_processor"):
+    """Refuse values of processors that make pixels infinite, or no numbers, or images empty, or audio random."""
+    if dither := getattr(getattr(processor, "feature_extractor", None), "dither", 0):
+        raise ConfigError(
+            f"the feature extractor adds random noise to audio (dither {dither}): no run could be repeated or resumed",
+            hf_path,
+            "set dither to 0 in the processor's configuration",
+        )
+    for part in ("image_processor", "video_processor", "feature_extractor"):
         owner = getattr(processor, part, None)
         sizes = getattr(owner, "size", None)
-        values: dict[str, Any] = {"rescale_factor": getattr(owner, "rescale_factor", None)}
+        values: dict[str, Any] = {name: getattr(owner, name, None) for name in ("rescale_factor", "sampling_rate")}
         values |= {name: getattr(owner, name, None) for name in ("image_std", "image_mean")}
         values |= {f"size.{name}": size for name, size in (dict(sizes).items() if sizes else ())}
         for name, value in values.items():
@@ -239,7 +246,8 @@ def _check_numbers(processor: Any, hf_path: str) -> None:
 def _check_tokens_and_patches(processor: Any, hf_path: str, rules: PromptRules) -> None:
     """Check that the processor's placeholders and patches are those that the model was configured with."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    for kind, expected in (("image", rules.image_token_id), ("video", rules.video_token_id)):
+    kinds = {"image": rules.image_token_id, "video": rules.video_token_id, "audio": rules.audio_token_id}
+    for kind, expected in kinds.items():
         # Some processors' image token is the marker that they expand; some tokenizers name no image token.
         own_ids = [getattr(owner, f"{kind}_token_id", None) for owner in (tokenizer, processor)]
         own_id = next((token for token in own_ids if token is not None), None)
@@ -249,7 +257,7 @@ def _check_tokens_and_patches(processor: Any, hf_path: str, rules: PromptRules) 
                 hf_path,
                 "take config.json and the tokenizer's files from one model",
             )
-    for name in IMAGE_TOKEN_NAMES:
+    for name in MEDIA_TOKEN_NAMES:
         token = getattr(processor, name, None)
         if token is not None and tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
             raise ConfigError(
@@ -270,5 +278,5 @@ def _check_tokens_and_patches(processor: Any, hf_path: str, rules: PromptRules) 
 def _check_pixel_limits(rules: PromptRules, min_pixels: int | None, max_pixels: int | None) -> None:
     given = {"data.min_pixels": min_pixels, "data.max_pixels": max_pixels}
     for key, value in given.items():
-        if value is not None and rules.media is None:
+        if value is not None and rules.image_token_id is None:
             raise ConfigError(f"{key} is {value}, but this model takes no images", key, "set it to null")

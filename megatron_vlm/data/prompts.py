@@ -23,7 +23,7 @@ import torch
 from jinja2.exceptions import TemplateError
 from PIL import Image
 from transformers.utils.chat_template_utils import render_jinja_template
-from transformers.video_utils import VideoMetadata
+from transformers.video_utils import VideoMetadata, default_sample_indices_fn
 
 from megatron_vlm.data.answers import (
     REASONING_FIELD,
@@ -47,7 +47,7 @@ from megatron_vlm.data.conversation import (
 )
 from megatron_vlm.data.media import Medium
 from megatron_vlm.data.processor import (
-    IMAGE_TOKEN_NAMES,
+    MEDIA_TOKEN_NAMES,
     check_added_tokens,
     drop_stored_arguments,
     load_processor,
@@ -67,7 +67,7 @@ REFUSALS = (
     LookupError,
     AttributeError,
     ArithmeticError,
-    RecursionError,
+    RuntimeError,
     MemoryError,
 )
 MOST_WORDS_OF_A_REFUSAL = 300
@@ -76,14 +76,14 @@ PROBE = "a thought of the probe"
 
 @dataclass
 class Sample:
-    """One row of the data as the model sees it: a document of S tokens with its images and videos."""
+    """One row of the data as the model sees it: a document of S tokens with its media."""
 
     input_ids: np.ndarray
     """[S] int64."""
     trained: np.ndarray
     """[S] bool: the token at this position is a target."""
     media: list[Medium] = field(default_factory=list)
-    """Its images and videos in reading order."""
+    """Its images and videos in reading order, then its clips of audio."""
     media_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     """Inputs of the towers for all media in reading order, by name; see `media.Packed`. Empty without media."""
     answer_ends: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
@@ -146,19 +146,26 @@ class PromptBuilder:
                 "model.hf_path",
                 "put {% generation %} ... {% endgeneration %} around the assistant's text in the template",
             )
-        named = [getattr(owner, name, None) for owner in (self.tokenizer, self.processor) for name in IMAGE_TOKEN_NAMES]
+        named = [getattr(owner, name, None) for owner in (self.tokenizer, self.processor) for name in MEDIA_TOKEN_NAMES]
         media_tokens = {token for token in (*named, *rules.media_tokens) if token}
         self._forging_token = _any_of(
             media_tokens if self.has_generation_tags else media_tokens | _turn_tokens(self.tokenizer, rules)
         )
 
-    def encode(self, conversation: Conversation, images: Sequence[Image.Image], videos: Sequence[Video] = ()) -> Sample:
+    def encode(
+        self,
+        conversation: Conversation,
+        images: Sequence[Image.Image],
+        videos: Sequence[Video] = (),
+        audio: Sequence[np.ndarray] = (),
+    ) -> Sample:
         """Encode one conversation as tokens, trained mask and media.
 
         Args:
             conversation: the row.
             images: its decoded images in reading order.
             videos: its decoded videos in reading order.
+            audio: samples [samples] of its clips of audio in reading order, at the rate of `audio_limits`.
 
         Raises:
             DataError: the row cannot be rendered, has a control token in its text, or trains nothing; a row that would
@@ -166,10 +173,9 @@ class PromptBuilder:
         """
         assert not images or self.rules.image_token_id is not None
         assert not videos or self.rules.video_token_id is not None
+        assert not audio or self.rules.audio_token_id is not None
         self._refuse_control_tokens(conversation)
-        messages = conversation.template_messages(images, [video.frames for video in videos])
-        if conversation.has_thinking:
-            messages = self._place_thinking(messages, conversation.row_name)
+        messages = self._messages(conversation, images, videos, audio)
         answers = [message for message in conversation.messages if message.role == "assistant"]
         losses = [message.loss and not (self.drop_empty_answers and message.is_empty_answer) for message in answers]
         try:
@@ -191,9 +197,22 @@ class PromptBuilder:
             raise DataError("no token of the row is trained", conversation.row_name, "add an assistant message")
         if self.rules.media is None:
             return Sample(input_ids, trained, answer_ends=answer_ends, empty_answers=empty_answers)
-        pixels, media = self.rules.media.pack(output if images or videos else {}, input_ids, conversation.row_name)
-        media_inputs = {} if pixels is None else {"pixel_values": pixels}
+        given = output if images or videos or audio else {}
+        media_inputs, media = self.rules.media.pack(given, input_ids, conversation.row_name)
         return Sample(input_ids, trained, media, media_inputs, answer_ends, empty_answers)
+
+    def transformers_inputs(
+        self,
+        conversation: Conversation,
+        images: Sequence[Image.Image],
+        videos: Sequence[Video] = (),
+        audio: Sequence[np.ndarray] = (),
+    ) -> dict[str, Any]:
+        """Return the processor's output as transformers' model takes it; arguments are those of `encode`."""
+        options: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        if videos:
+            options["processor_kwargs"] = _of_videos(videos)
+        return dict(self.processor.apply_chat_template(self._messages(conversation, images, videos, audio), **options))
 
     def resized(self, image: Image.Image, size: ImageSize | None, row_name: str) -> Image.Image:
         """Return an image in the size that its row asks for, before the processor sees it.
@@ -228,11 +247,23 @@ class PromptBuilder:
     def sample_frames(self, metadata: VideoMetadata, frames_per_second: float | None) -> np.ndarray:
         """Return the indices of the frames that the video processor samples from a file; see `videos.Sampler`."""
         processor = self.processor.video_processor
+        if frames_per_second is not None and processor.num_frames is not None:
+            # The processor would take its own number of frames all the same.
+            return default_sample_indices_fn(metadata, fps=frames_per_second)
         if frames_per_second is not None:
             return processor.sample_frames(metadata=metadata, fps=frames_per_second)
         if not processor.do_sample_frames:
             return np.arange(metadata.total_num_frames)
         return processor.sample_frames(metadata=metadata, num_frames=processor.num_frames, fps=processor.fps)
+
+    @property
+    def audio_limits(self) -> tuple[int, int]:
+        """The rate at which the processor takes audio, in samples per second, and the most samples of a clip.
+
+        Only of models that take audio.
+        """
+        assert self.rules.media is not None and self.rules.media.most_audio_samples is not None
+        return self.processor.feature_extractor.sampling_rate, self.rules.media.most_audio_samples
 
     @property
     def padding_token_id(self) -> int:
@@ -243,8 +274,10 @@ class PromptBuilder:
     def shortest_image_row_tokens(self) -> int:
         """Length in tokens of a conversation with the smallest image and a one-letter answer.
 
-        Some templates refuse an empty answer.
+        Some templates refuse an empty answer. A processor that leaves images as they are knows no smallest one: 0.
         """
+        if getattr(self.processor.image_processor, "do_resize", True) is False:
+            return 0
         blank = ImagePart(ImageSource(data=b""))
         conversation = Conversation((Message("user", (blank,)), Message("assistant", "a")), "a blank image")
         return len(self.encode(conversation, [Image.new("RGB", (2, 2))]).input_ids)
@@ -252,7 +285,7 @@ class PromptBuilder:
     def _probe_prompt(self) -> str:
         """Render a minimal conversation with the template; return an empty string if it refuses."""
         contents: list[Any] = ["a", "b"]
-        if self.rules.image_token_id is not None:
+        if self.rules.media is not None:
             contents = [[{"type": "text", "text": text}] for text in contents]
         messages = [
             {"role": role, "content": content} for role, content in zip(("user", "assistant"), contents, strict=True)
@@ -266,7 +299,7 @@ class PromptBuilder:
     def _apply_template(self, messages: list[dict[str, Any]], videos: Sequence[Video]) -> dict[str, Any]:
         """Return the processor's output for one conversation, without the batch dimension on text."""
         options: dict[str, Any] = {"tokenize": True, "return_dict": True}
-        if self.rules.image_token_id is None:
+        if self.rules.media is None:
             output = self.processor.apply_chat_template(
                 messages, tokenizer_kwargs={"return_offsets_mapping": True}, **options
             )
@@ -279,12 +312,21 @@ class PromptBuilder:
             "text_kwargs": {"return_tensors": None},
         }
         if videos:
-            # Files were sampled when they were read; of lists of frames, all frames are taken.
-            metadata = [video.metadata for video in videos]
-            processor_options.update(do_sample_frames=False, video_metadata=metadata)
+            processor_options |= _of_videos(videos)
         output = self.processor.apply_chat_template(messages, processor_kwargs=processor_options, **options)
         per_text = ("input_ids", "offset_mapping", "text_replacement_offsets")
         return {key: value[0] if key in per_text else value for key, value in output.items()}
+
+    def _messages(
+        self,
+        conversation: Conversation,
+        images: Sequence[Image.Image],
+        videos: Sequence[Video],
+        audio: Sequence[np.ndarray],
+    ) -> list[dict[str, Any]]:
+        """Return the messages that the template takes."""
+        messages = conversation.template_messages(images, [video.frames for video in videos], audio)
+        return self._place_thinking(messages, conversation.row_name) if conversation.has_thinking else messages
 
     def _refuse_control_tokens(self, conversation: Conversation) -> None:
         """Refuse control tokens in the text of messages: they would forge images, or turns found by markers."""
@@ -396,6 +438,11 @@ class PromptBuilder:
         if not all(losses):
             trained &= np.array([*losses, False])[answer]
         return trained, answer_ends
+
+
+def _of_videos(videos: Sequence[Video]) -> dict[str, Any]:
+    """Options for the processor: files were sampled when they were read; of lists of frames, all frames are taken."""
+    return {"do_sample_frames": False, "video_metadata": [video.metadata for video in videos]}
 
 
 def _with_reasoning_field(message: dict[str, Any], row_name: str) -> dict[str, Any]:

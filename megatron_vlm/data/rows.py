@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from megatron_vlm.config import Config, DataSettings, DataSource, source_names
 from megatron_vlm.data import row_keys
+from megatron_vlm.data.audio import load_audio, require_audio_packages
 from megatron_vlm.data.collate import LoadedSample
 from megatron_vlm.data.conversation import Conversation
 from megatron_vlm.data.formats import parse_row
@@ -18,7 +21,7 @@ from megatron_vlm.data.plan import PlannedSource
 from megatron_vlm.data.prompts import PromptBuilder, Sample
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.data.urls import UrlAccess
-from megatron_vlm.data.videos import load_video, require_decoder
+from megatron_vlm.data.videos import Video, load_video, require_decoder
 from megatron_vlm.errors import ConfigError, DataError
 
 ROWS_PEEKED_FOR_IMAGES = 256
@@ -52,11 +55,11 @@ class RowReader:
         for rows in self.sources:
             if settings.strict and rows.unparsable_rows:
                 self._parse(rows, rows.unparsable_rows[0])
-        self._check_image_fits()
+        self._check_first_rows()
 
     @property
     def url_access(self) -> UrlAccess:
-        """Which URLs of images are fetched."""
+        """Which URLs of images and audio are fetched."""
         if not self.settings.allow_urls:
             return UrlAccess.NONE
         return UrlAccess.ALL if self.settings.allow_private_urls else UrlAccess.PUBLIC
@@ -74,10 +77,10 @@ class RowReader:
         ]
 
     def conversation(self, source: int, row: int) -> Conversation:
-        """Parse a row and check that the model takes its images and videos.
+        """Parse a row and check that the model takes its images, videos and audio.
 
         Raises:
-            DataError: the row has none of the known formats, or images or videos that the model does not take.
+            DataError: the row has none of the known formats, or media that the model does not take.
         """
         rows = self.sources[source]
         conversation = self._parse(rows, row)
@@ -89,6 +92,10 @@ class RowReader:
         if conversation.videos and rules.video_token_id is None:
             raise DataError(
                 "the row has videos, which this model does not take", rows.name(row), "remove the videos or the row"
+            )
+        if conversation.audio and rules.audio_token_id is None:
+            raise DataError(
+                "the row has audio, which this model does not take", rows.name(row), "remove the audio or the row"
             )
         return conversation
 
@@ -112,6 +119,15 @@ class RowReader:
         if len(sample.input_ids) <= self.settings.seq_length:
             return LoadedSample(sample, source, name, unknown_keys=conversation.unknown_keys)
         return self._too_long(conversation, sample, source)
+
+    def transformers_inputs(self, source: int, row: int) -> dict[str, Any]:
+        """Return what transformers' model takes for a row, from the processor: token ids [1, S], pixels and so on.
+
+        Raises:
+            DataError: the row is bad.
+        """
+        conversation = self.conversation(source, row)
+        return self.builder.transformers_inputs(conversation, *self._media(conversation))
 
     def num_tokens(self, source: int, row: int) -> int:
         """Return the length of a row, whatever data.seq_length is.
@@ -144,6 +160,10 @@ class RowReader:
                 raise DataError(f"the row has {count} {what}, more than {limit}", conversation.row_name, "split it")
 
     def _encode(self, conversation: Conversation) -> Sample:
+        return self.builder.encode(conversation, *self._media(conversation))
+
+    def _media(self, conversation: Conversation) -> tuple[list[Image.Image], list[Video], list[np.ndarray]]:
+        """Decode a row's images, videos and audio."""
         name, access = conversation.row_name, self.url_access
         images = [
             self.builder.resized(load_image(part.source, name, access), part.size, name)
@@ -151,7 +171,9 @@ class RowReader:
             if part.source is not None
         ]
         videos = [load_video(source, name, access, self.builder.sample_frames) for source in conversation.videos]
-        return self.builder.encode(conversation, images, videos)
+        rate, most_samples = self.builder.audio_limits if conversation.audio else (0, 0)
+        audio = [load_audio(source, name, access, rate, most_samples) for source in conversation.audio]
+        return images, videos, audio
 
     def _padding_sample(self, empty_answers: int = 0) -> Sample:
         """Return a sample of one token that trains nothing."""
@@ -197,9 +219,9 @@ class RowReader:
                 f"set data.seq_length to at least {needed} plus the text",
             )
 
-    def _check_image_fits(self) -> None:
-        """Refuse at once where the first rows have images beyond seq_length, or videos that cannot be decoded."""
-        if self.builder.rules.image_token_id is None:
+    def _check_first_rows(self) -> None:
+        """Refuse at once where they have images beyond seq_length, or videos or audio that cannot be decoded."""
+        if self.builder.rules.media is None:
             return
         for source, rows in enumerate(self.sources):
             for row in islice(range(rows.num_rows), ROWS_PEEKED_FOR_IMAGES):
@@ -209,6 +231,8 @@ class RowReader:
                     continue
                 if any(video.path is not None for video in conversation.videos):
                     require_decoder(conversation.row_name)
+                if conversation.audio:
+                    require_audio_packages(conversation.row_name)
                 if conversation.images:
                     self._refuse_short_sequences(conversation.row_name)
                     break

@@ -39,7 +39,7 @@ class PromptRules:
     audio_token_id: int | None = None
     """Id of the token that stands for one feature of audio; None where the model takes none."""
     media: MediaRules | None = None
-    """How images and videos are processed; None for a text-only model."""
+    """How images, videos and audio are processed; None for a text-only model."""
     position_ids: PositionFunction | None = None
     """Returns a document's positions on several axes, [axes, S] int64, from (input_ids, media); None counts tokens."""
 

@@ -1,4 +1,4 @@
-"""Fetch images from http(s) URLs that stand in data, which may not be ours to trust.
+"""Fetch images and audio from http(s) URLs that stand in data, which may not be ours to trust.
 
 One deadline holds for all of it, redirects included, but for looking up a name, which nothing ends. Addresses inside
 the machine's own network are refused, also behind a public name or a redirect: whoever writes the data must not reach
@@ -34,11 +34,12 @@ class UrlAccess(IntEnum):
     ALL = 2
 
 
-def fetch(url: str, row_name: str, access: UrlAccess, most_bytes: int) -> bytes:
+def fetch(url: str, kind: str, row_name: str, access: UrlAccess, most_bytes: int) -> bytes:
     """Download a URL.
 
     Args:
         url: http or https.
+        kind: what is fetched, for error messages.
         row_name: file and line of the row, for error messages.
         access: `PUBLIC` or `ALL`.
         most_bytes: largest body.
@@ -60,7 +61,7 @@ def fetch(url: str, row_name: str, access: UrlAccess, most_bytes: int) -> bytes:
     fix = "download it and name the file"
     if fetching.is_refused:
         fix += ", or set data.allow_private_urls to true"
-    raise DataError(f"image {shown(url)} cannot be fetched ({reason})", row_name, fix)
+    raise DataError(f"{kind} {shown(url)} cannot be fetched ({reason})", row_name, fix)
 
 
 def shown(url: str) -> str:

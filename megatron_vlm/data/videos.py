@@ -10,7 +10,6 @@ container stores no count, and does not rotate videos that a phone took upright;
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from transformers.video_utils import VideoMetadata
 
 from megatron_vlm.data.conversation import VideoSource
-from megatron_vlm.data.images import load_image
+from megatron_vlm.data.images import check_file, load_image
 from megatron_vlm.data.urls import UrlAccess
 from megatron_vlm.errors import ConfigError, DataError
 
@@ -98,8 +97,7 @@ def check_video_file(source: VideoSource, row_name: str) -> None:
     """
     require_decoder(row_name)
     assert source.path is not None
-    if not os.path.isfile(source.path):  # Path.is_file raises where a name is too long
-        raise DataError(f"video {source} does not exist", row_name, "restore the file or remove the row")
+    check_file(source.path, f"video {source}", row_name)
 
 
 def require_decoder(row_name: str) -> None:

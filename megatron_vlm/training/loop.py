@@ -39,7 +39,9 @@ from megatron_vlm.training.step import collect_expert_use, run_global_batch
 from megatron_vlm.training.step_check import StepCheck
 
 SAVES_TRIED_PER_INTERVAL = 10
-COUNTERS = "samples bad_rows too_long_rows empty_answers real_tokens label_tokens padded_tokens images videos".split()
+COUNTERS = (
+    "samples bad_rows too_long_rows empty_answers real_tokens label_tokens padded_tokens images videos audio_clips"
+).split()
 EXIT_DONE = 0
 
 
@@ -244,6 +246,7 @@ class Trainer:
             padded_tokens=counters["padded_tokens"],
             images=counters["images"],
             videos=counters["videos"],
+            audio_clips=counters["audio_clips"],
             bad_rows=counters["bad_rows"],
             too_long_rows=counters["too_long_rows"],
             empty_answers=counters["empty_answers"],

@@ -14,7 +14,7 @@ import torch
 from megatron_vlm import platform
 
 FEWEST_STEPS_OF_PACE = 20
-_COUNTS = ("tokens label_tokens padded_tokens images videos bad_rows too_long_rows empty_answers").split()
+_COUNTS = ("tokens label_tokens padded_tokens images videos audio_clips bad_rows too_long_rows empty_answers").split()
 _MEANS = "grad_norm step_seconds data_wait_seconds model_flops".split()
 
 
@@ -70,6 +70,7 @@ class StepMetrics:
         padded_tokens: positions of the batch that hold no token.
         images: number of images, not counting frames of videos.
         videos: number of videos.
+        audio_clips: number of clips of audio.
         bad_rows: rows without weight because they cannot be used.
         too_long_rows: rows without weight because they have more than data.seq_length tokens.
         step_seconds: wall-clock time of a step, waiting for data included.
@@ -102,6 +103,7 @@ class StepMetrics:
     padded_tokens: int
     images: int
     videos: int
+    audio_clips: int
     bad_rows: int
     too_long_rows: int
     step_seconds: float

@@ -90,10 +90,10 @@ def set_up(config: Config, owner: RunOwner, requests: StopRequests) -> Run:
     """
     hf_config = registry.load_hf_config(config.model.hf_path)
     family = registry.detect(hf_config)
-    model_config = family.config_from_hf(hf_config, text_only=config.model.text_only)
+    model_config = family.config_from_hf(hf_config, config.model.text_only, config.model.image_mask)
     weight_map = family.weight_map(model_config)
     names = [name for name, _ in weight_map.items()]
-    layout = check_layout(config, model_config, torch.distributed.get_world_size(), names)
+    layout = check_layout(config, model_config, torch.distributed.get_world_size(), names, weight_map.buffers)
     check_run_dir(config)
     due_export = check_export(config)
     on_first_rank(lambda: owner.take(lambda: requests.poll() != 0))

@@ -72,8 +72,7 @@ def banner(run: Run, described: Mapping[str, Any]) -> Iterator[str]:
     yield f"megatron_vlm {versions['megatron-vlm']}{f' ({commit})' if commit else ''}, {others}"
     nodes = described["nodes"]
     yield f"device    {described['ranks']} x {described['device']} on {nodes} node{'s' * (nodes > 1)}"
-    kind = "text only" if run.model_config.text_only else "with images"
-    yield f"model     {config.model.hf_path}: {run.family.name}, {kind}, {_parameters(run)}"
+    yield f"model     {config.model.hf_path}: {run.family.name}, {run.model_config.media}, {_parameters(run)}"
     yield f"layout    {run.layout}"
     yield f"data      train: {_sources(run.train_loader)}"
     if run.valid_loader is not None:
@@ -88,10 +87,12 @@ def banner(run: Run, described: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _parameters(run: Run) -> str:
-    trainable = Trainable(run.config.model.freeze)
-    sizes = {name: math.prod(weight.padded_shape) for name, weight in run.family.weight_map(run.model_config).items()}
-    total, trained = sum(sizes.values()), sum(size for name, size in sizes.items() if trainable.trains(name))
-    return f"{total / 1e6:,.1f} M parameters, {'all' if trained == total else f'{trained / 1e6:,.1f} M'} trained"
+    weight_map = run.family.weight_map(run.model_config)
+    sizes = {name: math.prod(weight.padded_shape) for name, weight in weight_map.items()}
+    trainable = Trainable(run.config.model.freeze, weight_map.buffers)
+    trained = sum(size for name, size in sizes.items() if trainable.trains(name))
+    amount = f"{trained / 1e6:,.1f} M" if run.config.model.freeze else "all"
+    return f"{sum(sizes.values()) / 1e6:,.1f} M parameters, {amount} trained"
 
 
 def _sources(loader: MicroBatchLoader) -> str:

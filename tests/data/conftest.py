@@ -17,12 +17,14 @@ from megatron_vlm.data.prompts import PromptBuilder
 from megatron_vlm.data.rows import RowReader
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.families.gemma3.prompt import prompt_rules
+from megatron_vlm.families.gemma4 import prompt as gemma4
 from megatron_vlm.families.mistral3 import prompt as mistral3
 from megatron_vlm.families.qwen3_vl import prompt as qwen3_vl
-from tests.data.references import gemma3_rules
+from tests.data.references import GEMMA4_VARIANTS, gemma3_rules, gemma4_config
 from tests.data.rows import write_jsonl
 from tests.data.tiny_processor import (
     GEMMA3_GENERATION_TEMPLATE,
+    GEMMA4_GENERATION_TEMPLATE,
     MISTRAL_GENERATION_TEMPLATE,
     QWEN3_VL_GENERATION_TEMPLATE,
     build_mistral_processor,
@@ -132,6 +134,40 @@ def tagged_mistral_builder(tagged_mistral_path: Path, mistral_rules: PromptRules
     return PromptBuilder(tagged_mistral_path, mistral_rules)
 
 
+@pytest.fixture(scope="session", params=GEMMA4_VARIANTS)
+def gemma4_variant(request: pytest.FixtureRequest) -> str:
+    """A Gemma 4 with towers, or without (gemma4_unified)."""
+    variant: str = request.param
+    return variant
+
+
+@pytest.fixture(scope="session")
+def gemma4_path(tmp_path_factory: pytest.TempPathFactory, gemma4_variant: str) -> Path:
+    """A Gemma 4 directory whose template has no generation tags, as published."""
+    return written(tmp_path_factory, GEMMA4_VARIANTS[gemma4_variant])
+
+
+@pytest.fixture(scope="session")
+def tagged_gemma4_path(tmp_path_factory: pytest.TempPathFactory, gemma4_variant: str) -> Path:
+    return written(tmp_path_factory, GEMMA4_VARIANTS[gemma4_variant], chat_template=GEMMA4_GENERATION_TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def gemma4_rules(gemma4_variant: str) -> PromptRules:
+    """Gemma 4's rules for the tiny processor."""
+    return gemma4.prompt_rules(gemma4_config(gemma4_variant))
+
+
+@pytest.fixture(scope="session")
+def gemma4_builder(gemma4_path: Path, gemma4_rules: PromptRules) -> PromptBuilder:
+    return PromptBuilder(gemma4_path, gemma4_rules)
+
+
+@pytest.fixture(scope="session")
+def tagged_gemma4_builder(tagged_gemma4_path: Path, gemma4_rules: PromptRules) -> PromptBuilder:
+    return PromptBuilder(tagged_gemma4_path, gemma4_rules)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A data folder with eight images of different sizes and colours."""
@@ -150,6 +186,12 @@ def make_reader(builder: PromptBuilder, folder: Path) -> Callable[..., RowReader
 def make_qwen_reader(qwen_builder: PromptBuilder, folder: Path) -> Callable[..., RowReader]:
     """The same with the Qwen3-VL processor."""
     return partial(read_rows, qwen_builder, folder)
+
+
+@pytest.fixture
+def make_gemma4_reader(gemma4_builder: PromptBuilder, folder: Path) -> Callable[..., RowReader]:
+    """The same with the Gemma 4 processor."""
+    return partial(read_rows, gemma4_builder, folder)
 
 
 @pytest.fixture

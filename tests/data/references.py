@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,16 +14,22 @@ import pytest
 from PIL import Image
 from transformers import AutoProcessor
 
+from megatron_vlm.data.audio import load_audio
 from megatron_vlm.data.formats import parse_row
 from megatron_vlm.data.images import load_image
 from megatron_vlm.data.prompts import PromptBuilder, Sample
 from megatron_vlm.data.rules import PromptRules
+from megatron_vlm.data.urls import UrlAccess
 from megatron_vlm.data.videos import load_video
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.families.gemma3.prompt import prompt_rules
+from megatron_vlm.families.gemma4.config import ModelConfig, config_from_hf
 from tests.data.rows import row
+from tests.data.tiny_processor import build_gemma4_processor, build_gemma4_tokenizer, build_gemma4_unified_processor
+from tests.families import gemma4
 
 Messages = list[dict[str, Any]]
+GEMMA4_VARIANTS = {"E2B": build_gemma4_processor, "12B": build_gemma4_unified_processor}
 
 
 def gemma3_rules(tokens_per_image: int) -> PromptRules:
@@ -30,6 +37,18 @@ def gemma3_rules(tokens_per_image: int) -> PromptRules:
     vision = SimpleNamespace(image_size=16, patch_size=4)
     model = SimpleNamespace(text_only=False, image_token_id=8, mm_tokens_per_image=tokens_per_image, vision=vision)
     return prompt_rules(model)
+
+
+def gemma4_config(variant: str, text_only: bool = False, **media: None) -> ModelConfig:
+    """A tiny Gemma 4 for the tiny processor; `vision_config` or `audio_config` None takes these from it."""
+    hf_config = gemma4.build_config(variant, tokenizer=build_gemma4_tokenizer())
+    for name in media:
+        setattr(hf_config, name, None)
+    config = config_from_hf(hf_config, text_only)
+    if config.vision is None:
+        return config
+    # The thinnest images are one row of 140 tokens, each of up to two patches per side.
+    return replace(config, vision=replace(config.vision, num_positions_per_side=280))
 
 
 def draw_pictures(folder: Path, sizes: dict[str, tuple[int, int]]) -> Path:
@@ -44,11 +63,13 @@ def draw_pictures(folder: Path, sizes: dict[str, tuple[int, int]]) -> Path:
 
 
 def encode(builder: PromptBuilder, messages: Messages, folder: Path) -> Sample:
-    """Our sample of messages whose images and videos lie in `folder`."""
+    """Our sample of messages whose images, videos and audio lie in `folder`."""
     conversation = parse_row(json.dumps(row(*messages)), "rows.jsonl:7", folder)
     images = [load_image(source, "rows.jsonl:7", False) for source in conversation.images]
     videos = [load_video(source, "rows.jsonl:7", False, builder.sample_frames) for source in conversation.videos]
-    return builder.encode(conversation, images, videos)
+    limits = builder.audio_limits if conversation.audio else (0, 0)
+    audio = [load_audio(source, "rows.jsonl:7", UrlAccess.NONE, *limits) for source in conversation.audio]
+    return builder.encode(conversation, images, videos, audio)
 
 
 def trained_text(builder: PromptBuilder, sample: Sample) -> list[str]:
@@ -76,11 +97,11 @@ def refusal(path: Path, rules: PromptRules, **limits: int) -> str:
 
 
 def reference(path: Path, messages: Messages, folder: Path, **options: Any) -> dict[str, Any]:
-    """The processor's own output for messages as a user would pass them: with paths of images."""
+    """The processor's own output for messages as a user would pass them: with paths of images and audio."""
     messages = copy.deepcopy(messages)
     for message in messages:
         for part in message["content"] if isinstance(message["content"], list) else ():
-            if part["type"] == "image":
-                part["image"] = str(folder / part["image"])
+            if part["type"] in ("image", "audio"):
+                part[part["type"]] = str(folder / part[part["type"]])
     processor = AutoProcessor.from_pretrained(path, local_files_only=True)
     return dict(processor.apply_chat_template(messages, tokenize=True, return_dict=True, **options))

@@ -19,6 +19,10 @@ def video(given: str | list[str], fps: float | None = None) -> dict[str, Any]:
     return {"type": "video", "video": given} | ({} if fps is None else {"fps": fps})
 
 
+def audio(path: str | Path) -> dict[str, str]:
+    return {"type": "audio", "audio": str(path)}
+
+
 def user(*parts: dict[str, Any] | str) -> dict[str, Any]:
     return {"role": "user", "content": [text(part) if isinstance(part, str) else part for part in parts]}
 

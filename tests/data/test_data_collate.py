@@ -60,6 +60,7 @@ def test_shapes_types_and_counters(reader: RowReader) -> None:
         "empty_answers": 0,
         "images": 3,
         "videos": 0,
+        "audio_clips": 0,
         "real_tokens": real,
         "label_tokens": sum(int(sample.trained.sum()) for sample in samples),
         "padded_tokens": batch.input_ids.numel() - real,

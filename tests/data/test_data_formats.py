@@ -58,6 +58,7 @@ def test_image_paths_are_relative_to_the_file(part: dict[str, Any]) -> None:
         {"type": "image", "image": f"data:image/png;base64,{PNG}"},
         {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}},
         {"type": "image", "image": {"bytes": PNG}},
+        {"type": "image", "image": {"bytes": PNG, "path": "a.png"}},
         {"type": "image", "image": {"bytes": list(base64.b64decode(PNG))}},
     ],
 )
@@ -138,7 +139,13 @@ def test_loss_flag_and_further_fields() -> None:
         (row(user({"type": "image", "image": "data:image/png,abc"})), "data URI is not base64"),
         (row(user({"type": "image", "base64": "??"})), "not base64"),
         (row(user({"type": "image", "image": "a", "url": "b"})), "image part has `image` and `url`"),
-        (row(user({"type": "audio", "audio": "a.wav"})), "'audio' is not built yet for this family"),
+        (row(user({"type": "image", "image": {"url": "a", "path": "b"}})), "an image has `url` and `path`"),
+        (row(user({"type": "image", "image": {"bytes": PNG, "url": "a"}})), "an image has `bytes` and `url`"),
+        (row(user({"type": "image", "image": {"path": "a", "base64": PNG}})), "an image has 'base64'"),
+        (row(user({"type": "image", "path": "a", "bytes": PNG})), "an image part has 'bytes'"),
+        ({**row(user({"type": "image"})), "images": [{"url": "a", "path": "b"}]}, "an image has `url` and `path`"),
+        (row(user({"type": "video", "video": [{"url": "a", "path": "b"}]})), "an image has `url` and `path`"),
+        (row(user({"type": "video", "video": {"path": "a", "bytes": PNG}})), "a video part has 'bytes'"),
         ({**row(user("a")), "tools": [{"name": "search"}]}, "the row has 'tools'"),
     ],
 )

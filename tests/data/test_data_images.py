@@ -78,7 +78,7 @@ def refusal(source: ImageSource, access: UrlAccess = UrlAccess.NONE) -> str:
 
 def test_missing_and_damaged_files(tmp_path: Path) -> None:
     assert "nothing.png does not exist" in refusal(ImageSource(path=tmp_path / "nothing.png"))
-    assert "does not exist" in refusal(ImageSource(path=tmp_path))
+    assert "is a directory" in refusal(ImageSource(path=tmp_path))
     # Base64 text of a format that is not recognised is taken for a path, longer than any file's name may be.
     long = refusal(ImageSource(path=tmp_path / ("A" * 5000)))
     assert "does not exist" in long and len(long) < 250
@@ -105,7 +105,7 @@ def test_decompression_bombs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_files_larger_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "MAX_IMAGE_BYTES", 10)
+    monkeypatch.setattr(images, "MAX_ENCODED_BYTES", 10)
     path = tmp_path / "a.png"
     path.write_bytes(encoded(picture(), "PNG"))
     assert "larger than 10 bytes" in refusal(ImageSource(path=path))

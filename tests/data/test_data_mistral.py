@@ -217,9 +217,9 @@ def test_placeholders_must_be_those_of_the_images() -> None:
     def pack(*ids: int) -> Packed:
         return pack_images(output, np.array(ids), "rows.jsonl:7", image_token_id=i, patch_size=1, merge_size=1)
 
-    pixels, images = pack(0, i, i, i, b, i, i, i, e, i, e, 0)
+    inputs, images = pack(0, i, i, i, b, i, i, i, e, i, e, 0)
     assert images == [Medium("image", (1, 2, 3)), Medium("image", (1, 1, 1))]
-    assert pixels is not None and pixels.flatten().tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert inputs["pixel_values"].flatten().tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert pack(i, i, i, b, i, i, i, e, 0, 0, i)[1] == images
     first, second = "image 1 of 2 is not 2 rows of 3 placeholders", "image 2 of 2 is not 1 rows of 1 placeholders"
     for ids, reason in {

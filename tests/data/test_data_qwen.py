@@ -221,7 +221,7 @@ BAD_ROWS = {
     "a video is not a file: 'https://localhost/a.mp4'": [video("https://localhost/a.mp4")],
     "1 video placeholders but 0 videos": [{"type": "video"}],
     "a video part has `video` and `path`": [{"type": "video", "video": "a", "path": "b"}],
-    "'audio' is not built yet": [{"type": "audio", "audio": "a.wav"}],
+    "has audio, which this model does not take": [{"type": "audio", "audio": "a.wav"}],
 }
 
 
@@ -269,9 +269,9 @@ def test_placeholders_must_match_the_features() -> None:
             output, np.array(ids), "rows.jsonl:7", image_token_id=1, video_token_id=2, merge_size=2
         )
 
-    pixels, media = pack(0, 2, 0, 2, 1, 1)
+    inputs, media = pack(0, 2, 0, 2, 1, 1)
     assert media == [Medium("video", (2, 2, 2)), Medium("image", (1, 2, 4))]
-    assert pixels is not None and pixels.flatten().tolist() == [*range(8, 16), *range(8)]
+    assert inputs["pixel_values"].flatten().tolist() == [*range(8, 16), *range(8)]
     for ids, reason in {
         (0, 1, 0, 2, 0, 2): "1 placeholders in a run where 2 features belong",
         (1, 1, 0, 2, 2): "2 placeholders in a run where 1 features belong",

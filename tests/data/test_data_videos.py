@@ -128,6 +128,7 @@ def test_files_that_are_no_videos(make_qwen_reader: Make, folder: Path, monkeypa
     for name in ("good.mp4", "good.avi"):
         data = (folder / name).read_bytes()
         (folder / name.replace("good", "cut")).write_bytes(data[: len(data) // 2])
+    (folder / "dir.mp4").mkdir()
     (folder / "text.mp4").write_text("no video")
     (folder / "list.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\ngood.mp4\n#EXT-X-ENDLIST\n")
     with av.open(str(folder / "sound.mkv"), "w") as container:
@@ -142,6 +143,7 @@ def test_files_that_are_no_videos(make_qwen_reader: Make, folder: Path, monkeypa
         "list.m3u8": "cannot be decoded",
         "sound.mkv": "has no picture",
         "missing.mp4": "does not exist",
+        "dir.mp4": "dir.mp4 is a directory",
         "A" * 5000: "AAA... does not exist",
     }
     rows = [row(user(video(name)), assistant("b")) for name in [*names, "good.mp4"]]
@@ -154,7 +156,7 @@ def test_files_that_are_no_videos(make_qwen_reader: Make, folder: Path, monkeypa
     with pytest.raises(DataError, match=r"good.mp4 ends before its last frame \[row\]"):
         load_video(VideoSource(folder / "good.mp4"), "row", False, lambda metadata, fps: np.array([0, 9]))
     found = check_rows(reader)
-    assert (found.videos, found.bad_rows) == (8, 2)
+    assert (found.videos, found.bad_rows) == (9, 3)
     monkeypatch.setattr(videos, "MAX_VIDEO_PIXELS", 4 * 32 * 48 - 1)
     problem = reader.read(0, len(names)).problem
     assert problem and "good.mp4 has 4 frames of 48 x 32 pixels, more than 6143 in all" in problem
@@ -251,7 +253,6 @@ def test_images_and_videos_beside_the_turns() -> None:
         (row(user({"type": "video", "video": []})), "1 video placeholders but 0 videos"),
         (row(user({"type": "video", "video": {"path": "a.mp4", "url": "b.mp4"}})), "video part has `url` and `path`"),
         (row(user({"type": "video", "video": {"fps": 2}})), "not a video"),
-        ({"messages": [{"role": "user", "content": "a"}], "audio": "a.wav"}, "the row has 'audio'.*not built yet"),
     ],
 )
 def test_refusals_name_the_row(content: dict[str, Any], message: str) -> None:

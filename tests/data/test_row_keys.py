@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,11 @@ def test_weights_that_disagree() -> None:
         ({"messages": TURNS, "image_path": "0.png"}, "the row has 'image_path'.*list its images under `images`"),
         ({"messages": TURNS, "Images": ["0.png"]}, "if it means 'images', write that"),
         ({"messages": TURNS, "system": "s", "conversation": []}, None),
+        (
+            {"messages": TURNS, "audio_files": ["a"]},
+            "the row has 'audio_files'.*-- list its clips under `audios`; if it",
+        ),
+        ({"messages": [TURNS[0], {**TURNS[1], "tool_call": [1]}]}, "'tool_call' .*-- remove the key or the row; if"),
         ({"mesages": TURNS}, "the row has 'mesages'.*'messages'"),
         ({"messages": TURNS, "chosen": "a"}, "preferences are not trained"),
         ({"messages": TURNS, "weight": 0.5}, "say it in each message"),
@@ -106,6 +112,22 @@ def test_keys_that_mean_something(content: dict[str, Any], message: str | None) 
         return
     with pytest.raises(DataError, match=message):
         parse(content)
+
+
+@pytest.mark.parametrize("part", [{"type": "text", "text": "x"}, {"type": "thinking", "thinking": "x"}])
+def test_media_in_parts_of_words_are_bad(part: dict[str, Any]) -> None:
+    for key in row_keys.MEDIA_KEYS:
+        with pytest.raises(DataError, match=f"a {part['type']} part has '{key}'.*a part of its own"):
+            parse({"messages": [{"role": "user", "content": [{**part, key: "a.wav"}]}]})
+        assert not parse({"messages": [{"role": "user", "content": [{**part, key: None}]}]}).unknown_keys
+
+
+@pytest.mark.parametrize("kind", ["image", "video", "audio"])
+@pytest.mark.parametrize("other", ["image", "video", "audio", "image_url", "input_audio", "videos"])
+def test_other_media_in_parts_of_media_are_bad(kind: str, other: str) -> None:
+    if not other.startswith(kind):
+        with pytest.raises(DataError, match=f"{kind} part has '{other}'.*a part of its own|has `{kind}` and `{other}`"):
+            parse(row(user({"type": kind, kind: "a", other: "b"})))
 
 
 @pytest.mark.parametrize("empty", [None, "", [], "[]"])
@@ -192,6 +214,25 @@ def test_keys_that_mean_nothing_are_named(make_qwen_reader: Make, caplog: pytest
         "the key 'messages.mood' means nothing here",
     ]
     assert "2 rows" in notes[0] and "1 rows" in notes[1]
+
+
+@pytest.mark.parametrize(
+    "table", [table for table in vars(row_keys).values() if isinstance(table, row_keys.KeyTable)], ids=lambda t: t.owner
+)
+def test_suggested_keys_are_read(table: row_keys.KeyTable) -> None:
+    for key in (*table.read, *table.refused, *table.unless_rendered):
+        for rendered in (frozenset[str](), frozenset(table.unless_rendered)):
+            fixes: list[str] = []
+
+            def error(what: str, fix: str, fixes: list[str] = fixes) -> DataError:
+                fixes.append(fix)
+                return DataError(what, "row", fix)
+
+            try:
+                table.check({f"{key}s": 1}, error, rendered)
+            except DataError:
+                suggested = re.match("if it means '(.*)', write that", fixes[0])
+                assert not suggested or suggested[1] in (*table.read, *rendered)
 
 
 def test_names_that_a_template_reads() -> None:

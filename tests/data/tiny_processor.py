@@ -11,6 +11,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import (
     Gemma3ImageProcessor,
     Gemma3Processor,
+    Gemma4AudioFeatureExtractor,
+    Gemma4ImageProcessor,
+    Gemma4Processor,
+    Gemma4UnifiedAudioFeatureExtractor,
+    Gemma4UnifiedImageProcessor,
+    Gemma4UnifiedProcessor,
+    Gemma4UnifiedVideoProcessor,
+    Gemma4VideoProcessor,
     PixtralImageProcessor,
     PixtralProcessor,
     PreTrainedTokenizerFast,
@@ -23,6 +31,8 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from demo.gemma3 import CHAT_TEMPLATE
+from demo.gemma4 import CHAT_TEMPLATE as GEMMA4_TEMPLATE
+from demo.gemma4 import MEDIA_TOKENS as GEMMA4_MEDIA_TOKENS
 from demo.mistral3 import CHAT_TEMPLATE as MISTRAL_TEMPLATE
 from demo.mistral3 import PRETOKENIZE_REGEX as TEKKEN_PATTERN
 from demo.mistral3 import SPECIAL_TOKENS as MISTRAL_SPECIAL_TOKENS
@@ -67,20 +77,25 @@ CORPUS = (
 )
 
 
-def build_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of about 400 ids with Gemma 3's control tokens and chat template."""
+def train_bpe(special_tokens: tuple[str, ...]) -> Tokenizer:
+    """A byte-level BPE tokenizer of about 400 ids."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def build_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of about 400 ids with Gemma 3's control tokens and chat template."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=train_bpe(SPECIAL_TOKENS),
         pad_token="<pad>",
         eos_token="<eos>",
         bos_token="<bos>",
@@ -115,6 +130,95 @@ def build_processor(
         tokenizer=build_tokenizer(chat_template),
         chat_template=chat_template,
         image_seq_length=soft_tokens,
+    )
+    processor.save_pretrained(directory)
+    return processor
+
+
+GEMMA4_GENERATION_TEMPLATE = GEMMA4_TEMPLATE.replace(
+    "{{- words(message.content) + '<turn|>' -}}",
+    "{%- generation -%}{{- words(message.content) + '<turn|>' -}}{%- endgeneration -%}",
+)
+
+
+def build_gemma4_tokenizer(chat_template: str | None = GEMMA4_TEMPLATE) -> PreTrainedTokenizerFast:
+    """A tokenizer of about 400 ids with Gemma 4's control tokens."""
+    turns = ("<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|think|>")
+    special = ("<pad>", "<eos>", "<bos>", "<unk>", *turns, *GEMMA4_MEDIA_TOKENS.values(), "<|video|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=train_bpe(special),
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        extra_special_tokens=GEMMA4_MEDIA_TOKENS,
+        chat_template=chat_template,
+    )
+
+
+def build_gemma4_processor(
+    directory: str | Path,
+    patch_size: int = 4,
+    pooling_size: int = 2,
+    image_tokens: int = 140,
+    video_tokens: int = 70,
+    bins: int = 16,
+    chat_template: str | None = GEMMA4_TEMPLATE,
+) -> ProcessorMixin:
+    """Write a Gemma 4 processor into `directory` and return it.
+
+    Args:
+        directory: receives tokenizer, processor and chat template files.
+        patch_size: height and width of a patch, in pixels.
+        pooling_size: patches on each side of what one token stands for.
+        image_tokens: most tokens of an image, one of the numbers that the image processor accepts.
+        video_tokens: most tokens of a frame of a video, likewise.
+        bins: features of a frame of audio.
+        chat_template: template to store; None stores none.
+    """
+    sizes = {"patch_size": patch_size, "pooling_kernel_size": pooling_size}
+    processor = Gemma4Processor(
+        feature_extractor=Gemma4AudioFeatureExtractor(feature_size=bins),
+        image_processor=Gemma4ImageProcessor(max_soft_tokens=image_tokens, **sizes),
+        tokenizer=build_gemma4_tokenizer(chat_template),
+        video_processor=Gemma4VideoProcessor(max_soft_tokens=video_tokens, **sizes),
+        chat_template=chat_template,
+    )
+    processor.save_pretrained(directory)
+    return processor
+
+
+def build_gemma4_unified_processor(
+    directory: str | Path,
+    patch_size: int = 4,
+    pooling_size: int = 2,
+    image_tokens: int = 140,
+    video_tokens: int = 70,
+    samples_per_token: int = 16,
+    chat_template: str | None = GEMMA4_TEMPLATE,
+) -> ProcessorMixin:
+    """Write a processor of Gemma 4 12B, which has no towers, into `directory` and return it.
+
+    It takes audio at 1600 samples per second: as many features per second as Gemma 4's own has frames.
+
+    Args:
+        directory: receives tokenizer, processor and chat template files.
+        patch_size: height and width of a patch before patches are merged, in pixels.
+        pooling_size: patches on each side of what one token stands for.
+        image_tokens: most tokens of an image, one of the numbers that the image processor accepts.
+        video_tokens: most tokens of a frame of a video, likewise.
+        samples_per_token: samples of a frame of audio, which is one token.
+        chat_template: template to store; None stores none.
+    """
+    sizes = {"patch_size": patch_size, "pooling_kernel_size": pooling_size}
+    processor = Gemma4UnifiedProcessor(
+        feature_extractor=Gemma4UnifiedAudioFeatureExtractor(
+            feature_size=samples_per_token, audio_samples_per_token=samples_per_token, sampling_rate=1600
+        ),
+        image_processor=Gemma4UnifiedImageProcessor(max_soft_tokens=image_tokens, **sizes),
+        tokenizer=build_gemma4_tokenizer(chat_template),
+        video_processor=Gemma4UnifiedVideoProcessor(max_soft_tokens=video_tokens, **sizes),
+        chat_template=chat_template,
     )
     processor.save_pretrained(directory)
     return processor

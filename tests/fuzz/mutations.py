@@ -19,10 +19,10 @@ LONGEST_LINE = 1500
 
 VALUES: list[Any] = [
     None, True, False, 0, -1, 1, 2, 3.5, 10**30, -(2**63), float("inf"), float("nan"), "", " ", "x", "0", "null", "[]",
-    "<image>", "<video>", "\ud83d", "\x00", "a" * 5000, "../../etc/passwd", "/dev/zero", "http://[", "data:,", [], {},
-    [[]], [None], {"": None}, {"a": {"b": {}}}, [1, 2, 3],
+    "<image>", "<video>", "<audio>", "\ud83d", "\x00", "a" * 5000, "../../etc/passwd", "/dev/zero", "http://[",
+    "data:,", [], {}, [[]], [None], {"": None}, {"a": {"b": {}}}, [1, 2, 3],
 ]  # fmt: skip
-NAMES = ["", "type", "image", "images", "text", "loss", "weight", "role", "\ud83d", "a" * 300, "__proto__", "index"]
+NAMES = ["", *"type image images audio text loss weight role __proto__ index".split(), "\ud83d", "a" * 300]
 
 
 def mutated(value: Any, rng: random.Random) -> Any:

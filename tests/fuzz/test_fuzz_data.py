@@ -1,4 +1,4 @@
-"""Rows and images that nobody meant: each is read, or is a bad row with one line."""
+"""Rows, images and sounds that nobody meant: each is read, or is a bad row with one line."""
 
 from __future__ import annotations
 
@@ -13,21 +13,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_vlm.data.conversation import ImageSource
+from megatron_vlm.data.audio import load_audio
+from megatron_vlm.data.conversation import AudioSource, ImageSource
 from megatron_vlm.data.describe import check_rows
 from megatron_vlm.data.images import load_image
 from megatron_vlm.data.urls import UrlAccess
 from megatron_vlm.errors import DataError
 from tests.data.conftest import read_rows
-from tests.data.rows import assistant, image, row, user, video
+from tests.data.rows import assistant, audio, image, row, user, video
+from tests.data.sounds import encoded, tone, write_tones
 from tests.fuzz.mutations import check_line, damaged, mutated, within_limits
 
-ROWS, IMAGES = 400, 400
+ROWS, IMAGES, SOUNDS = 400, 400, 400
 SEEDS: list[dict[str, Any]] = [
     row(user("Hello, how are you?"), assistant("I am fine.")),
     row(user(image("0.png"), "What colour?"), assistant("Red."), user(image("1.png"), "And?"), assistant("Blue.")),
     row({"role": "system", "content": "Be kind."}, user({**image("2.png"), "max_pixels": 64}), assistant("Yes.")),
     row(user(video(["0.png", "0.png"], 2)), assistant("A ball.")),
+    row(user(audio("a.wav"), "And?", {"type": "audio_url", "audio_url": {"url": "a.wav"}}), assistant("A tone.")),
+    {"messages": [{"role": "user", "content": "<audio>?"}, {"role": "assistant", "content": "x"}], "audios": ["a.wav"]},
     row(user("a"), {"role": "assistant", "content": "4", "reasoning_content": "two", "loss": True, "weight": 1}),
     {"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "x"}], "images": ["3.png"]},
     {"conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "x"}], "image": "4.png"},
@@ -36,9 +40,12 @@ SEEDS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["builder", "qwen_builder", "mistral_builder"])
+@pytest.mark.parametrize(
+    "family", ["builder", "qwen_builder", "mistral_builder", "gemma4_builder", "gemma4_unified_builder"]
+)
 def test_rows(family: str, folder: Path, factor: int, request: pytest.FixtureRequest) -> None:
     rng = random.Random(f"rows of {family}")
+    write_tones(folder, {"a": 0.2})
     lines: list[str | bytes] = []
     while len(lines) < ROWS * factor:
         line: str | bytes = json.dumps(mutated(rng.choice(SEEDS), rng))
@@ -46,7 +53,9 @@ def test_rows(family: str, folder: Path, factor: int, request: pytest.FixtureReq
             line = damaged(str(line).encode(), rng, head=10_000).replace(b"\n", b"")
         lines.append(line)
     with within_limits(f"{family}, opening"):
-        reader = read_rows(request.getfixturevalue(family), folder, lines, max_bad_fraction=1.0)
+        builder = request.getfixturevalue(family)
+        length = 2 * builder.shortest_image_row_tokens
+        reader = read_rows(builder, folder, lines, max_bad_fraction=1.0, seq_length=max(128, length))
     outcomes = Counter[bool]()
     for number in range(reader.sources[0].num_rows):
         file, _ = reader.sources[0].locate(number)
@@ -90,3 +99,22 @@ def test_images(factor: int) -> None:
                 check_line(case, str(error))
                 outcomes["refused"] += 1
     assert min(outcomes.values()) > IMAGES // 20, outcomes
+
+
+def test_sounds(factor: int) -> None:
+    rng, samples = random.Random("sounds"), tone(0.2, 24000, 2)
+    originals = [encoded(samples, kind, 24000) for kind in ("WAV", "FLAC", "MP3", "OGG")]
+    originals.append(encoded(samples, "OGG", 24000, subtype="OPUS"))
+    outcomes = Counter[str]()
+    for number in range(SOUNDS * factor):
+        data = damaged(rng.choice(originals), rng, head=60)
+        case = f"sound {number}: {data[:200]!r}"
+        with within_limits(case):
+            try:
+                samples = load_audio(AudioSource(data=data), "row", UrlAccess.NONE, 16000, 480_000)
+                assert samples.ndim == 1 and 0 < len(samples) <= 480_000 and np.isfinite(samples).all(), case
+                outcomes["read"] += 1
+            except DataError as error:
+                check_line(case, str(error))
+                outcomes["refused"] += 1
+    assert min(outcomes.values()) > SOUNDS // 20, outcomes

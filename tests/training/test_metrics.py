@@ -40,6 +40,7 @@ METRICS = StepMetrics(
     padded_tokens=200,
     images=6,
     videos=1,
+    audio_clips=2,
     bad_rows=0,
     too_long_rows=0,
     step_seconds=2.0,

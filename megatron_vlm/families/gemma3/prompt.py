@@ -71,7 +71,7 @@ def stack_images(
         patches_per_side: number of rows, and of columns, of patches of each image.
 
     Returns:
-        Pixels [I, channels, height, width], or None without images, and the list of images.
+        "pixel_values" [I, channels, height, width], unless there are no images, and the list of images.
 
     Raises:
         DataError: there are not as many placeholders as the images need.
@@ -85,7 +85,8 @@ def stack_images(
             row_name,
             "check that the processor's image_seq_length is config.json's mm_tokens_per_image",
         )
-    return pixels, [Medium("image", (1, patches_per_side, patches_per_side))] * num_images
+    inputs = {} if pixels is None else {"pixel_values": pixels}
+    return inputs, [Medium("image", (1, patches_per_side, patches_per_side))] * num_images
 
 
 def _refuse_limits(processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:

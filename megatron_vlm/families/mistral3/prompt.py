@@ -89,8 +89,9 @@ def pack_images(
         merge_size: patches per side of a block, for which one token stands.
 
     Returns:
-        Patches [P, channels * patch_size^2], or None without images, and the list of images. Blocks are in raster
-        order, patches in raster order inside each, and values of a patch ordered by channel, row and column.
+        "pixel_values", patches [P, channels * patch_size^2], unless there are no images, and the list of images. Blocks
+        are in raster order, patches in raster order inside each, and values of a patch ordered by channel, row and
+        column.
 
     Raises:
         DataError: the rows of placeholders are not those of the images.
@@ -103,7 +104,8 @@ def pack_images(
     for image, (height, width), (rows, columns) in zip(output.get("pixel_values", ()), sizes, tokens, strict=True):
         blocks = image[:, :height, :width].reshape(-1, rows, merge_size, patch_size, columns, merge_size, patch_size)
         patches.append(blocks.permute(1, 4, 2, 5, 0, 3, 6).reshape(rows * columns * merge_size**2, -1))
-    return (torch.cat(patches) if patches else None), [Medium("image", grid) for grid in grids]
+    inputs = {"pixel_values": torch.cat(patches)} if patches else {}
+    return inputs, [Medium("image", grid) for grid in grids]
 
 
 def _check_placeholders(is_image: np.ndarray, images: Sequence[tuple[int, int]], row_name: str) -> None:
