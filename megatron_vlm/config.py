@@ -28,6 +28,10 @@ class ModelSettings:
     vision_parallelism: Literal["tensor", "data"] = "tensor"
     """Vision tower over the tensor-parallel ranks: split by heads (tensor), or each rank encodes a part of the images
     with a full tower (data)."""
+    image_mask: Literal["window", "transformers"] | None = None
+    """What tokens of images see in gemma4_unified models (12B), of which transformers has two rules; null elsewhere.
+    window, which null means too: as in the other sizes, they see each other on sliding layers only, within the window.
+    transformers: as in its forward pass, they see each other on every layer, whatever the window."""
     freeze: list[str] = field(default_factory=list)
     """What does not train: parts (language_model, vision_tower, audio_tower, projector), and patterns of parameter
     names, in which * also stands for dots (language_model.layers.[0-9].* are the first ten layers). Names are those in
@@ -128,7 +132,7 @@ class DataSettings:
     max_too_long_fraction: float = 0.5
     """Fraction of rows left out as longer than seq_length past which the run ends (too_long: drop or truncate)."""
     allow_urls: bool = False
-    """Fetch images given as http(s) URLs; false refuses them."""
+    """Fetch images and audio given as http(s) URLs; false refuses them."""
     allow_private_urls: bool = False
     """Also from addresses inside the machine's own network, which whoever wrote the data could not reach otherwise."""
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 import types
 import typing
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from megatron_vlm.errors import ConfigError
 from vlm_kernels.gated import Activation
 
+ImageMask = Literal["causal", "window", "whole"]
 # transformers declares its fields as unions (of None, dictionaries, pairs) that it narrows when it builds them.
 Narrowed = Any
 
@@ -39,8 +42,12 @@ class DecoderLayerConfig:
     Attributes:
         intermediate_size: width of the dense feed-forward layer.
         window: number of keys visible on the past side, the token itself included; None is unlimited.
+        image_mask: what tokens of images see, where a family's images see ahead (`PromptRules.bidirectional_images`):
+            no later token ("causal"); the tokens of their image, those of the past within the window ("window"); or all
+            tokens of their image, whatever the window ("whole").
         softmax_scale: factor on attention scores.
-        moe: experts instead of the dense feed-forward layer; None for none.
+        moe: experts; None for none.
+        moe_beside_dense: whether experts stand beside the dense feed-forward layer, not in its place.
     """
 
     num_attention_heads: int
@@ -50,7 +57,9 @@ class DecoderLayerConfig:
     window: int | None
     softmax_scale: float
     norm_eps: float
+    image_mask: ImageMask = "window"
     moe: MoEConfig | None = None
+    moe_beside_dense: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,11 @@ class DecoderConfig:
     tie_word_embeddings: bool
     initializer_range: float
 
+    @property
+    def sharded_sizes(self) -> Mapping[str, int]:
+        """Sizes beside those of layers that are split over the tensor ranks, by the words of a message."""
+        return {}
+
 
 # The parts of a language model without media, and of one with images and videos.
 TEXT_PARTS = ("language_model",)
@@ -72,14 +86,45 @@ VISION_PARTS = ("language_model", "vision_tower", "projector")
 
 
 @dataclass(frozen=True)
-class TowerConfig:
-    """A vision tower."""
+class ImageEncoderConfig:
+    """What turns images into features: a tower, or linear layers alone."""
 
     hidden_size: int
+    num_channels: int
+
+
+@dataclass(frozen=True)
+class TowerConfig(ImageEncoderConfig):
+    """A vision tower."""
+
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_channels: int
+
+
+@dataclass(frozen=True)
+class AudioEncoderConfig(abc.ABC):
+    """What turns audio into features: a tower, or a projector alone."""
+
+    @property
+    @abc.abstractmethod
+    def frame_size(self) -> int:
+        """Number of values in a frame."""
+
+    @property
+    @abc.abstractmethod
+    def frames_per_token(self) -> int:
+        """Frames of a clip that one token stands for; the last token may stand for fewer."""
+
+    @property
+    @abc.abstractmethod
+    def most_tokens(self) -> int | None:
+        """Tokens of the longest clip; None where only rows limit it."""
+
+    @property
+    @abc.abstractmethod
+    def sharded_sizes(self) -> Mapping[str, int]:
+        """Sizes that are split over the tensor ranks, by the words of a message."""
 
 
 @dataclass(frozen=True)
@@ -88,25 +133,42 @@ class VisionLanguageConfig:
 
     Attributes:
         parts: parts of the model, by the first words of its parameters' names.
-        vision: configuration of the vision tower and projector; None where the model has none.
+        vision: configuration of the vision tower, or of what stands in its place, and projector; None where the model
+            takes no images.
         image_token_id: token id of image placeholders; None where the model takes no images.
+        audio: configuration of the audio tower, or of what stands in its place; None where the model takes no audio.
     """
 
     parts: tuple[str, ...]
     text: DecoderConfig
-    vision: TowerConfig | None
+    vision: ImageEncoderConfig | None
     image_token_id: int | None
+    audio: AudioEncoderConfig | None = field(default=None, kw_only=True)
 
     @property
     def text_only(self) -> bool:
         """Whether the model is text-only: a language model that takes no media."""
         return self.parts == TEXT_PARTS
 
+    @property
+    def image_mask(self) -> str | None:
+        """Value of `model.image_mask` that the model has; None for models without a choice."""
+        return None
+
+    @property
+    def media(self) -> str:
+        """What media the model takes, and its image mask where it has a choice, in words."""
+        taken = [kind for kind, part in (("images", self.vision), ("audio", self.audio)) if part is not None]
+        mask = f" (image_mask {self.image_mask})" if self.image_mask else ""
+        return f"with {' and '.join(taken)}{mask}" if taken else "text only"
+
 
 # Far above any published size; planning makes lists and tensors without memory of these lengths.
 LARGEST_SIZE = 2**24
 MOST_LAYERS = 10_000
-_FROM_ZERO = ("pad_token_id", "image_token_id", "video_token_id", "deepstack_layers", "mscale", "mscale_all_dim")
+_FROM_ZERO = (
+    "pad_token_id image_token_id video_token_id audio_token_id keys_of_layer deepstack_layers mscale mscale_all_dim"
+).split()
 _SCALES = ("factor", "rope_scaling_factor", "attention_factor", "beta_fast", "beta_slow")
 _RANGES: dict[str, tuple[float, float]] = {
     "norm_eps": (1e-12, 0.1),
@@ -151,8 +213,8 @@ def check_numbers(config: Any, model: str, part: str = "") -> None:
     Raises:
         ConfigError: names the first such number by its part and field.
     """
-    for field, kind in typing.get_type_hints(type(config)).items():
-        value, name = getattr(config, field), f"{part}{field}"
+    for attribute, kind in typing.get_type_hints(type(config)).items():
+        value, name = getattr(config, attribute), f"{part}{attribute}"
         kinds = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
         if value is None and type(None) in kinds:
             continue
@@ -163,7 +225,7 @@ def check_numbers(config: Any, model: str, part: str = "") -> None:
             if dataclasses.is_dataclass(item):
                 check_numbers(item, model, f"{name}.")
             elif int in kinds or float in kinds:
-                require(_is_possible(item, field, float in kinds), f"{name} {item!r}", model)
+                require(_is_possible(item, attribute, float in kinds), f"{name} {item!r}", model)
     if isinstance(config, DecoderConfig):
         require(config.layers != (), f"{part}num_hidden_layers 0", model)
         padding, size = config.pad_token_id, config.vocab_size

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.errors import ConfigError, UserError
 from megatron_vlm.files.assets import ASSET_PATTERNS
 from megatron_vlm.files.small_files import read_small
 from megatron_vlm.model_configs import check_numbers, check_raw_config
@@ -41,24 +41,38 @@ class Family:
         chunk_class: class in `model.py`, called with (model configuration, chunk settings, process groups).
         head_tells_tie: whether the weight files decide if embedding and head are tied: they are if and only if the
             files hold no head. Published config.json files lack the key, or have it where transformers does not look.
+        image_mask_types: those of `model_types` with a choice of what tokens of images see (`model.image_mask`).
     """
 
     name: str
     model_types: tuple[str, ...]
     chunk_class: str
     head_tells_tie: bool = False
+    image_mask_types: tuple[str, ...] = ()
 
-    def config_from_hf(self, hf_config: PretrainedConfig, text_only: bool) -> Any:
+    def config_from_hf(self, hf_config: PretrainedConfig, text_only: bool, image_mask: str | None = None) -> Any:
         """Return the family's model configuration; ConfigError where its modules cannot compute what is asked."""
+        choices = {} if image_mask is None else {"image_mask": image_mask}
+        if choices and not self.chooses_image_mask(hf_config):
+            raise ConfigError(
+                f"model.image_mask is {image_mask}, but {hf_config.model_type} models have no choice",
+                fix="set it to null",
+            )
         try:
-            config = self._function("config", "config_from_hf")(hf_config, text_only)
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            config = self._function("config", "config_from_hf")(hf_config, text_only, **choices)
+        except UserError:
+            raise
+        except Exception as error:  # transformers has errors of its own, for attributes that layers do not share
             reason = f"{type(error).__name__}: {error}"
             raise ConfigError(
                 f"a value cannot be used ({reason})", "config.json", "use a published configuration"
             ) from error
         check_numbers(config, self.name)
         return config
+
+    def chooses_image_mask(self, hf_config: PretrainedConfig) -> bool:
+        """Whether a model has a choice of what tokens of images see."""
+        return hf_config.model_type in self.image_mask_types
 
     def build_chunk(
         self, model_config: VisionLanguageConfig, chunk: ChunkSettings, groups: ProcessGroupCollection
@@ -83,6 +97,12 @@ class Family:
 _AGAIN = "download or export it again"
 FAMILIES = (
     Family("gemma3", ("gemma3", "gemma3_text"), "Gemma3Chunk"),
+    Family(
+        "gemma4",
+        ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"),
+        "Gemma4Chunk",
+        image_mask_types=("gemma4_unified", "gemma4_unified_text"),
+    ),
     Family("qwen3_vl", ("qwen3_vl", "qwen3_vl_moe"), "Qwen3VLChunk"),
     Family("mistral3", ("mistral3", "mistral", "ministral3"), "Mistral3Chunk", head_tells_tie=True),
 )

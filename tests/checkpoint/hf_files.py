@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,9 +102,7 @@ def write_config(directory: Path, config: dict[str, Any]) -> None:
 
 def change_manifest(source: Path, target: Path, **changes: object) -> Path:
     """Copy a checkpoint that says something else about itself, as if saved so."""
-    target.mkdir()
-    for path in source.iterdir():
-        (target / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(source, target)
     content = json.loads((source / "megatron_vlm.json").read_text())
     del content["crc32"]
     (target / "megatron_vlm.json").write_text(json.dumps(content | changes))

@@ -22,20 +22,17 @@ from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.parameters import spec_of
 from megatron_vlm.parallel.sharding import splits
 from megatron_vlm.parallel.simulate import simulated_rank
-from tests import published_gemma3, published_mistral3, published_qwen3_vl
-from tests.families import FAMILIES, gemma3
+from tests import published_gemma3, published_gemma4, published_mistral3, published_qwen3_vl
+from tests.families import FAMILIES, gemma3, gemma4
 from tests.families.tiny_family import TinyFamily, find
 
 # Beyond this share of a whole stage (in bytes), "small" is no longer true. Measured: 0.21 % at most (Gemma 3 4B,
-# TP2 x PP2), of Qwen3-VL 0.06 % (8B, TP8), of Mistral3 0.21 % (3B, TP2 x PP2).
+# TP2 x PP2), of Qwen3-VL 0.06 % (8B, TP8), of Mistral3 0.21 % (3B, TP2 x PP2), of Gemma 4 without inputs of layers
+# 0.14 % (26B-A4B, TP4), with them 1.3 % (E4B, TP2 x PP2).
 SMALL = 0.005
-REPLICATED_KEYS = {
-    r"language_model\.layers\.\d+\.self_attn\.[kv]_proj\.weight": (
-        "more tensor ranks than key/value heads: a shard would split a head"
-    )
-}
+SMALL_OF_TINY = 0.25
 # Each rank encodes its own images with a whole tower: no exchange inside it, at the price of its memory.
-REPLICATED_VISION = {r"(vision_tower|projector)\..*": "model.vision_parallelism: data"}
+REPLICATED_VISION = {r"(vision_tower|projector(?!\.audio))\..*": "model.vision_parallelism: data"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +60,7 @@ class Case:
 def held_by_stage(hf_config: PretrainedConfig, case: Case) -> list[dict[str, tuple[int, int, bool]]]:
     """By name: bytes on one rank of each stage, how many ranks divide it by its marks, and whether it is an expert."""
     family, model_config = describe(hf_config)
+    buffers = family.weight_map(model_config).buffers
     layout = Layout.over(
         case.stage_size * case.pipeline,
         num_layers=len(model_config.text.layers),
@@ -87,10 +85,19 @@ def held_by_stage(hf_config: PretrainedConfig, case: Case) -> list[dict[str, tup
                 for name, parameter in chunk.named_parameters():
                     assert parameter.device.type == "meta"
                     assert name not in found, f"{name} is on this rank twice"
+                    assert (spec_of(parameter).kind == "buffer") == (name in buffers), name
                     divisor = math.prod(split.group.size() for split in splits(parameter, groups))
                     found[name] = (parameter.nbytes, divisor, spec_of(parameter).is_expert)
         stages.append(found)
     return stages
+
+
+def replicated_keys(hf_config: PretrainedConfig, case: Case) -> dict[str, str]:
+    """The projections of keys and values with fewer heads than tensor ranks."""
+    layers = describe(hf_config)[1].text.layers
+    short = [str(index) for index, layer in enumerate(layers) if layer.num_key_value_heads < case.tensor]
+    pattern = rf"language_model\.layers\.({'|'.join(short)})\.self_attn\.[kv]_proj\.weight"
+    return {pattern: "more tensor ranks than key/value heads: a shard would split a head"} if short else {}
 
 
 def describe(hf_config: PretrainedConfig) -> tuple[registry.Family, Any]:
@@ -110,9 +117,12 @@ def matches(name: str, patterns: Mapping[str, str]) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
-def check(hf_config: PretrainedConfig, case: Case, extra: dict[str, str], small: float) -> None:
+def check(
+    hf_config: PretrainedConfig, case: Case, extra: dict[str, str], small: float, family: TinyFamily | None = None
+) -> None:
+    """`family` has the list; by default, the entry of the configuration's model_type."""
     whole = whole_bytes(hf_config)
-    listed = find(hf_config.model_type).replicated
+    listed = (family or find(hf_config.model_type)).replicated
     replicated_names = {**listed, **extra}
     stages = held_by_stage(hf_config, case)
     used = set()
@@ -169,8 +179,7 @@ def test_published_sizes_of_gemma3(size: str, case: Case) -> None:
 )
 def test_published_sizes_of_qwen3_vl(size: str, case: Case) -> None:
     hf_config = published_qwen3_vl.published_config(size)
-    key_heads = hf_config.text_config.num_key_value_heads
-    check(hf_config, case, REPLICATED_KEYS if case.tensor > key_heads else {}, SMALL)
+    check(hf_config, case, replicated_keys(hf_config, case), SMALL)
 
 
 @pytest.mark.parametrize(
@@ -187,21 +196,41 @@ def test_published_sizes_of_mistral3(size: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize(
+    ("size", "family", "case", "small"),
+    [
+        # The linear layers of the inputs that layers have of their own are whole by design: 2 % of a layer.
+        ("e2b", gemma4.GEMMA4, Case(2), 0.02),
+        ("e4b", gemma4.GEMMA4, Case(2, pipeline=2), 0.02),
+        ("26b_a4b", gemma4.WITH_MOE, Case(4, sequence_parallel=True, expert=8), SMALL),
+        ("31b", gemma4.DENSE, Case(8, sequence_parallel=True), SMALL),
+        ("12b", gemma4.UNIFIED, Case(4, sequence_parallel=True), SMALL),
+    ],
+    ids=str,
+)
+def test_published_sizes_of_gemma4(size: str, family: TinyFamily, case: Case, small: float) -> None:
+    hf_config = published_gemma4.published_config(size)
+    check(hf_config, case, replicated_keys(hf_config, case), small, family)
+
+
+@pytest.mark.parametrize(
     "hf_config",
     [
         published_gemma3.published_config("4b"),
+        published_gemma4.published_config("e4b"),
         published_qwen3_vl.published_config("8b"),
         published_mistral3.published_config("ministral3_8b"),
     ],
     ids=lambda config: config.model_type,
 )
 def test_divided_images_replicate_the_tower_and_nothing_else(hf_config: PretrainedConfig) -> None:
-    check(hf_config, Case(4, vision="data"), REPLICATED_VISION, 1.0)
+    case = Case(4, vision="data")
+    check(hf_config, case, REPLICATED_VISION | replicated_keys(hf_config, case), 1.0)
 
 
 def test_more_tensor_ranks_than_key_heads() -> None:
     """The tiny model has two: 4 ranks hold keys and values whole. Its vectors are not small beside its matrices."""
-    check(gemma3.GEMMA3.config, Case(4), REPLICATED_KEYS, 0.2)
+    config, case = gemma3.GEMMA3.config, Case(4)
+    check(config, case, replicated_keys(config, case), SMALL_OF_TINY)
 
 
 def tiny_case(family: TinyFamily) -> Case:
@@ -211,10 +240,12 @@ def tiny_case(family: TinyFamily) -> Case:
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family.tables.step], ids=str)
 def test_tiny(family: TinyFamily) -> None:
-    check(family.config, tiny_case(family), {}, 0.2)
+    case = tiny_case(family)
+    check(family.config, case, replicated_keys(family.config, case), SMALL_OF_TINY, family)
 
 
 @pytest.mark.parametrize("vision", ["tensor", "data"])
 def test_tiny_on_one_stage(vision: str) -> None:
     divided = vision == "data"
-    check(gemma3.GEMMA3.config, Case(2, vision=vision), REPLICATED_VISION if divided else {}, 1.0 if divided else 0.2)
+    extra, small = (REPLICATED_VISION, 1.0) if divided else ({}, SMALL_OF_TINY)
+    check(gemma3.GEMMA3.config, Case(2, vision=vision), extra, small)

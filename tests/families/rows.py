@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.data.rows import assistant, image, row, user, video
+from tests.data.rows import assistant, audio, image, row, user, video
 
 GLOBAL_BATCH = 8
 # Height and width of "0.png", "1.png", ...
@@ -30,6 +30,18 @@ VIDEO_ROWS: Rows = (
     row(user("Is it ", video(FRAMES[:2]), " or ", image("1.png"), "?"), assistant("left")),
     row(user(video(FRAMES, fps=2), "How many squares are there?"), assistant("There are three squares, I am sure.")),
     *MIXED_ROWS[7:],
+)
+# Seconds of "0.wav", "1.wav", ...
+SOUND_LENGTHS = (0.31, 0.17, 0.42)
+# The same with clips of different lengths, of which some stand beside an image and one in another's turn.
+AUDIO_ROWS: Rows = (
+    VIDEO_ROWS[0],
+    row(user(image("0.png"), audio("0.wav"), "What colour is the shape?"), assistant("red")),
+    row(user("What is said in ", audio("1.wav"), " and ", audio("2.wav"), "?"), assistant("Three, then four.")),
+    *VIDEO_ROWS[3:5],
+    VIDEO_ROWS[5],
+    row(user(audio("2.wav")), assistant("It is four."), user("And here?", audio("0.wav")), assistant("seven")),
+    VIDEO_ROWS[7],
 )
 TEXT_ROWS: Rows = tuple(
     row(user(f"Say the colour {count} times."), assistant(" ".join(["red", "green", "blue"] * count)))

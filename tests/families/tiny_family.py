@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+from megatron_vlm.families import registry
 from tests.families.layouts import LayoutTables
 from tests.families.rows import MIXED_ROWS
 from tests.parity.comparison import Expected, expected
@@ -94,6 +95,12 @@ class TinyFamily:
         return self.model().config
 
     @property
+    def settings(self) -> dict[str, str]:
+        """With which a run computes what transformers does ("section.key" -> value)."""
+        has_choice = registry.detect(self.config).chooses_image_mask(self.config)
+        return {"model.image_mask": "transformers"} if has_choice else {}
+
+    @property
     def has_tower(self) -> bool:
         """Not a language model alone."""
         return hasattr(self.config, "vision_config")
@@ -101,7 +108,8 @@ class TinyFamily:
     @property
     def has_experts(self) -> bool:
         """In some layers."""
-        return hasattr(self.config.get_text_config(), "num_experts_per_tok")
+        model_config = registry.detect(self.config).config_from_hf(self.config, text_only=False)
+        return any(layer.moe is not None for layer in model_config.text.layers)
 
     def write(self, folder: Path) -> str:
         """The model as a Hugging Face directory."""

@@ -125,7 +125,9 @@ def set_up(
     """A model loaded from a Hugging Face directory, wrapped for data parallelism, in this rank's place."""
     hf_config = registry.load_hf_config(hf_dir)
     family = registry.detect(hf_config)
-    model_config = family.config_from_hf(hf_config, text_only=False)
+    # What transformers' forward pass computes.
+    image_mask = "transformers" if family.chooses_image_mask(hf_config) else None
+    model_config = family.config_from_hf(hf_config, False, image_mask)
     ranks = layout.ranks(len(model_config.text.layers))
     groups = build_groups(ranks)
     initialize_megatron(1, groups)
@@ -193,7 +195,8 @@ def _record_logits(model: Sequence[torch.nn.Module], groups: ProcessGroupCollect
         (part,) = multiply(language_model.norm(x), [weight], groups.tp, head.sequence_parallel)
         parts = [torch.empty_like(part) for _ in range(groups.tp.size())]
         torch.distributed.all_gather(parts, part.contiguous(), group=groups.tp)
-        return torch.cat(parts, dim=-1).transpose(0, 1).cpu()
+        whole = torch.cat(parts, dim=-1).transpose(0, 1).cpu()
+        return whole if head.softcap is None else head.softcap * torch.tanh(whole / head.softcap)
 
     def losses(x: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         recorded.append(logits(x))
@@ -261,6 +264,11 @@ def our_name(name: str) -> str:
 
 OUR_PREFIXES = {
     "multi_modal_projector.": "projector.",
+    "embed_vision.multimodal_embedder.": "projector.vision.",
+    "embed_vision.embedding_projection.": "projector.vision.embedding_projection.",
+    "embed_vision.": "vision_tower.",
+    "embed_audio.": "projector.audio.",
+    "audio_tower.": "audio_tower.",
     "visual.merger.": "projector.merger.",
     "visual.deepstack_merger_list.": "projector.deepstack_merger_list.",
     "visual.": "vision_tower.",

@@ -18,8 +18,9 @@ from megatron_vlm.data.media import Grid, Medium
 from megatron_vlm.data.prompts import Sample
 from megatron_vlm.families import registry
 
-Part = int | tuple[int, int] | tuple[int, int, int]
-"""Text tokens; or an image's rows and columns of patches; or a video's frames, rows and columns."""
+Part = int | tuple[int] | tuple[int, int] | tuple[int, int, int]
+"""Text tokens; or the frames of a clip of audio; or an image's rows and columns of patches; or a video's frames, rows
+and columns."""
 Document = Sequence[Part]
 Rows = Sequence[Document]
 """One document in each row."""
@@ -55,13 +56,15 @@ def text_inputs(batch: MicroBatch) -> dict[str, torch.Tensor]:
 
 
 def pieces(samples: Sequence[Sample], kind: str) -> list[tuple[Grid, torch.Tensor]]:
-    """Grid and patches of each medium of a kind."""
+    """Grid, and patches or frames, of each medium of a kind."""
     found = []
-    for sample in (sample for sample in samples if sample.media):
-        patches = sample.media_inputs["pixel_values"].split([math.prod(medium.grid) for medium in sample.media])
-        found += [
-            (medium.grid, part) for medium, part in zip(sample.media, patches, strict=True) if medium.kind == kind
-        ]
+    for sample in samples:
+        media = [medium for medium in sample.media if (medium.kind == "audio") == (kind == "audio")]
+        if not media:
+            continue
+        inputs = sample.media_inputs["audio_features" if kind == "audio" else "pixel_values"]
+        parts = inputs.split([math.prod(medium.grid) for medium in media])
+        found += [(medium.grid, part) for medium, part in zip(media, parts, strict=True) if medium.kind == kind]
     return found
 
 
@@ -73,11 +76,15 @@ class DocumentWriter:
         first_special_id: smaller ids are text.
         patch_features: numbers in one patch; where all images have one size, in a whole one.
         write: tokens of an image or video: (frames, rows, columns, is video, random numbers) to ids.
+        frame_size: numbers in a frame of audio; None for a family without.
+        write_audio: tokens of a clip, from its frames.
     """
 
     first_special_id: int
     patch_features: int
     write: Callable[[int, int, int, bool, Random], list[int]]
+    frame_size: int | None = None
+    write_audio: Callable[[int], list[int]] | None = None
 
     def text(self, count: int, generator: Random) -> list[int]:
         """Random tokens of text."""
@@ -92,6 +99,11 @@ class DocumentWriter:
             if isinstance(part, int):
                 ids += self.text(part, generator)
                 continue
+            if len(part) == 1:
+                assert self.write_audio is not None
+                ids += self.write_audio(part[0])
+                media.append(Medium("audio", (part[0], 1, 1)))
+                continue
             is_video = len(part) == 3
             frames, height, width = part if len(part) == 3 else (1, *part)
             ids += self.write(frames, height, width, is_video, generator)
@@ -99,10 +111,12 @@ class DocumentWriter:
         sample = Sample(np.array(ids, np.int64), np.zeros(0, bool), media)
         sample.trained = (generator.random(len(ids)) < 0.6) & (sample.input_ids < self.first_special_id)
         sample.trained[-1] = True
-        if media:
-            patches = sum(math.prod(medium.grid) for medium in media)
-            pixels = generator.standard_normal((patches, self.patch_features), np.float32)
-            sample.media_inputs = {"pixel_values": torch.from_numpy(pixels)}
+        sizes = {"pixel_values": self.patch_features, "audio_features": self.frame_size}
+        for name, size in sizes.items():
+            count = sum(math.prod(medium.grid) for medium in media if (medium.kind == "audio") == ("audio" in name))
+            if count:
+                inputs = generator.standard_normal((count, size), np.float32)
+                sample.media_inputs[name] = torch.from_numpy(inputs)
         return sample
 
 

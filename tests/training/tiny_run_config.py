@@ -19,9 +19,10 @@ from megatron_vlm.training.setup import set_up
 from megatron_vlm.training.signals import StopRequests
 from tests.checkpoint.tiny_run import prepare_process
 from tests.data.rows import write_jsonl
+from tests.data.sounds import write_tones
 from tests.data.tiny_processor import build_tokenizer
 from tests.families.gemma3 import GEMMA3
-from tests.families.rows import GLOBAL_BATCH, IMAGE_SIZES, TEXT_ROWS
+from tests.families.rows import GLOBAL_BATCH, IMAGE_SIZES, SOUND_LENGTHS, TEXT_ROWS
 from tests.families.tiny_family import TinyFamily
 
 
@@ -47,6 +48,7 @@ def build_multimodal(folder: Path, family: TinyFamily, dtype: torch.dtype = torc
     for number, size in enumerate(IMAGE_SIZES):
         pixels = torch.randint(0, 256, (*size, 3), generator=generator, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+    write_tones(folder, {str(number): seconds for number, seconds in enumerate(SOUND_LENGTHS)})
     write_jsonl(folder / "mixed.jsonl", list(family.rows))
     write_jsonl(folder / "text.jsonl", list(TEXT_ROWS))
     return TinyFiles(family, folder / "model", folder / "mixed.jsonl")
@@ -62,12 +64,12 @@ def build_text(folder: Path) -> TinyFiles:
 
 
 def tiny_config(files: TinyFiles, run_dir: Path, settings: Mapping[str, Any]) -> Config:
-    """A configuration in fp32, rows in file order, with `settings` ("section.key" -> value) over it."""
+    """A configuration in fp32, rows in file order, with the family's settings and these ("section.key" -> value)."""
     defaults = {
         "run_dir": str(run_dir),
         "model.hf_path": str(files.model),
         "data.train": [{"path": str(files.data)}],
-        "data.seq_length": 128,
+        "data.seq_length": 512,
         "data.num_workers": 0,
         "data.shuffle": False,
         "data.strict": True,
@@ -75,7 +77,9 @@ def tiny_config(files: TinyFiles, run_dir: Path, settings: Mapping[str, Any]) ->
         "train.global_batch_size": GLOBAL_BATCH,
         "train.precision": "fp32",
     }
-    return load_config([f"--{key}={_argument(value)}" for key, value in (defaults | dict(settings)).items()])
+    return load_config(
+        [f"--{key}={_argument(value)}" for key, value in (defaults | files.family.settings | dict(settings)).items()]
+    )
 
 
 def _argument(value: Any) -> str:

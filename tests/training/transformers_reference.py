@@ -67,6 +67,8 @@ def _encode(processor: Any, messages: list[dict[str, Any]], folder: Path) -> dic
         for part in [{"type": "text", "text": parts}] if isinstance(parts, str) else parts:
             if part["type"] == "image":
                 part = {"type": "image", "image": str(folder / part["image"])}
+            elif part["type"] == "audio":
+                part = {"type": "audio", "audio": str(folder / part["audio"])}
             elif part["type"] == "video":
                 rates.append((len(part["video"]), part.get("fps")))
                 part = {"type": "video", "video": [str(folder / frame) for frame in part["video"]]}
