@@ -84,14 +84,16 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _import(options: argparse.Namespace) -> int:
     from megatron_vlm.conversion.convert import import_checkpoint
-    from megatron_vlm.conversion.passthrough import describe
+    from megatron_vlm.conversion.passthrough import describe, describe_unread
 
     _raise_if_interrupted()
     began = time.monotonic()
-    carried = import_checkpoint(options.hf, options.out)
+    found = import_checkpoint(options.hf, options.out)
     print(f"imported {options.hf} to {options.out} in {time.monotonic() - began:.2f} s")
-    if carried:
-        print(describe(carried))
+    if found.passthrough:
+        print(describe(found.passthrough))
+    if found.unread:
+        print(describe_unread(found.unread))
     return 0
 
 

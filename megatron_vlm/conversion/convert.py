@@ -50,7 +50,7 @@ class Comparison:
     differences: tuple[Difference, ...]
 
 
-def import_checkpoint(hf_dir: str | os.PathLike, out_dir: str | os.PathLike) -> tuple[str, ...]:
+def import_checkpoint(hf_dir: str | os.PathLike, out_dir: str | os.PathLike) -> FoundTensors:
     """Write a Hugging Face directory's weights as a distributed checkpoint that loads in any layout.
 
     Args:
@@ -58,7 +58,8 @@ def import_checkpoint(hf_dir: str | os.PathLike, out_dir: str | os.PathLike) -> 
         out_dir: the new checkpoint; missing or empty.
 
     Returns:
-        Names of the tensors that are only carried through.
+        The tensors of the directory: those that were read, those that are only carried through, and those that were
+        left out.
 
     Raises:
         CheckpointError: unreadable source, weights that do not fit config.json, or a target that is not empty.
@@ -76,7 +77,7 @@ def import_checkpoint(hf_dir: str | os.PathLike, out_dir: str | os.PathLike) -> 
             keep_passthrough(reader, found.passthrough, staging)
             identity = identity_of(hf_dir, family.name, model_config)
             Manifest(identity=identity, passthrough=found.passthrough).write(staging)
-    return found.passthrough
+    return found
 
 
 def _import_weights(reader: SafetensorsReader, tensors: Mapping[str, HfTensor], staging: Path) -> None:

@@ -85,7 +85,7 @@ def plan_export(
     """Decide names, dtypes and files of an export.
 
     Everything follows the weights in `hf_dir`, but float8 weights are written as bfloat16 in shards of 5 GB. Where they
-    cannot be followed (there are none, or the language model of a multimodal model is exported alone), names are those
+    cannot be followed (there are none, or a language model is exported that they hold with its towers), names are those
     of published files, shards are of 5 GB, and dtypes those of the weights in `hf_dir`, else of config.json, else of
     the model. Shards are of 5 GB, too, where other tensors are carried through than `hf_dir` has.
 
@@ -127,7 +127,7 @@ def plan_export(
         with open_weights(source) as reader:
             found = weight_map.match(reader)
             beside = {name: reader.tensors[name] for name in found.passthrough}
-            if not is_language_model:
+            if not (is_language_model or found.unread):
                 if _described(passthrough) == _described(beside):
                     return plan(reader.files, found.with_copies)
                 tensors = found.with_copies
@@ -155,7 +155,7 @@ def _described(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[torch.dty
 def _is_language_model(hf_config: PretrainedConfig, weight_map: WeightMap) -> bool:
     """Whether the map is of the language model only while the configuration describes a multimodal model."""
     is_text = {name.split(".")[0] for name, _ in weight_map.items()} == {"language_model"}
-    return is_text and hf_config.get_text_config() is not hf_config
+    return is_text and weight_map.text_only_class is not None and hf_config.get_text_config() is not hf_config
 
 
 def _config_dtype(hf_config: PretrainedConfig) -> torch.dtype | None:

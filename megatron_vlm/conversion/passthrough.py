@@ -173,3 +173,8 @@ def _read_checked(
 def describe(names: Sequence[str]) -> str:
     """One line about tensors that are only carried through."""
     return f"{len(names)} tensors are carried through as they are, untrained: {abbreviate(names)}"
+
+
+def describe_unread(names: Sequence[str]) -> str:
+    """One line about tensors that a text-only model does not read."""
+    return f"{len(names)} tensors of towers are not read, as the model is text-only: {abbreviate(names)}"

@@ -28,11 +28,13 @@ class FoundTensors:
         tensors: tensors that hold every weight exactly once.
         tied_copies: further tensors that repeat a tied weight.
         passthrough: names of tensors that are only carried through.
+        unread: names of tensors of towers, which a text-only model does not read.
     """
 
     tensors: dict[str, HfTensor]
     tied_copies: dict[str, HfTensor]
     passthrough: tuple[str, ...]
+    unread: tuple[str, ...]
 
     @property
     def with_copies(self) -> dict[str, HfTensor]:
@@ -52,6 +54,7 @@ class WeightMap:
             (`_keys_to_ignore_on_load_unexpected`). They are carried through: kept as they are, and exported again.
         text_only_class: (architecture, model_type) of the text-only language model, for `config.json`.
         text_only_settings: keys of its `config.json` that differ from the text part of a multimodal one.
+        buffer_patterns: regular expressions that match the whole of our names of what never trains.
     """
 
     groups: tuple[WeightGroup, ...]
@@ -60,12 +63,19 @@ class WeightMap:
     passthrough: tuple[str, ...] = ()
     text_only_class: tuple[str, str] | None = None
     text_only_settings: Mapping[str, object] = field(default_factory=dict)
+    buffer_patterns: tuple[str, ...] = ()
 
     def items(self) -> Iterator[tuple[str, Weight]]:
         """Yield (our name, weight) in the order of the model."""
         for group in self.groups:
             for weight in group.weights:
                 yield group.prefix + weight.suffix, weight
+
+    @property
+    def buffers(self) -> frozenset[str]:
+        """Our names of the weights that never train: parameters of kind `buffer`."""
+        names = (name for name, _ in self.items())
+        return frozenset(name for name in names if any(re.fullmatch(each, name) for each in self.buffer_patterns))
 
     def as_written(self) -> dict[str, HfTensor]:
         """Return the tensors that an export writes without an example, by their names there."""
@@ -98,10 +108,11 @@ class WeightMap:
             for name, copy in tensors_of(group, _used_prefix(group, reader.tensors)).items():
                 if name in reader.tensors:
                     copies[name] = replace(copy, parts=(HfPart(source, copy.parts[0].weight),))
-        found = FoundTensors(tensors, copies, self.passthrough_in(reader.tensors))
+        unread = tuple(name for name in reader.tensors if name.startswith(self.unread_hf_prefixes))
+        found = FoundTensors(tensors, copies, self.passthrough_in(reader.tensors), unread)
         assert found.with_copies.keys().isdisjoint(found.passthrough), f"{self.passthrough} fit weights of the model"
         _refuse_quantized(reader, found.with_copies)
-        read = {name for name in reader.tensors if not name.startswith(self.unread_hf_prefixes)}
+        read = reader.tensors.keys() - set(unread)
         _refuse_differences(
             {name: tensor.shape for name, tensor in found.with_copies.items()},
             {name: reader.tensors[name].shape for name in sorted(read.difference(found.passthrough))},
