@@ -498,6 +498,9 @@ ALLOWED_WORDS = {
         '"""Where the run computes; auto takes CUDA where the machine has an NVIDIA device, and the CPU elsewhere."""',
     },
     "pretrain_vlm.py": {'"cpu"'},
+    # A comparison runs on the host.
+    "tools/compare_loss.py": {'"cpu"'},
+    "megatron_vlm/conversion/loss_comparison.py": {'"cpu"'},
     "megatron_vlm/planning/dry_run.py": {'"cpu"'},
     "megatron_vlm/checkpoint/torch_dist.py": {'"cpu"'},  # into host memory, whatever the device
     "megatron_vlm/data/template_trial.py": {"RLIMIT_CPU"},  # of processors' time
