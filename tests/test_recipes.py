@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 from megatron_vlm.cli import load_config
 from megatron_vlm.config import Config
@@ -18,18 +20,18 @@ from megatron_vlm.families import registry
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.planning.memory import RankMemory, estimate_memory, trace_stages
 from megatron_vlm.planning.preflight import check_layout
-from tests import published_gemma3, published_mistral3, published_qwen3_vl
+from tests import published_gemma3, published_gemma4, published_mistral3, published_qwen3_vl
 from tests.sizes import two_sizes
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 GPU_BYTES = 80e9
-IMAGES_OF_A_FULL_ROW = 4.0  # of 1,024 tokens each
 SIZES: dict[str, PretrainedConfig] = {
     **{f"gemma3_{name}": published_gemma3.published_config(name) for name in published_gemma3.TEXT_SIZES},
+    **{f"gemma4_{name}": published_gemma4.published_config(name) for name in published_gemma4.SIZES},
     **{f"qwen3_vl_{name}": published_qwen3_vl.published_config(name) for name in published_qwen3_vl.SIZES},
     **{name: published_mistral3.published_config(name) for name in published_mistral3.SIZES},
 }
-ONE_OF_EACH = "gemma3_12b", "qwen3_vl_8b", "qwen3_vl_30b_a3b", "ministral3_8b"
+ONE_OF_EACH = "gemma3_12b", "gemma4_e4b", "gemma4_12b", "qwen3_vl_8b", "qwen3_vl_30b_a3b", "ministral3_8b"
 
 
 def record(name: str) -> tuple[registry.Family, Any, dict[str, tuple[int, ...]]]:
@@ -49,23 +51,73 @@ def recipe(name: str, *overrides: str) -> tuple[Config, Layout, str]:
     return config, check_layout(config, model_config, int(started[1]) * int(started[2]), shapes), path.read_text()
 
 
+def images_of_a_full_row(family: registry.Family) -> float:
+    """As recipes limit them: to 280 tokens each, or 1,024."""
+    return 15.0 if family.name == "gemma4" else 4.0
+
+
 @cache
-def memory(name: str, images_per_row: float) -> list[RankMemory]:
+def memory(name: str) -> list[RankMemory]:
+    """With rows full of images, and a clip of audio in each where the model takes audio."""
     family, model_config, _ = record(name)
     config, layout, _ = recipe(name)
-    return estimate_memory(config, family, model_config, layout, images_per_row)
+    return estimate_memory(config, family, model_config, layout, images_of_a_full_row(family), clips_per_row=1.0)
+
+
+def without_memory(hf_config: PretrainedConfig) -> PreTrainedModel:
+    """transformers' model of a configuration, with shapes alone."""
+    is_text = not hasattr(hf_config, "vision_config")
+    auto = AutoModelForCausalLM if is_text else AutoModelForImageTextToText
+    with torch.device("meta"):
+        return auto.from_config(hf_config)
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_parameters_equal_transformers(name: str) -> None:
-    """Shapes of the weight map, without padding, add up to transformers' own model, built without memory."""
-    auto = AutoModelForCausalLM if SIZES[name].model_type == "gemma3_text" else AutoModelForImageTextToText
-    with torch.device("meta"):
-        reference = auto.from_config(SIZES[name])
+    """Shapes of the weight map, without padding, add up to those of transformers' own model.
+
+    Its saved buffers (clip bounds, scales of layers) are parameters here.
+    """
+    reference = without_memory(SIZES[name])
+    saved = reference.state_dict(keep_vars=True).values()
     family, model_config, shapes = record(name)
     counted = sum(math.prod(weight.shape) for _, weight in family.weight_map(model_config).items())
-    assert counted == sum(parameter.numel() for parameter in reference.parameters())
+    # A tied head is the embedding under a second name.
+    assert counted == sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in saved}.values())
     assert {*model_config.parts} == {name.partition(".")[0] for name in shapes}
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a weight map asks of a directory of weights, without any."""
+
+    tensors: Mapping[str, torch.Tensor]
+    directory: str = "transformers"
+
+
+@pytest.mark.parametrize("text_only", [False, True], ids=["whole", "text only"])
+@pytest.mark.parametrize("name", published_gemma4.SIZES)
+def test_weights_of_gemma4_are_those_of_transformers(name: str, text_only: bool) -> None:
+    """Names and shapes, both ways: `match` refuses whatever is missing, surplus or of another shape."""
+    hf_config = published_gemma4.published_config(name)
+    family = registry.detect(hf_config)
+    whole = without_memory(hf_config).state_dict()
+    weight_map = family.weight_map(family.config_from_hf(hf_config, text_only))
+    found = weight_map.match(Files(whole))  # type: ignore[arg-type]
+    assert not found.passthrough
+    if text_only:
+        alone = without_memory(hf_config.text_config).state_dict()
+        assert family.config_from_hf(hf_config.text_config, False) == family.config_from_hf(hf_config, True)
+        found = weight_map.match(Files(alone))  # type: ignore[arg-type]
+        assert found.with_copies.keys() == alone.keys()
+    else:
+        assert found.with_copies.keys() == whole.keys()
+
+
+@pytest.mark.parametrize("name", published_gemma4.SIZES)
+def test_sizes_of_gemma4_are_those_published(name: str) -> None:
+    counted = sum(math.prod(shape) for shape in record(f"gemma4_{name}")[2].values())
+    assert counted / 1e9 == pytest.approx(published_gemma4.SIZES[name].parameters, rel=0.002)
 
 
 @pytest.mark.parametrize("name", published_mistral3.SIZES)
@@ -83,17 +135,18 @@ def test_every_published_size_has_a_recipe() -> None:
 @pytest.mark.parametrize("name", two_sizes(SIZES, *ONE_OF_EACH))
 def test_recipes_fit_their_machine(name: str) -> None:
     """Each divides over the ranks that its own command line starts, and leaves 10 % of 80 GB free."""
-    for rank in memory(name, IMAGES_OF_A_FULL_ROW):
+    for rank in memory(name):
         assert rank.total_bytes < 0.9 * GPU_BYTES
 
 
 @pytest.mark.parametrize("name", two_sizes([name for name in SIZES if not name.startswith("gemma3")], *ONE_OF_EACH[1:]))
 def test_recipes_say_what_they_take(name: str) -> None:
-    ranks = memory(name, IMAGES_OF_A_FULL_ROW)
+    ranks = memory(name)
     fixed = max(rank.parameter_bytes + rank.gradient_bytes + rank.optimizer_bytes for rank in ranks)
     total = max(rank.total_bytes for rank in ranks)
-    said = f"take at most {fixed / 2**30:.1f} GiB per rank; all, with rows full of images, {total / 2**30:.1f} GiB."
-    assert said in recipe(name)[2]
+    media = "rows full of images" + (" and a clip of audio" if record(name)[1].audio else "")
+    said = f"take at most {fixed / 2**30:.1f} GiB per rank; all, with {media}, {total / 2**30:.1f} GiB."
+    assert said in recipe(name)[2].replace("\n# ", " ")
 
 
 @pytest.mark.full

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 
@@ -28,18 +28,20 @@ class Trainable:
 
     Args:
         freeze: the entries of `model.freeze`.
+        buffers: names of the parameters that never train (`WeightMap.buffers`), where names are asked about; modules
+            know their own.
     """
 
-    def __init__(self, freeze: Iterable[str]) -> None:
-        self.entries = tuple(freeze)
+    def __init__(self, freeze: Iterable[str], buffers: Collection[str] = ()) -> None:
+        self.entries, self._buffers = tuple(freeze), frozenset(buffers)
         self._patterns = {
             entry: re.compile(fnmatch.translate(f"{entry}.*" if entry in PART_NAMES else entry))
             for entry in self.entries
         }
 
     def trains(self, name: str) -> bool:
-        """Return whether a parameter may train; a buffer never does."""
-        return not any(pattern.match(name) for pattern in self._patterns.values())
+        """Return whether a parameter trains."""
+        return name not in self._buffers and not any(pattern.match(name) for pattern in self._patterns.values())
 
     def freeze(self, chunks: Iterable[torch.nn.Module]) -> None:
         """Switch off gradients of parameters that do not train."""

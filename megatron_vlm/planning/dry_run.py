@@ -25,16 +25,22 @@ from megatron_vlm.checkpoint.run_folder import (
 from megatron_vlm.checkpoint.torch_dist import TorchDistReader
 from megatron_vlm.config import Config
 from megatron_vlm.conversion.convert import check_tied_copies, identity_of
-from megatron_vlm.conversion.passthrough import describe
+from megatron_vlm.conversion.passthrough import describe, describe_unread
 from megatron_vlm.data.describe import RowCheck, check_lengths, check_rows, describe_samples
 from megatron_vlm.data.rows import reader_for
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.errors import ConfigError, UserError, combine
 from megatron_vlm.families import registry
 from megatron_vlm.model.trainable import Trainable
+from megatron_vlm.model.weight_map import WeightMap
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.planning.expert_checks import experts_of, fewest_ranks
-from megatron_vlm.planning.memory import estimate_memory, format_communication, format_memory
+from megatron_vlm.planning.memory import (
+    estimate_memory,
+    format_boundaries,
+    format_communication,
+    format_memory,
+)
 from megatron_vlm.planning.preflight import check_export, check_layout, check_run_dir
 
 SAMPLES_SHOWN = 3
@@ -74,15 +80,15 @@ def dry_run(config: Config, say: Callable[[str], None] = print) -> int:
     platform.initialize("cpu")  # the tensors that are counted need no device
     hf_config = registry.load_hf_config(config.model.hf_path)
     family = registry.detect(hf_config)
-    model_config = family.config_from_hf(hf_config, text_only=config.model.text_only)
-    shapes = {name: weight.padded_shape for name, weight in family.weight_map(model_config).items()}
-    kind = "text only" if model_config.text_only else "with images"
-    say(f"model     {config.model.hf_path}: {family.name}, {kind}, {_millions(shapes)} parameters")
+    model_config = family.config_from_hf(hf_config, config.model.text_only, config.model.image_mask)
+    weight_map = family.weight_map(model_config)
+    shapes = {name: weight.padded_shape for name, weight in weight_map.items()}
+    say(f"model     {config.model.hf_path}: {family.name}, {model_config.media}, {_millions(shapes)} parameters")
 
     report = _Report(say)
     layouts: list[Layout] = []
     checks: list[RowCheck] = []
-    report.attempt(lambda: _describe_layout(config, model_config, shapes, layouts))
+    report.attempt(lambda: _describe_layout(config, model_config, weight_map, layouts))
     report.attempt(lambda: _check_weights(config, family, model_config))
     report.attempt(lambda: _check_load(config, family, model_config))
     report.attempt(lambda: _check_places(config))
@@ -90,8 +96,8 @@ def dry_run(config: Config, say: Callable[[str], None] = print) -> int:
     if checks:
         report.attempt(lambda: _check_lengths(config, family.prompt_rules(model_config)))
     if layouts:
-        images_per_row = _images_per_row(checks[0]) if checks else 1.0
-        report.attempt(lambda: _describe_memory(config, family, model_config, layouts[0], images_per_row))
+        media_per_row = _media_per_row(checks[0]) if checks else (1.0, 1.0)
+        report.attempt(lambda: _describe_memory(config, family, model_config, layouts[0], media_per_row))
     if checks:
         report.attempt(lambda: describe_samples(config, family.prompt_rules(model_config), SAMPLES_SHOWN))
     if report.problems:
@@ -101,11 +107,14 @@ def dry_run(config: Config, say: Callable[[str], None] = print) -> int:
     return 0
 
 
-def _images_per_row(check: RowCheck) -> float:
-    """Return the images in an average row: infinite where there are videos, each of which may fill its row."""
-    if check.videos:
-        return math.inf
-    return check.images / check.rows if check.rows else 1.0
+def _media_per_row(check: RowCheck) -> tuple[float, float]:
+    """Return the images and the clips of audio in an average row.
+
+    Images are infinitely many where there are videos, each of which may fill its row.
+    """
+    if not check.rows:
+        return 1.0, 1.0
+    return math.inf if check.videos else check.images / check.rows, check.audio_clips / check.rows
 
 
 def _millions(shapes: dict[str, tuple[int, ...]]) -> str:
@@ -120,10 +129,9 @@ def world_size_to_check(config: Config) -> int:
     return int(given)
 
 
-def _describe_layout(
-    config: Config, model_config: Any, shapes: dict[str, tuple[int, ...]], layouts: list[Layout]
-) -> str:
-    layout = check_layout(config, model_config, world_size_to_check(config), shapes)
+def _describe_layout(config: Config, model_config: Any, weight_map: WeightMap, layouts: list[Layout]) -> str:
+    shapes, buffers = {name: weight.padded_shape for name, weight in weight_map.items()}, weight_map.buffers
+    layout = check_layout(config, model_config, world_size_to_check(config), shapes, buffers)
     layouts.append(layout)
     num_micro_batches = config.train.num_micro_batches(layout.data_size)
     lines = [
@@ -139,7 +147,7 @@ def _describe_layout(
         held = ([*towers, "embedding"] if chunk == 0 else []) + held + (["head"] if chunk == last else [])
         lines.append(f"  chunk {chunk} on pipeline rank {chunk % layout.pipeline_size}: {', '.join(held)}")
     if config.model.freeze:
-        trainable = Trainable(config.model.freeze)
+        trainable = Trainable(config.model.freeze, buffers)
         trained = {name: shape for name, shape in shapes.items() if trainable.trains(name)}
         lines.append(f"frozen    all but {len(trained)} of {len(shapes)} tensors, {_millions(trained)} parameters")
     return "\n".join(lines)
@@ -158,11 +166,11 @@ def _describe_experts(config: Config, model_config: Any, layout: Layout) -> list
 
 
 def _describe_memory(
-    config: Config, family: registry.Family, model_config: Any, layout: Layout, images_per_row: float
+    config: Config, family: registry.Family, model_config: Any, layout: Layout, media_per_row: tuple[float, float]
 ) -> str:
-    estimate = estimate_memory(config, family, model_config, layout, images_per_row)
+    estimate = estimate_memory(config, family, model_config, layout, *media_per_row)
     lines = ["memory", *(f"  {line}" for line in format_memory(estimate))]
-    sent = [f"  {line}" for line in format_communication(estimate)]
+    sent = [f"  {line}" for line in (*format_communication(estimate), *format_boundaries(estimate))]
     return "\n".join([*lines, "sent by a rank", *sent] if sent else lines)
 
 
@@ -176,8 +184,10 @@ def _check_weights(config: Config, family: registry.Family, model_config: Any) -
         check_tied_copies(reader, found)
         names = found.with_copies
         num_bytes = sum(reader.tensors[name].num_bytes for name in names)
-    fits = f"weights   {len(names)} tensors, {num_bytes / 2**30:.2f} GiB, names and shapes fit the model"
-    return f"{fits}\n  {describe(found.passthrough)}" if found.passthrough else fits
+    lines = [f"weights   {len(names)} tensors, {num_bytes / 2**30:.2f} GiB, names and shapes fit the model"]
+    lines += [describe(found.passthrough)] if found.passthrough else []
+    lines += [describe_unread(found.unread)] if found.unread else []
+    return "\n  ".join(lines)
 
 
 def _check_load(config: Config, family: registry.Family, model_config: Any) -> str:

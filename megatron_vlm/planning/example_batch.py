@@ -19,10 +19,13 @@ def example_batch(
     length: int,
     images_per_row: float = 0.0,
     max_pixels: int | None = None,
+    clips_per_row: float = 0.0,
+    clip_tokens: int | None = None,
 ) -> MicroBatch:
-    """Build causal rows full of tokens that all have labels, with images; call it inside `fake_tensors`.
+    """Build causal rows full of tokens that all have labels, with images and audio; call it inside `fake_tensors`.
 
-    Which tokens stand for images makes no difference to the counts.
+    Which tokens stand for media makes no difference to the counts. Where a model takes both, rows full of images have
+    audio besides.
 
     Args:
         model_config: the family's configuration of the model.
@@ -31,11 +34,13 @@ def example_batch(
         length: number of tokens of each row.
         images_per_row: images in an average row; infinite for as many as fit.
         max_pixels: most pixels of an image, where images vary in size; None for images that fill their row.
+        clips_per_row: clips of audio in an average row.
+        clip_tokens: tokens of each clip; None for the longest, and no more of them than rows have room for.
     """
     token = torch.arange(length).expand(num_rows, length)
     row = torch.arange(num_rows)[:, None].expand(num_rows, length)
     zeros, vision = torch.zeros_like(token), model_config.vision
-    num_images = 0 if model_config.text_only else num_rows * images_per_row
+    num_images = 0 if vision is None else num_rows * images_per_row
     grids: list[Grid] = []
     inputs: dict[str, torch.Tensor] = {}
     if num_images and hasattr(vision, "image_size"):
@@ -49,6 +54,15 @@ def example_batch(
         sizes = [largest] * (num_features // largest) + [num_features % largest]
         grids = [(1, merge, merge * size) for size in sizes if size]
         inputs = {"pixel_values": torch.empty(num_features * merge**2, vision.patch_features)}
+    media, audio = [Medium("image", grid) for grid in grids], model_config.audio
+    if audio is not None and clips_per_row:
+        longest = clip_tokens or min(audio.most_tokens or length, length)
+        most_tokens = math.inf if clip_tokens else num_rows * length
+        num_tokens = math.ceil(min(num_rows * clips_per_row * longest, most_tokens))
+        sizes = [longest] * (num_tokens // longest) + [num_tokens % longest]
+        frames = [size * audio.frames_per_token for size in sizes if size]
+        media += [Medium("audio", (count, 1, 1)) for count in frames]
+        inputs["audio_features"] = torch.empty(sum(frames), audio.frame_size)
     return MicroBatch(
         input_ids=zeros,
         labels=zeros,
@@ -59,5 +73,5 @@ def example_batch(
         feature_index=zeros.int() - 1,
         media_inputs=inputs,
         document_sources=torch.zeros(num_rows, dtype=torch.int32),
-        media=[Medium("image", grid) for grid in grids],
+        media=media,
     )

@@ -7,6 +7,7 @@ micro-batch; a trace of the full model on one rank gives the factors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass
@@ -18,16 +19,23 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families.build import BuildSettings, build_chunks
 from megatron_vlm.families.registry import Family
+from megatron_vlm.layers.attention import masked_spans
 from megatron_vlm.layers.embedding import padded_vocab_size
 from megatron_vlm.model.trainable import Trainable
-from megatron_vlm.model_configs import VisionLanguageConfig
+from megatron_vlm.model_configs import DecoderLayerConfig, ImageMask, VisionLanguageConfig
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.planning.example_batch import example_batch
 from megatron_vlm.planning.recorder import Counts, fake_tensors
 from megatron_vlm.planning.trace import ChunkCounts, Tracer
+from vlm_kernels.span_attention import Spans
 
+Mask = tuple[int | None, ImageMask]
+Media = tuple[bool, bool]
+"""Whether a micro-batch has images or videos, and whether it has audio."""
+NO_MEDIA, WITH_IMAGES, WITH_AUDIO, WITH_BOTH = (False, False), (True, False), (False, True), (True, True)
 _TRACED_TOKENS = 128
-# Of models that this process has counted: a trace takes a second.
+_TRACED_AUDIO_TOKENS = 5040  # full chunks, of whichever size a tower attends in
+# Of models that this process has counted: each of two to five traces takes a second.
 _known_factors: dict[tuple[str, VisionLanguageConfig, tuple[str, ...]], list[int]] = {}
 
 
@@ -55,18 +63,24 @@ class ModelFlops:
                 stages do not have, are not read.
 
         Returns:
-            For a micro-batch without images: tokens, and pairs of a query and a key that it sees within each window of
-            the decoder's layers. The same for one with images. Patches, and pairs of patches of one frame.
+            For a micro-batch without media: tokens, and pairs of a query and a key that it sees in each kind of the
+            decoder's layers (window and image mask). The same for one with images; and for a model that takes audio,
+            for one with audio, and for one with both. Patches, and pairs of patches of one frame; and for such a model
+            tokens of audio.
         """
         is_real = batch.document_ids >= 0
-        text = [int(is_real.sum()), *(visible_keys(batch, is_real, window) for window in self._windows)]
-        nothing, grids = [0] * len(text), batch.grids
-        patches = sum(frames * height * width for frames, height, width in grids)
-        pairs = sum(frames * (height * width) ** 2 for frames, height, width in grids)
-        return [*(nothing if grids else text), *(text if grids else nothing), patches, pairs]
+        text = [int(is_real.sum()), *(visible_keys(batch, is_real, *mask) for mask in self._masks)]
+        grids, clips, audio = batch.grids, batch.audio_frames, self.model_config.audio
+        found = bool(grids), bool(clips)
+        lengths = [length if media == found else 0 for media in self._media for length in text]
+        lengths.append(sum(frames * height * width for frames, height, width in grids))
+        lengths.append(sum(frames * (height * width) ** 2 for frames, height, width in grids))
+        if audio is not None:
+            lengths.append(sum(-(-frames // audio.frames_per_token) for frames in clips))
+        return lengths
 
     def of(self, lengths: Iterable[float]) -> float:
-        """Return the FLOPs of micro-batches with these lengths, over all their ranks; the first call takes a second."""
+        """Return the FLOPs of micro-batches with these lengths, over all their ranks; the first call takes seconds."""
         return sum(length * factor for length, factor in zip(lengths, self.factors, strict=True))
 
     @property
@@ -79,47 +93,75 @@ class ModelFlops:
 
     def _factors(self) -> list[int]:
         text = self.model_config.text
-        batches, traces = self._trace()
-        tokens, *pairs = self.lengths(batches[0])[: 1 + len(self._windows)]
-        outside = _outside(traces[0])
+        traces = self._traces()
+        tokens, *pairs = self.lengths(traces[0][0])[: 1 + len(self._masks)]
+        nothing = _outside(traces[0][1])
         factors = []
-        for trace in traces:
+        for _, trace in traces[: len(self._media)]:
             assert trace.head is not None
             # Rows of the head that pad the vocabulary are not counted.
             head = _products(trace.head) * text.vocab_size // padded_vocab_size(text.vocab_size)
-            factors.append((outside[0] + head + sum(map(_products, trace.layers.values()))) // tokens)
-            for window, seen in zip(self._windows, pairs, strict=True):
-                layers = (counts for index, counts in trace.layers.items() if text.layers[index].window == window)
+            factors.append((nothing[0] + head + sum(map(_products, trace.layers.values()))) // tokens)
+            for mask, seen in zip(self._masks, pairs, strict=True):
+                layers = (counts for index, counts in trace.layers.items() if _mask(text.layers[index]) == mask)
                 factors.append(sum(map(_attention, layers)) // seen)
-        patches, patch_pairs = self.lengths(batches[1])[-2:]
-        products, attention = (total - of_text for total, of_text in zip(_outside(traces[1]), outside, strict=True))
-        return [*factors, products // max(1, patches), attention // max(1, patch_pairs)]
+        batch, trace = traces[self._media.index(WITH_IMAGES)]
+        patches = sum(math.prod(grid) for grid in batch.grids)
+        patch_pairs = sum(math.prod(grid) ** 2 for grid in batch.grids)
+        products, attention = (total - of_text for total, of_text in zip(_outside(trace), nothing, strict=True))
+        factors += [products // max(1, patches), attention // max(1, patch_pairs)]
+        if self.model_config.audio is not None:
+            # What does not grow with a clip is left out: keys of relative positions, and gaps between packed clips.
+            (short, _), (long, _) = (_outside(traces[index][1]) for index in (self._media.index(WITH_AUDIO), -1))
+            factors.append((long - short) // _TRACED_AUDIO_TOKENS)
+        return factors
 
     @cached_property
-    def _windows(self) -> list[int | None]:
-        return list(dict.fromkeys(layer.window for layer in self.model_config.text.layers))
+    def _media(self) -> list[Media]:
+        """The kinds of micro-batches, by what media they have: gradients may pass the language model in some alone."""
+        with_audio = [WITH_AUDIO, WITH_BOTH] if self.model_config.audio is not None else []
+        return [NO_MEDIA, WITH_IMAGES, *with_audio]
 
-    def _trace(self) -> tuple[list[MicroBatch], list[ChunkCounts]]:
-        """Trace the full model on this rank, without images and with one."""
+    @cached_property
+    def _masks(self) -> list[Mask]:
+        return list(dict.fromkeys(map(_mask, self.model_config.text.layers)))
+
+    def _traces(self) -> list[tuple[MicroBatch, ChunkCounts]]:
+        """Trace the full model on this rank: each kind of micro-batch, and one with a clip of twice the length."""
         single, tracer = copy(self.groups), Tracer()
         for name, group in vars(self.groups).items():
             setattr(single, name, None if group is None else self.groups.single_rank)
         settings = BuildSettings(Layout.over(1, num_layers=len(self.model_config.text.layers)))
+        examples = [(media, _TRACED_AUDIO_TOKENS) for media in self._media]
+        if self.model_config.audio is not None:
+            examples.append((WITH_AUDIO, 2 * _TRACED_AUDIO_TOKENS))
         with fake_tensors():
             (chunk,) = build_chunks(self.family, self.model_config, settings, single, torch.device("cpu"))
             self.trainable.freeze([chunk])
             rules = self.family.prompt_rules(self.model_config)
-            batches = [example_batch(self.model_config, rules, 1, _TRACED_TOKENS, images) for images in (0, 1)]
-            return batches, [tracer.trace(chunk, batch) for batch in batches]
+            batches = [
+                example_batch(
+                    self.model_config,
+                    rules,
+                    num_rows=1,
+                    length=_TRACED_TOKENS,
+                    images_per_row=has_images,
+                    clips_per_row=has_audio,
+                    clip_tokens=clip_tokens,
+                )
+                for (has_images, has_audio), clip_tokens in examples
+            ]
+            return [(batch, tracer.trace(chunk, batch)) for batch in batches]
 
 
-def visible_keys(batch: MicroBatch, is_real: torch.Tensor, window: int | None) -> int:
-    """Count the pairs of a real query and a key that it sees in a layer with this window."""
-    low = batch.span_low
-    if window is not None:
-        positions = torch.arange(low.shape[1], dtype=low.dtype, device=low.device)
-        low = torch.maximum(low, positions - (window - 1))
-    return int(((batch.span_high - low + 1) * is_real).sum())
+def _mask(layer: DecoderLayerConfig) -> Mask:
+    return layer.window, layer.image_mask
+
+
+def visible_keys(batch: MicroBatch, is_real: torch.Tensor, window: int | None, image_mask: ImageMask = "window") -> int:
+    """Count the pairs of a real query and a key that it sees in a layer with this window and image mask."""
+    spans = masked_spans(Spans(batch.span_low, batch.span_high), image_mask)
+    return int(((spans.high - spans.first_key(window) + 1) * is_real).sum())
 
 
 def _products(counts: Counts) -> int:

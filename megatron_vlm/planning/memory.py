@@ -40,6 +40,8 @@ class RankMemory:
         sent_bytes: what the rank sends for a micro-batch, forward and backward, by group.
         sent_bytes_per_step: what it sends to data-parallel ranks for a step: gradients, and parameters where the
             optimizer is distributed.
+        received_bytes: what it receives from earlier stages for a token: in all, and of hidden states alone. By the
+            first layer (global id) of the chunk that receives it.
     """
 
     pipeline_rank: int
@@ -51,6 +53,7 @@ class RankMemory:
     logits_bytes: int
     sent_bytes: Mapping[str, int]
     sent_bytes_per_step: int
+    received_bytes: Mapping[int, tuple[float, float]]
 
     @property
     def total_bytes(self) -> int:
@@ -102,6 +105,7 @@ def estimate_memory(
     model_config: Any,
     layout: Layout,
     images_per_row: float = 1.0,
+    clips_per_row: float = 1.0,
 ) -> list[RankMemory]:
     """Estimate the memory of every pipeline rank.
 
@@ -110,13 +114,15 @@ def estimate_memory(
         family: the model's family.
         model_config: the family's configuration of the model.
         layout: the layout that `check_layout` returned.
-        images_per_row: images in an average row.
+        images_per_row: images in an average row, for a model that takes images.
+        clips_per_row: clips of audio in an average row, for a model that takes audio.
 
     Returns:
         One entry per pipeline rank.
     """
     memory = []
-    for rank, stage in enumerate(trace_stages(config, family, model_config, layout, images_per_row)):
+    stages = trace_stages(config, family, model_config, layout, images_per_row, clips_per_row)
+    for rank, stage in enumerate(stages):
         parameters = stage.parameters
         trainable = [entry for entry in parameters.values() if entry.trains]
         total = sum(entry.num_values for entry in parameters.values())
@@ -135,13 +141,19 @@ def estimate_memory(
                 sent_bytes=_sent_bytes(stage.chunks),
                 sent_bytes_per_step=_data_parallel_bytes(config, dense, layout.data_size)
                 + _data_parallel_bytes(config, experts, layout.expert_data_size),
+                received_bytes=_received_bytes(config, layout, rank, stage.chunks),
             )
         )
     return memory
 
 
 def trace_stages(
-    config: Config, family: Family, model_config: Any, layout: Layout, images_per_row: float
+    config: Config,
+    family: Family,
+    model_config: Any,
+    layout: Layout,
+    images_per_row: float,
+    clips_per_row: float = 0.0,
 ) -> Iterator[StageCounts]:
     """Yield the parameters of the first rank of every pipeline stage, and what a micro-batch does there.
 
@@ -170,6 +182,7 @@ def trace_stages(
                 length,
                 images_per_row,
                 config.data.max_pixels,
+                clips_per_row,
             )
             batch = batch.to(device)
             counts = [tracer.trace(chunk, batch) for chunk in chunks]
@@ -199,6 +212,22 @@ def _sent_bytes(chunks: list[ChunkCounts]) -> Counter[str]:
         # A stage sends its outputs on, and the gradients of its inputs back.
         sent["pipeline"] += chunk.returned_bytes + chunk.received_bytes
     return +sent
+
+
+def _received_bytes(
+    config: Config, layout: Layout, pipeline_rank: int, chunks: list[ChunkCounts]
+) -> dict[int, tuple[float, float]]:
+    received = {}
+    for number, chunk in zip(layout.chunks_of(pipeline_rank), chunks, strict=True):
+        if chunk.received is None:
+            continue
+        hidden, carried = chunk.received.hidden, chunk.received.carried.values()
+        first_layer = sum(map(len, layout.chunks[:number]))
+        num_tokens = hidden[0] * hidden[1] * (layout.tensor_size if layout.sequence_parallel else 1)
+        of_hidden = value_bytes(config) * math.prod(hidden) / num_tokens
+        of_others = value_bytes(config) * sum(map(math.prod, carried)) / num_tokens
+        received[first_layer] = of_hidden + of_others, of_hidden
+    return received
 
 
 def _data_parallel_bytes(config: Config, trainable: int, copies: int) -> int:
@@ -241,6 +270,15 @@ def format_communication(memory: list[RankMemory]) -> Iterator[str]:
     for group, num_bytes, unit in lines:
         if num_bytes:
             yield f"{group:13s} {num_bytes / 2**30:8.2f} GiB per {unit}"
+
+
+def format_boundaries(memory: list[RankMemory]) -> Iterator[str]:
+    """Describe in one line what stages send each other, where that is more than hidden states."""
+    received = {layer: sizes for entry in memory for layer, sizes in entry.received_bytes.items()}
+    if any(total > hidden for total, hidden in received.values()):
+        crossing = ", ".join(f"{total:,.0f} before layer {layer}" for layer, (total, _) in sorted(received.items()))
+        (hidden,) = {hidden for _, hidden in received.values()}
+        yield f"{'to a stage':13s} bytes per token: {crossing}; hidden states are {hidden:,.0f}"
 
 
 def _abbreviated(count: int) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,20 @@ from megatron_vlm.errors import ConfigError, LaunchError, UserError, combine
 from megatron_vlm.files.durable import check_export_target
 from megatron_vlm.files.small_files import replace_durably
 from megatron_vlm.model.trainable import Trainable, part_of
-from megatron_vlm.model_configs import VisionLanguageConfig
+from megatron_vlm.model_configs import TowerConfig, VisionLanguageConfig
 from megatron_vlm.parallel.layout import Layout, assign_layers
-from megatron_vlm.planning.expert_checks import expert_problems, expert_rank_problems, experts_of
+from megatron_vlm.planning.expert_checks import expert_problems, expert_rank_problems
 
 EXPORT_RECORD = "exported.json"
 LARGEST_TENSOR_SIZE = 64  # vocabulary rows are padded to a multiple of it
 
 
 def check_layout(
-    config: Config, model_config: VisionLanguageConfig, world_size: int, names: Iterable[str] | None = None
+    config: Config,
+    model_config: VisionLanguageConfig,
+    world_size: int,
+    names: Iterable[str] | None = None,
+    buffers: Collection[str] = (),
 ) -> Layout:
     """Split the model and the global batch over the ranks.
 
@@ -36,6 +40,7 @@ def check_layout(
         model_config: the family's configuration of the model (`.parts`, `.text`, `.vision`).
         world_size: number of ranks that run.
         names: names of the model's parameters, to check `model.freeze` and `optimizer.lr_multipliers`; None skips that.
+        buffers: those of them that never train.
 
     Returns:
         The layout.
@@ -52,7 +57,7 @@ def check_layout(
         *expert_rank_problems(config, world_size),
     ]
     if names is not None:
-        problems += _name_problems(config, list(names))
+        problems += _name_problems(config, list(names), buffers)
     try:
         chunks = assign_layers(
             len(model_config.text.layers),
@@ -128,15 +133,22 @@ def _tensor_problems(config: Config, model_config: VisionLanguageConfig) -> Iter
     divided: dict[tuple[str, int], None] = {}  # ordered, without the repetition of equal layers
     for layer in model_config.text.layers:
         divided[("attention heads", layer.num_attention_heads)] = None
-        if experts_of(layer) is None:
+        if layer.moe is None or layer.moe_beside_dense:
             divided[("feed-forward size", layer.intermediate_size)] = None
+    divided |= dict.fromkeys(model_config.text.sharded_sizes.items())
     vision = model_config.vision
     if vision is not None and config.model.vision_parallelism == "tensor":
-        divided[("vision attention heads", vision.num_attention_heads)] = None
-        divided[("vision feed-forward size", vision.intermediate_size)] = None
+        if isinstance(vision, TowerConfig):
+            divided[("vision attention heads", vision.num_attention_heads)] = None
+            divided[("vision feed-forward size", vision.intermediate_size)] = None
+        else:
+            divided[("vision embedding size", vision.hidden_size)] = None
         # A projector of a single linear layer is split along the language model's hidden size.
         projector_size = getattr(vision, "projector_hidden_size", model_config.text.hidden_size)
         divided[("vision projector size", projector_size)] = None
+    if model_config.audio is not None:
+        divided |= dict.fromkeys(model_config.audio.sharded_sizes.items())
+        divided[("audio projector size", model_config.text.hidden_size)] = None
     for name, number in divided:
         if number % size:
             remedy = f"use {divisors(number, LARGEST_TENSOR_SIZE)}"
@@ -155,9 +167,9 @@ def _tensor_problems(config: Config, model_config: VisionLanguageConfig) -> Iter
             )
 
 
-def _name_problems(config: Config, names: list[str]) -> Iterator[UserError]:
+def _name_problems(config: Config, names: list[str], buffers: Collection[str]) -> Iterator[UserError]:
     """Check the parts and parameters that the configuration names against those of the model."""
-    yield from Trainable(config.model.freeze).problems(names)
+    yield from Trainable(config.model.freeze, buffers).problems(names)
     parts = sorted(set(map(part_of, names)))
     for part in config.optimizer.lr_multipliers:
         if part not in parts:

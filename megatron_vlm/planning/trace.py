@@ -23,7 +23,7 @@ from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.layers.moe import MoE
 from megatron_vlm.layers.recompute import layers_run_by
 from megatron_vlm.model.model_chunk import ModelChunk
-from megatron_vlm.parallel.stage_state import packed_shape
+from megatron_vlm.parallel.stage_state import Boundary, packed_shape
 from megatron_vlm.planning.recorder import Counts, Recorder
 
 _GROUPS = {"tp": "tensor", "cp": "context", "ep": "expert", "expt_tp": "expert-tensor", "tp_ep": "experts"}
@@ -38,13 +38,15 @@ class ChunkCounts:
         total: counts of the full chunk.
         layers: counts of its decoder layers, by global id.
         head: counts of the final norm, the head and the loss; None on all chunks but the last.
-        received_bytes: size of what the chunk receives from the previous one, and keeps.
+        received: what the chunk receives from the previous one; None on the first.
+        received_bytes: its size, with what pads it; the chunk keeps it.
         returned_bytes: size of what the chunk sends to the next one, and does not keep.
     """
 
     total: Counts
     layers: Mapping[int, Counts]
     head: Counts | None
+    received: Boundary | None
     received_bytes: int
     returned_bytes: int
 
@@ -74,7 +76,7 @@ class Tracer:
         ids = {layer: int(name) for name, layer in language_model.layers.items()}
         layers: dict[int, Counts] = {}
         heads: list[Counts] = []
-        received: list[_Shape] = []
+        boundary, received = None, []
 
         def run_layer(layer: torch.nn.Module, run: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
             counts, outputs = self._once(_signature(layer), run, inputs)
@@ -90,13 +92,14 @@ class Tracer:
         with _as_in_training(chunk), layers_run_by(run_layer):
             language_model.losses = losses  # type: ignore[method-assign,assignment]
             if not chunk.pre_process:
-                shape = packed_shape(chunk.boundary(chunk.first_layer, batch))
-                received.append(_Shape(torch.Size(shape), chunk.config.params_dtype, batch.labels.device, True))
+                boundary = chunk.boundary(chunk.first_layer, batch)
+                shape = torch.Size(packed_shape(boundary))
+                received.append(_Shape(shape, chunk.config.params_dtype, batch.labels.device, True))
                 chunk.set_input_tensor(received[0].make())
             total, outputs = self._count(chunk.train(), (batch,))
         returned = [] if chunk.post_process else _leaves(outputs, _Shape)
         received_bytes, returned_bytes = (sum(shape.num_bytes for shape in shapes) for shapes in (received, returned))
-        return ChunkCounts(total, layers, heads[0] if heads else None, received_bytes, returned_bytes)
+        return ChunkCounts(total, layers, heads[0] if heads else None, boundary, received_bytes, returned_bytes)
 
     def _count(self, run: Callable[..., Any], inputs: tuple[Any, ...]) -> tuple[Counts, Any]:
         """Return the counts of a forward and backward pass, and the outputs with a shape for every tensor."""

@@ -24,7 +24,7 @@ from megatron_vlm.families.qwen3_vl.config import config_from_hf
 from tests.training.model_flops import FROZEN, batch_flops
 from tests.versions import needs_transformers_5_23
 
-FAMILY = registry.FAMILIES[1]
+(FAMILY,) = (family for family in registry.FAMILIES if family.name == "qwen3_vl")
 VOCABULARY, IMAGE, VIDEO, LENGTH = 152, 150, 151, 24
 Grid = tuple[int, int, int]
 # Images and videos (frames, height, width in patches) of each of the two rows.

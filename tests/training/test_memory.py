@@ -17,7 +17,15 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import Gemma3Config, Mistral3Config, PretrainedConfig, Qwen3VLConfig, Qwen3VLMoeConfig
+from transformers import (
+    Gemma3Config,
+    Gemma4Config,
+    Gemma4UnifiedConfig,
+    Mistral3Config,
+    PretrainedConfig,
+    Qwen3VLConfig,
+    Qwen3VLMoeConfig,
+)
 
 from megatron_vlm import platform
 from megatron_vlm.cli import load_config
@@ -37,7 +45,7 @@ from megatron_vlm.planning.preflight import check_layout
 from tests.ranks import run_ranks
 from tests.sizes import full, two_sizes
 
-# The worst seen is 0.3 %; 5 % is what is promised.
+# The worst seen is 0.7 %; 5 % is what is promised.
 TOLERANCE = 0.01
 LENGTH, VOCABULARY, PATCHES = 256, 64, 512
 TEXT = {
@@ -106,8 +114,59 @@ MISTRAL3 = {
     "image_token_index": 60,
     "tie_word_embeddings": False,
 }
+GEMMA4_LARGE = {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "use_bidirectional_attention": "vision"}
+GEMMA4_TEXT: dict[str, dict[str, Any]] = {
+    # The last layer attends with the keys and values of the first, and has a wider feed-forward layer.
+    "gemma4": {
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "hidden_size_per_layer_input": 64,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "num_kv_shared_layers": 1,
+        "use_double_wide_mlp": True,
+    },
+    "gemma4 26B-A4B": GEMMA4_LARGE
+    | {
+        "hidden_size_per_layer_input": 0,
+        "enable_moe_block": True,
+        "num_experts": 8,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 256,
+    },
+    "gemma4_unified": GEMMA4_LARGE,
+}
+
+
+def gemma4(name: str) -> PretrainedConfig:
+    """Gemma 4 with or without inputs of layers, audio, experts, towers."""
+    sizes = {"global_head_dim": 256, "sliding_window": 64, "final_logit_softcapping": 30.0}
+    kinds = {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}
+    settings: dict[str, Any] = {"text_config": TEXT | sizes | kinds | GEMMA4_TEXT[name]}
+    settings |= {"image_token_id": 60, "video_token_id": 61, "audio_token_id": 62}
+    if name == "gemma4_unified":
+        vision: dict[str, Any] = {"patch_size": 16, "pooling_kernel_size": 2, "mm_embed_dim": 512, "mm_posemb_size": 64}
+        audio = {"audio_embed_dim": 512}
+        return Gemma4UnifiedConfig(vision_config=vision | {"output_proj_dims": 512}, audio_config=audio, **settings)
+    is_small = name == "gemma4"
+    vision = {
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "patch_size": 16,
+        "pooling_kernel_size": 2,
+        "position_embedding_size": 64,
+        "use_clipped_linears": is_small,
+        "standardize": not is_small,
+    }
+    tower = {"hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "output_proj_dims": 512}
+    return Gemma4Config(vision_config=vision, audio_config=tower if is_small else None, **settings)
+
+
 MODELS: dict[str, PretrainedConfig] = {
     "gemma3": Gemma3Config(**GEMMA3),
+    **{name: gemma4(name) for name in GEMMA4_TEXT},
     "mistral3": Mistral3Config(**MISTRAL3),
     "qwen3_vl": Qwen3VLConfig(**QWEN3_VL),
     "qwen3_vl_moe": Qwen3VLMoeConfig(**(QWEN3_VL | {"text_config": QWEN3_VL["text_config"] | EXPERTS})),
@@ -170,6 +229,7 @@ ATTENTION = (
     "megatron_vlm.model.qwen_vision.packed_attention",
     "megatron_vlm.families.mistral3.vision.packed_attention",
     "megatron_vlm.families.gemma3.vision.scaled_dot_product_attention",
+    "megatron_vlm.families.gemma4.vision.packed_attention",
 )
 
 
@@ -179,12 +239,24 @@ def run_config(*overrides: str) -> Config:
     return load_config([f"--{override}" for override in [*required, *overrides]])
 
 
-def make_batch(vision: Any) -> MicroBatch:
-    """One row full of tokens, half of them visual where images vary in size; one image elsewhere."""
-    places = torch.arange(LENGTH)[None]
+def make_batch(model_config: Any) -> MicroBatch:
+    """One row full of tokens, half of them visual where images vary in size; one image elsewhere.
+
+    Where the model takes audio, there is a clip whose features have no place in the row.
+    """
+    places, vision, audio = torch.arange(LENGTH)[None], model_config.vision, model_config.audio
     varying = hasattr(vision, "spatial_merge_size")
     num_features = PATCHES // 4 if varying else 16
-    pixels = torch.randn(PATCHES, vision.patch_features) if varying else torch.randn(1, 3, 224, 224)
+    inputs, grid = {"pixel_values": torch.randn(1, 3, 224, 224)}, (1, 16, 16)
+    if varying:
+        merge = vision.spatial_merge_size
+        inputs = {"pixel_values": torch.randn(num_features * merge**2, vision.patch_features)}
+        grid = (1, 8 * merge, num_features // 8 * merge)
+    media = [Medium("image", grid)]
+    if audio is not None:
+        num_frames = LENGTH * audio.frames_per_token
+        media.append(Medium("audio", (num_frames, 1, 1)))
+        inputs["audio_features"] = torch.randn(num_frames, audio.frame_size)
     return MicroBatch(
         input_ids=torch.ones_like(places),
         labels=torch.ones_like(places),
@@ -193,9 +265,9 @@ def make_batch(vision: Any) -> MicroBatch:
         span_low=torch.zeros_like(places).int(),
         span_high=places.int(),
         feature_index=torch.where(places < num_features, places, -1).int(),
-        media_inputs={"pixel_values": pixels},
+        media_inputs=inputs,
         document_sources=torch.zeros(1, dtype=torch.int32),
-        media=[Medium("image", (1, 16, 16 if not varying else PATCHES // 16))],
+        media=media,
     )
 
 
@@ -249,20 +321,22 @@ def check_kept(name: str, config: Config, world_size: int) -> None:
     platform.initialize()
     family, model_config = family_of(name), model_config_of(name)
     layout = check_layout(config, model_config, world_size)
-    for stage, counts in enumerate(trace_stages(config, family, model_config, layout, images_per_row=1)):
+    for stage, counts in enumerate(
+        trace_stages(config, family, model_config, layout, images_per_row=1, clips_per_row=1)
+    ):
         with simulated_rank(stage * world_size // layout.pipeline_size, layout) as groups:
             chunks = real_chunks(name, config, layout, groups)
-            kept = [kept_by(chunk, make_batch(model_config.vision)) for chunk in chunks]
+            kept = [kept_by(chunk, make_batch(model_config)) for chunk in chunks]
         expected = [chunk.kept_bytes for chunk in counts.chunks]
         print(name, [f"{of_chunk / of_trace:.4f}" for of_chunk, of_trace in zip(kept, expected, strict=True)])
         assert kept == pytest.approx(expected, rel=TOLERANCE)
 
 
 def pairs(
-    names: Iterable[str], others: Iterable[str], *small: tuple[str, str], without: tuple[str, str] | None = None
+    names: Iterable[str], others: Iterable[str], *small: tuple[str, str], without: Iterable[tuple[str, str]] = ()
 ) -> list[Any]:
-    """All pairs but one, of which `make test` runs these alone."""
-    every = [(name, other) for name in names for other in others if (name, other) != without]
+    """All pairs but some, of which `make test` runs these alone."""
+    every = [(name, other) for name in names for other in others if (name, other) not in without]
     assert set(small) <= set(every)
     return [pair if pair in small else full(*pair) for pair in every]
 
@@ -276,6 +350,9 @@ SETTINGS = ("none bf16", "selective bf16", "full bf16", "none fp32")
         sorted(MODELS),
         SETTINGS,
         ("gemma3", "none bf16"),
+        ("gemma4", "none bf16"),
+        ("gemma4 26B-A4B", "none fp32"),
+        ("gemma4_unified", "selective bf16"),
         ("mistral3", "selective bf16"),
         ("qwen3_vl", "none fp32"),
         ("qwen3_vl_moe", "full bf16"),
@@ -288,13 +365,16 @@ def test_kept_on_one_rank(name: str, settings: str) -> None:
 
 FROZEN = {
     "gemma3": "language_model",
+    "gemma4": "language_model,audio_tower",
+    "gemma4 26B-A4B": "vision_tower",
+    "gemma4_unified": "language_model",
     "mistral3": "vision_tower,projector",
     "qwen3_vl": "vision_tower",
     "qwen3_vl_moe": "language_model",
 }
 
 
-@pytest.mark.parametrize("name", two_sizes(sorted(MODELS), "mistral3", "qwen3_vl_moe"))
+@pytest.mark.parametrize("name", two_sizes(sorted(MODELS), "gemma4", "mistral3", "qwen3_vl_moe"))
 def test_kept_with_frozen_parts(name: str) -> None:
     check_kept(name, run_config(f"model.freeze=[{FROZEN[name]}]"), 1)
 
@@ -316,6 +396,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
         ],
     ),
 }
+WITHOUT_SEQUENCE_PARALLELISM = [(name, "tensor") for name in ("gemma4 26B-A4B", "qwen3_vl_moe")]  # which experts need
 
 
 @pytest.mark.parametrize(
@@ -324,10 +405,13 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
         sorted(MODELS),
         sorted(LAYOUTS),
         ("gemma3", "tensor"),
+        ("gemma4", "virtual"),
+        ("gemma4 26B-A4B", "images"),
+        ("gemma4_unified", "tensor"),
         ("mistral3", "images"),
         ("qwen3_vl", "virtual"),
         ("qwen3_vl_moe", "pipeline"),
-        without=("qwen3_vl_moe", "tensor"),  # experts need sequence parallelism
+        without=WITHOUT_SEQUENCE_PARALLELISM,
     ),
 )
 def test_kept_where_ranks_share(name: str, kind: str) -> None:
@@ -344,7 +428,7 @@ def kept_with_experts(expert_tensor_size: int, dispatcher: str) -> int:
     config = run_config(*EXPERTS_OVER_RANKS, *expert_settings(expert_tensor_size, dispatcher))
     layout = check_layout(config, model_config_of(name), 4)
     (chunk,) = real_chunks(name, config, layout, build_groups(layout))
-    return kept_by(chunk, make_batch(model_config_of(name).vision))
+    return kept_by(chunk, make_batch(model_config_of(name)))
 
 
 def expert_settings(expert_tensor_size: int, dispatcher: str) -> list[str]:
@@ -360,26 +444,28 @@ def test_kept_where_ranks_exchange_tokens(expert_tensor_size: int, dispatcher: s
     name = "qwen3_vl_moe"
     config = run_config(*EXPERTS_OVER_RANKS, *expert_settings(expert_tensor_size, dispatcher))
     layout = check_layout(config, model_config_of(name), 4)
-    (stage,) = trace_stages(config, family_of(name), model_config_of(name), layout, images_per_row=1)
+    (stage,) = trace_stages(config, family_of(name), model_config_of(name), layout, images_per_row=1, clips_per_row=1)
     kept = sum(run_ranks(4, kept_with_experts, expert_tensor_size, dispatcher)) / 4
     print(f"{kept / stage.chunks[0].kept_bytes:.4f}")
     assert kept == pytest.approx(stage.chunks[0].kept_bytes, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize(
-    ("name", "recompute"), pairs(sorted(MODELS), ("none", "full"), ("gemma3", "none"), ("qwen3_vl_moe", "full"))
+    ("name", "recompute"),
+    pairs(sorted(MODELS), ("none", "full"), ("gemma3", "none"), ("gemma4", "full"), ("qwen3_vl_moe", "full")),
 )
 def test_peak_of_a_pass(name: str, recompute: str) -> None:
     """Most memory during a forward and backward pass under megatron-core's data parallelism, and nothing after it."""
     platform.initialize()
     config = run_config(f"model.recompute={recompute}", "train.precision=fp32")
     layout = check_layout(config, model_config_of(name), 1)
-    (stage,) = trace_stages(config, family_of(name), model_config_of(name), layout, images_per_row=1)
-    counts, batch = stage.chunks[0].total, make_batch(model_config_of(name).vision)
+    (stage,) = trace_stages(config, family_of(name), model_config_of(name), layout, images_per_row=1, clips_per_row=1)
+    counts, batch = stage.chunks[0].total, make_batch(model_config_of(name))
     with simulated_rank(0, layout) as groups:
         (chunk,) = wrap_data_parallel(real_chunks(name, config, layout, groups), groups, False)
         chunk.zero_grad_buffer()
-        known = [*chunk.parameters(), *(parameter.main_grad for parameter in chunk.parameters())]
+        gradients = (parameter.main_grad for parameter in chunk.parameters() if parameter.requires_grad)
+        known = [*chunk.parameters(), *gradients]
         with attention_like_that_of_a_gpu(), LiveBytes(known) as live:
             chunk(batch).sum().backward()
         peak, left = live.peak, live.total()
