@@ -15,12 +15,13 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install demo demo_moe demo_mistral3 test test_full test_lower_bounds lint gpu gpu_bundle gpu_dry bench clean
+.PHONY: help install demo demo_moe demo_mistral3 demo_gemma4 test test_full test_lower_bounds lint gpu gpu_bundle gpu_dry bench clean
 
 help:
 	@echo "make demo           train a tiny Gemma 3 on drawn images, resume it in another layout, export and check it"
 	@echo "make demo_moe       train a tiny Qwen3-VL-MoE with expert parallelism, export and check it"
 	@echo "make demo_mistral3  the first one with a tiny Mistral3 (Ministral 3's text)"
+	@echo "make demo_gemma4    the first one with a tiny Gemma 4, which also listens to synthesised clips"
 	@echo "make test           tests of every family and kind, in layouts in which every two features meet"
 	@echo "make test_full      tests in all layouts and sizes; goes on where it was stopped; FAMILY=gemma3 for one family"
 	@echo "make test_lower_bounds  make test's tests with the oldest torch, torchvision and transformers that are allowed"
@@ -49,6 +50,9 @@ demo_moe: $(STAMP)
 
 demo_mistral3: $(STAMP)
 	$(BIN)/python -m demo.run --model mistral3
+
+demo_gemma4: $(STAMP)
+	$(BIN)/python -m demo.run --model gemma4
 
 # Two processes, of which one works while the other waits for its ranks; the tests of a file stay together.
 test: $(STAMP)
@@ -85,7 +89,7 @@ gpu_dry: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu --dry
 
 bench: $(STAMP)
-	set -e; for script in convert train_step memory_estimate; do $(BIN)/python benchmarks/$$script.py; done
+	set -e; for script in convert train_step memory_estimate loss_memory; do $(BIN)/python benchmarks/$$script.py; done
 
 clean:
 	rm -rf $(VENV) $(LOWER) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build gpu_bundle $(KERNELS)/_C.* *.egg-info

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,55 +10,79 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from demo.sounds import DIGITS
+
 MAX_ANSWER_TOKENS = 6  # the longest answer has two, and an end of turn
 
 
 @dataclass(frozen=True)
 class HeldoutSample:
-    """One question about one image.
+    """One question about an image, a clip, or both.
 
-    `answer` is what the image of the data set shows; `shown_answer` is what the image at `image_path` shows, another
-    one once images are swapped.
+    Attributes:
+        kind: what it asks about.
+        question: its words.
+        media: file of its "image" and its "clip", as far as it has them.
+        answers: part of the data set's answer that each of them gives; an answer says first what is seen.
+        shown: the same of the files in `media`, other parts once these are swapped.
     """
 
-    image_path: Path
-    question: str
-    answer: str
-    shown_answer: str
     kind: str
+    question: str
+    media: Mapping[str, Path]
+    answers: Mapping[str, str]
+    shown: Mapping[str, str]
+
+    @property
+    def answer(self) -> str:
+        """The data set's answer."""
+        return " ".join(self.answers.values())
+
+    @property
+    def shown_answer(self) -> str:
+        """The answer that is true of the files in `media`."""
+        return " ".join(self.shown.values())
 
 
-def load_samples(path: Path, kind_of_question: dict[str, str]) -> list[HeldoutSample]:
+def load_samples(path: Path, kind_of_question: Mapping[str, str]) -> list[HeldoutSample]:
     """Reads the chat rows of a held-out file.
 
     Args:
-        path: JSONL file; image paths in it are relative to its folder.
+        path: JSONL file; paths of images and clips in it are relative to its folder.
         kind_of_question: What each question text asks about.
     """
     samples = []
     for line in path.read_text(encoding="utf-8").splitlines():
         user, assistant = json.loads(line)["messages"]
-        image, question = user["content"]
-        answer = assistant["content"][0]["text"]
-        kind = kind_of_question[question["text"]]
-        samples.append(HeldoutSample(path.parent / image["image"], question["text"], answer, answer, kind))
+        *parts, question = user["content"]
+        paths = {part["type"]: path.parent / part[part["type"]] for part in parts}
+        media = {medium: paths[kind] for medium, kind in (("image", "image"), ("clip", "audio")) if kind in paths}
+        words = assistant["content"][0]["text"].split()
+        heard = [word for word in words if word in DIGITS]
+        seen = [word for word in words if word not in DIGITS]
+        answers = {medium: " ".join({"image": seen, "clip": heard}[medium]) for medium in media}
+        samples.append(HeldoutSample(kind_of_question[question["text"]], question["text"], media, answers, answers))
     return samples
 
 
-def swap_images(samples: Sequence[HeldoutSample]) -> list[HeldoutSample]:
-    """Gives every question the image of the next sample of its kind; questions, answers and order stay.
+def swap(samples: Sequence[HeldoutSample], medium: str) -> list[HeldoutSample]:
+    """Gives every sample with such a medium that of the next sample of its kind; all else stays, the others whole.
 
-    Images move within a kind, so that what the swapped image shows is known as well. A model that reads the image
-    then matches `answer` only by coincidence, and `shown_answer` as often as before.
+    Media move within a kind, so that what is shown then is known as well. A model that looks (listens) then matches
+    `answer` only by coincidence, and `shown_answer` as often as before.
     """
     of_kind = defaultdict(list)
     for position, sample in enumerate(samples):
-        of_kind[sample.kind].append(position)
+        if medium in sample.media:
+            of_kind[sample.kind].append(position)
     swapped = list(samples)
     for positions in of_kind.values():
         for position, donor in zip(positions, positions[1:] + positions[:1], strict=True):
+            sample, giver = samples[position], samples[donor]
             swapped[position] = replace(
-                samples[position], image_path=samples[donor].image_path, shown_answer=samples[donor].answer
+                sample,
+                media={**sample.media, medium: giver.media[medium]},
+                shown={**sample.shown, medium: giver.answers[medium]},
             )
     return swapped
 
@@ -103,7 +127,7 @@ def exact_match(answers: Sequence[str], expected: Sequence[str]) -> float:
 
 
 def best_blind_guess(samples: Sequence[HeldoutSample]) -> float:
-    """Returns the fraction that the commonest answer to each kind of question gets: what can be had without looking."""
+    """Returns the fraction that the commonest answer to each kind of question gets: what can be had without media."""
     answers_of_kind = defaultdict(Counter)
     for sample in samples:
         answers_of_kind[sample.kind][sample.answer] += 1
@@ -111,9 +135,11 @@ def best_blind_guess(samples: Sequence[HeldoutSample]) -> float:
 
 
 def _question_turn(sample: HeldoutSample) -> list[dict]:
-    """Returns the chat that asks the question, with the decoded image."""
-    with Image.open(sample.image_path) as image:
-        pixels = image.convert("RGB")
-    return [
-        {"role": "user", "content": [{"type": "image", "image": pixels}, {"type": "text", "text": sample.question}]}
-    ]
+    """Returns the chat that asks the question, with the decoded image and the path of the clip."""
+    content = []
+    if "image" in sample.media:
+        with Image.open(sample.media["image"]) as image:
+            content.append({"type": "image", "image": image.convert("RGB")})
+    if "clip" in sample.media:
+        content.append({"type": "audio", "audio": str(sample.media["clip"])})
+    return [{"role": "user", "content": [*content, {"type": "text", "text": sample.question}]}]

@@ -5,13 +5,10 @@ directory that `build_model_directory` writes is an ordinary Hugging Face model 
 does the training command.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, normalizers, pre_tokenizers, trainers
-from tokenizers.models import BPE
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -20,6 +17,8 @@ from transformers import (
     GemmaTokenizer,
     GenerationConfig,
 )
+
+from demo.gemma_tokenizer import train_gemma_tokenizer
 
 IMAGE_SIZE_PIXELS = 48
 PATCH_SIZE_PIXELS = 8
@@ -40,7 +39,6 @@ SPECIAL_TOKENS = (
     "<end_of_image>",
     "<image_soft_token>",
 )
-ALPHABET = "\n abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,?!:'-"
 
 # The rules of the Gemma 3 chat format: the system text is put before the first user turn, roles must alternate, the
 # assistant is called "model", an image is one marker that the processor expands.
@@ -92,35 +90,15 @@ CHAT_TEMPLATE = """\
 
 
 def train_tokenizer(texts: Iterable[str], max_learned_tokens: int) -> GemmaTokenizer:
-    """Returns a Gemma tokenizer (byte-fallback BPE) learnt from `texts`, with Gemma 3's special tokens and template.
-
-    Args:
-        texts: Questions and answers of the training set.
-        max_learned_tokens: Largest number of ids beside the special tokens and the 256 bytes.
-    """
-    learner = Tokenizer(BPE())
-    learner.normalizer = normalizers.Replace(" ", "▁")
-    # Pieces of a few hundred ids are kept to single words; Gemma's own may span words.
-    learner.pre_tokenizer = pre_tokenizers.Split("▁", behavior="merged_with_next")
-    trainer = trainers.BpeTrainer(vocab_size=max_learned_tokens, show_progress=False)
-    # Role names, line breaks and the alphabet occur in chats whatever the questions are.
-    learner.train_from_iterator([*texts, *["user", "model", "\n\n"] * 100, *ALPHABET], trainer)
-    learned = json.loads(learner.to_str())["model"]
-
-    names = [*SPECIAL_TOKENS, *(f"<0x{value:02X}>" for value in range(256))]
-    names += sorted(learned["vocab"], key=learned["vocab"].get)
-    return GemmaTokenizer(
-        vocab={name: token_id for token_id, name in enumerate(names)},
-        merges=[tuple(pair) for pair in learned["merges"]],
-        extra_special_tokens={
-            "boi_token": "<start_of_image>",
-            "eoi_token": "<end_of_image>",
-            "image_token": "<image_soft_token>",
-            "sot_token": "<start_of_turn>",
-            "eot_token": "<end_of_turn>",
-        },
-        chat_template=CHAT_TEMPLATE,
-    )
+    """Returns a Gemma tokenizer learnt from `texts`, with Gemma 3's special tokens and template."""
+    names = {
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>",
+        "sot_token": "<start_of_turn>",
+        "eot_token": "<end_of_turn>",
+    }
+    return train_gemma_tokenizer(texts, max_learned_tokens, SPECIAL_TOKENS, names, CHAT_TEMPLATE)
 
 
 def build_processor(tokenizer: GemmaTokenizer) -> Gemma3Processor:

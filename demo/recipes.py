@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-from demo import gemma3, mistral3, qwen3_vl
+from demo import gemma3, gemma4, mistral3, qwen3_vl
+from demo.dataset import IMAGES, IMAGES_AND_CLIPS, Task
 from demo.launch import RANKS
 
 LEARNED_TOKENS = 192
@@ -47,6 +48,7 @@ class Recipe:
         train_iters: optimizer steps.
         build: writes a model directory for texts and a seed, and returns a line about it.
         stages: each has an equal part of the steps and resumes where the one before has stopped.
+        task: what the model learns.
     """
 
     title: str
@@ -55,6 +57,7 @@ class Recipe:
     train_iters: int
     build: Callable[[Path, Sequence[str], int], str]
     stages: tuple[Stage, ...]
+    task: Task = IMAGES
 
     def alone(self) -> "Recipe":
         """Returns the demo on one process, as on one GPU: it stops and resumes as often, in the only layout."""
@@ -104,5 +107,18 @@ RECIPES = {
         train_iters=300,
         build=partial(_build, mistral3, f"{mistral3.TOKENS_PER_IMAGE} tokens per image"),
         stages=_TENSOR_THEN_PIPELINE,
+    ),
+    "gemma4": Recipe(
+        title="Gemma 4",
+        config="demo_gemma4.yaml",
+        folder="demo_out/gemma4",
+        train_iters=450,
+        build=partial(
+            _build,
+            gemma4,
+            f"{gemma4.TOKENS_PER_IMAGE} tokens per image, keys and values of {gemma4.SHARED_LAYERS} layers shared",
+        ),
+        stages=_TENSOR_THEN_PIPELINE,
+        task=IMAGES_AND_CLIPS,
     ),
 }

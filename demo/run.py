@@ -1,12 +1,12 @@
-"""`make demo`: draw images, build a tiny model, train it, export, ask, report.
+"""`make demo`: draw images (and synthesise clips), build a tiny model, train it, export, ask, report.
 
 Where the recipe has two layouts, training stops halfway and resumes in the other.
 
-    python -m demo.run [--model gemma3 | qwen3_vl_moe | mistral3] [--output FOLDER] [--train_iters N] [--seed N]
-                       [--processes 1] [--device cuda]
+    python -m demo.run [--model gemma3 | qwen3_vl_moe | mistral3 | gemma4] [--output FOLDER] [--train_iters N]
+                       [--seed N] [--processes 1] [--device cuda]
 
-Exits with 0 only if the exported model answers from the image: at least 90 % exact match on held-out questions, and
-at most 40 % once the images are swapped between them.
+Exits with 0 only if the exported model answers from the images: at least 90 % exact match on held-out questions, and
+at most 40 % once the images are swapped between them; where there are clips, at most 20 % once these are.
 """
 
 import argparse
@@ -19,14 +19,13 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from demo.console import Phases, show_progress
-from demo.draw import QUESTIONS, all_scenes, draw_dataset
-from demo.evaluate import HeldoutSample, answer_questions, load_samples, swap_images
+from demo.dataset import Task, write_dataset
+from demo.evaluate import HeldoutSample, answer_questions, load_samples, swap
 from demo.launch import RANKS, launch_training
 from demo.recipes import RECIPES, Recipe, Stage
-from demo.summary import Answers, Scores, print_summary, write_demo_report
+from demo.summary import Answers, Scores, Swap, print_summary, write_demo_report
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TRAIN_SAMPLES, HELDOUT_SAMPLES = 32 * 96, 288  # whole rounds through all combinations
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,10 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
     phases = Phases(total=4 + len(recipe.stages))
 
-    with phases.section("Draw the data set"):
-        samples = _draw(folder / "data", options.seed)
+    with phases.section("Make the data set"):
+        samples = _write_data(folder / "data", recipe.task, options.seed)
     with phases.section(f"Build a tiny {recipe.title} with a tokenizer of its own"):
-        print("      " + recipe.build(folder / "model", _texts(), options.seed))
+        print("      " + recipe.build(folder / "model", recipe.task.texts(), options.seed))
     with phases.section("Ask the untrained model"):
         before = answer_questions(folder / "model", samples, progress=show_progress)
     stops = _stops(recipe, options.train_iters)
@@ -52,12 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if last < options.train_iters:
                 overrides += ["--train.exit_interval", last - first]
             launch_training(REPOSITORY / "configs" / recipe.config, overrides, REPOSITORY, options.processes)
-    with phases.section("Ask the export with plain transformers, then again with swapped images"):
-        swapped = swap_images(samples)
+    swapped_media = " and ".join(f"with swapped {medium}s" for medium in recipe.task.media)
+    with phases.section(f"Ask the export with plain transformers, then again {swapped_media}"):
         after = answer_questions(folder / "export", samples, progress=show_progress)
-        after_swap = answer_questions(folder / "export", swapped, progress=show_progress)
+        swaps = {medium: _ask_swapped(folder / "export", samples, medium, after) for medium in recipe.task.media}
 
-    answers = Answers(samples, swapped, before, after, after_swap)
+    answers = Answers(samples, before, after, swaps)
     scores = Scores.of(answers)
     report = folder / "report.html"
     write_demo_report(
@@ -117,24 +116,29 @@ def _overrides(folder: Path, train_iters: int) -> list[object]:
     ]
 
 
-def _draw(folder: Path, seed: int) -> list[HeldoutSample]:
-    summary = draw_dataset(folder, TRAIN_SAMPLES, HELDOUT_SAMPLES, seed, progress=show_progress)
+def _write_data(folder: Path, task: Task, seed: int) -> list[HeldoutSample]:
+    summary = write_dataset(folder, task, seed, progress=show_progress)
+    things = " and no ".join(task.media)
     print(
-        f"      {summary.train_samples:,} images with three questions each to train on, "
-        f"{summary.heldout_samples} with one question held out; no image occurs twice"
+        f"      {summary.train_samples:,} chats to train on, {summary.heldout_samples} single questions held out; "
+        f"no {things} occurs twice"
     )
-    kind_of_question = {question: kind for kind, questions in QUESTIONS.items() for question in questions}
-    samples = load_samples(summary.heldout_path, kind_of_question)
-    for kind in QUESTIONS:
+    samples = load_samples(summary.heldout_path, task.kind_of_question())
+    for kind in task.questions:
         sample = next(sample for sample in samples if sample.kind == kind)
-        print(f"      {kind:<6}  {sample.question}  {sample.answer}")
+        print(f"      {kind:<{max(map(len, task.questions))}}  {sample.question}  {sample.answer}")
     return samples
 
 
-def _texts() -> list[str]:
-    """Returns what the tokenizer learns from: every question, and every answer as often as it is given."""
-    texts = [question for questions in QUESTIONS.values() for question in questions]
-    return texts + [scene.answer(kind) for scene in all_scenes() for kind in QUESTIONS]
+def _ask_swapped(model_folder: Path, samples: Sequence[HeldoutSample], medium: str, after: Sequence[str]) -> Swap:
+    """Asks the questions that have such a medium again, with another one; the others keep their answers."""
+    swapped = swap(samples, medium)
+    asked = [position for position, sample in enumerate(swapped) if medium in sample.media]
+    answers = list(after)
+    again = answer_questions(model_folder, [swapped[position] for position in asked], progress=show_progress)
+    for position, answer in zip(asked, again, strict=True):
+        answers[position] = answer
+    return Swap(swapped, answers)
 
 
 def _stops(recipe: Recipe, train_iters: int) -> list[int]:

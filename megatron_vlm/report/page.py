@@ -30,13 +30,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Sample:
-    """An image with its question, the expected answer and the model's."""
+    """A question about an image, a clip of audio or both, the expected answer and the model's."""
 
-    image_path: Path
+    image_path: Path | None
     question: str
     answer: str
     prediction: str
     note: str = ""
+    audio_path: Path | None = None
 
 
 def page(title: str, parts: Iterable[str]) -> str:
@@ -114,9 +115,13 @@ def sample_grid(samples: Sequence[Sample]) -> str:
         correct = sample.prediction == sample.answer
         verdict = "✓" if correct else f"✗ expected “{escape(sample.answer)}”"
         note = f'<div class="note">{escape(sample.note)}</div>' if sample.note else ""
+        media = ""
+        if sample.image_path is not None:
+            media += f'<img src="{image_data_uri(sample.image_path)}" alt="{escape(sample.question, quote=True)}">'
+        if sample.audio_path is not None:
+            media += f'<audio controls src="{audio_data_uri(sample.audio_path)}"></audio>'
         cells.append(
-            f'<figure class="sample {"right" if correct else "wrong"}">'
-            f'<img src="{image_data_uri(sample.image_path)}" alt="{escape(sample.question, quote=True)}">'
+            f'<figure class="sample {"right" if correct else "wrong"}">{media}'
             f'<figcaption><div class="question">{escape(sample.question)}</div>'
             f'<div class="prediction">{escape(sample.prediction) or "(nothing)"} <span>{verdict}</span></div>{note}'
             "</figcaption></figure>"
@@ -134,3 +139,8 @@ def image_data_uri(path: Path) -> str:
     buffer = io.BytesIO()
     small.save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def audio_data_uri(path: Path) -> str:
+    """Return a file of audio as a data URI, as it is."""
+    return f"data:audio/{path.suffix[1:].lower()};base64," + base64.b64encode(path.read_bytes()).decode("ascii")

@@ -49,6 +49,7 @@ th:not(:first-child), td:not(:first-child) { text-align: right; }
 .samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(156px, 1fr)); gap: 12px; }
 .sample { margin: 0; overflow: hidden; }
 .sample img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; }
+.sample audio { display: block; width: 100%; }
 .sample figcaption { padding: 10px 12px 12px; font-size: 13px; }
 .question { color: var(--soft); }
 .prediction { font-size: 15px; font-weight: 600; }

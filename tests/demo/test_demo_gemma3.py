@@ -8,10 +8,10 @@ from jinja2.exceptions import TemplateError
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Gemma3Processor
 
+from demo.dataset import IMAGES
 from demo.draw import COLOURS, PLACES, QUESTIONS, SHAPES
 from demo.gemma3 import IMAGE_SIZE_PIXELS, SOFT_TOKENS_PER_IMAGE
 from demo.recipes import RECIPES
-from demo.run import _texts
 
 QUESTION = QUESTIONS["colour"][0]
 ANSWERS = [*COLOURS, *SHAPES, *PLACES]
@@ -20,7 +20,7 @@ ANSWERS = [*COLOURS, *SHAPES, *PLACES]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("demo_model")
-    RECIPES["gemma3"].build(path, _texts(), 3)
+    RECIPES["gemma3"].build(path, IMAGES.texts(), 3)
     return path
 
 

@@ -7,10 +7,10 @@ from jinja2.exceptions import TemplateError
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PixtralProcessor
 
+from demo.dataset import IMAGES
 from demo.draw import IMAGE_SIZE_PIXELS, QUESTIONS
 from demo.mistral3 import ORIGINAL_LENGTH, TOKENS_PER_IMAGE, TOKENS_PER_SIDE
 from demo.recipes import RECIPES
-from demo.run import _texts
 
 QUESTION = {"type": "text", "text": QUESTIONS["colour"][0]}
 ANSWER = {"role": "assistant", "content": "red"}
@@ -19,7 +19,7 @@ ANSWER = {"role": "assistant", "content": "red"}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("demo_mistral3")
-    RECIPES["mistral3"].build(path, _texts(), 3)
+    RECIPES["mistral3"].build(path, IMAGES.texts(), 3)
     return path
 
 

@@ -7,11 +7,11 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Qwen3VLProcessor
 
+from demo.dataset import IMAGES
 from demo.draw import IMAGE_SIZE_PIXELS, QUESTIONS
 from demo.launch import RANKS
 from demo.qwen3_vl import NUM_EXPERTS, PATCH_SIZE_PIXELS, SPECIAL_TOKENS, TOKENS_PER_IMAGE
 from demo.recipes import RECIPES
-from demo.run import _texts
 
 QUESTION = QUESTIONS["colour"][0]
 
@@ -19,7 +19,7 @@ QUESTION = QUESTIONS["colour"][0]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("demo_moe")
-    RECIPES["qwen3_vl_moe"].build(path, _texts(), 3)
+    RECIPES["qwen3_vl_moe"].build(path, IMAGES.texts(), 3)
     return path
 
 

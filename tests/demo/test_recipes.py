@@ -1,17 +1,22 @@
 """What holds for the model directory and the stages of every demo."""
 
+import random
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from demo.draw import COLOURS, PLACES, QUESTIONS, SHAPES
 from demo.evaluate import HeldoutSample, answer_questions
 from demo.recipes import RECIPES, Recipe
-from demo.run import _heading, _stops, _texts
+from demo.run import _heading, _stops
+from demo.sounds import DIGITS, synthesise
+from tests.versions import TRANSFORMERS
 
 
 @pytest.fixture(scope="module", params=RECIPES)
@@ -22,7 +27,7 @@ def recipe(request) -> Recipe:
 @pytest.fixture(scope="module")
 def folder(recipe, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("demo_model")
-    recipe.build(path, _texts(), 3)
+    recipe.build(path, recipe.task.texts(), 3)
     return path
 
 
@@ -41,18 +46,27 @@ def test_any_text_survives_the_tokenizer(tokenizer, text):
     assert not {*ids} & {tokenizer.unk_token_id, *tokenizer.all_special_ids}
 
 
-def test_answers_are_one_token_per_word(tokenizer):
-    for answer in [*COLOURS, *SHAPES, *PLACES]:
+def test_answers_are_one_token_per_word(recipe, tokenizer):
+    answers = [*COLOURS, *SHAPES, *PLACES]
+    if "clip" in recipe.task.media:
+        answers += [*DIGITS, *(f"red {digit}" for digit in DIGITS)]
+    for answer in answers:
         assert len(tokenizer.tokenize(answer)) == len(answer.split())
 
 
-def test_answers_do_not_depend_on_the_batch(folder, tmp_path):
+def test_answers_do_not_depend_on_the_batch(recipe, folder, tmp_path):
     """Questions of different lengths are padded on the left; each must get the answer it gets alone."""
     samples = []
     for index, questions in enumerate(QUESTIONS.values()):
         path = tmp_path / f"{index}.png"
         Image.new("RGB", (96, 96), (80 * index, 40, 200 - 60 * index)).save(path)
-        samples += [HeldoutSample(path, question, "", "", "") for question in questions]
+        samples += [HeldoutSample("", question, {"image": path}, {}, {}) for question in questions]
+    if "clip" in recipe.task.media and Version("5.23") <= TRANSFORMERS:
+        clip = synthesise("two", random.Random(0))
+        path = tmp_path / f"a{clip.suffix}"
+        path.write_bytes(clip.encoded)
+        samples[1:1] = [HeldoutSample("", "Which digit do you hear?", {"clip": path}, {}, {})]
+        samples += [replace(samples[-1], media={**samples[-1].media, "clip": path})]
     model = AutoModelForImageTextToText.from_pretrained(folder)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -159,3 +159,10 @@ def test_chart_survives_odd_values(values, allow_logarithmic):
     if chart.startswith("<svg"):
         assert all(0 <= x <= 400 and 0 <= y <= 200 for x, y in polyline(chart))
         assert len(re.findall(r'class="axis"', chart)) < 20
+
+
+def test_a_sample_may_have_a_clip_instead_of_an_image(tmp_path):
+    clip = tmp_path / "a.flac"
+    clip.write_bytes(b"fLaC")
+    grid = page.sample_grid([Sample(None, "What is said?", "two", "two", audio_path=clip)])
+    assert ParsedPage(grid).addresses == ["data:audio/flac;base64,ZkxhQw=="] and "<img" not in grid
