@@ -24,7 +24,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "kernels")]
 
 from megatron_vlm.planning.memory import estimate_memory  # noqa: E402
 from megatron_vlm.planning.preflight import check_layout  # noqa: E402
-from tests.test_recipes import IMAGES_OF_A_FULL_ROW, SIZES, recipe, record  # noqa: E402
+from tests.test_recipes import SIZES, images_of_a_full_row, recipe, record  # noqa: E402
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "memory_estimate.json"
 MAX_SECONDS, MAX_SECONDS_IN_ALL = 30.0, 60.0
@@ -54,7 +54,7 @@ def _seconds(name: str, num_ranks: int | None = None) -> float:
     if num_ranks is not None:
         layout = check_layout(config, model_config, num_ranks)
     began = time.process_time()
-    estimate_memory(config, family, model_config, layout, IMAGES_OF_A_FULL_ROW)
+    estimate_memory(config, family, model_config, layout, images_of_a_full_row(family))
     return time.process_time() - began
 
 

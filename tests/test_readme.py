@@ -11,7 +11,7 @@ import pytest
 
 from megatron_vlm.cli import load_config, parse_command_line
 from megatron_vlm.config_keys import valid_keys
-from tools import config_reference, convert, inspect_data, report
+from tools import compare_loss, config_reference, convert, inspect_data, report
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -110,13 +110,16 @@ def test_training_commands_parse(my_run: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_tool_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [shlex.split(command) for command in commands(README) if "tools/" in command]
-    assert {words[1] for words in found} == {"tools/convert.py", "tools/inspect_data.py", "tools/report.py"}
+    tools = ("compare_loss", "convert", "inspect_data", "report")
+    assert {words[1] for words in found} == {f"tools/{name}.py" for name in tools}
     for words in found:
         monkeypatch.setattr("sys.argv", words[1:])
         if words[1] == "tools/convert.py":
             convert._parse(words[2:])
         elif words[1] == "tools/report.py":
             report._parse(words[2:])
+        elif words[1] == "tools/compare_loss.py":
+            compare_loss._parse_arguments(words[2:])
         else:
             inspect_data._parse_arguments()
 
