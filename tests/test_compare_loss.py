@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.families.gemma3 import GEMMA3
 from tests.families.gemma4 import GEMMA4
+from tests.families.mistral3 import MISTRAL3
+from tests.families.qwen3_vl import QWEN3_VL
 from tests.families.tiny_family import TinyFamily
 from tests.training.tiny_run_config import TinyFiles, build_multimodal
 from tools import compare_loss
@@ -18,7 +21,7 @@ def compare(files: TinyFiles, *options: str) -> int:
     return compare_loss.main(["--hf", str(files.model), "--data", str(files.data), *options])
 
 
-@pytest.mark.parametrize("family", [GEMMA3, GEMMA4], ids=str)
+@pytest.mark.parametrize("family", [GEMMA3, GEMMA4, QWEN3_VL, MISTRAL3], ids=str)
 def test_losses_are_equal_row_by_row(family: TinyFamily, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = build_multimodal(tmp_path, family)
     assert compare(files, "--num", "8") == 0
@@ -37,8 +40,23 @@ def test_bad_rows_and_directories_are_one_line(tmp_path: Path, capsys: pytest.Ca
         file.write('{"messages": []}\n')
     assert compare(files, "--first", "8") == 2
     assert "mixed.jsonl:9" in capsys.readouterr().err
+    for none in (("--first", "9"), ("--first", "-1"), ("--num", "0")):
+        assert compare(files, *none) == 2
+        assert "names no row, for the file has 9" in capsys.readouterr().err
     for path in files.model.glob("*.safetensors"):
         tensors = load_file(path)
         save_file(dict(list(tensors.items())[1:]), path, metadata={"format": "pt"})
     assert compare(files, "--num", "1") == 2
-    assert "missing" in capsys.readouterr().err
+    assert "finds no weights for 2 parameters" in capsys.readouterr().err
+
+
+def test_weights_that_transformers_would_make_up_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = build_multimodal(tmp_path, GEMMA3)
+    config = json.loads((files.model / "config.json").read_text())
+    (files.model / "config.json").write_text(json.dumps(config["text_config"]))
+    # Rows of text alone, which a text-only model can read.
+    files.data.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    assert compare(files) == 2
+    assert "transformers finds no weights for" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from megatron_vlm.config import DataSettings, DataSource
 from megatron_vlm.conversion.loss_comparison import compare_losses
 from megatron_vlm.data.prompts import PromptBuilder
 from megatron_vlm.data.rows import RowReader
-from megatron_vlm.errors import EXIT_USER_ERROR, UserError
+from megatron_vlm.errors import EXIT_USER_ERROR, DataError, UserError
 from megatron_vlm.families.registry import detect, load_hf_config
 
 
@@ -35,7 +35,11 @@ def main(given: list[str] | None = None) -> int:
         builder = PromptBuilder(arguments.hf, rules, None, None)
         source = DataSource(path=arguments.data)
         reader = RowReader([source], DataSettings(train=[source], seq_length=2**30, strict=True), builder)
-        rows = range(arguments.first, min(arguments.first + arguments.num, reader.sources[0].num_rows))
+        num_rows = reader.sources[0].num_rows
+        rows = range(arguments.first, min(arguments.first + arguments.num, num_rows))
+        if arguments.first < 0 or not rows:
+            asked = f"--first {arguments.first} --num {arguments.num} names no row, for the file has {num_rows}"
+            raise DataError(asked, arguments.data, "count rows from 0")
         compared = compare_losses(arguments.hf, family, hf_config, reader, rows)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

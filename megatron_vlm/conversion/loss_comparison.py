@@ -82,7 +82,7 @@ def compare_losses(
 
     Raises:
         DataError: a row cannot be used.
-        ConfigError: transformers cannot load the model.
+        ConfigError: transformers cannot load the model, or finds no weights for some of it.
     """
     assert reader.settings.strict, "a bad row is an error here"
     prepared = [_Row(reader.read(0, row), reader.transformers_inputs(0, row)) for row in rows]
@@ -100,11 +100,16 @@ def compare_losses(
 def _theirs(hf_path: str, hf_config: PretrainedConfig, rows: Sequence[_Row]) -> Iterator[float]:
     is_text = hf_config.get_text_config() is hf_config
     auto_class: Any = AutoModelForCausalLM if is_text else AutoModelForImageTextToText
+    fix = "give a complete model directory"
     try:
-        model = auto_class.from_pretrained(hf_path, dtype=torch.float32, local_files_only=True)
+        model, loaded = auto_class.from_pretrained(
+            hf_path, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
-        fix = "give a complete model directory"
         raise ConfigError(f"transformers cannot load the model: {str(error)[:300]}", hf_path, fix) from None
+    if missing := sorted(loaded["missing_keys"]):  # which transformers has made up
+        what = f"transformers finds no weights for {len(missing)} parameters, such as {missing[0]}"
+        raise ConfigError(what, hf_path, fix)
     for row in rows:
         sample = row.loaded.sample
         ids = torch.from_numpy(sample.input_ids)[None]
