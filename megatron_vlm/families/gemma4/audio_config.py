@@ -11,7 +11,10 @@ from transformers import Gemma4AudioConfig, Gemma4UnifiedAudioConfig
 from megatron_vlm.model_configs import AudioEncoderConfig, Narrowed, require
 
 _require = partial(require, model="Gemma 4")
-MOST_TOKENS = 750  # of 30 seconds, past which the feature extractor cuts a clip off
+# The feature extractor cuts a clip of 16 kHz off past 30 seconds, and the tower makes a token of 40 milliseconds; those
+# of unified models keep all of any clip.
+MOST_AUDIO_SAMPLES = 30 * 16_000
+MOST_TOKENS = 30 * 25
 
 
 @dataclass(frozen=True)

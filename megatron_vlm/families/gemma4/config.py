@@ -112,7 +112,7 @@ class VisionConfig(TowerConfig):
 
 
 @dataclass(frozen=True)
-class PatchEmbedderConfig(ImageEncoderConfig):
+class PixelEmbedderConfig(ImageEncoderConfig):
     """What 12B has in place of a tower: an embedding of pixels.
 
     Attributes:
@@ -156,7 +156,7 @@ class ModelConfig(VisionLanguageConfig):
     """
 
     text: TextConfig
-    vision: VisionConfig | PatchEmbedderConfig | None
+    vision: VisionConfig | PixelEmbedderConfig | None
     is_unified: bool
     is_wrapped: bool = False
     video_token_id: int | None = None
@@ -204,7 +204,7 @@ def config_from_hf(
     _require(text.pad_token_id is not None, "pad_token_id null")
     vision, audio = None, None
     if has_images:
-        vision = _patch_embedder(hf_config.vision_config) if is_unified else _vision(hf_config.vision_config)
+        vision = _pixel_embedder(hf_config.vision_config) if is_unified else _vision(hf_config.vision_config)
     if has_audio:
         audio = audio_config_from_hf(hf_config.audio_config)
     towers = {"vision_tower": has_images, "audio_tower": isinstance(audio, AudioConfig)}
@@ -341,10 +341,10 @@ def _vision(hf: Narrowed) -> VisionConfig:
     )
 
 
-def _patch_embedder(hf: Narrowed) -> PatchEmbedderConfig:
+def _pixel_embedder(hf: Narrowed) -> PixelEmbedderConfig:
     size, out_size = hf.mm_embed_dim, hf.output_proj_dims
     _require(size == out_size, f"vision output_proj_dims {out_size} with mm_embed_dim {size}")
-    return PatchEmbedderConfig(
+    return PixelEmbedderConfig(
         hidden_size=size,
         num_channels=3,
         patch_size=hf.patch_size * hf.pooling_kernel_size,

@@ -24,7 +24,7 @@ from megatron_vlm.families.gemma4.config import LayerConfig, ModelConfig, TextCo
 from megatron_vlm.families.gemma4.moe import Router
 from megatron_vlm.families.gemma4.per_layer import PerLayerInput
 from megatron_vlm.families.gemma4.projector import Projector
-from megatron_vlm.families.gemma4.unified import PatchEmbedder
+from megatron_vlm.families.gemma4.unified import PixelEmbedder
 from megatron_vlm.families.gemma4.vision import VisionTower
 from megatron_vlm.layers.attention import masked_spans
 from megatron_vlm.layers.embedding import place_features
@@ -239,7 +239,7 @@ class Gemma4Chunk(ModelChunk):
             self.vision_tower = (
                 VisionTower(vision, mcore_config, self.tower_group, chunk.recompute == "full")
                 if isinstance(vision, VisionConfig)
-                else PatchEmbedder(vision, mcore_config, self.tower_group)
+                else PixelEmbedder(vision, mcore_config, self.tower_group)
             )
             self.projector.vision = Projector(
                 vision.hidden_size, config.text.hidden_size, vision.projector_norm_eps, mcore_config, self.tower_group

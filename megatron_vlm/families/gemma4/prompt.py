@@ -20,8 +20,8 @@ from megatron_vlm.data.conversation import ImageSize
 from megatron_vlm.data.media import MediaRules, Medium, Packed, Sides, pack_in_reading_order, placeholder_runs
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.errors import ConfigError, DataError
-from megatron_vlm.families.gemma4.audio_config import RawAudioConfig
-from megatron_vlm.families.gemma4.config import ModelConfig, PatchEmbedderConfig
+from megatron_vlm.families.gemma4.audio_config import MOST_AUDIO_SAMPLES, RawAudioConfig
+from megatron_vlm.families.gemma4.config import ModelConfig, PixelEmbedderConfig
 
 # <|think|> is not among them: it stands in a system prompt to ask for thinking. Templates cut thinking between channel
 # tokens out of an answer's text without a word.
@@ -31,8 +31,6 @@ TURN_TOKENS = (
 MEDIA_TOKENS = "<|image> <|image|> <image|> <|video|> <|audio> <|audio|> <audio|>".split()
 # What the image processor accepts as the most tokens of an image.
 TOKEN_BUDGETS = (70, 140, 280, 560, 1120)
-# Past 30 seconds at 16 kHz the feature extractor cuts a clip off; that of unified models keeps all of any clip.
-MOST_AUDIO_SAMPLES = 480_000
 
 
 def prompt_rules(config: ModelConfig) -> PromptRules:
@@ -65,7 +63,7 @@ def _media_rules(config: ModelConfig) -> MediaRules:
     is_raw, sizes = isinstance(audio, RawAudioConfig), {}
     if vision is not None:
         pooling_size, patch_size = vision.spatial_merge_size, vision.patch_size
-        if isinstance(vision, PatchEmbedderConfig):
+        if isinstance(vision, PixelEmbedderConfig):
             pooling_size = vision.pooling_kernel_size
             patch_size //= pooling_size
         own = {"patch_size": patch_size, "pooling_kernel_size": pooling_size}
@@ -124,26 +122,8 @@ def pack_media(
     Raises:
         DataError: the placeholders are not those of the media, a clip is too short for one, or an image too long.
     """
-    given: dict[str, Any] = {}
-    if "pixel_values" in output:
-        images = list(_unpadded(output["pixel_values"], output["image_position_ids"], pooling_size, row_name))
-        given["pixel_values"] = torch.cat([patches for patches, _, _ in images])
-        given["image_grid_thw"] = torch.tensor([(1, height, width) for _, height, width in images])
-    if "pixel_values_videos" in output:
-        pixels, positions = output["pixel_values_videos"], output["video_position_ids"]
-        if "num_frames_per_video" in output:
-            counts = [int(count) for count in output["num_frames_per_video"]]
-        else:  # transformers 5.17 has another dimension for videos, all with as many frames
-            counts = [pixels.shape[1]] * len(pixels)
-            pixels, positions = pixels.flatten(0, 1), positions.flatten(0, 1)
-        frames = list(_unpadded(pixels, positions, pooling_size, row_name))
-        given["pixel_values_videos"] = torch.cat([patches for patches, _, _ in frames])
-        firsts = np.cumsum([0, *counts])[:-1]
-        given["video_grid_thw"] = torch.tensor(
-            [(count, *frames[first][1:]) for first, count in zip(firsts, counts, strict=True)]
-        )
     inputs, media = pack_in_reading_order(
-        given,
+        _images_and_videos(output, pooling_size, row_name),
         input_ids,
         row_name,
         image_token_id=image_token_id,
@@ -167,6 +147,29 @@ def pack_media(
     if clips:
         inputs["audio_features"] = torch.from_numpy(np.concatenate(clips))
     return inputs, media + [Medium("audio", (len(clip), 1, 1)) for clip in clips]
+
+
+def _images_and_videos(output: Mapping[str, Any], pooling_size: int, row_name: str) -> dict[str, Any]:
+    """Return the processor's images and videos as `pack_in_reading_order` takes them."""
+    given: dict[str, Any] = {}
+    if "pixel_values" in output:
+        images = list(_unpadded(output["pixel_values"], output["image_position_ids"], pooling_size, row_name))
+        given["pixel_values"] = torch.cat([patches for patches, _, _ in images])
+        given["image_grid_thw"] = torch.tensor([(1, height, width) for _, height, width in images])
+    if "pixel_values_videos" in output:
+        pixels, positions = output["pixel_values_videos"], output["video_position_ids"]
+        if "num_frames_per_video" in output:
+            counts = [int(count) for count in output["num_frames_per_video"]]
+        else:  # transformers 5.17 has another dimension for videos, all with as many frames
+            counts = [pixels.shape[1]] * len(pixels)
+            pixels, positions = pixels.flatten(0, 1), positions.flatten(0, 1)
+        frames = list(_unpadded(pixels, positions, pooling_size, row_name))
+        given["pixel_values_videos"] = torch.cat([patches for patches, _, _ in frames])
+        firsts = np.cumsum([0, *counts])[:-1]
+        given["video_grid_thw"] = torch.tensor(
+            [(count, *frames[first][1:]) for first, count in zip(firsts, counts, strict=True)]
+        )
+    return given
 
 
 def _unpadded(

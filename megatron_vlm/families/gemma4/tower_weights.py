@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from megatron_vlm.families.gemma4.audio_config import AudioConfig
-from megatron_vlm.families.gemma4.config import PatchEmbedderConfig, VisionConfig
+from megatron_vlm.families.gemma4.config import PixelEmbedderConfig, VisionConfig
 from megatron_vlm.model.decoder_weights import QUERY_KEY_NORMS
 from megatron_vlm.model.weight_tables import Table, Weight, resolve
 
@@ -23,7 +23,7 @@ VISION_LAYER = {
     "post_feedforward_layernorm.weight": "hidden",
     **QUERY_KEY_NORMS,
 }
-PATCH_EMBEDDER = {
+PIXEL_EMBEDDER = {
     "patch_ln1.weight": "patch",
     "patch_ln1.bias": "patch",
     "patch_dense.weight": "hidden patch",
@@ -111,14 +111,14 @@ def vision_tower_weights(vision: VisionConfig) -> Iterator[Weight]:
         yield from resolve({"std_bias": "hidden", "std_scale": "hidden"}, sizes)
 
 
-def patch_embedder_weights(vision: PatchEmbedderConfig) -> Iterator[Weight]:
+def pixel_embedder_weights(vision: PixelEmbedderConfig) -> Iterator[Weight]:
     """Yield the weights of what 12B has in place of a vision tower."""
     sizes = {
         "hidden": vision.hidden_size,
         "patch": vision.patch_features,
         "positions": vision.num_positions_per_side,
     }
-    yield from resolve(PATCH_EMBEDDER, sizes)
+    yield from resolve(PIXEL_EMBEDDER, sizes)
 
 
 def audio_tower_weights(config: AudioConfig) -> Iterator[Weight]:

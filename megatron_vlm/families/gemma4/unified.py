@@ -13,14 +13,14 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import embedding
 
-from megatron_vlm.families.gemma4.config import PatchEmbedderConfig
+from megatron_vlm.families.gemma4.config import PixelEmbedderConfig
 from megatron_vlm.layers.linear import ColumnParallelLinear, Group, column_parallel
 from megatron_vlm.layers.norm import LayerNorm
 from megatron_vlm.layers.patches import Grid, patch_positions, split_frames
 from megatron_vlm.parallel.parameters import declare, normal
 
 
-class PatchEmbedder(torch.nn.Module):
+class PixelEmbedder(torch.nn.Module):
     """Embeds patches and their places; takes and returns what a vision tower does.
 
     Rows of the linear map are split over `group`, which gathers their outputs for the norm behind them.
@@ -31,7 +31,7 @@ class PatchEmbedder(torch.nn.Module):
         group: process group over which the linear map is sharded.
     """
 
-    def __init__(self, config: PatchEmbedderConfig, mcore_config: TransformerConfig, group: Group) -> None:
+    def __init__(self, config: PixelEmbedderConfig, mcore_config: TransformerConfig, group: Group) -> None:
         super().__init__()
         self.config, self.group = config, group
         size, dtype = config.hidden_size, mcore_config.params_dtype

@@ -12,7 +12,7 @@ from megatron_vlm.families.gemma4.config import LayerConfig, ModelConfig, TextCo
 from megatron_vlm.families.gemma4.tower_weights import (
     BOUNDS,
     audio_tower_weights,
-    patch_embedder_weights,
+    pixel_embedder_weights,
     vision_tower_weights,
 )
 from megatron_vlm.model.decoder_weights import (
@@ -31,11 +31,11 @@ HEAD = ("lm_head.",)
 VISION_TOWER = ("model.vision_tower.",)
 VISION_PROJECTOR = ("model.embed_vision.",)
 # 12B's, in files and in memory.
-PATCH_EMBEDDER = ("model.vision_embedder.", "model.embed_vision.")
+PIXEL_EMBEDDER = ("model.vision_embedder.", "model.embed_vision.")
 PATCH_PROJECTOR = ("model.embed_vision.", "model.embed_vision.multimodal_embedder.")
 AUDIO_TOWER = ("model.audio_tower.",)
 AUDIO_PROJECTOR = ("model.embed_audio.",)
-MEDIA = (*VISION_TOWER, *PATCH_EMBEDDER, *AUDIO_TOWER, *AUDIO_PROJECTOR)
+MEDIA = (*VISION_TOWER, *PIXEL_EMBEDDER, *AUDIO_TOWER, *AUDIO_PROJECTOR)
 
 TEXT_LAYER = {
     "input_layernorm.weight": "hidden",
@@ -109,7 +109,7 @@ def _media_groups(config: ModelConfig) -> Iterator[WeightGroup]:
         yield WeightGroup("vision_tower.", VISION_TOWER, tuple(vision_tower_weights(vision)))
         yield WeightGroup("projector.vision.", VISION_PROJECTOR, (_projection(vision.hidden_size, size),))
     elif vision is not None:
-        yield WeightGroup("vision_tower.", PATCH_EMBEDDER, tuple(patch_embedder_weights(vision)))
+        yield WeightGroup("vision_tower.", PIXEL_EMBEDDER, tuple(pixel_embedder_weights(vision)))
         yield WeightGroup("projector.vision.", PATCH_PROJECTOR, (_projection(vision.hidden_size, size),))
     if audio is not None:
         if isinstance(audio, AudioConfig):
