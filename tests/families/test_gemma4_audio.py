@@ -43,7 +43,7 @@ from vlm_kernels.rms_norm import rms_norm
 TEXT_SIZE, NUM_BINS = 24, 16
 # 26 tokens are more than two chunks of 12; a clip begins and ends inside a chunk, and lengths leave every remainder.
 CLIPS: dict[str, tuple[int, ...]] = {"several": (45, 1, 104, 7, 16, 2), "one": (54,)}
-TOLERANCE = 1e-5  # fp32; sums in another order reach 4e-6 of the largest value
+TOLERANCE = 4e-5  # fp32; over six seeds, sums in another order reach 3e-6 to 1.8e-5 of the largest value
 CLEARLY_WRONG = 1e-2
 
 
@@ -91,7 +91,7 @@ def their_features(tower: Gemma4AudioModel, embedder: Gemma4MultimodalEmbedder, 
 @cache
 def hf_modules(clips: bool) -> tuple[Gemma4AudioModel, Gemma4MultimodalEmbedder]:
     """Every parameter random, and bounds that each clip some of the values that come."""
-    config, generator = hf_config(clips), torch.Generator().manual_seed(2)
+    config, generator = hf_config(clips), torch.Generator().manual_seed(0)
     tower = Gemma4AudioModel(config)
     embedder = Gemma4MultimodalEmbedder(config, SimpleNamespace(hidden_size=TEXT_SIZE))
     with torch.no_grad():

@@ -23,9 +23,11 @@ from tests.parity.comparison import expected
 from tests.parity.layouts import LAYOUTS, TestLayout, own_micro_batches, set_up, whole_gradients
 from tests.ranks import run_ranks
 
-# See tests/parity/test_gemma3_bf16.py.
+# As in tests/parity/test_gemma3_bf16.py. Seen: gradients at most 1.20 times as far off as those of transformers in bf16
+# (31B over two tensor ranks, whose partial sums are rounded once more), else at most 1.00. Losses are off by 2.6e-4,
+# those of transformers in bf16 by 7.7e-4.
 OVERALL_RATIO = 1.25
-LOSS_TOLERANCE = 2e-3
+LOSS_TOLERANCE = 1e-3
 
 Figures = tuple[float, dict[str, torch.Tensor]]
 
@@ -82,6 +84,9 @@ def test_as_close_as_transformers(family: TinyFamily, case: str, layout: str, tm
     ours = {key: gradient for _, gradients in results for key, gradient in gradients.items()}
     exact_loss, exact = reference(family, case, torch.float32)
     assert all(loss == pytest.approx(exact_loss, rel=LOSS_TOLERANCE) for loss, _ in results)
-    mine, theirs = distance(ours, exact), distance(reference(family, case, torch.bfloat16)[1], exact)
-    print(f"\n{family}, {layout}: {mine / theirs:.2f}")
+    their_loss, their_gradients = reference(family, case, torch.bfloat16)
+    mine, theirs = distance(ours, exact), distance(their_gradients, exact)
+    losses = [abs(loss / exact_loss - 1) for loss in (their_loss, *(loss for loss, _ in results))]
+    print(f"\n{family}, {layout}: gradients {mine / theirs:.2f} times as far off as theirs")
+    print(f"losses off by {losses[0]:.1e} theirs, {max(losses[1:]):.1e} ours")
     assert mine <= OVERALL_RATIO * theirs

@@ -76,7 +76,7 @@ class DocumentWriter:
         first_special_id: smaller ids are text.
         patch_features: numbers in one patch; where all images have one size, in a whole one.
         write: tokens of an image or video: (frames, rows, columns, is video, random numbers) to ids.
-        frame_size: numbers in a frame of audio; None for a family without.
+        frame_size: number of values in a frame of audio; None for a family without.
         write_audio: tokens of a clip, from its frames.
     """
 
