@@ -1,6 +1,7 @@
 """Train a vision-language model.
 
     torchrun --nproc-per-node N pretrain_vlm.py --config FILE.yaml [--section.key value ...]
+    srun --ntasks-per-node N python pretrain_vlm.py --config FILE.yaml
     python pretrain_vlm.py --config FILE.yaml --dry_run
 
 Exit codes: 0 done, or stopped early on request (`stopped.json` in the run folder says which); 2 a mistake that the user
@@ -16,11 +17,13 @@ from megatron_vlm import output
 from megatron_vlm.cli import parse_command_line
 from megatron_vlm.error_report import report
 from megatron_vlm.errors import EXIT_USER_ERROR, UserError
+from megatron_vlm.slurm_step import join_slurm_step
 
 
 def main(argv: list[str]) -> int:
     """Parse the command line, then check (`--dry_run`) or train; returns the exit code."""
     try:
+        join_slurm_step()
         command = parse_command_line(argv)
         from megatron_vlm import platform
 

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
 import socket
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from megatron_vlm.errors import UserError
 
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
 SECONDS_FOR_THE_FIRST_RANK = 10.0  # to report; ranks of a busy machine start apart from each other
+ERROR_FILE_VARIABLE = "MEGATRON_VLM_ERROR_FILE"
+"""Names a file that errors are also appended to: what started the ranks sees only exit codes, torchrun's own."""
 
 
 def report(error: UserError) -> None:
     """Print the error once for all ranks that have it: by the first rank, or by one of the others if it has not.
 
     There may be no process group yet, or ranks that wait in it for this one; so ranks meet in the store of torchrun's
-    agent. Without one every other rank waits before it prints: whatever started the ranks ends them meanwhile.
+    agent, or without an agent in one of the first rank. Where that cannot be reached, every rank prints that is not
+    ended before.
     """
     if error.is_reported_here is False:
         return
@@ -36,29 +44,58 @@ def report(error: UserError) -> None:
 
 
 def _print(text: str, rank: int) -> None:
-    print(f"[rank {rank}] {text}" if rank else text, file=sys.stderr, flush=True)
+    line = f"[rank {rank}] {text}" if rank else text
+    print(line, file=sys.stderr, flush=True)
+    path = os.environ.get(ERROR_FILE_VARIABLE)
+    if path:
+        with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
 
 
 def _is_mine_to_print(text: str, rank: int) -> bool:
     """Tell other ranks that the first rank has printed a text, or, on another rank, find out whether anybody has."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        time.sleep(SECONDS_FOR_THE_FIRST_RANK if rank else 0)
-        return True
-    from torch.distributed import TCPStore
-
+    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     key = f"megatron_vlm error {hashlib.sha256(text.encode(errors='replace')).hexdigest()}"
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        socket.create_connection(address, SECONDS_FOR_THE_FIRST_RANK).close()  # torch would fail with many lines
-        store = TCPStore(*address, is_master=False, wait_for_workers=False)
+        store = _store(has_agent, rank)
         if rank == 0:
             store.set(key, "printed")
+            if not has_agent:
+                _wait_until_seen(store, key)
             return True
         end = time.monotonic() + SECONDS_FOR_THE_FIRST_RANK
         while time.monotonic() < end:
             if store.check([key]):
+                store.add(f"{key}, seen", 1)
                 return False
             time.sleep(0.1)
         return store.compare_set(f"{key}, other ranks", "", str(rank)) == str(rank).encode()
     except (OSError, RuntimeError):
-        return False  # the agent has ended, and with it the job, for a reason that another rank has printed
+        # An agent that has ended took the job with it, for a reason that another rank has printed.
+        return not has_agent
+
+
+def _store(has_agent: bool, rank: int) -> TCPStore:
+    """Connect to the store of torchrun's agent, or to the first rank's, which is made if it has none yet."""
+    from torch.distributed import TCPStore
+
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if rank == 0 and not has_agent:
+        with contextlib.suppress(RuntimeError):  # the port is that of its process group
+            return TCPStore(*address, is_master=True, wait_for_workers=False)
+    end = time.monotonic() + SECONDS_FOR_THE_FIRST_RANK
+    while True:
+        try:
+            socket.create_connection(address, SECONDS_FOR_THE_FIRST_RANK).close()  # torch would fail with many lines
+            return TCPStore(*address, is_master=False, wait_for_workers=False)
+        except OSError:
+            if has_agent or time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+
+
+def _wait_until_seen(store: TCPStore, key: str) -> None:
+    """Keep the first rank's store until all other ranks have looked, or had the time for it."""
+    end = time.monotonic() + SECONDS_FOR_THE_FIRST_RANK
+    while time.monotonic() < end and store.add(f"{key}, seen", 0) < int(os.environ["WORLD_SIZE"]) - 1:
+        time.sleep(0.1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from torch.distributed import TCPStore
@@ -18,6 +20,11 @@ Report = Callable[[int, UserError], list[str]]
 def store() -> Iterator[TCPStore]:
     """What torchrun's agent offers."""
     yield TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 @pytest.fixture
@@ -69,9 +76,34 @@ def test_silence_after_the_agent_has_ended(report: Report, monkeypatch: pytest.M
     assert report(0, ConfigError("a is 1")) == ["ConfigError: a is 1"]
 
 
-def test_without_an_agent_every_rank_prints_that_is_not_ended(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_agent_the_first_rank_has_a_store(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under srun: others begin to look before the first rank is there, and it stays until they have."""
+    monkeypatch.setattr(error_report, "SECONDS_FOR_THE_FIRST_RANK", 10.0)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
-    assert report(0, ConfigError("a is 1")) == ["ConfigError: a is 1"]
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    text = "ConfigError: a is 1"
+    with ThreadPoolExecutor() as pool:
+        later = [pool.submit(error_report._is_mine_to_print, text, rank) for rank in (1, 2)]
+        assert report(0, ConfigError("a is 1")) == [text]
+        assert [one.result() for one in later] == [False, False]
+
+
+def test_without_any_store_every_rank_prints_that_is_not_ended(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
     assert report(3, ConfigError("a is 1")) == ["[rank 3] ConfigError: a is 1"]
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert report(0, ConfigError("a is 1")) == ["ConfigError: a is 1"]
+
+
+def test_errors_are_left_where_a_script_finds_them(
+    report: Report, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By the rank that prints, and a place that cannot be written hides nothing."""
+    monkeypatch.setenv(error_report.ERROR_FILE_VARIABLE, str(tmp_path / "errors.txt"))
+    error = ConfigError("a is 1", fix="use 2")
+    assert [report(rank, error) for rank in (0, 8)] == [["ConfigError: a is 1 -- use 2"], []]
+    assert (tmp_path / "errors.txt").read_text() == "ConfigError: a is 1 -- use 2\n"
+    monkeypatch.setenv(error_report.ERROR_FILE_VARIABLE, str(tmp_path / "missing" / "errors.txt"))
+    assert report(0, ConfigError("b is 1")) == ["ConfigError: b is 1"]

@@ -37,8 +37,8 @@ def code_spans(text: str) -> list[str]:
 def commands(text: str) -> Iterator[str]:
     """Command lines of indented and fenced code blocks, continued lines joined."""
     for line in re.sub(r"\\\n\s*", "", text).splitlines():
-        found = re.match(r"(?:    |  exec )?((?:[A-Z_]+=\S+ )?(?:make|python|torchrun|source) .*)", line)
-        if found and (line.startswith("    ") or "exec" in line):
+        found = re.match(r"    ((?:[A-Z_]+=\S+ )*(?:(?:make|python|torchrun|source|srun|sbatch) |scripts/).*)", line)
+        if found:
             yield found[1].split("   #")[0].strip().rstrip("'")
 
 
@@ -101,10 +101,12 @@ def test_the_example_configuration_is_valid(my_run: Path) -> None:
 
 def test_training_commands_parse(my_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
-    found = [command for command in commands(README) if "pretrain_vlm.py" in command]
-    assert len(found) >= 5
+    clusters = (REPOSITORY / "docs" / "clusters.md").read_text(encoding="utf-8")
+    starts = re.compile(r"pretrain_vlm\.py|scripts/train\.sbatch|scripts/torchrun_node\.sh")
+    found = [command for text in (README, clusters) for command in commands(text) if starts.search(command)]
+    assert len(found) >= 10
     for command in found:
-        arguments = shlex.split(command.partition("pretrain_vlm.py")[2])
+        arguments = shlex.split(starts.split(command, maxsplit=1)[1])
         parse_command_line([str(my_run) if argument == "my_run.yaml" else argument for argument in arguments])
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
@@ -25,6 +26,7 @@ from megatron_vlm.errors import CheckpointError, ConfigError, DataError, Diverge
 from megatron_vlm.files.config_files import read_config_file
 from megatron_vlm.files.small_files import replace_durably
 from megatron_vlm.model.trainable import Trainable
+from megatron_vlm.parallel.placement import find_nodes
 from megatron_vlm.planning.flops import ModelFlops
 from megatron_vlm.planning.preflight import record_export
 from megatron_vlm.training.loggers import Callback, build_loggers, check_packages
@@ -76,7 +78,7 @@ def _train_as_owner(config: Config, watch: RankWatch, requests: StopRequests, ow
         return
     try:
         trainer = Trainer(run, requests)
-        watch.progress = lambda: trainer.step
+        watch.activity = lambda: trainer.activity
         trainer.run()
     finally:
         run.train_loader.close()
@@ -100,6 +102,8 @@ class Trainer:
         self.row_limits = RowLimits(self.config.data, run.train_loader.plan.sources, run.train_loader.source_names)
         self.flops = ModelFlops(run.family, run.model_config, Trainable(self.config.model.freeze), run.groups)
         self.step = 0
+        self.activity = "the start"
+        """What is being done, in words."""
         self._retried_at = 0
         """Step after which a save that failed is tried again."""
         self.loggers: list[Callback] = []
@@ -111,10 +115,12 @@ class Trainer:
 
     def run(self) -> None:
         """Resume, train to the last step or a stop, save, export."""
+        nodes = find_nodes()
+        described = environment(nodes) if self.run_state.is_first_rank else {}
         if self.run_state.is_first_rank:
-            print("\n".join(banner(self.run_state, environment())), flush=True)
+            print("\n".join(banner(self.run_state, described, nodes)), flush=True)
         self._resume()
-        on_first_rank(self._prepare_folder)
+        on_first_rank(lambda: self._prepare_folder(described))
         on_first_rank(self._open_loggers)
         try:
             stopped = self._train()
@@ -171,10 +177,12 @@ class Trainer:
     def _step(self) -> int:
         """Run one optimizer step; return the number of a signal that some rank received, or 0."""
         run, began = self.run_state, time.perf_counter()
+        self.activity = f"step {self.step + 1}, reading data"
         self.profile.step(self.step + 1)
         waited = run.train_loader.wait_seconds
         batches = run.train_loader.global_batch()
         waited = run.train_loader.wait_seconds - waited
+        self.activity = f"step {self.step + 1}"
         lengths = map(sum, zip(*map(self.flops.lengths, batches), strict=True))
         for chunk in run.model:
             chunk.train()
@@ -284,6 +292,7 @@ class Trainer:
     def _evaluate(self) -> int:
         """Log the loss on the held-out data; return the number of a signal received meanwhile, which ends it early."""
         run = self.run_state
+        self.activity = f"the evaluation after step {self.step}"
         loader = run.valid_loader
         assert loader is not None and loader.num_global_batches is not None
         sums = torch.zeros((len(loader.source_names), 2), dtype=torch.float64, device=self.device)
@@ -363,6 +372,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Save this step, unless it is saved already."""
+        self.activity = f"saving step {self.step}"
         run = self.run_state
         run.checkpoints.save(
             self.step,
@@ -378,6 +388,7 @@ class Trainer:
         run, target = self.run_state, self.config.checkpoint.export_hf
         if target is None or not run.due_export:
             return
+        self.activity = "the export"
         hf_path, checkpoints = self.config.model.hf_path, run.checkpoints.directory
         carried = export_hf_from_model(
             run.model,
@@ -395,7 +406,7 @@ class Trainer:
             if carried:
                 print(describe(carried), flush=True)
 
-    def _prepare_folder(self) -> None:
+    def _prepare_folder(self, described: Mapping[str, Any]) -> None:
         """Write the resolved configuration; an earlier start's `stopped.json` no longer holds."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.run_dir / "config.yaml"
@@ -405,7 +416,7 @@ class Trainer:
                 print(f"settings changed since the last start: {', '.join(changes)}", flush=True)
         replace_durably(path, to_yaml(self.config))
         (self.run_dir / "stopped.json").unlink(missing_ok=True)
-        record_start(self.run_dir, environment(), self.step, self.config)
+        record_start(self.run_dir, described, self.step, self.config)
 
     def _open_loggers(self) -> None:
         self.loggers = build_loggers(self.config, self.run_dir, self.step)

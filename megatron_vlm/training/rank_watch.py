@@ -1,9 +1,9 @@
-"""Ranks watch each other, because a rank that hangs (stopped, swapped out, its node gone) leaves all others waiting.
+"""Ranks watch each other, because one that hangs or is killed leaves all others waiting.
 
-A thread of each rank posts a counter and the step to torch.distributed's store and reads those of the next rank only.
-The first to find a rank silent for the time-out names it in one line; every rank that sees that prints its stacks and
-leaves the process, because a collective cannot be left in another way. Collectives time out `GRACE_SECONDS` later:
-their exceptions are about whoever was waited for, which is rarely the rank that hangs.
+A thread of each rank posts a counter and what the rank does to torch.distributed's store, and reads what the next rank
+posts. The first to find a rank silent for the time-out, or the process of one on its own machine gone, names it in one
+line; every rank that sees that leaves the process, because a collective cannot be left in another way. Collectives
+time out `GRACE_SECONDS` later: their exceptions are about whoever was waited for, which is rarely the rank that hangs.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property, partial
 from types import TracebackType
 
 import psutil
@@ -28,32 +32,88 @@ from megatron_vlm.errors import UserError
 GRACE_SECONDS = 10.0
 POST_SECONDS = 5.0
 FIRST_RANK_SECONDS = 2.0  # in which it has the error that all ranks have
-_HUNG, _ERROR = "rank_watch/hung", "rank_watch/error"
+FAILED_SECONDS = 30.0  # in which ranks end by themselves once another one has failed
+RANKS_PER_POST_SECOND = 1000  # so that the store of a job of any size has little to do
+_ALARM, _ENDED, _ERROR, _CULPRIT_ENDS = (f"rank_watch/{name}" for name in ("alarm", "ended", "error", "culprit ends"))
+_AGAIN = "starting again resumes from the last checkpoint"
+
+
+@dataclass(frozen=True)
+class _Process:
+    """The process of a rank."""
+
+    pid: int
+    pid_namespace: str
+    host: str
+
+    @classmethod
+    def current(cls) -> _Process:
+        return cls(os.getpid(), _pid_namespace(), socket.gethostname())
+
+    @classmethod
+    def parse(cls, text: str) -> _Process:
+        pid, namespace, host = text.split(" ", 2)
+        return cls(int(pid), namespace, host)
+
+    def __str__(self) -> str:
+        return f"{self.pid} {self.pid_namespace} {self.host}"
+
+    @cached_property
+    def is_here(self) -> bool:
+        """Whether it is among the processes that this one can see."""
+        return (self.pid_namespace, self.host) == (_pid_namespace(), socket.gethostname())
+
+    def has_ended(self) -> bool:
+        """Whether it is known to have ended."""
+        if not self.is_here:
+            return False
+        try:
+            return psutil.Process(self.pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        except psutil.NoSuchProcess:
+            return True
+
+    def end_after(self, seconds: float) -> None:
+        """Let it show its stacks after this time, and end: torchrun waits long for a process that was stopped."""
+        with contextlib.suppress(psutil.Error):
+            if psutil.Process(self.pid).ppid() == os.getppid():  # surely a rank of this job
+                # Stopped, it gets the first signal when it is continued.
+                signals = f"kill -QUIT {self.pid}; kill -CONT {self.pid}; sleep 1; kill -KILL {self.pid}"
+                subprocess.Popen(
+                    ["sh", "-c", f"sleep {seconds}; {signals}"], start_new_session=True, stderr=subprocess.DEVNULL
+                )
 
 
 class RankWatch:
     """Context in which the ranks of torch.distributed watch each other; it does nothing for a single rank.
 
+    On SIGQUIT a rank shows its stacks and goes on.
+
     Args:
         timeout_seconds: a rank silent for so long hangs.
-        post_seconds: time between two signs of life.
+        post_seconds: time between two signs of life; None lets it grow with the number of ranks.
     """
 
-    def __init__(self, timeout_seconds: float, post_seconds: float = POST_SECONDS) -> None:
-        self.timeout_seconds, self.post_seconds = timeout_seconds, post_seconds
-        self.progress: Callable[[], int] = lambda: 0
-        """Gives the step that this rank is at, for the report."""
+    def __init__(self, timeout_seconds: float, post_seconds: float | None = None) -> None:
+        self.timeout_seconds = timeout_seconds
+        self.post_seconds = post_seconds or max(
+            POST_SECONDS, torch.distributed.get_world_size() / RANKS_PER_POST_SECOND
+        )
+        self.activity: Callable[[], str] = lambda: "the start"
+        """Says what this rank does, for the report."""
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self._store: torch.distributed.Store | None = None
         self._ended = threading.Event()
         self._showing = threading.Lock()
         self._error: Exception | None = None
+        self._siblings: dict[int, _Process] = {}
+        """Processes of ranks on this machine."""
 
     def __enter__(self) -> RankWatch:
         if self.world_size > 1:
             faulthandler.enable()  # for the stacks when NCCL's own watchdog aborts the process
+            faulthandler.register(signal.SIGQUIT, all_threads=True)
             self._store = _default_store()
-            self._store.set(_identity_key(self.rank), f"{os.getpid()} {socket.gethostname()}")
+            self._store.set(_process_key(self.rank), str(_Process.current()))
             self._thread = threading.Thread(
                 target=self._watch, args=(_default_store(),), name="rank watch", daemon=True
             )
@@ -70,8 +130,11 @@ class RankWatch:
                 error.is_reported_here = self._is_first_with(self._store, str(error))
             elif isinstance(error, Exception):
                 self._explain(self._store, error)
+            self._store.set(_left_key(self.rank), "")  # after the error, so that this is no death
         except RuntimeError:
-            pass  # without the store every rank reports what it has
+            if isinstance(error, Exception) and _is_about_other_ranks(error):
+                self._leave_without_store()
+            # Otherwise every rank reports what it has.
         self._ended.set()
         self._thread.join(self.post_seconds)
 
@@ -80,37 +143,36 @@ class RankWatch:
         end = time.monotonic() + FIRST_RANK_SECONDS
         while self.rank and time.monotonic() < end and not store.check([_ERROR]):
             time.sleep(0.05)
-        first = _text(store.compare_set(_ERROR, "", f"{self.rank} {text}"))
+        first = _raise_alarm(store, _ERROR, f"{self.rank} {text}")
         return first == f"{self.rank} {text}" or first.partition(" ")[2] != text
 
     def _explain(self, store: torch.distributed.Store, error: Exception) -> None:
         """End the process where `error` only says that other ranks did not answer; the caller raises any other."""
         if not _is_about_other_ranks(error):
-            store.compare_set(_ERROR, "", f"{self.rank} {type(error).__name__}")
+            _raise_alarm(store, _ERROR, f"{self.rank} {type(error).__name__}")
             return
         self._error = error
-        if "timed out" in str(error).lower() or "timeout" in str(error).lower():
-            silent = self._silent_ranks(store)
-            if silent:
-                self._report_silence(store, silent[0])
-            else:
-                self._declare(store, lambda: self._mismatch(store))
-        if store.check([_HUNG]):
-            self._show_and_leave()
+        silent = self._silent_ranks(store)
+        if store.check([_ENDED]):
+            self._show_and_leave(store)
         if store.check([_ERROR]):
             _leave()  # the rank that failed first reports why
-
-    def _mismatch(self, store: torch.distributed.Store) -> str:
-        steps = ", ".join(f"rank {rank} at step {self._step_of(store, rank)}" for rank in range(self.world_size))
-        return (
-            f"a collective did not end within {self.timeout_seconds / 60:g} minutes although every rank gives signs of "
-            f"life ({steps}) -- the stacks show what each waits for; parallel.distributed_timeout_minutes allows more"
-        )
+        timed_out = "timed out" in str(error).lower() or "timeout" in str(error).lower()
+        if silent:
+            self._declare(store, silent[0], lambda: self._silence(store, silent[0], timed_out))
+        elif timed_out:
+            self._declare(store, None, lambda: self._mismatch(store))
+        if store.check([_ENDED]):
+            self._show_and_leave(store)
 
     def _silent_ranks(self, store: torch.distributed.Store) -> list[int]:
-        """Return the ranks that post nothing while this waits; asked when a collective timed out, of all ranks."""
+        """Return the ranks that post nothing while this waits; none as soon as the reason is known."""
         before = [self._post_of(store, rank) for rank in range(self.world_size)]
-        time.sleep(2 * self.post_seconds)
+        end = time.monotonic() + 2 * self.post_seconds
+        while time.monotonic() < end:
+            if store.check([_ALARM]):
+                return []
+            time.sleep(0.1)
         return [rank for rank, post in enumerate(before) if self._post_of(store, rank) == post]
 
     def _watch(self, store: torch.distributed.Store) -> None:
@@ -131,59 +193,104 @@ class RankWatch:
         count, last, changed = 0, "", time.monotonic()
         while not self._ended.wait(self.post_seconds):
             count += 1
-            store.set(_post_key(self.rank), f"{count} {self.progress()}")
-            if store.check([_HUNG]):
-                self._show_and_leave()
+            store.set(_post_key(self.rank), f"{count} {self.activity()}")
+            self._report_deaths(store)
             post = self._post_of(store, watched)
             now = time.monotonic()
             if post != last:
                 last, changed = post, now
-            elif now - changed > self.timeout_seconds:
-                self._report_silence(store, watched)
-                self._show_and_leave()
+            if now - changed > self.timeout_seconds:
+                self._declare(store, watched, lambda: self._silence(store, watched, timed_out=True))
+            if store.check([_ALARM]):
+                if store.check([_ENDED]):
+                    self._show_and_leave(store)
+                if not self._ended.wait(FAILED_SECONDS):
+                    _leave()  # this rank waits for one that has failed, and has reported why
 
-    def _report_silence(self, store: torch.distributed.Store, silent: int) -> None:
-        pid, _, host = _text(store.get(_identity_key(silent))).partition(" ")
-        self._declare(
-            store,
-            lambda: (
-                f"rank {silent} on {host} (process {pid}) hangs at step {self._step_of(store, silent)}: it gives no "
-                f"sign of life, and the time-out of {self.timeout_seconds / 60:g} minutes is over -- see whether its "
-                "machine is up, out of memory, or the process stopped; starting again resumes from the last checkpoint"
-            ),
+    def _report_deaths(self, store: torch.distributed.Store) -> None:
+        """Let all ranks leave if the process of one on this machine has ended, though its work has not."""
+        first = self.rank - int(os.environ.get("LOCAL_RANK", "0"))
+        for rank in range(first, min(self.world_size, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))):
+            if rank not in self._siblings and store.check([_process_key(rank)]):
+                self._siblings[rank] = self._process_of(store, rank)
+        for rank, process in self._siblings.items():
+            if process.has_ended() and not store.check([_left_key(rank)]):
+                self._declare(store, rank, partial(self._death, store, rank))
+
+    def _mismatch(self, store: torch.distributed.Store) -> str:
+        activities = ", ".join(f"rank {rank} at {self._activity_of(store, rank)}" for rank in range(self.world_size))
+        return (
+            f"a collective did not end within {self.timeout_seconds / 60:g} minutes although every rank gives signs of "
+            f"life ({activities}) -- the stacks show what each waits for; parallel.distributed_timeout_minutes allows "
+            "more"
         )
-        if host == socket.gethostname():
-            with contextlib.suppress(psutil.Error):
-                process = psutil.Process(int(pid))
-                if process.ppid() == os.getppid():  # surely a rank of this job
-                    # torchrun would wait half a minute for a process that no signal but this one reaches.
-                    process.kill()
 
-    def _declare(self, store: torch.distributed.Store, line: Callable[[], str]) -> None:
-        """Let all ranks leave; the first rank that asks for it prints the line."""
-        if _text(store.compare_set(_HUNG, "", str(self.rank))) == str(self.rank):
+    def _death(self, store: torch.distributed.Store, rank: int) -> str:
+        return (
+            f"{self._name(store, rank)} has ended at {self._activity_of(store, rank)} without a word -- see whether it "
+            f"was killed for want of memory (dmesg); {_AGAIN}"
+        )
+
+    def _silence(self, store: torch.distributed.Store, rank: int, timed_out: bool) -> str:
+        over = f", and the time-out of {self.timeout_seconds / 60:g} minutes is over" if timed_out else ""
+        return (
+            f"{self._name(store, rank)} hangs at {self._activity_of(store, rank)}: it gives no sign of life{over} -- "
+            f"see whether its machine is up, out of memory, or the process stopped; {_AGAIN}"
+        )
+
+    def _declare(self, store: torch.distributed.Store, culprit: int | None, line: Callable[[], str]) -> None:
+        """Let all ranks leave, for a rank or none in particular; the first rank that asks for it prints the line."""
+        mine = f"{self.rank} {'' if culprit is None else culprit}"
+        if not store.check([_ERROR]) and _raise_alarm(store, _ENDED, mine) == mine:
             print(line(), file=sys.stderr, flush=True)
 
-    def _show_and_leave(self) -> None:
-        """Show where this rank is, or the exception that took it away from there, and end the process."""
+    def _show_and_leave(self, store: torch.distributed.Store) -> None:
+        """Show where this rank is, or the exception that took it away from there, and end the process.
+
+        Where another rank has died that would say nothing new. A process of this machine that hangs is ended too.
+        """
         with self._showing:  # never released: the process ends
-            print(f"rank {self.rank} at step {self.progress()}:", file=sys.stderr, flush=True)
-            if self._error is None:
-                faulthandler.dump_traceback(all_threads=True)
-            else:
-                traceback.print_exception(self._error)
+            culprit = _text(store.get(_ENDED)).partition(" ")[2]
+            process = self._process_of(store, int(culprit)) if culprit else _Process.current()
+            if not process.has_ended():
+                print(f"rank {self.rank} at {self.activity()}:", file=sys.stderr, flush=True)
+                if self._error is None:
+                    faulthandler.dump_traceback(all_threads=True)
+                else:
+                    traceback.print_exception(self._error)
+                if process.is_here and process.pid != os.getpid() and store.add(_CULPRIT_ENDS, 1) == 1:
+                    process.end_after(self.post_seconds)  # all others have left then, and cannot go on with it
             _leave()
 
-    def _step_of(self, store: torch.distributed.Store, rank: int) -> str:
+    def _leave_without_store(self) -> None:
+        """End the process where the job's store is gone, which is in torchrun's agent or the process of rank 0."""
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            place = os.environ.get("MASTER_ADDR", "the first node")
+            print(
+                f"rank {self.rank} on {socket.gethostname()} at {self.activity()} lost the job: rank 0 or its torchrun "
+                f"on {place} has ended or cannot be reached -- the reason is in the output of that node; {_AGAIN}",
+                file=sys.stderr,
+                flush=True,
+            )
+        _leave()
+
+    def _name(self, store: torch.distributed.Store, rank: int) -> str:
+        process = self._process_of(store, rank)
+        return f"rank {rank} on {process.host} (process {process.pid})"
+
+    def _process_of(self, store: torch.distributed.Store, rank: int) -> _Process:
+        return _Process.parse(_text(store.get(_process_key(rank))))
+
+    def _activity_of(self, store: torch.distributed.Store, rank: int) -> str:
         return self._post_of(store, rank).partition(" ")[2]
 
     def _post_of(self, store: torch.distributed.Store, rank: int) -> str:
         """Return what a rank posted last, without waiting for its first."""
         key = _post_key(rank)
-        return _text(store.get(key)) if store.check([key]) else "0 0"
+        return _text(store.get(key)) if store.check([key]) else "0 the start"
 
 
-def collective_timeout(minutes: int) -> timedelta:
+def collective_timeout(minutes: float) -> timedelta:
     """Return the time-out of collectives: a little more than that of silent ranks, which are reported by name."""
     return timedelta(minutes=minutes, seconds=GRACE_SECONDS)
 
@@ -199,6 +306,20 @@ def _is_about_other_ranks(error: Exception) -> bool:
     )
 
 
+def _raise_alarm(store: torch.distributed.Store, key: str, text: str) -> str:
+    """Set a key unless it is set, and let all ranks look at it; returns its value."""
+    value = _text(store.compare_set(key, "", text))
+    store.set(_ALARM, "")
+    return value
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
 def _leave() -> None:
     sys.stderr.flush()
     sys.stdout.flush()
@@ -209,8 +330,12 @@ def _post_key(rank: int) -> str:
     return f"rank_watch/post/{rank}"
 
 
-def _identity_key(rank: int) -> str:
-    return f"rank_watch/identity/{rank}"
+def _process_key(rank: int) -> str:
+    return f"rank_watch/process/{rank}"
+
+
+def _left_key(rank: int) -> str:
+    return f"rank_watch/left/{rank}"
 
 
 def _text(value: bytes | str) -> str:

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from megatron_vlm import platform
 from megatron_vlm.config import Config, to_dict
 from megatron_vlm.data.loader import MicroBatchLoader
 from megatron_vlm.model.trainable import Trainable
+from megatron_vlm.parallel.placement import Node, describe_placement
 from megatron_vlm.training.setup import Run
 
 _PACKAGES = ("megatron-vlm", "torch", "megatron-core", "transformers", "safetensors", "numpy")
@@ -30,8 +31,12 @@ _JOB_VARIABLES = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "
 STARTS_NAME = "starts.jsonl"
 
 
-def environment() -> dict[str, Any]:
-    """Describe what this process runs on: host, command, job, versions, commit, devices."""
+def environment(nodes: Sequence[Node]) -> dict[str, Any]:
+    """Describe what this process runs on: host, command, job, versions, commit, devices.
+
+    Args:
+        nodes: the nodes of the run.
+    """
     current = platform.current()
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -43,7 +48,7 @@ def environment() -> dict[str, Any]:
         "device": current.device_name,
         "driver": current.driver_version,
         "ranks": torch.distributed.get_world_size(),
-        "nodes": _num_nodes(),
+        "nodes": len(nodes),
     }
 
 
@@ -60,20 +65,21 @@ def record_start(run_dir: Path, described: Mapping[str, Any], step: int, config:
         file.write(json.dumps({**described, "after_step": step, "config": to_dict(config)}) + "\n")
 
 
-def banner(run: Run, described: Mapping[str, Any]) -> Iterator[str]:
+def banner(run: Run, described: Mapping[str, Any], nodes: Sequence[Node]) -> Iterator[str]:
     """Yield what a start says: versions, devices, model, layout, data, schedule, and where it writes.
 
     Args:
         run: what was set up.
         described: the result of `environment`.
+        nodes: the nodes of the run.
     """
     versions, config, commit = described["versions"], run.config, described["commit"]
     others = ", ".join(f"{name} {versions[name]}" for name in ("torch", "megatron-core", "transformers", "python"))
     yield f"megatron_vlm {versions['megatron-vlm']}{f' ({commit})' if commit else ''}, {others}"
-    nodes = described["nodes"]
-    yield f"device    {described['ranks']} x {described['device']} on {nodes} node{'s' * (nodes > 1)}"
+    yield f"device    {described['ranks']} x {described['device']} on {len(nodes)} node{'s' * (len(nodes) > 1)}"
     yield f"model     {config.model.hf_path}: {run.family.name}, {run.model_config.media}, {_parameters(run)}"
     yield f"layout    {run.layout}"
+    yield from describe_placement(run.layout, nodes)
     yield f"data      train: {_sources(run.train_loader)}"
     if run.valid_loader is not None:
         yield f"          valid: {_sources(run.valid_loader)}"
@@ -138,9 +144,3 @@ def _commit() -> str | None:
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _num_nodes() -> int:
-    """Return the nodes of a start by torchrun, which puts equally many ranks on each."""
-    ranks = torch.distributed.get_world_size()
-    return ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))

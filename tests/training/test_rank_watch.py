@@ -24,7 +24,7 @@ from megatron_vlm.training.rank_watch import RankWatch
 RANKS = 3
 # On a busy machine a thread may not run for half a second.
 POST_SECONDS, LONG = 0.6, 300.0
-SCENARIOS = ["stopped", "stopped late", "mismatch", "own error", "same error", "crash", "no interference"]
+SCENARIOS = ["stopped", "stopped late", "killed", "mismatch", "own error", "same error", "crash", "no interference"]
 # Seconds until a silent rank is reported, and until a collective ends by an exception.
 TIMEOUTS = {"stopped": (4.0, LONG), "stopped late": (LONG, 6.0), "mismatch": (LONG, 6.0)}
 
@@ -70,7 +70,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
 
 def rank_main(rank: int, port: int, scenario: str, stderr: Path) -> None:
     """Do three steps, of which the last does not come about."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(RANKS)}
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
     sys.stderr = os.fdopen(2, "w")
     torch.set_num_threads(1)
@@ -84,7 +84,7 @@ def rank_main(rank: int, port: int, scenario: str, stderr: Path) -> None:
     try:
         with RankWatch(silence, POST_SECONDS) as watch:
             for step in range(3):
-                watch.progress = lambda step=step: step
+                watch.activity = lambda step=step: f"step {step}"
                 if step == 2:
                     interfere(rank, scenario)
                 torch.distributed.all_reduce(torch.ones(1))
@@ -106,7 +106,7 @@ def interfere(rank: int, scenario: str) -> None:
     if scenario == "mismatch":
         wait_for_something_else()
     time.sleep(5 * POST_SECONDS)  # its step is known
-    os.kill(os.getpid(), signal.SIGSTOP)
+    os.kill(os.getpid(), signal.SIGKILL if scenario == "killed" else signal.SIGSTOP)
 
 
 def wait_for_something_else() -> None:
@@ -118,11 +118,20 @@ def wait_for_something_else() -> None:
 def test_a_stopped_rank_is_named(results: dict[str, Result], scenario: str) -> None:
     """Also when a collective ends by an exception before the rank was silent for long enough."""
     result = results[scenario]
-    assert result.codes == [1, -signal.SIGKILL, 1]
+    assert result.codes in ([1, -signal.SIGKILL, 1], [1, 1, 1])  # once continued, it may see that all others have left
     (line,) = result.lines_with("hangs")
     assert line.startswith(f"rank 1 on {socket.gethostname()} (process ") and "at step 2" in line and " -- " in line
     for rank in (0, 2):  # where it waits: as a stack that was dumped, or a traceback
         assert "in all_reduce" in result.stderr[rank]
+    assert "in interfere" in result.stderr[1]  # where it was, before it is killed
+
+
+def test_a_killed_rank_is_named(results: dict[str, Result]) -> None:
+    """In one line, without the stacks of those who waited for it."""
+    result = results["killed"]
+    assert result.codes == [1, -signal.SIGKILL, 1]
+    (line,) = [line for part in result.stderr for line in part.splitlines()]
+    assert line.startswith(f"rank 1 on {socket.gethostname()} (process ") and "has ended at step 2" in line
 
 
 def test_ranks_that_wait_for_different_things(results: dict[str, Result]) -> None:
