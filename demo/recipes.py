@@ -112,7 +112,7 @@ RECIPES = {
         title="Gemma 4",
         config="demo_gemma4.yaml",
         folder="demo_out/gemma4",
-        train_iters=560,
+        train_iters=360,
         build=partial(
             _build,
             gemma4,
