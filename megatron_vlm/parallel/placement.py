@@ -60,6 +60,11 @@ def find_nodes() -> list[Node]:
     return nodes
 
 
+def host_of(rank: int, nodes: Sequence[Node]) -> str:
+    """Return the machine of a rank."""
+    return next(node.host for node in nodes if rank in node.ranks)
+
+
 def place_groups(layout: Layout, nodes: Sequence[Node]) -> list[GroupPlacement]:
     """Return where each kind of group with more than one rank is.
 

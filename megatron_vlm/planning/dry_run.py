@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm import platform
-from megatron_vlm.checkpoint.float8 import open_weights
 from megatron_vlm.checkpoint.run_folder import (
     CHECKPOINTS_NAME,
     Manifest,
@@ -24,8 +23,7 @@ from megatron_vlm.checkpoint.run_folder import (
 )
 from megatron_vlm.checkpoint.torch_dist import TorchDistReader
 from megatron_vlm.config import Config
-from megatron_vlm.conversion.convert import check_tied_copies, identity_of
-from megatron_vlm.conversion.passthrough import describe, describe_unread
+from megatron_vlm.conversion.convert import identity_of
 from megatron_vlm.data.describe import RowCheck, check_lengths, check_rows, describe_samples
 from megatron_vlm.data.rows import reader_for
 from megatron_vlm.data.rules import PromptRules
@@ -41,7 +39,13 @@ from megatron_vlm.planning.memory import (
     format_communication,
     format_memory,
 )
-from megatron_vlm.planning.preflight import check_export, check_layout, check_run_dir
+from megatron_vlm.planning.preflight import (
+    check_export,
+    check_layout,
+    check_run_dir,
+    check_space,
+    check_weights,
+)
 
 SAMPLES_SHOWN = 3
 ROWS_MEASURED = 64  # of each source
@@ -89,9 +93,10 @@ def dry_run(config: Config, say: Callable[[str], None] = print) -> int:
     layouts: list[Layout] = []
     checks: list[RowCheck] = []
     report.attempt(lambda: _describe_layout(config, model_config, weight_map, layouts))
-    report.attempt(lambda: _check_weights(config, family, model_config))
+    report.attempt(lambda: check_weights(config, weight_map))
     report.attempt(lambda: _check_load(config, family, model_config))
     report.attempt(lambda: _check_places(config))
+    report.attempt(lambda: check_space(config, weight_map))
     report.attempt(lambda: _check_data(config, family.prompt_rules(model_config), checks))
     if checks:
         report.attempt(lambda: _check_lengths(config, family.prompt_rules(model_config)))
@@ -172,22 +177,6 @@ def _describe_memory(
     lines = ["memory", *(f"  {line}" for line in format_memory(estimate))]
     sent = [f"  {line}" for line in (*format_communication(estimate), *format_boundaries(estimate))]
     return "\n".join([*lines, "sent by a rank", *sent] if sent else lines)
-
-
-def _check_weights(config: Config, family: registry.Family, model_config: Any) -> str:
-    """Compare names and shapes in the HF directory with the model's."""
-    if not config.model.load_weights:
-        return "weights   random (model.load_weights is false)"
-    weight_map = family.weight_map(model_config)
-    with open_weights(config.model.hf_path) as reader:
-        found = weight_map.match(reader)
-        check_tied_copies(reader, found)
-        names = found.with_copies
-        num_bytes = sum(reader.tensors[name].num_bytes for name in names)
-    lines = [f"weights   {len(names)} tensors, {num_bytes / 2**30:.2f} GiB, names and shapes fit the model"]
-    lines += [describe(found.passthrough)] if found.passthrough else []
-    lines += [describe_unread(found.unread)] if found.unread else []
-    return "\n  ".join(lines)
 
 
 def _check_load(config: Config, family: registry.Family, model_config: Any) -> str:

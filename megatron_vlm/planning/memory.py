@@ -24,10 +24,8 @@ from megatron_vlm.parallel.parameters import spec_of
 from megatron_vlm.parallel.simulate import simulated_rank
 from megatron_vlm.planning.example_batch import example_batch
 from megatron_vlm.planning.recorder import fake_tensors
+from megatron_vlm.planning.state_bytes import FP32_BYTES, optimizer_bytes, value_bytes
 from megatron_vlm.planning.trace import ChunkCounts, Tracer
-
-FP32_BYTES = 4
-ADAM_MOMENT_BYTES = 2 * FP32_BYTES
 
 
 @dataclass(frozen=True)
@@ -65,11 +63,6 @@ class RankMemory:
             + self.activation_bytes
             + self.logits_bytes
         )
-
-
-def value_bytes(config: Config) -> int:
-    """Return the bytes of one element of a parameter or an activation."""
-    return FP32_BYTES if config.train.precision == "fp32" else 2
 
 
 @dataclass(frozen=True)
@@ -134,8 +127,8 @@ def estimate_memory(
                 num_parameters=total,
                 parameter_bytes=total * value_bytes(config),
                 gradient_bytes=(dense + experts) * FP32_BYTES,
-                optimizer_bytes=_optimizer_bytes(config, dense, layout.data_size)
-                + _optimizer_bytes(config, experts, layout.expert_data_size),
+                optimizer_bytes=optimizer_bytes(config, dense, layout.data_size)
+                + optimizer_bytes(config, experts, layout.expert_data_size),
                 activation_bytes=_activation_bytes(stage.chunks, _passes_alive(config, layout, rank)),
                 logits_bytes=sum(chunk.head.kept_bytes for chunk in stage.chunks if chunk.head is not None),
                 sent_bytes=_sent_bytes(stage.chunks),
@@ -234,14 +227,6 @@ def _data_parallel_bytes(config: Config, trainable: int, copies: int) -> int:
     """Return what a ring sends to reduce gradients, and to gather those gradients or the updated parameters."""
     gathered = value_bytes(config) if config.parallel.use_distributed_optimizer else FP32_BYTES
     return trainable * (FP32_BYTES + gathered) * (copies - 1) // copies
-
-
-def _optimizer_bytes(config: Config, trainable: int, copies: int) -> int:
-    """Return the bytes of main weights (none for fp32 parameters) and moments, possibly sharded over `copies`."""
-    main_bytes = 0 if config.train.precision == "fp32" else FP32_BYTES
-    moment_bytes = ADAM_MOMENT_BYTES if config.optimizer.name == "adamw" else 0
-    shards = copies if config.parallel.use_distributed_optimizer else 1
-    return math.ceil(trainable / shards) * (main_bytes + moment_bytes)
 
 
 def format_memory(memory: list[RankMemory]) -> Iterator[str]:

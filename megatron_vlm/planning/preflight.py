@@ -6,21 +6,28 @@ Every check collects its problems, so that one start reports all that is wrong.
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm.checkpoint.float8 import open_weights
 from megatron_vlm.checkpoint.run_folder import check_in_the_way, read_json
 from megatron_vlm.config import Config
 from megatron_vlm.config_checks import divisors, nearest_multiples
+from megatron_vlm.conversion.convert import check_tied_copies
+from megatron_vlm.conversion.passthrough import describe, describe_unread
 from megatron_vlm.errors import ConfigError, LaunchError, UserError, combine
 from megatron_vlm.files.durable import check_export_target
 from megatron_vlm.files.small_files import replace_durably
 from megatron_vlm.model.trainable import Trainable, part_of
+from megatron_vlm.model.weight_map import WeightMap
 from megatron_vlm.model_configs import TowerConfig, VisionLanguageConfig
 from megatron_vlm.parallel.layout import Layout, assign_layers
 from megatron_vlm.planning.expert_checks import expert_problems, expert_rank_problems
+from megatron_vlm.planning.state_bytes import optimizer_bytes, value_bytes
 
 EXPORT_RECORD = "exported.json"
 LARGEST_TENSOR_SIZE = 64  # vocabulary rows are padded to a multiple of it
@@ -186,8 +193,7 @@ def check_run_dir(config: Config) -> None:
         ConfigError: the folder cannot be written.
         CheckpointError: something else has the name of a file or folder that the run writes.
     """
-    folder = Path(config.run_dir).absolute()
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    folder, nearest = Path(config.run_dir).absolute(), _existing(config.run_dir)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(f"run_dir {config.run_dir} cannot be written", where=str(nearest), fix="name another folder")
     check_in_the_way(folder)
@@ -210,6 +216,64 @@ def check_export(config: Config) -> bool:
         return False
     check_export_target(config.checkpoint.export_hf)
     return True
+
+
+def check_weights(config: Config, weight_map: WeightMap) -> str:
+    """Compare names and shapes in the HF directory with the model's; returns in words what is there.
+
+    Raises:
+        CheckpointError: tensors are missing, or of another shape.
+    """
+    if not config.model.load_weights:
+        return "weights   random (model.load_weights is false)"
+    with open_weights(config.model.hf_path) as reader:
+        found = weight_map.match(reader)
+        check_tied_copies(reader, found)
+        names = found.with_copies
+        num_bytes = sum(reader.tensors[name].num_bytes for name in names)
+    lines = [f"weights   {len(names)} tensors, {num_bytes / 2**30:.2f} GiB, names and shapes fit the model"]
+    lines += [describe(found.passthrough)] if found.passthrough else []
+    lines += [describe_unread(found.unread)] if found.unread else []
+    return "\n  ".join(lines)
+
+
+def checkpoint_bytes(config: Config, weight_map: WeightMap) -> int:
+    """Return the size of a checkpoint's tensors: weights, and of those that train main weights and moments."""
+    trainable = Trainable(config.model.freeze, weight_map.buffers)
+    sizes = {name: math.prod(weight.padded_shape) for name, weight in weight_map.items()}
+    trained = sum(size for name, size in sizes.items() if trainable.trains(name))
+    return sum(sizes.values()) * value_bytes(config) + optimizer_bytes(config, trained)
+
+
+def check_space(config: Config, weight_map: WeightMap) -> str:
+    """Make sure that a checkpoint, and the export, fit on the disk; returns in words what they take.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    needs = {config.run_dir: checkpoint_bytes(config, weight_map)}
+    if config.checkpoint.export_hf is not None:
+        weights = sum(math.prod(weight.padded_shape) for _, weight in weight_map.items()) * value_bytes(config)
+        needs[config.checkpoint.export_hf] = needs.get(config.checkpoint.export_hf, 0) + weights
+    by_disk: dict[int, list[str]] = {}
+    for path in needs:
+        by_disk.setdefault(_existing(path).stat().st_dev, []).append(path)
+    for paths in by_disk.values():
+        needed, free = sum(needs[path] for path in paths), shutil.disk_usage(_existing(paths[0])).free
+        if needed > free:
+            raise ConfigError(
+                f"a checkpoint{' and the export take' if len(paths) > 1 else ' takes'} {needed / 2**30:.1f} GiB, and "
+                f"{free / 2**30:.1f} GiB are free",
+                " and ".join(paths),
+                "make room, or name folders on another disk",
+            )
+    return f"space     {needs[config.run_dir] / 2**30:.2f} GiB per checkpoint; there is room for it"
+
+
+def _existing(path: str) -> Path:
+    """Return a path, or the nearest of its parents that exists."""
+    folder = Path(path).absolute()
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())
 
 
 def record_export(config: Config) -> None:

@@ -9,9 +9,12 @@ import glob
 import importlib.util
 import logging
 import os
+import time
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
@@ -49,6 +52,27 @@ class Platform:
         """End torch.distributed; after a failure NCCL would first wait for the other ranks, so there exit ends it."""
         if torch.distributed.is_initialized() and not (failed and self.accelerated):
             torch.distributed.destroy_process_group()
+
+    def synchronize(self) -> None:
+        """Wait for what the device has been given to do."""
+        if self.accelerated:
+            torch.cuda.synchronize()
+
+    def mark(self) -> Any:
+        """Return a point in time: on CUDA when the device comes to it."""
+        if not self.accelerated:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds_between(self, first: Any, last: Any) -> float:
+        """Return the time between two marks, to which the device has come."""
+        return first.elapsed_time(last) / 1e3 if self.accelerated else last - first
+
+    def span(self, name: str) -> AbstractContextManager[None]:
+        """Return a context that profilers of CUDA show as a named range (NVTX)."""
+        return torch.cuda.nvtx.range(name) if self.accelerated else nullcontext()
 
     def peak_memory_bytes(self) -> int:
         """Return the most memory held so far: allocator peak on CUDA, resident set of the process on CPU."""
@@ -93,8 +117,9 @@ _CURRENT: Platform | None = None
 def initialize(device_type: str = "auto") -> Platform:
     """Choose the device and make megatron-core work on it; call once per process, before using megatron-core.
 
-    The CUDA device is the one of LOCAL_RANK. Without Transformer Engine and apex, megatron-core's distributed optimizer
-    is given an Adam whose state has the layout that it expects (`fused_adam`).
+    The CUDA device is the one of LOCAL_RANK, or the only one that Slurm shows a task. Without Transformer Engine and
+    apex, megatron-core's distributed optimizer is given an Adam whose state has the layout that it expects
+    (`fused_adam`).
 
     Args:
         device_type: "cuda", "cpu", or "auto": CUDA where the machine has an NVIDIA device.
@@ -109,7 +134,7 @@ def initialize(device_type: str = "auto") -> Platform:
     assert _CURRENT is None, f"this process computes on {_CURRENT.device} already"
     if takes_cuda:
         _ask_for_expandable_segments()
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", _device_number())
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 in convolutions too, as it does in torch's matmul
         _CURRENT = Platform(device, "nccl", True)
@@ -120,6 +145,25 @@ def initialize(device_type: str = "auto") -> Platform:
     if not has_transformer_engine() and importlib.util.find_spec("apex") is None:
         fused_adam.install()
     return _CURRENT
+
+
+def _device_number() -> int:
+    """Return the number of this rank's GPU, among those that its process sees.
+
+    Raises:
+        ConfigError: there are fewer GPUs than ranks on this machine.
+    """
+    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank < count:
+        return local_rank
+    if count == 1 and "SLURM_STEP_GPUS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0  # srun --gpus-per-task shows each task its own
+    raise ConfigError(
+        f"rank {os.environ.get('RANK', '0')} is number {local_rank} of its machine, which has {count} GPU"
+        + "s" * (count > 1),
+        "device",
+        "start as many ranks on a machine as it has GPUs",
+    )
 
 
 def _takes_cuda(device_type: str) -> bool:

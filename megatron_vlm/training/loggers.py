@@ -20,6 +20,7 @@ from megatron_vlm.training.metrics import StepMetrics, evaluation_record, scalar
 
 COLUMNS = 100
 LEAST_WAIT_SHOWN = 0.02  # of a step's time
+LEAST_SLOWNESS_SHOWN = 1.2  # of the slowest rank
 
 
 class Callback(Protocol):
@@ -92,6 +93,8 @@ class Console:
         ]
         if metrics.data_wait_share >= LEAST_WAIT_SHOWN:
             parts.append(f"wait {metrics.data_wait_share:.0%}")
+        if metrics.slowest_ratio is not None and metrics.slowest_ratio >= LEAST_SLOWNESS_SHOWN:
+            parts.append(f"slowest {metrics.slowest_ratio:.2f}x: rank {metrics.slowest_rank} on {metrics.slowest_host}")
         if metrics.skipped:
             parts.append("UPDATE SKIPPED")
         if metrics.bad_rows:

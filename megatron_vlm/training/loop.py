@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed
+from megatron.core.utils import get_model_config
 
 from megatron_vlm import platform
 from megatron_vlm.checkpoint.manager import on_first_rank
@@ -26,19 +27,21 @@ from megatron_vlm.errors import CheckpointError, ConfigError, DataError, Diverge
 from megatron_vlm.files.config_files import read_config_file
 from megatron_vlm.files.small_files import replace_durably
 from megatron_vlm.model.trainable import Trainable
-from megatron_vlm.parallel.placement import find_nodes
+from megatron_vlm.parallel.placement import host_of
 from megatron_vlm.planning.flops import ModelFlops
 from megatron_vlm.planning.preflight import record_export
 from megatron_vlm.training.loggers import Callback, build_loggers, check_packages
 from megatron_vlm.training.metrics import Pace, StepMetrics, expert_statistics, over_steps
 from megatron_vlm.training.optimizer import apply_gradients, gradient_norm, learning_rates
 from megatron_vlm.training.profiling import ProfileWindow
+from megatron_vlm.training.rank_files import RankLog
 from megatron_vlm.training.rank_watch import RankWatch
 from megatron_vlm.training.setup import Run, initialize_distributed, set_up
 from megatron_vlm.training.signals import StoppedBeforeTraining, StopRequests
 from megatron_vlm.training.start import banner, environment, record_start
 from megatron_vlm.training.step import collect_expert_use, run_global_batch
 from megatron_vlm.training.step_check import StepCheck
+from megatron_vlm.training.stragglers import StepClock, Straggler
 
 SAVES_TRIED_PER_INTERVAL = 10
 COUNTERS = (
@@ -56,11 +59,11 @@ def train(config: Config) -> int:
     timeout_minutes = config.parallel.distributed_timeout_minutes
     initialize_distributed(timeout_minutes, config.device)
     failed = True
-    with StopRequests() as requests:
+    with StopRequests() as requests, RankLog(torch.distributed.get_rank()) as log:
         try:
             with RankWatch(timeout_minutes * 60) as watch:
                 with RunOwner(config.run_dir) as owner:
-                    _train_as_owner(config, watch, requests, owner)
+                    _train_as_owner(config, watch, log, requests, owner)
                 torch.distributed.barrier()
             failed = False
         finally:
@@ -68,7 +71,7 @@ def train(config: Config) -> int:
     return EXIT_DONE
 
 
-def _train_as_owner(config: Config, watch: RankWatch, requests: StopRequests, owner: RunOwner) -> None:
+def _train_as_owner(config: Config, watch: RankWatch, log: RankLog, requests: StopRequests, owner: RunOwner) -> None:
     try:
         check_packages(config)
         run = set_up(config, owner, requests)
@@ -78,6 +81,8 @@ def _train_as_owner(config: Config, watch: RankWatch, requests: StopRequests, ow
         return
     try:
         trainer = Trainer(run, requests)
+        watch.run_dir = trainer.run_dir
+        log.open(trainer.run_dir)
         watch.activity = lambda: trainer.activity
         trainer.run()
     finally:
@@ -101,6 +106,9 @@ class Trainer:
         self.step_check = StepCheck(self.config.train.spike_ratio)
         self.row_limits = RowLimits(self.config.data, run.train_loader.plan.sources, run.train_loader.source_names)
         self.flops = ModelFlops(run.family, run.model_config, Trainable(self.config.model.freeze), run.groups)
+        self.clock = StepClock(run.groups)
+        mcore_config = get_model_config(run.model[0])
+        mcore_config.finalize_model_grads_func = self.clock.before(mcore_config.finalize_model_grads_func)
         self.step = 0
         self.activity = "the start"
         """What is being done, in words."""
@@ -115,10 +123,9 @@ class Trainer:
 
     def run(self) -> None:
         """Resume, train to the last step or a stop, save, export."""
-        nodes = find_nodes()
-        described = environment(nodes) if self.run_state.is_first_rank else {}
+        described = environment(self.run_state.nodes) if self.run_state.is_first_rank else {}
         if self.run_state.is_first_rank:
-            print("\n".join(banner(self.run_state, described, nodes)), flush=True)
+            print("\n".join(banner(self.run_state, described)), flush=True)
         self._resume()
         on_first_rank(lambda: self._prepare_folder(described))
         on_first_rank(self._open_loggers)
@@ -176,11 +183,13 @@ class Trainer:
 
     def _step(self) -> int:
         """Run one optimizer step; return the number of a signal that some rank received, or 0."""
-        run, began = self.run_state, time.perf_counter()
+        run, began, span = self.run_state, time.perf_counter(), platform.current().span
         self.activity = f"step {self.step + 1}, reading data"
         self.profile.step(self.step + 1)
+        self.clock.begin()
         waited = run.train_loader.wait_seconds
-        batches = run.train_loader.global_batch()
+        with span("data"):
+            batches = run.train_loader.global_batch()
         waited = run.train_loader.wait_seconds - waited
         self.activity = f"step {self.step + 1}"
         lengths = map(sum, zip(*map(self.flops.lengths, batches), strict=True))
@@ -188,7 +197,8 @@ class Trainer:
             chunk.train()
             chunk.zero_grad_buffer()
         run.optimizer.zero_grad()
-        sums = run_global_batch(run.model, self._to_device(batches), run.groups, len(run.train_loader.source_names))
+        with span("forward and backward"):
+            sums = run_global_batch(run.model, self._to_device(batches), run.groups, len(run.train_loader.source_names))
         expert_use = collect_expert_use(run.model, run.groups)
         norm = gradient_norm(run.optimizer)
         losses = sums.tolist()  # waits for the device: the loss and the norm decide whether the step is applied
@@ -197,7 +207,8 @@ class Trainer:
         run.scheduler.step(1)
         problem = self.step_check.problem(loss, norm)
         if problem is None:
-            apply_gradients(run.optimizer, norm, self.config.optimizer.clip_grad)
+            with span("optimizer"):
+                apply_gradients(run.optimizer, norm, self.config.optimizer.clip_grad)
             self.step_check.applied(norm)
         elif self.config.train.nonfinite == "stop":
             self._stop_for(problem, batches)
@@ -209,8 +220,20 @@ class Trainer:
         request, lost, wait, peak = self._largest(figures)
         seconds = time.perf_counter() - began
         self.pace.step_ended()
+        self.clock.end()
+        slowest = self.clock.slowest() if self._is_logged() else None
         self._log(
-            losses, loss, norm, counters, counts[len(own) :], expert_use, seconds, wait, peak, problem is not None
+            losses,
+            loss,
+            norm,
+            counters,
+            counts[len(own) :],
+            expert_use,
+            seconds,
+            wait,
+            peak,
+            problem is not None,
+            slowest,
         )
         problems = [problem for batch in batches for problem in batch.problems]
         try:
@@ -233,6 +256,7 @@ class Trainer:
         wait_seconds: float,
         peak_bytes: float,
         skipped: bool,
+        slowest: Straggler | None,
     ) -> None:
         train, run = self.config.train, self.run_state
         if not self.loggers:
@@ -272,12 +296,18 @@ class Trainer:
             seconds_left=self.pace.seconds_for(train.train_iters - self.step),
             experts=None if expert_use is None else expert_statistics(expert_use[0]),
             load_balancing_loss=balance,
+            slowest_rank=None if slowest is None else slowest.rank,
+            slowest_host=None if slowest is None else host_of(slowest.rank, run.nodes),
+            slowest_ratio=None if slowest is None else slowest.ratio,
         )
         self._not_logged.append(metrics)
-        if skipped or self.step % train.log_interval == 0 or self.step == train.train_iters:
+        if skipped or self._is_logged():
             logged = over_steps(self._not_logged)
             self._not_logged = []
             self._tell_loggers(lambda logger: logger.on_step(logged))
+
+    def _is_logged(self) -> bool:
+        return self.step % self.config.train.log_interval == 0 or self.step == self.config.train.train_iters
 
     def _tell_loggers(self, what: Callable[[Callback], None]) -> None:
         """Hand something to every logger; one that cannot write is named once, and training goes on without it."""

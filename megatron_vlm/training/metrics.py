@@ -90,6 +90,10 @@ class StepMetrics:
         load_balancing_loss: the loss without its coefficient, mean over the micro-batches weighted by their label
             tokens; None where there is none. `loss` does not contain it.
         experts: how evenly experts were used; None where there are none.
+        slowest_rank: the rank that took longest until its gradients were complete, since the last logged step; None
+            without data parallelism, as are the next two.
+        slowest_host: its machine.
+        slowest_ratio: its time over the mean of its data-parallel group.
     """
 
     step: int
@@ -122,6 +126,9 @@ class StepMetrics:
     seconds_left: float = 0.0
     load_balancing_loss: float | None = None
     experts: ExpertStatistics | None = None
+    slowest_rank: int | None = None
+    slowest_host: str | None = None
+    slowest_ratio: float | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -216,7 +223,7 @@ def over_steps(steps: Sequence[StepMetrics]) -> StepMetrics:
 def to_record(metrics: StepMetrics) -> dict[str, Any]:
     """Return the step as one JSON object: every field and derived figure; numbers that are not finite become null.
 
-    What only models with experts have is left out of other models' records.
+    What only models with experts have, or only runs with data parallelism, is left out of other records.
     """
     fields = asdict(metrics)
     experts = fields.pop("experts")
@@ -224,6 +231,8 @@ def to_record(metrics: StepMetrics) -> dict[str, Any]:
         fields |= experts | {"expert_imbalance": metrics.experts.expert_imbalance}
     if metrics.load_balancing_loss is None:
         del fields["load_balancing_loss"]
+    if metrics.slowest_rank is None:
+        del fields["slowest_rank"], fields["slowest_host"], fields["slowest_ratio"]
     record = fields | {
         "tokens_per_second": metrics.tokens_per_second,
         "images_per_second": metrics.images_per_second,
@@ -259,5 +268,5 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
     flat: dict[str, float] = {}
     for name, value in record.items():
         inner = {f"{name}/{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
-        flat |= {key: float(item) for key, item in inner.items() if item is not None and key != "step"}
+        flat |= {key: float(item) for key, item in inner.items() if isinstance(item, int | float) and key != "step"}
     return flat

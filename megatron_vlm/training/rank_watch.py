@@ -22,19 +22,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property, partial
+from pathlib import Path
 from types import TracebackType
 
 import psutil
 import torch.distributed
 
 from megatron_vlm.errors import UserError
+from megatron_vlm.training.rank_files import HEARTBEAT_SECONDS, dump_stacks, take_request, write_heartbeat
 
 GRACE_SECONDS = 10.0
 POST_SECONDS = 5.0
 FIRST_RANK_SECONDS = 2.0  # in which it has the error that all ranks have
 FAILED_SECONDS = 30.0  # in which ranks end by themselves once another one has failed
 RANKS_PER_POST_SECOND = 1000  # so that the store of a job of any size has little to do
-_ALARM, _ENDED, _ERROR, _CULPRIT_ENDS = (f"rank_watch/{name}" for name in ("alarm", "ended", "error", "culprit ends"))
+_ALARM, _ENDED, _ERROR, _CULPRIT_ENDS, _DUMPS = (
+    f"rank_watch/{name}" for name in ("alarm", "ended", "error", "culprit ends", "dumps")
+)
 _AGAIN = "starting again resumes from the last checkpoint"
 
 
@@ -84,9 +88,10 @@ class _Process:
 
 
 class RankWatch:
-    """Context in which the ranks of torch.distributed watch each other; it does nothing for a single rank.
+    """Context in which the ranks of torch.distributed watch each other.
 
-    On SIGQUIT a rank shows its stacks and goes on.
+    Its thread also leaves signs of life in the run folder, and stacks that are asked for there. On SIGQUIT a rank shows
+    its stacks and goes on.
 
     Args:
         timeout_seconds: a rank silent for so long hangs.
@@ -100,8 +105,12 @@ class RankWatch:
         )
         self.activity: Callable[[], str] = lambda: "the start"
         """Says what this rank does, for the report."""
+        self.run_dir: Path | None = None
+        """The run's folder, once it belongs to the run."""
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        self._store: torch.distributed.Store | None = None
+        first = self.rank - int(os.environ.get("LOCAL_RANK", "0"))
+        self._local_ranks = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        self._stacks_dumped, self._heartbeat_due = 0, 0.0
         self._ended = threading.Event()
         self._showing = threading.Lock()
         self._error: Exception | None = None
@@ -109,22 +118,17 @@ class RankWatch:
         """Processes of ranks on this machine."""
 
     def __enter__(self) -> RankWatch:
-        if self.world_size > 1:
-            faulthandler.enable()  # for the stacks when NCCL's own watchdog aborts the process
-            faulthandler.register(signal.SIGQUIT, all_threads=True)
-            self._store = _default_store()
-            self._store.set(_process_key(self.rank), str(_Process.current()))
-            self._thread = threading.Thread(
-                target=self._watch, args=(_default_store(),), name="rank watch", daemon=True
-            )
-            self._thread.start()
+        faulthandler.enable()  # for the stacks when NCCL's own watchdog aborts the process
+        faulthandler.register(signal.SIGQUIT, all_threads=True)
+        self._store = _default_store()
+        self._store.set(_process_key(self.rank), str(_Process.current()))
+        self._thread = threading.Thread(target=self._watch, args=(_default_store(),), name="rank watch", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._store is None:
-            return
         try:
             if isinstance(error, UserError):
                 error.is_reported_here = self._is_first_with(self._store, str(error))
@@ -194,23 +198,44 @@ class RankWatch:
         while not self._ended.wait(self.post_seconds):
             count += 1
             store.set(_post_key(self.rank), f"{count} {self.activity()}")
+            self._leave_signs(store)
             self._report_deaths(store)
             post = self._post_of(store, watched)
             now = time.monotonic()
             if post != last:
                 last, changed = post, now
-            if now - changed > self.timeout_seconds:
+            if now - changed > self.timeout_seconds and watched != self.rank:
                 self._declare(store, watched, lambda: self._silence(store, watched, timed_out=True))
             if store.check([_ALARM]):
-                if store.check([_ENDED]):
-                    self._show_and_leave(store)
-                if not self._ended.wait(FAILED_SECONDS):
-                    _leave()  # this rank waits for one that has failed, and has reported why
+                self._answer_alarm(store)
+
+    def _answer_alarm(self, store: torch.distributed.Store) -> None:
+        if store.check([_ENDED]):
+            self._show_and_leave(store)
+        if store.check([_ERROR]) and not self._ended.wait(FAILED_SECONDS):
+            _leave()  # this rank waits for one that has failed, and has reported why
+        asked = store.add(_DUMPS, 0)
+        if self.run_dir is not None and asked > self._stacks_dumped:
+            self._stacks_dumped = asked
+            dump_stacks(self.run_dir, _text(store.get(_dump_key(asked))), self.rank, self.activity())
+
+    def _leave_signs(self, store: torch.distributed.Store) -> None:
+        """Show in the run folder that this node lives, and pass on to all ranks what is asked for there."""
+        now = time.monotonic()
+        if self.run_dir is None or self.rank != self._local_ranks[0] or (self.rank and now < self._heartbeat_due):
+            return
+        if now >= self._heartbeat_due:
+            self._heartbeat_due = now + HEARTBEAT_SECONDS
+            write_heartbeat(self.run_dir, self._local_ranks, self.activity())
+        if self.rank == 0 and take_request(self.run_dir):
+            number = store.add(_DUMPS, 0) + 1
+            store.set(_dump_key(number), time.strftime("%Y%m%d_%H%M%S"))
+            store.add(_DUMPS, 1)
+            store.set(_ALARM, "")
 
     def _report_deaths(self, store: torch.distributed.Store) -> None:
         """Let all ranks leave if the process of one on this machine has ended, though its work has not."""
-        first = self.rank - int(os.environ.get("LOCAL_RANK", "0"))
-        for rank in range(first, min(self.world_size, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))):
+        for rank in self._local_ranks:
             if rank not in self._siblings and store.check([_process_key(rank)]):
                 self._siblings[rank] = self._process_of(store, rank)
         for rank, process in self._siblings.items():
@@ -332,6 +357,10 @@ def _post_key(rank: int) -> str:
 
 def _process_key(rank: int) -> str:
     return f"rank_watch/process/{rank}"
+
+
+def _dump_key(number: int) -> str:
+    return f"rank_watch/dump/{number}"
 
 
 def _left_key(rank: int) -> str:

@@ -16,7 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_vlm import platform
 from megatron_vlm.checkpoint.manager import CheckpointManager, load_weights, on_first_rank
-from megatron_vlm.checkpoint.run_folder import ModelIdentity
+from megatron_vlm.checkpoint.run_folder import CHECKPOINTS_NAME, ModelIdentity, newest_complete
 from megatron_vlm.checkpoint.run_owner import RunOwner
 from megatron_vlm.config import Config
 from megatron_vlm.conversion import passthrough
@@ -27,11 +27,15 @@ from megatron_vlm.families import registry
 from megatron_vlm.families.build import DTYPES, build_chunks, build_settings, wrap_data_parallel
 from megatron_vlm.model.init_weights import initialize_weights
 from megatron_vlm.model.trainable import Trainable
+from megatron_vlm.model.weight_map import WeightMap
 from megatron_vlm.model_configs import VisionLanguageConfig
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.planning.preflight import check_export, check_layout, check_run_dir
+from megatron_vlm.parallel.placement import Node, find_nodes
+from megatron_vlm.planning.preflight import check_export, check_layout, check_run_dir, check_space, check_weights
+from megatron_vlm.training.arrival import meet
 from megatron_vlm.training.optimizer import build_optimizer, build_scheduler
+from megatron_vlm.training.rank_checks import check_same_program, measure_groups
 from megatron_vlm.training.rank_watch import collective_timeout
 from megatron_vlm.training.signals import StopRequests
 
@@ -42,6 +46,8 @@ class Run:
 
     Attributes:
         due_export: whether `checkpoint.export_hf` is still to be written.
+        nodes: where ranks run; on the first rank.
+        group_report: lines on how fast groups communicate; on the first rank.
     """
 
     config: Config
@@ -57,6 +63,8 @@ class Run:
     checkpoints: CheckpointManager
     due_export: bool
     owner: RunOwner
+    nodes: list[Node]
+    group_report: list[str]
 
     @property
     def is_first_rank(self) -> bool:
@@ -65,11 +73,12 @@ class Run:
 
 
 def initialize_distributed(timeout_minutes: int, device: str = "auto") -> None:
-    """Join the ranks that torchrun started, computing on `device`; without torchrun, be the only one."""
+    """Join the ranks that torchrun or srun started, computing on `device`; otherwise be the only one."""
     backend = platform.initialize(device).backend
     timeout = collective_timeout(timeout_minutes)
     if "RANK" in os.environ:
-        torch.distributed.init_process_group(backend, timeout=timeout)
+        store, rank, world_size = meet(timeout)
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:
         torch.distributed.init_process_group(
             backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
@@ -89,6 +98,7 @@ def set_up(config: Config, owner: RunOwner, requests: StopRequests) -> Run:
         StoppedBeforeTraining: some rank received a signal.
     """
     hf_config = registry.load_hf_config(config.model.hf_path)
+    check_same_program(config, hf_config.to_dict())
     family = registry.detect(hf_config)
     model_config = family.config_from_hf(hf_config, config.model.text_only, config.model.image_mask)
     weight_map = family.weight_map(model_config)
@@ -96,9 +106,12 @@ def set_up(config: Config, owner: RunOwner, requests: StopRequests) -> Run:
     layout = check_layout(config, model_config, torch.distributed.get_world_size(), names, weight_map.buffers)
     check_run_dir(config)
     due_export = check_export(config)
+    on_first_rank(lambda: _check_files(config, weight_map))
     on_first_rank(lambda: owner.take(lambda: requests.poll() != 0))
     requests.raise_if_stopped()
     groups = build_groups(layout, collective_timeout(config.parallel.distributed_timeout_minutes))
+    nodes = find_nodes()
+    group_report = list(measure_groups(groups, nodes))
     initialize_megatron(config.train.seed, groups)
     if config.train.deterministic:
         platform.current().use_deterministic_algorithms()
@@ -154,7 +167,16 @@ def set_up(config: Config, owner: RunOwner, requests: StopRequests) -> Run:
         checkpoints,
         due_export,
         owner,
+        nodes,
+        group_report,
     )
+
+
+def _check_files(config: Config, weight_map: WeightMap) -> None:
+    """Check what the run reads first and what it writes, before it builds anything."""
+    check_space(config, weight_map)
+    if config.checkpoint.load is None and newest_complete(Path(config.run_dir) / CHECKPOINTS_NAME)[0] is None:
+        check_weights(config, weight_map)
 
 
 def _build_loaders(

@@ -65,21 +65,22 @@ def record_start(run_dir: Path, described: Mapping[str, Any], step: int, config:
         file.write(json.dumps({**described, "after_step": step, "config": to_dict(config)}) + "\n")
 
 
-def banner(run: Run, described: Mapping[str, Any], nodes: Sequence[Node]) -> Iterator[str]:
+def banner(run: Run, described: Mapping[str, Any]) -> Iterator[str]:
     """Yield what a start says: versions, devices, model, layout, data, schedule, and where it writes.
 
     Args:
         run: what was set up.
         described: the result of `environment`.
-        nodes: the nodes of the run.
     """
     versions, config, commit = described["versions"], run.config, described["commit"]
     others = ", ".join(f"{name} {versions[name]}" for name in ("torch", "megatron-core", "transformers", "python"))
     yield f"megatron_vlm {versions['megatron-vlm']}{f' ({commit})' if commit else ''}, {others}"
+    nodes = run.nodes
     yield f"device    {described['ranks']} x {described['device']} on {len(nodes)} node{'s' * (len(nodes) > 1)}"
     yield f"model     {config.model.hf_path}: {run.family.name}, {run.model_config.media}, {_parameters(run)}"
     yield f"layout    {run.layout}"
     yield from describe_placement(run.layout, nodes)
+    yield from run.group_report
     yield f"data      train: {_sources(run.train_loader)}"
     if run.valid_loader is not None:
         yield f"          valid: {_sources(run.valid_loader)}"

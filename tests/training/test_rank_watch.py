@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import multiprocessing
 import os
 import signal
@@ -24,7 +25,10 @@ from megatron_vlm.training.rank_watch import RankWatch
 RANKS = 3
 # On a busy machine a thread may not run for half a second.
 POST_SECONDS, LONG = 0.6, 300.0
-SCENARIOS = ["stopped", "stopped late", "killed", "mismatch", "own error", "same error", "crash", "no interference"]
+SCENARIOS = (
+    *("stopped", "stopped late", "killed", "mismatch", "own error", "same error", "crash"),
+    *("asked for stacks", "no interference"),
+)
 # Seconds until a silent rank is reported, and until a collective ends by an exception.
 TIMEOUTS = {"stopped": (4.0, LONG), "stopped late": (LONG, 6.0), "mismatch": (LONG, 6.0)}
 
@@ -41,12 +45,17 @@ class Result:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[str, Result]:
     """This process does for the ranks of every scenario what torchrun does: it hosts their store and waits."""
     context, stores, processes = multiprocessing.get_context("fork"), [], {}
-    folder = tmp_path_factory.mktemp("ranks")
     gc.collect()
     for scenario in SCENARIOS:
+        (folder / scenario).mkdir()
         stores.append(torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False))
         arguments = [(rank, stores[-1].port, scenario, folder / f"{scenario} {rank}") for rank in range(RANKS)]
         processes[scenario] = [context.Process(target=rank_main, args=each) for each in arguments]
@@ -83,21 +92,24 @@ def rank_main(rank: int, port: int, scenario: str, stderr: Path) -> None:
     store.wait([f"ready {each}" for each in range(RANKS)], timedelta(seconds=LONG))
     try:
         with RankWatch(silence, POST_SECONDS) as watch:
+            watch.run_dir = stderr.with_name(scenario)
             for step in range(3):
                 watch.activity = lambda step=step: f"step {step}"
                 if step == 2:
-                    interfere(rank, scenario)
+                    interfere(rank, scenario, watch.run_dir)
                 torch.distributed.all_reduce(torch.ones(1))
     except UserError as error:
         error_report.report(error)
         sys.exit(2)
 
 
-def interfere(rank: int, scenario: str) -> None:
+def interfere(rank: int, scenario: str, run_dir: Path) -> None:
     """Do what the scenario says."""
+    if scenario == "asked for stacks":
+        wait_for_stacks(rank, run_dir)
     if scenario == "same error":
         raise DataError("all ranks read the same")
-    if scenario == "no interference" or rank != 1:
+    if scenario in ("asked for stacks", "no interference") or rank != 1:
         return
     if scenario == "own error":
         raise DataError("only rank 1 read this")
@@ -107,6 +119,15 @@ def interfere(rank: int, scenario: str) -> None:
         wait_for_something_else()
     time.sleep(5 * POST_SECONDS)  # its step is known
     os.kill(os.getpid(), signal.SIGKILL if scenario == "killed" else signal.SIGSTOP)
+
+
+def wait_for_stacks(rank: int, run_dir: Path) -> None:
+    """Ask for them, and wait until all ranks have written theirs."""
+    if rank == 0:
+        (run_dir / "dump_stacks").touch()
+    end = time.monotonic() + 60
+    while len(list(run_dir.glob("stacks/*/*.txt"))) < RANKS and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def wait_for_something_else() -> None:
@@ -157,3 +178,16 @@ def test_errors_are_reported_once(results: dict[str, Result]) -> None:
 
 def test_nothing_happens_to_ranks_that_work(results: dict[str, Result]) -> None:
     assert results["no interference"] == Result([0, 0, 0], ["", "", ""])
+
+
+def test_stacks_that_are_asked_for(results: dict[str, Result], folder: Path) -> None:
+    """Every rank writes its own into the run folder and goes on; the request is gone, and the node lives."""
+    run_dir, host = folder / "asked for stacks", socket.gethostname()
+    assert results["asked for stacks"] == Result([0, 0, 0], ["", "", ""])
+    assert not (run_dir / "dump_stacks").exists()
+    (stacks,) = (run_dir / "stacks").iterdir()
+    assert sorted(path.name for path in stacks.iterdir()) == [f"rank_{rank:05d}_{host}.txt" for rank in range(RANKS)]
+    text = (stacks / f"rank_00002_{host}.txt").read_text()
+    assert text.startswith(f"rank 2 on {host}, process ") and "at step 2" in text and "in wait_for_stacks" in text
+    heartbeat = json.loads((run_dir / "heartbeats" / f"{host}.json").read_text())
+    assert heartbeat["ranks"] == [0, 2] and abs(heartbeat["time"] - time.time()) < 600

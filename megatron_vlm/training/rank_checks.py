@@ -1,0 +1,145 @@
+"""Checks of all ranks together, before weights are read: one program everywhere, and groups that communicate well."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform as machine
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_vlm import platform
+from megatron_vlm.config import Config, to_dict
+from megatron_vlm.errors import LaunchError
+from megatron_vlm.parallel.placement import Node, host_of
+
+PACKAGES = ("torch", "megatron-core", "transformers", "safetensors", "numpy", "torchvision", "tokenizers")
+SAMPLE_BYTES = {True: 64 * 2**20, False: 2**18}
+"""What is summed to measure a group, on CUDA and on CPU."""
+ROUNDS = 3
+SLOW_RATIO, SLOW_SECONDS = 2.0, 2e-3
+"""A group is slow that takes so many times as long as most of its kind, and so much longer."""
+_GROUPS = {
+    "tensor": "tp",
+    "context": "cp",
+    "data": "dp",
+    "pipeline": "pp",
+    "expert tensor": "expt_tp",
+    "expert": "ep",
+    "expert data": "expt_dp",
+}
+
+
+def check_same_program(config: Config, hf_config: Mapping[str, Any]) -> None:
+    """Make sure that all ranks have the same code, packages, configuration and model configuration.
+
+    Args:
+        config: this rank's configuration.
+        hf_config: the model's configuration in Hugging Face's form.
+
+    Raises:
+        LaunchError: names what differs, and the first rank where it does.
+    """
+    parts = {
+        "code of megatron_vlm": _code_digest(),
+        "package versions": _digest({name: _version(name) for name in PACKAGES} | {"python": machine.python_version()}),
+        "configuration": _digest(to_dict(config)),
+        "model configuration": _digest(hf_config),
+    }
+    device, rank = platform.current().device, torch.distributed.get_rank()
+    world_size = torch.distributed.get_world_size()
+    mine = torch.tensor(list(parts.values()), dtype=torch.int64, device=device)
+    first = mine.clone()
+    torch.distributed.broadcast(first, src=0)
+    # Of each part the lowest rank that has another one.
+    differing = torch.where(mine == first, world_size, rank)
+    torch.distributed.all_reduce(differing, op=torch.distributed.ReduceOp.MIN)
+    ranks = differing.tolist()
+    names = [name for name, lowest in zip(parts, ranks, strict=True) if lowest < world_size]
+    if names:
+        raise LaunchError(
+            f"rank {min(ranks)} differs from rank 0 in its {' and '.join(names)}",
+            fix="let all nodes use the same checkout, environment and files",
+        )
+
+
+def _digest(content: Any) -> int:
+    return _number(json.dumps(content, sort_keys=True, default=str).encode())
+
+
+def _number(content: bytes) -> int:
+    """Return 63 bits of a digest."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
+
+
+def _code_digest() -> int:
+    import vlm_kernels
+
+    digest = hashlib.blake2b()
+    for package in (Path(__file__).parents[1], Path(vlm_kernels.__file__).parent):
+        for path in sorted(package.rglob("*")):
+            if path.suffix in (".py", ".cu", ".cuh", ".h"):  # not what each node may have compiled itself
+                digest.update(f"{path.relative_to(package)}\n".encode())
+                digest.update(path.read_bytes())
+    return _number(digest.digest())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def measure_groups(groups: ProcessGroupCollection, nodes: list[Node]) -> Iterator[str]:
+    """Sum a sample in every group of several ranks; called on every rank.
+
+    Args:
+        groups: this rank's process groups.
+        nodes: the nodes of the run, on the first rank.
+
+    Yields:
+        On the first rank a line for each kind of group, with its bandwidth, and a warning for a kind with a slow group.
+    """
+    current = platform.current()
+    sample = torch.zeros(SAMPLE_BYTES[current.accelerated], dtype=torch.uint8, device=current.device)
+    for name, key in _GROUPS.items():
+        group = getattr(groups, key)
+        if group.size() == 1:
+            continue
+        seconds = torch.tensor(_seconds_to_sum(sample, group), dtype=torch.float64, device=current.device)
+        everywhere = [torch.zeros_like(seconds) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(everywhere, seconds)
+        if torch.distributed.get_rank() == 0:
+            yield from _describe(name, group.size(), sample.numel(), torch.stack(everywhere).tolist(), nodes)
+
+
+def _seconds_to_sum(sample: torch.Tensor, group: torch.distributed.ProcessGroup) -> float:
+    torch.distributed.all_reduce(sample, group=group)  # the first one connects
+    torch.distributed.barrier()
+    platform.current().synchronize()
+    began = time.perf_counter()
+    for _ in range(ROUNDS):
+        torch.distributed.all_reduce(sample, group=group)
+    platform.current().synchronize()
+    return (time.perf_counter() - began) / ROUNDS
+
+
+def _describe(name: str, size: int, num_bytes: int, seconds: list[float], nodes: list[Node]) -> Iterator[str]:
+    median, longest = statistics.median_low(seconds), max(seconds)
+    bandwidth = 2 * (size - 1) / size * num_bytes / median
+    yield f"          {name:13} {bandwidth / 1e9:8.2f} GB/s to sum {num_bytes / 2**20:g} MiB over {size} ranks"
+    if longest > SLOW_RATIO * median and longest - median > SLOW_SECONDS:
+        rank = seconds.index(longest)
+        yield (
+            f"warning: the {name} group of rank {rank} on {host_of(rank, nodes)} takes {longest / median:.1f} times as "
+            "long as others -- see whether its machine or its network is busy or broken"
+        )
