@@ -27,7 +27,7 @@ from megatron_vlm.model.weight_map import WeightMap
 from megatron_vlm.model_configs import TowerConfig, VisionLanguageConfig
 from megatron_vlm.parallel.layout import Layout, assign_layers
 from megatron_vlm.planning.expert_checks import expert_problems, expert_rank_problems
-from megatron_vlm.planning.state_bytes import optimizer_bytes, value_bytes
+from megatron_vlm.planning.state_bytes import FP32_BYTES, optimizer_bytes, value_bytes
 
 EXPORT_RECORD = "exported.json"
 LARGEST_TENSOR_SIZE = 64  # vocabulary rows are padded to a multiple of it
@@ -242,7 +242,9 @@ def checkpoint_bytes(config: Config, weight_map: WeightMap) -> int:
     trainable = Trainable(config.model.freeze, weight_map.buffers)
     sizes = {name: math.prod(weight.padded_shape) for name, weight in weight_map.items()}
     trained = sum(size for name, size in sizes.items() if trainable.trains(name))
-    return sum(sizes.values()) * value_bytes(config) + optimizer_bytes(config, trained)
+    # The distributed optimizer's state contains weights also where these are the parameters themselves.
+    copies = FP32_BYTES * (config.parallel.use_distributed_optimizer and value_bytes(config) == FP32_BYTES)
+    return sum(sizes.values()) * value_bytes(config) + optimizer_bytes(config, trained) + trained * copies
 
 
 def check_space(config: Config, weight_map: WeightMap) -> str:
