@@ -118,6 +118,25 @@ def test_a_machine_with_an_nvidia_device_does_not_train_on_its_cpu_unasked(monke
         assert not device._takes_cuda("auto"), "the user hides the device"
 
 
+def test_every_rank_of_a_machine_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where Slurm shows each task only one; fewer devices than ranks are an error instead of a shared device."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert device._device_number() == 3
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(ConfigError, match="number 4 of its machine, which has 4 GPUs"):
+        device._device_number()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="which has 1 GPU "):
+        device._device_number()
+    monkeypatch.setenv("SLURM_STEP_GPUS", "2")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert device._device_number() == 0
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(ConfigError, match="which has 1 GPU "):
+        device._device_number()
+
+
 @on_cpu
 def test_nvidia_devices_are_found_without_a_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, (vendor, kind) in {
