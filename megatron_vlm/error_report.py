@@ -37,7 +37,8 @@ def report(error: UserError) -> None:
     is_mine = rank == 0 or bool(error.is_reported_here)
     if is_mine:
         _print(text, rank)
-    if error.is_reported_here is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    has_others = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if error.is_reported_here is None and has_others:
         found_none = _is_mine_to_print(text, rank)
         if found_none and not is_mine:
             _print(text, rank)

@@ -8,7 +8,7 @@ import json
 import platform as machine
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from megatron_vlm.parallel.placement import Node, host_of
 
 PACKAGES = ("torch", "megatron-core", "transformers", "safetensors", "numpy", "torchvision", "tokenizers")
 SAMPLE_BYTES = {True: 64 * 2**20, False: 2**18}
-"""What is summed to measure a group, on CUDA and on CPU."""
+"""What is summed to measure a group, on an accelerator and elsewhere."""
 ROUNDS = 3
 SLOW_RATIO, SLOW_SECONDS = 2.0, 2e-3
 """A group is slow that takes so many times as long as most of its kind, and so much longer."""
@@ -99,27 +99,34 @@ def _version(package: str) -> str | None:
         return None
 
 
-def measure_groups(groups: ProcessGroupCollection, nodes: list[Node]) -> Iterator[str]:
+def measure_groups(groups: ProcessGroupCollection, nodes: list[Node]) -> list[str]:
     """Sum a sample in every group of several ranks; called on every rank.
 
     Args:
         groups: this rank's process groups.
         nodes: the nodes of the run, on the first rank.
 
-    Yields:
-        On the first rank a line for each kind of group, with its bandwidth, and a warning for a kind with a slow group.
+    Returns:
+        On the first rank a line with the bandwidth of each kind of group, and a warning for each kind with a slow one.
     """
     current = platform.current()
     sample = torch.zeros(SAMPLE_BYTES[current.accelerated], dtype=torch.uint8, device=current.device)
+    has_experts = groups.tp_ep.size() > groups.tp.size() or groups.ep.size() > 1
+    figures, warnings = [], []
     for name, key in _GROUPS.items():
         group = getattr(groups, key)
-        if group.size() == 1:
+        if group.size() == 1 or (name.startswith("expert") and not has_experts):
             continue
         seconds = torch.tensor(_seconds_to_sum(sample, group), dtype=torch.float64, device=current.device)
         everywhere = [torch.zeros_like(seconds) for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather(everywhere, seconds)
+        times = torch.stack(everywhere).tolist()
+        figures.append(f"{name} {_bandwidth(group.size(), sample.numel(), times) / 1e9:.2f}")
         if torch.distributed.get_rank() == 0:
-            yield from _describe(name, group.size(), sample.numel(), torch.stack(everywhere).tolist(), nodes)
+            warnings += _slowness(name, times, nodes)
+    if torch.distributed.get_rank() or not figures:
+        return []
+    return [f"groups    GB/s to sum {sample.numel() / 2**20:g} MiB: {', '.join(figures)}", *warnings]
 
 
 def _seconds_to_sum(sample: torch.Tensor, group: torch.distributed.ProcessGroup) -> float:
@@ -133,13 +140,18 @@ def _seconds_to_sum(sample: torch.Tensor, group: torch.distributed.ProcessGroup)
     return (time.perf_counter() - began) / ROUNDS
 
 
-def _describe(name: str, size: int, num_bytes: int, seconds: list[float], nodes: list[Node]) -> Iterator[str]:
-    median, longest = statistics.median_low(seconds), max(seconds)
-    bandwidth = 2 * (size - 1) / size * num_bytes / median
-    yield f"          {name:13} {bandwidth / 1e9:8.2f} GB/s to sum {num_bytes / 2**20:g} MiB over {size} ranks"
-    if longest > SLOW_RATIO * median and longest - median > SLOW_SECONDS:
-        rank = seconds.index(longest)
-        yield (
-            f"warning: the {name} group of rank {rank} on {host_of(rank, nodes)} takes {longest / median:.1f} times as "
-            "long as others -- see whether its machine or its network is busy or broken"
-        )
+def _bandwidth(size: int, num_bytes: int, seconds: list[float]) -> float:
+    """Return the bytes per second that each rank of most groups sends, as a ring would."""
+    return 2 * (size - 1) / size * num_bytes / statistics.median_low(seconds)
+
+
+def _slowness(name: str, seconds: list[float], nodes: list[Node]) -> list[str]:
+    """Return a warning if some rank's group takes much longer than most."""
+    usual, longest = statistics.median_low(seconds), max(seconds)
+    if longest <= SLOW_RATIO * usual or longest - usual <= SLOW_SECONDS:
+        return []
+    rank = seconds.index(longest)
+    return [
+        f"warning: the {name} group of rank {rank} on {host_of(rank, nodes)} takes {longest / usual:.1f} times as long "
+        "as others -- see whether its machine or its network is busy or broken"
+    ]

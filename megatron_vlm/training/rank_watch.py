@@ -118,8 +118,9 @@ class RankWatch:
         """Processes of ranks on this machine."""
 
     def __enter__(self) -> RankWatch:
-        faulthandler.enable()  # for the stacks when NCCL's own watchdog aborts the process
-        faulthandler.register(signal.SIGQUIT, all_threads=True)
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # where standard error is no file
+            faulthandler.enable()  # for the stacks when NCCL's own watchdog aborts the process
+            faulthandler.register(signal.SIGQUIT, all_threads=True)
         self._store = _default_store()
         self._store.set(_process_key(self.rank), str(_Process.current()))
         self._thread = threading.Thread(target=self._watch, args=(_default_store(),), name="rank watch", daemon=True)
@@ -257,10 +258,14 @@ class RankWatch:
         )
 
     def _silence(self, store: torch.distributed.Store, rank: int, timed_out: bool) -> str:
-        over = f", and the time-out of {self.timeout_seconds / 60:g} minutes is over" if timed_out else ""
+        activity = self._activity_of(store, rank)
+        if timed_out:
+            what = f"hangs at {activity}: the time-out of {self.timeout_seconds / 60:g} minutes is over"
+        else:
+            what = f"was lost at {activity}: its connections are closed"
         return (
-            f"{self._name(store, rank)} hangs at {self._activity_of(store, rank)}: it gives no sign of life{over} -- "
-            f"see whether its machine is up, out of memory, or the process stopped; {_AGAIN}"
+            f"{self._name(store, rank)} {what}, and it gives no sign of life -- see whether its machine is up, out of "
+            f"memory, or the process stopped or killed; {_AGAIN}"
         )
 
     def _declare(self, store: torch.distributed.Store, culprit: int | None, line: Callable[[], str]) -> None:

@@ -111,7 +111,7 @@ def set_up(config: Config, owner: RunOwner, requests: StopRequests) -> Run:
     requests.raise_if_stopped()
     groups = build_groups(layout, collective_timeout(config.parallel.distributed_timeout_minutes))
     nodes = find_nodes()
-    group_report = list(measure_groups(groups, nodes))
+    group_report = measure_groups(groups, nodes)
     initialize_megatron(config.train.seed, groups)
     if config.train.deterministic:
         platform.current().use_deterministic_algorithms()

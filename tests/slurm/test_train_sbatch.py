@@ -11,7 +11,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.sizes import full
 from tests.slurm.cluster import Cluster
 from tests.slurm.job import Job
 from tests.training.loop_run import ROOT, Place, build_place, start_torchrun
@@ -65,7 +64,7 @@ def test_preempted_job_goes_on_bit_for_bit(cluster: Cluster, place: Place, tmp_p
     assert job.losses == whole.losses and len(whole.losses) == STEPS
 
 
-@full
+@pytest.mark.full
 def test_time_limit_saves_and_goes_on(cluster: Cluster, place: Place, tmp_path: Path) -> None:
     """Slurm's warning before the limit; with a limit of a minute it comes at once, or in the first steps."""
     job = Job.submit(cluster, place, tmp_path / "run", *LONG, options=("--time=1", "--signal=USR1@30"))
@@ -78,7 +77,7 @@ def test_time_limit_saves_and_goes_on(cluster: Cluster, place: Place, tmp_path: 
     assert job.state == "COMPLETED" and len(job.losses) == STEPS, job.printed()
 
 
-@full
+@pytest.mark.full
 def test_cancelled_job_stays_cancelled(cluster: Cluster, place: Place, tmp_path: Path) -> None:
     """It still saves."""
     job = Job.submit(cluster, place, tmp_path / "run", *LONG)
@@ -89,7 +88,7 @@ def test_cancelled_job_stays_cancelled(cluster: Cluster, place: Place, tmp_path:
     assert job.stopped() is not None and job.restarts == 0, job.printed()
 
 
-@full
+@pytest.mark.full
 def test_crashed_job_is_retried_but_not_for_ever(cluster: Cluster, place: Place, tmp_path: Path) -> None:
     """A killed rank; a job that crashes before every checkpoint ends after MAX_CRASHES."""
     settings = (*LONG, "checkpoint.save_interval=2")
@@ -111,7 +110,7 @@ def test_crashed_job_is_retried_but_not_for_ever(cluster: Cluster, place: Place,
     assert job.wait_for_state("FAILED") == "FAILED" and "times without a new checkpoint" in job.printed()
 
 
-@full
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -34,7 +34,7 @@ from tests.training.loop_run import (
 )
 
 PATIENCE_SECONDS = 240.0  # a start takes 10 s on an idle machine
-BANNER_LINE = re.compile(r"(megatron_vlm \d|(device|model|layout|data|schedule|writes) +\S).*")
+BANNER_LINE = re.compile(r"(megatron_vlm \d|(device|model|layout|groups|data|schedule|writes) +\S).*")
 SAVED_LINE = re.compile(r"saved step \d+ in \d+\.\d s")
 STEP_LINE = re.compile(r"step +\d+/\d+  loss [\d.]+  .*eta [\d:]+.*")
 
