@@ -106,7 +106,7 @@ def set_up(config: Config, owner: RunOwner, requests: StopRequests) -> Run:
     layout = check_layout(config, model_config, torch.distributed.get_world_size(), names, weight_map.buffers)
     check_run_dir(config)
     due_export = check_export(config)
-    on_first_rank(lambda: _check_files(config, weight_map))
+    on_first_rank(lambda: check_space(config, weight_map))
     on_first_rank(lambda: owner.take(lambda: requests.poll() != 0))
     requests.raise_if_stopped()
     groups = build_groups(layout, collective_timeout(config.parallel.distributed_timeout_minutes))
@@ -117,6 +117,7 @@ def set_up(config: Config, owner: RunOwner, requests: StopRequests) -> Run:
         platform.current().use_deterministic_algorithms()
 
     train_loader, valid_loader = _build_loaders(config, layout, family.prompt_rules(model_config), groups)
+    on_first_rank(lambda: _check_first_weights(config, weight_map))
     requests.raise_if_stopped()
     identity = ModelIdentity(
         family.name,
@@ -172,9 +173,8 @@ def set_up(config: Config, owner: RunOwner, requests: StopRequests) -> Run:
     )
 
 
-def _check_files(config: Config, weight_map: WeightMap) -> None:
-    """Check what the run reads first and what it writes, before it builds anything."""
-    check_space(config, weight_map)
+def _check_first_weights(config: Config, weight_map: WeightMap) -> None:
+    """Check the weight files of a new run before it builds anything."""
     if config.checkpoint.load is None and newest_complete(Path(config.run_dir) / CHECKPOINTS_NAME)[0] is None:
         check_weights(config, weight_map)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed
+from torch.distributed import TCPStore
 
 from megatron_vlm import error_report
 from megatron_vlm.errors import DataError, UserError
@@ -51,13 +53,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> dict[str, Result]:
-    """This process does for the ranks of every scenario what torchrun does: it hosts their store and waits."""
-    context, stores, processes = multiprocessing.get_context("fork"), [], {}
+    """Another process does for the ranks of every scenario what torchrun does: it hosts their store.
+
+    Not this one, because stores run threads, beside which ranks cannot be forked safely.
+    """
+    context, processes = multiprocessing.get_context("fork"), {}
+    pipe, other_end = context.Pipe()
+    host = context.Process(target=host_stores, args=(other_end,))
+    host.start()
+    ports = pipe.recv()
     gc.collect()
-    for scenario in SCENARIOS:
+    for scenario, port in zip(SCENARIOS, ports, strict=True):
         (folder / scenario).mkdir()
-        stores.append(torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False))
-        arguments = [(rank, stores[-1].port, scenario, folder / f"{scenario} {rank}") for rank in range(RANKS)]
+        arguments = [(rank, port, scenario, folder / f"{scenario} {rank}") for rank in range(RANKS)]
         processes[scenario] = [context.Process(target=rank_main, args=each) for each in arguments]
     for ranks in processes.values():  # one scenario after another, so that no thread starves
         try:
@@ -68,6 +76,7 @@ def results(folder: Path) -> dict[str, Result]:
         finally:
             for process in ranks:
                 process.kill()
+    host.kill()
     return {
         scenario: Result(
             [process.exitcode for process in processes[scenario]],
@@ -77,6 +86,13 @@ def results(folder: Path) -> dict[str, Result]:
     }
 
 
+def host_stores(pipe: multiprocessing.connection.Connection) -> None:
+    """Make a store for every scenario, send their ports, and stay."""
+    stores = [TCPStore("localhost", 0, is_master=True, wait_for_workers=False) for _ in SCENARIOS]
+    pipe.send([store.port for store in stores])
+    time.sleep(3600)
+
+
 def rank_main(rank: int, port: int, scenario: str, stderr: Path) -> None:
     """Do three steps, of which the last does not come about."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(RANKS)}
@@ -84,7 +100,7 @@ def rank_main(rank: int, port: int, scenario: str, stderr: Path) -> None:
     sys.stderr = os.fdopen(2, "w")
     torch.set_num_threads(1)
     silence, timeout = TIMEOUTS.get(scenario, (LONG, LONG))
-    store = torch.distributed.TCPStore("localhost", port, is_master=False)
+    store = TCPStore("localhost", port, is_master=False)
     torch.distributed.init_process_group(
         "gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=timeout)
     )
