@@ -20,6 +20,7 @@ from megatron_vlm.report import page
 from megatron_vlm.report.chart import line_chart
 from megatron_vlm.report.page import Figure, Rows, Sample
 from megatron_vlm.report.run_record import Record, RunRecord, number, read_run, section
+from megatron_vlm.report.run_state import state_of
 
 REPORT_NAME = "report.html"
 _POINTS_PER_SMOOTHED = 40
@@ -117,14 +118,15 @@ def _status(run: RunRecord) -> str:
     """Say how far the run has come and how it ended."""
     last, total = run.last_step, run.train_iters
     done = f"{last:,} of {total:,} steps" if total is not None else f"{last:,} steps"
-    if total is not None and last >= total:
-        text = f"Finished: {done}."
-    elif run.stopped:
-        text = f"Stopped after {done} ({run.stopped.get('reason', 'no reason given')})."
-    elif run.has_owner:
-        text = f"Running, or killed: {done} so far."
-    else:
-        text = f"Ended after {done}."
+    state = state_of(run)
+    text = {
+        "running": f"Running: {done} so far.",
+        "finished": f"Finished: {done}.",
+        "failed": f"Failed after {done}: {state.detail}",
+        "stopped": f"Stopped after {done} ({state.detail}).",
+        "killed": f"Killed after {done} ({state.detail}).",
+        "ended": f"Ended after {done}.",
+    }[state.word]
     if run.exported:
         text += f" Exported to {run.exported.get('directory')}."
     return text

@@ -159,7 +159,7 @@ def _name(
     """Return the name of a point's run folder."""
     where = file.where("point_name")
     if sweep.point_name is None:
-        short = _short_keys(shown)
+        short = short_keys(shown)
         parts = [f"{short[key]}={value_text(overrides[key])}" for key in shown if key in overrides]
         name = ",".join(_UNSAFE.sub("-", part) for part in parts)
     else:
@@ -177,7 +177,7 @@ def _name(
     return name
 
 
-def _short_keys(keys: Sequence[str]) -> dict[str, str]:
+def short_keys(keys: Sequence[str]) -> dict[str, str]:
     """Return the last parts of keys, and the whole key where two have the same."""
     last = [key.rpartition(".")[2] for key in keys]
     return {key: short if last.count(short) == 1 else key for key, short in zip(keys, last, strict=True)}
