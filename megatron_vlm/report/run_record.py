@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from megatron_vlm.files.small_files import read_end, read_small
 
 USER_ERROR_NAME = "user_error.txt"
 MAX_LOG_BYTES = 4 * 2**30
+_RECENT_ROWS = 100  # over which a speed is taken
 _LARGEST_INTEGER = 10**300  # larger ones are no floats
 _CHECKPOINT = re.compile(r"step_(\d{8,})")
 Record = Mapping[str, Any]
@@ -110,6 +112,17 @@ def number(row: Record, key: str) -> float | None:
     if type(value) is float:
         return value if math.isfinite(value) else None
     return float(value) if type(value) is int and abs(value) < _LARGEST_INTEGER else None
+
+
+def series(rows: Sequence[Record], key: str, factor: float = 1.0) -> list[tuple[int, float]]:
+    """Return steps and values, times a factor, of the rows of steps that have a number there."""
+    return [(row["step"], value * factor) for row in rows if (value := number(row, key)) is not None]
+
+
+def recent(rows: Sequence[Record], key: str) -> float | None:
+    """Return the median over the last rows; one slow step does not count."""
+    values = [value for row in rows[-_RECENT_ROWS:] if (value := number(row, key)) is not None]
+    return statistics.median(values) if values else None
 
 
 def section(row: Record, key: str) -> Record:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from megatron_vlm.errors import CheckpointError, ConfigError
-from megatron_vlm.report.run_record import Record, RunRecord, number, read_run
+from megatron_vlm.report.run_record import RunRecord, number, read_run, recent, series
 from megatron_vlm.sweeps.points import value_text
 from megatron_vlm.sweeps.status import PointStatus
 
@@ -28,7 +28,6 @@ METRICS = {
     "hours": "hours in steps",
 }
 HIGHER_IS_BETTER = ("tokens", "tokens_per_second")
-_RECENT_ROWS = 100
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def read_result(status: PointStatus) -> Result:
         run = read_run(status.point.run_dir)
     except CheckpointError:
         run = RunRecord(status.point.run_dir)
-    losses, heldout = _series(run.steps, "loss"), _series(run.evaluations, "loss")
+    losses, heldout = series(run.steps, "loss"), series(run.evaluations, "loss")
     metrics: dict[str, float] = {}
     if heldout:
         best_step, best = min(heldout, key=lambda pair: pair[1])
@@ -63,12 +62,12 @@ def read_result(status: PointStatus) -> Result:
         values = [value for _, value in losses]
         metrics["train_loss"] = statistics.fmean(values[-max(1, len(values) // 10) :])
         metrics |= {"train_loss_best": min(values), "train_loss_last": values[-1]}
-    if norms := _series(run.steps, "grad_norm"):
+    if norms := series(run.steps, "grad_norm"):
         metrics["grad_norm_last"] = norms[-1][1]
-    if tokens := _series(run.steps, "tokens"):
+    if tokens := series(run.steps, "tokens"):
         metrics["tokens"] = sum(value for _, value in tokens)
-    if speeds := _series(run.steps, "tokens_per_second"):
-        metrics["tokens_per_second"] = statistics.median(value for _, value in speeds[-_RECENT_ROWS:])
+    if (speed := recent(run.steps, "tokens_per_second")) is not None:
+        metrics["tokens_per_second"] = speed
     if seconds := [(number(row, "step_seconds") or 0) * (number(row, "steps") or 1) for row in run.steps]:
         metrics["hours"] = sum(seconds) / 3600
     return Result(status, metrics, losses, heldout)
@@ -121,8 +120,3 @@ def csv_text(results: Sequence[Result]) -> str:
         ]
         writer.writerow([*head, *values, *figures, point.run_dir, status.detail])
     return stream.getvalue().encode(errors="backslashreplace").decode()
-
-
-def _series(rows: Sequence[Record], key: str) -> list[tuple[int, float]]:
-    """Return steps and finite values of a figure."""
-    return [(row["step"], value) for row in rows if (value := number(row, key)) is not None]
