@@ -47,14 +47,14 @@ def check(options: argparse.Namespace) -> int:
 
     checked = check_sweep_file(options.sweep)
     sweep = checked.sweep
+    said = "Slurm does not answer here: partition, account and nodes were not checked"
+    if slurm.is_available():
+        said = f"Slurm: {slurm.check_with_slurm(sweep, sweep.points)}"
     left_out = f", {checked.excluded} left out by exclude" if checked.excluded else ""
     print(f"{len(sweep.points)} points are in order{left_out}; they go to {sweep.folder}")
     for point in sweep.points:
         print(f"  {point.index:>4}  {point.name}")
-    if slurm.is_available():
-        print(f"Slurm: {slurm.check_with_slurm(sweep, sweep.points)}")
-    else:
-        print("Slurm is not here: partition, account and nodes were not checked")
+    print(said)
     return 0
 
 

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from megatron_vlm.sweeps.points import Point
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "scripts" / "sweep.sbatch"
 _TIMEOUT_SECONDS = 120
+_OURS = ("--parsable", "--output", "--chdir")  # options that resources do not decide
 _WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 _RUNNING = {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
 
@@ -50,8 +52,8 @@ class Task:
 
 
 def is_available() -> bool:
-    """Return whether this machine can submit jobs."""
-    return shutil.which("sbatch") is not None
+    """Return whether this machine can submit jobs: Slurm is installed, and its controller answers."""
+    return shutil.which("sbatch") is not None and _run(["scontrol", "ping"]).returncode == 0
 
 
 def sbatch_command(sweep: Sweep, points: Sequence[Point]) -> list[str]:
@@ -76,7 +78,8 @@ def sbatch_command(sweep: Sweep, points: Sequence[Point]) -> list[str]:
 
 def _script_arguments(sweep: Sweep) -> list[str]:
     resources = sweep.settings.resources
-    return [str(REPOSITORY), str(sweep.folder), str(resources.ranks_per_node), resources.container or ""]
+    ranks = str(resources.ranks_per_node)
+    return [sys.executable, str(REPOSITORY), str(sweep.folder), ranks, resources.container or ""]
 
 
 def check_with_slurm(sweep: Sweep, points: Sequence[Point]) -> str:
@@ -90,7 +93,8 @@ def check_with_slurm(sweep: Sweep, points: Sequence[Point]) -> str:
     said = _words(done.stderr)
     if done.returncode:
         fix = "correct resources in the sweep file; sinfo lists partitions and nodes"
-        raise ConfigError(f"Slurm refuses the job: {said}", f"{sweep.folder}: {' '.join(options[:-4])}"[:300], fix)
+        asked = " ".join(option for option in options if option.startswith("--") and not option.startswith(_OURS))
+        raise ConfigError(f"Slurm refuses the job: {said}", asked, fix)
     return said
 
 
