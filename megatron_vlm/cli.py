@@ -7,7 +7,7 @@ import json
 import os
 import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +81,7 @@ def parse_command_line(argv: list[str], program: str = "pretrain_vlm.py") -> Com
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise _readable(error) from None
     values = {entry.name: getattr(parsed, entry.name) for entry in dataclasses.fields(Config)}
-    config = _with_home(Config(**values))
+    config = with_paths(Config(**values), os.path.expanduser)
     validate(config)
     return CommandLine(config, bool(parsed.dry_run))
 
@@ -117,7 +117,7 @@ def config_from(content: Mapping[str, Any], where: Where) -> Config:
         ]
     if problems:
         raise combine(ConfigError, problems)
-    config: Config = _with_home(instance(full, Config))
+    config: Config = with_paths(instance(full, Config), os.path.expanduser)
     validate(config)
     return config
 
@@ -133,19 +133,19 @@ def _missing(content: Mapping[str, Any], settings: type, section: str = "") -> I
             yield section + entry.name
 
 
-def _with_home(config: Config) -> Config:
-    """Replace every "~" at the start of a path: no shell does that in YAML or after `--key=`."""
-    home, checkpoint = os.path.expanduser, config.checkpoint
+def with_paths(config: Config, change: Callable[[str], str]) -> Config:
+    """Return a configuration in which every path is changed; for "~", as no shell does in YAML or after `--key=`."""
+    checkpoint = config.checkpoint
     train, valid = (
-        [dataclasses.replace(source, path=home(source.path)) for source in sources]
+        [dataclasses.replace(source, path=change(source.path)) for source in sources]
         for sources in (config.data.train, config.data.valid)
     )
-    load = checkpoint.load and home(checkpoint.load)
-    export_hf = checkpoint.export_hf and home(checkpoint.export_hf)
+    load = checkpoint.load and change(checkpoint.load)
+    export_hf = checkpoint.export_hf and change(checkpoint.export_hf)
     return dataclasses.replace(
         config,
-        run_dir=home(config.run_dir),
-        model=dataclasses.replace(config.model, hf_path=home(config.model.hf_path)),
+        run_dir=change(config.run_dir),
+        model=dataclasses.replace(config.model, hf_path=change(config.model.hf_path)),
         data=dataclasses.replace(config.data, train=train, valid=valid),
         checkpoint=dataclasses.replace(checkpoint, load=load, export_hf=export_hf),
     )

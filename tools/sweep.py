@@ -108,13 +108,13 @@ def report(options: argparse.Namespace) -> int:
 
 
 def state(options: argparse.Namespace) -> int:
-    """For the job script: print a point's state, run folder and configuration, a line each."""
+    """For scripts/sweep.sbatch: print the state and the configuration of a point, a line each."""
     sweep = read_sweep(_folder(options.sweep))
     point = next((point for point in sweep.points if point.index == options.index), None)
     if point is None:
         raise ConfigError(f"there is no point {options.index}", str(sweep.folder), f"give 0 to {len(sweep.points) - 1}")
     check_point_file(sweep, point)
-    print(point_status(sweep, point).state, point.run_dir, sweep.config_path(point), sep="\n")
+    print(point_status(sweep, point).state, sweep.config_path(point), sep="\n")
     return 0
 
 
@@ -133,7 +133,6 @@ def _made(path: str) -> Sweep:
     from megatron_vlm.sweeps.checks import Problems, check_points
 
     sweep = read_sweep(Path(path))
-    os.chdir(sweep.working_directory)
     problems = Problems()
     configs = {}
     for point in sweep.points:

@@ -19,7 +19,7 @@ from megatron_vlm.errors import CheckpointError, ConfigError
 from megatron_vlm.files.config_files import read_config_file
 from megatron_vlm.files.small_files import read_end, read_small
 
-USER_ERROR_NAME = "user_error.txt"
+USER_ERROR_PATTERN = "user_error_*.txt"  # of scripts/job.sh, one for each job
 MAX_LOG_BYTES = 4 * 2**30
 _RECENT_ROWS = 100  # over which a speed is taken
 _LARGEST_INTEGER = 10**300  # larger ones are no floats
@@ -97,7 +97,7 @@ def read_run(run_dir: Path, most_log_bytes: int | None = None) -> RunRecord:
         run.starts = _lines(run, "starts.jsonl", most_log_bytes, lambda row: True)
         run.stopped, run.exported = _object(run, "stopped.json"), _object(run, "exported.json")
         run.config, run.config_yaml = _config(run)
-        run.user_error = _user_error(run_dir / USER_ERROR_NAME)
+        run.user_error = _user_error(run_dir)
         folders = (run_dir / "checkpoints").iterdir() if (run_dir / "checkpoints").is_dir() else ()
         run.checkpoints = sorted(int(match[1]) for path in folders if (match := _CHECKPOINT.fullmatch(path.name)))
     except OSError as error:
@@ -159,9 +159,13 @@ def _lines(run: RunRecord, name: str, most_bytes: int | None, is_usable: Callabl
     return [*rows, row] if row is not None and is_usable(row) else rows
 
 
-def _user_error(path: Path) -> str:
-    """Return the message of ranks whose start was refused, in one line."""
-    return " ".join(read_small(path).decode(errors="replace").split()) if path.exists() else ""
+def _user_error(run_dir: Path) -> str:
+    """Return the message of ranks that were refused, in one line; nothing if the run was started again since."""
+    newest = max(run_dir.glob(USER_ERROR_PATTERN), key=lambda path: path.stat().st_mtime_ns, default=None)
+    starts = run_dir / "starts.jsonl"
+    if newest is None or (starts.exists() and starts.stat().st_mtime_ns > newest.stat().st_mtime_ns):
+        return ""
+    return " ".join(read_small(newest).decode(errors="replace").split())
 
 
 def _parsed(text: bytes) -> Record | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.cli import config_from
+from megatron_vlm.cli import config_from, with_paths
 from megatron_vlm.config import Config, changed_settings, to_dict
 from megatron_vlm.errors import ConfigError, UserError, combine
 from megatron_vlm.files.config_files import ConfigFile, read_config_file
@@ -99,12 +100,8 @@ def check_sweep_file(path: str) -> CheckedSweep:
     folder = Path(settings.folder).expanduser().absolute()
     before = read_sweep(folder) if (folder / MANIFEST_NAME).is_file() else None
     before = before if before is not None and before.has_begun else None
-    if before is not None and before.working_directory != Path.cwd():
-        what = f"the sweep was begun in {before.working_directory}"
-        raise ConfigError(what, str(folder), "start this command there: relative paths of its points begin there")
     points, configs = _configs(drafts, before, file, base)
-    name = settings.name or Path(path).stem
-    sweep = Sweep(folder, name, Path.cwd(), settings, points)
+    sweep = Sweep(folder, settings, points)
     problems = Problems()
     _check_folders(sweep, configs, problems, file)
     if before is not None:
@@ -167,7 +164,8 @@ def _configs(
         taken.add(index)
         point = Point(index, draft.name, draft.overrides, draft.run_dir, "")
         try:
-            config = config_from(draft.content, _places(draft, file, base))
+            # A point trains the same wherever it is started.
+            config = with_paths(config_from(draft.content, _places(draft, file, base)), os.path.abspath)
         except UserError as error:
             problems.add(point, error)
             continue

@@ -119,7 +119,7 @@ class LocalRunner:
         # A group of its own, so that Ctrl-C reaches it once: through _pass_on.
         process = subprocess.Popen(
             self.command(self.sweep, point),
-            cwd=self.sweep.working_directory,
+            cwd=_ENTRY.parent,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,

@@ -37,17 +37,18 @@ class Sweep:
 
     Attributes:
         folder: its folder, absolute.
-        name: name of its jobs.
-        working_directory: where its points start; relative paths of their configurations begin there.
         settings: contents of its file.
         points: in the order of their indices.
     """
 
     folder: Path
-    name: str
-    working_directory: Path
     settings: SweepFile
     points: Sequence[Point]
+
+    @property
+    def name(self) -> str:
+        """Name of its jobs and of its report."""
+        return self.settings.name or self.folder.name
 
     def config_path(self, point: Point) -> Path:
         """File with the point's resolved configuration."""
@@ -80,12 +81,12 @@ def read_sweep(folder: Path) -> Sweep:
         raise CheckpointError(f"no sweep: there is no {MANIFEST_NAME}", str(folder), fix)
     settings, _ = read_sweep_file(str(folder / SWEEP_NAME))
     try:
-        head, *lines = map(json.loads, read_small(path).splitlines())
+        lines = map(json.loads, read_small(path).splitlines())
         points = [Point(**{**line, "run_dir": Path(line["run_dir"])}) for line in lines]
-        return Sweep(folder.absolute(), head["name"], Path(head["working_directory"]), settings, points)
     except (ValueError, TypeError, LookupError) as error:
         fix = "make it again in another folder"
         raise CheckpointError(f"the manifest is damaged: {error}", str(path), fix) from None
+    return Sweep(folder.absolute(), settings, points)
 
 
 def write_sweep(sweep: Sweep, sweep_file: str, configs: Mapping[int, Config]) -> None:
@@ -107,8 +108,7 @@ def write_sweep(sweep: Sweep, sweep_file: str, configs: Mapping[int, Config]) ->
                 replace_durably(sweep.config_path(point), to_yaml(configs[point.index]))
         text = read_small(sweep_file).decode()
         replace_durably(sweep.folder / SWEEP_NAME, text)
-        head = {"name": sweep.name, "working_directory": str(sweep.working_directory)}
-        lines = [head, *({**vars(point), "run_dir": str(point.run_dir)} for point in sweep.points)]
+        lines = [{**vars(point), "run_dir": str(point.run_dir)} for point in sweep.points]
         replace_durably(sweep.folder / MANIFEST_NAME, "".join(json.dumps(line) + "\n" for line in lines))
         own = {sweep.config_path(point) for point in sweep.points}
         for path in {*(sweep.folder / "points").glob("*.yaml")} - own:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -64,7 +65,7 @@ def sbatch_command(sweep: Sweep, points: Sequence[Point]) -> list[str]:
         "job-name": sweep.name,
         "array": index_ranges(point.index for point in points) + limit,
         "output": sweep.folder / "logs" / "%4a.out",
-        "chdir": sweep.working_directory,
+        "chdir": REPOSITORY,
         "nodes": resources.nodes,
         "gpus-per-node": resources.gpus_per_node,
         "cpus-per-task": resources.cpus_per_node,
@@ -73,13 +74,13 @@ def sbatch_command(sweep: Sweep, points: Sequence[Point]) -> list[str]:
         "account": resources.account,
     }
     given = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    return ["sbatch", "--parsable", *given, *resources.sbatch_options, str(SCRIPT), *_script_arguments(sweep)]
+    return ["sbatch", "--parsable", *given, *resources.sbatch_options, str(SCRIPT), str(sweep.folder), sys.executable]
 
 
-def _script_arguments(sweep: Sweep) -> list[str]:
+def job_environment(sweep: Sweep) -> dict[str, str]:
+    """Return the settings of the job's script."""
     resources = sweep.settings.resources
-    ranks = str(resources.ranks_per_node)
-    return [sys.executable, str(REPOSITORY), str(sweep.folder), ranks, resources.container or ""]
+    return {"RANKS_PER_NODE": str(resources.ranks_per_node), "PYTHON": sys.executable, **resources.environment}
 
 
 def check_with_slurm(sweep: Sweep, points: Sequence[Point]) -> str:
@@ -105,7 +106,7 @@ def submit(sweep: Sweep, points: Sequence[Point]) -> str:
         LaunchError: Slurm refuses it.
     """
     command = sbatch_command(sweep, points)
-    done = _run(command)
+    done = _run(command, os.environ | job_environment(sweep))
     job = done.stdout.strip().partition(";")[0]
     if done.returncode or not job.isdecimal():
         raise LaunchError(f"sbatch failed: {_words(done.stderr)}", shlex.join(command), "correct it, and submit again")
@@ -139,9 +140,9 @@ def find_tasks(sweep: Sweep) -> tuple[dict[int, Task], str]:
     return tasks, ""
 
 
-def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def _run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         return subprocess.CompletedProcess(command, 1, "", str(error))
 

@@ -41,7 +41,7 @@ _OUR_ERROR = re.compile(
 )
 _ANY_ERROR = re.compile(_PREFIX + r"((?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt)\b(?:: .*)?|slurmstepd: error: .*)")
 _LISTED = re.compile(_PREFIX + r"(\(\d+\) .*)")  # a problem of several
-_OF_TORCHRUN = re.compile(r"ChildFailedError|SignalException|DistNetworkError|RendezvousConnectionError")
+_FOLLOWS = re.compile(r"ChildFailedError|SignalException|DistNetworkError|RendezvousConnectionError|CANCELLED AT")
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _ended(sweep: Sweep, point: Point, attempts: _Attempts, run: RunState | None
     if run is not None and run.word in ("stopped", "failed"):
         return ("stopped" if run.word == "stopped" else "failed"), run.detail
     if attempts.last_is_open or (run is not None and run.word == "killed"):
-        return "failed", "killed, or its machine was lost"
+        return "failed", last_error(sweep, point, only_errors=True) or "killed, or its machine was lost"
     if run is None:
         return ("stopped", "before its first step") if attempts.any else ("pending", "")
     return "failed", "ended before its last step"
@@ -170,8 +170,14 @@ def _exit_words(code: int) -> str:
     return f"ended by {signal.Signals(number).name}" if number in {*signal.Signals} else f"exit code {code}"
 
 
-def last_error(sweep: Sweep, point: Point) -> str:
-    """Return the line of a point's log that says why its last start ended; "" if there is no log."""
+def last_error(sweep: Sweep, point: Point, only_errors: bool = False) -> str:
+    """Return the line of a point's log that says why its last start ended; "" if there is none.
+
+    Args:
+        sweep: its sweep.
+        point: the point.
+        only_errors: whether to return nothing, and not the last line, where none looks like an error.
+    """
     try:
         text = read_end(sweep.log_path(point), _LOG_TAIL_BYTES).decode(errors="replace")
     except OSError:
@@ -180,7 +186,7 @@ def last_error(sweep: Sweep, point: Point) -> str:
     for pattern in (_OUR_ERROR, _ANY_ERROR):
         for number in reversed(range(len(lines))):
             match = pattern.fullmatch(lines[number])
-            if match and not _OF_TORCHRUN.search(lines[number]):
+            if match and not _FOLLOWS.search(lines[number]):
                 listed = itertools.takewhile(bool, map(_LISTED.fullmatch, lines[number + 1 :]))
                 return " ".join([match[1], *(each[1] for each in listed if each)])
-    return lines[-1] if lines else ""
+    return lines[-1] if lines and not only_errors else ""

@@ -43,8 +43,8 @@ class Resources:
     """Time limit of a job, as sbatch takes it. A point that needs longer saves, and goes on in a further job."""
     partition: str | None = None
     account: str | None = None
-    container: str | None = None
-    """Container image in which the ranks run, as srun --container-image takes it."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Settings of scripts/job.sh, such as SRUN_OPTIONS, RUN_IN, PYTHON and MAX_CRASHES."""
     sbatch_options: list[str] = field(default_factory=list)
     """Further options of sbatch, such as --constraint=h200."""
 
@@ -66,7 +66,7 @@ class SweepFile:
     Attributes:
         base: configuration file that all points start from.
         folder: where the sweep keeps everything, run folders too.
-        name: name of the Slurm job; that of the file when null.
+        name: name of the Slurm job and of the report; that of the folder when null.
         set: key -> value for all points.
         points: overrides of each point, listed.
         random: the same, drawn.

@@ -17,7 +17,7 @@ from megatron_vlm.checkpoint.run_folder import step_folder
 from megatron_vlm.checkpoint.run_owner import OWNER_NAME, describe_process
 from megatron_vlm.errors import CheckpointError, UserError
 from megatron_vlm.report.page import Figure
-from megatron_vlm.report.run_record import USER_ERROR_NAME, read_run
+from megatron_vlm.report.run_record import read_run
 from megatron_vlm.report.run_report import write_report
 from tests.report.parsed_page import HOSTILE, ParsedPage
 from tools import report as tool
@@ -107,7 +107,7 @@ def test_a_finished_run(run_dir: Path) -> None:
             "Stopped after 30 of 60 steps (signal SIGTERM).",
         ),
         ({OWNER_NAME: "{}"}, "Running: 30 of 60 steps so far."),
-        ({USER_ERROR_NAME: "DataError: no rows\n"}, "Failed after 30 of 60 steps: DataError: no rows"),
+        ({"user_error_7.txt": "DataError: no rows\n"}, "Failed after 30 of 60 steps: DataError: no rows"),
         ({}, "Ended after 30 of 60 steps."),
         ({"exported.json": '{"directory": "out/hf", "step": 60}'}, "Exported to out/hf."),
     ],

@@ -13,7 +13,6 @@ import psutil
 import pytest
 
 from megatron_vlm.checkpoint.run_owner import OWNER_NAME, describe_process
-from megatron_vlm.report.run_record import USER_ERROR_NAME
 from megatron_vlm.sweeps import slurm
 from megatron_vlm.sweeps.manifest import Sweep, begin_attempt, end_attempt, record_job
 from megatron_vlm.sweeps.points import Point
@@ -67,7 +66,7 @@ def test_a_point_that_is_done(sweep: Sweep, point: Point) -> None:
 def test_the_last_step_without_its_save_is_not_done(sweep: Sweep, point: Point) -> None:
     attempt(sweep, point, 2)
     run_dir = leave_run(sweep, point, 4)
-    (run_dir / USER_ERROR_NAME).write_text("SaveError: no space left\n")
+    (run_dir / "user_error_7.txt").write_text("SaveError: no space left\n")
     assert judged(sweep, point) == ("failed", 4, "SaveError: no space left")
 
 
@@ -163,7 +162,7 @@ def test_the_table(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
     attempt(sweep, first, 0)
     leave_run(sweep, first, 4, saved=4)
     attempt(sweep, second, 2)
-    (leave_run(sweep, second, 3) / USER_ERROR_NAME).write_text("DataError: row 7 is broken\n")
+    (leave_run(sweep, second, 3) / "user_error_7.txt").write_text("DataError: row 7 is broken\n")
     assert tool.main(["status", "out"]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines == [
@@ -181,4 +180,4 @@ def test_the_job_script_is_told(sweep: Sweep, files: Files) -> None:
     code += "\nimport sweep\nassert sweep.main(sys.argv[1:]) == 0 and 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     point = sweep.points[1]
-    assert done.stdout.splitlines() == ["pending", str(point.run_dir), str(sweep.config_path(point))]
+    assert done.stdout.splitlines() == ["pending", str(sweep.config_path(point))]
