@@ -162,7 +162,7 @@ class LocalRunner:
             os.killpg(started.process.pid, signal.SIGTERM)
             started.signals += 1
             self._say(started.point, "stops after the present step; a second signal ends it at once")
-        elif self.signals > 1:  # nothing was written yet
+        elif self.signals > 1 and not started.signals:  # nothing was written yet
             os.killpg(started.process.pid, signal.SIGKILL)
             started.signals = self.signals
 

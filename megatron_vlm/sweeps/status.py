@@ -153,7 +153,7 @@ def _ended(sweep: Sweep, point: Point, attempts: _Attempts, run: RunState | None
     """Return the state and the detail of a point that nothing trains now."""
     code = attempts.last_exit_code
     if code not in (None, 0):
-        error = run.detail if run is not None and run.word == "failed" else last_error(sweep, point)
+        error = run.detail if run is not None and run.word == "failed" else last_error(sweep, point, code < 0)
         return "failed", error or _exit_words(code)
     if run is not None and run.word in ("stopped", "failed"):
         return ("stopped" if run.word == "stopped" else "failed"), run.detail

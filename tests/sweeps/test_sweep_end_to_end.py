@@ -24,7 +24,7 @@ from tests.training.loop_run import read_lines as read_figures
 
 EXAMPLE = ROOT / "examples" / "sweep.yaml"
 TOOL = ROOT / "tools" / "sweep.py"
-PATIENCE_SECONDS = 900
+PATIENCE_SECONDS = 1800
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_the_example(demo_folder: Path) -> None:
     assert [status.state for status in statuses] == ["failed" if index == victim else "done" for index in range(6)], (
         said
     )
-    assert statuses[victim].detail == "ended by SIGKILL" and 0 < statuses[victim].step < 60
+    assert statuses[victim].detail == "ended by SIGKILL" and 0 < statuses[victim].step < 40
     untouched = {
         path: path.read_bytes()
         for point in sweep.points
@@ -84,7 +84,7 @@ def test_the_example(demo_folder: Path) -> None:
         rows = list(csv.DictReader(stream))
     for row, point in zip(rows, sweep.points, strict=True):
         heldout = [entry["loss"] for entry in read_figures(point.run_dir / "evaluations.jsonl")]
-        assert row["state"] == "done" and float(row["heldout_loss_best"]) == min(heldout) and len(heldout) == 3
+        assert row["state"] == "done" and float(row["heldout_loss_best"]) == min(heldout) and len(heldout) == 2
         assert min(heldout) < 2.5, "it learns: a guess among the answers' words costs more"
     ParsedPage((folder / "report.html").read_text())
     copies = [
@@ -114,5 +114,5 @@ def test_the_example_is_in_order(demo_folder: Path) -> None:
     assert len(checked.sweep.points) == 6 and checked.excluded == 2
     for config in checked.configs.values():
         assert config.optimizer.min_lr == pytest.approx(config.optimizer.lr / 10)
-        assert (config.optimizer.warmup_iters, config.train.micro_batch_size) == (10, 16)
+        assert (config.optimizer.warmup_iters, config.train.micro_batch_size) == (6, 16)
         assert not (config.optimizer.lr > 2e-3 and config.train.global_batch_size == 16)
