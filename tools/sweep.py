@@ -26,6 +26,7 @@ from megatron_vlm import output
 from megatron_vlm.errors import EXIT_USER_ERROR, ConfigError, UserError
 from megatron_vlm.sweeps.manifest import Sweep, check_point_file, read_sweep, record_job, write_sweep
 from megatron_vlm.sweeps.status import STATES, PointStatus, count_states, point_status, status_of
+from megatron_vlm.sweeps.sweep_file import read_sweep_file, sweep_folder
 
 EXIT_NOT_DONE = 1
 
@@ -145,9 +146,7 @@ def _made(path: str) -> Sweep:
 
 def _folder(path: str) -> Path:
     """Return the folder of a sweep that is named by its file or its folder."""
-    from megatron_vlm.sweeps.sweep_file import read_sweep_file
-
-    return Path(path) if Path(path).is_dir() else Path(read_sweep_file(path)[0].folder).expanduser()
+    return Path(path) if Path(path).is_dir() else sweep_folder(read_sweep_file(path)[0])
 
 
 def _statuses(sweep: Sweep) -> list[PointStatus]:

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm.checkpoint.run_owner import find_owner
 from megatron_vlm.cli import config_from, with_paths
 from megatron_vlm.config import Config, changed_settings, to_dict
 from megatron_vlm.errors import ConfigError, UserError, combine
 from megatron_vlm.files.config_files import ConfigFile, read_config_file
 from megatron_vlm.sweeps.manifest import MANIFEST_NAME, Sweep, read_sweep
 from megatron_vlm.sweeps.points import Draft, Point, digest_of, expand
-from megatron_vlm.sweeps.sweep_file import Resources, read_sweep_file
+from megatron_vlm.sweeps.sweep_file import Resources, read_sweep_file, sweep_folder
 
 _MOST_CHANGES_NAMED = 3
 
@@ -97,7 +98,7 @@ def check_sweep_file(path: str) -> CheckedSweep:
     settings, file = read_sweep_file(path)
     base = read_config_file(settings.base)
     drafts, excluded = expand(settings, file, base)
-    folder = Path(settings.folder).expanduser().absolute()
+    folder = sweep_folder(settings)
     before = read_sweep(folder) if (folder / MANIFEST_NAME).is_file() else None
     before = before if before is not None and before.has_begun else None
     points, configs = _configs(drafts, before, file, base)
@@ -142,7 +143,9 @@ def check_points(
 
     find_data = functools.cache(expand_pattern)
     for point in points:
-        config = configs[point.index]
+        config, owner = configs[point.index], find_owner(point.run_dir)
+        if owner is not None and owner.lives:
+            continue  # it was checked when it started, and may be exporting now
         for check in (check_model, check_run_dir, check_export):
             problems.attempt(point, functools.partial(check, config))
         for source in (*config.data.train, *config.data.valid):

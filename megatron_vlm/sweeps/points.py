@@ -21,7 +21,7 @@ from megatron_vlm.errors import ConfigError, UserError, combine
 from megatron_vlm.files.config_files import ConfigFile
 from megatron_vlm.sweeps.distributions import draw
 from megatron_vlm.sweeps.expressions import evaluate
-from megatron_vlm.sweeps.sweep_file import MOST_POINTS, SweepFile, leaf_keys
+from megatron_vlm.sweeps.sweep_file import MOST_POINTS, SweepFile, leaf_keys, sweep_folder
 
 _LONGEST_NAME = 200  # bytes; a file name may have 255
 _UNSAFE = re.compile(r"[^\w.,=+-]+", re.ASCII)
@@ -143,7 +143,7 @@ def _draft(
 ) -> Draft:
     content = nested(overrides, base.content)
     name = _name(overrides, shown, sweep, file, content)
-    run_dir = Path(sweep.folder).expanduser().absolute() / "runs" / name
+    run_dir = sweep_folder(sweep) / "runs" / name
     content["run_dir"] = str(run_dir)
     for key, expression in sweep.derived.items():
         where = file.where(f"derived.{key}")

@@ -122,7 +122,7 @@ class _Attempts:
                 if abs(process.create_time() - line["process_start"]) < _SECONDS_APART:
                     return line
             except (KeyError, TypeError, ValueError, psutil.Error):
-                continue
+                continue  # of a Slurm job, damaged, or ended
         return None
 
 
@@ -144,7 +144,9 @@ def _judge(
     if task is not None and task.waits:
         queued = f"job {task.name} waits ({task.reason})"
         return ("pending", queued) if word == "pending" else ("waiting", f"{detail}; {queued}")
-    if task is not None and (word == "pending" or attempts.last_is_open):
+    if task is not None and word == "pending" and task.state not in ("CANCELLED", "COMPLETED"):
+        word, detail = "failed", last_error(sweep, point)
+    if task is not None and (not attempts.any or attempts.last_is_open):
         detail = f"job {task.name} ended: {task.state}" + (f"; {detail}" if detail else "")
     return word, detail
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megatron_vlm.config_keys import instance, nearest_key, section_problems, unknown_key, valid_keys
@@ -90,6 +92,11 @@ class SweepFile:
     point_name: str | None = None
     concurrency: int | None = None
     resources: Resources = field(default_factory=Resources)
+
+
+def sweep_folder(sweep: SweepFile) -> Path:
+    """Return a sweep's folder, absolute."""
+    return Path(os.path.abspath(os.path.expanduser(sweep.folder)))
 
 
 def read_sweep_file(path: str) -> tuple[SweepFile, ConfigFile]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import json
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_vlm.errors import ConfigError
 from megatron_vlm.sweeps import slurm
 from megatron_vlm.sweeps.manifest import Sweep, read_sweep
 from megatron_vlm.sweeps.status import PointStatus, status_of
@@ -173,6 +175,8 @@ def test_what_slurm_refuses(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert tool.main(["make", "sweep.yaml"]) == 0
     sweep = read_sweep(Path("out"))
     assert "to start at" in slurm.check_with_slurm(sweep, sweep.points)
+    with pytest.raises(ConfigError, match="Invalid job array specification"):
+        slurm.check_with_slurm(sweep, [dataclasses.replace(sweep.points[0], index=2000)])  # MaxArraySize
 
 
 def _copies_of_model(place: Place, folder: Path) -> list[Path]:

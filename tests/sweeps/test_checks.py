@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megatron_vlm.checkpoint.run_owner import OWNER_NAME, describe_process
 from megatron_vlm.cli import config_from, load_config
 from megatron_vlm.config import to_yaml
 from megatron_vlm.errors import ConfigError, UserError
@@ -165,6 +166,18 @@ def test_a_point_that_was_edited_is_not_trained(files: Files, capsys: pytest.Cap
     assert said.startswith("ConfigError: point 1 (lr=0.002): the configuration of point 1 (lr=0.002) is not the one")
     assert tool.main(["state", "out", "1"]) == 2 and tool.main(["state", "out", "0"]) == 0
     assert tool.main(["state", "out", "3"]) == 2
+
+
+def test_a_point_that_trains_is_not_in_the_way(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    """While it exports, its target is not empty."""
+    sweep = files.make(derived={"checkpoint.export_hf": "run_dir + '/export'"})
+    run_dir = leave_run(sweep, sweep.points[0], 4)
+    (run_dir / "export").mkdir()
+    (run_dir / "export/config.json").touch()
+    derived = {"checkpoint.export_hf": "run_dir + '/export'"}
+    assert "point 0 (lr=0.001): the target directory is not empty" in refusal(files, derived=derived)[0]
+    (run_dir / OWNER_NAME).write_text(json.dumps(describe_process()))
+    check_sweep_file(files.write(derived=derived))
 
 
 def test_nothing_is_written_where_a_point_is_invalid(files: Files, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,6 +53,10 @@ def test_a_point_without_a_start(sweep: Sweep, point: Point) -> None:
     assert judged(sweep, point, WAITS) == ("pending", 0, "job 7_0 waits (BeginTime)")
     assert judged(sweep, point, RUNNING) == ("running", 0, "job 7_0 on n1")
     assert judged(sweep, point, Task("7_0", "CANCELLED")) == ("pending", 0, "job 7_0 ended: CANCELLED")
+    assert judged(sweep, point, Task("7_0", "BOOT_FAIL")) == ("failed", 0, "job 7_0 ended: BOOT_FAIL")
+    sweep.log_path(point).write_text(f"{START_MARK} 0\nConfigError: the point was edited\n")
+    refused = "job 7_0 ended: FAILED; ConfigError: the point was edited"
+    assert judged(sweep, point, Task("7_0", "FAILED")) == ("failed", 0, refused)
 
 
 def test_a_point_that_is_done(sweep: Sweep, point: Point) -> None:
