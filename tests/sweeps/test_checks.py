@@ -89,7 +89,7 @@ def test_all_invalid_points_are_listed(files: Files, place: Any) -> None:
     assert lines[4].startswith("  (4) points 6-7 (seed=1,global_batch_size=3,micro_batch_size=2, ...): train.global_ba")
     lines = refusal(files, grid={"data.train": [data, "nowhere/*.jsonl"], "model.hf_path": [str(place.model), "no"]})
     assert any(line.startswith("  (") and "nowhere/*.jsonl" in line for line in lines)
-    assert any("no config.json [no]" in line for line in lines)
+    assert any(f"no config.json [{files.folder}/no]" in line for line in lines)
 
 
 def test_layouts_are_checked_with_the_ranks_of_a_point(files: Files) -> None:
