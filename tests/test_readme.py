@@ -20,7 +20,8 @@ README = DOCUMENTS[0].read_text(encoding="utf-8")
 
 # What a reader, a run or the demo makes, and names that stand for something.
 NOT_IN_THE_REPOSITORY = re.compile(
-    r"^(demo_out|runs|images|data|models|run_dir|points|logs|attempts)/|^(checkpoints|tensorboard|profile)/$|NAME"
+    r"^(demo_out|runs|images|data|models|run_dir|points|logs|attempts|stacks|heartbeats|\.venv)/"
+    r"|^(checkpoints|tensorboard|profile)/$|NAME"
 )
 SECTIONS = sorted({key.partition(".")[0] for key in valid_keys() if "." in key})
 KEY = re.compile(rf"\b((?:{'|'.join(SECTIONS)})\.[a-z_]+(?:\.[a-z_]+)?)\b(?!\()")
