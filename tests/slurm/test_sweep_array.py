@@ -22,7 +22,7 @@ from tests.training.loop_run import Place, build_place, read_lines
 from tools import sweep as tool
 
 pytestmark = pytest.mark.slurm
-PATIENCE_SECONDS = 300.0
+PATIENCE_SECONDS = 900.0
 
 
 @pytest.fixture(scope="module")
