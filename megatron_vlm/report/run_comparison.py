@@ -45,12 +45,7 @@ def describe_run(run_dir: Path) -> dict[str, str]:
     try:
         run = read_run(run_dir, _TAIL_BYTES)
     except CheckpointError as error:  # deleted or unreadable meanwhile
-        return dict.fromkeys(
-            ("run", "state", "step", "loss", "held-out", "tok/s", "ranks", "last start", "host"), ""
-        ) | {
-            "run": str(run_dir),
-            "state": error.what,
-        }
+        return dict.fromkeys(_COLUMNS, "") | {"run": str(run_dir), "state": error.what}
     last = run.starts[-1] if run.starts else {}
     total = f"/{run.train_iters}" if run.train_iters is not None else ""
     values = [

@@ -284,3 +284,15 @@ def test_the_tool_starts_without_torch(run_dir: Path) -> None:
     said, modules = done.stdout.splitlines()
     assert said == f"wrote {output}" and output.exists()
     assert not {"torch", "numpy", "PIL", "transformers"} & {*modules.split()}
+
+
+def test_the_end_of_long_logs(run_dir: Path) -> None:
+    """For a list of runs: whole lines from the end, however the limit falls."""
+    size = (run_dir / "metrics.jsonl").stat().st_size
+    whole = read_run(run_dir)
+    for most in (1, 300, 1000, size - 1, size, size + 1):
+        part = read_run(run_dir, most)
+        assert part.problems == []
+        assert list(part.steps) == list(whole.steps)[len(whole.steps) - len(part.steps) :]
+        kept = sum(len(json.dumps(row)) + 1 for row in part.steps)
+        assert kept <= most and (most < 300 or kept > most - 300)
