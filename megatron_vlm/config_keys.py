@@ -1,9 +1,13 @@
-"""The keys of the configuration and their types: what is unknown, empty or ill-typed, and a hint for it."""
+"""The keys of a configuration and their types: what is unknown, empty or ill-typed, a hint for it, and the values.
+
+Files of other kinds that are read into dataclasses use the same checks.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import reprlib
 import types
 import typing
@@ -21,13 +25,16 @@ SWITCHES = ("config", "dry_run", "print_config", "help")  # of the command line
 SOURCE_KEYS = ("train", "valid")  # of `data`; a source may be written as its path alone
 Where = Callable[[str], str]
 """Gives the place of a key: a file and line, or the command line."""
+Unknown = Callable[[str, str], ConfigError]
+"""Describes a key that does not exist, at a place."""
+type_hints = functools.cache(typing.get_type_hints)
 _short = reprlib.Repr(maxlevel=3, maxdict=6, maxlist=6, maxstring=80, maxother=80).repr
 
 
 def valid_keys(settings: type = Config, prefix: str = "") -> dict[str, Any]:
     """Return every dotted key with its type: sections, their keys, and the keys of list items (data.train.path)."""
     keys: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(settings).items():
+    for name, kind in type_hints(settings).items():
         keys[prefix + name] = kind
         nested = kind if dataclasses.is_dataclass(kind) else _item_type(kind)
         if isinstance(nested, type):
@@ -59,7 +66,9 @@ def full_sources(value: Any) -> Any:
     return [{"path": item} if isinstance(item, str) else item for item in items]
 
 
-def section_problems(content: Any, settings: type, section: str, where: Where) -> Iterator[ConfigError]:
+def section_problems(
+    content: Any, settings: type, section: str, where: Where, unknown: Unknown | None = None
+) -> Iterator[ConfigError]:
     """Yield what is wrong with the keys and values of a section, as YAML gives them.
 
     Args:
@@ -67,20 +76,23 @@ def section_problems(content: Any, settings: type, section: str, where: Where) -
         settings: its class.
         section: its dotted name; "" for the whole configuration.
         where: place of a key.
+        unknown: describes a key that does not exist; `unknown_key` by default.
     """
     if not isinstance(content, dict):
         yield _misfit(section, content, settings, where)
         return
-    kinds = typing.get_type_hints(settings)
+    kinds = type_hints(settings)
     for name, value in content.items():
         key = f"{section}.{name}" if section else str(name)
         if name not in kinds:
-            yield unknown_key(key, where(key))
+            yield (unknown or unknown_key)(key, where(key))
         else:
-            yield from value_problems(value, kinds[name], key, where)
+            yield from value_problems(value, kinds[name], key, where, unknown)
 
 
-def value_problems(value: Any, kind: Any, key: str, where: Where) -> Iterator[ConfigError]:
+def value_problems(
+    value: Any, kind: Any, key: str, where: Where, unknown: Unknown | None = None
+) -> Iterator[ConfigError]:
     """Yield what is wrong with the value of a key that exists.
 
     Args:
@@ -88,6 +100,7 @@ def value_problems(value: Any, kind: Any, key: str, where: Where) -> Iterator[Co
         kind: the key's type.
         key: its dotted name.
         where: place of a key.
+        unknown: describes a key inside of it that does not exist; `unknown_key` by default.
     """
     item_type = _item_type(kind)
     if value is None and not _fits(None, kind):
@@ -98,13 +111,13 @@ def value_problems(value: Any, kind: Any, key: str, where: Where) -> Iterator[Co
                 f"{key} is null", where(key), f"expected {words_for(kind)}; for its default leave the key out"
             )
     elif dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        yield from section_problems(value, kind, key, where)
+        yield from section_problems(value, kind, key, where, unknown)
     elif item_type is not None and isinstance(value, list):
         for number, item in enumerate(value, start=1):
             if not isinstance(item, dict):
                 yield ConfigError(f"{key} cannot hold {_short(item)}", where(key), f"expected {words_for(kind)}")
                 continue
-            yield from section_problems(item, item_type, key, where)
+            yield from section_problems(item, item_type, key, where, unknown)
             known = {entry.name: entry.default for entry in dataclasses.fields(item_type)}
             for name, default in known.items() if set(item) <= set(known) else ():
                 if default is dataclasses.MISSING and name not in item:
@@ -146,6 +159,29 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind)
+
+
+def instance(value: Any, kind: Any) -> Any:
+    """Return what a value, as YAML gives it, is as a type; `value_problems` has nothing against it.
+
+    Args:
+        value: a mapping for a dataclass, a list for a list or tuple, a number, text or null.
+        kind: a dataclass or the type of one of its keys.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        kinds = type_hints(kind)
+        return kind(**{name: instance(item, kinds[name]) for name, item in value.items()})
+    if isinstance(value, str) and not _fits(value, kind):
+        value = parsed(value)  # a number in quotes
+    if origin in (types.UnionType, typing.Union):
+        return instance(value, next(argument for argument in arguments if _fits(value, argument)))
+    if origin in (list, tuple):
+        kinds_of_items = arguments if origin is tuple else arguments * len(value)
+        return origin(map(instance, value, kinds_of_items))
+    if origin is dict:
+        return {name: instance(item, arguments[1]) for name, item in value.items()}
+    return float(value) if kind is float else value
 
 
 def unknown_key(key: str, where: str) -> ConfigError:

@@ -9,6 +9,7 @@ export PYTHON=${PYTHON:-.venv/bin/python} RUN_IN=${RUN_IN:-}
 export RANKS_PER_NODE=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
 export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}} # not inherited since 22.05
 signalled=
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} job=${job:-$SLURM_JOB_ID} # the last task's number is the array's
 
 # Trains with the given arguments of pretrain_vlm.py, and returns the exit code unless the job is requeued.
 train_in_job() {
@@ -25,9 +26,9 @@ train_in_job() {
   export MEGATRON_VLM_ERROR_FILE=$errors
   start_ranks "$@" || code=$?
   if [ "$(job_state)" != RUNNING ]; then
-    echo "job $SLURM_JOB_ID was cancelled, or Slurm requeues it itself"
+    echo "job $job was cancelled, or Slurm requeues it itself"
   elif [ -s "$errors" ]; then
-    echo "job $SLURM_JOB_ID is not retried, for a mistake that has to be corrected: $(cat "$errors")"
+    echo "job $job is not retried, for a mistake that has to be corrected: $(cat "$errors")"
     return 2
   elif [ "$code" = 0 ]; then
     rm -f "$crashes"
@@ -66,7 +67,7 @@ start_ranks() {
 }
 
 job_state() {
-  scontrol show job -o "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*' | cut -d= -f2
+  scontrol show job -o "$job" | grep -o 'JobState=[A-Z_]*' | cut -d= -f2
 }
 
 # Counts crashes since the newest checkpoint was made; fails when they are too many.
@@ -77,17 +78,17 @@ count_crash() {
   [ "$checkpoint" = "$newest" ] || before=0
   echo "$((before + 1)) $newest" >"$2"
   [ $((before + 1)) -lt "${MAX_CRASHES:-3}" ] && return
-  echo "job $SLURM_JOB_ID crashed $((before + 1)) times without a new checkpoint, and is not retried" >&2
+  echo "job $job crashed $((before + 1)) times without a new checkpoint, and is not retried" >&2
   return 1
 }
 
 # Requeues the job, which ends it; Slurm starts it again after about two minutes.
 requeue() {
-  echo "job $SLURM_JOB_ID $1: requeued"
-  if scontrol requeue "$SLURM_JOB_ID"; then
+  echo "job $job $1: requeued"
+  if scontrol requeue "$job"; then
     sleep 60 & wait
   else
-    echo "job $SLURM_JOB_ID cannot be requeued: submit it with --requeue, or again by hand" >&2
+    echo "job $job cannot be requeued: submit it with --requeue, or again by hand" >&2
     return 1
   fi
 }

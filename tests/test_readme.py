@@ -11,7 +11,8 @@ import pytest
 
 from megatron_vlm.cli import load_config, parse_command_line
 from megatron_vlm.config_keys import valid_keys
-from tools import compare_loss, config_reference, convert, inspect_data, report
+from megatron_vlm.sweeps.sweep_file import read_sweep_file
+from tools import compare_loss, config_reference, convert, inspect_data, report, runs, sweep
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -19,7 +20,8 @@ README = DOCUMENTS[0].read_text(encoding="utf-8")
 
 # What a reader, a run or the demo makes, and names that stand for something.
 NOT_IN_THE_REPOSITORY = re.compile(
-    r"^(demo_out|runs|images|data|models|run_dir)/|^(checkpoints|tensorboard|profile)/$|NAME"
+    r"^(demo_out|runs|images|data|models|run_dir|points|logs|attempts|stacks|heartbeats|\.venv)/"
+    r"|^(checkpoints|tensorboard|profile)/$|NAME"
 )
 SECTIONS = sorted({key.partition(".")[0] for key in valid_keys() if "." in key})
 KEY = re.compile(rf"\b((?:{'|'.join(SECTIONS)})\.[a-z_]+(?:\.[a-z_]+)?)\b(?!\()")
@@ -111,19 +113,29 @@ def test_training_commands_parse(my_run: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_tool_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [shlex.split(command) for command in commands(README) if "tools/" in command]
-    tools = ("compare_loss", "convert", "inspect_data", "report")
+    text = README + text_of(REPOSITORY / "docs" / "sweeps.md")
+    found = [shlex.split(command) for command in commands(text) if "tools/" in command]
+    tools = ("compare_loss", "convert", "inspect_data", "report", "runs", "sweep")
     assert {words[1] for words in found} == {f"tools/{name}.py" for name in tools}
     for words in found:
         monkeypatch.setattr("sys.argv", words[1:])
         if words[1] == "tools/convert.py":
             convert._parse(words[2:])
-        elif words[1] == "tools/report.py":
-            report._parse(words[2:])
+        elif words[1] in ("tools/report.py", "tools/runs.py", "tools/sweep.py"):
+            {"report": report, "runs": runs, "sweep": sweep}[Path(words[1]).stem]._parse(words[2:])
         elif words[1] == "tools/compare_loss.py":
             compare_loss._parse_arguments(words[2:])
         else:
             inspect_data._parse_arguments()
+
+
+def test_the_example_sweep_is_the_one_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/sweeps trains it."""
+    block = re.search(r"```yaml\n(.*?)```", text_of(REPOSITORY / "docs" / "sweeps.md"), re.DOTALL)
+    assert block is not None and text_of(REPOSITORY / "examples" / "sweep.yaml").endswith(block[1])
+    monkeypatch.chdir(REPOSITORY)
+    settings, _ = read_sweep_file("examples/sweep.yaml")
+    assert settings.resources.world_size == 1
 
 
 def test_configuration_reference_is_current() -> None:

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -143,12 +144,9 @@ class RunOwner:
             before, now = found.get(restarts), mine[restarts]
             if mine[job] is not None and found.get(job) == mine[job] and isinstance(before, int) and before < now:
                 return True
-        machine = ("host", "boot", "pid_namespace")
-        if any(found.get(key) is None or found.get(key) != mine[key] for key in machine):
-            return False
-        start = _start_of(found.get("pid"))
-        if start is None or start != found.get("process_start"):
-            return True
+        lives = _lives_here(found)
+        if lives is not True:
+            return lives is False
         raise self._refusal(found, "is used by")
 
     def _wait_for_silence(
@@ -210,6 +208,41 @@ class RunOwner:
         found = _parse(now)
         if found and found.get("token") != self.content["token"]:
             self.lost = f"the run folder was taken over by {_name(found)}"
+
+
+@dataclass(frozen=True)
+class FoundOwner:
+    """The owner that a run folder names.
+
+    Attributes:
+        name: process, machine and job, in words.
+        lives: whether it is alive; of a process that cannot be seen from here, whether it gave a sign of life lately by
+            this machine's clock.
+    """
+
+    name: str
+    lives: bool
+
+
+def find_owner(run_dir: Path) -> FoundOwner | None:
+    """Look up who owns a run folder, without a wait; None if nobody does."""
+    try:
+        path = run_dir / OWNER_NAME
+        found = _parse((path.stat().st_mtime_ns, path.read_text(encoding="utf-8", errors="replace")))
+        silence_seconds = time.time() - path.stat().st_mtime
+    except OSError:
+        return None
+    lives = _lives_here(found)
+    return FoundOwner(_name(found), silence_seconds < SILENCE_SECONDS if lives is None else lives)
+
+
+def _lives_here(found: Mapping[str, Any]) -> bool | None:
+    """Return whether an owner of this machine lives; None if it is another machine's."""
+    mine = describe_process()
+    if any(found.get(key) is None or found.get(key) != mine[key] for key in ("host", "boot", "pid_namespace")):
+        return None
+    start = _start_of(found.get("pid"))
+    return start is not None and start == found.get("process_start")
 
 
 def describe_process() -> dict[str, Any]:

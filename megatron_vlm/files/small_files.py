@@ -38,6 +38,21 @@ def read_small(path: str | os.PathLike, max_bytes: int = MAX_SMALL_FILE_BYTES) -
         os.close(descriptor)
 
 
+def read_end(path: str | os.PathLike, most_bytes: int) -> bytes:
+    """Return the last lines of a regular file of any size, at most so many bytes, beginning with a whole line.
+
+    Raises:
+        OSError: it is missing, cannot be read, or is no regular file.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "this is no regular file", os.fspath(path))
+    with open(path, "rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - most_bytes - 1))
+        content = stream.read()
+    return content if size <= most_bytes else content.partition(b"\n")[2]
+
+
 def replace_durably(path: Path, content: str) -> None:
     """Write a small UTF-8 file, over one of that name if there is one: readers see the old content or the new."""
     partial = path.with_name(path.name + ".partial")

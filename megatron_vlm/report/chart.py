@@ -44,7 +44,7 @@ def line_chart(
     second = [point for point in second if abs(point[1]) < _LARGEST_VALUE]
     if len({step for step, _ in points}) < 2:
         return f'<p class="empty">{escape(label)}: fewer than two points.</p>'
-    smooth, points, second = _smoothed(points, smoothing_points), _thinned(points), _thinned(second)
+    smooth, points, second = smoothed(points, smoothing_points), thinned(points), thinned(second)
     frame = _Frame(points, second, width, height, allow_logarithmic)
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label, quote=True)}">', *frame.axes()]
     parts += frame.marks(marks or {})
@@ -127,20 +127,20 @@ class _Frame:
         return f'<circle class="dot" r="{radius:g}" cx="{self.x(step):.1f}" cy="{self.y(value):.1f}">{title}</circle>'
 
 
-def _thinned(points: Points) -> Points:
-    """Return at most about `_MAX_POINTS`: of neighbours the lowest and the highest, so that no peak is lost."""
-    size = 2 * len(points) / _MAX_POINTS
+def thinned(points: Points, most: int = _MAX_POINTS) -> Points:
+    """Return at most about `most` points: of neighbours the lowest and the highest, so that no peak is lost."""
+    size = 2 * len(points) / most
     if size <= 2:
         return points
     kept = []
-    for number in range(_MAX_POINTS // 2):
+    for number in range(most // 2):
         bucket = points[int(number * size) : int((number + 1) * size)]
         lowest, highest = min(bucket, key=lambda point: point[1]), max(bucket, key=lambda point: point[1])
         kept += sorted({lowest, highest})
     return [points[0], *kept[1:-1], points[-1]]
 
 
-def _smoothed(points: Points, width: int) -> Points:
+def smoothed(points: Points, width: int) -> Points:
     """Return the means over up to `width` neighbours, fewer at the ends; of very many points those of means."""
     size = len(points) / _MAX_POINTS
     if size > 1:

@@ -1,6 +1,6 @@
 """Parts of an HTML page that needs nothing else: style, charts (SVG) and images (data URIs) are inside it.
 
-There is no script, and no address is fetched. Every text is escaped here.
+There is no script but what a caller puts in, and no address is fetched. Every text is escaped here.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +17,11 @@ from typing import Any
 
 from megatron_vlm.errors import CheckpointError, ConfigError
 from megatron_vlm.files.config_files import read_config_file
-from megatron_vlm.files.small_files import read_small
+from megatron_vlm.files.small_files import read_end, read_small
 
+USER_ERROR_PATTERN = "user_error_*.txt"  # of scripts/job.sh, one for each job
 MAX_LOG_BYTES = 4 * 2**30
+_RECENT_ROWS = 100  # over which a speed is taken
 _LARGEST_INTEGER = 10**300  # larger ones are no floats
 _CHECKPOINT = re.compile(r"step_(\d{8,})")
 Record = Mapping[str, Any]
@@ -38,7 +41,7 @@ class RunRecord:
         stopped: reason and step of an early stop; empty if there was none.
         exported: where the model was exported to; empty if it was not.
         checkpoints: steps that were saved.
-        has_owner: whether a process owns the folder, or did when it was killed.
+        user_error: the message with which the last start was refused; empty if it was not.
         problems: what was left out.
     """
 
@@ -51,7 +54,7 @@ class RunRecord:
     stopped: Record = field(default_factory=dict)
     exported: Record = field(default_factory=dict)
     checkpoints: Sequence[int] = ()
-    has_owner: bool = False
+    user_error: str = ""
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -67,8 +70,12 @@ class RunRecord:
         return next((int(value) for value in found if value is not None), None)
 
 
-def read_run(run_dir: Path) -> RunRecord:
+def read_run(run_dir: Path, most_log_bytes: int | None = None) -> RunRecord:
     """Read a run folder.
+
+    Args:
+        run_dir: the folder.
+        most_log_bytes: read only so much of the end of each log, for the last step alone; None reads everything.
 
     Raises:
         CheckpointError: it is no run folder, or a file in it cannot be read.
@@ -85,12 +92,12 @@ def read_run(run_dir: Path) -> RunRecord:
         )
     run = RunRecord(run_dir)
     try:
-        run.steps = _steps(run, "metrics.jsonl")
-        run.evaluations = _steps(run, "evaluations.jsonl")
-        run.starts = _lines(run, "starts.jsonl", lambda row: True)
+        run.steps = _steps(run, "metrics.jsonl", most_log_bytes)
+        run.evaluations = _steps(run, "evaluations.jsonl", most_log_bytes)
+        run.starts = _lines(run, "starts.jsonl", most_log_bytes, lambda row: True)
         run.stopped, run.exported = _object(run, "stopped.json"), _object(run, "exported.json")
         run.config, run.config_yaml = _config(run)
-        run.has_owner = (run_dir / "owner.json").exists()
+        run.user_error = _user_error(run_dir)
         folders = (run_dir / "checkpoints").iterdir() if (run_dir / "checkpoints").is_dir() else ()
         run.checkpoints = sorted(int(match[1]) for path in folders if (match := _CHECKPOINT.fullmatch(path.name)))
     except OSError as error:
@@ -107,23 +114,34 @@ def number(row: Record, key: str) -> float | None:
     return float(value) if type(value) is int and abs(value) < _LARGEST_INTEGER else None
 
 
+def series(rows: Sequence[Record], key: str, factor: float = 1.0) -> list[tuple[int, float]]:
+    """Return steps and values, times a factor, of the rows of steps that have a number there."""
+    return [(row["step"], value * factor) for row in rows if (value := number(row, key)) is not None]
+
+
+def recent(rows: Sequence[Record], key: str) -> float | None:
+    """Return the median over the last rows; one slow step does not count."""
+    values = [value for row in rows[-_RECENT_ROWS:] if (value := number(row, key)) is not None]
+    return statistics.median(values) if values else None
+
+
 def section(row: Record, key: str) -> Record:
     """Return a dictionary of a record, an empty one where it has another value or none."""
     value = row.get(key)
     return value if isinstance(value, Mapping) else {}
 
 
-def _steps(run: RunRecord, name: str) -> list[Record]:
+def _steps(run: RunRecord, name: str, most_bytes: int | None) -> list[Record]:
     """Read records of steps; a start that went back replaces everything from there on."""
     kept: list[Record] = []
-    for row in _lines(run, name, lambda row: type(row.get("step")) is int and row["step"] >= 0):
+    for row in _lines(run, name, most_bytes, lambda row: type(row.get("step")) is int and row["step"] >= 0):
         while kept and kept[-1]["step"] >= row["step"]:
             kept.pop()
         kept.append(row)
     return kept
 
 
-def _lines(run: RunRecord, name: str, is_usable: Callable[[Record], bool]) -> list[Record]:
+def _lines(run: RunRecord, name: str, most_bytes: int | None, is_usable: Callable[[Record], bool]) -> list[Record]:
     """Read a file of JSON lines, which may not exist; what is no usable object is left out.
 
     A last line without its line break is being written, or was cut short by a kill, which is no damage.
@@ -131,13 +149,23 @@ def _lines(run: RunRecord, name: str, is_usable: Callable[[Record], bool]) -> li
     path = run.run_dir / name
     if not path.exists():
         return []
-    *lines, last = read_small(path, MAX_LOG_BYTES).split(b"\n")
+    content = read_small(path, MAX_LOG_BYTES) if most_bytes is None else read_end(path, most_bytes)
+    *lines, last = content.split(b"\n")
     rows = [row for line in lines if (row := _parsed(line)) is not None and is_usable(row)]
     damaged = sum(bool(line.strip()) for line in lines) - len(rows)
     if damaged:
         run.problems.append(f"{damaged} damaged {'lines' if damaged > 1 else 'line'} of {name}")
     row = _parsed(last)
     return [*rows, row] if row is not None and is_usable(row) else rows
+
+
+def _user_error(run_dir: Path) -> str:
+    """Return the message of ranks that were refused, in one line; nothing if the run was started again since."""
+    newest = max(run_dir.glob(USER_ERROR_PATTERN), key=lambda path: path.stat().st_mtime_ns, default=None)
+    starts = run_dir / "starts.jsonl"
+    if newest is None or (starts.exists() and starts.stat().st_mtime_ns > newest.stat().st_mtime_ns):
+        return ""
+    return " ".join(read_small(newest).decode(errors="replace").split())
 
 
 def _parsed(text: bytes) -> Record | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -19,12 +18,12 @@ from megatron_vlm.files.small_files import replace_durably
 from megatron_vlm.report import page
 from megatron_vlm.report.chart import line_chart
 from megatron_vlm.report.page import Figure, Rows, Sample
-from megatron_vlm.report.run_record import Record, RunRecord, number, read_run, section
+from megatron_vlm.report.run_record import Record, RunRecord, number, read_run, recent, section, series
+from megatron_vlm.report.run_state import state_of
 
 REPORT_NAME = "report.html"
 _POINTS_PER_SMOOTHED = 40
 _MAX_SOURCE_CHARTS = 9
-_RECENT_ROWS = 100  # over which a speed is taken
 # Heading -> key in metrics.jsonl, factor, and whether the axis may be logarithmic; what is nowhere but 0 is left out.
 _STEP_CHARTS = {
     "Gradient norm": ("grad_norm", 1.0, True),
@@ -117,14 +116,15 @@ def _status(run: RunRecord) -> str:
     """Say how far the run has come and how it ended."""
     last, total = run.last_step, run.train_iters
     done = f"{last:,} of {total:,} steps" if total is not None else f"{last:,} steps"
-    if total is not None and last >= total:
-        text = f"Finished: {done}."
-    elif run.stopped:
-        text = f"Stopped after {done} ({run.stopped.get('reason', 'no reason given')})."
-    elif run.has_owner:
-        text = f"Running, or killed: {done} so far."
-    else:
-        text = f"Ended after {done}."
+    state = state_of(run)
+    text = {
+        "running": f"Running: {done} so far.",
+        "finished": f"Finished: {done}.",
+        "failed": f"Failed after {done}: {state.detail}",
+        "stopped": f"Stopped after {done} ({state.detail}).",
+        "killed": f"Killed after {done} ({state.detail}).",
+        "ended": f"Ended after {done}.",
+    }[state.word]
     if run.exported:
         text += f" Exported to {run.exported.get('directory')}."
     return text
@@ -139,10 +139,10 @@ def _places(run: RunRecord) -> str:
 def _figures(run: RunRecord) -> list[Figure]:
     """Headline numbers, as far as the run has them."""
     figures = []
-    losses = _points(run.steps, "loss")
+    losses = series(run.steps, "loss")
     if losses:
         figures.append(Figure("Loss", f"{losses[-1][1]:.4g}", f"{losses[0][1]:.4g} at step {losses[0][0]:,}"))
-    heldout = _points(run.evaluations, "loss")
+    heldout = series(run.evaluations, "loss")
     if heldout:
         step, best = min(heldout, key=lambda point: point[1])
         figures.append(Figure("Held-out loss", f"{heldout[-1][1]:.4g}", f"best {best:.4g} after step {step:,}"))
@@ -150,7 +150,7 @@ def _figures(run: RunRecord) -> list[Figure]:
     if tokens:
         epoch = number(run.steps[-1], "epoch")
         figures.append(Figure("Tokens", _short(tokens), f"{epoch:.2f} passes over the data" if epoch else ""))
-    speed = _recent(run.steps, "tokens_per_second")
+    speed = recent(run.steps, "tokens_per_second")
     if speed:
         figures.append(Figure("Tokens per second", _short(speed), _flops(run)))
     seconds = sum((number(row, "step_seconds") or 0) * (number(row, "steps") or 1) for row in run.steps)
@@ -166,34 +166,23 @@ def _figures(run: RunRecord) -> list[Figure]:
 
 
 def _step_time(run: RunRecord) -> str:
-    seconds = _recent(run.steps, "step_seconds") or 0.0
+    seconds = recent(run.steps, "step_seconds") or 0.0
     return f"{seconds:.3g} s"
 
 
 def _flops(run: RunRecord) -> str:
     """Describe the use of the devices."""
-    mfu, flops = _recent(run.steps, "mfu"), _recent(run.steps, "flops_per_second_per_device")
+    mfu, flops = recent(run.steps, "mfu"), recent(run.steps, "flops_per_second_per_device")
     if mfu:
         return f"MFU {mfu:.1%}"
     return f"{flops / 1e12:.3g} TFLOP/s per device" if flops else ""
-
-
-def _recent(rows: Sequence[Record], key: str) -> float | None:
-    """Return the median over the last rows; one slow step does not count."""
-    values = [value for row in rows[-_RECENT_ROWS:] if (value := number(row, key)) is not None]
-    return statistics.median(values) if values else None
-
-
-def _points(rows: Sequence[Record], key: str, factor: float = 1.0) -> list[tuple[int, float]]:
-    """Return steps and values of the rows that have a number there."""
-    return [(row["step"], value * factor) for row in rows if (value := number(row, key)) is not None]
 
 
 def _training_charts(run: RunRecord) -> str:
     """Draw the loss at full width, then small charts of what else was logged."""
     if not run.steps:
         return '<p class="empty">No step was logged yet.</p>'
-    losses, heldout = _points(run.steps, "loss"), _points(run.evaluations, "loss")
+    losses, heldout = series(run.steps, "loss"), series(run.evaluations, "loss")
     smoothing = _smoothing(losses)
     loss = line_chart(losses, "Loss over steps", 960, 320, _marks(run), smoothing, True, heldout)
     caption = '<span class="key smooth-key"></span>loss over optimizer steps'
@@ -220,7 +209,7 @@ def _small_charts(rows: Sequence[Record], charts: Mapping[str, tuple[str, float,
     """Draw one chart for each key that several steps logged."""
     figures = []
     for heading, (key, factor, allow_logarithmic) in charts.items():
-        points = _points(rows, key, factor)
+        points = series(rows, key, factor)
         if len(points) > 1 and any(value for _, value in points):
             figures.append(_small_chart(points, heading, allow_logarithmic))
     return figures

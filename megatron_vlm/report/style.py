@@ -15,7 +15,7 @@ h2 { font-size: 13px; font-weight: 600; letter-spacing: .07em; text-transform: u
   margin: 40px 0 12px; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(156px, 1fr)); gap: 12px; margin-top: 28px; }
 .cards + .cards { margin-top: 12px; }
-.card, .charts figure, .scroll, details, .sample { background: var(--surface); border: 1px solid var(--rule);
+.card, .charts figure, .scroll, details, .sample, .plot { background: var(--surface); border: 1px solid var(--rule);
   border-radius: 10px; }
 .card { padding: 14px 16px; }
 .card .label { color: var(--soft); font-size: 13px; }
@@ -59,7 +59,9 @@ th:not(:first-child), td:not(:first-child) { text-align: right; }
 .wrong { border-color: var(--bad); }
 details { padding: 12px 18px; }
 * + details { margin-top: 12px; }
-ul { margin: 0; padding-left: 18px; color: var(--soft); }
+.plot { padding: 8px; overflow: hidden; }
+.plot .axis text { text-shadow: 0 0 3px var(--surface), 0 0 3px var(--surface) !important; }
+ul { margin: 0; padding-left: 18px; color: var(--soft); overflow-wrap: anywhere; }
 summary { cursor: pointer; }
 pre { overflow-x: auto; font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; margin: 12px 0 4px; }
 .empty { color: var(--soft); }

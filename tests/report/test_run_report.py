@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import pytest
 
 from megatron_vlm.checkpoint.run_folder import step_folder
-from megatron_vlm.checkpoint.run_owner import OWNER_NAME
+from megatron_vlm.checkpoint.run_owner import OWNER_NAME, describe_process
 from megatron_vlm.errors import CheckpointError, UserError
 from megatron_vlm.report.page import Figure
 from megatron_vlm.report.run_record import read_run
@@ -106,7 +106,8 @@ def test_a_finished_run(run_dir: Path) -> None:
             {"stopped.json": '{"reason": "signal SIGTERM", "step": 30}'},
             "Stopped after 30 of 60 steps (signal SIGTERM).",
         ),
-        ({OWNER_NAME: "{}"}, "Running, or killed: 30 of 60 steps so far."),
+        ({OWNER_NAME: "{}"}, "Running: 30 of 60 steps so far."),
+        ({"user_error_7.txt": "DataError: no rows\n"}, "Failed after 30 of 60 steps: DataError: no rows"),
         ({}, "Ended after 30 of 60 steps."),
         ({"exported.json": '{"directory": "out/hf", "step": 60}'}, "Exported to out/hf."),
     ],
@@ -117,6 +118,28 @@ def test_how_a_run_ended(run_dir: Path, files: dict[str, str], status: str) -> N
     for name, content in files.items():
         (run_dir / name).write_text(content)
     assert status in page_of(run_dir)
+
+
+def test_owners_that_are_gone(run_dir: Path) -> None:
+    """One of this machine is looked up among its processes, another's must have given a sign of life lately."""
+    write(run_dir / "metrics.jsonl", [step(number) for number in range(1, 31)])
+    step_folder(run_dir / "checkpoints", 60).rmdir()
+    owner = run_dir / OWNER_NAME
+    owner.write_text(json.dumps(describe_process()))
+    assert "Running: 30 of 60 steps so far." in page_of(run_dir)
+    owner.write_text(json.dumps({**describe_process(), "process_start": 1}))
+    assert f"Killed after 30 of 60 steps (process {os.getpid()} on " in page_of(run_dir)
+    owner.write_text(json.dumps({**describe_process(), "host": "elsewhere"}))
+    assert "Running: 30 of 60 steps so far." in page_of(run_dir)
+    os.utime(owner, (1, 1))
+    assert f"Killed after 30 of 60 steps (process {os.getpid()} on elsewhere is gone)" in page_of(run_dir)
+
+
+def test_the_last_step_is_not_done_before_it_is_saved(run_dir: Path) -> None:
+    step_folder(run_dir / "checkpoints", 60).rmdir()
+    assert "Finished: 60 of 60 steps." in page_of(run_dir), "somebody deleted the checkpoints"
+    (run_dir / OWNER_NAME).write_text(json.dumps({**describe_process(), "process_start": 1}))
+    assert "Killed after 60 of 60 steps" in page_of(run_dir)
 
 
 def test_a_run_without_steps(tmp_path: Path) -> None:
@@ -261,3 +284,16 @@ def test_the_tool_starts_without_torch(run_dir: Path) -> None:
     said, modules = done.stdout.splitlines()
     assert said == f"wrote {output}" and output.exists()
     assert not {"torch", "numpy", "PIL", "transformers"} & {*modules.split()}
+
+
+def test_the_end_of_long_logs(run_dir: Path) -> None:
+    """For a list of runs: whole lines from the end, however the limit falls."""
+    size = (run_dir / "metrics.jsonl").stat().st_size
+    whole = read_run(run_dir)
+    longest = max(len(json.dumps(row)) + 1 for row in whole.steps)
+    for most in (1, 300, 1000, size - 1, size, size + 1):
+        part = read_run(run_dir, most)
+        assert part.problems == []
+        assert list(part.steps) == list(whole.steps)[len(whole.steps) - len(part.steps) :]
+        kept = sum(len(json.dumps(row)) + 1 for row in part.steps)
+        assert most - longest < kept <= most or kept == size

@@ -1,0 +1,177 @@
+"""The folder of a sweep: what `make` writes, and what its points leave there.
+
+FOLDER/sweep.yaml            the sweep file as it was made, for the resources
+FOLDER/manifest.jsonl        one object per point: index, name, overrides, run_dir, digest
+FOLDER/points/0003.yaml      resolved configuration of point 3, which its job trains
+FOLDER/runs/NAME/            its run folder
+FOLDER/logs/0003.out         output of all its starts
+FOLDER/attempts/0003.jsonl   begin and end of each start
+FOLDER/jobs.jsonl            Slurm jobs, with their points
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_vlm.config import Config, to_yaml
+from megatron_vlm.errors import CheckpointError, ConfigError
+from megatron_vlm.files.config_files import read_config_file
+from megatron_vlm.files.small_files import read_small, replace_durably
+from megatron_vlm.sweeps.points import Point, digest_of
+from megatron_vlm.sweeps.sweep_file import SweepFile, read_sweep_file
+
+MANIFEST_NAME = "manifest.jsonl"
+SWEEP_NAME = "sweep.yaml"
+JOBS_NAME = "jobs.jsonl"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep that was made.
+
+    Attributes:
+        folder: its folder, absolute.
+        settings: contents of its file.
+        points: in the order of their indices.
+    """
+
+    folder: Path
+    settings: SweepFile
+    points: Sequence[Point]
+
+    @property
+    def name(self) -> str:
+        """Name of its jobs and of its report."""
+        return self.settings.name or self.folder.name
+
+    def config_path(self, point: Point) -> Path:
+        """File with the point's resolved configuration."""
+        return self.folder / "points" / f"{point.index:04}.yaml"
+
+    def log_path(self, point: Point) -> Path:
+        """File with the output of all its starts."""
+        return self.folder / "logs" / f"{point.index:04}.out"
+
+    def attempts_path(self, point: Point) -> Path:
+        """File with begin and end of each start."""
+        return self.folder / "attempts" / f"{point.index:04}.jsonl"
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether points were submitted or started."""
+        return (self.folder / JOBS_NAME).exists() or any((self.folder / "attempts").glob("*.jsonl"))
+
+
+def read_sweep(folder: Path) -> Sweep:
+    """Read a sweep that was made.
+
+    Raises:
+        CheckpointError: the folder holds none, or its manifest is damaged.
+        ConfigError: its sweep file is damaged.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        fix = "make it first: tools/sweep.py make SWEEP.yaml"
+        raise CheckpointError(f"no sweep: there is no {MANIFEST_NAME}", str(folder), fix)
+    settings, _ = read_sweep_file(str(folder / SWEEP_NAME))
+    try:
+        lines = map(json.loads, read_small(path).splitlines())
+        points = [Point(**{**line, "run_dir": Path(line["run_dir"])}) for line in lines]
+    except (ValueError, TypeError, LookupError) as error:
+        fix = "make it again in another folder"
+        raise CheckpointError(f"the manifest is damaged: {error}", str(path), fix) from None
+    return Sweep(folder.absolute(), settings, points)
+
+
+def write_sweep(sweep: Sweep, sweep_file: str, configs: Mapping[int, Config]) -> None:
+    """Write the folder of a sweep; the manifest comes last, and replaces one that was there.
+
+    Args:
+        sweep: what is to be there afterwards.
+        sweep_file: path of the sweep file.
+        configs: configurations by index; those of points that were there before are left out.
+
+    Raises:
+        CheckpointError: something cannot be written.
+    """
+    try:
+        for name in ("points", "logs", "attempts"):
+            (sweep.folder / name).mkdir(parents=True, exist_ok=True)
+        for point in sweep.points:
+            if point.index in configs:
+                replace_durably(sweep.config_path(point), to_yaml(configs[point.index]))
+        text = read_small(sweep_file).decode()
+        replace_durably(sweep.folder / SWEEP_NAME, text)
+        lines = [{**vars(point), "run_dir": str(point.run_dir)} for point in sweep.points]
+        replace_durably(sweep.folder / MANIFEST_NAME, "".join(json.dumps(line) + "\n" for line in lines))
+        own = {sweep.config_path(point) for point in sweep.points}
+        for path in {*(sweep.folder / "points").glob("*.yaml")} - own:
+            path.unlink()  # of an earlier `make`, of which nothing has begun
+    except OSError as error:
+        what = f"the sweep cannot be written: {error.strerror or error}"
+        raise CheckpointError(what, str(sweep.folder), "give another folder, or make room") from None
+
+
+def check_point_file(sweep: Sweep, point: Point) -> Config:
+    """Return the configuration that a point's job trains, as it was made.
+
+    Raises:
+        ConfigError: the file was changed since, or is not valid any more.
+    """
+    from megatron_vlm.cli import config_from
+
+    path = sweep.config_path(point)
+    file = read_config_file(str(path))
+    config = config_from(file.content, file.where)
+    if digest_of(config) != point.digest:
+        what = f"the configuration of {point} is not the one that was made"
+        raise ConfigError(what, str(path), "put it back, or make the sweep in another folder")
+    return config
+
+
+def begin_attempt(sweep: Sweep, point: Point, described: Mapping[str, Any]) -> None:
+    """Note that a start of a point begins; `described` has its `id`."""
+    _append(sweep.attempts_path(point), {"event": "begin", "time": time.time(), **described})
+
+
+def end_attempt(sweep: Sweep, point: Point, attempt_id: str, exit_code: int) -> None:
+    """Note that a start of a point has ended."""
+    line = {"event": "end", "time": time.time(), "id": attempt_id, "exit_code": exit_code}
+    _append(sweep.attempts_path(point), line)
+
+
+def record_job(sweep: Sweep, job: str, points: Iterable[Point]) -> None:
+    """Note a Slurm job and the points that it trains."""
+    line = {"job": job, "time": time.time(), "indices": [point.index for point in points]}
+    _append(sweep.folder / JOBS_NAME, line)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file of JSON lines; a line that was cut short by a kill is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in read_small(path).splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        rows += [row] if isinstance(row, dict) else []
+    return rows
+
+
+def _append(path: Path, line: Mapping[str, Any]) -> None:
+    """Append a line in one write, after what a kill may have left of another."""
+    with path.open("ab+") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - 1))
+        separator = b"" if size == 0 or stream.read(1) == b"\n" else b"\n"
+        stream.write(separator + json.dumps(line).encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
