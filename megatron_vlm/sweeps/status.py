@@ -37,7 +37,7 @@ _SECONDS_APART = 1.0  # by which the same process's start may differ, read twice
 _PREFIX = r"(?:\d+: )?(?:\[(?:default)?\d+\]:? ?)?(?:\[rank ?\d+\]:? )?"
 _OUR_ERROR = re.compile(
     _PREFIX + r"((?:Config|Data|Checkpoint|Save|Launch|Divergence)Error: .*"
-    r"|rank \d+ on .* hangs at step .*|a collective did not end within .*)"
+    r"|rank \d+ on .* (?:hangs|was lost|has ended) at .*|a collective did not end within .*)"
 )
 _ANY_ERROR = re.compile(_PREFIX + r"((?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt)\b(?:: .*)?|slurmstepd: error: .*)")
 _LISTED = re.compile(_PREFIX + r"(\(\d+\) .*)")  # a problem of several
