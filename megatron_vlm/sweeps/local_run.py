@@ -173,7 +173,7 @@ def devices_of_slots(at_once: int, gpus_per_point: int | None, environment: Mapp
     Args:
         at_once: number of such points.
         gpus_per_point: devices of each; None leaves all to all.
-        environment: says which devices may be used (CUDA_VISIBLE_DEVICES).
+        environment: says which devices may be used.
 
     Raises:
         LaunchError: there are fewer devices.

@@ -40,7 +40,7 @@ class Resources:
     gpus_per_node: int | None = None
     """GPUs asked of Slurm for each node."""
     cpus_per_node: int | None = None
-    """CPU cores asked of Slurm for each node; null takes the cluster's default."""
+    """Cores asked of Slurm for each node; null takes the cluster's default."""
     time: int | str | None = None
     """Time limit of a job, as sbatch takes it. A point that needs longer saves, and goes on in a further job."""
     partition: str | None = None

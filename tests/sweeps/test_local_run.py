@@ -105,13 +105,14 @@ def test_what_trains_already_is_left_alone(sweep: Sweep) -> None:
 def test_a_stop_lets_points_save(sweep: Sweep) -> None:
     """One signal: what trains stops, nothing else starts. The next run goes on with all."""
     timer = threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGINT))
+    before = signal.getsignal(signal.SIGINT)
     timer.start()
     begin = time.monotonic()
     assert not LocalRunner(sweep, 2, print, trainer(60)).run(sweep.points)
     assert time.monotonic() - begin < 30
     assert states(sweep) == ["stopped", "stopped", "pending", "pending", "pending"]
     assert point_status(sweep, sweep.points[0]).detail == "signal SIGTERM"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     assert LocalRunner(sweep, 2, print, trainer()).run(sweep.points)
 
 
