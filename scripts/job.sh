@@ -25,7 +25,7 @@ train_in_job() {
   rm -f "$errors"
   export MEGATRON_VLM_ERROR_FILE=$errors
   start_ranks "$@" || code=$?
-  if [ "$(job_state)" != RUNNING ]; then
+  if [[ "$(job_state)" != @(RUNNING|SIGNALING) ]]; then
     echo "job $job was cancelled, or Slurm requeues it itself"
   elif [ -s "$errors" ]; then
     echo "job $job is not retried, for a mistake that has to be corrected: $(cat "$errors")"
@@ -42,9 +42,10 @@ train_in_job() {
 # Prints the run folder, or the mistakes in the configuration; on one node, because only there may be a Python.
 find_run_dir() {
   # shellcheck disable=SC2016
-  local print='"$0" pretrain_vlm.py "$@" --print_config | "$0" -c "import sys, yaml; print(yaml.safe_load(sys.stdin)[\"run_dir\"])"'
+  local print='config=$("$0" pretrain_vlm.py "$@" --print_config) || exit
+    "$0" -c "import sys, yaml; print(yaml.safe_load(sys.stdin)[\"run_dir\"])" <<<"$config"'
   # shellcheck disable=SC2086
-  srun ${SRUN_OPTIONS:-} --nodes=1 --ntasks=1 $RUN_IN bash -o pipefail -c "$print" "$PYTHON" "$@"
+  srun ${SRUN_OPTIONS:-} --nodes=1 --ntasks=1 $RUN_IN bash -c "$print" "$PYTHON" "$@"
 }
 
 # Starts torchrun on every node and waits for all of them. What Slurm signals, it signals to torchrun too, which would

@@ -30,6 +30,7 @@ class Job:
     number: str
     run_dir: Path
     output: Path
+    requeues_seen: int = 0
 
     @classmethod
     def submit(cls, cluster: Cluster, place: Place, run_dir: Path, *overrides: str, options: tuple = (), **env: str):  # type: ignore[no-untyped-def]
@@ -62,6 +63,19 @@ class Job:
     def wait_for_state(self, *states: str) -> str:
         """Wait until the job is in one of the states."""
         self.wait_until(lambda: self.state in states, f"state {states}")
+        return self.state
+
+    def wait_for_end(self) -> str:
+        """Wait until the job has ended, or was requeued once more than before; returns its state, PENDING then."""
+
+        def has_ended() -> bool:
+            fields = self.cluster.job(self.number)
+            if fields["JobState"] == "PENDING":
+                return int(fields["Restarts"]) > self.requeues_seen
+            return fields["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+        self.wait_until(has_ended, "end")
+        self.requeues_seen = self.restarts
         return self.state
 
     @property
