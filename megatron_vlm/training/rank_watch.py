@@ -34,6 +34,7 @@ from megatron_vlm.training.rank_files import HEARTBEAT_SECONDS, dump_stacks, tak
 GRACE_SECONDS = 10.0
 POST_SECONDS = 5.0
 FIRST_RANK_SECONDS = 2.0  # in which it has the error that all ranks have
+CLOCK_SECONDS = 60.0  # by which a machine's clock may be set while the job runs
 FAILED_SECONDS = 30.0  # in which ranks end by themselves once another one has failed
 RANKS_PER_POST_SECOND = 1000  # so that the store of a job of any size has little to do
 _ALARM, _ENDED, _ERROR, _CULPRIT_ENDS, _DUMPS = (
@@ -44,23 +45,24 @@ _AGAIN = "starting again resumes from the last checkpoint"
 
 @dataclass(frozen=True)
 class _Process:
-    """The process of a rank."""
+    """The process of a rank; `started` is in seconds since 1970, and tells it from a later process of its number."""
 
     pid: int
+    started: int
     pid_namespace: str
     host: str
 
     @classmethod
     def current(cls) -> _Process:
-        return cls(os.getpid(), _pid_namespace(), socket.gethostname())
+        return cls(os.getpid(), int(psutil.Process().create_time()), _pid_namespace(), socket.gethostname())
 
     @classmethod
     def parse(cls, text: str) -> _Process:
-        pid, namespace, host = text.split(" ", 2)
-        return cls(int(pid), namespace, host)
+        pid, started, namespace, host = text.split(" ", 3)
+        return cls(int(pid), int(started), namespace, host)
 
     def __str__(self) -> str:
-        return f"{self.pid} {self.pid_namespace} {self.host}"
+        return f"{self.pid} {self.started} {self.pid_namespace} {self.host}"
 
     @cached_property
     def is_here(self) -> bool:
@@ -72,26 +74,25 @@ class _Process:
         if not self.is_here:
             return False
         try:
-            return psutil.Process(self.pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+            process = psutil.Process(self.pid)
+            is_another = abs(process.create_time() - self.started) > CLOCK_SECONDS
+            return is_another or process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
         except psutil.NoSuchProcess:
             return True
 
     def end_after(self, seconds: float) -> None:
         """Let it show its stacks after this time, and end: torchrun waits long for a process that was stopped."""
-        with contextlib.suppress(psutil.Error):
-            if psutil.Process(self.pid).ppid() == os.getppid():  # surely a rank of this job
-                # Stopped, it gets the first signal when it is continued.
-                signals = f"kill -QUIT {self.pid}; kill -CONT {self.pid}; sleep 1; kill -KILL {self.pid}"
-                subprocess.Popen(
-                    ["sh", "-c", f"sleep {seconds}; {signals}"], start_new_session=True, stderr=subprocess.DEVNULL
-                )
+        # Stopped, it gets the first signal when it is continued.
+        signals = f"kill -QUIT {self.pid}; kill -CONT {self.pid}; sleep 1; kill -KILL {self.pid}"
+        subprocess.Popen(["sh", "-c", f"sleep {seconds}; {signals}"], start_new_session=True, stderr=subprocess.DEVNULL)
 
 
 class RankWatch:
     """Context in which the ranks of torch.distributed watch each other.
 
     Its thread also leaves signs of life in the run folder, and stacks that are asked for there. On SIGQUIT a rank shows
-    its stacks and goes on.
+    its stacks and goes on. A rank whose threads cannot run shows its stacks and ends by itself, because on its machine
+    there may be no other rank to end it.
 
     Args:
         timeout_seconds: a rank silent for so long hangs.
@@ -191,6 +192,8 @@ class RankWatch:
                     file=sys.stderr,
                     flush=True,
                 )
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
     def _post_and_read(self, store: torch.distributed.Store) -> None:
         store.set_timeout(timedelta(seconds=self.timeout_seconds))
@@ -198,6 +201,8 @@ class RankWatch:
         count, last, changed = 0, "", time.monotonic()
         while not self._ended.wait(self.post_seconds):
             count += 1
+            if self.world_size > 1:
+                self._end_unless_called_again()
             store.set(_post_key(self.rank), f"{count} {self.activity()}")
             self._leave_signs(store)
             self._report_deaths(store)
@@ -209,6 +214,14 @@ class RankWatch:
                 self._declare(store, watched, lambda: self._silence(store, watched, timed_out=True))
             if store.check([_ALARM]):
                 self._answer_alarm(store)
+
+    def _end_unless_called_again(self) -> None:
+        """End this process with its stacks once the others have named it; needs no interpreter, only a running process.
+
+        A stopped process ends as soon as it is continued.
+        """
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # where standard error is no file
+            faulthandler.dump_traceback_later(self.timeout_seconds + GRACE_SECONDS, exit=True)
 
     def _answer_alarm(self, store: torch.distributed.Store) -> None:
         if store.check([_ENDED]):

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_vlm.training.rank_watch import POST_SECONDS
 from tests.training.loop_run import ROOT, Place, build_place, checkpoint_names, read_lines, signal_all
 
 PATIENCE_SECONDS = 300.0
@@ -119,6 +120,7 @@ def test_a_lost_rank_ends_the_job_by_name(place: Place, tmp_path: Path, number: 
     """Within the time-out and half a minute, in one line; checkpoints stay, nothing is left over, and it goes on."""
     with two_nodes(place, tmp_path, *LONG) as nodes:
         nodes.wait_until(lambda: bool(checkpoint_names(nodes.run_dir)))
+        time.sleep(2 * POST_SECONDS)  # both have said what they do
         lost = nodes.rank_of(1)
         began = time.monotonic()
         os.kill(lost, number)
@@ -126,7 +128,9 @@ def test_a_lost_rank_ends_the_job_by_name(place: Place, tmp_path: Path, number: 
         seconds = time.monotonic() - began
     saved, steps = checkpoint_names(nodes.run_dir), nodes.steps
     assert seconds < (30.0 if number == signal.SIGKILL else TIMEOUT_SECONDS + 30.0), seconds
-    said = re.findall(r"rank 1 on \S+ \(process (\d+)\) (?:hangs|was lost|has ended) at step \d+.*", nodes.text)
+    said = re.findall(
+        r"rank 1 on \S+ \(process (\d+)\) (?:hangs|was lost|has ended) at (?:saving )?step \d+", nodes.text
+    )
     assert said == [str(lost)], nodes.text
     assert not psutil.pid_exists(lost) or psutil.Process(lost).status() == psutil.STATUS_ZOMBIE
     with two_nodes(place, tmp_path, f"train.train_iters={steps + 3}", *LONG[1:]) as nodes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import multiprocessing
@@ -22,17 +23,18 @@ from torch.distributed import TCPStore
 
 from megatron_vlm import error_report
 from megatron_vlm.errors import DataError, UserError
+from megatron_vlm.training import rank_watch
 from megatron_vlm.training.rank_watch import RankWatch
 
 RANKS = 3
 # On a busy machine a thread may not run for half a second.
 POST_SECONDS, LONG = 0.6, 300.0
 SCENARIOS = (
-    *("stopped", "stopped late", "killed", "mismatch", "own error", "same error", "crash"),
+    *("stopped", "stopped late", "deadlocked", "killed", "mismatch", "own error", "same error", "crash"),
     *("asked for stacks", "no interference"),
 )
 # Seconds until a silent rank is reported, and until a collective ends by an exception.
-TIMEOUTS = {"stopped": (4.0, LONG), "stopped late": (LONG, 6.0), "mismatch": (LONG, 6.0)}
+TIMEOUTS = {"stopped": (4.0, LONG), "deadlocked": (4.0, LONG), "stopped late": (LONG, 6.0), "mismatch": (LONG, 6.0)}
 
 
 @dataclass
@@ -99,6 +101,10 @@ def rank_main(rank: int, port: int, scenario: str, stderr: Path) -> None:
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
     sys.stderr = os.fdopen(2, "w")
     torch.set_num_threads(1)
+    if scenario == "deadlocked" and rank == 1:  # alone on its machine
+        os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        socket.gethostname = lambda: "elsewhere"
+        rank_watch.GRACE_SECONDS = 2.0
     silence, timeout = TIMEOUTS.get(scenario, (LONG, LONG))
     store = TCPStore("localhost", port, is_master=False)
     torch.distributed.init_process_group(
@@ -134,6 +140,8 @@ def interfere(rank: int, scenario: str, run_dir: Path) -> None:
     if scenario == "mismatch":
         wait_for_something_else()
     time.sleep(5 * POST_SECONDS)  # its step is known
+    if scenario == "deadlocked":
+        ctypes.PyDLL(None).sleep(600)  # keeps the interpreter to itself
     os.kill(os.getpid(), signal.SIGKILL if scenario == "killed" else signal.SIGSTOP)
 
 
@@ -161,6 +169,14 @@ def test_a_stopped_rank_is_named(results: dict[str, Result], scenario: str) -> N
     for rank in (0, 2):  # where it waits: as a stack that was dumped, or a traceback
         assert "in all_reduce" in result.stderr[rank]
     assert "in interfere" in result.stderr[1]  # where it was, before it is killed
+
+
+def test_a_rank_whose_threads_cannot_run_ends_by_itself(results: dict[str, Result]) -> None:
+    result = results["deadlocked"]
+    assert result.codes == [1, 1, 1]
+    (line,) = result.lines_with("hangs")
+    assert line.startswith("rank 1 on elsewhere (process ") and "at step 2" in line
+    assert "Timeout (0:00:06)!" in result.stderr[1] and "in interfere" in result.stderr[1]
 
 
 def test_a_killed_rank_is_named(results: dict[str, Result]) -> None:
