@@ -150,6 +150,11 @@ class Cluster:
         time.sleep(2.5)  # earlier: "Job credential revoked"
         self._run("scontrol", "update", f"jobid={number}", "StartTime=now")
 
+    def bring_back(self, node: str) -> None:
+        """Let a node that was down take jobs again."""
+        self._run("scontrol", "update", f"nodename={node}", "state=resume", check=False)  # it may be back already
+        self._wait_for_nodes()
+
     def command(self, *command: str) -> str:
         """Run a command of Slurm and return what it prints."""
         return self._run(*command)

@@ -109,6 +109,19 @@ def test_crashed_job_is_retried_but_not_for_ever(cluster: Cluster, place: Place,
 
 
 @pytest.mark.full
+def test_job_goes_on_after_the_loss_of_a_node(cluster: Cluster, place: Place, tmp_path: Path) -> None:
+    job = Job.submit(cluster, place, tmp_path / "run", *LONG, "checkpoint.save_interval=5")
+    job.wait_until(partial(has_checkpoints, job, 1), "checkpoint")
+    cluster.command("scontrol", "update", f"nodename={cluster.nodes[1]}", "state=down", "reason=test")
+    assert job.wait_for_end() == "PENDING", job.printed()
+    cluster.bring_back(cluster.nodes[1])
+    cluster.run_again_now(job.number)
+    assert job.wait_for_end() == "COMPLETED", job.printed()
+    assert "resuming after step" in job.printed() and len(job.losses) == STEPS
+    assert not ranks_of(job)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("override", "message"),
     [
