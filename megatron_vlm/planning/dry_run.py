@@ -145,11 +145,18 @@ def _describe_layout(config: Config, model_config: Any, weight_map: WeightMap, l
         f"x {config.train.micro_batch_size} rows x {layout.data_size} data-parallel ranks",
     ]
     lines += _describe_experts(config, model_config, layout)
-    towers = [part for part in model_config.parts if part != "language_model"]
+    others = [part for part in model_config.parts if part not in ("language_model", "vision_tower")]
     last = len(layout.chunks) - 1
     for chunk, layers in enumerate(layout.chunks):
         held = [f"layers {layers[0]}-{layers[-1]}" if layers else "no layers"]
-        held = ([*towers, "embedding"] if chunk == 0 else []) + held + (["head"] if chunk == last else [])
+        if chunk == layout.embedding_chunk:
+            held = [*others, "embedding", *held]
+        tower = layout.tower_layers(chunk, model_config.num_tower_layers)
+        if tower is not None and "vision_tower" in model_config.parts:
+            part = f" layers {tower.start}-{tower.stop - 1}" if tower else " without layers"
+            held = [f"vision_tower{part if layout.tower_counts else ''}", *held]
+        if chunk == last:
+            held.append("head")
         lines.append(f"  chunk {chunk} on pipeline rank {chunk % layout.pipeline_size}: {', '.join(held)}")
     if config.model.freeze:
         trainable = Trainable(config.model.freeze, buffers)

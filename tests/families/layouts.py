@@ -61,6 +61,30 @@ PARITY_OF_EXPERTS |= {
         4, tensor=2, sequence_parallel=True, expert=2, expert_tensor=2, moe=ALLGATHER
     ),
 }
+# The layers of the vision tower spread over chunks; every tiny tower has two or more.
+TOWER = {
+    "PP4, tower on two stages": TestLayout(4, pipeline=4, vision_pipeline_layout=(1, 1)),
+    "PP2, tower on both stages": TestLayout(2, pipeline=2, vision_pipeline_layout=(1, 1)),
+    "PP2, frozen tower on both stages": TestLayout(
+        2, pipeline=2, vision_pipeline_layout=(1, 1), freeze=("vision_tower",)
+    ),
+    "PP2xVPP2, tower on two chunks": TestLayout(2, pipeline=2, virtual=2, vision_pipeline_layout=(1, 1)),
+    "TP2xPP2xVPP2+SP, tower on three chunks, full recompute": TestLayout(
+        4,
+        tensor=2,
+        pipeline=2,
+        virtual=2,
+        sequence_parallel=True,
+        recompute="full",
+        vision_pipeline_layout=(1, 0, 1),
+    ),
+    "TP2xPP2+SP, vision DP, tower on both stages": TestLayout(
+        4, tensor=2, pipeline=2, sequence_parallel=True, vision="data", vision_pipeline_layout=(1, 1)
+    ),
+    "DP2xPP2, overlapped, tower on both stages": TestLayout(
+        4, pipeline=2, distributed_optimizer=True, overlap=True, vision_pipeline_layout=(1, 1)
+    ),
+}
 FEW = some(LAYOUTS, "TP1", "TP2xPP2+SP")
 
 # tests/distributed/test_gradient_rules.py: what each rank's own backward pass leaves
