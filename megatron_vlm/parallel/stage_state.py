@@ -83,7 +83,7 @@ def pack(state: StageState, boundary: Boundary, received: torch.Tensor | None) -
         return torch.cat([part.view(-1, *boundary.row) for part in parts])
     hidden = state.hidden if state.hidden.dim() == 3 else state.hidden.unsqueeze(1)
     is_own = hidden._base is None and hidden is not received
-    return hidden if is_own else hidden.clone()
+    return hidden if is_own else hidden.clone(memory_format=torch.contiguous_format)
 
 
 def unpack(packed: torch.Tensor, boundary: Boundary) -> StageState:

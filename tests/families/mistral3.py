@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from tests.data.tiny_processor import build_mistral_processor
-from tests.families.layouts import FEW_PARITY, some
+from tests.families.layouts import FEW_PARITY, PARITY, SMALL, LayoutTables, some, spread_tower
 from tests.families.tiny_family import DECODER, TinyFamily
 from tests.parity.layouts import LAYOUTS
 from tests.parity.tiny_batches import (
@@ -178,6 +178,10 @@ MISTRAL3 = TinyFamily(
     build_processor=build_mistral_processor,
     text_class=Ministral3ForCausalLM,
     turn=("[/INST]", "</s>"),
+    tables=LayoutTables(
+        parity=PARITY | spread_tower(3),
+        small=SMALL | {"parity": (*SMALL["parity"], "DP2xPP2, overlapped, tower on both")},
+    ),
 )
 MISTRAL_TEXT = replace(FEW_PARITY, parity=some(LAYOUTS, "TP1", "TP4", "TP2xPP2+SP"))
 ENTRIES = (

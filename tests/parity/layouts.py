@@ -157,7 +157,7 @@ def set_up(
 def own_micro_batches(
     micro_batches: list[MicroBatch], groups: ProcessGroupCollection, layout: TestLayout
 ) -> list[MicroBatch]:
-    """This data rank's share, its sequence padded for sequence parallelism, with the towers' inputs that its stage reads."""
+    """This data rank's share, its sequence padded for sequence parallelism, with what its stage's towers read."""
     mine = [batch.to(platform.current().device) for batch in micro_batches[groups.dp.rank() :: groups.dp.size()]]
     assert not layout.sequence_parallel or mine[0].input_ids.shape[1] % layout.tensor == 0
     counts = layout.vision_pipeline_layout or ()
