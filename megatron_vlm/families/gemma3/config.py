@@ -100,9 +100,8 @@ def config_from_hf(hf_config: PretrainedConfig, text_only: bool) -> ModelConfig:
         return ModelConfig(TEXT_PARTS, text, None, None, None)
     # transformers' multimodal class never caps its logits, whatever the text configuration has.
     text = replace(text, final_logit_softcapping=None)
-    vision, tokens_per_image = hf_config.vision_config, hf_config.mm_tokens_per_image
-    merge_size = _merge_size(vision.image_size // vision.patch_size, tokens_per_image)
-    return ModelConfig(VISION_PARTS, text, _vision(vision, merge_size), hf_config.image_token_id, tokens_per_image)
+    vision = _vision(hf_config.vision_config, hf_config.mm_tokens_per_image)
+    return ModelConfig(VISION_PARTS, text, vision, hf_config.image_token_id, hf_config.mm_tokens_per_image)
 
 
 def _text(hf: Narrowed, tied: bool) -> TextConfig:
@@ -138,7 +137,7 @@ def _layer(hf: Narrowed, layer_type: str) -> LayerConfig:
     )
 
 
-def _vision(hf: Narrowed, merge_size: int) -> VisionConfig:
+def _vision(hf: Narrowed, tokens_per_image: Narrowed) -> VisionConfig:
     # `vision_use_head` is ignored: Gemma 3 reads the patch features, and no published file holds a head.
     _require(hf.hidden_act == "gelu_pytorch_tanh", f"vision hidden_act {hf.hidden_act!r}")
     _require(not hf.attention_dropout, f"vision attention_dropout {hf.attention_dropout}")
@@ -148,7 +147,7 @@ def _vision(hf: Narrowed, merge_size: int) -> VisionConfig:
         num_hidden_layers=hf.num_hidden_layers,
         num_attention_heads=hf.num_attention_heads,
         num_channels=hf.num_channels,
-        spatial_merge_size=merge_size,
+        spatial_merge_size=_merge_size(hf.image_size // hf.patch_size, tokens_per_image),
         image_size=hf.image_size,
         patch_size=hf.patch_size,
         norm_eps=hf.layer_norm_eps,
