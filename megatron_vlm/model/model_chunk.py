@@ -102,6 +102,7 @@ class ModelChunk(MegatronModule):
         """Return the input of the vision tower's first layer."""
         assert self.vision is not None
         pixels = batch.media_inputs.get(PIXELS)
+        assert (pixels is None) != bool(batch.grids), "pixels belong on the first stage"
         pixels = torch.zeros(self.vision.blank_pixels) if pixels is None else images.take(pixels)
         return StageState(self.vision_tower.start(pixels.to(images.device, non_blocking=True), images))
 

@@ -194,8 +194,8 @@ def test_audio_has_features_of_its_own_behind_those_of_images() -> None:
         [([1, image, image, audio, audio, audio, 2], [still, clip]), ([audio, 3, video, video, 4], [tone, film])],
         [([1, 2, 3], []), ([audio, audio, audio, 4], [clip]), ([2, image, image], [still])],
     ]
-    rows, sizes = [], {"image": ("pixel_values", 48), "video": ("pixel_values", 48), "audio": ("audio_frames", 10)}
-    expected: dict[str, list[torch.Tensor]] = {"pixel_values": [], "audio_frames": []}
+    rows, sizes = [], {"image": ("pixel_values", 48), "video": ("pixel_values", 48), "audio": ("audio_features", 10)}
+    expected: dict[str, list[torch.Tensor]] = {"pixel_values": [], "audio_features": []}
     for content in contents:
         rows.append([])
         for ids, media in content:

@@ -154,8 +154,9 @@ def named_parameters(*modules: torch.nn.Module) -> list[tuple[str, torch.nn.Para
 def features_of(
     tower: VisionTower, projector: Projector, grids: list[Grid], divided_over: Group | None = None
 ) -> list[torch.Tensor]:
-    images = PackedImages.of(CONFIG, grids, torch.device("cpu"), divided_over)
-    state = tower.run(StageState(tower.start(images.take(pixels_of(grids)), images)), images)
+    images = PackedImages.of(CONFIG, grids, next(tower.parameters()).device, divided_over)
+    pixels = images.take(pixels_of(grids)).to(images.device)
+    state = tower.run(StageState(tower.start(pixels, images)), images)
     return images.gather(projector(*tower.finish(state)))
 
 
@@ -368,7 +369,7 @@ def test_queries_and_keys_turn_in_fp32() -> None:
 def shapes_on_meta() -> list[torch.Size]:
     groups, grids = build_groups(Layout()), GRIDS["many"]
     tower, projector = build(state(), groups)
-    features = projector.to("meta")(*tower.to("meta")(pixels_of(grids).to("meta"), grids))
+    features = features_of(tower.to("meta"), projector.to("meta"), grids)
     loss = torch.stack([feature.sum() for feature in features]).sum()
     loss.backward()
     return [feature.shape for feature in features]

@@ -28,10 +28,12 @@ from transformers import (
 from megatron_vlm.data.media import Grid
 from tests.data.tiny_processor import build_gemma4_processor, build_gemma4_unified_processor
 from tests.families.layouts import (
+    MOST_STEPS,
     PARITY,
     SMALL_OF_EXPERTS,
     WITH_EXPERTS,
     LayoutTables,
+    some,
     spread_tower,
     spread_tower_with_experts,
 )
@@ -349,6 +351,7 @@ GEMMA4 = TinyFamily(
     rows=AUDIO_ROWS,
     tables=LayoutTables(
         parity=PARITY | ON_STAGES | spread_tower(3),
+        step=MOST_STEPS | some(spread_tower(3), "PP2, tower on both"),
         small=SMALL_LAYOUTS
         | {
             "parity": (
@@ -357,7 +360,9 @@ GEMMA4 = TinyFamily(
                 "TP2+SP, selective recompute",
                 "TP2xPP2+SP, full recompute",
                 "PP4, tower on two",
-            )
+            ),
+            # Clips are read where the projector is, pixels where the tower begins.
+            "step": (*SMALL_LAYOUTS["step"], "PP2, tower on both"),
         },
     ),
 )

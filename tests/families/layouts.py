@@ -326,7 +326,7 @@ EVERYTHING = LayoutTables(
     parity=LAYOUTS | spread_tower(2),
     rules=ALL_RULES,
     no_images=some(NO_IMAGES, "DP2", "DP2xTP2, vision DP", "DP2xPP2"),
-    step=STEP,
+    step=STEP | some(spread_tower(2), "PP2xVPP2, tower on two"),
     text_step=some(STEP, "TP1", "TP2xPP2+SP"),
     adamw=without(ADAMW, "TP2xPP2+SP"),
     norm=NORM,
@@ -334,6 +334,11 @@ EVERYTHING = LayoutTables(
         "TP2xDP2, bf16": _shared(4, tensor=2, precision="bf16"),
         "PP2, fp32": _shared(2, pipeline=2),
     },
-    in_turn=((_shared(2, tensor=2), 2), (_shared(2, pipeline=2), 2), (_shared(2), 2)),
+    in_turn=(
+        (_shared(2, tensor=2), 2),
+        (_shared(2, pipeline=2), 1),
+        (_shared(2, pipeline=2, virtual=2, vision_pipeline_layout=(1, 1)), 1),
+        (_shared(2), 2),
+    ),
     small=SMALL_OF_EVERYTHING,
 )

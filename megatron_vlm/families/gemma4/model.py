@@ -283,6 +283,7 @@ class Gemma4Chunk(ModelChunk):
         """Return the features of all clips, [T, H]; without a clip, none, of a blank one."""
         assert self.audio is not None
         frames, lengths = batch.media_inputs.get(AUDIO), batch.audio_frames
+        assert (frames is None) != bool(lengths), "clips belong on the stage with their projector"
         if frames is None:
             frames, lengths = torch.zeros(1, self.audio.frame_size), [1]
         frames = frames.to(device, non_blocking=True)
