@@ -420,6 +420,13 @@ def test_kept_where_ranks_share(name: str, kind: str) -> None:
     check_kept(name, run_config(*overrides), world_size)
 
 
+@pytest.mark.parametrize("name", two_sizes(sorted(MODELS.keys() - {"gemma4_unified"}), "gemma4"))
+def test_kept_where_a_tower_is_on_two_stages(name: str) -> None:
+    num_layers = model_config_of(name).num_tower_layers
+    tower = f"parallel.vision_pipeline_layout=[1,{num_layers - 1}]"
+    check_kept(name, run_config("parallel.pipeline_model_parallel_size=2", tower), 2)
+
+
 EXPERTS_OVER_RANKS = [TENSOR, SEQUENCE, "parallel.expert_model_parallel_size=2", "train.global_batch_size=2"]
 
 
