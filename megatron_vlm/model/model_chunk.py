@@ -84,7 +84,7 @@ class ModelChunk(MegatronModule):
         if state is not None and not is_read:
             state = StageState(state.hidden.detach(), {name: tap.detach() for name, tap in state.carried.items()})
         if images is not None:
-            state = self.vision_tower.run(state or self._first_patches(batch, images), images)
+            state = self.vision_tower(self._pixels(batch, images) if state is None else state, images)
         if self.has_embedding:
             features: list[torch.Tensor] = []
             if images is not None:
@@ -98,13 +98,13 @@ class ModelChunk(MegatronModule):
             return state
         return replace(state, hidden=with_zero_gradient(state.hidden, self._received))
 
-    def _first_patches(self, batch: MicroBatch, images: PackedImages) -> StageState:
-        """Return the input of the vision tower's first layer."""
+    def _pixels(self, batch: MicroBatch, images: PackedImages) -> torch.Tensor:
+        """Return the pixels that this rank encodes, on its device."""
         assert self.vision is not None
         pixels = batch.media_inputs.get(PIXELS)
         assert (pixels is None) != bool(batch.grids), "pixels belong on the first stage"
         pixels = torch.zeros(self.vision.blank_pixels) if pixels is None else images.take(pixels)
-        return StageState(self.vision_tower.start(pixels.to(images.device, non_blocking=True), images))
+        return pixels.to(images.device, non_blocking=True)
 
     def packed_images(self, batch: MicroBatch) -> PackedImages | None:
         """Return the images and videos of a micro-batch that this rank encodes; None if none is encoded."""

@@ -46,7 +46,7 @@ class VisionTowerChunk(torch.nn.Module):
         raise NotImplementedError
 
     def start(self, pixels: torch.Tensor, images: PackedImages) -> torch.Tensor:
-        """Return the input of the first layer, [P, H]; called on the first chunk.
+        """Return the input of the first layer, [P, H].
 
         Args:
             pixels: of the images that this rank encodes, on its device.
@@ -58,8 +58,15 @@ class VisionTowerChunk(torch.nn.Module):
         """Return each layer's inputs after hidden states."""
         raise NotImplementedError
 
-    def run(self, state: StageState, images: PackedImages) -> StageState:
-        """Run this chunk's layers on the state that the layer before them left."""
+    def forward(self, state: StageState | torch.Tensor, images: PackedImages) -> StageState:
+        """Run this chunk's layers.
+
+        Args:
+            state: what the layer before them left; on the first chunk, pixels of the images.
+            images: the images that this rank encodes.
+        """
+        if isinstance(state, torch.Tensor):
+            state = StageState(self.start(state, images))
         if not self.layer_ids:
             return state
         inputs = self.layer_inputs(images, state.hidden.dtype)
