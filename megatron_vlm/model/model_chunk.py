@@ -59,9 +59,8 @@ class ModelChunk(MegatronModule):
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Return what the next chunk needs, [rows, B, H], or on the last chunk each token's loss in fp32, [B, S]."""
         state = None if self.pre_process else unpack(self._received, self.boundary_before(batch))
-        if self.has_embedding or self.tower_layers is not None:
+        if state is None or self.tower_layers is not None:
             state = self._until_embedded(state, batch)
-        assert state is not None
         state = self.language_model.run(state, batch)
         if self.post_process:
             return self.losses(state, batch)
@@ -80,8 +79,8 @@ class ModelChunk(MegatronModule):
             batch: the micro-batch.
         """
         images = self.packed_images(batch)
-        is_read = images is not None and self.tower_trains
-        if state is not None and not is_read:
+        patches_train = images is not None and self.tower_trains
+        if state is not None and not patches_train:
             state = StageState(state.hidden.detach(), {name: tap.detach() for name, tap in state.carried.items()})
         if images is not None:
             state = self.vision_tower(self._pixels(batch, images) if state is None else state, images)
@@ -94,7 +93,7 @@ class ModelChunk(MegatronModule):
         elif state is None:
             shape, dtype = self.boundary_after(batch).hidden, self.config.params_dtype
             state = StageState(torch.zeros(shape, dtype=dtype, device=batch.labels.device))
-        if self.pre_process or is_read:
+        if self.pre_process or patches_train:
             return state
         return replace(state, hidden=with_zero_gradient(state.hidden, self._received))
 

@@ -190,7 +190,6 @@ def tower_chunks(layout: Sequence[int] | None, num_chunks: int) -> tuple[int, ..
     Args:
         layout: number of layers of each of the first chunks, zeros allowed; None for a tower that is whole on chunk 0.
         num_chunks: number of chunks of the pipeline.
-
     """
     counts = list(layout or ())
     assert len(counts) <= num_chunks and min(counts, default=0) >= 0, "the configuration was checked"
