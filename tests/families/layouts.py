@@ -325,8 +325,7 @@ WITH_EXPERTS = LayoutTables(
 EVERYTHING = LayoutTables(
     parity=LAYOUTS | spread_tower(2),
     rules=ALL_RULES,
-    no_images=some(NO_IMAGES, "DP2", "DP2xTP2, vision DP", "DP2xPP2")
-    | some(spread_tower(2), "DP2xPP2, overlapped, tower on both"),
+    no_images=some(NO_IMAGES, "DP2", "DP2xTP2, vision DP", "DP2xPP2"),
     step=STEP | some(spread_tower(2), "PP2xVPP2, tower on two"),
     text_step=some(STEP, "TP1", "TP2xPP2+SP"),
     adamw=without(ADAMW, "TP2xPP2+SP"),

@@ -231,7 +231,8 @@ QWEN3_VL = TinyFamily(
     rows=VIDEO_ROWS,
     tables=LayoutTables(
         parity=PARITY | DEEPSTACK_LAYOUTS | spread_tower(4),
-        no_images={},  # as with experts
+        # The others are as with experts.
+        no_images=some(spread_tower(4), "DP2xPP2, overlapped, tower on both"),
         adamw=some(ADAMW, "TP2xPP2+SP", "DP2xTP2, vision DP, overlapped"),
         continued={},
         in_turn=(),
