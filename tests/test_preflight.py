@@ -59,8 +59,8 @@ TOWER = "parallel.vision_pipeline_layout"
         ((7, 3, 1), [2, 3, 2]),
         ((34, 4, 1), [8, 9, 9, 8]),
         ((6, 2, 2, [1, 0, 3, 2]), [1, 0, 3, 2]),
-        ((7, 4, 1, None, 1), [0, 2, 3, 2]),
-        ((7, 4, 1, [0, 0, 4, 3], 2), [0, 0, 4, 3]),
+        ((7, 4, 1, None, [1, 1]), [0, 2, 3, 2]),
+        ((7, 4, 1, [0, 0, 4, 3], [1, 0, 1]), [0, 0, 4, 3]),
     ],
 )
 def test_assign_layers(arguments: tuple[Any, ...], counts: list[int]) -> None:
@@ -76,8 +76,8 @@ def test_assign_layers(arguments: tuple[Any, ...], counts: list[int]) -> None:
         ((6, 2, 2, [3, 3]), "2 pipeline ranks x 2 virtual = 4"),
         ((6, 2, 1, [3, 4]), "sums to 7, the model has 6 decoder layers"),
         ((6, 2, 1, [-1, 7]), "at least 0"),
-        ((6, 3, 1, [1, 3, 2], 1), "has decoder layers before the embedding"),
-        ((1, 3, 1, None, 1), "1 decoder layers do not fill 2 pipeline chunks"),
+        ((6, 3, 1, [1, 3, 2], [1, 1]), "has decoder layers before the embedding"),
+        ((1, 3, 1, None, [1, 1]), "1 decoder layers do not fill 2 pipeline chunks"),
     ],
 )
 def test_assign_layers_refuses(arguments: tuple[Any, ...], expected: str) -> None:

@@ -99,8 +99,9 @@ class Layout:
                 fix=f"start a multiple of {lcm(ranks_of_experts * pipeline_size, model_size)} ranks",
             )
         tower_counts = tower_chunks(vision_pipeline_layout, pipeline_size * virtual_size)
-        first = max(1, len(tower_counts)) - 1
-        chunks = assign_layers(num_layers, pipeline_size, virtual_size, pipeline_layout, first) if num_layers else []
+        chunks: list[list[int]] = []
+        if num_layers:
+            chunks = assign_layers(num_layers, pipeline_size, virtual_size, pipeline_layout, tower_counts)
         return cls(
             tensor_size,
             sequence_parallel,
@@ -136,7 +137,7 @@ class Layout:
     @property
     def embedding_chunk(self) -> int:
         """Global id of the chunk with the embedding and the projector: the last with a part of the vision tower."""
-        return max(1, len(self.tower_counts)) - 1
+        return _embedding_chunk(self.tower_counts)
 
     @property
     def embedding_rank(self) -> int:
@@ -203,7 +204,7 @@ def assign_layers(
     pipeline_size: int,
     virtual_size: int = 1,
     layout: Sequence[int] | None = None,
-    embedding_chunk: int = 0,
+    tower_counts: Sequence[int] = (),
 ) -> list[list[int]]:
     """Return the global layer ids of every global chunk, in chunk order.
 
@@ -213,7 +214,7 @@ def assign_layers(
         virtual_size: number of chunks per pipeline rank.
         layout: number of layers of each chunk, zeros allowed; None splits evenly, with the remainder on the chunks
             in the middle, because the first also holds the towers and the last the head.
-        embedding_chunk: global id of the chunk with the embedding; chunks before it hold no decoder layers.
+        tower_counts: see `Layout`; chunks before the embedding hold no decoder layers.
 
     Returns:
         `pipeline_size * virtual_size` lists of consecutive layer ids which together are `range(num_layers)`.
@@ -223,6 +224,7 @@ def assign_layers(
             leave a chunk empty.
     """
     num_chunks = pipeline_size * virtual_size
+    embedding_chunk = _embedding_chunk(tower_counts)
     without = [0] * embedding_chunk
     counts = without + _even_counts(num_layers, num_chunks - embedding_chunk) if layout is None else list(layout)
     if len(counts) != num_chunks:
@@ -243,6 +245,10 @@ def assign_layers(
         )
     ends = [sum(counts[: chunk + 1]) for chunk in range(num_chunks)]
     return [list(range(end - count, end)) for count, end in zip(counts, ends, strict=True)]
+
+
+def _embedding_chunk(tower_counts: Sequence[int]) -> int:
+    return max(1, len(tower_counts)) - 1
 
 
 def _even_counts(num_layers: int, num_chunks: int) -> list[int]:

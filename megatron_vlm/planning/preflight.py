@@ -76,7 +76,7 @@ def check_layout(
             parallel.pipeline_model_parallel_size,
             parallel.virtual_pipeline_model_parallel_size,
             parallel.pipeline_layout,
-            embedding_chunk=max(1, len(tower_counts)) - 1,
+            tower_counts,
         )
     except ConfigError as problem:
         problems.append(problem)
