@@ -68,6 +68,9 @@ class ParallelSettings:
     """Chunks per pipeline rank (interleaved schedule)."""
     pipeline_layout: list[int] | None = None
     """Decoder layers of each global chunk (pipeline size x virtual size numbers, zeros allowed); null splits evenly."""
+    vision_pipeline_layout: list[int] | None = None
+    """Layers of the vision tower on each of the first global chunks; the last of them also has the projector and the
+    embedding, and the decoder layers begin there. Null leaves the tower on the first chunk."""
     context_parallel_size: int = 1
     """Ranks over which one sequence is split; not built yet, must be 1."""
     expert_model_parallel_size: int = 1

@@ -137,6 +137,17 @@ def _parallel(config: Config) -> Iterator[UserError]:
         )
     if layout is not None and any(count < 0 for count in layout):
         yield ConfigError(f"parallel.pipeline_layout {layout} has a negative entry", fix="use 0 for no layers")
+    tower = parallel.vision_pipeline_layout
+    if tower is not None and (len(tower) > pipeline * virtual or any(count < 0 for count in tower)):
+        yield ConfigError(
+            f"parallel.vision_pipeline_layout {tower} does not fit {pipeline * virtual} pipeline chunks",
+            fix=f"give at most {pipeline * virtual} numbers of at least 0, one per chunk from the first",
+        )
+    if tower is not None and config.model.text_only:
+        yield ConfigError(
+            "parallel.vision_pipeline_layout spreads a vision tower, but model.text_only is true",
+            fix="set parallel.vision_pipeline_layout to null",
+        )
     if config.optimizer.name == "sgd" and parallel.use_distributed_optimizer:
         yield ConfigError(
             "optimizer.name sgd does not work with parallel.use_distributed_optimizer true",

@@ -86,6 +86,7 @@ _NAMES_OF = {
         "pipeline_model_parallel_layout decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers "
         "pipeline_parallel_split_points"
     ),
+    "parallel.vision_pipeline_layout": "encoder_pipeline_model_parallel_size",
     "parallel.context_parallel_size": "cp cp_size context_parallel_degree sequence_parallel_degree",
     "parallel.expert_model_parallel_size": "ep ep_size expert_parallel_size expert_parallel_degree",
     "parallel.expert_tensor_parallel_size": "etp etp_size expert_tensor_parallel_degree",

@@ -86,11 +86,41 @@ VISION_PARTS = ("language_model", "vision_tower", "projector")
 
 
 @dataclass(frozen=True)
-class ImageEncoderConfig:
-    """What turns images into features: a tower, or linear layers alone."""
+class ImageEncoderConfig(abc.ABC):
+    """What turns images into features: a tower, or linear layers alone.
+
+    Attributes:
+        spatial_merge_size: patches per side of the block that becomes one token.
+    """
 
     hidden_size: int
     num_channels: int
+    spatial_merge_size: int
+
+    @property
+    @abc.abstractmethod
+    def patch_features(self) -> int:
+        """Number of values in one flattened patch."""
+
+    @property
+    @abc.abstractmethod
+    def layer_weights(self) -> int:
+        """Number of a layer's weights that each patch is multiplied with."""
+
+    @property
+    def blank_frame(self) -> tuple[int, int, int]:
+        """The smallest frame that can be encoded: 1, and its rows and columns of patches."""
+        return 1, self.spatial_merge_size, self.spatial_merge_size
+
+    @property
+    def blank_pixels(self) -> tuple[int, ...]:
+        """Shape of the pixels of that frame."""
+        return math.prod(self.blank_frame), self.patch_features
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Layers whose outputs the projector reads, beside that of the last."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -149,6 +179,11 @@ class VisionLanguageConfig:
     def text_only(self) -> bool:
         """Whether the model is text-only: a language model that takes no media."""
         return self.parts == TEXT_PARTS
+
+    @property
+    def num_tower_layers(self) -> int:
+        """Number of layers of the vision tower; 0 where the model has no such tower."""
+        return self.vision.num_hidden_layers if isinstance(self.vision, TowerConfig) else 0
 
     @property
     def image_mask(self) -> str | None:

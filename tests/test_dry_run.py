@@ -110,6 +110,16 @@ def test_dry_run_describes_the_run(arguments: list[str], folder: Path, capsys: p
     assert not (folder / "run").exists()
 
 
+def test_dry_run_describes_a_tower_on_two_stages(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["--parallel.pipeline_model_parallel_size=2", "--parallel.vision_pipeline_layout=[1,1]"]
+    assert pretrain_vlm.main(arguments + overrides) == 0
+    out = capsys.readouterr().out
+    assert "chunk 0 on pipeline rank 0: vision_tower layers 0-0\n" in out
+    assert "chunk 1 on pipeline rank 1: vision_tower layers 1-1, projector, embedding, layers 0-3, head" in out
+    # An image has 16 patches of 32 numbers of two bytes.
+    assert f"bytes of the vision tower's patches per micro-batch: {16 * 32 * 2:,} before layer 1\n" in out
+
+
 def test_dry_run_takes_the_world_size_from_the_environment(
     arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PretrainedConfig
+from transformers import Gemma4UnifiedConfig, PretrainedConfig
 
 from megatron_vlm.cli import load_config
 from megatron_vlm.config import Config
@@ -46,6 +46,7 @@ def layout_of(name: str, world_size: int, *overrides: str) -> Layout:
 
 TENSOR, PIPELINE = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
 VIRTUAL, STAGES = "parallel.virtual_pipeline_model_parallel_size", "parallel.pipeline_layout"
+TOWER = "parallel.vision_pipeline_layout"
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,8 @@ VIRTUAL, STAGES = "parallel.virtual_pipeline_model_parallel_size", "parallel.pip
         ((7, 3, 1), [2, 3, 2]),
         ((34, 4, 1), [8, 9, 9, 8]),
         ((6, 2, 2, [1, 0, 3, 2]), [1, 0, 3, 2]),
+        ((7, 4, 1, None, [1, 1]), [0, 2, 3, 2]),
+        ((7, 4, 1, [0, 0, 4, 3], [1, 0, 1]), [0, 0, 4, 3]),
     ],
 )
 def test_assign_layers(arguments: tuple[Any, ...], counts: list[int]) -> None:
@@ -73,6 +76,8 @@ def test_assign_layers(arguments: tuple[Any, ...], counts: list[int]) -> None:
         ((6, 2, 2, [3, 3]), "2 pipeline ranks x 2 virtual = 4"),
         ((6, 2, 1, [3, 4]), "sums to 7, the model has 6 decoder layers"),
         ((6, 2, 1, [-1, 7]), "at least 0"),
+        ((6, 3, 1, [1, 3, 2], [1, 1]), "has decoder layers before the embedding"),
+        ((1, 3, 1, None, [1, 1]), "1 decoder layers do not fill 2 pipeline chunks"),
     ],
 )
 def test_assign_layers_refuses(arguments: tuple[Any, ...], expected: str) -> None:
@@ -92,6 +97,28 @@ def test_virtual_chunks_alternate_between_ranks() -> None:
     assert layout.chunks[2] == tuple(range(31, 47))
 
 
+@pytest.mark.parametrize("counts", ["[14,13]", "[14,13,0,0]"])
+def test_a_tower_over_two_chunks(counts: str) -> None:
+    layout = layout_of("4b", 2, f"{PIPELINE}=2", f"{VIRTUAL}=2", f"{TOWER}={counts}")
+    assert [layout.tower_layers(chunk, 27) for chunk in range(4)] == [range(14), range(14, 27), None, None]
+    assert (layout.embedding_chunk, layout.embedding_rank) == (1, 1)
+    assert [len(layers) for layers in layout.chunks] == [0, 11, 12, 11]
+
+
+def test_a_tower_on_the_first_chunk() -> None:
+    layout = layout_of("4b", 2, f"{PIPELINE}=2")
+    assert [layout.tower_layers(chunk, 27) for chunk in range(2)] == [range(27), None]
+    assert layout == layout_of("4b", 2, f"{PIPELINE}=2", f"{STAGES}=[17,17]")
+
+
+def test_a_model_without_tower_layers_has_none_to_spread() -> None:
+    """Gemma 4's 12B embeds pixels by linear layers."""
+    hf_config = Gemma4UnifiedConfig()
+    model_config = registry.detect(hf_config).config_from_hf(hf_config, text_only=False)
+    with pytest.raises(ConfigError, match="has no layers of a vision tower"):
+        check_layout(run_config(f"{PIPELINE}=2", f"{TOWER}=[1]"), model_config, 2)
+
+
 @pytest.mark.parametrize(
     ("name", "world_size", "overrides", "expected"),
     [
@@ -103,6 +130,15 @@ def test_virtual_chunks_alternate_between_ranks() -> None:
         ("4b", 3, [], ["global_batch_size 8 is not a multiple of 3", "use 6 or 9"]),
         ("4b", 35, [f"{PIPELINE}=35"], ["34 decoder layers do not fill 35 pipeline chunks"]),
         ("4b", 2, [f"{PIPELINE}=2", f"{STAGES}=[17,18]"], ["sums to 35", "34 decoder layers"]),
+        ("4b", 2, [f"{PIPELINE}=2", f"{TOWER}=[14,14]"], ["sums to 28, the vision tower has 27 layers"]),
+        ("4b", 2, [f"{PIPELINE}=2", f"{TOWER}=[0,0]"], ["sums to 0, the vision tower has 27 layers"]),
+        ("1b", 2, [f"{PIPELINE}=2", f"{TOWER}=[1]"], ["the model has no layers of a vision tower"]),
+        (
+            "4b",
+            2,
+            [f"{PIPELINE}=2", f"{TOWER}=[14,13]", f"{STAGES}=[1,33]"],
+            ["[1, 33] has decoder layers before the embedding", "puts on chunk 1", "begin it with 1 zeros"],
+        ),
         (
             "4b",
             3,

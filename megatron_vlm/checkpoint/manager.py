@@ -79,7 +79,7 @@ def sharded_model_state(
     """Every parameter of this rank, described by its place in the global tensor of the same name.
 
     How a parameter is divided is read from it (parallel/sharding.py). Copies of one that several pipeline chunks hold
-    are replicas of the first chunk's. Loading into the result writes into the parameters themselves.
+    are replicas of one (`ParameterSpec.stages`). Loading into the result writes into the parameters themselves.
 
     Args:
         model_chunks: this rank's stages, wrapped for data parallelism or not.
@@ -92,7 +92,7 @@ def sharded_model_state(
     for number, chunk in enumerate(unwrap_model(list(model_chunks))):
         for name, parameter in chunk.named_parameters():
             spec = spec_of(parameter, name)
-            assert name not in state or spec.stages == "all", f"two chunks of one rank hold {name}"
+            assert name not in state or spec.stages != "one", f"two chunks of one rank hold {name}"
             offsets = [(split.dim, split.group.rank(), split.group.size()) for split in splits(parameter, groups)]
             # The ranks that share an expert divide it, in whichever of its groups they are.
             tensor_group = groups.expt_tp if spec.is_expert else groups.tp

@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import BaseContext
@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_vlm.config import Config
 from megatron_vlm.data.collate import MicroBatch, collate
+from megatron_vlm.data.media import AUDIO, PIXELS
 from megatron_vlm.data.plan import SamplePlan, micro_batch_start
 from megatron_vlm.data.rows import RowReader, empty_answer_note, reader_for, unknown_key_note
 from megatron_vlm.data.rules import PromptRules
@@ -51,7 +52,7 @@ class BatchSharding:
     data_parallel_rank: int = 0
     data_parallel_size: int = 1
     pad_to_multiple_of: int = 1
-    with_pixels: bool = True
+    tower_inputs: Collection[str] = (PIXELS, AUDIO)
 
     @property
     def num_micro_batches(self) -> int:
@@ -103,7 +104,7 @@ class _MicroBatches(Dataset[MicroBatch | _Refusal]):
             builder.rules,
             builder.padding_token_id,
             sharding.pad_to_multiple_of,
-            sharding.with_pixels,
+            sharding.tower_inputs,
         )
 
 

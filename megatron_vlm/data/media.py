@@ -36,6 +36,8 @@ class Medium:
     grid: Grid
 
 
+PIXELS, AUDIO = "pixel_values", "audio_features"
+"""Names of the towers' inputs."""
 Packed = tuple[dict[str, torch.Tensor], list[Medium]]
 """The towers' inputs by name, float32, for all media in reading order, and the media themselves: images and videos,
 then clips of audio. "pixel_values": [P, patch features] of media of any size, [I, channels, height, width] of images

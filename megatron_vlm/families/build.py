@@ -75,7 +75,7 @@ def build_chunks(
         groups: process groups.
         device: device of the parameters; the platform's when None, `meta` to inspect shapes.
     """
-    text, layout = model_config.text, settings.layout
+    text, layout, has_tower = model_config.text, settings.layout, "vision_tower" in model_config.parts
     mcore_config = build_mcore_config(
         hidden_size=text.hidden_size,
         num_attention_heads=text.layers[0].num_attention_heads,
@@ -93,6 +93,8 @@ def build_chunks(
             is_last=index == len(layout.chunks) - 1,
             virtual_stage=stage if layout.virtual_size > 1 else None,
             mcore_config=mcore_config,
+            has_embedding=index == layout.embedding_chunk,
+            tower_layers=layout.tower_layers(index, model_config.num_tower_layers) if has_tower else None,
             recompute=settings.recompute,
             vision_parallelism=settings.vision_parallelism,
             moe=settings.moe,
@@ -104,7 +106,7 @@ def build_chunks(
         for name, parameter in built.named_parameters():
             spec_of(parameter, name)
         if layout.pipeline_size > 1:
-            mark_copies(built, chunk.is_first)
+            mark_copies(built, chunk.is_first, chunk.has_embedding)
         chunks.append(built)
     return chunks
 

@@ -55,7 +55,7 @@ class TokenEmbedding(tensor_parallel.VocabParallelEmbedding):
             tp_group=group,
         )
         self.padding_id = padding_id
-        stages: Stages = "first_and_last" if is_tied else "one"
+        stages: Stages = "embedding_and_head" if is_tied else "one"
         declare(self.weight, "table", normal_rows(vocab_size, padding_id), tensor_dim=0, stages=stages)
 
     def forward(self, ids_BS: torch.Tensor | None) -> torch.Tensor:

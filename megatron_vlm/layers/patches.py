@@ -11,15 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch.nn.functional import linear
 
 from megatron_vlm.layers.linear import Group
+from megatron_vlm.model_configs import ImageEncoderConfig
 from megatron_vlm.parallel.images import ImageDivision
 from megatron_vlm.parallel.parameters import declare, normal, zeros
+from vlm_kernels.packed_attention import Segments
 
 Grid = tuple[int, int, int]
 
@@ -92,37 +94,79 @@ class PatchProjection(torch.nn.Module):
         return linear(pixel_values.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
-def encode_packed(
-    tower: Any, projector: Any, pixels: torch.Tensor | None, grids: Sequence[Grid], divided_over: Group | None
-) -> list[torch.Tensor]:
-    """Return `projector(*tower(pixels, grids))` for a micro-batch's images and videos.
+@dataclass(frozen=True)
+class PackedImages:
+    """The frames of images and videos that this rank encodes, whose patches lie in one sequence.
 
-    Args:
-        tower: module that takes packed patches and grids; its `config` has sizes.
-        projector: module that takes what the tower returns, and returns one or more tensors [features, H].
-        pixels: [P, patch features], the same on every tensor rank; they may be on the host. None encodes one blank
-            image, whose features nobody reads.
-        grids: frames, rows and columns of patches of each image or video.
-        divided_over: group of ranks that each hold full copies of both modules and encode some of the frames; None
-            encodes all frames on this rank.
-
-    Returns:
-        Features of all frames on every rank.
+    Attributes:
+        frames: (1, height, width) in patches of each, known on the host; a blank one where there is none to encode.
+        merge_size: patches per side of a block.
+        device: device of the patches.
+        division: how the frames are divided over the tensor ranks; None where every rank encodes all.
     """
-    config = tower.config
-    merge = config.spatial_merge_size
-    blank = [(1, merge, merge)]
-    if pixels is None:
-        grids, pixels = blank, torch.zeros((merge**2, config.patch_features))
-    pixels = pixels.to(next(tower.parameters()).device, non_blocking=True)
-    if divided_over is None:
-        return projector(*tower(pixels, grids))
-    frames = split_frames(grids)
-    patches = [math.prod(frame) for frame in frames]
-    # Multiply-adds of a layer: those of linears grow with the number of patches, those of attention with its square.
-    costs = [count * (config.layer_weights + 2 * count * config.hidden_size) for count in patches]
-    division = ImageDivision(patches, costs, divided_over)
-    own_frames = [frames[index] for index in division.own] or blank
-    features = projector(*tower(division.take(pixels, merge**2), own_frames))
-    # One exchange gathers all of the projector's outputs.
-    return list(division.gather(torch.cat(features, dim=1), merge**2).chunk(len(features), dim=1))
+
+    frames: tuple[Grid, ...]
+    merge_size: int
+    device: torch.device
+    division: ImageDivision | None = None
+
+    @classmethod
+    def of(
+        cls,
+        config: ImageEncoderConfig,
+        grids: Sequence[Grid],
+        device: torch.device,
+        divided_over: Group | None = None,
+    ) -> PackedImages:
+        """Return what this rank encodes of a micro-batch.
+
+        Args:
+            config: configuration of the tower.
+            grids: frames, rows and columns of patches of each image or video.
+            device: device of the patches.
+            divided_over: group of ranks that each hold full copies of tower and projector and encode some of the
+                frames.
+        """
+        frames, division = split_frames(grids), None
+        if divided_over is not None and frames:
+            patches = [math.prod(frame) for frame in frames]
+            # Multiply-adds of a layer: those of linears grow with the number of patches, those of attention with its
+            # square.
+            costs = [count * (config.layer_weights + 2 * count * config.hidden_size) for count in patches]
+            division = ImageDivision(patches, costs, divided_over)
+            frames = [frames[index] for index in division.own]
+        return cls(tuple(frames) or (config.blank_frame,), config.spatial_merge_size, device, division)
+
+    @property
+    def num_patches(self) -> int:
+        """Number of patches that this rank encodes."""
+        return sum(map(math.prod, self.frames))
+
+    @cached_property
+    def positions(self) -> PatchPositions:
+        """Positions of the patches in their frames."""
+        return patch_positions(self.frames, self.merge_size, self.device)
+
+    @cached_property
+    def segments(self) -> Segments:
+        """Frames as segments of the sequence: a patch attends to its own."""
+        return Segments(tuple(map(math.prod, self.frames)), self.device)
+
+    def take(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return rows of the pixels of the frames that this rank encodes, or of a blank frame in zeros.
+
+        Args:
+            pixels: pixels of all frames, the same on every tensor rank; a row is a patch or an image.
+        """
+        if self.division is None:
+            return pixels
+        patches_per_row = sum(self.division.patches) // len(pixels)
+        return self.division.take(pixels, patches_per_row, self.num_patches // patches_per_row)
+
+    def gather(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return features [T, H] of all frames on every rank, from those of the frames that this one encodes."""
+        if self.division is None:
+            return list(features)
+        # One exchange gathers all of the projector's outputs.
+        gathered = self.division.gather(torch.cat(tuple(features), dim=1), self.merge_size**2)
+        return list(gathered.chunk(len(features), dim=1))

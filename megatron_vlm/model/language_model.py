@@ -27,9 +27,9 @@ from megatron_vlm.parallel.stage_state import StageState
 
 
 class LanguageModelChunk(torch.nn.Module):
-    """The decoder layers of one chunk, the embedding on the first and what the head needs on the last.
+    """The decoder layers of one chunk, the embedding where the decoder begins, and what the head needs on the last.
 
-    First and last chunk both hold a tied embedding; the gradients of the copies are summed.
+    The last chunk also holds a tied embedding; the gradients of the copies are summed.
 
     Args:
         text: configuration of the language model.
@@ -59,7 +59,7 @@ class LanguageModelChunk(torch.nn.Module):
         self.recompute_layers = chunk.recompute == "full"
         has_experts = any(layer.moe is not None for layer in text.layers)
         self.expert_use = ExpertUse(text.layers, chunk, group) if has_experts else None
-        if chunk.is_first or (chunk.is_last and text.tie_word_embeddings):
+        if chunk.has_embedding or (chunk.is_last and text.tie_word_embeddings):
             self.embed_tokens = TokenEmbedding(
                 text.vocab_size,
                 text.hidden_size,
@@ -70,7 +70,7 @@ class LanguageModelChunk(torch.nn.Module):
             )
             # The head adds its part of the gradient to `main_grad` itself; megatron-core must then still add that of
             # the lookup, which exists where one chunk has both.
-            self.embed_tokens.weight.zero_out_wgrad = chunk.is_first and chunk.is_last and text.tie_word_embeddings
+            self.embed_tokens.weight.zero_out_wgrad = chunk.has_embedding and chunk.is_last and text.tie_word_embeddings
         self.layers = torch.nn.ModuleDict({str(index): make_layer(index) for index in chunk.layers})
         if chunk.is_last:
             self.norm = residual_norm(text, chunk, zero_centered_norm)
@@ -88,6 +88,8 @@ class LanguageModelChunk(torch.nn.Module):
 
     def run(self, state: StageState, batch: MicroBatch) -> StageState:
         """Run this chunk's layers on the state that the layer before them left."""
+        if not self.layers:
+            return state
         inputs = self.layer_inputs(batch, state.hidden.dtype)
         for name, layer in self.layers.items():
             index = int(name)

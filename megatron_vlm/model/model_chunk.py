@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from megatron.core.enums import ModelType
@@ -11,55 +12,113 @@ from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_vlm.data.collate import NO_LOSS, MicroBatch
-from megatron_vlm.layers.patches import encode_packed
+from megatron_vlm.data.media import PIXELS
+from megatron_vlm.layers.patches import PackedImages
 from megatron_vlm.model.language_model import LanguageModelChunk
+from megatron_vlm.model.vision_tower import VisionTowerChunk, tower_boundary
+from megatron_vlm.model_configs import VisionLanguageConfig
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.parameters import redeclare
-from megatron_vlm.parallel.stage_state import Boundary, StageState, pack, unpack
+from megatron_vlm.parallel.stage_state import Boundary, StageState, pack, unpack, with_zero_gradient
 
 
 class ModelChunk(MegatronModule):
     """One pipeline chunk of a model; a family adds `language_model`, its towers, `embed`, and what it carries.
 
     Args:
+        config: configuration of the model.
         chunk: settings of the pipeline chunk.
         groups: process groups.
-        has_vision: whether the model has a vision tower, on whichever stage it is.
+
+    Attributes:
+        tower_trains: whether the vision tower has anything to train, on whichever chunks it is: gradients of patches
+            are computed only then.
     """
 
     model_type = ModelType.encoder_or_decoder
     # megatron-core must not sum gradients of tied embeddings: `parallel.gradients` does that for all copies alike.
     share_embeddings_and_output_weights = False
     language_model: LanguageModelChunk
-    vision_tower: torch.nn.Module
+    vision_tower: VisionTowerChunk
     projector: torch.nn.Module
 
-    def __init__(self, chunk: ChunkSettings, groups: ProcessGroupCollection, has_vision: bool) -> None:
+    def __init__(self, config: VisionLanguageConfig, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
         super().__init__(chunk.mcore_config)
-        self.groups = groups
+        self.groups, self.vision = groups, config.vision if "vision_tower" in config.parts else None
         self.first_layer, self.end_layer = chunk.num_layers_before, chunk.num_layers_before + len(chunk.layers)
         self.pre_process, self.post_process, self.vp_stage = chunk.is_first, chunk.is_last, chunk.virtual_stage
+        self.has_embedding, self.tower_layers = chunk.has_embedding, chunk.tower_layers
         self.divides_images = chunk.vision_parallelism == "data" and groups.tp.size() > 1
         # Ranks over which each layer of a tower is sharded.
         self.tower_group = groups.single_rank if self.divides_images else groups.tp
         # A micro-batch without images skips the tower, or encodes a blank image whose features nobody reads.
-        self.always_encodes = chunk.overlapped and has_vision
+        self.always_encodes = chunk.overlapped and self.vision is not None
+        self.tower_trains = True
         self.input_tensor: torch.Tensor | None = None
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Return what the next chunk needs, [rows, B, H], or on the last chunk each token's loss in fp32, [B, S]."""
-        if self.pre_process:
-            state = self.embed(batch)
-        else:
-            assert self.input_tensor is not None
-            state = unpack(self.input_tensor, self.boundary(self.first_layer, batch))
+        state = None if self.pre_process else unpack(self._received, self.boundary_before(batch))
+        if state is None or self.tower_layers is not None:
+            state = self._until_embedded(state, batch)
         state = self.language_model.run(state, batch)
         if self.post_process:
             return self.losses(state, batch)
-        return pack(state, self.boundary(self.end_layer, batch), self.input_tensor)
+        return pack(state, self.boundary_after(batch), self.input_tensor)
 
-    def embed(self, batch: MicroBatch) -> StageState:
-        """Return the input of the first decoder layer: tokens and media as one sequence."""
+    @property
+    def _received(self) -> torch.Tensor:
+        assert self.input_tensor is not None
+        return self.input_tensor
+
+    def _until_embedded(self, state: StageState | None, batch: MicroBatch) -> StageState:
+        """Run this chunk's part of the vision tower, and begin the sequence on the chunk with the embedding.
+
+        Args:
+            state: patches that the tower's layers before left; None on the first chunk.
+            batch: the micro-batch.
+        """
+        images = self.packed_images(batch)
+        patches_train = images is not None and self.tower_trains
+        if state is not None and not patches_train:
+            state = StageState(state.hidden.detach(), {name: tap.detach() for name, tap in state.carried.items()})
+        if images is not None:
+            state = self.vision_tower(self._pixels(batch, images) if state is None else state, images)
+        if self.has_embedding:
+            features: list[torch.Tensor] = []
+            if images is not None:
+                assert state is not None
+                features = images.gather(self.image_projector(*self.vision_tower.finish(state)))
+            state = self.embed(batch, features)
+        elif state is None:
+            shape, dtype = self.boundary_after(batch).hidden, self.config.params_dtype
+            state = StageState(torch.zeros(shape, dtype=dtype, device=batch.labels.device))
+        if self.pre_process or patches_train:
+            return state
+        return replace(state, hidden=with_zero_gradient(state.hidden, self._received))
+
+    def _pixels(self, batch: MicroBatch, images: PackedImages) -> torch.Tensor:
+        """Return the pixels that this rank encodes, on its device."""
+        assert self.vision is not None
+        pixels = batch.media_inputs.get(PIXELS)
+        assert (pixels is None) != bool(batch.grids), "pixels belong on the first stage"
+        pixels = torch.zeros(self.vision.blank_pixels) if pixels is None else images.take(pixels)
+        return pixels.to(images.device, non_blocking=True)
+
+    def packed_images(self, batch: MicroBatch) -> PackedImages | None:
+        """Return the images and videos of a micro-batch that this rank encodes; None if none is encoded."""
+        if self.vision is None or not (batch.grids or self.always_encodes):
+            return None
+        divided_over = self.groups.tp if self.divides_images else None
+        return PackedImages.of(self.vision, batch.grids, batch.labels.device, divided_over)
+
+    def embed(self, batch: MicroBatch, features: Sequence[torch.Tensor]) -> StageState:
+        """Return the input of the first decoder layer: tokens and media as one sequence.
+
+        Args:
+            batch: the micro-batch.
+            features: the projector's features of images and videos [T, H]; empty if none is encoded.
+        """
         raise NotImplementedError
 
     def losses(self, state: StageState, batch: MicroBatch) -> torch.Tensor:
@@ -71,6 +130,22 @@ class ModelChunk(MegatronModule):
         if use is not None and state.scalars is not None:
             losses_BS = use.with_balancing(losses_BS, batch.labels != NO_LOSS, state.scalars)
         return losses_BS
+
+    def boundary_before(self, batch: MicroBatch) -> Boundary:
+        """Return what this chunk receives from the one before it."""
+        if self.tower_layers is None:
+            return self.boundary(self.first_layer, batch)
+        return self._tower_boundary(self.tower_layers.start, batch)
+
+    def boundary_after(self, batch: MicroBatch) -> Boundary:
+        """Return what this chunk sends to the one after it."""
+        if self.tower_layers is None or self.has_embedding:
+            return self.boundary(self.end_layer, batch)
+        return self._tower_boundary(self.tower_layers.stop, batch)
+
+    def _tower_boundary(self, layer: int, batch: MicroBatch) -> Boundary:
+        assert self.vision is not None
+        return tower_boundary(self.vision, layer, self.packed_images(batch))
 
     def boundary(self, layer: int, batch: MicroBatch) -> Boundary:
         """Return what is sent to the chunk that begins with a decoder layer (global id).
@@ -108,21 +183,14 @@ class ModelChunk(MegatronModule):
             x_SBH.requires_grad_()
         return StageState(x_SBH, carried or {}, use.start(x_BSH.device) if use is not None else None)
 
-    def packed_features(self, batch: MicroBatch) -> list[torch.Tensor]:
-        """Return the projector's features of a micro-batch's packed images and videos; empty if none is encoded."""
-        if not (batch.grids or self.always_encodes):
-            return []
-        pixels = batch.media_inputs.get("pixel_values")
-        divided_over = self.groups.tp if self.divides_images else None
-        return encode_packed(self.vision_tower, self.image_projector, pixels, batch.grids, divided_over)
-
     @property
     def image_projector(self) -> torch.nn.Module:
         """The projector of images; a family with several projectors has them as submodules."""
         return self.projector
 
-    def mark_tower(self, *towers: torch.nn.Module) -> None:
-        """Declare towers replicated with partial gradients, where each tensor rank encodes only some of the images."""
+    def mark_tower(self) -> None:
+        """Declare tower and projector of images replicated with partial gradients, where ranks divide the images."""
+        modules = (self.vision_tower, *((self.image_projector,) if self.has_embedding else ()))
         if self.divides_images:
-            for parameter in (parameter for tower in towers for parameter in tower.parameters()):
+            for parameter in (parameter for module in modules for parameter in module.parameters()):
                 redeclare(parameter, tensor_dim=None, partial=True)

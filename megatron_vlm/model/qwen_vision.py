@@ -19,11 +19,13 @@ from torch.nn.functional import embedding_bag
 from megatron_vlm.layers.linear import Group, RowParallelLinear, SectionedColumnParallelLinear, column_parallel
 from megatron_vlm.layers.mlp import MLP
 from megatron_vlm.layers.norm import LayerNorm
-from megatron_vlm.layers.patches import Grid, PatchPositions, PatchProjection, patch_positions, split_frames
-from megatron_vlm.layers.recompute import run_layer
+from megatron_vlm.layers.patches import PackedImages, PatchPositions, PatchProjection
 from megatron_vlm.layers.rope import geometric_frequencies
+from megatron_vlm.model.vision_tower import VisionTowerChunk, tap_name
 from megatron_vlm.model_configs import TowerConfig
+from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.parameters import declare, normal
+from megatron_vlm.parallel.stage_state import StageState
 from vlm_kernels.packed_attention import Segments, packed_attention
 from vlm_kernels.rope import RopeTable, qk_norm_rope
 
@@ -42,7 +44,6 @@ class QwenVisionConfig(TowerConfig):
 
     patch_size: int
     temporal_patch_size: int
-    spatial_merge_size: int
     num_positions_per_side: int
     out_hidden_size: int
     deepstack_layers: tuple[int, ...]
@@ -57,6 +58,11 @@ class QwenVisionConfig(TowerConfig):
     def layer_weights(self) -> int:
         """Number of a layer's weights that each patch is multiplied with."""
         return 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Layers whose outputs become DeepStack features."""
+        return self.deepstack_layers
 
     @property
     def projector_hidden_size(self) -> int:
@@ -132,7 +138,7 @@ class VisionLayer(torch.nn.Module):
         return x_PH + self.mlp(self.norm2(x_PH))
 
 
-class VisionTower(torch.nn.Module):
+class VisionTower(VisionTowerChunk):
     """A tower whose heads and feed-forward columns are split over `group`: one rank where frames are split instead.
 
     Patch projection, positions and norms are replicated: they are about 1 % of the tower, and every rank needs their
@@ -140,46 +146,37 @@ class VisionTower(torch.nn.Module):
 
     Args:
         config: configuration of the tower.
-        mcore_config: megatron-core settings without sequence parallelism.
+        chunk: settings of the pipeline chunk.
         group: process group over which each layer is sharded.
-        recompute: compute each layer again in the backward pass.
     """
 
-    def __init__(
-        self, config: QwenVisionConfig, mcore_config: TransformerConfig, group: Group, recompute: bool
-    ) -> None:
-        super().__init__()
-        self.config, self.recompute = config, recompute
-        self.patch_embed = torch.nn.Module()
-        kernel = (config.num_channels, config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.patch_embed.proj = PatchProjection(kernel, config.hidden_size, mcore_config.params_dtype, bias=True)
-        self.pos_embed = PositionTable(config, mcore_config.params_dtype)
-        self.blocks = torch.nn.ModuleList(
-            VisionLayer(config, mcore_config, group) for _ in range(config.num_hidden_layers)
-        )
+    def __init__(self, config: QwenVisionConfig, chunk: ChunkSettings, group: Group) -> None:
+        super().__init__(config, chunk)
+        self.config, mcore_config = config, chunk.tower_mcore_config
+        if chunk.is_first:
+            self.patch_embed = torch.nn.Module()
+            kernel = (config.num_channels, config.temporal_patch_size, config.patch_size, config.patch_size)
+            self.patch_embed.proj = PatchProjection(kernel, config.hidden_size, mcore_config.params_dtype, bias=True)
+            self.pos_embed = PositionTable(config, mcore_config.params_dtype)
+        self.blocks = self.make_layers(lambda: VisionLayer(config, mcore_config, group))
 
-    def forward(self, pixel_values: torch.Tensor, grids: Sequence[Grid]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Encode packed patches.
+    @property
+    def layers(self) -> torch.nn.ModuleDict:
+        """This chunk's layers."""
+        return self.blocks
 
-        Args:
-            pixel_values: [P, patch features], in blocks of merge x merge patches.
-            grids: (frames, height, width) in patches of each image or video, known on the host.
+    def start(self, pixels: torch.Tensor, images: PackedImages) -> torch.Tensor:
+        """Map [P, patch features] to [P, H]."""
+        patches: torch.Tensor = self.patch_embed.proj(pixels)  # type: ignore[operator]
+        return patches + self.pos_embed(images.positions).to(patches.dtype)
 
-        Returns:
-            Output of the last layer [P, H], and the outputs of `deepstack_layers` [P, H].
-        """
-        config, frames = self.config, split_frames(grids)
-        positions = patch_positions(frames, config.spatial_merge_size, pixel_values.device)
-        segments = Segments(tuple(height * width for _, height, width in frames), pixel_values.device)
-        rope = patch_rope(positions, config.hidden_size // config.num_attention_heads)
-        patches = self.patch_embed.proj(pixel_values)  # type: ignore[operator]
-        x_PH = patches + self.pos_embed(positions).to(patches.dtype)
-        taps = []
-        for index, block in enumerate(self.blocks):
-            x_PH = run_layer(block, x_PH, rope, segments, recompute=self.recompute)
-            if index in config.deepstack_layers:
-                taps.append(x_PH)
-        return x_PH, taps
+    def layer_inputs(self, images: PackedImages, dtype: torch.dtype) -> tuple[RopeTable, Segments]:
+        """Return the rotary table, and frames as segments."""
+        return patch_rope(images.positions, self.config.hidden_size // self.config.num_attention_heads), images.segments
+
+    def finish(self, state: StageState) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return the output of the last layer, and those of `deepstack_layers`, [P, H] each."""
+        return state.hidden, [state.carried[tap_name(layer)] for layer in sorted(self.taps)]
 
 
 class Merger(MLP):

@@ -11,6 +11,7 @@ import torch
 
 from megatron_vlm.config import PART_NAMES
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.model.model_chunk import ModelChunk
 
 _SHOWN_NAMES = 3
 
@@ -45,6 +46,10 @@ class Trainable:
 
     def freeze(self, chunks: Iterable[torch.nn.Module]) -> None:
         """Switch off gradients of parameters that do not train."""
+        chunks = list(chunks)
+        for chunk in chunks:
+            if isinstance(chunk, ModelChunk):
+                chunk.tower_trains = "vision_tower" not in self.entries
         for name, parameter in (named for chunk in chunks for named in chunk.named_parameters()):
             if not self.trains(name):
                 parameter.requires_grad_(False)

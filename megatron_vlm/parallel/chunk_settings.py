@@ -46,10 +46,12 @@ class ChunkSettings:
     Attributes:
         layers: global ids of its decoder layers.
         num_layers_before: number of decoder layers in all chunks before it.
-        is_first: whether it holds the embedding and the towers.
+        is_first: whether no chunk is before it; images enter there.
         is_last: whether it holds the final norm and the head.
         virtual_stage: its index among this rank's chunks; None without virtual stages.
         mcore_config: megatron-core settings of the language model.
+        has_embedding: whether it holds the embedding, the projector and an audio tower.
+        tower_layers: global ids of the vision tower's layers that it holds; None where it holds no part of a tower.
         recompute: which activations are computed again in the backward pass.
         vision_parallelism: whether tensor ranks split the layers of the vision tower (tensor) or the images (data).
         moe: settings of mixture-of-experts layers.
@@ -65,6 +67,8 @@ class ChunkSettings:
     is_last: bool
     virtual_stage: int | None
     mcore_config: TransformerConfig
+    has_embedding: bool = True
+    tower_layers: range | None = None
     recompute: Literal["none", "selective", "full"] = "none"
     vision_parallelism: Literal["tensor", "data"] = "tensor"
     moe: MoESettings = field(default_factory=MoESettings)

@@ -33,7 +33,7 @@ def finalize_gradients(
     megatron_finalize(list(model), num_tokens, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
     partial: list[torch.Tensor] = []
     partial_of_experts: list[torch.Tensor] = []
-    copies: dict[str, dict[str, list[torch.Tensor]]] = {"first_and_last": {}, "all": {}}
+    copies: dict[str, dict[str, list[torch.Tensor]]] = {"embedding_and_head": {}, "all": {}}
     for chunk in model:
         for name, parameter in chunk.named_parameters():
             gradient = getattr(parameter, "main_grad", parameter.grad)
@@ -46,7 +46,7 @@ def finalize_gradients(
                 copies[spec.stages].setdefault(name, []).append(gradient)
     _sum(partial, pg_collection.tp)
     _sum(partial_of_experts, pg_collection.expt_tp)
-    _sum_copies(copies["first_and_last"], pg_collection.embd)
+    _sum_copies(copies["embedding_and_head"], pg_collection.embd)
     _sum_copies(copies["all"], pg_collection.pp)
 
 

@@ -61,7 +61,7 @@ def build_groups(layout: Layout, timeout: timedelta | None = None) -> ProcessGro
     groups.tp_ep_pp = groups.tp_ep_pp_with_egtp_remat = own.along(expert_grid, "expt_tp", "ep", "pp")
     groups.gtp_remat = groups.expt_gtp_remat = None
     groups.single_rank = own.of([torch.distributed.get_rank()])
-    groups.embd, groups.pos_embd = own.embedding_groups(groups)
+    groups.embd, groups.pos_embd = own.embedding_groups(groups, layout.embedding_rank)
     return groups
 
 
@@ -89,15 +89,15 @@ class _OwnGroups:
         return self._made[key]
 
     def embedding_groups(
-        self, groups: ProcessGroupCollection
+        self, groups: ProcessGroupCollection, embedding_rank: int
     ) -> tuple[torch.distributed.ProcessGroup | None, torch.distributed.ProcessGroup | None]:
-        """Return (first and last stage, which hold tied embeddings; first stage only), with None on other stages."""
+        """Return (stages that hold copies of a tied embedding; first stage only), with None on other stages."""
         stages = torch.distributed.get_process_group_ranks(groups.pp)
-        first, last = stages[0], stages[-1]
+        holders = {stages[embedding_rank], stages[-1]}
         rank = torch.distributed.get_rank()
-        # Each stage in between makes a group of itself, which nobody uses, so that all ranks make equally many.
-        made = self._make(sorted({first, last}) if rank in (first, last) else [rank])
-        return made if rank in (first, last) else None, groups.single_rank if rank == first else None
+        # Each other stage makes a group of itself, which nobody uses, so that all ranks make equally many.
+        made = self._make(sorted(holders) if rank in holders else [rank])
+        return made if rank in holders else None, groups.single_rank if rank == stages[0] else None
 
     def _make(self, ranks: Sequence[int]) -> torch.distributed.ProcessGroup:
         made = torch.distributed.new_group(list(ranks), use_local_synchronization=True, **self._options)

@@ -1,6 +1,6 @@
 """Images split over the tensor ranks: each rank encodes some with a full tower, then all ranks exchange features.
 
-Shapes: R rows of pixels (one row per image, or one per patch), T rows of features.
+Shapes: R rows of pixels (one row per image, or one per patch), T rows of features (one per block of patches).
 """
 
 from __future__ import annotations
@@ -34,29 +34,30 @@ class ImageDivision:
     a blank one, whose gradients are zero because nobody reads its features.
 
     Args:
-        rows: number of rows of `pixels` that each image (or frame of a video) has; at least one image.
+        patches: number of patches of each image (or frame of a video); at least one image.
         costs: cost of encoding each image, in any unit.
         group: process group over which the images are split.
     """
 
-    def __init__(self, rows: Sequence[int], costs: Sequence[int], group: torch.distributed.ProcessGroup) -> None:
-        self.rows, self.group = list(rows), group
+    def __init__(self, patches: Sequence[int], costs: Sequence[int], group: torch.distributed.ProcessGroup) -> None:
+        self.patches, self.group = list(patches), group
         self.assigned = assign_images(costs, group.size())
         self.own = self.assigned[group.rank()]
 
-    def take(self, pixels: torch.Tensor, blank_rows: int) -> torch.Tensor:
+    def take(self, pixels: torch.Tensor, patches_per_row: int, blank_rows: int) -> torch.Tensor:
         """Return rows of this rank's images, or `blank_rows` rows of zeros if it has none.
 
         Args:
             pixels: [R, ...], the concatenated images, the same on every rank.
+            patches_per_row: number of patches that one row of `pixels` is.
             blank_rows: number of rows of the smallest image.
         """
         if not self.own:
             return pixels.new_zeros((blank_rows, *pixels.shape[1:]))
-        images = pixels.split(self.rows)
+        images = pixels.split([patches // patches_per_row for patches in self.patches])
         return torch.cat([images[image] for image in self.own])
 
-    def gather(self, features: torch.Tensor, rows_per_feature: int = 1) -> torch.Tensor:
+    def gather(self, features: torch.Tensor, patches_per_feature: int) -> torch.Tensor:
         """Return the features of all images on every rank, [T, ...], in the order of the images.
 
         Each rank continues with the same full features and gets the same full gradient for them, so the backward pass
@@ -64,9 +65,9 @@ class ImageDivision:
 
         Args:
             features: features of the images that `take` returned.
-            rows_per_feature: number of rows of `pixels` that make one row of `features`.
+            patches_per_feature: number of patches that make one row of `features`.
         """
-        sizes = [rows // rows_per_feature for rows in self.rows]
+        sizes = [patches // patches_per_feature for patches in self.patches]
         totals = [sum(sizes[image] for image in images) for images in self.assigned]
         # Ranks send equally many rows: gloo cannot gather unequal parts, and NCCL sends those one after the other.
         largest = max(totals)

@@ -2,7 +2,8 @@
 
 A pipeline of `pipeline_size` ranks with `virtual_size` chunks each has `pipeline_size * virtual_size` global chunks.
 Chunk c is run by pipeline rank `c % pipeline_size` as its virtual stage `c // pipeline_size`, as in megatron-core. The
-embedding and the towers belong to chunk 0, the final norm and the head to the last chunk, whatever the layers are.
+layers of a vision tower lie on chunk 0, or on the first few chunks; the embedding, the projector and an audio tower
+belong to the last of these, the final norm and the head to the last chunk, whatever the decoder layers are.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class Layout:
         expert_size: number of ranks over which the experts are split.
         expert_tensor_size: number of ranks over which each expert is sharded.
         chunks: global ids of the decoder layers of every global chunk; empty where only groups of ranks matter.
+        tower_counts: number of the vision tower's layers on each chunk that has any part of it; empty for a tower that
+            is whole on chunk 0.
     """
 
     tensor_size: int = 1
@@ -40,6 +43,7 @@ class Layout:
     expert_size: int = 1
     expert_tensor_size: int = 1
     chunks: tuple[tuple[int, ...], ...] = ()
+    tower_counts: tuple[int, ...] = ()
 
     @classmethod
     def over(
@@ -49,6 +53,7 @@ class Layout:
         num_layers: int = 0,
         virtual_size: int = 1,
         pipeline_layout: Sequence[int] | None = None,
+        vision_pipeline_layout: Sequence[int] | None = None,
         tensor_size: int = 1,
         sequence_parallel: bool = False,
         pipeline_size: int = 1,
@@ -63,6 +68,7 @@ class Layout:
             num_layers: decoder layers to assign; 0 leaves `chunks` empty.
             virtual_size: number of chunks of each pipeline rank.
             pipeline_layout: see `assign_layers`.
+            vision_pipeline_layout: see `tower_chunks`.
             tensor_size: see `Layout`.
             sequence_parallel: see `Layout`.
             pipeline_size: see `Layout`.
@@ -92,7 +98,10 @@ class Layout:
                 f"{expert_tensor_size}",
                 fix=f"start a multiple of {lcm(ranks_of_experts * pipeline_size, model_size)} ranks",
             )
-        chunks = assign_layers(num_layers, pipeline_size, virtual_size, pipeline_layout) if num_layers else []
+        tower_counts = tower_chunks(vision_pipeline_layout, pipeline_size * virtual_size)
+        chunks: list[list[int]] = []
+        if num_layers:
+            chunks = assign_layers(num_layers, pipeline_size, virtual_size, pipeline_layout, tower_counts)
         return cls(
             tensor_size,
             sequence_parallel,
@@ -102,6 +111,7 @@ class Layout:
             expert_size,
             expert_tensor_size,
             tuple(map(tuple, chunks)),
+            tower_counts,
         )
 
     @property
@@ -123,6 +133,28 @@ class Layout:
     def num_layers(self) -> int:
         """Number of decoder layers of the full model."""
         return sum(map(len, self.chunks))
+
+    @property
+    def embedding_chunk(self) -> int:
+        """Global id of the chunk with the embedding and the projector: the last with a part of the vision tower."""
+        return _embedding_chunk(self.tower_counts)
+
+    @property
+    def embedding_rank(self) -> int:
+        """Pipeline rank of that chunk."""
+        return self.embedding_chunk % self.pipeline_size
+
+    def tower_layers(self, chunk: int, num_layers: int) -> range | None:
+        """Return the vision tower's layers on a chunk; None on chunks behind the embedding.
+
+        Args:
+            chunk: global id of the chunk.
+            num_layers: number of layers of the full tower.
+        """
+        if chunk > self.embedding_chunk:
+            return None
+        counts = self.tower_counts or (num_layers,)
+        return range(sum(counts[:chunk]), sum(counts[: chunk + 1]))
 
     def chunks_of(self, pipeline_rank: int) -> list[int]:
         """Return the global ids of one pipeline rank's chunks, in the order of its virtual stages."""
@@ -153,8 +185,26 @@ class Layout:
         return text
 
 
+def tower_chunks(layout: Sequence[int] | None, num_chunks: int) -> tuple[int, ...]:
+    """Return the number of the vision tower's layers on each chunk up to the one with its last layer.
+
+    Args:
+        layout: number of layers of each of the first chunks, zeros allowed; None for a tower that is whole on chunk 0.
+        num_chunks: number of chunks of the pipeline.
+    """
+    counts = list(layout or ())
+    assert len(counts) <= num_chunks and min(counts, default=0) >= 0, "the configuration was checked"
+    while counts and not counts[-1]:
+        counts.pop()
+    return tuple(counts)
+
+
 def assign_layers(
-    num_layers: int, pipeline_size: int, virtual_size: int = 1, layout: Sequence[int] | None = None
+    num_layers: int,
+    pipeline_size: int,
+    virtual_size: int = 1,
+    layout: Sequence[int] | None = None,
+    tower_counts: Sequence[int] = (),
 ) -> list[list[int]]:
     """Return the global layer ids of every global chunk, in chunk order.
 
@@ -164,15 +214,19 @@ def assign_layers(
         virtual_size: number of chunks per pipeline rank.
         layout: number of layers of each chunk, zeros allowed; None splits evenly, with the remainder on the chunks
             in the middle, because the first also holds the towers and the last the head.
+        tower_counts: see `Layout`; chunks before the embedding hold no decoder layers.
 
     Returns:
         `pipeline_size * virtual_size` lists of consecutive layer ids which together are `range(num_layers)`.
 
     Raises:
-        ConfigError: the layout's length or sum is wrong, or the even split would leave a chunk empty.
+        ConfigError: the layout's length or sum is wrong, it has layers before the embedding, or the even split would
+            leave a chunk empty.
     """
     num_chunks = pipeline_size * virtual_size
-    counts = _even_counts(num_layers, num_chunks) if layout is None else list(layout)
+    embedding_chunk = _embedding_chunk(tower_counts)
+    without = [0] * embedding_chunk
+    counts = without + _even_counts(num_layers, num_chunks - embedding_chunk) if layout is None else list(layout)
     if len(counts) != num_chunks:
         raise ConfigError(
             f"parallel.pipeline_layout has {len(counts)} entries",
@@ -183,8 +237,18 @@ def assign_layers(
             f"parallel.pipeline_layout {counts} sums to {sum(counts)}, the model has {num_layers} decoder layers",
             fix=f"give {num_chunks} numbers of at least 0 that sum to {num_layers}",
         )
+    if counts[:embedding_chunk] != without:
+        raise ConfigError(
+            f"parallel.pipeline_layout {counts} has decoder layers before the embedding, which "
+            f"parallel.vision_pipeline_layout puts on chunk {embedding_chunk}",
+            fix=f"begin it with {embedding_chunk} zeros, or set it to null",
+        )
     ends = [sum(counts[: chunk + 1]) for chunk in range(num_chunks)]
     return [list(range(end - count, end)) for count, end in zip(counts, ends, strict=True)]
+
+
+def _embedding_chunk(tower_counts: Sequence[int]) -> int:
+    return max(1, len(tower_counts)) - 1
 
 
 def _even_counts(num_layers: int, num_chunks: int) -> list[int]:

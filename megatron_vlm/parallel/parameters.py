@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 Kind = Literal["matrix", "table", "vector", "buffer"]
-Stages = Literal["one", "first_and_last", "all"]
+Stages = Literal["one", "embedding_and_head", "all"]
 Initial = Callable[[torch.Tensor, float, torch.Generator], object]
 """A function that fills an unsharded tensor in place, given a standard deviation and the parameter's generator."""
 
@@ -66,8 +66,9 @@ class ParameterSpec:
             the ranks of `expt_dp`.
         partial: whether each tensor rank's gradient is partial, from some heads, some of the sequence or some images;
             the parts are summed over the tensor ranks (of an expert, the expert-tensor ranks) once per step.
-        stages: pipeline chunks that hold a copy. Gradients of copies are summed over them, and the first chunk's copy
-            counts in the gradient norm and in checkpoints. With `all`, every chunk must compute with its copy.
+        stages: pipeline chunks that hold a copy. Gradients of copies are summed over them, and that of the embedding's
+            chunk, or of `all` the first chunk's, counts in the gradient norm and in checkpoints. With `all`, every
+            chunk must compute with its copy.
     """
 
     kind: Kind
@@ -123,16 +124,18 @@ def spec_of(parameter: torch.nn.Parameter, name: str = "a parameter") -> Paramet
     return spec
 
 
-def mark_copies(chunk: torch.nn.Module, is_first: bool) -> None:
+def mark_copies(chunk: torch.nn.Module, is_first: bool, has_embedding: bool) -> None:
     """Mark the parameters of which other pipeline chunks hold copies, for megatron-core.
 
-    Each gets a bucket of its own, so that all copies are split alike over data ranks, and only the first chunk's copy
-    counts in the gradient norm and is saved.
+    Each gets a bucket of its own, so that all copies are split alike over data ranks, and only the copy of one chunk
+    counts in the gradient norm and is saved (`ParameterSpec.stages`).
     """
+    counts = {"embedding_and_head": has_embedding, "all": is_first}
     for parameter in chunk.parameters():
-        if spec_of(parameter).stages != "one":
+        stages = spec_of(parameter).stages
+        if stages != "one":
             parameter.shared_embedding = True  # type: ignore[attr-defined]
-            parameter.shared = not is_first  # type: ignore[attr-defined]
+            parameter.shared = not counts[stages]  # type: ignore[attr-defined]
 
 
 def _attach(parameter: torch.nn.Parameter, spec: ParameterSpec) -> None:

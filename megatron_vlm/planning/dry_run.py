@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,17 +145,29 @@ def _describe_layout(config: Config, model_config: Any, weight_map: WeightMap, l
         f"x {config.train.micro_batch_size} rows x {layout.data_size} data-parallel ranks",
     ]
     lines += _describe_experts(config, model_config, layout)
-    towers = [part for part in model_config.parts if part != "language_model"]
-    last = len(layout.chunks) - 1
-    for chunk, layers in enumerate(layout.chunks):
-        held = [f"layers {layers[0]}-{layers[-1]}" if layers else "no layers"]
-        held = ([*towers, "embedding"] if chunk == 0 else []) + held + (["head"] if chunk == last else [])
-        lines.append(f"  chunk {chunk} on pipeline rank {chunk % layout.pipeline_size}: {', '.join(held)}")
+    for chunk in range(len(layout.chunks)):
+        held = ", ".join(_held_parts(model_config, layout, chunk))
+        lines.append(f"  chunk {chunk} on pipeline rank {chunk % layout.pipeline_size}: {held}")
     if config.model.freeze:
         trainable = Trainable(config.model.freeze, buffers)
         trained = {name: shape for name, shape in shapes.items() if trainable.trains(name)}
         lines.append(f"frozen    all but {len(trained)} of {len(shapes)} tensors, {_millions(trained)} parameters")
     return "\n".join(lines)
+
+
+def _held_parts(model_config: Any, layout: Layout, chunk: int) -> Iterator[str]:
+    """Yield what a chunk holds."""
+    tower, layers = layout.tower_layers(chunk, model_config.num_tower_layers), layout.chunks[chunk]
+    if tower is not None and "vision_tower" in model_config.parts:
+        part = f" layers {tower.start}-{tower.stop - 1}" if tower else " without layers"
+        yield f"vision_tower{part}" if layout.tower_counts else "vision_tower"
+    if chunk == layout.embedding_chunk:
+        yield from (part for part in model_config.parts if part not in ("language_model", "vision_tower"))
+        yield "embedding"
+    if chunk >= layout.embedding_chunk:
+        yield f"layers {layers[0]}-{layers[-1]}" if layers else "no layers"
+    if chunk == len(layout.chunks) - 1:
+        yield "head"
 
 
 def _describe_experts(config: Config, model_config: Any, layout: Layout) -> list[str]:

@@ -39,7 +39,9 @@ class RankMemory:
         sent_bytes_per_step: what it sends to data-parallel ranks for a step: gradients, and parameters where the
             optimizer is distributed.
         received_bytes: what it receives from earlier stages for a token: in all, and of hidden states alone. By the
-            first layer (global id) of the chunk that receives it.
+            first decoder layer (global id) of the chunk that receives it.
+        received_patch_bytes: what it receives of a micro-batch's patches, by the first layer of the vision tower on the
+            chunk that receives it.
     """
 
     pipeline_rank: int
@@ -52,6 +54,7 @@ class RankMemory:
     sent_bytes: Mapping[str, int]
     sent_bytes_per_step: int
     received_bytes: Mapping[int, tuple[float, float]]
+    received_patch_bytes: Mapping[int, int]
 
     @property
     def total_bytes(self) -> int:
@@ -135,6 +138,7 @@ def estimate_memory(
                 sent_bytes_per_step=_data_parallel_bytes(config, dense, layout.data_size)
                 + _data_parallel_bytes(config, experts, layout.expert_data_size),
                 received_bytes=_received_bytes(config, layout, rank, stage.chunks),
+                received_patch_bytes=_received_patch_bytes(layout, rank, stage.chunks),
             )
         )
     return memory
@@ -212,7 +216,7 @@ def _received_bytes(
 ) -> dict[int, tuple[float, float]]:
     received = {}
     for number, chunk in zip(layout.chunks_of(pipeline_rank), chunks, strict=True):
-        if chunk.received is None:
+        if chunk.received is None or number <= layout.embedding_chunk:
             continue
         hidden, carried = chunk.received.hidden, chunk.received.carried.values()
         first_layer = sum(map(len, layout.chunks[:number]))
@@ -221,6 +225,15 @@ def _received_bytes(
         of_others = value_bytes(config) * sum(map(math.prod, carried)) / num_tokens
         received[first_layer] = of_hidden + of_others, of_hidden
     return received
+
+
+def _received_patch_bytes(layout: Layout, pipeline_rank: int, chunks: list[ChunkCounts]) -> dict[int, int]:
+    numbered = zip(layout.chunks_of(pipeline_rank), chunks, strict=True)
+    return {
+        sum(layout.tower_counts[:number]): chunk.received_bytes
+        for number, chunk in numbered
+        if 0 < number <= layout.embedding_chunk
+    }
 
 
 def _data_parallel_bytes(config: Config, trainable: int, copies: int) -> int:
@@ -258,7 +271,11 @@ def format_communication(memory: list[RankMemory]) -> Iterator[str]:
 
 
 def format_boundaries(memory: list[RankMemory]) -> Iterator[str]:
-    """Describe in one line what stages send each other, where that is more than hidden states."""
+    """Describe what stages send each other, where that is not only hidden states of tokens."""
+    patches = {layer: sent for entry in memory for layer, sent in entry.received_patch_bytes.items()}
+    if patches:
+        crossing = ", ".join(f"{sent:,} before layer {layer}" for layer, sent in sorted(patches.items()))
+        yield f"{'to a stage':13s} bytes of the vision tower's patches per micro-batch: {crossing}"
     received = {layer: sizes for entry in memory for layer, sizes in entry.received_bytes.items()}
     if any(total > hidden for total, hidden in received.values()):
         crossing = ", ".join(f"{total:,.0f} before layer {layer}" for layer, (total, _) in sorted(received.items()))

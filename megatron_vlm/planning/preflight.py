@@ -25,7 +25,7 @@ from megatron_vlm.files.small_files import replace_durably
 from megatron_vlm.model.trainable import Trainable, part_of
 from megatron_vlm.model.weight_map import WeightMap
 from megatron_vlm.model_configs import TowerConfig, VisionLanguageConfig
-from megatron_vlm.parallel.layout import Layout, assign_layers
+from megatron_vlm.parallel.layout import Layout, assign_layers, tower_chunks
 from megatron_vlm.planning.expert_checks import expert_problems, expert_rank_problems
 from megatron_vlm.planning.state_bytes import FP32_BYTES, optimizer_bytes, value_bytes
 
@@ -65,12 +65,18 @@ def check_layout(
     ]
     if names is not None:
         problems += _name_problems(config, list(names), buffers)
+    problems += _tower_problems(config, model_config)
     try:
+        tower_counts = tower_chunks(
+            parallel.vision_pipeline_layout,
+            parallel.pipeline_model_parallel_size * parallel.virtual_pipeline_model_parallel_size,
+        )
         chunks = assign_layers(
             len(model_config.text.layers),
             parallel.pipeline_model_parallel_size,
             parallel.virtual_pipeline_model_parallel_size,
             parallel.pipeline_layout,
+            tower_counts,
         )
     except ConfigError as problem:
         problems.append(problem)
@@ -85,6 +91,7 @@ def check_layout(
         expert_size=parallel.expert_model_parallel_size,
         expert_tensor_size=parallel.expert_tensor_parallel_size,
         chunks=tuple(map(tuple, chunks)),
+        tower_counts=tower_counts,
     )
 
 
@@ -92,6 +99,21 @@ def _model_ranks(config: Config) -> int:
     """Return the number of ranks that hold one copy of the model."""
     parallel = config.parallel
     return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+
+
+def _tower_problems(config: Config, model_config: VisionLanguageConfig) -> Iterator[ConfigError]:
+    """Check the layout of the vision tower against its number of layers."""
+    counts, num_layers = config.parallel.vision_pipeline_layout, model_config.num_tower_layers
+    if counts is not None and not num_layers:
+        yield ConfigError(
+            "parallel.vision_pipeline_layout is given, but the model has no layers of a vision tower",
+            fix="set it to null",
+        )
+    elif counts is not None and sum(counts) != num_layers:
+        yield ConfigError(
+            f"parallel.vision_pipeline_layout {counts} sums to {sum(counts)}, the vision tower has {num_layers} layers",
+            fix=f"give numbers of at least 0 that sum to {num_layers}",
+        )
 
 
 def _world_problems(config: Config, world_size: int) -> Iterator[UserError]:

@@ -92,7 +92,7 @@ class Tracer:
         with _as_in_training(chunk), layers_run_by(run_layer):
             language_model.losses = losses  # type: ignore[method-assign,assignment]
             if not chunk.pre_process:
-                boundary = chunk.boundary(chunk.first_layer, batch)
+                boundary = chunk.boundary_before(batch)
                 shape = torch.Size(packed_shape(boundary))
                 received.append(_Shape(shape, chunk.config.params_dtype, batch.labels.device, True))
                 chunk.set_input_tensor(received[0].make())

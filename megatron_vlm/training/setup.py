@@ -22,6 +22,7 @@ from megatron_vlm.config import Config
 from megatron_vlm.conversion import passthrough
 from megatron_vlm.conversion.running_model import load_hf_into_model
 from megatron_vlm.data.loader import BatchSharding, MicroBatchLoader, build_train_loader, build_valid_loader
+from megatron_vlm.data.media import AUDIO, PIXELS
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.families import registry
 from megatron_vlm.families.build import DTYPES, build_chunks, build_settings, wrap_data_parallel
@@ -179,6 +180,12 @@ def _check_first_weights(config: Config, weight_map: WeightMap) -> None:
         check_weights(config, weight_map)
 
 
+def tower_inputs(layout: Layout, pipeline_rank: int) -> list[str]:
+    """Return the names of the towers' inputs that a pipeline rank reads."""
+    readers = {PIXELS: 0, AUDIO: layout.embedding_rank}
+    return [name for name, reader in readers.items() if reader == pipeline_rank]
+
+
 def _build_loaders(
     config: Config, layout: Layout, rules: PromptRules, groups: ProcessGroupCollection
 ) -> tuple[MicroBatchLoader, MicroBatchLoader | None]:
@@ -189,7 +196,7 @@ def _build_loaders(
         groups.dp.rank(),
         layout.data_size,
         pad_to_multiple_of=layout.tensor_size if layout.sequence_parallel else 1,
-        with_pixels=groups.pp.rank() == 0,
+        tower_inputs=tower_inputs(layout, groups.pp.rank()),
     )
     pin_memory = platform.current().accelerated
     reports = groups.tp.rank() == 0 and groups.pp.rank() == 0

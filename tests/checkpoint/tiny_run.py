@@ -94,7 +94,7 @@ class Shape:
 def parameter_shapes(num_layers: int = NUM_LAYERS) -> dict[str, Shape]:
     """Of all parameters, by name."""
     shapes = {
-        EMBEDDING: Shape((VOCABULARY, HIDDEN), 0, "table", stages="first_and_last"),
+        EMBEDDING: Shape((VOCABULARY, HIDDEN), 0, "table", stages="embedding_and_head"),
         FROZEN: Shape((8, 3, 2, 2)),
         CLIP_BOUND: Shape((), kind="buffer"),
         PROJECTOR: Shape((HIDDEN,), kind="vector"),
@@ -153,7 +153,7 @@ class Stage(MegatronModule):
                 parameter.requires_grad_(False)
             self._place(name, parameter)
         if settings.layout.pipeline > 1:
-            mark_copies(self, self.pre_process)
+            mark_copies(self, self.pre_process, self.pre_process)
 
     def _place(self, name: str, parameter: torch.nn.Parameter) -> None:
         *path, last = name.split(".")
@@ -262,7 +262,7 @@ class Run:
         """What this rank's tokens add in a chunk to the sum over all label tokens."""
         shape = parameter_shapes(self.settings.num_layers)[name]
         groups = [replica_group(parameter, self.groups)] + [self.groups.tp] * spec_of(parameter).partial
-        if shape.stages == "first_and_last":
+        if shape.stages == "embedding_and_head":
             groups.append(self.groups.embd)
         factor = math.prod([share(group.rank(), group.size()) for group in groups], start=float(LABEL_TOKENS))
         if shape.stages == "all":

@@ -268,7 +268,7 @@ class Stage(torch.nn.Module):
             "buffer" if name.endswith(BUFFERS) else "matrix",
             ones,
             tensor_dim=dim,
-            stages="first_and_last" if name.endswith("embed_tokens.weight") else "one",
+            stages="embedding_and_head" if name.endswith("embed_tokens.weight") else "one",
         )
         *path, last = name.split(".")
         module: torch.nn.Module = self

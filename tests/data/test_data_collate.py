@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +13,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.gemma3.modeling_gemma3 import get_block_sequence_ids_for_mask
 
 from megatron_vlm.data.collate import NO_LOSS, LoadedSample, MicroBatch, collate, spans
-from megatron_vlm.data.media import Medium
+from megatron_vlm.data.media import AUDIO, PIXELS, Medium
 from megatron_vlm.data.prompts import Sample
 from megatron_vlm.data.rows import RowReader
 from megatron_vlm.data.rules import PromptRules
@@ -36,10 +36,10 @@ def reader(make_reader: Callable[..., RowReader]) -> RowReader:
     return make_reader(ROWS)
 
 
-def make_batch(reader: RowReader, multiple: int = 1, with_pixels: bool = True) -> MicroBatch:
+def make_batch(reader: RowReader, multiple: int = 1, tower_inputs: Collection[str] = (PIXELS, AUDIO)) -> MicroBatch:
     loaded = [reader.read(0, number) for number in range(len(ROWS))]
     return collate(
-        [[each] for each in loaded], reader.builder.rules, reader.builder.padding_token_id, multiple, with_pixels
+        [[each] for each in loaded], reader.builder.rules, reader.builder.padding_token_id, multiple, tower_inputs
     )
 
 
@@ -194,8 +194,8 @@ def test_audio_has_features_of_its_own_behind_those_of_images() -> None:
         [([1, image, image, audio, audio, audio, 2], [still, clip]), ([audio, 3, video, video, 4], [tone, film])],
         [([1, 2, 3], []), ([audio, audio, audio, 4], [clip]), ([2, image, image], [still])],
     ]
-    rows, sizes = [], {"image": ("pixel_values", 48), "video": ("pixel_values", 48), "audio": ("audio_frames", 10)}
-    expected: dict[str, list[torch.Tensor]] = {"pixel_values": [], "audio_frames": []}
+    rows, sizes = [], {"image": ("pixel_values", 48), "video": ("pixel_values", 48), "audio": ("audio_features", 10)}
+    expected: dict[str, list[torch.Tensor]] = {"pixel_values": [], "audio_features": []}
     for content in contents:
         rows.append([])
         for ids, media in content:
@@ -222,7 +222,7 @@ def test_audio_has_features_of_its_own_behind_those_of_images() -> None:
 
 
 def test_stages_without_pixels_see_the_same_tokens(reader: RowReader) -> None:
-    with_pixels, without = make_batch(reader), make_batch(reader, with_pixels=False)
+    with_pixels, without = make_batch(reader), make_batch(reader, tower_inputs=())
     assert without.media_inputs == {}
     for name in ("input_ids", "labels", "span_low", "span_high", "feature_index"):
         assert torch.equal(getattr(with_pixels, name), getattr(without, name))

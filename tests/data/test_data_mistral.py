@@ -293,7 +293,7 @@ def test_features_go_to_placeholders_alone(
     positions = torch.arange(batch.input_ids.shape[1]).expand(3, -1)
     assert torch.equal(batch.position_ids, torch.where(batch.document_ids >= 0, positions, 0))
     assert torch.equal(batch.span_high, positions.int())
-    later = collate([[each] for each in loaded], mistral_rules, 0, pad_to_multiple_of=16, with_pixels=False)
+    later = collate([[each] for each in loaded], mistral_rules, 0, pad_to_multiple_of=16, tower_inputs=())
     assert later.media_inputs == {} and later.media == batch.media
     assert torch.equal(later.feature_index, batch.feature_index)
 

@@ -90,6 +90,24 @@ def test_groups_are_those_of_megatron_core(layout: tuple[int, ...]) -> None:
     assert len(calls) == 1 and calls.pop() <= 16
 
 
+def holders_of_the_embedding(rank: int) -> tuple[list[int] | None, int]:
+    """Ranks with copies of a tied embedding that begins on the second of three stages, and how many calls made them."""
+    calls = mock.Mock(side_effect=torch.distributed.new_group)
+    torch.distributed.init_process_group("fake", rank=rank, world_size=6, store=FakeStore())
+    try:
+        with mock.patch.object(torch.distributed, "new_group", calls):
+            layout = Layout.over(6, num_layers=4, pipeline_size=3, tensor_size=2, vision_pipeline_layout=[1, 1])
+            return ranks_of(build_groups(layout).embd), calls.call_count
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_the_embedding_may_begin_on_a_later_stage() -> None:
+    found = [holders_of_the_embedding(rank) for rank in range(6)]
+    assert [ranks for ranks, _ in found] == [None, None, [2, 4], [3, 5], [2, 4], [3, 5]]
+    assert len({calls for _, calls in found}) == 1
+
+
 def test_sixteen_thousand_ranks() -> None:
     """TP8, PP16, EP16: a rank makes as few groups as in small layouts, and they equal the enumeration."""
     layout = (16_384, 8, 1, 16, 16, 1)

@@ -6,6 +6,7 @@ import math
 import re
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -111,14 +112,14 @@ def _count_kept(module: torch.nn.Module, part: str, kept: dict[str, int]) -> Non
     compute = module.forward
     own = {parameter.data_ptr() for parameter in module.parameters()}
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
+    def forward(*inputs: Any) -> Any:
         def count(tensor: torch.Tensor) -> torch.Tensor:
             if tensor.untyped_storage().data_ptr() not in own:
                 kept[part] += tensor.nbytes
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            return compute(x)
+            return compute(*inputs)
 
     module.forward = forward  # type: ignore[method-assign]
 

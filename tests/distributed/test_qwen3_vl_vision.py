@@ -18,15 +18,19 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionCon
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel, apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_position_ids
 
-from megatron_vlm.layers.patches import encode_packed
+from megatron_vlm.layers import patches
+from megatron_vlm.layers.linear import Group
+from megatron_vlm.layers.patches import Grid, PackedImages
 from megatron_vlm.model import qwen_vision as vision
-from megatron_vlm.model.qwen_vision import Grid, Projector, QwenVisionConfig, VisionTower
+from megatron_vlm.model.qwen_vision import Projector, QwenVisionConfig, VisionTower
+from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.images import assign_images
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.mcore_config import build_mcore_config
 from megatron_vlm.parallel.parameters import redeclare
 from megatron_vlm.parallel.sharding import full_shape, gather_full, own_part
+from megatron_vlm.parallel.stage_state import StageState
 from tests.ranks import run_ranks
 from tests.sizes import two_sizes
 
@@ -123,7 +127,17 @@ def build(
         Layout.over(1, num_layers=CONFIG.num_hidden_layers),
     )
     group = groups.cp if divided else groups.tp
-    tower, projector = VisionTower(CONFIG, mcore_config, group, recompute), Projector(CONFIG, mcore_config, group)
+    chunk = ChunkSettings(
+        layers=(),
+        num_layers_before=0,
+        is_first=True,
+        is_last=True,
+        virtual_stage=None,
+        mcore_config=mcore_config,
+        tower_layers=range(CONFIG.num_hidden_layers),
+        recompute="full" if recompute else "none",
+    )
+    tower, projector = VisionTower(CONFIG, chunk, group), Projector(CONFIG, mcore_config, group)
     for name, parameter in named_parameters(tower, projector):
         if divided:
             redeclare(parameter, tensor_dim=None)
@@ -137,15 +151,20 @@ def named_parameters(*modules: torch.nn.Module) -> list[tuple[str, torch.nn.Para
     return [named for module in modules for named in module.named_parameters()]
 
 
+def features_of(
+    tower: VisionTower, projector: Projector, grids: list[Grid], divided_over: Group | None = None
+) -> list[torch.Tensor]:
+    images = PackedImages.of(CONFIG, grids, next(tower.parameters()).device, divided_over)
+    pixels = images.take(pixels_of(grids)).to(images.device)
+    return images.gather(projector(*tower.finish(tower(pixels, images))))
+
+
 def encode(weights: dict[str, torch.Tensor], tensor_size: int, divided: bool, recompute: bool, case: str) -> Results:
     """This rank's whole features, and gradients under the rule of each parameter."""
     groups, grids = build_groups(Layout(tensor_size=tensor_size)), GRIDS[case]
     initialize_megatron(1, groups)
     tower, projector = build(weights, groups, divided, recompute)
-    if divided:
-        features = encode_packed(tower, projector, pixels_of(grids), grids, groups.tp)
-    else:
-        features = projector(*tower(pixels_of(grids), grids))
+    features = features_of(tower, projector, grids, groups.tp if divided else None)
     loss_of(features).backward()
     gradients = {}
     for name, parameter in named_parameters(tower, projector):
@@ -201,7 +220,7 @@ def test_tower_and_mergers_are_those_of_transformers(layout: str, case: str) -> 
 
 
 def exact_gelu_in_the_tower(tower: VisionTower, projector: Projector) -> None:
-    for block in tower.blocks:
+    for block in tower.layers.values():
         block.mlp.approximate = "none"
 
 
@@ -223,26 +242,26 @@ def channel_major_blocks(tower: VisionTower, projector: Projector) -> None:
 
 
 def patches_in_raster_order(tower: VisionTower, projector: Projector) -> None:
-    raster = partial(vision.patch_positions, merge_size=1)
+    raster = partial(patches.patch_positions, merge_size=1)
     mock.patch.object(
-        vision, "patch_positions", lambda frames, merge_size, device: raster(frames, device=device)
+        patches, "patch_positions", lambda frames, merge_size, device: raster(frames, device=device)
     ).start()
 
 
 def one_segment_per_video(tower: VisionTower, projector: Projector) -> None:
     lengths = tuple(frames * height * width for frames, height, width in GRIDS["many"])
-    segments = vision.Segments
-    mock.patch.object(vision, "Segments", lambda _, device: segments(lengths, device)).start()
+    segments = patches.Segments
+    mock.patch.object(patches, "Segments", lambda _, device: segments(lengths, device)).start()
 
 
 def taps_before_their_layers(tower: VisionTower, projector: Projector) -> None:
-    forward = tower.forward
+    finish = tower.finish
 
-    def early(*arguments: object) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        last, taps = forward(*arguments)
+    def early(state: StageState) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        last, taps = finish(state)
         return last, [taps[0], taps[0], taps[1]]
 
-    tower.forward = early  # type: ignore[method-assign]
+    tower.finish = early  # type: ignore[method-assign]
 
 
 MISTAKES: dict[Callable[[VisionTower, Projector], None], float] = {
@@ -264,7 +283,7 @@ def encode_with(mistake: Callable[[VisionTower, Projector], None] | None, weight
     try:
         if mistake is not None:
             mistake(tower, projector)
-        return [feature.detach() for feature in projector(*tower(pixels_of(grids), grids))]
+        return [feature.detach() for feature in features_of(tower, projector, grids)]
     finally:
         mock.patch.stopall()
 
@@ -288,7 +307,7 @@ def features_of_a_naive_division(weights: dict[str, torch.Tensor]) -> list[torch
         if ".qkv." in name:
             with torch.no_grad():
                 parameter.copy_(weights[name].chunk(2)[groups.tp.rank()].view(parameter.shape))
-    return [feature.detach() for feature in projector(*tower(pixels_of(grids), grids))]
+    return [feature.detach() for feature in features_of(tower, projector, grids)]
 
 
 def test_fused_projections_divide_by_section() -> None:
@@ -305,7 +324,7 @@ def test_positions_are_torchs_interpolation_in_fp32(grid: tuple[int, int]) -> No
     table = vision.PositionTable(CONFIG, torch.bfloat16)
     torch.nn.init.normal_(table.weight, generator=torch.Generator().manual_seed(0))
     height, width = grid
-    ours = table(vision.patch_positions([(1, *grid)], 2, table.weight.device))
+    ours = table(patches.patch_positions([(1, *grid)], 2, table.weight.device))
     square = table.weight.detach().float().t().view(1, -1, table.side, table.side)
     stretched = torch.nn.functional.interpolate(square, grid, mode="bilinear", align_corners=True)
     blocks = stretched[0].unflatten(1, (height // 2, 2)).unflatten(3, (width // 2, 2)).permute(1, 3, 2, 4, 0)
@@ -324,7 +343,7 @@ def rotated_in_bf16(grid: Grid) -> tuple[torch.Tensor, ...]:
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
     x = torch.randn((grid[1] * grid[2], CONFIG.hidden_size), generator=torch.Generator().manual_seed(1)).bfloat16()
-    positions = vision.patch_positions([grid], 2, x.device)
+    positions = patches.patch_positions([grid], 2, x.device)
     segments = vision.Segments((len(x),), x.device)
     with mock.patch.object(vision, "packed_attention", side_effect=lambda q, *_: q) as attend:
         attention(x, vision.patch_rope(positions, 8), segments)
@@ -349,7 +368,7 @@ def test_queries_and_keys_turn_in_fp32() -> None:
 def shapes_on_meta() -> list[torch.Size]:
     groups, grids = build_groups(Layout()), GRIDS["many"]
     tower, projector = build(state(), groups)
-    features = projector.to("meta")(*tower.to("meta")(pixels_of(grids).to("meta"), grids))
+    features = features_of(tower.to("meta"), projector.to("meta"), grids)
     loss = torch.stack([feature.sum() for feature in features]).sum()
     loss.backward()
     return [feature.shape for feature in features]

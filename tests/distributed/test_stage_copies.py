@@ -19,6 +19,7 @@ from megatron_vlm.layers.linear import RowParallelLinear
 from megatron_vlm.model.init_weights import initialize_weights
 from megatron_vlm.model.language_model import LanguageModelChunk
 from megatron_vlm.model.model_chunk import ModelChunk
+from megatron_vlm.model_configs import TEXT_PARTS
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.gradients import finalize_gradients
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
@@ -49,6 +50,8 @@ class Text:
 @dataclass(frozen=True)
 class Model:
     text: Text = Text()
+    parts: tuple[str, ...] = TEXT_PARTS
+    num_tower_layers: int = 0
 
 
 class PerLayerNorm(torch.nn.Module):
@@ -90,10 +93,10 @@ class ToyLanguageModel(LanguageModelChunk):
 
 class ToyChunk(ModelChunk):
     def __init__(self, config: Model, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
-        super().__init__(chunk, groups, has_vision=False)
+        super().__init__(config, chunk, groups)
         self.language_model = ToyLanguageModel(config, chunk, groups)
 
-    def embed(self, batch: MicroBatch) -> StageState:
+    def embed(self, batch: MicroBatch, features: Sequence[torch.Tensor]) -> StageState:
         return StageState(self.to_sequence_first(self.language_model.embed(batch.input_ids)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +15,12 @@ from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families.build import BuildSettings, build_chunks
 from megatron_vlm.model.language_model import LanguageModelChunk
 from megatron_vlm.model.model_chunk import ModelChunk
+from megatron_vlm.model_configs import TEXT_PARTS
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.parameters import declare, normal
-from megatron_vlm.parallel.stage_state import Boundary, StageState, pack, unpack
+from megatron_vlm.parallel.stage_state import Boundary, StageState, pack, packed_shape, unpack, with_zero_gradient
 from megatron_vlm.training.step import run_global_batch
 from tests.ranks import run_ranks
 
@@ -42,6 +44,8 @@ class Text:
 @dataclass(frozen=True)
 class Model:
     text: Text = Text()
+    parts: tuple[str, ...] = TEXT_PARTS
+    num_tower_layers: int = 0
 
 
 class Layer(torch.nn.Module):
@@ -81,12 +85,12 @@ class ToyLanguageModel(LanguageModelChunk):
 
 class ToyChunk(ModelChunk):
     def __init__(self, config: Model, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
-        super().__init__(chunk, groups, has_vision=False)
+        super().__init__(config, chunk, groups)
         dtype = chunk.mcore_config.params_dtype
         make_layer = lambda index: Layer(index, dtype)  # noqa: E731
         self.language_model = ToyLanguageModel(config.text, chunk, groups, make_layer, zero_centered_norm=False)
 
-    def embed(self, batch: MicroBatch) -> StageState:
+    def embed(self, batch: MicroBatch, features: Sequence[torch.Tensor]) -> StageState:
         return StageState(self.to_sequence_first(self.language_model.embed(batch.input_ids)))
 
     def boundary(self, layer: int, batch: MicroBatch) -> Boundary:
@@ -175,6 +179,26 @@ def test_hidden_states_alone_are_sent_as_they_are() -> None:
     # The schedule frees what was sent: not what was received, and no view of other memory.
     assert pack(StageState(hidden), boundary, hidden).data_ptr() != hidden.data_ptr()
     assert pack(StageState(hidden[:]), boundary, None).data_ptr() != hidden.data_ptr()
+
+
+def test_patches_are_sent_in_rows_of_their_own() -> None:
+    """A tower's hidden states have two dimensions, and megatron-core sends contiguous tensors of three."""
+    hidden, tap = torch.randn(4, 6).t().requires_grad_(), torch.randn(6, 4)
+    alone, both = Boundary((6, 4)), Boundary((6, 4), {"tap": (6, 4)})
+    for boundary, num_rows in ((alone, 6), (both, 12)):
+        packed = pack(StageState(hidden, {"tap": tap}), boundary, None)
+        assert packed.shape == packed_shape(boundary) == (num_rows, 1, 4)
+        assert packed.is_contiguous() and packed._base is None
+        found = unpack(packed, boundary)
+        assert torch.equal(found.hidden, hidden)
+    assert torch.equal(found.carried["tap"], tap)
+
+
+def test_what_is_not_read_has_a_gradient_of_zero() -> None:
+    received, weight = torch.randn(3, 1, 4).requires_grad_(), torch.randn(5, 2, 4).requires_grad_()
+    with_zero_gradient(weight, received).sum().backward()
+    assert received.grad is not None and not received.grad.any() and received.grad.shape == received.shape
+    assert weight.grad is not None and (weight.grad == 1).all()
 
 
 def test_what_is_declared_and_what_is_carried_must_agree() -> None:

@@ -27,7 +27,16 @@ from transformers import (
 
 from megatron_vlm.data.media import Grid
 from tests.data.tiny_processor import build_gemma4_processor, build_gemma4_unified_processor
-from tests.families.layouts import PARITY, WITH_EXPERTS, LayoutTables
+from tests.families.layouts import (
+    MOST_STEPS,
+    PARITY,
+    SMALL_OF_EXPERTS,
+    WITH_EXPERTS,
+    LayoutTables,
+    some,
+    spread_tower,
+    spread_tower_with_experts,
+)
 from tests.families.layouts import SMALL as SMALL_LAYOUTS
 from tests.families.rows import AUDIO_ROWS, VIDEO_ROWS
 from tests.families.tiny_family import DECODER, QUERY_NORMS, TinyFamily
@@ -341,9 +350,20 @@ GEMMA4 = TinyFamily(
     turn=("<|turn>model\n", "<turn|>"),
     rows=AUDIO_ROWS,
     tables=LayoutTables(
-        parity=PARITY | ON_STAGES,
+        parity=PARITY | ON_STAGES | spread_tower(3),
+        step=MOST_STEPS | some(spread_tower(3), "PP2, tower on both"),
         small=SMALL_LAYOUTS
-        | {"parity": (*ON_STAGES, "PP2xVPP2", "TP2+SP, selective recompute", "TP2xPP2+SP, full recompute")},
+        | {
+            "parity": (
+                *ON_STAGES,
+                "PP2xVPP2",
+                "TP2+SP, selective recompute",
+                "TP2xPP2+SP, full recompute",
+                "PP4, tower on two",
+            ),
+            # Clips are read where the projector is, pixels where the tower begins.
+            "step": (*SMALL_LAYOUTS["step"], "PP2, tower on both"),
+        },
     ),
 )
 SILENT = {name: _without_audio(rows) for name, rows in (CASES | {"packed": PACKED}).items() if name != "audio only"}
@@ -363,7 +383,11 @@ WITH_MOE = replace(
     build=partial(build, "26B-A4B"),
     make_batch=partial(make_batch, variant="26B-A4B"),
     replicated=DENSE.replicated | ROUTER,
-    tables=WITH_EXPERTS,
+    tables=replace(
+        WITH_EXPERTS,
+        parity=WITH_EXPERTS.parity | spread_tower_with_experts(3),
+        small=SMALL_OF_EXPERTS | {"parity": (*SMALL_OF_EXPERTS["parity"], "TP2xPP2+SP, vision DP, tower on both")},
+    ),
 )
 UNIFIED = replace(
     GEMMA4,

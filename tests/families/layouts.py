@@ -61,6 +61,44 @@ PARITY_OF_EXPERTS |= {
         4, tensor=2, sequence_parallel=True, expert=2, expert_tensor=2, moe=ALLGATHER
     ),
 }
+
+
+def spread_tower(num_layers: int) -> dict[str, TestLayout]:
+    """Layouts that spread the layers of a vision tower over chunks; the last has the embedding, on various ranks."""
+    two, three = (1, num_layers - 1), (num_layers - 1, 0, 1) if num_layers < 4 else (1, num_layers - 2, 1)
+    pp2 = TestLayout(2, pipeline=2, vision_pipeline_layout=two)
+    return {
+        "PP2, tower on both": pp2,
+        "PP2, frozen tower on both": replace(pp2, freeze=("vision_tower",)),
+        "PP2xVPP2, tower on two": replace(pp2, virtual=2),
+        "PP4, tower on two": TestLayout(4, pipeline=4, vision_pipeline_layout=two),
+        "TP2xPP2xVPP2+SP, full recompute, tower on three": TestLayout(
+            4,
+            tensor=2,
+            pipeline=2,
+            virtual=2,
+            sequence_parallel=True,
+            recompute="full",
+            vision_pipeline_layout=three,
+        ),
+        "TP2xPP2+SP, vision DP, tower on both": TestLayout(
+            4, tensor=2, pipeline=2, sequence_parallel=True, vision="data", vision_pipeline_layout=two
+        ),
+        "DP2xPP2, overlapped, tower on both": TestLayout(
+            4, pipeline=2, distributed_optimizer=True, overlap=True, vision_pipeline_layout=two
+        ),
+    }
+
+
+def spread_tower_with_experts(num_layers: int) -> dict[str, TestLayout]:
+    """Those of them in which experts are sharded too."""
+    return some(
+        spread_tower(num_layers),
+        "TP2xPP2xVPP2+SP, full recompute, tower on three",
+        "TP2xPP2+SP, vision DP, tower on both",
+    )
+
+
 FEW = some(LAYOUTS, "TP1", "TP2xPP2+SP")
 
 # tests/distributed/test_gradient_rules.py: what each rank's own backward pass leaves
@@ -212,6 +250,7 @@ SMALL_OF_EVERYTHING: Small = {
         "PP4, stages without layers between",
         "TP2+SP, selective recompute",
         "TP2xPP2+SP, full recompute",
+        "TP2xPP2xVPP2+SP, full recompute, tower on three",
     ),
     "rules": ("TP2",),
     "no_images": ("DP2xTP2, vision DP",),
@@ -284,10 +323,10 @@ WITH_EXPERTS = LayoutTables(
     small=SMALL_OF_EXPERTS,
 )
 EVERYTHING = LayoutTables(
-    parity=LAYOUTS,
+    parity=LAYOUTS | spread_tower(2),
     rules=ALL_RULES,
     no_images=some(NO_IMAGES, "DP2", "DP2xTP2, vision DP", "DP2xPP2"),
-    step=STEP,
+    step=STEP | some(spread_tower(2), "PP2xVPP2, tower on two"),
     text_step=some(STEP, "TP1", "TP2xPP2+SP"),
     adamw=without(ADAMW, "TP2xPP2+SP"),
     norm=NORM,
@@ -295,6 +334,11 @@ EVERYTHING = LayoutTables(
         "TP2xDP2, bf16": _shared(4, tensor=2, precision="bf16"),
         "PP2, fp32": _shared(2, pipeline=2),
     },
-    in_turn=((_shared(2, tensor=2), 2), (_shared(2, pipeline=2), 2), (_shared(2), 2)),
+    in_turn=(
+        (_shared(2, tensor=2), 2),
+        (_shared(2, pipeline=2), 1),
+        (_shared(2, pipeline=2, virtual=2, vision_pipeline_layout=(1, 1)), 1),
+        (_shared(2), 2),
+    ),
     small=SMALL_OF_EVERYTHING,
 )

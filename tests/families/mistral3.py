@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from tests.data.tiny_processor import build_mistral_processor
-from tests.families.layouts import FEW_PARITY, some
+from tests.families.layouts import FEW_PARITY, PARITY, SMALL, LayoutTables, some, spread_tower
 from tests.families.tiny_family import DECODER, TinyFamily
-from tests.parity.layouts import LAYOUTS
+from tests.parity.layouts import LAYOUTS, TestLayout
 from tests.parity.tiny_batches import (
     DocumentWriter,
     PackedRows,
@@ -178,6 +178,15 @@ MISTRAL3 = TinyFamily(
     build_processor=build_mistral_processor,
     text_class=Ministral3ForCausalLM,
     turn=("[/INST]", "</s>"),
+    tables=LayoutTables(
+        parity=PARITY | spread_tower(3),
+        in_turn=(
+            (TestLayout(2, tensor=2, sequence_parallel=True, distributed_optimizer=True), 2),
+            (TestLayout(2, pipeline=2, vision_pipeline_layout=(1, 2), distributed_optimizer=True), 2),
+            (TestLayout(2, pipeline=2, distributed_optimizer=True), 2),
+        ),
+        small=SMALL | {"parity": (*SMALL["parity"], "DP2xPP2, overlapped, tower on both")},
+    ),
 )
 MISTRAL_TEXT = replace(FEW_PARITY, parity=some(LAYOUTS, "TP1", "TP4", "TP2xPP2+SP"))
 ENTRIES = (

@@ -23,7 +23,17 @@ from transformers import (
 )
 
 from tests.data.tiny_processor import build_qwen_processor
-from tests.families.layouts import ADAMW, FEW_PARITY, PARITY, WITH_EXPERTS, LayoutTables, some
+from tests.families.layouts import (
+    ADAMW,
+    FEW_PARITY,
+    PARITY,
+    SMALL_OF_EXPERTS,
+    WITH_EXPERTS,
+    LayoutTables,
+    some,
+    spread_tower,
+    spread_tower_with_experts,
+)
 from tests.families.rows import VIDEO_ROWS
 from tests.families.tiny_family import DECODER, QUERY_NORMS, TinyFamily
 from tests.parity.layouts import TestLayout
@@ -220,8 +230,9 @@ QWEN3_VL = TinyFamily(
     turn=("<|im_start|>assistant\n", "<|im_end|>"),
     rows=VIDEO_ROWS,
     tables=LayoutTables(
-        parity=PARITY | DEEPSTACK_LAYOUTS,
-        no_images={},  # as with experts
+        parity=PARITY | DEEPSTACK_LAYOUTS | spread_tower(4),
+        # The others are as with experts.
+        no_images=some(spread_tower(4), "DP2xPP2, overlapped, tower on both"),
         adamw=some(ADAMW, "TP2xPP2+SP", "DP2xTP2, vision DP, overlapped"),
         continued={},
         in_turn=(),
@@ -232,6 +243,7 @@ QWEN3_VL = TinyFamily(
                 "TP2xPP2+SP, vision alone",
                 "DP2, overlapped, full recompute",
                 "DP2xPP2, overlapped, DeepStack crossing",
+                "TP2xPP2+SP, vision DP, tower on both",
             ),
             "rules": ("TP4+SP",),
             "step": ("PP4",),
@@ -247,6 +259,11 @@ QWEN3_VL_MOE = replace(
     make_batch=partial(make_batch, moe=True),
     replicated=REPLICATED | ROUTER,
     text_class=Qwen3MoeForCausalLM,
-    tables=WITH_EXPERTS,
+    tables=replace(
+        WITH_EXPERTS,
+        parity=WITH_EXPERTS.parity | spread_tower_with_experts(4),
+        small=SMALL_OF_EXPERTS
+        | {"parity": (*SMALL_OF_EXPERTS["parity"], "TP2xPP2xVPP2+SP, full recompute, tower on three")},
+    ),
 )
 ENTRIES = (QWEN3_VL, QWEN3_VL.variant("untied", FEW_PARITY, ["mixed", "packed"], tied=False), QWEN3_VL_MOE)

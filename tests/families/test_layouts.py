@@ -32,6 +32,8 @@ def features(family: TinyFamily, layout: TestLayout) -> list[Feature]:
     found = {each.name: getattr(layout, each.name) for each in fields(layout) if each.name not in NO_FEATURES}
     if layout.pipeline_layout is not None:
         found["pipeline_layout"] = "stages without layers" if 0 in layout.pipeline_layout else "uneven"
+    if layout.vision_pipeline_layout is not None:
+        found["vision_pipeline_layout"] = "spread"
     return [("model_type", family.config.model_type), ("data", data_size(layout)), *found.items()]
 
 

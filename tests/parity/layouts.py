@@ -23,6 +23,7 @@ from megatron_vlm.parallel.chunk_settings import LossSettings, MoESettings
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.sharding import gather_full
+from megatron_vlm.training.setup import tower_inputs
 from megatron_vlm.training.step import collect_expert_use, run_global_batch
 
 
@@ -45,6 +46,7 @@ class TestLayout:
     vision: Literal["tensor", "data"] = "tensor"
     recompute: Literal["none", "selective", "full"] = "none"
     pipeline_layout: tuple[int, ...] | None = None
+    vision_pipeline_layout: tuple[int, ...] | None = None
     overlap: bool = False
     expert: int = 1
     expert_tensor: int = 1
@@ -66,6 +68,7 @@ class TestLayout:
             num_layers=num_layers,
             virtual_size=self.virtual,
             pipeline_layout=self.pipeline_layout,
+            vision_pipeline_layout=self.vision_pipeline_layout,
             tensor_size=self.tensor,
             sequence_parallel=self.sequence_parallel,
             pipeline_size=self.pipeline,
@@ -80,7 +83,8 @@ class TestLayout:
             "parallel.sequence_parallel": self.sequence_parallel,
             "parallel.pipeline_model_parallel_size": self.pipeline,
             "parallel.virtual_pipeline_model_parallel_size": self.virtual,
-            "parallel.pipeline_layout": None if self.pipeline_layout is None else list(self.pipeline_layout),
+            "parallel.pipeline_layout": _list(self.pipeline_layout),
+            "parallel.vision_pipeline_layout": _list(self.vision_pipeline_layout),
             "parallel.expert_model_parallel_size": self.expert,
             "parallel.expert_tensor_parallel_size": self.expert_tensor,
             "parallel.moe_token_dispatcher_type": self.moe.token_dispatcher_type,
@@ -93,6 +97,10 @@ class TestLayout:
             "train.micro_batch_size": self.micro_batch_size,
             "train.precision": self.precision,
         }
+
+
+def _list(counts: tuple[int, ...] | None) -> list[int] | None:
+    return None if counts is None else list(counts)
 
 
 LAYOUTS = {
@@ -149,10 +157,15 @@ def set_up(
 def own_micro_batches(
     micro_batches: list[MicroBatch], groups: ProcessGroupCollection, layout: TestLayout
 ) -> list[MicroBatch]:
-    """This data rank's share, its sequence padded for sequence parallelism, without pixels past the first stage."""
+    """This data rank's share, its sequence padded for sequence parallelism, with what its stage's towers read."""
     mine = [batch.to(platform.current().device) for batch in micro_batches[groups.dp.rank() :: groups.dp.size()]]
     assert not layout.sequence_parallel or mine[0].input_ids.shape[1] % layout.tensor == 0
-    return mine if groups.pp.rank() == 0 else [replace(batch, media_inputs={}) for batch in mine]
+    counts = layout.vision_pipeline_layout or ()
+    names = tower_inputs(Layout(pipeline_size=layout.pipeline, tower_counts=counts), groups.pp.rank())
+    return [
+        replace(batch, media_inputs={name: batch.media_inputs[name] for name in names if name in batch.media_inputs})
+        for batch in mine
+    ]
 
 
 @dataclass

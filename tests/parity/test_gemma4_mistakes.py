@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from megatron_vlm.families.gemma4 import attention, model, moe, per_layer, vision
+from megatron_vlm.layers import patches
 from megatron_vlm.layers.attention import AttentionCore
 from megatron_vlm.layers.moe import MoE
 from megatron_vlm.model.language_model import LanguageModelChunk
@@ -160,10 +161,10 @@ MISTAKES = {
     ),
     "a router of the experts' input": Mistake(_router_of_experts_input, WITH_MOE),
     "experts without scales": Mistake(after(moe.Router, "forward", _without_scales), WITH_MOE),
-    "places in rows for places in columns": Mistake(after(vision, "patch_positions", _swapped), GEMMA4),
+    "places in rows for places in columns": Mistake(after(patches, "patch_positions", _swapped), GEMMA4),
     "a head's first half rotated by the row": Mistake(after(vision, "patch_rope", _rope_by_row_first), GEMMA4),
     "images that attend to each other": Mistake(
-        after(vision, "Segments", lambda segments, *_: replace(segments, lengths=(sum(segments.lengths),))), GEMMA4
+        after(patches, "Segments", lambda segments, *_: replace(segments, lengths=(sum(segments.lengths),))), GEMMA4
     ),
     "pixels between zero and one": Mistake(
         before(vision.PatchEmbedder, "forward", lambda module, pixels, places: (module, pixels / 2 + 0.5, places)),

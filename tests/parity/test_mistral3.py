@@ -18,7 +18,7 @@ from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families.mistral3 import vision
 from megatron_vlm.families.mistral3.config import ModelConfig, QueryScaling, config_from_hf
 from megatron_vlm.families.mistral3.model import query_scale
-from megatron_vlm.layers import rope
+from megatron_vlm.layers import patches, rope
 from megatron_vlm.layers.patches import PatchPositions
 from tests.families.mistral3 import MISTRAL3
 from tests.parity.comparison import CLEARLY_WRONG, worst_logits
@@ -114,8 +114,8 @@ def blocks_patch_by_patch() -> Iterator[None]:
 
 @contextmanager
 def patches_in_raster_order() -> Iterator[None]:
-    places = vision.patch_positions
-    with mock.patch.object(vision, "patch_positions", lambda images, _, device: places(images, 1, device)):
+    places = patches.patch_positions
+    with mock.patch.object(patches, "patch_positions", lambda images, _, device: places(images, 1, device)):
         yield
 
 
@@ -145,8 +145,8 @@ def columns_with_the_slow_half_of_the_frequencies() -> Iterator[None]:
 
 @contextmanager
 def images_see_each_other() -> Iterator[None]:
-    segments = vision.Segments
-    with mock.patch.object(vision, "Segments", lambda lengths, device: segments((sum(lengths),), device)):
+    segments = patches.Segments
+    with mock.patch.object(patches, "Segments", lambda lengths, device: segments((sum(lengths),), device)):
         yield
 
 

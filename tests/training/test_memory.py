@@ -245,7 +245,7 @@ def make_batch(model_config: Any) -> MicroBatch:
     Where the model takes audio, there is a clip whose features have no place in the row.
     """
     places, vision, audio = torch.arange(LENGTH)[None], model_config.vision, model_config.audio
-    varying = hasattr(vision, "spatial_merge_size")
+    varying = not hasattr(vision, "image_size")
     num_features = PATCHES // 4 if varying else 16
     inputs, grid = {"pixel_values": torch.randn(1, 3, 224, 224)}, (1, 16, 16)
     if varying:
@@ -296,7 +296,7 @@ def kept_by(chunk: ModelChunk, batch: MicroBatch) -> int:
     known += batch.media_inputs.values()
     received_bytes = 0
     if not chunk.pre_process:
-        shape = packed_shape(chunk.boundary(chunk.first_layer, batch))
+        shape = packed_shape(chunk.boundary_before(batch))
         received = torch.randn(shape, dtype=chunk.config.params_dtype).requires_grad_()
         chunk.set_input_tensor(received)
         known, received_bytes = [*known, received], received.nbytes
@@ -418,6 +418,13 @@ def test_kept_where_ranks_share(name: str, kind: str) -> None:
     """In a simulated rank, whose collectives return what it sends."""
     world_size, overrides = LAYOUTS[kind]
     check_kept(name, run_config(*overrides), world_size)
+
+
+@pytest.mark.parametrize("name", two_sizes(sorted(MODELS.keys() - {"gemma4_unified"}), "gemma4"))
+def test_kept_where_a_tower_is_on_two_stages(name: str) -> None:
+    num_layers = model_config_of(name).num_tower_layers
+    tower = f"parallel.vision_pipeline_layout=[1,{num_layers - 1}]"
+    check_kept(name, run_config("parallel.pipeline_model_parallel_size=2", tower), 2)
 
 
 EXPERTS_OVER_RANKS = [TENSOR, SEQUENCE, "parallel.expert_model_parallel_size=2", "train.global_batch_size=2"]

@@ -152,6 +152,25 @@ def test_other_layouts_continue_at_fp32(family: TinyFamily, multimodal_of: Files
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("overlap", [False, True], ids=["", "overlapped"])
+def test_a_stage_that_holds_nothing_but_layers_of_a_frozen_tower(runs: Runs, overlap: bool) -> None:
+    """It has no optimizer state, and continues what one rank began."""
+    frozen = {"model.freeze": ["vision_tower"], "optimizer.lr_multipliers": {}, "train.train_iters": 4}
+    spread = TestLayout(2, pipeline=2, vision_pipeline_layout=(1, 1), distributed_optimizer=True, overlap=overlap)
+    rows = runs.start("straight", ONE_RANK, frozen)
+    resumed = runs.start("resumed", ONE_RANK, frozen, {"train.exit_interval": 1})
+    for _ in range(2):
+        resumed += runs.start("resumed", spread, frozen, {"train.exit_interval": 2})
+    assert resumed == rows
+    for mine, its in zip(runs.figures("resumed"), runs.figures("straight"), strict=True):
+        assert mine["loss"] == pytest.approx(its["loss"], rel=LOSS_TOLERANCE)
+        assert mine["grad_norm"] == pytest.approx(its["grad_norm"], rel=LOSS_TOLERANCE)
+    ours, expected = runs.tensors("resumed"), runs.tensors("straight")
+    assert ours.keys() == expected.keys()
+    assert all((ours[key] - expected[key]).norm() <= TENSOR_TOLERANCE * expected[key].norm() for key in ours)
+
+
+@pytest.mark.full
 def test_loading_weights_starts_a_new_schedule(runs: Runs) -> None:
     """From a run's checkpoint as from its export: both hold its weights and nothing else."""
     export = runs.folder / "hf"

@@ -71,6 +71,25 @@ def test_what_stages_send_each_other() -> None:
     assert (list(first.layers), list(second.layers)) == ([0], [1, 2])
 
 
+def test_what_the_stages_of_a_tower_send_each_other() -> None:
+    """Patches, and the outputs of layers 0 and 1, which become DeepStack features."""
+    config = run_config("parallel.pipeline_model_parallel_size=2", "parallel.vision_pipeline_layout=[2,2]")
+    first, second = (stage.chunks[0] for stage in trace(config, 2))
+    assert first.returned_bytes == second.received_bytes == 3 * PATCHES * HIDDEN * 2
+    assert (list(first.layers), list(second.layers)) == ([], [0, 1, 2])
+
+
+@pytest.mark.parametrize("freeze", ["", "vision_tower"])
+def test_a_frozen_tower_computes_no_gradients_of_patches(freeze: str) -> None:
+    config = run_config(
+        "parallel.pipeline_model_parallel_size=3", "parallel.vision_pipeline_layout=[1,2,1]", f"model.freeze=[{freeze}]"
+    )
+    _, second, third = (stage.chunks[0].total for stage in trace(config, 3))
+    assert second.flops["forward"] and third.flops["backward"]
+    patch_bytes = PATCHES * HIDDEN * 2
+    assert (second.flops["backward"] == 0) == (second.kept_bytes < patch_bytes) == (freeze == "vision_tower")
+
+
 def test_flops_follow_spans() -> None:
     """Attention of a causal row, forward and backward, with five products backward for the two forward."""
     (stage,) = trace(run_config("model.recompute=selective"), 1, images_per_row=0)

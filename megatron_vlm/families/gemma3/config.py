@@ -57,6 +57,17 @@ class VisionConfig(TowerConfig):
         return self.num_channels * self.patch_size**2
 
     @property
+    def blank_frame(self) -> tuple[int, int, int]:
+        """An image, which all have one size: 1, and its rows and columns of patches."""
+        side = self.image_size // self.patch_size
+        return 1, side, side
+
+    @property
+    def blank_pixels(self) -> tuple[int, ...]:
+        """Shape of the pixels of one image."""
+        return 1, self.num_channels, self.image_size, self.image_size
+
+    @property
     def layer_weights(self) -> int:
         """Number of a layer's weights that each patch is multiplied with."""
         return 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
@@ -89,10 +100,8 @@ def config_from_hf(hf_config: PretrainedConfig, text_only: bool) -> ModelConfig:
         return ModelConfig(TEXT_PARTS, text, None, None, None)
     # transformers' multimodal class never caps its logits, whatever the text configuration has.
     text = replace(text, final_logit_softcapping=None)
-    _check_projector(hf_config)
-    return ModelConfig(
-        VISION_PARTS, text, _vision(hf_config.vision_config), hf_config.image_token_id, hf_config.mm_tokens_per_image
-    )
+    vision = _vision(hf_config.vision_config, hf_config.mm_tokens_per_image)
+    return ModelConfig(VISION_PARTS, text, vision, hf_config.image_token_id, hf_config.mm_tokens_per_image)
 
 
 def _text(hf: Narrowed, tied: bool) -> TextConfig:
@@ -128,7 +137,7 @@ def _layer(hf: Narrowed, layer_type: str) -> LayerConfig:
     )
 
 
-def _vision(hf: Narrowed) -> VisionConfig:
+def _vision(hf: Narrowed, tokens_per_image: Narrowed) -> VisionConfig:
     # `vision_use_head` is ignored: Gemma 3 reads the patch features, and no published file holds a head.
     _require(hf.hidden_act == "gelu_pytorch_tanh", f"vision hidden_act {hf.hidden_act!r}")
     _require(not hf.attention_dropout, f"vision attention_dropout {hf.attention_dropout}")
@@ -138,16 +147,18 @@ def _vision(hf: Narrowed) -> VisionConfig:
         num_hidden_layers=hf.num_hidden_layers,
         num_attention_heads=hf.num_attention_heads,
         num_channels=hf.num_channels,
+        spatial_merge_size=_merge_size(hf.image_size // hf.patch_size, tokens_per_image),
         image_size=hf.image_size,
         patch_size=hf.patch_size,
         norm_eps=hf.layer_norm_eps,
     )
 
 
-def _check_projector(hf: Narrowed) -> None:
-    side = round(hf.mm_tokens_per_image**0.5)
-    patches = hf.vision_config.image_size // hf.vision_config.patch_size
+def _merge_size(patches_per_side: int, tokens_per_image: int) -> int:
+    """Return the patches per side of the block that the projector averages."""
+    side = round(tokens_per_image**0.5)
     _require(
-        side >= 1 and side * side == hf.mm_tokens_per_image and patches >= 1 and patches % side == 0,
-        f"mm_tokens_per_image {hf.mm_tokens_per_image} with {patches} x {patches} patches",
+        side >= 1 and side * side == tokens_per_image and patches_per_side >= 1 and patches_per_side % side == 0,
+        f"mm_tokens_per_image {tokens_per_image} with {patches_per_side} x {patches_per_side} patches",
     )
+    return patches_per_side // side

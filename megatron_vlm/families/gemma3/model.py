@@ -1,12 +1,12 @@
-"""Gemma 3 as pipeline chunks: embedding and vision tower on the first, decoder layers, head and loss on the last.
+"""Gemma 3 as pipeline chunks: vision tower and embedding on the first, decoder layers, head and loss on the last.
 
 Source: transformers models/gemma3 (`Gemma3TextModel`, `Gemma3ForConditionalGeneration`).
-Shapes: B batch, S sequence (hidden states hold a shard of it under sequence parallelism), H hidden, I images.
+Shapes: B batch, S sequence (hidden states hold a shard of it under sequence parallelism), H hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -24,7 +24,6 @@ from megatron_vlm.layers.rope import RopeTable, rope_table
 from megatron_vlm.model.language_model import LanguageModelChunk, residual_norm
 from megatron_vlm.model.model_chunk import ModelChunk
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
-from megatron_vlm.parallel.images import ImageDivision
 from megatron_vlm.parallel.stage_state import StageState
 from vlm_kernels.span_attention import Spans
 
@@ -93,43 +92,20 @@ class Gemma3Chunk(ModelChunk):
     language_model: Gemma3LanguageModel
 
     def __init__(self, config: ModelConfig, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
-        super().__init__(chunk, groups, "vision_tower" in config.parts)
+        super().__init__(config, chunk, groups)
         self.language_model = Gemma3LanguageModel(config.text, chunk, groups)
-        if chunk.is_first and "vision_tower" in config.parts:
+        if chunk.tower_layers is not None:
             assert config.vision is not None
-            size = config.vision.image_size
-            self.blank_shape = (1, config.vision.num_channels, size, size)
-            assert config.mm_tokens_per_image is not None
-            self.vision_tower = VisionTower(
-                config.vision, chunk.tower_mcore_config, self.tower_group, chunk.recompute == "full"
-            )
-            self.projector = Projector(
-                config.vision,
-                config.mm_tokens_per_image,
-                config.text.hidden_size,
-                chunk.mcore_config.params_dtype,
-                self.tower_group,
-            )
-            self.mark_tower(self.vision_tower, self.projector)
+            self.vision_tower = VisionTower(config.vision, chunk, self.tower_group)
+            if chunk.has_embedding:
+                dtype = chunk.mcore_config.params_dtype
+                self.projector = Projector(config.vision, config.text.hidden_size, dtype, self.tower_group)
+            self.mark_tower()
 
-    def embed(self, batch: MicroBatch) -> StageState:
+    def embed(self, batch: MicroBatch, features: Sequence[torch.Tensor]) -> StageState:
         """Return tokens and images as one sequence."""
         # Soft image tokens may lie outside the vocabulary; their looked-up embeddings are replaced.
         x_BSH = self.language_model.embed(batch.input_ids.masked_fill(batch.feature_index >= 0, 0))
-        if hasattr(self, "vision_tower"):
-            pixels = batch.media_inputs.get("pixel_values")
-            if pixels is None and self.always_encodes:
-                pixels = x_BSH.new_zeros(self.blank_shape)
-            if pixels is not None:
-                features = self._image_features(pixels.to(x_BSH.device, non_blocking=True))
-                x_BSH = place_features(x_BSH, features, batch.feature_index)
+        for of_images in features:
+            x_BSH = place_features(x_BSH, of_images, batch.feature_index)
         return self.first_state(x_BSH)
-
-    def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return concatenated soft tokens of all images, [I * tokens per image, H], full on every tensor rank."""
-        if not self.divides_images:
-            return self.projector(self.vision_tower(pixels)).flatten(0, 1)
-        ones = [1] * pixels.shape[0]
-        division = ImageDivision(rows=ones, costs=ones, group=self.groups.tp)
-        features = self.projector(self.vision_tower(division.take(pixels, blank_rows=1)))
-        return division.gather(features).flatten(0, 1)

@@ -1,10 +1,12 @@
 """Gemma 3's vision encoder: the SigLIP tower and the projector into the language model.
 
 Source: transformers models/siglip (vision model without pooling head) and `Gemma3MultiModalProjector`.
-Shapes: I images, P patches, H vision hidden, N heads, D head dim, T soft tokens per image.
+Shapes: I images, P patches of all images, H vision hidden, N heads, D head dim, T soft tokens of all images.
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -18,8 +20,11 @@ from megatron_vlm.families.gemma3.config import VisionConfig
 from megatron_vlm.layers.linear import ColumnParallelLinear, Group, RowParallelLinear, column_parallel
 from megatron_vlm.layers.mlp import MLP
 from megatron_vlm.layers.norm import LayerNorm, RMSNorm
-from megatron_vlm.layers.recompute import run_layer
+from megatron_vlm.layers.patches import PackedImages
+from megatron_vlm.model.vision_tower import VisionTowerChunk
+from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.parameters import declare, normal, zeros
+from megatron_vlm.parallel.stage_state import StageState
 
 
 class VisionEmbeddings(torch.nn.Module):
@@ -36,7 +41,7 @@ class VisionEmbeddings(torch.nn.Module):
         declare(self.position_embedding.weight, "table", normal)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Map [I, channels, height, width] to [I, P, H]."""
+        """Map [I, channels, height, width] to [I, patches, H]."""
         patches = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype))
         positions = torch.arange(self.position_embedding.num_embeddings, device=patches.device)
         return patches.flatten(2).transpose(1, 2) + self.position_embedding(positions)
@@ -54,12 +59,13 @@ class VisionAttention(torch.nn.Module):
         )
         self.out_proj = RowParallelLinear(size, size, mcore_config, group, bias=True)
 
-    def forward(self, x_IPH: torch.Tensor) -> torch.Tensor:
-        """Map [I, P, H] to the same shape."""
-        projected = column_parallel(x_IPH, (self.q_proj, self.k_proj, self.v_proj), self.group, False)
-        q, k, v = (tensor.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for tensor in projected)
+    def forward(self, x_PH: torch.Tensor, num_images: int) -> torch.Tensor:
+        """Map [P, H] to the same shape."""
+        projected = column_parallel(x_PH, (self.q_proj, self.k_proj, self.v_proj), self.group, False)
+        q, k, v = (tensor.view(num_images, -1, *tensor.shape[1:]) for tensor in projected)
+        q, k, v = (tensor.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for tensor in (q, k, v))
         attended_INPD = scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5)
-        return self.out_proj(attended_INPD.transpose(1, 2).flatten(2))
+        return self.out_proj(attended_INPD.transpose(1, 2).flatten(2).flatten(0, 1))
 
 
 class VisionLayer(torch.nn.Module):
@@ -74,38 +80,47 @@ class VisionLayer(torch.nn.Module):
         self.self_attn = VisionAttention(config, mcore_config, group)
         self.mlp = MLP((size, config.intermediate_size, size), ("fc1", "fc2"), "tanh", mcore_config, group)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map [I, P, H] to the same shape."""
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+    def forward(self, x_PH: torch.Tensor, num_images: int) -> torch.Tensor:
+        """Map [P, H] to the same shape."""
+        x_PH = x_PH + self.self_attn(self.layer_norm1(x_PH), num_images)
+        return x_PH + self.mlp(self.layer_norm2(x_PH))
 
 
-class VisionTower(torch.nn.Module):
+class VisionTower(VisionTowerChunk):
     """SigLIP, whose heads and feed-forward columns are split over `group`: one rank where images are split instead.
 
     Args:
         config: configuration of the tower.
-        mcore_config: megatron-core settings without sequence parallelism.
+        chunk: settings of the pipeline chunk.
         group: process group over which each layer is sharded.
-        recompute: compute each layer again in the backward pass.
     """
 
-    def __init__(self, config: VisionConfig, mcore_config: TransformerConfig, group: Group, recompute: bool) -> None:
-        super().__init__()
-        self.recompute = recompute
-        self.embeddings = VisionEmbeddings(config, mcore_config.params_dtype)
+    def __init__(self, config: VisionConfig, chunk: ChunkSettings, group: Group) -> None:
+        super().__init__(config, chunk)
+        mcore_config = chunk.tower_mcore_config
+        if chunk.is_first:
+            self.embeddings = VisionEmbeddings(config, mcore_config.params_dtype)
         self.encoder = torch.nn.Module()
-        self.encoder.layers = torch.nn.ModuleList(
-            VisionLayer(config, mcore_config, group) for _ in range(config.num_hidden_layers)
-        )
-        self.post_layernorm = LayerNorm(config.hidden_size, config.norm_eps, mcore_config.params_dtype)
+        self.encoder.layers = self.make_layers(lambda: VisionLayer(config, mcore_config, group))
+        if chunk.has_embedding:
+            self.post_layernorm = LayerNorm(config.hidden_size, config.norm_eps, mcore_config.params_dtype)
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Map [I, channels, height, width] to [I, P, H]."""
-        x = self.embeddings(pixels)
-        for layer in self.encoder.layers:  # type: ignore[union-attr]
-            x = run_layer(layer, x, recompute=self.recompute)
-        return self.post_layernorm(x)
+    @property
+    def layers(self) -> torch.nn.ModuleDict:
+        """This chunk's layers."""
+        return cast(torch.nn.ModuleDict, self.encoder.layers)
+
+    def start(self, pixels: torch.Tensor, images: PackedImages) -> torch.Tensor:
+        """Map [I, channels, height, width] to [P, H]."""
+        return self.embeddings(pixels).flatten(0, 1)
+
+    def layer_inputs(self, images: PackedImages, dtype: torch.dtype) -> tuple[int]:
+        """Return the number of images."""
+        return (len(images.frames),)
+
+    def finish(self, state: StageState) -> tuple[torch.Tensor]:
+        """Return the norm of the last layer's output."""
+        return (self.post_layernorm(state.hidden),)
 
 
 class Projector(torch.nn.Module):
@@ -116,22 +131,18 @@ class Projector(torch.nn.Module):
     The weight is stored [in, out], unlike a linear layer's.
     """
 
-    def __init__(
-        self, config: VisionConfig, tokens_per_image: int, out_size: int, dtype: torch.dtype, group: Group
-    ) -> None:
+    def __init__(self, config: VisionConfig, out_size: int, dtype: torch.dtype, group: Group) -> None:
         super().__init__()
-        self.group = group
-        self.patches_per_side = config.image_size // config.patch_size
-        self.pool_size = self.patches_per_side // round(tokens_per_image**0.5)
+        self.group, self.pool_size = group, config.spatial_merge_size
+        self.grid = config.blank_frame[1:]
         weight = torch.nn.Parameter(torch.empty(config.hidden_size, out_size // group.size(), dtype=dtype))
         self.mm_input_projection_weight = declare(weight, "matrix", normal, tensor_dim=1)
         self.mm_soft_emb_norm = RMSNorm(config.hidden_size, config.norm_eps, zero_centered=True, dtype=dtype)
 
-    def forward(self, x_IPH: torch.Tensor) -> torch.Tensor:
-        """Map vision features [I, P, H] to soft tokens [I, T, text hidden]."""
-        grid = x_IPH.transpose(1, 2).unflatten(2, (self.patches_per_side, self.patches_per_side))
-        pooled_ITH = avg_pool2d(grid, self.pool_size).flatten(2).transpose(1, 2)
-        normed = copy_to_tensor_model_parallel_region(self.mm_soft_emb_norm(pooled_ITH), group=self.group)
-        return gather_from_tensor_model_parallel_region(
-            torch.matmul(normed, self.mm_input_projection_weight), group=self.group
-        )
+    def forward(self, x_PH: torch.Tensor) -> list[torch.Tensor]:
+        """Map vision features [P, H] to soft tokens [T, text hidden] of all images."""
+        grid = x_PH.unflatten(0, (-1, *self.grid)).permute(0, 3, 1, 2)
+        pooled_TH = avg_pool2d(grid, self.pool_size).flatten(2).transpose(1, 2).flatten(0, 1)
+        normed = copy_to_tensor_model_parallel_region(self.mm_soft_emb_norm(pooled_TH), group=self.group)
+        projected = torch.matmul(normed, self.mm_input_projection_weight)
+        return [gather_from_tensor_model_parallel_region(projected, group=self.group)]

@@ -80,7 +80,6 @@ class VisionConfig(TowerConfig):
     Attributes:
         head_dim: width of a head.
         patch_size: height and width of a patch in pixels.
-        spatial_merge_size: patches per side of the block that becomes one token.
         num_positions_per_side: rows of each of the two tables of positions.
         clips: whether linears clip inputs and outputs (E2B, E4B).
         standardizes: whether the pooled output is shifted and scaled (26B-A4B, 31B).
@@ -88,7 +87,6 @@ class VisionConfig(TowerConfig):
 
     head_dim: int
     patch_size: int
-    spatial_merge_size: int
     num_positions_per_side: int
     norm_eps: float
     rope_theta: float
@@ -127,11 +125,6 @@ class PixelEmbedderConfig(ImageEncoderConfig):
     num_positions_per_side: int
     norm_eps: float
     projector_norm_eps: float
-
-    @property
-    def spatial_merge_size(self) -> int:
-        """Patches per side of the block that becomes one token."""
-        return 1
 
     @property
     def patch_features(self) -> int:
@@ -347,6 +340,7 @@ def _pixel_embedder(hf: Narrowed) -> PixelEmbedderConfig:
     return PixelEmbedderConfig(
         hidden_size=size,
         num_channels=3,
+        spatial_merge_size=1,
         patch_size=hf.patch_size * hf.pooling_kernel_size,
         pooling_kernel_size=hf.pooling_kernel_size,
         num_positions_per_side=hf.mm_posemb_size,

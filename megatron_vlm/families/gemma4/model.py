@@ -1,4 +1,4 @@
-"""Gemma 4 as pipeline chunks: embedding and towers on the first, decoder layers, head and loss on the last.
+"""Gemma 4 as pipeline chunks: towers and embedding on the first, decoder layers, head and loss on the last.
 
 Later layers of E2B and E4B read what earlier ones left, on whichever stages they are: the embeddings, and the keys and
 values of two layers.
@@ -9,7 +9,7 @@ Shapes: B batch, S sequence (hidden states hold a shard of it under sequence par
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.data.media import AUDIO
 from megatron_vlm.families.gemma4.attention import Attention, KeysAndValues
 from megatron_vlm.families.gemma4.audio import AudioTower
 from megatron_vlm.families.gemma4.audio_config import AudioConfig
@@ -230,22 +231,28 @@ class Gemma4Chunk(ModelChunk):
     language_model: Gemma4LanguageModel
 
     def __init__(self, config: ModelConfig, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
-        super().__init__(chunk, groups, "vision_tower" in config.parts)
+        super().__init__(config, chunk, groups)
         self.language_model = Gemma4LanguageModel(config.text, chunk, groups)
-        if chunk.is_first and not config.text_only:
+        if chunk.has_embedding and not config.text_only:
             self.projector = torch.nn.Module()
-        if chunk.is_first and config.vision is not None:
+        if chunk.tower_layers is not None:
             vision, mcore_config = config.vision, chunk.tower_mcore_config
+            assert vision is not None
             self.vision_tower = (
-                VisionTower(vision, mcore_config, self.tower_group, chunk.recompute == "full")
+                VisionTower(vision, chunk, self.tower_group)
                 if isinstance(vision, VisionConfig)
-                else PixelEmbedder(vision, mcore_config, self.tower_group)
+                else PixelEmbedder(vision, chunk, self.tower_group)
             )
-            self.projector.vision = Projector(
-                vision.hidden_size, config.text.hidden_size, vision.projector_norm_eps, mcore_config, self.tower_group
-            )
-            self.mark_tower(self.vision_tower, self.projector.vision)
-        self.audio = config.audio if chunk.is_first else None
+            if chunk.has_embedding:
+                self.projector.vision = Projector(
+                    vision.hidden_size,
+                    config.text.hidden_size,
+                    vision.projector_norm_eps,
+                    mcore_config,
+                    self.tower_group,
+                )
+            self.mark_tower()
+        self.audio = config.audio if chunk.has_embedding else None
         if self.audio is not None:
             audio, mcore_config = self.audio, chunk.tower_mcore_config
             if isinstance(audio, AudioConfig):
@@ -260,22 +267,23 @@ class Gemma4Chunk(ModelChunk):
         """The projector of images."""
         return cast(torch.nn.Module, self.projector.vision)
 
-    def embed(self, batch: MicroBatch) -> StageState:
+    def embed(self, batch: MicroBatch, features: Sequence[torch.Tensor]) -> StageState:
         """Return tokens and media as one sequence."""
         is_medium = batch.feature_index >= 0
         x_BSH = self.language_model.embed(batch.input_ids.masked_fill(is_medium, 0))
         # Features of a blank image would shift those of audio.
-        features = [images if batch.grids else images[:0] for images in self.packed_features(batch)]
+        of_media = [of_images if batch.grids else of_images[:0] for of_images in features]
         if self.audio is not None and (batch.audio_frames or self.overlapped):
-            features.append(self._audio_features(batch, x_BSH.device))
-        if features:
-            x_BSH = place_features(x_BSH, torch.cat(features), batch.feature_index)
+            of_media.append(self._audio_features(batch, x_BSH.device))
+        if of_media:
+            x_BSH = place_features(x_BSH, torch.cat(of_media), batch.feature_index)
         return self.first_state(x_BSH)
 
     def _audio_features(self, batch: MicroBatch, device: torch.device) -> torch.Tensor:
         """Return the features of all clips, [T, H]; without a clip, none, of a blank one."""
         assert self.audio is not None
-        frames, lengths = batch.media_inputs.get("audio_features"), batch.audio_frames
+        frames, lengths = batch.media_inputs.get(AUDIO), batch.audio_frames
+        assert (frames is None) != bool(lengths), "clips belong on the stage with their projector"
         if frames is None:
             frames, lengths = torch.zeros(1, self.audio.frame_size), [1]
         frames = frames.to(device, non_blocking=True)

@@ -9,7 +9,7 @@ Shapes: P patches, H vision hidden, N heads, D head dim, T tokens of the languag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import cast
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -24,10 +24,12 @@ from megatron_vlm.families.gemma4.clipped_linear import (
 from megatron_vlm.families.gemma4.config import VisionConfig
 from megatron_vlm.layers.linear import Group
 from megatron_vlm.layers.norm import RMSNorm, norm_add_and_norm, norm_and_add
-from megatron_vlm.layers.patches import Grid, PatchPositions, patch_positions, split_frames
-from megatron_vlm.layers.recompute import run_layer
+from megatron_vlm.layers.patches import PackedImages, PatchPositions
 from megatron_vlm.layers.rope import geometric_frequencies
+from megatron_vlm.model.vision_tower import VisionTowerChunk
+from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.parameters import declare, normal, ones, zeros
+from megatron_vlm.parallel.stage_state import StageState
 from vlm_kernels.packed_attention import Segments, packed_attention
 from vlm_kernels.rms_norm import rms_norm
 from vlm_kernels.rope import RopeTable, qk_norm_rope
@@ -112,55 +114,47 @@ class VisionLayer(torch.nn.Module):
         return norm_and_add(self.mlp(normed), x_PH, self.post_feedforward_layernorm)
 
 
-class VisionTower(torch.nn.Module):
+class VisionTower(VisionTowerChunk):
     """The tower, whose heads and feed-forward columns are split over `group`: one rank where images are split instead.
 
     Args:
         config: configuration of the tower.
-        mcore_config: megatron-core settings without sequence parallelism.
+        chunk: settings of the pipeline chunk.
         group: process group over which each layer is sharded.
-        recompute: compute each layer again in the backward pass.
     """
 
-    def __init__(self, config: VisionConfig, mcore_config: TransformerConfig, group: Group, recompute: bool) -> None:
-        super().__init__()
-        self.config, self.recompute, dtype = config, recompute, mcore_config.params_dtype
-        self.patch_embedder = PatchEmbedder(config, dtype)
+    def __init__(self, config: VisionConfig, chunk: ChunkSettings, group: Group) -> None:
+        super().__init__(config, chunk)
+        self.config, mcore_config, dtype = config, chunk.tower_mcore_config, chunk.mcore_config.params_dtype
+        if chunk.is_first:
+            self.patch_embedder = PatchEmbedder(config, dtype)
         self.encoder = torch.nn.Module()
-        self.encoder.layers = torch.nn.ModuleList(
-            VisionLayer(config, mcore_config, group) for _ in range(config.num_hidden_layers)
-        )
-        if config.standardizes:
+        self.encoder.layers = self.make_layers(lambda: VisionLayer(config, mcore_config, group))
+        if chunk.has_embedding and config.standardizes:
             bias, scale = (torch.nn.Parameter(torch.empty(config.hidden_size, dtype=dtype)) for _ in range(2))
             self.std_bias, self.std_scale = declare(bias, "buffer", zeros), declare(scale, "buffer", ones)
 
-    def forward(self, pixel_values: torch.Tensor, grids: Sequence[Grid]) -> tuple[torch.Tensor]:
-        """Encode packed patches.
+    @property
+    def layers(self) -> torch.nn.ModuleDict:
+        """This chunk's layers."""
+        return cast(torch.nn.ModuleDict, self.encoder.layers)
 
-        Args:
-            pixel_values: [P, patch features], in blocks of merge x merge patches.
-            grids: frames, height and width in patches of each image or video, known on the host.
+    def start(self, pixels: torch.Tensor, images: PackedImages) -> torch.Tensor:
+        """Map [P, patch features] to [P, H]."""
+        return self.patch_embedder(pixels, images.positions)
 
-        Returns:
-            Pooled output of the last layer, [T, H].
-        """
-        config, frames = self.config, split_frames(grids)
-        positions = patch_positions(frames, config.spatial_merge_size, pixel_values.device)
-        segments = Segments(tuple(height * width for _, height, width in frames), pixel_values.device)
-        x_PH = self.patch_embedder(pixel_values, positions)
-        rope = patch_rope(positions, config, x_PH.dtype)
-        for layer in self.encoder.layers:  # type: ignore[union-attr]
-            x_PH = run_layer(layer, x_PH, rope, segments, recompute=self.recompute)
-        return (self._pool(x_PH),)
+    def layer_inputs(self, images: PackedImages, dtype: torch.dtype) -> tuple[RopeTable, Segments]:
+        """Return the rotary table, and frames as segments."""
+        return patch_rope(images.positions, self.config, dtype), images.segments
 
-    def _pool(self, x_PH: torch.Tensor) -> torch.Tensor:
+    def finish(self, state: StageState) -> tuple[torch.Tensor]:
         """Return the means of blocks, [T, H], scaled, and standardised where the model does; scaled in fp32.
 
         The mean itself is rounded to the activations' dtype, as in transformers.
         """
-        config = self.config
+        config, x_PH = self.config, state.hidden
         blocks = x_PH.float().unflatten(0, (-1, config.spatial_merge_size**2))
         pooled = blocks.mean(1).to(x_PH.dtype).float() * config.hidden_size**0.5
         if config.standardizes:
             pooled = (pooled - self.std_bias.float()) * self.std_scale.float()
-        return pooled.to(x_PH.dtype)
+        return (pooled.to(x_PH.dtype),)

@@ -50,7 +50,6 @@ class VisionConfig(TowerConfig):
     patch_size: int
     rope_theta: float
     activation: Activation
-    spatial_merge_size: int
     out_hidden_size: int
     projector_norm_eps: float
     projector_bias: bool

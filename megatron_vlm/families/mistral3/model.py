@@ -6,6 +6,8 @@ Shapes: B batch, S sequence (hidden states hold a shard of it under sequence par
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -97,18 +99,18 @@ class Mistral3Chunk(ModelChunk):
     language_model: Mistral3LanguageModel
 
     def __init__(self, config: ModelConfig, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
-        super().__init__(chunk, groups, "vision_tower" in config.parts)
+        super().__init__(config, chunk, groups)
         self.language_model = Mistral3LanguageModel(config.text, chunk, groups)
-        if chunk.is_first and "vision_tower" in config.parts:
+        if chunk.tower_layers is not None:
             assert config.vision is not None
-            mcore_config = chunk.tower_mcore_config
-            self.vision_tower = VisionTower(config.vision, mcore_config, self.tower_group, chunk.recompute == "full")
-            self.projector = Projector(config.vision, mcore_config, self.tower_group)
-            self.mark_tower(self.vision_tower, self.projector)
+            self.vision_tower = VisionTower(config.vision, chunk, self.tower_group)
+            if chunk.has_embedding:
+                self.projector = Projector(config.vision, chunk.tower_mcore_config, self.tower_group)
+            self.mark_tower()
 
-    def embed(self, batch: MicroBatch) -> StageState:
+    def embed(self, batch: MicroBatch, features: Sequence[torch.Tensor]) -> StageState:
         """Return tokens and images as one sequence."""
         x_BSH = self.language_model.embed(batch.input_ids.masked_fill(batch.feature_index >= 0, 0))
-        for features in self.packed_features(batch):
-            x_BSH = place_features(x_BSH, features, batch.feature_index)
+        for of_images in features:
+            x_BSH = place_features(x_BSH, of_images, batch.feature_index)
         return self.first_state(x_BSH)

@@ -9,7 +9,7 @@ Shapes: P patches, H vision hidden, N heads, D head dim, T tokens of the languag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import cast
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -19,9 +19,10 @@ from megatron_vlm.families.mistral3.config import VisionConfig
 from megatron_vlm.layers.linear import ColumnParallelLinear, Group, RowParallelLinear, column_parallel
 from megatron_vlm.layers.mlp import GatedMLP
 from megatron_vlm.layers.norm import RMSNorm, add_and_norm
-from megatron_vlm.layers.patches import Grid, PatchPositions, PatchProjection, patch_positions, split_frames
-from megatron_vlm.layers.recompute import run_layer
+from megatron_vlm.layers.patches import PackedImages, PatchPositions, PatchProjection
 from megatron_vlm.layers.rope import geometric_frequencies
+from megatron_vlm.model.vision_tower import VisionTowerChunk
+from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.parameters import declare, normal
 from vlm_kernels.packed_attention import Segments, packed_attention
 from vlm_kernels.rope import RopeTable, qk_norm_rope
@@ -79,47 +80,39 @@ def _norm(config: VisionConfig, mcore_config: TransformerConfig) -> RMSNorm:
     return RMSNorm(config.hidden_size, config.norm_eps, zero_centered=False, dtype=mcore_config.params_dtype)
 
 
-class VisionTower(torch.nn.Module):
+class VisionTower(VisionTowerChunk):
     """Pixtral, whose heads and feed-forward columns are split over `group`: one rank where images are split instead.
 
     The patch projection and norms are replicated: they are under 0.2 % of the tower.
 
     Args:
         config: configuration of the tower.
-        mcore_config: megatron-core settings without sequence parallelism.
+        chunk: settings of the pipeline chunk.
         group: process group over which each layer is sharded.
-        recompute: compute each layer again in the backward pass.
     """
 
-    def __init__(self, config: VisionConfig, mcore_config: TransformerConfig, group: Group, recompute: bool) -> None:
-        super().__init__()
-        self.config, self.recompute = config, recompute
-        kernel = (config.num_channels, config.patch_size, config.patch_size)
-        self.patch_conv = PatchProjection(kernel, config.hidden_size, mcore_config.params_dtype, bias=False)
-        self.ln_pre = _norm(config, mcore_config)
+    def __init__(self, config: VisionConfig, chunk: ChunkSettings, group: Group) -> None:
+        super().__init__(config, chunk)
+        self.config, mcore_config = config, chunk.tower_mcore_config
+        if chunk.is_first:
+            kernel = (config.num_channels, config.patch_size, config.patch_size)
+            self.patch_conv = PatchProjection(kernel, config.hidden_size, mcore_config.params_dtype, bias=False)
+            self.ln_pre = _norm(config, mcore_config)
         self.transformer = torch.nn.Module()
-        self.transformer.layers = torch.nn.ModuleList(
-            VisionLayer(config, mcore_config, group) for _ in range(config.num_hidden_layers)
-        )
+        self.transformer.layers = self.make_layers(lambda: VisionLayer(config, mcore_config, group))
 
-    def forward(self, pixel_values: torch.Tensor, grids: Sequence[Grid]) -> tuple[torch.Tensor]:
-        """Encode packed patches.
+    @property
+    def layers(self) -> torch.nn.ModuleDict:
+        """This chunk's layers."""
+        return cast(torch.nn.ModuleDict, self.transformer.layers)
 
-        Args:
-            pixel_values: [P, patch features], in blocks of merge x merge patches.
-            grids: (1, height, width) in patches of each image, known on the host.
+    def start(self, pixels: torch.Tensor, images: PackedImages) -> torch.Tensor:
+        """Map [P, patch features] to [P, H]."""
+        return self.ln_pre(self.patch_conv(pixels))
 
-        Returns:
-            Output of the last layer, [P, H].
-        """
-        config, images = self.config, split_frames(grids)
-        positions = patch_positions(images, config.spatial_merge_size, pixel_values.device)
-        segments = Segments(tuple(height * width for _, height, width in images), pixel_values.device)
-        x_PH = self.ln_pre(self.patch_conv(pixel_values))
-        rope = patch_rope(positions, config, x_PH.dtype)
-        for layer in self.transformer.layers:  # type: ignore[union-attr]
-            x_PH = run_layer(layer, x_PH, rope, segments, recompute=self.recompute)
-        return (x_PH,)
+    def layer_inputs(self, images: PackedImages, dtype: torch.dtype) -> tuple[RopeTable, Segments]:
+        """Return the rotary table, and images as segments."""
+        return patch_rope(images.positions, self.config, dtype), images.segments
 
 
 class PatchMerger(torch.nn.Module):

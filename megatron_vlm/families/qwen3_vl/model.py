@@ -1,4 +1,4 @@
-"""Qwen3-VL as pipeline chunks: embedding and vision tower on the first, decoder layers, head and loss on the last.
+"""Qwen3-VL as pipeline chunks: vision tower and embedding on the first, decoder layers, head and loss on the last.
 
 Features of the vision tower enter twice: in place of placeholder tokens, and, from intermediate layers ("DeepStack"),
 added to the hidden states after each of the first decoder layers, wherever in the pipeline those are.
@@ -9,6 +9,7 @@ Shapes: B batch, S sequence (hidden states hold a shard of it under sequence par
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -116,18 +117,18 @@ class Qwen3VLChunk(ModelChunk):
     language_model: Qwen3VLLanguageModel
 
     def __init__(self, config: ModelConfig, chunk: ChunkSettings, groups: ProcessGroupCollection) -> None:
-        super().__init__(chunk, groups, "vision_tower" in config.parts)
+        super().__init__(config, chunk, groups)
         self.language_model = Qwen3VLLanguageModel(config.text, chunk, groups)
         self.num_levels = 0
         if "vision_tower" in config.parts:
             assert config.vision is not None
             self.num_levels = len(config.vision.deepstack_layers)
-        if chunk.is_first and "vision_tower" in config.parts:
+        if chunk.tower_layers is not None:
             assert config.vision is not None
-            mcore_config = chunk.tower_mcore_config
-            self.vision_tower = VisionTower(config.vision, mcore_config, self.tower_group, chunk.recompute == "full")
-            self.projector = Projector(config.vision, mcore_config, self.tower_group)
-            self.mark_tower(self.vision_tower, self.projector)
+            self.vision_tower = VisionTower(config.vision, chunk, self.tower_group)
+            if chunk.has_embedding:
+                self.projector = Projector(config.vision, chunk.tower_mcore_config, self.tower_group)
+            self.mark_tower()
 
     def boundary(self, layer: int, batch: MicroBatch) -> Boundary:
         """Return the shapes of hidden states, remaining DeepStack features, and the load-balancing sum."""
@@ -136,11 +137,10 @@ class Qwen3VLChunk(ModelChunk):
         levels = range(layer, self.num_levels) if is_visual else ()
         return replace(boundary, carried={deepstack_name(level): boundary.hidden for level in levels})
 
-    def embed(self, batch: MicroBatch) -> StageState:
+    def embed(self, batch: MicroBatch, features: Sequence[torch.Tensor]) -> StageState:
         """Return tokens and visual features as one sequence, and the DeepStack features, zero on text."""
         is_visual = batch.feature_index >= 0
         x_BSH = self.language_model.embed(batch.input_ids.masked_fill(is_visual, 0))
-        features = self.packed_features(batch)
         if features:
             x_BSH = place_features(x_BSH, features[0], batch.feature_index)
         levels = [spread_features(level.to(x_BSH.dtype), batch.feature_index) for level in features[1:]]
