@@ -118,7 +118,6 @@ def collate(
     rules: PromptRules,
     padding_token_id: int,
     pad_to_multiple_of: int = 1,
-    with_pixels: bool = True,
 ) -> MicroBatch:
     """Build one micro-batch from samples.
 
@@ -127,7 +126,6 @@ def collate(
         rules: the family's prompt rules.
         padding_token_id: id written on padding.
         pad_to_multiple_of: S is a multiple of this (the tensor-parallel size under sequence parallelism).
-        with_pixels: keep the inputs of the towers; pipeline stages other than the first read none.
     """
     documents = [document for row in rows for document in row]
     longest = max(sum(len(document.sample.input_ids) for document in row) for row in rows)
@@ -162,7 +160,7 @@ def collate(
         span_low=span_low,
         span_high=span_high,
         feature_index=_feature_index(is_vision, is_audio),
-        media_inputs=_join_media_inputs(documents) if with_pixels else {},
+        media_inputs=_join_media_inputs(documents),
         document_sources=torch.tensor([document.source for document in documents], dtype=torch.int32),
         document_names=[document.row_name for document in documents],
         media=[medium for document in documents for medium in document.sample.media],

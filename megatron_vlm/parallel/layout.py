@@ -124,6 +124,11 @@ class Layout:
         """Number of decoder layers of the full model."""
         return sum(map(len, self.chunks))
 
+    @property
+    def media_stages(self) -> tuple[int, ...]:
+        """Pipeline ranks that take images, videos and audio: those with towers. They read rows; others receive them."""
+        return (0,)
+
     def chunks_of(self, pipeline_rank: int) -> list[int]:
         """Return the global ids of one pipeline rank's chunks, in the order of its virtual stages."""
         return list(range(pipeline_rank, len(self.chunks), self.pipeline_size))

@@ -90,7 +90,7 @@ def _index_and_count(path: str, folder: str) -> tuple[str, int]:
         built.append(path)
         return build_index(*arguments)
 
-    index_cache.build_index = counted
+    index_cache.build_index = counted  # type: ignore[assignment]
     return find_or_build_index(path).digest, len(built)
 
 
