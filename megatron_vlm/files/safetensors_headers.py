@@ -189,6 +189,7 @@ class WeightFiles:
         cls,
         tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        *,
         writers: Mapping[str, int] | None = None,
     ) -> WeightFiles:
         """Assign tensors to shards in the given order, as `save_pretrained` does.
