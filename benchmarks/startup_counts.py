@@ -2,8 +2,8 @@
 
     python benchmarks/startup_counts.py [--before CHECKOUT] [--megabytes 200] [--rounds 3] [--output FILE.json]
 
-A tiny model trains for three steps in PP4 x TP2 on a JSONL file of the given size, saves after every step, evaluates and
-exports. Counted are the bytes of data files that are hashed, the bytes of their index that each process holds, images
+A tiny model trains for three steps in PP4 x TP2 on a JSONL file of the given size, saves after every step and exports.
+Counted are the bytes of data files that are hashed, the bytes of their index that each process holds, images
 that are opened on each pipeline stage, collectives that carry objects and the bytes that they send to rank 0, and the
 bytes that each rank writes of an export. `--before` does the same with the code of another checkout, in turn, and
 compares the exports tensor by tensor. Figures of more ranks are these counts times ranks, not measurements.
@@ -57,12 +57,14 @@ def main() -> int:
 
 
 def run_side(checkout: Path, *arguments: Any) -> dict[str, Any]:
-    """Run a part of this program with the code of a checkout."""
-    paths = (checkout, checkout / "kernels", REPOSITORY)
-    environment = {**os.environ, "PYTHONPATH": ":".join(map(str, paths)), "OMP_NUM_THREADS": "1"}
-    environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "benchmarks.startup_ranks", *map(str, arguments)]
-    done = subprocess.run(command, env=environment, cwd=checkout, stdout=subprocess.PIPE, text=True, check=True)
+    """Run a part of this program with the code of a checkout, but with the tests and benchmarks of this one."""
+    with tempfile.TemporaryDirectory() as links:
+        Path(links, "megatron_vlm").symlink_to(checkout / "megatron_vlm")
+        Path(links, "vlm_kernels").symlink_to(checkout / "kernels" / "vlm_kernels")
+        environment = {**os.environ, "PYTHONPATH": f"{links}:{REPOSITORY}", "OMP_NUM_THREADS": "1"}
+        environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+        command = [sys.executable, "-m", "benchmarks.startup_ranks", *map(str, arguments)]
+        done = subprocess.run(command, env=environment, cwd=links, stdout=subprocess.PIPE, text=True, check=True)
     content: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return content
 
@@ -87,14 +89,14 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
         ],
         "bytes of weights written, by rank": [rank["written_bytes"] for rank in ranks],
     }
-    saved, images = figures["object bytes sent between all ranks in each save"][-1], sum(r["images"] for r in ranks)
-    distinct, hashed = max(rank["images"] for rank in ranks), figures["bytes hashed on the node"]
-    per_node = hashed / rounds[0]["data_bytes"]
+    hashing_ranks = figures["bytes hashed on the node"] / rounds[0]["data_bytes"]
+    opening_stages = sum(count > 0 for count in figures["images opened, by pipeline stage"])
+    later_bytes = figures["object bytes sent between all ranks in each save"][-1] / RANKS
     figures["projected, not measured"] = {
         name: {
-            "times that each node hashes its data files": NODE_RANKS if per_node > 1 else 1,
-            "decodes of each image": tensor * (pipeline if images > distinct * TENSOR else 1),
-            "object bytes between all ranks in a later save": round(saved / RANKS * count),
+            "ranks of each node that hash its data files": round(hashing_ranks / RANKS * NODE_RANKS),
+            "ranks that decode each image": tensor * (pipeline if opening_stages > 1 else 1),
+            "object bytes sent between all ranks in a later save": round(later_bytes * count),
         }
         for name, (count, tensor, pipeline) in LARGER.items()
     }

@@ -64,7 +64,12 @@ def train(folder: Path, name: str) -> dict[str, Any]:
             ]
             for process in processes:
                 process.start()
-            found = dict(queue.get(timeout=300) for _ in processes)
+            found = {}
+            for _ in processes:
+                rank, counted = queue.get(timeout=300)
+                if "error" in counted:
+                    raise RuntimeError(f"rank {rank} of {name}: {counted['error']}")
+                found[rank] = counted
             for process in processes:
                 process.join()
             results[start] = [found[rank] for rank in range(RANKS)]
@@ -216,8 +221,6 @@ def _count_calls(trainer: Any, calls: dict[str, list[int]]) -> None:
         return request
 
     def counted_save() -> None:
-        if len(calls["save_calls"]) == STEPS:
-            return  # the last step is saved already
         sizes: list[int] = []
         with counted() as made, _sizes_of_objects(sizes):
             save()
@@ -235,8 +238,9 @@ def _sizes_of_objects(sizes: list[int]) -> Any:
 
     kept = distributed_c10d._object_to_tensor
 
-    def noted(given: Any, device: Any, group: Any) -> Any:
-        result = kept(given, device, group)
+    def noted(*given: Any) -> Any:
+        result = kept(*given)
+        group = next((each for each in given[1:] if isinstance(each, torch.distributed.ProcessGroup)), None)
         if torch.distributed.get_world_size(group) == RANKS:
             sizes.append(len(result[0]))
         return result
