@@ -21,6 +21,7 @@ from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.data.loader import BatchLoader, BatchSharding, MicroBatchLoader
 from megatron_vlm.errors import UserError
 
+LONGEST_PAUSE_SECONDS = 5.0
 Loaders = tuple[MicroBatchLoader, MicroBatchLoader | None]
 """Of training and of held-out data."""
 
@@ -39,6 +40,16 @@ class Stages:
         self.reads = group.rank() in reading
         self._sender = min(reading)
         self.is_sender = group.rank() == self._sender
+        self._key = f"loaders built/{torch.distributed.get_global_rank(group, self._sender)}"
+
+    def await_sender(self) -> None:
+        """Return once the sender has called this, too: it may take longer than a collective is allowed to."""
+        store = torch.distributed.distributed_c10d._get_default_store()
+        if self.is_sender:
+            store.set(self._key, "")
+        began = time.monotonic()
+        while not store.check([self._key]):
+            time.sleep(min(LONGEST_PAUSE_SECONDS, 0.01 + (time.monotonic() - began) / 20))
 
     def share(self, message: bytes) -> bytes:
         """Return the sender's message; those of other ranks are not looked at. Called on every rank of the pipeline."""
@@ -129,6 +140,7 @@ def build_on_stages(
             message = pickle.dumps([None if reader is None else reader.facts() for reader in readers])
         except UserError as error:
             message = pickle.dumps(error)
+    stages.await_sender()
     train, valid = (
         None if facts is None else StageLoader(facts, sharding, stages, reader, pin_memory)
         for facts, reader in zip(_loaded(stages.share(message)), readers, strict=True)

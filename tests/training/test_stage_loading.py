@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed
 
 from megatron_vlm.data import images, index_cache, rows
+from megatron_vlm.data.loader import BatchSharding
 from megatron_vlm.data.plan import PlannedSource, SamplePlan
+from megatron_vlm.data.stage_loader import Stages, build_on_stages
 from megatron_vlm.errors import DataError
 from megatron_vlm.training.rank_checks import check_same_data
 from tests.data.rows import assistant, image, row, user, write_jsonl
@@ -121,3 +126,23 @@ def test_data_that_differ_between_nodes_are_refused() -> None:
     said = run_ranks(4, differing_data, 2)
     assert said == [said[0]] * 4 and str(said[0]).startswith("the files of data.train are not the same on rank 2 as")
     assert run_ranks(2, differing_data, 2) == [None] * 2
+
+
+def wait_for_slow_sender() -> str:
+    """On a pool rank: what is said of a file that the sender has looked at for longer than a collective may take."""
+    group = torch.distributed.new_group([0, 1], timeout=timedelta(seconds=0.3))
+    assert isinstance(group, torch.distributed.ProcessGroup)
+
+    def build() -> Any:
+        time.sleep(1)
+        raise DataError("found after a while")
+
+    try:
+        build_on_stages(build, BatchSharding(2, 1), Stages(group, (0,), torch.device("cpu")), pin_memory=False)
+    except DataError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_indexing_may_take_longer_than_a_collective() -> None:
+    assert run_ranks(2, wait_for_slow_sender) == ["found after a while"] * 2
