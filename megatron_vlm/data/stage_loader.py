@@ -55,12 +55,14 @@ class Stages:
         """Return the sender's message; those of other ranks are not looked at. Called on every rank of the pipeline."""
         size = torch.tensor(len(message), device=self.device)
         torch.distributed.broadcast(size, group=self.group, group_src=self._sender)
+        content = torch.empty(int(size), dtype=torch.uint8, device=self.device)
         if self.is_sender:
-            content = torch.frombuffer(bytearray(message), dtype=torch.uint8).to(self.device)
-        else:
-            content = torch.empty(int(size), dtype=torch.uint8, device=self.device)
+            content.copy_(torch.frombuffer(bytearray(message), dtype=torch.uint8))
         torch.distributed.broadcast(content, group=self.group, group_src=self._sender)
-        return message if self.is_sender else content.cpu().numpy().tobytes()
+        if self.is_sender:
+            return message
+        received = torch.empty(content.shape, dtype=content.dtype)
+        return received.copy_(content).numpy().tobytes()
 
 
 class StageLoader(BatchLoader):
