@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,10 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(REPOSITORY)]
+
+from benchmarks import figures  # noqa: E402
+
 RESULTS = REPOSITORY / "benchmarks" / "results" / "startup_counts.json"
 RANKS, TENSOR, PIPELINE = 8, 2, 4
 LARGER = {"1,024 ranks, TP8 x PP16": (1024, 8, 16), "16,384 ranks, TP8 x PP16": (16_384, 8, 16)}
@@ -48,11 +53,12 @@ def main() -> int:
         exports_are_equal = None
         if options.before:
             exports_are_equal = run_side(REPOSITORY, "compare", Path(folder), "before0", "after0")["equal"]
-    results: dict[str, Any] = {"layout": f"PP{PIPELINE} x TP{TENSOR}", "megabytes": options.megabytes}
+    results: dict[str, Any] = {"commit": figures.commit(), "machine": platform.machine(), "cores": os.cpu_count()}
+    results |= {"layout": f"PP{PIPELINE} x TP{TENSOR}", "megabytes": options.megabytes}
     results |= {name: summary(counted) for name, counted in rounds.items()}
     results["exports_are_equal"] = exports_are_equal
     print(json.dumps(results, indent=1))
-    options.output.write_text(json.dumps(results, indent=1) + "\n")
+    figures.write(options.output, results)
     return 1 if exports_are_equal is False else 0
 
 
@@ -73,7 +79,7 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts of the first round, which are those of every round, and medians of times."""
     ranks = rounds[0]["ranks"]
     stages = [ranks[first : first + TENSOR] for first in range(0, RANKS, TENSOR)]
-    figures: dict[str, Any] = {
+    found: dict[str, Any] = {
         "seconds of a start, of the slowest rank": median(rounds, "setup_seconds"),
         "seconds of indexing and loaders in it": median(rounds, "loader_seconds"),
         "seconds of the same in a second start": median(rounds, "second_loader_seconds"),
@@ -89,10 +95,10 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
         ],
         "bytes of weights written, by rank": [rank["written_bytes"] for rank in ranks],
     }
-    hashing_ranks = figures["bytes hashed on the node"] / rounds[0]["data_bytes"]
-    opening_stages = sum(count > 0 for count in figures["images opened, by pipeline stage"])
-    later_bytes = figures["object bytes sent between all ranks in each save"][-1] / RANKS
-    figures["projected, not measured"] = {
+    hashing_ranks = found["bytes hashed on the node"] / rounds[0]["data_bytes"]
+    opening_stages = sum(count > 0 for count in found["images opened, by pipeline stage"])
+    later_bytes = found["object bytes sent between all ranks in each save"][-1] / RANKS
+    found["projected, not measured"] = {
         name: {
             "ranks of each node that hash its data files": round(hashing_ranks / RANKS * NODE_RANKS),
             "ranks that decode each image": tensor * (pipeline if opening_stages > 1 else 1),
@@ -100,7 +106,7 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
         }
         for name, (count, tensor, pipeline) in LARGER.items()
     }
-    return figures
+    return found
 
 
 def median(rounds: list[dict[str, Any]], name: str) -> float:
