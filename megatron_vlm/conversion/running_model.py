@@ -175,12 +175,13 @@ def export_hf_from_model(
             source.stages(),
         )
     )
+    target = Path(out_dir).absolute()
     with _staged_by_first_rank(out_dir) as staging:
         failure: CheckpointError | None = None
         gathered = source.gather(plan)
         try:
             if source.is_first_of_stage:
-                _write(plan, source.files_of_stage(plan), gathered, staging, Path(out_dir).absolute())
+                _write(plan, source.files_of_stage(plan), gathered, staging, target)
         except CheckpointError as error:
             failure = error
         finally:
@@ -189,7 +190,7 @@ def export_hf_from_model(
         for failed in gather_if_any(failure):
             if failed is not None:
                 raise failed
-        on_first_rank(lambda: _complete(plan, staging))
+        on_first_rank(lambda: _complete(plan, staging, target))
     return plan.passthrough
 
 
@@ -242,16 +243,23 @@ def _write(plan: ExportPlan, files: WeightFiles, gathered: Iterator[_Rows], stag
         raise writing_failed(error, target) from error
 
 
-def _complete(plan: ExportPlan, staging: Path) -> None:
+def _complete(plan: ExportPlan, staging: Path, target: Path) -> None:
     """Add what is written once: index, configuration, tokenizer; all weight files must have come."""
-    for shard in plan.files.shards:
-        size = (staging / shard.file).stat().st_size
-        expected = max((tensor.end_byte for tensor in shard.tensors), default=len(shard.header))
-        if size != expected:
-            raise CheckpointError(f"{shard.file} has {size} bytes here, {expected} were written", str(staging))
-    if plan.files.index is not None:
-        write_durably(staging / INDEX_FILE, plan.files.index)
-    plan.write_assets(staging)
+    try:
+        for shard in plan.files.shards:
+            size = (staging / shard.file).stat().st_size
+            expected = max((tensor.end_byte for tensor in shard.tensors), default=len(shard.header))
+            if size != expected:
+                raise CheckpointError(
+                    f"{shard.file} has {size} bytes here, and {expected} were written",
+                    str(staging),
+                    "see whether all nodes share this file system, and export again",
+                )
+        if plan.files.index is not None:
+            write_durably(staging / INDEX_FILE, plan.files.index)
+        plan.write_assets(staging)
+    except OSError as error:
+        raise writing_failed(error, target) from error
 
 
 @dataclass(frozen=True)

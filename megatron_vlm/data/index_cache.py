@@ -89,8 +89,6 @@ def find_or_build_index(path: str, progress: Progress | None = None) -> JsonlInd
 
 def _find_or_store(path: str, progress: Progress | None) -> JsonlIndex:
     folder = _own_folder()
-    if shutil.disk_usage(folder).free < os.stat(path).st_size // LEAST_ROW_BYTES * 2 * _NUMBER.itemsize:
-        raise _UnusableError("its disk is full")
     identity = hashlib.blake2b(os.path.abspath(path).encode(errors="surrogateescape"), digest_size=12).hexdigest()
 
     def find() -> StoredIndex | None:
@@ -105,6 +103,8 @@ def _find_or_store(path: str, progress: Progress | None) -> JsonlIndex:
 
     if (found := find()) is not None:
         return found
+    if shutil.disk_usage(folder).free < os.stat(path).st_size // LEAST_ROW_BYTES * 2 * _NUMBER.itemsize:
+        raise _UnusableError("its disk is full")
     with _locked(folder / f"{identity}.lock", progress):
         if (found := find()) is not None:
             return found
@@ -124,6 +124,9 @@ def _find_or_store(path: str, progress: Progress | None) -> JsonlIndex:
 
 
 def _warn(path: str, error: Exception) -> None:
+    """Say it once for a node: its first rank reads rows if any of its ranks does."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
     reason = f"{error.strerror} [{error.filename}]" if isinstance(error, OSError) else str(error)
     logger.warning(
         "each rank indexes %s in its own memory: indexes cannot be kept in %s (%s); "
