@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPOSITORY)]
+sys.path.append(str(REPOSITORY))  # behind the checkout whose code is counted
 
 from benchmarks import figures  # noqa: E402
 
@@ -49,7 +49,9 @@ def main() -> int:
         rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
         for number in range(options.rounds):
             for name, checkout in sides.items():
-                rounds[name].append(run_side(checkout, "train", Path(folder), f"{name}{number}"))
+                counted = run_side(checkout, "train", Path(folder), f"{name}{number}")
+                assert Path(counted["code"]) == checkout, f"{counted['code']} was counted for {checkout}"
+                rounds[name].append(counted)
         exports_are_equal = None
         if options.before:
             exports_are_equal = run_side(REPOSITORY, "compare", Path(folder), "before0", "after0")["equal"]

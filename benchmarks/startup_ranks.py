@@ -75,7 +75,9 @@ def train(folder: Path, name: str) -> dict[str, Any]:
             results[start] = [found[rank] for rank in range(RANKS)]
     for first, second in zip(results["first"], results["second"], strict=True):
         first |= {f"second_{key}": second[key] for key in ("loader_seconds", "hashed_bytes")}
-    return {"ranks": results["first"], "data_bytes": (folder / "data" / "large.jsonl").stat().st_size}
+    code = Path(platform.__file__).resolve().parents[2]
+    data_bytes = (folder / "data" / "large.jsonl").stat().st_size
+    return {"ranks": results["first"], "data_bytes": data_bytes, "code": str(code)}
 
 
 def compare(folder: Path, left: str, right: str) -> dict[str, Any]:
