@@ -125,7 +125,7 @@ class DataSettings:
     max_pixels: int | None = None
     """Most pixels of an image; null keeps the processor's own value."""
     num_workers: int = 2
-    """Processes per rank that read and decode; 0 reads in the training process."""
+    """Processes per rank of the first pipeline stage that read and decode; 0 reads in the training process."""
     shuffle: bool = True
     """Shuffle by train.seed; false reads rows in file order."""
     strict: bool = False

@@ -11,6 +11,7 @@ objects (random states), and reads only from the run's own folder: do not put a 
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 import warnings
@@ -46,9 +47,12 @@ from megatron_vlm.parallel.sharding import replica_group, splits
 from megatron_vlm.platform.checkpointing import (
     SaveFailed,
     SaveStrategy,
+    gather_if_any,
+    is_any,
     loading_with,
     random_state,
     set_random_state,
+    share_first,
 )
 
 _SHOWN_PROBLEMS = 4
@@ -182,6 +186,9 @@ class CheckpointManager:
         self._num_bytes = 0
         """Of the save that is under way."""
         self._calls = AsyncCallsQueue()
+        self._strategy: FullyParallelSaveStrategyWrapper | None = None
+        self._structure = b""
+        """Of what was saved last."""
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint, or None; the same on every rank."""
@@ -240,10 +247,10 @@ class CheckpointManager:
             config=config_yaml,
             passthrough=self.passthrough,
         )
-        incomplete = on_first_rank(lambda: None if final.exists() else self._begin(step))
-        if incomplete is None:
+        number = on_first_rank(lambda: None if final.exists() else self._begin(step))
+        if number is None:
             return False
-        self._incomplete = incomplete
+        self._incomplete = incomplete = run_folder.incomplete_folder(self.directory, step, number)
 
         began = time.monotonic()
 
@@ -263,7 +270,7 @@ class CheckpointManager:
             self.finalize(blocking=True)
         return True
 
-    def _begin(self, step: int) -> Path:
+    def _begin(self, step: int) -> int:
         self._confirm_owner()
         try:
             return run_folder.begin(self.directory, step)
@@ -286,8 +293,7 @@ class CheckpointManager:
         request = dist_checkpointing.save(
             state,
             str(incomplete),
-            # Data-parallel replicas share the writing.
-            FullyParallelSaveStrategyWrapper(SaveStrategy(publish), self.groups.dp_cp),
+            self._strategy_for(state, publish),
             validate_access_integrity=False,  # the wrapper does that, after it has assigned the writing
             async_sharded_save=True,
             async_strategy="mcore",
@@ -297,6 +303,25 @@ class CheckpointManager:
         # Always by a forked process: when a write fails, torch's file writer leaves its process unsafe (segmentation
         # fault in a later garbage collection). The fork is the snapshot; from a device, tensors were copied before it.
         self._calls.schedule_async_request(request)
+
+    def _strategy_for(
+        self, state: dict[str, Any], publish: Callable[[], None]
+    ) -> FullyParallelSaveStrategyWrapper | SaveStrategy:
+        """Return how to save: as the last time, if all ranks save the same tensors again.
+
+        Otherwise, as in a first save or after a first step that was skipped, ranks send each other as objects what they
+        have and will write.
+        """
+        structure = _describe(state)
+        is_new = is_any(self._strategy is None or structure != self._structure)
+        if self._strategy is None or is_new:
+            # Data-parallel replicas share the writing.
+            self._strategy = FullyParallelSaveStrategyWrapper(SaveStrategy(), self.groups.dp_cp, True)
+        self._structure = structure
+        writer: SaveStrategy = self._strategy.base_strategy
+        writer.publish = publish
+        # Without replicas there is nothing to share, and megatron-core would check again who writes what.
+        return self._strategy if is_new or self.groups.dp_cp.size() > 1 else writer
 
     def finalize(self, blocking: bool = False) -> bool:
         """Publish a background save that is written on all ranks; called after every step and, blocking, at the end.
@@ -316,7 +341,7 @@ class CheckpointManager:
                 assert self._incomplete is not None
                 wait_for_save(self._calls, self._incomplete, self._num_bytes)
         except SaveFailed as error:
-            incomplete = self._incomplete
+            incomplete, self._strategy = self._incomplete, None
             assert incomplete is not None
             on_first_rank(lambda: shutil.rmtree(incomplete, ignore_errors=True))
             on_first_rank(self._confirm_owner)
@@ -405,6 +430,15 @@ def _is_copy(leaf: object) -> bool:
     return isinstance(leaf, ShardedTensor) and leaf.replica_id[0] != 0
 
 
+def _describe(state: dict[str, Any]) -> bytes:
+    """Return a digest of which parts of which tensors this rank has, whatever their values are."""
+    digest = hashlib.blake2b()
+    for leaf in nested_values(state):
+        names = ("key", "replica_id", "dtype", "local_shape", "global_shape", "global_offset", "flattened_range")
+        digest.update(repr((type(leaf).__name__, *(getattr(leaf, name, None) for name in names))).encode())
+    return digest.digest()
+
+
 def gather_parameters(model_chunks: Sequence[torch.nn.Module]) -> None:
     """With `overlap_param_gather`, updated parameters arrive only in the next forward pass; fetch them now."""
     for chunk in model_chunks:
@@ -414,19 +448,19 @@ def gather_parameters(model_chunks: Sequence[torch.nn.Module]) -> None:
 
 def on_first_rank[Result](action: Callable[[], Result]) -> Result:
     """Run `action` on rank 0 and give its result, or its error for the user, to every rank."""
-    outcome: list[Any] = [None, None]
+    outcome: Any = None
     if torch.distributed.get_rank() == 0:
         try:
-            outcome[0] = action()
+            outcome = action()
         except UserError as error:
-            outcome[1] = error
+            outcome = error
         except OSError as error:
             where = None if error.filename is None else str(error.filename)
-            outcome[1] = CheckpointError(error.strerror or str(error), where, "make the folder usable and try again")
-    torch.distributed.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    result: Result = outcome[0]
+            outcome = CheckpointError(error.strerror or str(error), where, "make the folder usable and try again")
+    outcome = share_first(outcome)
+    if isinstance(outcome, UserError):
+        raise outcome
+    result: Result = outcome
     return result
 
 
@@ -442,8 +476,7 @@ def _read[Result](action: Callable[[], Result], folder: Path) -> Result:
         failure = next(iter(error.failures.values()))[0]
     except (*UNREADABLE, AttributeError, TypeError, AssertionError, CheckpointingException) as error:
         failure = error
-    failures: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(failures, failure and f"{failure} ({type(failure).__name__})")
+    failures = gather_if_any(failure and f"{failure} ({type(failure).__name__})")
     found = [f"rank {rank}: {failure}" for rank, failure in enumerate(failures) if failure is not None]
     if found:
         raise CheckpointError(

@@ -30,6 +30,7 @@ from megatron.core.optimizer.optimizer import (
 )
 
 from megatron_vlm.errors import CheckpointError
+from megatron_vlm.platform import current
 from megatron_vlm.platform.checkpointing import padding_kept
 
 # The one format of the distributed optimizer that can be read back with other tensor and pipeline sizes.
@@ -196,8 +197,8 @@ def _main_prefix(optimizer: MegatronOptimizer) -> str:
 def _align_steps(optimizer: MegatronOptimizer) -> None:
     """Give every group the number of updates done; a rank that holds no parameter of a group does not count them."""
     groups = optimizer.param_groups
-    counts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(counts, max((int(group.get("step", 0)) for group in groups), default=0))
-    for group in groups:
-        if max(counts):
-            group["step"] = max(counts)
+    most = torch.tensor(max((int(group.get("step", 0)) for group in groups), default=0), device=current().device)
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    done = int(most)
+    for group in groups if done else ():
+        group["step"] = done

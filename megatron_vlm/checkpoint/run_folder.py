@@ -267,14 +267,20 @@ def step_folder(directory: Path, step: int) -> Path:
     return directory / f"step_{step:08d}"
 
 
-def begin(directory: Path, step: int) -> Path:
-    """Make the folder in which the checkpoint of `step` is written before it is published.
+def begin(directory: Path, step: int) -> int:
+    """Make the folder in which the checkpoint of `step` is written before it is published; see `incomplete_folder`.
 
-    The name is new each time: a writer that outlived a killed run cannot reach into this one.
+    Returns:
+        Its number, which is new each time: a writer that outlived a killed run cannot reach into this one.
     """
-    folder = directory / f"{step_folder(directory, step).name}.incomplete.{secrets.token_hex(3)}"
-    folder.mkdir(parents=True)
-    return folder
+    number = secrets.randbits(24)
+    incomplete_folder(directory, step, number).mkdir(parents=True)
+    return number
+
+
+def incomplete_folder(directory: Path, step: int, number: int) -> Path:
+    """Return the folder that `begin` made."""
+    return directory / f"{step_folder(directory, step).name}.incomplete.{number:06x}"
 
 
 def share_passthrough(directory: Path, folder: Path) -> None:

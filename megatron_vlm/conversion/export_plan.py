@@ -81,13 +81,15 @@ def plan_export(
     dtypes: dict[str, torch.dtype],
     checkpoint: Path | None = None,
     carried: Sequence[str] = (),
+    stages: Mapping[str, int] | None = None,
 ) -> ExportPlan:
     """Decide names, dtypes and files of an export.
 
     Everything follows the weights in `hf_dir`, but float8 weights are written as bfloat16 in shards of 5 GB. Where they
     cannot be followed (there are none, or a language model is exported that they hold with its towers), names are those
     of published files, shards are of 5 GB, and dtypes those of the weights in `hf_dir`, else of config.json, else of
-    the model. Shards are of 5 GB, too, where other tensors are carried through than `hf_dir` has.
+    the model. Shards are of 5 GB, too, where other tensors are carried through than `hf_dir` has, and where several
+    pipeline stages write: each writes files of its own, because not every file system takes one file from two machines.
 
     Args:
         hf_dir: the model's Hugging Face directory.
@@ -96,6 +98,7 @@ def plan_export(
         dtypes: by our name, of the model to be exported.
         checkpoint: where tensors that are only carried through are looked for first; see `find_passthrough`.
         carried: names of those that the checkpoint was saved with.
+        stages: the pipeline stage that has a weight, by our name, if a running model is exported.
 
     Raises:
         CheckpointError: some of those tensors are gone, or the weights in `hf_dir` do not fit.
@@ -109,6 +112,8 @@ def plan_export(
     check_carried(carried, passthrough, checkpoint or source)
 
     def plan(files: WeightFiles, tensors: dict[str, HfTensor]) -> ExportPlan:
+        if stages is not None:
+            files = _divided(files, {name: min(stages[part.name] for part in t.parts) for name, t in tensors.items()})
         return ExportPlan(
             source,
             files.with_format(),
@@ -139,6 +144,13 @@ def plan_export(
     described = {hf_name: (file_dtypes[tensor.parts[0].name], tensor.shape) for hf_name, tensor in tensors.items()}
     described |= _described(passthrough)
     return plan(WeightFiles.plan((name, *kind) for name, kind in described.items()), tensors)
+
+
+def _divided(files: WeightFiles, writers: Mapping[str, int]) -> WeightFiles:
+    """Divide files so that each has one writer; what is only carried through is the first one's."""
+    if len(set(writers.values())) <= 1:
+        return files
+    return WeightFiles.plan(((tensor.name, tensor.dtype, tensor.shape) for tensor in files), writers=writers)
 
 
 def _passthrough_in(directory: Path, weight_map: WeightMap) -> dict[str, StoredTensor]:

@@ -1,15 +1,18 @@
 """A running model's weights from and to a Hugging Face directory, in any layout.
 
-Loading: each rank reads its own parts and little else. Exporting: a few rows of one tensor at a time (of experts at
-least one, all of it) go to the first rank, which writes them; no rank ever holds more than that.
+Loading: each rank reads its own parts and little else. Exporting: each pipeline stage writes files of its own. A few
+rows of one tensor at a time (of experts at least one, all of it) go to the first rank of the stage, which writes them;
+no rank ever holds more than that. The directory gets its name when all stages have written their files.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import socket
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -30,13 +33,14 @@ from megatron_vlm.conversion.export_plan import ExportPlan, plan_export
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.families import registry
 from megatron_vlm.files.block_memory import BlockMemory
-from megatron_vlm.files.durable import check_export_target, staged_directory
-from megatron_vlm.files.safetensors_headers import StoredTensor, row_blocks
+from megatron_vlm.files.durable import check_export_target, staged_directory, write_durably, writing_failed
+from megatron_vlm.files.safetensors_headers import INDEX_FILE, Shard, StoredTensor, WeightFiles, row_blocks
 from megatron_vlm.model.hf_tensors import HfBand, HfTensor
 from megatron_vlm.model.weight_tables import Weight
 from megatron_vlm.model_configs import VisionLanguageConfig
 from megatron_vlm.parallel.parameters import spec_of
 from megatron_vlm.parallel.sharding import Group, full_shape, replica_group, splits
+from megatron_vlm.platform.checkpointing import gather_if_any
 from megatron_vlm.progress import Progress
 
 GATHERED_BYTES = 16 * 2**20  # what goes to the writing rank at a time: enough that starting a transfer costs little
@@ -141,12 +145,12 @@ def export_hf_from_model(
 ) -> tuple[str, ...]:
     """Write the model as a Hugging Face directory; called on every rank.
 
-    Names, dtypes and shards follow `hf_dir`; see `plan_export`. Call `check_export_target` before training, too.
+    Names and dtypes follow `hf_dir`; see `plan_export`. Call `check_export_target` before training, too.
 
     Args:
         model_chunks: this rank's stages, wrapped for data parallelism or not.
         hf_dir: the model's Hugging Face directory, with or without weights.
-        out_dir: the new directory; missing or empty. Only the first rank needs to reach it.
+        out_dir: the new directory; missing or empty. The first rank of every stage has to reach it.
         family: of the model.
         model_config: of the model.
         groups: process groups.
@@ -166,29 +170,40 @@ def export_hf_from_model(
     source = _Gatherer(model_chunks, groups)
     weight_map = family.weight_map(model_config)
     plan = on_first_rank(
-        lambda: plan_export(hf_dir, registry.load_hf_config(hf_dir), weight_map, source.dtypes(), checkpoint, carried)
+        lambda: plan_export(
+            *(hf_dir, registry.load_hf_config(hf_dir), weight_map, source.dtypes(), checkpoint, carried),
+            source.stages(),
+        )
     )
-    failure: CheckpointError | None = None
-    gathered = source.gather(plan)
-    try:
-        if source.is_writer:
-            _write(plan, gathered, out_dir)
-    except CheckpointError as error:
-        failure = error
-    finally:
-        for _ in gathered:  # ranks that do not write, and the writer after a full disk: the others are sending
-            pass
-    on_first_rank(lambda: _raise(failure))
+    target = Path(out_dir).absolute()
+    with _staged_by_first_rank(out_dir) as staging:
+        failure: CheckpointError | None = None
+        gathered = source.gather(plan)
+        try:
+            if source.is_first_of_stage:
+                _write(plan, source.files_of_stage(plan), gathered, staging, target)
+        except CheckpointError as error:
+            failure = error
+        finally:
+            for _ in gathered:  # ranks that do not write, and a writer after a full disk: the others are sending
+                pass
+        for failed in gather_if_any(failure):
+            if failed is not None:
+                raise failed
+        on_first_rank(lambda: _complete(plan, staging, target))
     return plan.passthrough
 
 
-def _raise(error: Exception | None) -> None:
-    if error is not None:
-        raise error
+@contextmanager
+def _staged_by_first_rank(out_dir: str | os.PathLike) -> Iterator[Path]:
+    """`staged_directory` of the first rank, for all ranks, which leave the block with the same error or none."""
+    with ExitStack() as stack:
+        yield on_first_rank(lambda: stack.enter_context(staged_directory(out_dir)))
+        on_first_rank(stack.close)
 
 
 class _Rows(NamedTuple):
-    """Some rows of a file's tensor, as rows of its parts; None except on the writing rank."""
+    """Some rows of a file's tensor, as rows of its parts; None except on the rank that writes them."""
 
     stored: StoredTensor
     band: HfBand
@@ -196,22 +211,55 @@ class _Rows(NamedTuple):
     of_parts: list[torch.Tensor | None]
 
 
-def _write(plan: ExportPlan, gathered: Iterator[_Rows], out_dir: str | os.PathLike) -> None:
-    memory = BlockMemory()
-    with staged_directory(out_dir) as staging:
-        writer = SafetensorsWriter(staging, plan.files)
+def _write(plan: ExportPlan, files: WeightFiles, gathered: Iterator[_Rows], staging: Path, target: Path) -> None:
+    """Write the files of a stage; with them, on the first stage, what is only carried through."""
+    if not staging.is_dir():
+        where = f"rank {torch.distributed.get_rank()} on {socket.gethostname()}"
+        raise CheckpointError(
+            f"{where} does not see the folder that rank 0 made for the export",
+            str(staging),
+            "name a directory on a file system that all nodes share",
+        )
+    memory, own = BlockMemory(), {stored.name: stored for stored in files}
+    try:
+        writer = SafetensorsWriter(staging, files)
         try:
-            with Progress("exporting", plan.weight_bytes) as progress:
+            with Progress(
+                "exporting", sum(own[name].num_bytes for name in own.keys() & plan.tensors.keys())
+            ) as progress:
                 for stored, band, first_row, of_parts in gathered:
+                    if stored.name not in own:
+                        continue
                     # Parameters may live on another device and in another precision.
                     block = band.to_file([rows for rows in of_parts if rows is not None], stored.dtype, memory)
                     writer.write(stored.name, band.file_rows(first_row, first_row)[0], block)
                     progress.advance(block.nbytes)
-            plan.copy_passthrough(writer)
+            if own.keys() >= {*plan.passthrough}:
+                plan.copy_passthrough(writer)
             writer.close()
         finally:
             writer.abort()
+    except OSError as error:
+        raise writing_failed(error, target) from error
+
+
+def _complete(plan: ExportPlan, staging: Path, target: Path) -> None:
+    """Add what is written once: index, configuration, tokenizer; all weight files must have come."""
+    try:
+        for shard in plan.files.shards:
+            size = (staging / shard.file).stat().st_size
+            expected = max((tensor.end_byte for tensor in shard.tensors), default=len(shard.header))
+            if size != expected:
+                raise CheckpointError(
+                    f"{shard.file} has {size} bytes here, and {expected} were written",
+                    str(staging),
+                    "see whether all nodes share this file system, and export again",
+                )
+        if plan.files.index is not None:
+            write_durably(staging / INDEX_FILE, plan.files.index)
         plan.write_assets(staging)
+    except OSError as error:
+        raise writing_failed(error, target) from error
 
 
 @dataclass(frozen=True)
@@ -225,7 +273,7 @@ class _Location:
 
 
 class _Gatherer:
-    """Brings rows of single parameters to the writing rank: the first rank of the first stage."""
+    """Brings rows of single parameters to the rank that writes them: the first rank of a stage."""
 
     def __init__(self, model_chunks: Chunks, groups: ProcessGroupCollection) -> None:
         self._groups = groups
@@ -239,16 +287,44 @@ class _Gatherer:
         # The first stage that has a parameter owns it: the last stage's tied embedding is a copy.
         self._locations = {name: location for stage in reversed(stages) for name, location in stage.items()}
         self._memory = defaultdict[int, BlockMemory](lambda: BlockMemory(platform.current().device))
-        self._is_first_of_stage = groups.tp.rank() == 0 and groups.dp_cp.rank() == 0
-        self.is_writer = self._is_first_of_stage and groups.pp.rank() == 0
+        self.is_first_of_stage = groups.tp.rank() == 0 and groups.dp_cp.rank() == 0
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """Of all parameters of all stages."""
         return {name: location.dtype for name, location in self._locations.items()}
 
+    def stages(self) -> dict[str, int]:
+        """Return the stage that owns each parameter of all stages."""
+        return {name: location.pipeline_rank for name, location in self._locations.items()}
+
+    def files_of_stage(self, plan: ExportPlan) -> WeightFiles:
+        """Return the files that this stage writes, without the index."""
+        stage = self._groups.pp.rank()
+        return WeightFiles(tuple(shard for shard in plan.files.shards if self._writer(plan, shard) == stage), None)
+
+    def _writer(self, plan: ExportPlan, shard: Shard) -> int:
+        """Return the stage that writes a file: the first of those that have anything of it."""
+        names = [part.name for stored in shard.tensors for band in plan.bands(stored.name) for part in band.parts]
+        has_others = any(not plan.bands(stored.name) for stored in shard.tensors)
+        return 0 if has_others else min((self._locations[name].pipeline_rank for name in names), default=0)
+
     def gather(self, plan: ExportPlan) -> Iterator[_Rows]:
-        """Every weight in the order of the plan's files, a few rows at a time; every rank goes through all of them."""
-        for stored in plan.files:
+        """Every weight that this stage has or writes, a few rows at a time; each of its ranks goes through all of them.
+
+        Tensors that several stages have parts of come first, in the order of the plan, so that stages meet; then each
+        stage goes on by itself.
+        """
+        alone, together = [], []
+        for shard in plan.files.shards:
+            writer = self._writer(plan, shard)
+            for stored in shard.tensors:
+                bands = plan.bands(stored.name)
+                stages = {self._locations[part.name].pipeline_rank for band in bands for part in band.parts}
+                if stages - {writer}:
+                    together.append((stored, writer))
+                elif writer == self._groups.pp.rank():
+                    alone.append((stored, writer))
+        for stored, writer in together + alone:
             for band in plan.bands(stored.name):
                 locations = [self._locations[part.name] for part in band.parts]
                 for first_row, end_row in _blocks(band, locations):
@@ -256,18 +332,18 @@ class _Gatherer:
                     for index, (part, location) in enumerate(zip(band.parts, locations, strict=True)):
                         shape = (end_row - first_row, *location.shape[1:])
                         receive = partial(self._memory[index].take, shape, location.dtype)
-                        rows.append(self._rows(part.name, location, first_row, shape[0], receive))
+                        rows.append(self._rows(part.name, location, writer, first_row, shape[0], receive))
                     yield _Rows(stored, band, first_row, rows)
 
     def _rows(
-        self, name: str, location: _Location, first_row: int, count: int, receive: _Receive
+        self, name: str, location: _Location, writer: int, first_row: int, count: int, receive: _Receive
     ) -> torch.Tensor | None:
-        """Rows of a parameter on the writing rank, None elsewhere."""
+        """Rows of a parameter on the first rank of the stage that writes them, None elsewhere."""
         rows = None
         if self._groups.pp.rank() == location.pipeline_rank:
             rows = self._rows_of_stage(self._parameters[name], first_row, count, receive)
-        if self._is_first_of_stage:
-            rows = _bring_to_first(rows, location.pipeline_rank, self._groups.pp, receive)
+        if self.is_first_of_stage:
+            rows = _bring(rows, location.pipeline_rank, writer, self._groups.pp, receive)
         return rows
 
     def _rows_of_stage(
@@ -285,21 +361,21 @@ class _Gatherer:
             for dim, group in divided.items():
                 rows = None if rows is None else _gather_to_first(rows, dim, group)
         if row_group is not None and all(group.rank() == 0 for group in divided.values()):
-            rows = _bring_to_first(rows, owner, row_group, receive)
+            rows = _bring(rows, owner, 0, row_group, receive)
         return rows
 
 
-def _bring_to_first(rows: torch.Tensor | None, owner: int, group: Group, receive: _Receive) -> torch.Tensor | None:
-    """Give what the group's `owner` has to its first rank.
+def _bring(rows: torch.Tensor | None, owner: int, target: int, group: Group, receive: _Receive) -> torch.Tensor | None:
+    """Give what the group's `owner` has to its `target`.
 
     By a broadcast, for which the group's ranks are connected already: on a device, a transfer between two ranks would
     take memory for a connection of their own, from every rank of the group to the first.
     """
-    if owner == 0:
+    if owner == target:
         return rows
     rows = receive() if rows is None else rows
     torch.distributed.broadcast(rows, torch.distributed.get_global_rank(group, owner), group=group)
-    return rows if group.rank() == 0 else None
+    return rows if group.rank() == target else None
 
 
 def _blocks(band: HfBand, locations: Sequence[_Location]) -> Iterator[tuple[int, int]]:

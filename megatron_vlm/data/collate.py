@@ -9,13 +9,13 @@ Shapes: B rows, S padded length in tokens, D documents.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from megatron_vlm.data.media import AUDIO, PIXELS, Grid, Medium
+from megatron_vlm.data.media import Grid, Medium
 from megatron_vlm.data.prompts import Sample
 from megatron_vlm.data.rules import PromptRules
 
@@ -118,7 +118,6 @@ def collate(
     rules: PromptRules,
     padding_token_id: int,
     pad_to_multiple_of: int = 1,
-    tower_inputs: Collection[str] = (PIXELS, AUDIO),
 ) -> MicroBatch:
     """Build one micro-batch from samples.
 
@@ -127,7 +126,6 @@ def collate(
         rules: the family's prompt rules.
         padding_token_id: id written on padding.
         pad_to_multiple_of: S is a multiple of this (the tensor-parallel size under sequence parallelism).
-        tower_inputs: names of the towers' inputs to keep; most pipeline stages read none.
     """
     documents = [document for row in rows for document in row]
     longest = max(sum(len(document.sample.input_ids) for document in row) for row in rows)
@@ -162,7 +160,7 @@ def collate(
         span_low=span_low,
         span_high=span_high,
         feature_index=_feature_index(is_vision, is_audio),
-        media_inputs=_join_media_inputs(documents, tower_inputs),
+        media_inputs=_join_media_inputs(documents),
         document_sources=torch.tensor([document.source for document in documents], dtype=torch.int32),
         document_names=[document.row_name for document in documents],
         media=[medium for document in documents for medium in document.sample.media],
@@ -247,11 +245,10 @@ def _positions(sample: Sample, rules: PromptRules) -> torch.Tensor:
     return torch.from_numpy(rules.position_ids(sample.input_ids, sample.media))
 
 
-def _join_media_inputs(documents: Sequence[LoadedSample], names: Collection[str]) -> dict[str, torch.Tensor]:
+def _join_media_inputs(documents: Sequence[LoadedSample]) -> dict[str, torch.Tensor]:
     inputs: dict[str, list[torch.Tensor]] = {}
     for document in documents:
         for name, value in document.sample.media_inputs.items():
-            if name in names:
-                inputs.setdefault(name, []).append(value)
+            inputs.setdefault(name, []).append(value)
     # Pixels are large, so those of a single document are not copied.
     return {name: torch.cat(values) if len(values) > 1 else values[0] for name, values in inputs.items()}

@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import BaseContext
@@ -29,7 +29,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_vlm.config import Config
 from megatron_vlm.data.collate import MicroBatch, collate
-from megatron_vlm.data.media import AUDIO, PIXELS
 from megatron_vlm.data.plan import SamplePlan, micro_batch_start
 from megatron_vlm.data.rows import RowReader, empty_answer_note, reader_for, unknown_key_note
 from megatron_vlm.data.rules import PromptRules
@@ -52,7 +51,6 @@ class BatchSharding:
     data_parallel_rank: int = 0
     data_parallel_size: int = 1
     pad_to_multiple_of: int = 1
-    tower_inputs: Collection[str] = (PIXELS, AUDIO)
 
     @property
     def num_micro_batches(self) -> int:
@@ -104,7 +102,6 @@ class _MicroBatches(Dataset[MicroBatch | _Refusal]):
             builder.rules,
             builder.padding_token_id,
             sharding.pad_to_multiple_of,
-            sharding.tower_inputs,
         )
 
 
@@ -122,7 +119,62 @@ class _Order:
             number += 1
 
 
-class MicroBatchLoader:
+class BatchLoader:
+    """A rank's micro-batches and the position in the plan.
+
+    Args:
+        plan: the order in which rows are read.
+        sharding: this rank's part of every global batch.
+        source_names: names of the data sources, for reports.
+        num_global_batches: length of one iteration; None is endless.
+    """
+
+    def __init__(
+        self, plan: SamplePlan, sharding: BatchSharding, source_names: Sequence[str], num_global_batches: int | None
+    ) -> None:
+        self.plan = plan
+        self.sharding = sharding
+        self.source_names = source_names
+        self.num_global_batches = num_global_batches
+        self.consumed_samples = 0
+        """Rows of whole global batches that have been handed out, over all ranks; the position to save."""
+        self.wait_seconds = 0.0
+        """Time spent waiting for data since the loader was made."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return what is the same for loaders of all stages, by the names of this class' arguments."""
+        return {
+            "plan": self.plan,
+            "source_names": self.source_names,
+            "num_global_batches": self.num_global_batches,
+        }
+
+    def global_batch(self) -> list[MicroBatch]:
+        """Return this rank's micro-batches of the next global batch."""
+        raise NotImplementedError
+
+    def seek(self, consumed_samples: int) -> None:
+        """Continue after `consumed_samples` rows of the plan (0: from the beginning)."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Stop the workers."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position and what it refers to, as plain values; they are the same on every rank."""
+        return self.plan.state(self.consumed_samples)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was saved, at any data-parallel size, micro-batch size or number of workers.
+
+        Raises:
+            DataError: the data or their order changed; the message names what changed.
+        """
+        self.seek(self.plan.check_state(state))
+
+
+class MicroBatchLoader(BatchLoader):
     """Iterator over a rank's micro-batches, endless in training.
 
     Args:
@@ -151,15 +203,8 @@ class MicroBatchLoader:
         pin_memory: bool = False,
         report_problems: bool = True,
     ) -> None:
-        self.plan = plan
-        self.sharding = sharding
-        self.source_names = reader.names
-        self.num_global_batches = num_global_batches
+        super().__init__(plan, sharding, reader.names, num_global_batches)
         self.report_problems = report_problems
-        self.consumed_samples = 0
-        """Rows of whole global batches that have been handed out, over all ranks; the position to save."""
-        self.wait_seconds = 0.0
-        """Time spent waiting for data since the loader was made."""
         self._micro_batches_given = 0
         self._with_empty_answers: set[int] = set()
         self._named_keys: set[tuple[int, str]] = set()
@@ -228,29 +273,14 @@ class MicroBatchLoader:
                 logger.warning("%s", unknown_key_note(key, self.source_names[source], f"first in {row_name}"))
 
     def global_batch(self) -> list[MicroBatch]:
-        """Return this rank's micro-batches of the next global batch."""
         return [next(self) for _ in range(self.sharding.num_micro_batches)]
 
     def seek(self, consumed_samples: int) -> None:
-        """Continue after `consumed_samples` rows of the plan (0: from the beginning)."""
         self._iterator = None
         self._micro_batches_given = 0
         self._order.start = self.consumed_samples = consumed_samples
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position and what it refers to, as plain values; they are the same on every rank."""
-        return self.plan.state(self.consumed_samples)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was saved, at any data-parallel size, micro-batch size or number of workers.
-
-        Raises:
-            DataError: the data or their order changed; the message names what changed.
-        """
-        self.seek(self.plan.check_state(state))
-
     def close(self) -> None:
-        """Stop the workers."""
         self._iterator = None
         # torch keeps persistent workers alive on the loader; there is no public way to stop them before it goes.
         self._loader._iterator = None

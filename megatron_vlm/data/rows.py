@@ -16,10 +16,10 @@ from megatron_vlm.data.collate import LoadedSample
 from megatron_vlm.data.conversation import Conversation
 from megatron_vlm.data.formats import parse_row
 from megatron_vlm.data.images import load_image
-from megatron_vlm.data.index import SourceRows, index_sources
 from megatron_vlm.data.plan import PlannedSource
 from megatron_vlm.data.prompts import PromptBuilder, Sample
 from megatron_vlm.data.rules import PromptRules
+from megatron_vlm.data.source_rows import SourceRows, index_sources
 from megatron_vlm.data.urls import UrlAccess
 from megatron_vlm.data.videos import Video, load_video, require_decoder
 from megatron_vlm.errors import ConfigError, DataError

@@ -120,11 +120,16 @@ def staged_directory(directory: str | os.PathLike) -> Iterator[Path]:
         os.rename(staging, check_export_target(target))
         sync_directory(target.parent)
     except OSError as error:
-        raise CheckpointError(
-            f"writing failed: {error.strerror or error}", str(target), "make room, or name another directory"
-        ) from error
+        raise writing_failed(error, target) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def writing_failed(error: OSError, target: Path) -> CheckpointError:
+    """Return the error for the user."""
+    return CheckpointError(
+        f"writing failed: {error.strerror or error}", str(target), "make room, or name another directory"
+    )
 
 
 def _remove_abandoned(target: Path) -> None:

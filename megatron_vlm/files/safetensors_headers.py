@@ -189,18 +189,24 @@ class WeightFiles:
         cls,
         tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        *,
+        writers: Mapping[str, int] | None = None,
     ) -> WeightFiles:
         """Assign tensors to shards in the given order, as `save_pretrained` does.
 
         Args:
             tensors: name, dtype and shape of each.
             max_shard_bytes: a shard ends before it would exceed this; a larger tensor gets a shard of its own.
+            writers: who writes each tensor, by name; a shard has tensors of one writer, in the order of their numbers.
         """
+        writers = writers or {}
+        tensors = sorted(tensors, key=lambda tensor: writers.get(tensor[0], 0))
         groups: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]
         group_bytes = total_bytes = total_parameters = 0
         for name, dtype, shape in tensors:
             num_bytes = math.prod(shape) * dtype.itemsize
-            if groups[-1] and group_bytes + num_bytes > max_shard_bytes:
+            is_other = groups[-1] and writers.get(name, 0) != writers.get(groups[-1][-1][0], 0)
+            if is_other or (groups[-1] and group_bytes + num_bytes > max_shard_bytes):
                 groups.append([])
                 group_bytes = 0
             groups[-1].append((name, dtype, shape))

@@ -12,13 +12,15 @@ Four parts of megatron-core 0.19.2 are replaced here. Without the first, checkpo
   script runs again in it). `_WriteResults` needs no process. Goes when megatron-core no longer spawns.
 - the function that writes a rank's file: the default reports any failure as "<class 'OSError'>". Ours keeps the text.
 - the function that finishes a save: the default lets rank 0 raise between two collectives (disk full while writing the
-  metadata), which leaves every other rank waiting. Ours lets every rank learn of the failure.
+  metadata), which leaves every other rank waiting. Ours lets every rank learn of the failure. It also gathers where the
+  parts were written, as objects from all ranks, only if that differs from the save before.
 
 The last two go when megatron-core reports failures with their text on every rank.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import random
@@ -93,45 +95,93 @@ class SaveStrategy(torch_strategy.TorchDistSaveShardedStrategy):
         publish: called on rank 0 after the checkpoint's own metadata was written; what it raises reaches every rank.
     """
 
-    def __init__(self, publish: Callable[[], None]) -> None:
-        super().__init__()
-        self._publish = publish
+    def __init__(self) -> None:
+        super().__init__(cached_metadata=True)
+        self.publish: Callable[[], None] = lambda: None
+        """Called on rank 0 after the checkpoint's own metadata was written; what it raises reaches every rank."""
+        self._metadata: Any = None
+        self._written: Any = None
+        """What this rank wrote in the last save, and where; on rank 0 also `_all_written`, by rank."""
+        self._all_written: list[Any] = []
         if filesystem_async._results_queue is None:
             filesystem_async._results_queue = _WriteResults()
         # The notice recommends a package that exists for CUDA only.
         torch_strategy._logged_mcore_async_deprecation = True
 
+    def async_save(self, *arguments: Any, **options: Any) -> AsyncRequest:
+        """Prepare a save as megatron-core does, but planned once: the caller takes care that the plans still hold."""
+        request = super().async_save(*arguments, **options)
+        self.validated_cache_reuse = True
+        return request
+
     def _get_save_and_finalize_callbacks(
         self, writer: Any, save_state_dict_ret: tuple[Any, ...], async_strategy: str
     ) -> AsyncRequest:
         _, metadata, _ = save_state_dict_ret
-        if metadata is not None:  # the plans serve a cache of megatron-core's that we do not use
+        if metadata is not None:  # on rank 0, when the save was planned
             del metadata.all_local_plans
+            self._metadata = metadata
         write, stage, arguments = writer.get_save_function_and_args()
         if write is not None:
             transforms, use_msc = write.args
             write = partial(_write_files, transforms, use_msc)
-        return AsyncRequest(write, arguments, [partial(self._finish, writer, metadata)], preload_fn=stage)
+        return AsyncRequest(write, arguments, [partial(self._finish, writer)], preload_fn=stage)
 
-    def _finish(self, writer: Any, metadata: Any) -> None:
-        """Collect what every rank wrote, write the metadata, publish; every rank learns of a failure."""
+    def _finish(self, writer: Any) -> None:
+        """Collect what every rank wrote, write the metadata, publish; every rank learns of a failure.
+
+        Files usually get the same names and parts as in the save before, so that there is nothing to collect.
+        """
+        written = writer.retrieve_write_results()
+        failed = not isinstance(written, list)  # torch's wrapped exception: (exception, stack)
+        failures = gather_if_any(str(written[0]) if failed else None)
+        found = [f"rank {rank}: {failure}" for rank, failure in enumerate(failures) if failure is not None]
+        if found:
+            raise SaveFailed(found[0])
         is_first = torch.distributed.get_rank() == 0
-        outcomes: list[Any] | None = [None] * torch.distributed.get_world_size() if is_first else None
-        torch.distributed.gather_object(writer.retrieve_write_results(), outcomes)
-        failure: list[str | None] = [None]
-        if outcomes is not None:
+        if is_any(written != self._written):
+            everything: list[Any] | None = [None] * torch.distributed.get_world_size() if is_first else None
+            torch.distributed.gather_object(written, everything)
+            self._written, self._all_written = written, everything or []
+        failure = None
+        if is_first:
             try:
-                for rank, outcome in enumerate(outcomes):
-                    if not isinstance(outcome, list):  # torch's wrapped exception: (exception, stack)
-                        raise SaveFailed(f"rank {rank}: {outcome[0]}")
-                writer.finish(metadata, outcomes)
+                writer.finish(self._metadata, self._all_written)
                 save_config(CheckpointingConfig(self.backend, self.version), writer.checkpoint_dir)
-                self._publish()
+                self.publish()
             except Exception as error:  # whatever it is, the other ranks are waiting for the broadcast
-                failure = [str(error) or repr(error)]
-        torch.distributed.broadcast_object_list(failure, src=0)
-        if failure[0] is not None:
-            raise SaveFailed(failure[0])
+                failure = str(error) or repr(error)
+        failure = share_first(failure)
+        if failure is not None:
+            raise SaveFailed(failure)
+
+
+def is_any(condition: bool) -> bool:
+    """Return whether a condition holds on any rank; called on every rank."""
+    flag = torch.tensor(condition, dtype=torch.int32, device=current().device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag)
+
+
+def gather_if_any[Value](value: Value | None) -> list[Value | None]:
+    """Return the values of all ranks, in their order; objects travel only if some rank has one that is not None."""
+    values: list[Value | None] = [None] * torch.distributed.get_world_size()
+    if is_any(value is not None):
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def share_first(value: Any) -> Any:
+    """Return the first rank's value on every rank; None and integers travel as numbers, anything else as an object."""
+    kind, number = (0, 0) if value is None else (1, value) if type(value) is int else (2, 0)
+    head = torch.tensor([kind, number], dtype=torch.int64, device=current().device)
+    torch.distributed.broadcast(head, src=0)
+    kind, number = head.tolist()
+    if kind < 2:
+        return number if kind else None
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 @contextmanager
@@ -173,15 +223,22 @@ def loading_with(reader: type[FileSystemReader]) -> Iterator[None]:
 
 
 def random_state() -> dict[str, Any]:
-    """Return the state of every random stream of this process, as tensors, numbers and tuples only.
+    """Return the state of every random stream of this process, as tensors: they take equally many bytes in each save.
 
     Returns:
         `python`, `numpy`, `torch` and the named streams of megatron-core's tracker; `device` where there is one.
     """
-    name, keys, position, has_gauss, cached = numpy.random.get_state()
+    _, keys, *rest = numpy.random.get_state()
+    version, words, gauss = random.getstate()
     state = {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(numpy.int64)), position, has_gauss, cached),
+        "python": {
+            "words": torch.tensor([version, *words]),
+            "gauss": torch.tensor(math.nan if gauss is None else gauss, dtype=torch.float64),
+        },
+        "numpy": {
+            "keys": torch.from_numpy(keys.astype(numpy.int64)),
+            "rest": torch.tensor(rest, dtype=torch.float64),  # position, has_gauss, cached_gaussian
+        },
         "torch": torch.get_rng_state(),
         "tracker": dict(get_cuda_rng_tracker().get_states()),
     }
@@ -191,9 +248,15 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Restore every random stream to a state taken by `random_state`."""
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
+    """Restore every random stream to a state taken by `random_state`, or by that of an earlier version."""
+    of_python, of_numpy = state["python"], state["numpy"]
+    if isinstance(of_python, dict):
+        (version, *words), gauss = of_python["words"].tolist(), float(of_python["gauss"])
+        of_python = (version, tuple(words), None if math.isnan(gauss) else gauss)
+        position, has_gauss, cached = of_numpy["rest"].tolist()
+        of_numpy = ("MT19937", of_numpy["keys"], int(position), int(has_gauss), cached)
+    random.setstate(of_python)
+    name, keys, *rest = of_numpy
     numpy.random.set_state((name, keys.numpy().astype(numpy.uint32), *rest))
     torch.set_rng_state(state["torch"])
     get_cuda_rng_tracker().set_states(state["tracker"])

@@ -124,7 +124,7 @@ def check_points(
         resources: what a point runs on.
         problems: receives what is wrong.
     """
-    from megatron_vlm.data.index import expand as expand_pattern
+    from megatron_vlm.data.source_rows import expand as expand_pattern
     from megatron_vlm.families import registry
     from megatron_vlm.planning.preflight import check_export, check_layout, check_run_dir
 

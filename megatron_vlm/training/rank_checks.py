@@ -18,7 +18,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_vlm import platform
 from megatron_vlm.config import Config, to_dict
-from megatron_vlm.errors import LaunchError
+from megatron_vlm.data.plan import SamplePlan
+from megatron_vlm.errors import DataError, LaunchError
 from megatron_vlm.parallel.placement import Node, host_of
 
 PACKAGES = ("torch", "megatron-core", "transformers", "safetensors", "numpy", "torchvision", "tokenizers")
@@ -54,6 +55,33 @@ def check_same_program(config: Config, hf_config: Mapping[str, Any]) -> None:
         "configuration": _digest(to_dict(config)),
         "model configuration": _digest(hf_config),
     }
+    names, lowest = _find_differing(parts)
+    if names:
+        raise LaunchError(
+            f"rank {lowest} differs from rank 0 in its {' and '.join(names)}",
+            fix="let all nodes use the same checkout, environment and files",
+        )
+
+
+def check_same_data(plans: Mapping[str, SamplePlan]) -> None:
+    """Make sure that all ranks have the same data, by the contents of the files.
+
+    Args:
+        plans: the order of rows, by the key of the configuration that names the sources.
+
+    Raises:
+        DataError: names the key, and the first rank whose files differ.
+    """
+    names, lowest = _find_differing({key: int(plan.fingerprint, 16) >> 65 for key, plan in plans.items()})
+    if names:
+        raise DataError(
+            f"the files of {' and '.join(names)} are not the same on rank {lowest} as on rank 0",
+            fix="give all nodes the same files, and start again once nobody writes to them",
+        )
+
+
+def _find_differing(parts: Mapping[str, int]) -> tuple[list[str], int]:
+    """Return which parts differ on some rank from rank 0, and the lowest rank where one does; called on every rank."""
     device, rank = platform.current().device, torch.distributed.get_rank()
     world_size = torch.distributed.get_world_size()
     mine = torch.tensor(list(parts.values()), dtype=torch.int64, device=device)
@@ -63,12 +91,7 @@ def check_same_program(config: Config, hf_config: Mapping[str, Any]) -> None:
     differing = torch.where(mine == first, world_size, rank)
     torch.distributed.all_reduce(differing, op=torch.distributed.ReduceOp.MIN)
     ranks = differing.tolist()
-    names = [name for name, lowest in zip(parts, ranks, strict=True) if lowest < world_size]
-    if names:
-        raise LaunchError(
-            f"rank {min(ranks)} differs from rank 0 in its {' and '.join(names)}",
-            fix="let all nodes use the same checkout, environment and files",
-        )
+    return [name for name, lowest in zip(parts, ranks, strict=True) if lowest < world_size], min(ranks)
 
 
 def _digest(content: Any) -> int:

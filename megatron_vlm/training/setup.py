@@ -21,9 +21,16 @@ from megatron_vlm.checkpoint.run_owner import RunOwner
 from megatron_vlm.config import Config
 from megatron_vlm.conversion import passthrough
 from megatron_vlm.conversion.running_model import load_hf_into_model
-from megatron_vlm.data.loader import BatchSharding, MicroBatchLoader, build_train_loader, build_valid_loader
+from megatron_vlm.data.loader import (
+    BatchLoader,
+    BatchSharding,
+    MicroBatchLoader,
+    build_train_loader,
+    build_valid_loader,
+)
 from megatron_vlm.data.media import AUDIO, PIXELS
 from megatron_vlm.data.rules import PromptRules
+from megatron_vlm.data.stage_loader import Stages, build_on_stages
 from megatron_vlm.families import registry
 from megatron_vlm.families.build import DTYPES, build_chunks, build_settings, wrap_data_parallel
 from megatron_vlm.model.init_weights import initialize_weights
@@ -36,7 +43,7 @@ from megatron_vlm.parallel.placement import Node, find_nodes
 from megatron_vlm.planning.preflight import check_export, check_layout, check_run_dir, check_space, check_weights
 from megatron_vlm.training.arrival import meet
 from megatron_vlm.training.optimizer import build_optimizer, build_scheduler
-from megatron_vlm.training.rank_checks import check_same_program, measure_groups
+from megatron_vlm.training.rank_checks import check_same_data, check_same_program, measure_groups
 from megatron_vlm.training.rank_watch import collective_timeout
 from megatron_vlm.training.signals import StopRequests
 
@@ -59,8 +66,8 @@ class Run:
     model: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
-    train_loader: MicroBatchLoader
-    valid_loader: MicroBatchLoader | None
+    train_loader: BatchLoader
+    valid_loader: BatchLoader | None
     checkpoints: CheckpointManager
     due_export: bool
     owner: RunOwner
@@ -118,6 +125,7 @@ def set_up(config: Config, owner: RunOwner, requests: StopRequests) -> Run:
         platform.current().use_deterministic_algorithms()
 
     train_loader, valid_loader = _build_loaders(config, layout, family.prompt_rules(model_config), groups)
+    check_same_data({"data.train": train_loader.plan} | ({"data.valid": valid_loader.plan} if valid_loader else {}))
     on_first_rank(lambda: _check_first_weights(config, weight_map))
     requests.raise_if_stopped()
     identity = ModelIdentity(
@@ -188,22 +196,29 @@ def tower_inputs(layout: Layout, pipeline_rank: int) -> list[str]:
 
 def _build_loaders(
     config: Config, layout: Layout, rules: PromptRules, groups: ProcessGroupCollection
-) -> tuple[MicroBatchLoader, MicroBatchLoader | None]:
-    """Build the loaders of this rank's training and held-out data."""
+) -> tuple[BatchLoader, BatchLoader | None]:
+    """Build the loaders of this rank's training and held-out data; on later stages, what receives from the first."""
     sharding = BatchSharding(
         config.train.global_batch_size,
         config.train.micro_batch_size,
         groups.dp.rank(),
         layout.data_size,
         pad_to_multiple_of=layout.tensor_size if layout.sequence_parallel else 1,
-        tower_inputs=tower_inputs(layout, groups.pp.rank()),
     )
     pin_memory = platform.current().accelerated
-    reports = groups.tp.rank() == 0 and groups.pp.rank() == 0
-    return (
-        build_train_loader(config, rules, sharding, pin_memory=pin_memory, report_problems=reports),
-        build_valid_loader(config, rules, sharding, pin_memory=pin_memory, report_problems=reports),
-    )
+    inputs = [tower_inputs(layout, rank) for rank in range(layout.pipeline_size)]
+    stages = Stages(groups.pp, inputs, platform.current().device)
+
+    def build() -> tuple[MicroBatchLoader, MicroBatchLoader | None]:
+        reports = groups.tp.rank() == 0 and stages.is_first
+        return (
+            build_train_loader(config, rules, sharding, pin_memory=pin_memory, report_problems=reports),
+            build_valid_loader(config, rules, sharding, pin_memory=pin_memory, report_problems=reports),
+        )
+
+    if layout.pipeline_size == 1:
+        return build()
+    return build_on_stages(build, sharding, stages, pin_memory)
 
 
 def _build_model(

@@ -20,7 +20,7 @@ import torch.distributed
 
 from megatron_vlm import platform
 from megatron_vlm.config import Config, to_dict
-from megatron_vlm.data.loader import MicroBatchLoader
+from megatron_vlm.data.loader import BatchLoader
 from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.parallel.placement import Node, describe_placement
 from megatron_vlm.training.setup import Run
@@ -102,7 +102,7 @@ def _parameters(run: Run) -> str:
     return f"{sum(sizes.values()) / 1e6:,.1f} M parameters, {amount} trained"
 
 
-def _sources(loader: MicroBatchLoader) -> str:
+def _sources(loader: BatchLoader) -> str:
     pairs = zip(loader.source_names, loader.plan.sources, strict=True)
     total = sum(source.weight for source in loader.plan.sources)
     many = len(loader.source_names) > 1

@@ -54,6 +54,22 @@ def files(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "README.md"}
 
 
+def content(directory: Path) -> dict[str, Any]:
+    """What `files` has, but with tensors by their names instead of weight files, as several writers divide them."""
+    weight_files, other_files = {}, {}
+    for name, held in files(directory).items():
+        (weight_files if name.endswith(".safetensors") else other_files)[name] = held
+    tensors = {}
+    index = json.loads(other_files.pop("model.safetensors.index.json", b'{"weight_map": {}}'))
+    for file in weight_files:
+        for name, tensor in load_file(directory / file).items():
+            assert name not in tensors, f"{name} is stored twice"
+            assert index["weight_map"].get(name, "model.safetensors") == file
+            tensors[name] = (tensor.dtype, tensor.shape, tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    assert set(index["weight_map"]) <= set(tensors)
+    return other_files | tensors
+
+
 def rewrite(source: Path, target: Path, change: Change) -> Path:
     """Copy a checkpoint into one weight file, with its tensors changed."""
     target.mkdir()

@@ -6,12 +6,14 @@ import errno
 import io
 import multiprocessing
 import os
+import random
 import resource
 import signal
 import time
 from functools import partial
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import torch.distributed as dist
@@ -281,3 +283,53 @@ def _save_fails(folder: str) -> str:
     with pytest.raises(CheckpointError) as caught:
         run.save()
     return str(caught.value)
+
+
+def test_saves_planned_before_hold_what_a_first_save_holds(tmp_path):
+    """Later saves follow the plans of the first, but not where other tensors are saved than before."""
+    for same in run_ranks(4, _save_many, str(tmp_path)):
+        assert same == [True] * 4
+
+
+def _save_many(folder: str) -> list[bool]:
+    settings = Settings(TestLayout(4, pipeline=2))
+    run = Run(settings, f"{folder}/run", async_save=False)
+    run.train(1)
+    weights_only = run.manager.save(0, run.chunks, None, None, {}, "")
+    same = [weights_only]
+    for step in (1, 2, 3):
+        if step > 1:
+            run.train(1)
+        assert run.save()
+        state = run.local_state()
+        resumed = Run(settings, f"{folder}/run")
+        assert resumed.load().step == step
+        same.append(_are_equal(resumed.local_state(), state))
+    return same
+
+
+def _are_equal(left: dict, right: dict) -> bool:
+    values = [(value, right[key]) for key, value in left.items()]
+    return left.keys() == right.keys() and all(
+        torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other for one, other in values
+    )
+
+
+def test_random_states_of_earlier_checkpoints_are_restored():
+    name, keys, *rest = numpy.random.RandomState(3).get_state()
+    python = random.Random(3)
+    python.gauss()
+    earlier = checkpointing.random_state() | {
+        "python": python.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(numpy.int64)), *rest),
+    }
+    before = checkpointing.random_state()
+    try:
+        checkpointing.set_random_state(earlier)
+        again = checkpointing.random_state()
+        drawn = [random.gauss(), numpy.random.rand()]
+        assert drawn == [python.gauss(), numpy.random.RandomState(3).rand()]
+        checkpointing.set_random_state(again)
+        assert drawn == [random.gauss(), numpy.random.rand()]
+    finally:
+        checkpointing.set_random_state(before)

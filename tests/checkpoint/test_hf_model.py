@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed
+from safetensors.torch import load_file
 
 from megatron_vlm.checkpoint.hf import SafetensorsReader, SafetensorsWriter
 from megatron_vlm.checkpoint.manager import CheckpointManager
@@ -18,9 +22,10 @@ from megatron_vlm.files.safetensors_headers import StoredTensor
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
 from tests.checkpoint import gemma3_files
-from tests.checkpoint.hf_files import files, load_tensors
+from tests.checkpoint.hf_files import content, files, load_tensors
 from tests.parity.layouts import TestLayout
 from tests.ranks import run_ranks
+from tests.sizes import full
 
 FOUR_LAYERS = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
 
@@ -74,10 +79,12 @@ def multimodal(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_exports_the_files_it_was_loaded_from(multimodal: Path, tmp_path: Path, name: str) -> None:
+def test_every_layout_exports_the_tensors_it_was_loaded_from(multimodal: Path, tmp_path: Path, name: str) -> None:
     layout = LAYOUTS[name]
     run_ranks(layout.world_size, load_and_export, multimodal, tmp_path / "out", layout, False)
-    assert files(tmp_path / "out") == files(multimodal)
+    assert content(tmp_path / "out") == content(multimodal)
+    if layout.pipeline == 1:
+        assert files(tmp_path / "out") == files(multimodal)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -85,7 +92,7 @@ def test_every_layout_exports_the_files_it_was_loaded_from(multimodal: Path, tmp
 def test_text_only_models(tmp_path: Path, name: str, tied: bool) -> None:
     source = gemma3_files.text_only(tmp_path / "hf", tie_word_embeddings=tied, **FOUR_LAYERS)
     run_ranks(LAYOUTS[name].world_size, load_and_export, source, tmp_path / "out", LAYOUTS[name], False)
-    assert files(tmp_path / "out") == files(source)
+    assert content(tmp_path / "out") == content(source)
 
 
 def test_the_language_model_is_taken_out_of_a_multimodal_directory(multimodal: Path, tmp_path: Path) -> None:
@@ -153,27 +160,56 @@ def test_a_rank_reads_only_its_own_tensors(multimodal: Path) -> None:
         assert num_read == num_held - padding_bytes
 
 
+def bytes_written(source: Path, target: Path, layout: TestLayout) -> tuple[dict[str, int], int]:
+    """One rank: bytes of tensors that it writes into each file, and the pipeline stage that it is in."""
+    written = Counter[str]()
+    write = SafetensorsWriter.write
+
+    def counted(writer: SafetensorsWriter, name: str, first_row: int, rows: torch.Tensor) -> None:
+        written[writer._tensors[name].file] += rows.nbytes
+        write(writer, name, first_row, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SafetensorsWriter, "write", counted)
+        load_and_export(source, target, layout, False)
+    return dict(written), torch.distributed.get_rank() // (layout.world_size // layout.pipeline)
+
+
+@pytest.mark.parametrize("name", ["pp4", "tp2 pp2 fp32", full("pp2 vpp2")])
+def test_each_stage_writes_its_own_tensors(multimodal: Path, tmp_path: Path, name: str) -> None:
+    layout = LAYOUTS[name]
+    results = run_ranks(layout.world_size, bytes_written, multimodal, tmp_path / "out", layout)
+    by_stage = {stage: written for written, stage in results if written}
+    assert len(by_stage) == layout.pipeline == sum(bool(written) for written, _ in results)
+    of_files = {
+        path.name: sum(tensor.nbytes for tensor in load_file(path).values())
+        for path in (tmp_path / "out").glob("*.safetensors")
+    }
+    assert {file: count for written in by_stage.values() for file, count in written.items()} == of_files
+    assert sum(len(written) for written in by_stage.values()) == len(of_files), "two ranks write one file"
+
+
 def no_space(*_: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-def export_refused(source: Path, target: Path, disk_is_full: bool) -> str:
+def export_refused(source: Path, target: Path, failing_ranks: Sequence[int]) -> str:
     """One rank: the message of the error that exporting raises."""
     with pytest.MonkeyPatch.context() as patch:
-        if disk_is_full:
+        if torch.distributed.get_rank() in failing_ranks:
             patch.setattr(SafetensorsWriter, "write", no_space)
         with pytest.raises(CheckpointError) as caught:
             load_and_export(source, target, LAYOUTS["tp2 pp2 fp32"], False)
     return str(caught.value)
 
 
-@pytest.mark.parametrize("disk_is_full", [True, False], ids=["full disk", "target not empty"])
-def test_every_rank_learns_why_an_export_failed(multimodal: Path, tmp_path: Path, disk_is_full: bool) -> None:
+@pytest.mark.parametrize("failing_ranks", [range(4), [2], []], ids=["full disk", "one writer", "target not empty"])
+def test_every_rank_learns_why_an_export_failed(multimodal: Path, tmp_path: Path, failing_ranks: Sequence[int]) -> None:
     target = tmp_path / "out"
-    if not disk_is_full:
+    if not failing_ranks:
         target.mkdir()
         (target / "mine").write_text("x")
-    messages = run_ranks(4, export_refused, multimodal, target, disk_is_full)
+    messages = run_ranks(4, export_refused, multimodal, target, failing_ranks)
     assert len(set(messages)) == 1
-    assert ("No space left" if disk_is_full else "not empty") in messages[0]
-    assert [path.name for path in tmp_path.iterdir()] == ([] if disk_is_full else ["out"])
+    assert ("No space left" if failing_ranks else "not empty") in messages[0]
+    assert [path.name for path in tmp_path.iterdir()] == ([] if failing_ranks else ["out"])

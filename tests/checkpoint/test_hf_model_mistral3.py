@@ -17,7 +17,7 @@ from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.sharding import own_part
 from tests.checkpoint import mistral3_files
-from tests.checkpoint.hf_files import files, load_tensors, read_config
+from tests.checkpoint.hf_files import content, files, load_tensors, read_config
 from tests.checkpoint.mistral3_files import saved_float8
 from tests.ranks import run_ranks
 from tests.sizes import two_sizes
@@ -72,7 +72,7 @@ def test_every_rank_holds_its_parts_and_they_come_together_again(saved: Path, tm
     expected = mistral3_files.ours(load_tensors(saved))
     held = run_ranks(ranks, load_and_export, saved, tmp_path / "out", sizes, dtype, False, expected)
     assert set().union(*held) == set(expected)
-    assert files(tmp_path / "out") == files(saved)
+    assert content(tmp_path / "out") == content(saved)
     assert verify_checkpoint(saved, tmp_path).differences == ()
     export_checkpoint(tmp_path, saved, tmp_path / "again")
     assert files(tmp_path / "again") == files(saved)

@@ -23,7 +23,7 @@ from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.sharding import own_part
 from tests.checkpoint import qwen3_vl_files
-from tests.checkpoint.hf_files import files, load_tensors, rename
+from tests.checkpoint.hf_files import content, files, load_tensors, rename
 from tests.families.qwen3_vl import VOCABULARY
 from tests.ranks import run_ranks
 from tests.sizes import two_sizes
@@ -106,7 +106,7 @@ def test_every_rank_holds_its_parts_and_they_come_together_again(
     for source in (published, saved) if name == "tp2 ep2 etp2" else (published,):
         held = run_ranks(ranks, load_and_export, saved, source, tmp_path / source.name, sizes, dtype)
         assert set().union(*held) == set(qwen3_vl_files.ours(load_tensors(saved)))
-        assert files(tmp_path / source.name) == files(source)
+        assert content(tmp_path / source.name) == content(source)
 
 
 def test_a_text_only_run_exports_a_qwen3_model(saved: Path, published: Path, tmp_path: Path) -> None:

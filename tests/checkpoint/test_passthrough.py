@@ -23,7 +23,7 @@ from megatron_vlm.files import safetensors_headers
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
 from tests.checkpoint import toy_family
-from tests.checkpoint.hf_files import Tensors, files, load_tensors, rewrite, without_weights
+from tests.checkpoint.hf_files import Tensors, content, files, load_tensors, rewrite, without_weights
 from tests.checkpoint.toy_family import FAMILY, Stage
 from tests.ranks import run_ranks
 from tools import convert as convert_tool
@@ -204,7 +204,7 @@ def test_a_run_keeps_them_in_every_checkpoint(source: Path, tmp_path: Path, has_
     for names in run_ranks(2, save_twice_and_export, source, reference, tmp_path / "run"):
         assert set(names) == CARRIED
     if has_weights:
-        assert files(tmp_path / "run" / "out") == files(source)
+        assert content(tmp_path / "run" / "out") == content(source)
     check_carried(tmp_path / "run" / "out", expected)
     checkpoints = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["passthrough", "step_00000002"]
@@ -215,7 +215,7 @@ def test_a_run_keeps_them_in_every_checkpoint(source: Path, tmp_path: Path, has_
     )
     assert os.path.samefile(kept, shared), "a copy for every checkpoint"
     export_checkpoint(tmp_path / "run", reference, tmp_path / "again")
-    assert files(tmp_path / "again") == files(tmp_path / "run" / "out")
+    assert content(tmp_path / "again") == content(tmp_path / "run" / "out")
 
 
 def test_a_file_system_without_links(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ IDENTITY = ModelIdentity("gemma3", "gemma3_text", text_only=True, tied=True, hf_
 
 
 def complete(directory, step):
-    incomplete = run_folder.begin(directory, step)
+    incomplete = run_folder.incomplete_folder(directory, step, run_folder.begin(directory, step))
     writer = TorchDistWriter(incomplete)
     writer.add("weight", (2, 3), torch.float32)
     writer.write("weight", torch.ones(2, 3))

@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import unfold
 from transformers import AutoProcessor, AutoTokenizer
 
+from megatron_vlm.data import stage_loader
 from megatron_vlm.data.collate import collate
 from megatron_vlm.data.describe import describe_sample
 from megatron_vlm.data.media import Medium, Packed
@@ -293,7 +294,7 @@ def test_features_go_to_placeholders_alone(
     positions = torch.arange(batch.input_ids.shape[1]).expand(3, -1)
     assert torch.equal(batch.position_ids, torch.where(batch.document_ids >= 0, positions, 0))
     assert torch.equal(batch.span_high, positions.int())
-    later = collate([[each] for each in loaded], mistral_rules, 0, pad_to_multiple_of=16, tower_inputs=())
+    (later,) = stage_loader.decode(stage_loader.encode([batch]))
     assert later.media_inputs == {} and later.media == batch.media
     assert torch.equal(later.feature_index, batch.feature_index)
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from megatron_vlm.data import index as index_module
-from megatron_vlm.data.index import JsonlRows, SourceRows, build_index
+from megatron_vlm.data.index import JsonlRows, build_index
 from megatron_vlm.data.plan import PlannedSource, SamplePlan, blend_cycle, blend_shares, micro_batch_start, permute
+from megatron_vlm.data.source_rows import SourceRows
 from megatron_vlm.errors import DataError
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
+from megatron_vlm.data import stage_loader
 from megatron_vlm.data.collate import collate
 from megatron_vlm.data.describe import check_rows, describe_sample
 from megatron_vlm.data.media import Medium, Packed, pack_in_reading_order
@@ -302,7 +303,7 @@ def test_features_go_to_their_own_tokens(make_qwen_reader: Make, pictures: Path,
     assert (batch.counters["images"], batch.counters["videos"], batch.counters["bad_rows"]) == (6, 3, 1)
     # Causal: no token sees beyond itself.
     assert torch.equal(batch.span_high[0], torch.arange(batch.input_ids.shape[1], dtype=torch.int32))
-    later = collate([[each] for each in loaded], qwen_rules, 0, pad_to_multiple_of=16, tower_inputs=())
+    (later,) = stage_loader.decode(stage_loader.encode([batch]))
     assert later.media_inputs == {} and later.media == batch.media
     assert torch.equal(later.position_ids, batch.position_ids)
     without = collate([[each] for each in loaded[1::2]], qwen_rules, 0)
