@@ -28,7 +28,7 @@ from megatron_vlm.model.weight_tables import PartOf, Weight, WeightGroup
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
 from tests.checkpoint import toy_family
-from tests.checkpoint.hf_files import Tensors, check_holds, content, files, load_tensors, rewrite, without_weights
+from tests.checkpoint.hf_files import Tensors, check_holds, files, load_tensors, rewrite, without_weights
 from tests.checkpoint.test_expert_memory import MIB, growth_bytes
 from tests.checkpoint.toy_family import FAMILY, Stage
 from tests.ranks import run_ranks
@@ -153,15 +153,13 @@ def load_and_export(source: Path, target: Path, layout: Layout, block_bytes: int
 
 @pytest.mark.parametrize("block_bytes", [70, 2**20])
 @pytest.mark.parametrize("name", two_sizes(LAYOUTS, "TP2", "PP2"))
-def test_a_running_model_exports_the_tensors_it_was_loaded_from(
+def test_a_running_model_exports_the_files_it_was_loaded_from(
     source: Path, tmp_path: Path, name: str, block_bytes: int
 ) -> None:
     dtype = torch.float32 if name == "TP2" else None
     layout = LAYOUTS[name]
     run_ranks(layout.world_size, load_and_export, source, tmp_path / "out", layout, block_bytes, dtype)
-    assert content(tmp_path / "out") == content(source)
-    if layout.pipeline_size == 1:
-        assert files(tmp_path / "out") == files(source)
+    assert files(tmp_path / "out") == files(source)
 
 
 def bytes_loaded(source: Path, layout: Layout, block_bytes: int) -> tuple[Counter[str], Counter[str]]:
