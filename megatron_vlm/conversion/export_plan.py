@@ -16,12 +16,15 @@ from megatron_vlm.checkpoint.hf import PROCESSOR_PATTERNS, SafetensorsWriter, co
 from megatron_vlm.conversion.passthrough import check_carried, copy_tensors, find_passthrough
 from megatron_vlm.families import registry
 from megatron_vlm.files.durable import write_durably
-from megatron_vlm.files.safetensors_headers import StoredTensor, WeightFiles
+from megatron_vlm.files.safetensors_headers import DEFAULT_SHARD_BYTES, StoredTensor, WeightFiles
 from megatron_vlm.model.hf_tensors import HfBand, HfTensor
 from megatron_vlm.model.weight_map import WeightMap
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+UNDIVIDED_BYTES = DEFAULT_SHARD_BYTES
+"""Models up to this size are exported into the files that they came in, also from several pipeline stages."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,9 @@ def plan_export(
     Everything follows the weights in `hf_dir`, but float8 weights are written as bfloat16 in shards of 5 GB. Where they
     cannot be followed (there are none, or a language model is exported that they hold with its towers), names are those
     of published files, shards are of 5 GB, and dtypes those of the weights in `hf_dir`, else of config.json, else of
-    the model. Shards are of 5 GB, too, where other tensors are carried through than `hf_dir` has, and where several
-    pipeline stages write: each writes files of its own, because not every file system takes one file from two machines.
+    the model. Shards are of 5 GB, too, where other tensors are carried through than `hf_dir` has, and where a
+    model of more than `UNDIVIDED_BYTES` is on several pipeline stages: each writes files of its own, because not every
+    file system takes one file from two machines.
 
     Args:
         hf_dir: the model's Hugging Face directory.
@@ -147,8 +151,8 @@ def plan_export(
 
 
 def _divided(files: WeightFiles, writers: Mapping[str, int]) -> WeightFiles:
-    """Divide files so that each has one writer; what is only carried through is the first one's."""
-    if len(set(writers.values())) <= 1:
+    """Divide files of a large model so that each has one writer; what is only carried through is the first one's."""
+    if len(set(writers.values())) <= 1 or files.num_bytes <= UNDIVIDED_BYTES:
         return files
     return WeightFiles.plan(((tensor.name, tensor.dtype, tensor.shape) for tensor in files), writers=writers)
 

@@ -1,8 +1,8 @@
 """A running model's weights from and to a Hugging Face directory, in any layout.
 
-Loading: each rank reads its own parts and little else. Exporting: each pipeline stage writes files of its own. A few
-rows of one tensor at a time (of experts at least one, all of it) go to the first rank of the stage, which writes them;
-no rank ever holds more than that. The directory gets its name when all stages have written their files.
+Loading: each rank reads its own parts and little else. Exporting: each pipeline stage of a large model writes files of
+its own. A few rows of one tensor at a time (of experts at least one, all of it) go to the stage's first rank, which
+writes them; no rank ever holds more than that. The directory gets its name when all stages have written their files.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import torch
 from megatron_vlm.checkpoint import hf, torch_dist
 from megatron_vlm.checkpoint.hf import SafetensorsReader
 from megatron_vlm.checkpoint.manager import CheckpointManager, load_weights
-from megatron_vlm.conversion import running_model
+from megatron_vlm.conversion import export_plan, running_model
 from megatron_vlm.conversion.convert import export_checkpoint, identity_of, import_checkpoint, verify_checkpoint
 from megatron_vlm.conversion.running_model import export_hf_from_model, load_hf_into_model
 from megatron_vlm.families import registry
@@ -153,15 +153,25 @@ def load_and_export(source: Path, target: Path, layout: Layout, block_bytes: int
 
 @pytest.mark.parametrize("block_bytes", [70, 2**20])
 @pytest.mark.parametrize("name", two_sizes(LAYOUTS, "TP2", "PP2"))
-def test_a_running_model_exports_the_tensors_it_was_loaded_from(
+def test_a_running_model_exports_the_files_it_was_loaded_from(
     source: Path, tmp_path: Path, name: str, block_bytes: int
 ) -> None:
     dtype = torch.float32 if name == "TP2" else None
     layout = LAYOUTS[name]
     run_ranks(layout.world_size, load_and_export, source, tmp_path / "out", layout, block_bytes, dtype)
+    assert files(tmp_path / "out") == files(source)
+
+
+def export_divided(source: Path, target: Path, layout: Layout) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_plan, "UNDIVIDED_BYTES", 0)
+        load_and_export(source, target, layout, 70, None)
+
+
+def test_stages_write_files_of_their_own(source: Path, tmp_path: Path) -> None:
+    """A tensor of which several stages have parts is written by the first of them."""
+    run_ranks(2, export_divided, source, tmp_path / "out", LAYOUTS["PP2"])
     assert content(tmp_path / "out") == content(source)
-    if layout.pipeline_size == 1:
-        assert files(tmp_path / "out") == files(source)
 
 
 def bytes_loaded(source: Path, layout: Layout, block_bytes: int) -> tuple[Counter[str], Counter[str]]:
