@@ -30,7 +30,7 @@ def join_slurm_step(environment: MutableMapping[str, str] = os.environ) -> bool:
     Raises:
         LaunchError: a variable is missing or makes no sense.
     """
-    if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
+    if "RANK" in environment or environment.get("SLURM_STEP_NUM_TASKS", "") in ("", "0", "1"):
         return False
     try:
         tasks = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])

@@ -13,10 +13,11 @@ job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} job=${job:
 
 # Trains with the given arguments of pretrain_vlm.py, and returns the exit code unless the job is requeued.
 train_in_job() {
-  local run_dir code=0 crashes errors
+  local run_dir state code=0 crashes errors
   # The signals reach the ranks too, which save; this shell outlives them.
   trap 'signalled=1' USR1 TERM
   [ -n "$RANKS_PER_NODE" ] || { echo "the job has no GPUs: give --gpus-per-node, or set RANKS_PER_NODE" >&2; return 2; }
+  [[ ${MAX_CRASHES:=3} =~ ^[0-9]+$ ]] || { echo "MAX_CRASHES is '$MAX_CRASHES': give a number" >&2; return 2; }
   run_dir=$(find_run_dir "$@") || code=$?
   if [ -n "$signalled" ]; then requeue "stopped before training"; return; fi
   [ "$code" = 0 ] || return "$code"
@@ -25,7 +26,8 @@ train_in_job() {
   rm -f "$errors"
   export MEGATRON_VLM_ERROR_FILE=$errors
   start_ranks "$@" || code=$?
-  if [[ "$(job_state)" != @(RUNNING|SIGNALING) ]]; then
+  state=$(job_state) || { echo "job $job is not requeued: Slurm does not answer; submit it again" >&2; return 1; }
+  if [[ "$state" != @(RUNNING|SIGNALING) ]]; then
     echo "job $job was cancelled, or Slurm requeues it itself"
   elif [ -s "$errors" ]; then
     echo "job $job is not retried, for a mistake that has to be corrected: $(cat "$errors")"
@@ -39,13 +41,19 @@ train_in_job() {
   return "$code"
 }
 
-# Prints the run folder, or the mistakes in the configuration; on one node, because only there may be a Python.
+# Prints the run folder, or the mistakes in the configuration; on one node, because only there may be a Python. What a
+# container says besides is told apart by a word before the folder.
 find_run_dir() {
+  local said code=0
   # shellcheck disable=SC2016
   local print='config=$("$0" pretrain_vlm.py "$@" --print_config) || exit
-    "$0" -c "import sys, yaml; print(yaml.safe_load(sys.stdin)[\"run_dir\"])" <<<"$config"'
+    "$0" -c "import sys, yaml; print(\"run_dir:\", yaml.safe_load(sys.stdin)[\"run_dir\"] or \"\")" <<<"$config"'
   # shellcheck disable=SC2086
-  srun ${SRUN_OPTIONS:-} --nodes=1 --ntasks=1 $RUN_IN bash -c "$print" "$PYTHON" "$@"
+  said=$(srun ${SRUN_OPTIONS:-} --nodes=1 --ntasks=1 $RUN_IN bash -c "$print" "$PYTHON" "$@") || code=$?
+  [ "$code" = 0 ] || { [ -z "$said" ] || echo "$said" >&2; return "$code"; }
+  said=$(sed -n 's/^run_dir: //p' <<<"$said")
+  [ -n "$said" ] || { echo "run_dir is not set: name the folder of the run, in the file or by --run_dir" >&2; return 2; }
+  echo "$said"
 }
 
 # Starts torchrun on every node and waits for all of them. What Slurm signals, it signals to torchrun too, which would
@@ -67,8 +75,14 @@ start_ranks() {
   return "$code"
 }
 
+# Prints the state of the job; fails if Slurm does not answer for half a minute.
 job_state() {
-  scontrol show job -o "$job" | grep -o 'JobState=[A-Z_]*' | cut -d= -f2
+  local attempt
+  for attempt in 1 2 3 4 5 6; do
+    scontrol show job -o "$job" | grep -o 'JobState=[A-Z_]*' | cut -d= -f2 && return
+    [ "$attempt" = 6 ] || sleep 5
+  done
+  return 1
 }
 
 # Counts crashes since the newest checkpoint was made; fails when they are too many.
@@ -78,7 +92,7 @@ count_crash() {
   [ ! -s "$2" ] || read -r before checkpoint <"$2" || true
   [ "$checkpoint" = "$newest" ] || before=0
   echo "$((before + 1)) $newest" >"$2"
-  [ $((before + 1)) -lt "${MAX_CRASHES:-3}" ] && return
+  [ $((before + 1)) -lt "$MAX_CRASHES" ] && return
   echo "job $job crashed $((before + 1)) times without a new checkpoint, and is not retried" >&2
   return 1
 }

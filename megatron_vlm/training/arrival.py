@@ -26,10 +26,17 @@ def meet(timeout: timedelta) -> tuple[Store, int, int]:
         The store, this rank, and the number of ranks, for `torch.distributed.init_process_group`.
 
     Raises:
-        LaunchError: ranks are missing, which the first rank names; or the first rank is.
+        LaunchError: ranks are missing, which the first rank names; or the first rank is; or an environment variable.
     """
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except (KeyError, ValueError) as error:
+        raise LaunchError(
+            f"RANK is set, but what belongs to it is missing or no number ({error})",
+            "environment",
+            "start ranks by torchrun or srun, which set all of it, or unset RANK for a single process",
+        ) from None
     has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         store: Store = TCPStore(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -26,11 +27,13 @@ def cluster() -> Iterator[Cluster]:
             pytest.fail(reason)
         pytest.skip(reason)
     root = Path(tempfile.mkdtemp(prefix="vlm"))
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated"))  # which would leave daemons
     try:
         with Cluster(root, next(port for port in random.sample(FIRST_PORTS, 100) if _is_free(port))) as running:
             yield running
     finally:
         shutil.rmtree(root, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _is_free(port: int) -> bool:

@@ -76,3 +76,12 @@ def test_the_first_rank_says_whom_it_waits_for(
 def test_short_names() -> None:
     assert arrival._names([3, 8, 9, 10, 15]) == "ranks 3, 8-10, 15"
     assert arrival._names(list(range(0, 40, 2))) == "ranks 0, 2, 4, 6, 8, 10, 12, 14, ..."
+
+
+@pytest.mark.parametrize("missing", ["WORLD_SIZE", "MASTER_PORT"])
+def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv(missing)
+    with pytest.raises(LaunchError, match=f"RANK is set, .*{missing}.* unset RANK for a single process"):
+        arrival.meet(timedelta(seconds=1))

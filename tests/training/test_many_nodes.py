@@ -78,6 +78,7 @@ def two_nodes(place: Place, folder: Path, *overrides: str) -> Iterator[Nodes]:
             **os.environ,
             "NODES": "2",
             "NODE_RANK": str(node),
+            "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "RANKS_PER_NODE": "1",
             "PYTHON": sys.executable,
