@@ -45,6 +45,8 @@ EXPERT_FIGURES = ("expert_tokens_min", "expert_tokens_max", "dead_experts")  # o
 # parameters 1e-7 and moments 1e-6 of the tensor's norm; one wrong row or moment shows in the second digit.
 LOSS_TOLERANCE = 1e-5
 TENSOR_TOLERANCE = 1e-4
+# Of gradients that are sums of terms which cancel, as of Gemma 4's audio attention: terms of 0.01 leave so much of fp32.
+CANCELLATION = 1e-9
 
 
 FilesOf = Callable[[TinyFamily], TinyFiles]
@@ -148,7 +150,8 @@ def test_other_layouts_continue_at_fp32(family: TinyFamily, multimodal_of: Files
     expected = runs.tensors("straight")
     for key, tensor in runs.tensors("resumed").items():
         ours_part, its_part = without_key_bias(key, tensor), without_key_bias(key, expected[key])
-        assert (ours_part - its_part).norm() <= TENSOR_TOLERANCE * its_part.norm(), key
+        floor = CANCELLATION if ".exp_avg." in key else 0.0
+        assert (ours_part - its_part).norm() <= TENSOR_TOLERANCE * its_part.norm() + floor, key
 
 
 @pytest.mark.full
