@@ -109,6 +109,18 @@ def build_chunks(
     return chunks
 
 
+def data_parallel_config(
+    use_distributed_optimizer: bool, overlap_grad_reduce: bool = False, overlap_param_gather: bool = False
+) -> DistributedDataParallelConfig:
+    """Return megatron-core's settings of data parallelism."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=use_distributed_optimizer,
+        overlap_grad_reduce=overlap_grad_reduce,
+        overlap_param_gather=overlap_param_gather,
+    )
+
+
 def wrap_data_parallel(
     chunks: Sequence[MegatronModule],
     groups: ProcessGroupCollection,
@@ -117,12 +129,7 @@ def wrap_data_parallel(
     overlap_param_gather: bool = False,
 ) -> list[DistributedDataParallel]:
     """Wrap every chunk in megatron-core's data parallelism; frozen parameters take no part and no memory in it."""
-    config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=use_distributed_optimizer,
-        overlap_grad_reduce=overlap_grad_reduce,
-        overlap_param_gather=overlap_param_gather,
-    )
+    config = data_parallel_config(use_distributed_optimizer, overlap_grad_reduce, overlap_param_gather)
     mcore_config = chunks[0].config
     wrapped = [
         DistributedDataParallel(mcore_config, config, chunk, disable_bucketing=index > 0, pg_collection=groups)

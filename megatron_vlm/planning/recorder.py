@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
+from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -63,7 +64,7 @@ class Collective(NamedTuple):
     """One exchange of a rank with the others of a group.
 
     Attributes:
-        phase: "forward", "backward" or "recompute".
+        phase: "forward", "backward", "recompute", or "step" for what is exchanged once per step.
         kind: "allreduce", "allgather", "reduce_scatter", "alltoall" and the like.
         group: our name of the group.
         size: number of its ranks, at least two.
@@ -185,8 +186,15 @@ def _grouped_product(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tens
     return rows.new_empty((*groups, rows.shape[0], weights.shape[-1]))
 
 
+_JOINED = {
+    torch.ops.c10d.allreduce_coalesced_: "allreduce",
+    torch.ops.c10d.allgather_into_tensor_coalesced_: "allgather",
+    torch.ops.c10d.reduce_scatter_tensor_coalesced_: "reduce_scatter",
+}
 # Results that have a shape, which torch does not know (before 2.15: of products in fp32, or into another dtype).
-_SHAPES: dict[Any, Callable[..., torch.Tensor]] = {
+# The work of collectives that megatron-core's data parallelism joins is finished at once.
+_SHAPES: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys((operator.default for operator in _JOINED), lambda *_, **__: FakeWork().boxed()),
     _aten.masked_select.default: _selected,
     _aten._grouped_mm.default: _grouped_product,
     _aten.addmm.dtype_out: lambda *_, out, **__: out,
@@ -277,10 +285,11 @@ class Recorder(TorchDispatchMode):
         size = group.size()
         if size == 1:
             return
-        kind = func._schema.name.removeprefix("c10d::").strip("_").removesuffix("_base")
+        name = func._schema.name.removeprefix("c10d::").strip("_").removesuffix("_base")
+        kind = _JOINED.get(func._overloadpacket, name)
         payload = max(sum(tensor.nbytes for tensor in _tensors(arg)) for arg in args)
-        name = self._group_names.get(group.group_name, f"{size} ranks")
-        self.counts.collectives[Collective(self._phase, kind, name, size, payload)] += 1
+        group_name = self._group_names.get(group.group_name, f"{size} ranks")
+        self.counts.collectives[Collective(self._phase, kind, group_name, size, payload)] += 1
 
 
 # They read as many rows of a table as they return.

@@ -17,9 +17,9 @@ from megatron_vlm.families import registry
 from megatron_vlm.families.build import build_chunks, build_settings
 from megatron_vlm.parallel.simulate import simulated_rank
 from megatron_vlm.planning.example_batch import example_batch
-from megatron_vlm.planning.memory import StageCounts, trace_stages
 from megatron_vlm.planning.preflight import check_layout
 from megatron_vlm.planning.recorder import fake_tensors
+from megatron_vlm.planning.stages import StageCounts, trace_stages
 from megatron_vlm.planning.trace import Tracer
 from tests.training.test_memory import EXPERTS, LENGTH, PATCHES, QWEN3_VL, SEQUENCE, TENSOR, run_config
 
