@@ -88,7 +88,7 @@ def build_chunks(
     for stage, index in enumerate(layout.chunks_of(groups.pp.rank())):
         chunk = ChunkSettings(
             layers=layout.chunks[index],
-            num_layers_before=sum(map(len, layout.chunks[:index])),
+            num_layers_before=layout.first_layer(index),
             is_first=index == 0,
             is_last=index == len(layout.chunks) - 1,
             virtual_stage=stage if layout.virtual_size > 1 else None,
