@@ -45,8 +45,8 @@ class StepCounts:
         dense_shards: elements of dense parameters whose optimizer state each data rank has; one entry if it is not
             sharded.
         expert_shards: elements of experts whose optimizer state each expert data rank has, likewise.
-        exchanges: sums of gradients, and gathers of parameters where the optimizer is distributed. Single numbers (label
-            tokens, losses, the gradient norm) are left out.
+        exchanges: sums of gradients, and gathers of parameters where the optimizer is distributed. Single numbers
+            (label tokens, losses, the gradient norm) are left out.
     """
 
     parameter_bytes: int
