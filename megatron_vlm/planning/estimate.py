@@ -87,6 +87,8 @@ class Estimator:
             (clock.seconds(part.work), Held.of(part)) for part in (parts.first, parts.last, parts.frame)
         )
 
+        self._layer_working_bytes = max(part.working_bytes for part in parts.layers)
+
     @cached_property
     def _sums(self) -> _Sums:
         known: dict[int, tuple[Seconds, int, Held]] = {}
@@ -153,7 +155,7 @@ class Estimator:
         first, last = index == 0, index == len(layout.chunks) - 1
         seconds = _difference(sums.seconds[end], sums.seconds[start])
         kept_bytes, held = sums.kept_bytes[end] - sums.kept_bytes[start], sums.held[end] - sums.held[start]
-        working_bytes = max((parts.layers[layer].working_bytes for layer in set(layers[:1])), default=0)
+        working_bytes = self._layer_working_bytes if layers else 0
         if first:
             seconds, held = seconds + self._first[0], held + self._first[1]
             kept_bytes += parts.first.kept_bytes

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
-_SIMULATED_ROUNDS = 3  # of as many micro-batches as there are stages; all further rounds take equally long
+_ROUNDS = 4, 6  # simulated, of as many micro-batches as there are stages; all further rounds take equally long
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,12 @@ def schedule_seconds(chunks: Sequence[ChunkSeconds], pipeline_size: int, num_mic
     busy = tuple(num_micro_batches * sum(chunk.forward + chunk.backward for chunk in held) for held in own)
     if pipeline_size == 1:
         return ScheduleSeconds(busy[0], busy)
-    rest = num_micro_batches - _SIMULATED_ROUNDS * pipeline_size
-    if rest <= 0:
+    few, more = (rounds * pipeline_size for rounds in _ROUNDS)
+    if num_micro_batches <= more:
         return ScheduleSeconds(_simulate(chunks, pipeline_size, num_micro_batches), busy)
-    shorter, longer = (
-        _simulate(chunks, pipeline_size, rounds * pipeline_size)
-        for rounds in (_SIMULATED_ROUNDS - 1, _SIMULATED_ROUNDS)
-    )
-    return ScheduleSeconds(longer + (longer - shorter) / pipeline_size * rest, busy)
+    of_few, of_more = (_simulate(chunks, pipeline_size, simulated) for simulated in (few, more))
+    each = max((of_more - of_few) / (more - few), max(busy) / num_micro_batches)
+    return ScheduleSeconds(of_more + each * (num_micro_batches - more), busy)
 
 
 def _simulate(chunks: Sequence[ChunkSeconds], pipeline_size: int, num_micro_batches: int) -> float:

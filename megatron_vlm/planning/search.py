@@ -1,0 +1,311 @@
+"""Searches the layouts of a number of GPUs for those with the least predicted time of a step.
+
+Sizes are tried from few traced parts (`estimate`); the checks are those of training. The best are then traced in full,
+so that what is reported of them is what the dry run would count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_vlm.config import Config
+from megatron_vlm.config_checks import validate
+from megatron_vlm.errors import UserError
+from megatron_vlm.parallel.layout import Layout
+from megatron_vlm.planning.estimate import Estimate, Estimator, balanced_counts
+from megatron_vlm.planning.expert_checks import experts_of
+from megatron_vlm.planning.parts import PartTracer
+from megatron_vlm.planning.plan import Plan, Request, make_plan
+from megatron_vlm.planning.preflight import check_layout
+from megatron_vlm.planning.state_bytes import FP32_BYTES, optimizer_bytes, value_bytes
+from megatron_vlm.planning.step_time import Clock, spans_of
+
+_RECOMPUTE = ("none", "selective", "full")  # the less is computed twice, the better, if it fits
+_MOST_VIRTUAL = 8
+_MOST_TOKENS = 16_384  # of a micro-batch of several rows: more only take memory
+_REFINED = 8  # best combinations of sizes for which more micro-batch and expert-tensor sizes are tried
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class RuledOut:
+    """Layouts that cannot be used, for one kind of reason.
+
+    Attributes:
+        reason: the reason, of one of them.
+        count: how many there are.
+    """
+
+    reason: str
+    count: int = 0
+
+
+@dataclass
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        plans: the best layouts, fastest first.
+        num_estimated: layouts that were estimated.
+        num_fitting: those of them that fit into memory.
+        ruled_out: why others cannot be used.
+        closest: the layout that takes least memory, where none fits.
+    """
+
+    plans: list[Plan] = field(default_factory=list)
+    num_estimated: int = 0
+    num_fitting: int = 0
+    ruled_out: list[RuledOut] = field(default_factory=list)
+    closest: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """One point of the search; None where a choice is left to it."""
+
+    tensor: int
+    pipeline: int
+    virtual: int
+    expert: int
+    expert_tensor: int
+    micro_batch: int
+    vision_parallelism: str
+
+    def applied(self, config: Config) -> Config:
+        """Return a configuration with these sizes, and sequence parallelism wherever layers are sharded."""
+        parallel = dataclasses.replace(
+            config.parallel,
+            tensor_model_parallel_size=self.tensor,
+            sequence_parallel=self.tensor > 1,
+            pipeline_model_parallel_size=self.pipeline,
+            virtual_pipeline_model_parallel_size=self.virtual,
+            pipeline_layout=None,
+            expert_model_parallel_size=self.expert,
+            expert_tensor_parallel_size=self.expert_tensor,
+        )
+        model = dataclasses.replace(config.model, vision_parallelism=self.vision_parallelism)
+        train = dataclasses.replace(config.train, micro_batch_size=self.micro_batch)
+        return dataclasses.replace(config, parallel=parallel, model=model, train=train)
+
+    @property
+    def group(self) -> tuple[int, ...]:
+        """What distinguishes the layouts of a list for readers."""
+        return self.tensor, self.pipeline, self.virtual, self.expert, self.expert_tensor, self.micro_batch
+
+
+class Search:
+    """One search; `run` carries it out.
+
+    Args:
+        request: what is planned for; settings of its configuration that are not searched hold for all layouts.
+        fixed: settings that the user chose, by dotted key, which the search leaves alone.
+        progress: called with a line from time to time.
+    """
+
+    def __init__(self, request: Request, fixed: Mapping[str, Any], progress: Progress = lambda line: None) -> None:
+        self._request, self._fixed, self._progress = request, fixed, progress
+        self._tracer = PartTracer(
+            request.config, request.family, request.model_config, request.images_per_row, request.clips_per_row
+        )
+        self._estimators: dict[Any, Estimator] = {}
+        self._reasons: dict[str, RuledOut] = {}
+        self._fitting: dict[Sizes, Estimate] = {}
+        self._tried: set[Sizes] = set()
+        self._result = SearchResult()
+        self._num_parameters = _num_parameters(request)
+
+    def run(self, num_plans: int = 5) -> SearchResult:
+        """Return the best layouts."""
+        micro_batches, expert_tensors = self._micro_batches(), self._expert_tensors
+        for tensor in self._tensors():
+            for pipeline in self._pipelines(tensor):
+                for sizes in self._points(tensor, pipeline, micro_batches[:1], expert_tensors(tensor)[:1]):
+                    self._try(sizes)
+            self._progress(f"tensor {tensor}: {self._result.num_estimated} layouts estimated")
+        for best in self._best_groups(_REFINED):
+            for sizes in self._points(best.tensor, best.pipeline, micro_batches, expert_tensors(best.tensor)):
+                if sizes.expert == best.expert:
+                    self._try(sizes)
+        self._progress(f"{self._result.num_estimated} layouts estimated, {len(self._fitting)} fit")
+        self._result.num_fitting = len(self._fitting)
+        self._trace_best(num_plans)
+        self._result.ruled_out = sorted(self._reasons.values(), key=lambda entry: -entry.count)
+        return self._result
+
+    def _trace_best(self, num_plans: int) -> None:
+        """Trace the best estimates in full; one that turns out not to fit is left out."""
+        for sizes in self._best_groups(len(self._fitting)):
+            if len(self._result.plans) == num_plans:
+                break
+            estimate = self._fitting[sizes]
+            plan = make_plan(self._request, estimate.config, estimate.layout)
+            if plan.most_bytes > self._request.usable_bytes:
+                self._rule_out_by_memory(estimate, plan.most_bytes)
+                continue
+            self._result.plans.append(plan)
+            self._progress(f"traced {plan.layout}")
+        self._result.plans.sort(key=lambda plan: plan.step.total)
+
+    def _best_groups(self, count: int) -> list[Sizes]:
+        """Return the fastest estimates, the best one of each group."""
+        best: dict[tuple[int, ...], Sizes] = {}
+        for sizes in sorted(self._fitting, key=lambda sizes: self._fitting[sizes].step.total):
+            best.setdefault(sizes.group, sizes)
+        return list(best.values())[:count]
+
+    def _points(
+        self, tensor: int, pipeline: int, micro_batches: list[int], expert_tensors: list[int]
+    ) -> Iterator[Sizes]:
+        for expert in self._experts(tensor, pipeline):
+            for expert_tensor in expert_tensors:
+                for micro_batch in micro_batches:
+                    for virtual in self._virtuals(pipeline):
+                        for vision in self._vision(tensor):
+                            yield Sizes(tensor, pipeline, virtual, expert, expert_tensor, micro_batch, vision)
+
+    def _try(self, sizes: Sizes) -> None:
+        """Estimate a point with the least recomputation with which it fits."""
+        if sizes in self._tried:
+            return
+        self._tried.add(sizes)
+        request = self._request
+        config = sizes.applied(request.config)
+        try:
+            validate(config)
+            layout = check_layout(config, request.model_config, request.num_gpus)
+        except UserError as error:
+            for problem in error.problems or (error,):
+                self._rule_out(str(problem))
+            return
+        if self._least_bytes(config, layout) > request.usable_bytes:
+            self._rule_out("parameters, gradients and optimizer state alone exceed the memory of a GPU")
+            return
+        for recompute in self._choices("model.recompute", _RECOMPUTE):
+            candidate = dataclasses.replace(config, model=dataclasses.replace(config.model, recompute=recompute))
+            estimates = [self._estimate(*each) for each in self._stagings(candidate, layout)]
+            self._result.num_estimated += len(estimates)
+            fitting = [estimate for estimate in estimates if estimate.most_bytes <= request.usable_bytes]
+            if fitting:
+                self._fitting[sizes] = min(fitting, key=lambda estimate: estimate.step.total)
+                return
+            smallest = min(estimates, key=lambda estimate: estimate.most_bytes)
+            self._rule_out_by_memory(smallest, smallest.most_bytes)
+
+    def _stagings(self, config: Config, layout: Layout) -> Iterator[tuple[Config, Layout]]:
+        """Yield the even split of layers over chunks, and one that evens out towers and head."""
+        given = self._fixed.get("parallel.pipeline_layout")
+        if given is not None or layout.pipeline_size == 1:
+            yield config, layout
+            return
+        yield config, layout
+        estimator = self._estimator(config, layout)
+        counts = balanced_counts(
+            layout.num_layers,
+            len(layout.chunks),
+            estimator.layer_seconds,
+            estimator.first_seconds,
+            estimator.last_seconds,
+            layout.pipeline_size,
+        )
+        if counts != list(map(len, layout.chunks)):
+            parallel = dataclasses.replace(config.parallel, pipeline_layout=counts)
+            config = dataclasses.replace(config, parallel=parallel)
+            yield config, check_layout(config, self._request.model_config, self._request.num_gpus)
+
+    def _estimate(self, config: Config, layout: Layout) -> Estimate:
+        return self._estimator(config, layout).estimate(config, layout)
+
+    def _estimator(self, config: Config, layout: Layout) -> Estimator:
+        key = (
+            *(layout.tensor_size, layout.pipeline_size, layout.expert_size, layout.expert_tensor_size),
+            *(config.train.micro_batch_size, config.model.recompute, config.model.vision_parallelism),
+        )
+        if key not in self._estimators:
+            clock = Clock(self._request.hardware, spans_of(layout, self._request.hardware))
+            self._estimators[key] = Estimator(self._tracer.parts(config), clock)
+        return self._estimators[key]
+
+    def _least_bytes(self, config: Config, layout: Layout) -> float:
+        """Return what every rank holds at least, on average, however parameters are sharded."""
+        shards = layout.pipeline_size * max(layout.tensor_size, layout.expert_size * layout.expert_tensor_size)
+        bytes_per_value = value_bytes(config) + (0 if config.model.freeze else FP32_BYTES)
+        state = 0 if config.model.freeze else optimizer_bytes(config, self._num_parameters) / layout.world_size
+        return self._num_parameters * bytes_per_value / shards + state
+
+    def _rule_out(self, reason: str) -> None:
+        kind = re.sub(r"\d+", "N", reason.partition(" -- ")[0])
+        self._reasons.setdefault(kind, RuledOut(reason.partition(" -- ")[0])).count += 1
+
+    def _rule_out_by_memory(self, estimate: Estimate, num_bytes: int) -> None:
+        closest = self._result.closest
+        if closest is None or estimate.most_bytes < closest.most_bytes:
+            self._result.closest = estimate
+        recompute = estimate.config.model.recompute
+        self._rule_out_of_memory(recompute, num_bytes, estimate)
+
+    def _rule_out_of_memory(self, recompute: str, num_bytes: int, estimate: Estimate) -> None:
+        reason = f"more memory than {self._request.usable_bytes / 2**30:.1f} GiB with recompute {recompute}"
+        found = self._reasons.setdefault(reason, RuledOut(reason))
+        found.count += 1
+
+    def _choices(self, key: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self._fixed[key],) if key in self._fixed else values
+
+    def _tensors(self) -> list[int]:
+        sizes = _divisors(min(self._request.hardware.gpus_per_node, self._request.num_gpus))
+        return list(self._choices("parallel.tensor_model_parallel_size", tuple(sizes)))
+
+    def _pipelines(self, tensor: int) -> list[int]:
+        ranks, num_layers = self._request.num_gpus // tensor, len(self._request.model_config.text.layers)
+        sizes = tuple(size for size in _divisors(ranks) if size <= num_layers)
+        return list(self._choices("parallel.pipeline_model_parallel_size", sizes))
+
+    def _virtuals(self, pipeline: int) -> list[int]:
+        num_layers = len(self._request.model_config.text.layers)
+        sizes = (1,)
+        if pipeline > 1:
+            sizes += tuple(size for size in range(2, _MOST_VIRTUAL + 1) if pipeline * size <= num_layers)
+        return list(self._choices("parallel.virtual_pipeline_model_parallel_size", sizes))
+
+    def _experts(self, tensor: int, pipeline: int) -> list[int]:
+        numbers = {moe.num_experts for layer in self._request.model_config.text.layers if (moe := experts_of(layer))}
+        sizes: tuple[int, ...] = (1,)
+        if numbers:
+            stage = self._request.num_gpus // pipeline
+            sizes = tuple(size for size in _divisors(min(numbers)) if stage % size == 0)
+        return list(self._choices("parallel.expert_model_parallel_size", sizes))
+
+    def _expert_tensors(self, tensor: int) -> list[int]:
+        has_experts = any(experts_of(layer) for layer in self._request.model_config.text.layers)
+        sizes = (1, tensor) if has_experts and tensor > 1 else (1,)
+        return list(self._choices("parallel.expert_tensor_parallel_size", sizes))
+
+    def _micro_batches(self) -> list[int]:
+        data, train = self._request.config.data, self._request.config.train
+        most = max(1, _MOST_TOKENS // data.seq_length)
+        sizes = tuple(size for size in (1, 2, 4, 8) if size <= most and train.global_batch_size % size == 0)
+        return list(self._choices("train.micro_batch_size", sizes))
+
+    def _vision(self, tensor: int) -> list[str]:
+        has_tower = self._request.model_config.vision is not None and tensor > 1
+        return list(self._choices("model.vision_parallelism", ("tensor", "data") if has_tower else ("tensor",)))
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _num_parameters(request: Request) -> int:
+    weights = request.family.weight_map(request.model_config)
+    total = 0
+    for _, weight in weights.items():
+        size = 1
+        for length in weight.shape:
+            size *= length
+        total += size
+    return total
