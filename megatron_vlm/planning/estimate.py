@@ -14,6 +14,7 @@ from megatron_vlm.planning.memory import passes_alive
 from megatron_vlm.planning.parts import Part, Parts
 from megatron_vlm.planning.plan import StepSeconds, exchanged_seconds, schedule_of, step_seconds
 from megatron_vlm.planning.recorder import Collective, Counts
+from megatron_vlm.planning.schedule import ScheduleSeconds
 from megatron_vlm.planning.state_bytes import FP32_BYTES, optimizer_bytes, value_bytes
 from megatron_vlm.planning.step_time import Clock, Seconds
 
@@ -119,13 +120,17 @@ class Estimator:
         """Seconds of a micro-batch on final norm and head."""
         return self._last[0].total
 
-    def estimate(self, config: Config, layout: Layout) -> Estimate:
-        """Estimate a layout that `check_layout` returned for a configuration."""
+    def estimate(self, config: Config, layout: Layout, enough: float = math.inf) -> Estimate:
+        """Estimate a layout that `check_layout` returned for a configuration.
+
+        Args:
+            config: the configuration.
+            layout: the layout.
+            enough: seconds of a step; where the busiest rank alone takes longer, its waiting is left out.
+        """
         chunks = [self._chunk(layout, index) for index in range(len(layout.chunks))]
         num_micro_batches = config.train.num_micro_batches(layout.data_size)
         seconds = [chunk.seconds for chunk in chunks]
-        returned_bytes = [self._received_bytes(layout, index + 1) for index in range(len(chunks))]
-        schedule = schedule_of(self._clock, seconds, returned_bytes, layout, num_micro_batches)
         fullest, fixed, gradients, update = 0, 0, 0.0, 0.0
         for rank in range(layout.pipeline_size):
             own = chunks[rank :: layout.pipeline_size]
@@ -140,6 +145,15 @@ class Estimator:
                 fullest, fixed = total, state
             gradients = max(gradients, exchanged_seconds(self._clock, _exchanges(config, layout, held), config))
             update = max(update, self._clock.update_seconds(sum(_shards(config, layout, held))))
+        busy = [
+            num_micro_batches * sum(chunk.total for chunk in seconds[rank :: layout.pipeline_size])
+            for rank in range(layout.pipeline_size)
+        ]
+        if max(busy) + gradients + update > enough:
+            schedule = ScheduleSeconds(max(busy), tuple(busy))
+        else:
+            returned_bytes = [self._received_bytes(layout, index + 1) for index in range(len(chunks))]
+            schedule = schedule_of(self._clock, seconds, returned_bytes, layout, num_micro_batches)
         step = step_seconds(schedule, seconds, layout, num_micro_batches, gradients, update)
         return Estimate(config, layout, step, fullest, fixed)
 

@@ -94,7 +94,7 @@ class PartTracer:
         experts = (parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size)
         first = self._once(("first", *dense, model.recompute, model.vision_parallelism), config, self._first)
         frame, layers = self._once(("layers", *dense, *experts, model.recompute), config, self._layers)
-        last, hidden_bytes, received_bytes = self._once(("last", *dense, model.recompute), config, self._last)
+        last, hidden_bytes, received_bytes = self._once(("last", *dense), config, self._last)
         return Parts(first, frame, layers, last, hidden_bytes, received_bytes)
 
     def _once(self, key: Any, config: Config, trace: Any) -> Any:
@@ -119,6 +119,7 @@ class PartTracer:
 
     def _last(self, config: Config) -> tuple[Part, int, tuple[int, ...]]:
         num_layers = len(self._model_config.text.layers)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, recompute="full"))
         (chunk,) = self._trace(_without_experts(config), [(num_layers - 1,)], position=2)
         return chunk.rest, chunk.hidden_bytes, chunk.received_bytes
 

@@ -7,6 +7,7 @@ so that what is reported of them is what the dry run would count.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from megatron_vlm.planning.step_time import Clock, spans_of
 _RECOMPUTE = ("none", "selective", "full")  # the less is computed twice, the better, if it fits
 _MOST_VIRTUAL = 8
 _MOST_TOKENS = 16_384  # of a micro-batch of several rows: more only take memory
+_CLOSE = 1.15  # times the fastest step so far; the waiting of slower ones is not simulated
 _REFINED = 8  # best combinations of sizes for which more micro-batch and expert-tensor sizes are tried
 
 Progress = Callable[[str], None]
@@ -117,6 +119,7 @@ class Search:
         self._fitting: dict[Sizes, Estimate] = {}
         self._tried: set[Sizes] = set()
         self._result = SearchResult()
+        self._fastest = math.inf
         self._num_parameters = _num_parameters(request)
 
     def run(self, num_plans: int = 5) -> SearchResult:
@@ -192,6 +195,7 @@ class Search:
             fitting = [estimate for estimate in estimates if estimate.most_bytes <= request.usable_bytes]
             if fitting:
                 self._fitting[sizes] = min(fitting, key=lambda estimate: estimate.step.total)
+                self._fastest = min(self._fastest, self._fitting[sizes].step.total)
                 return
             smallest = min(estimates, key=lambda estimate: estimate.most_bytes)
             self._rule_out_by_memory(smallest, smallest.most_bytes)
@@ -218,7 +222,7 @@ class Search:
             yield config, check_layout(config, self._request.model_config, self._request.num_gpus)
 
     def _estimate(self, config: Config, layout: Layout) -> Estimate:
-        return self._estimator(config, layout).estimate(config, layout)
+        return self._estimator(config, layout).estimate(config, layout, _CLOSE * self._fastest)
 
     def _estimator(self, config: Config, layout: Layout) -> Estimator:
         key = (
