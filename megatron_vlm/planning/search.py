@@ -31,6 +31,20 @@ _MOST_TOKENS = 16_384  # of a micro-batch of several rows: more only take memory
 _CLOSE = 1.15  # times the fastest step so far; the waiting of slower ones is not simulated
 _REFINED = 8  # best combinations of sizes for which more micro-batch and expert-tensor sizes are tried
 
+SEARCHED = (
+    "parallel.tensor_model_parallel_size",
+    "parallel.sequence_parallel",
+    "parallel.pipeline_model_parallel_size",
+    "parallel.virtual_pipeline_model_parallel_size",
+    "parallel.pipeline_layout",
+    "parallel.expert_model_parallel_size",
+    "parallel.expert_tensor_parallel_size",
+    "train.micro_batch_size",
+    "model.recompute",
+    "model.vision_parallelism",
+)
+"""Settings that a search chooses, unless the user did."""
+
 Progress = Callable[[str], None]
 
 
@@ -148,7 +162,7 @@ class Search:
             estimate = self._fitting[sizes]
             plan = make_plan(self._request, estimate.config, estimate.layout)
             if plan.most_bytes > self._request.usable_bytes:
-                self._rule_out_by_memory(estimate, plan.most_bytes)
+                self._rule_out_by_memory(estimate)
                 continue
             self._result.plans.append(plan)
             self._progress(f"traced {plan.layout}")
@@ -177,7 +191,7 @@ class Search:
             return
         self._tried.add(sizes)
         request = self._request
-        config = sizes.applied(request.config)
+        config = self._applied(sizes)
         try:
             validate(config)
             layout = check_layout(config, request.model_config, request.num_gpus)
@@ -198,15 +212,23 @@ class Search:
                 self._fastest = min(self._fastest, self._fitting[sizes].step.total)
                 return
             smallest = min(estimates, key=lambda estimate: estimate.most_bytes)
-            self._rule_out_by_memory(smallest, smallest.most_bytes)
+            self._rule_out_by_memory(smallest)
+
+    def _applied(self, sizes: Sizes) -> Config:
+        """Return the configuration of a point, with what the user chose."""
+        config, parallel = sizes.applied(self._request.config), self._request.config.parallel
+        own = {
+            name: getattr(parallel, name)
+            for name in ("sequence_parallel", "pipeline_layout")
+            if f"parallel.{name}" in self._fixed
+        }
+        return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **own)) if own else config
 
     def _stagings(self, config: Config, layout: Layout) -> Iterator[tuple[Config, Layout]]:
         """Yield the even split of layers over chunks, and one that evens out towers and head."""
-        given = self._fixed.get("parallel.pipeline_layout")
-        if given is not None or layout.pipeline_size == 1:
-            yield config, layout
-            return
         yield config, layout
+        if "parallel.pipeline_layout" in self._fixed or layout.pipeline_size == 1:
+            return
         estimator = self._estimator(config, layout)
         counts = balanced_counts(
             layout.num_layers,
@@ -245,17 +267,15 @@ class Search:
         kind = re.sub(r"\d+", "N", reason.partition(" -- ")[0])
         self._reasons.setdefault(kind, RuledOut(reason.partition(" -- ")[0])).count += 1
 
-    def _rule_out_by_memory(self, estimate: Estimate, num_bytes: int) -> None:
+    def _rule_out_by_memory(self, estimate: Estimate) -> None:
         closest = self._result.closest
         if closest is None or estimate.most_bytes < closest.most_bytes:
             self._result.closest = estimate
-        recompute = estimate.config.model.recompute
-        self._rule_out_of_memory(recompute, num_bytes, estimate)
-
-    def _rule_out_of_memory(self, recompute: str, num_bytes: int, estimate: Estimate) -> None:
-        reason = f"more memory than {self._request.usable_bytes / 2**30:.1f} GiB with recompute {recompute}"
-        found = self._reasons.setdefault(reason, RuledOut(reason))
-        found.count += 1
+        reason = (
+            f"recompute {estimate.config.model.recompute} takes more than the "
+            f"{self._request.usable_bytes / 2**30:.1f} GiB of a GPU that may be used"
+        )
+        self._reasons.setdefault(reason, RuledOut(reason)).count += 1
 
     def _choices(self, key: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
         return (self._fixed[key],) if key in self._fixed else values
