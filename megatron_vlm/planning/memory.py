@@ -120,20 +120,20 @@ def _activation_bytes(chunks: list[ChunkCounts], passes_alive: int) -> int:
     return math.ceil(passes_alive * sum(kept) / len(kept)) + max(chunk.total.working_bytes for chunk in chunks)
 
 
-def _by_group(counts: Counts) -> Counter[str]:
-    sent: Counter[str] = Counter()
+def _by_group(counts: Counts) -> dict[str, int]:
+    sent: dict[str, int] = {}
     for (_, group), num_bytes in counts.sent_bytes.items():
-        sent[group] += num_bytes
+        sent[group] = sent.get(group, 0) + num_bytes
     return sent
 
 
-def _sent_bytes(chunks: list[ChunkCounts]) -> Counter[str]:
+def _sent_bytes(chunks: list[ChunkCounts]) -> dict[str, int]:
     sent: Counter[str] = Counter()
     for chunk in chunks:
         sent.update(_by_group(chunk.total))
         # A stage sends its outputs on, and the gradients of its inputs back.
         sent["pipeline"] += chunk.returned_bytes + chunk.received_bytes
-    return +sent
+    return dict(+sent)
 
 
 def _received_bytes(

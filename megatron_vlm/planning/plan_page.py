@@ -142,22 +142,24 @@ def _format_assumptions(request: Request) -> Iterator[str]:
     )
     yield (
         f"  {hardware.node_gb_per_second:g} GB/s inside a node and {hardware.network_gb_per_second:g} GB/s per GPU "
-        f"between nodes, of which exchanges reach {hardware.link_fraction:.0%}; {hardware.launch_microseconds:g} us per "
-        f"launched operator, {hardware.latency_microseconds:g} us per exchange;"
+        f"between nodes, of which exchanges reach {hardware.link_fraction:.0%};"
+    )
+    yield (
+        f"  {hardware.launch_microseconds:g} us per launched operator, "
+        f"{hardware.latency_microseconds:g} us per exchange;"
     )
     yield "  every row full, experts used evenly, data that never makes a step wait. --hardware FILE.yaml changes them."
 
 
 def format_yaml(plan: Plan) -> str:
     """Return the settings of a plan's layout as YAML, to be put into a configuration or given as a second file."""
-    import yaml
-
-    settings: dict[str, dict[str, Any]] = {}
-    for key in SEARCHED:
-        section, name = key.split(".")
-        settings.setdefault(section, {})[name] = getattr(getattr(plan.config, section), name)
-    text: str = yaml.safe_dump(settings, sort_keys=False, default_flow_style=None)
-    return text
+    lines: list[str] = []
+    for section in dict.fromkeys(key.partition(".")[0] for key in SEARCHED):
+        lines.append(f"{section}:")
+        for key in (key for key in SEARCHED if key.startswith(f"{section}.")):
+            value = _setting(plan, key)
+            lines.append(f"  {key.partition('.')[2]}: {value if isinstance(value, str) else json.dumps(value)}")
+    return "\n".join(lines) + "\n"
 
 
 def to_json(request: Request, result: SearchResult) -> str:

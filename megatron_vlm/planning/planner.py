@@ -117,8 +117,8 @@ def _nothing_fits(request: Request, result: SearchResult) -> ConfigError:
         )
     return ConfigError(
         f"no layout of {request.num_gpus} GPUs fits into {usable_gib:.1f} GiB each; closest is {closest.layout}"
-        f"{virtual} with recompute {closest.config.model.recompute}, which takes {most:.1f} GiB, {fixed:.1f} GiB of it parameters, "
-        "gradients and optimizer state",
+        f"{virtual} with recompute {closest.config.model.recompute}, which takes {most:.1f} GiB, {fixed:.1f} GiB of it "
+        "parameters, gradients and optimizer state",
         fix=fix,
     )
 
