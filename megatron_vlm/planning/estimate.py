@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import accumulate
+from typing import NamedTuple
 
 from megatron_vlm.config import Config
 from megatron_vlm.parallel.layout import Layout
@@ -19,33 +21,42 @@ from megatron_vlm.planning.state_bytes import FP32_BYTES, optimizer_bytes, value
 from megatron_vlm.planning.step_time import Clock, Seconds
 
 
-@dataclass(frozen=True)
-class Held:
+class Held(NamedTuple):
     """Numbers of elements of parameters.
 
     Attributes:
         dense: of those that train, and are no experts'.
         experts: of experts that train.
         frozen: of all others.
+        partial: of dense ones whose gradients are summed over the tensor ranks.
+        copied: of those of which the first and the last stage have a copy.
     """
 
     dense: int = 0
     experts: int = 0
     frozen: int = 0
+    partial: int = 0
+    copied: int = 0
 
-    def __add__(self, other: Held) -> Held:
-        return Held(self.dense + other.dense, self.experts + other.experts, self.frozen + other.frozen)
+    def plus(self, other: Held) -> Held:
+        """Return the sums."""
+        return Held(*map(operator.add, self, other))
 
-    def __sub__(self, other: Held) -> Held:
-        return Held(self.dense - other.dense, self.experts - other.experts, self.frozen - other.frozen)
+    def minus(self, other: Held) -> Held:
+        """Return the differences."""
+        return Held(*map(operator.sub, self, other))
 
     @staticmethod
     def of(part: Part) -> Held:
         """Count a part's parameters."""
-        counted = [0, 0, 0]
+        counted = dict.fromkeys(Held._fields, 0)
         for entry in part.parameters.values():
-            counted[(1 if entry.is_expert else 0) if entry.trains else 2] += entry.num_values
-        return Held(*counted)
+            kind = ("experts" if entry.is_expert else "dense") if entry.trains else "frozen"
+            counted[kind] += entry.num_values
+            if kind == "dense":
+                counted["partial"] += entry.num_values * entry.is_partial
+                counted["copied"] += entry.num_values * (entry.stages == "first_and_last")
+        return Held(**counted)
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,7 @@ class Estimator:
         return _Sums(
             list(accumulate((seconds for seconds, _, _ in layers), initial=Seconds())),
             list(accumulate((kept_bytes for _, kept_bytes, _ in layers), initial=0)),
-            list(accumulate((held for _, _, held in layers), initial=Held())),
+            list(accumulate((held for _, _, held in layers), Held.plus, initial=Held())),
         )
 
     @property
@@ -134,7 +145,7 @@ class Estimator:
         fullest, fixed, gradients, update = 0, 0, 0.0, 0.0
         for rank in range(layout.pipeline_size):
             own = chunks[rank :: layout.pipeline_size]
-            held = sum((chunk.held for chunk in own), Held())
+            held = reduce(Held.plus, (chunk.held for chunk in own))
             state = _state_bytes(config, layout, held)
             kept = sum(chunk.kept_bytes for chunk in own) / len(own)
             head_bytes = self._parts.last.kept_bytes if rank == layout.pipeline_size - 1 else 0
@@ -168,26 +179,26 @@ class Estimator:
         start, end = layout.first_layer(index), layout.first_layer(index) + len(layers)
         first, last = index == 0, index == len(layout.chunks) - 1
         seconds = _difference(sums.seconds[end], sums.seconds[start])
-        kept_bytes, held = sums.kept_bytes[end] - sums.kept_bytes[start], sums.held[end] - sums.held[start]
+        kept_bytes, held = sums.kept_bytes[end] - sums.kept_bytes[start], sums.held[end].minus(sums.held[start])
         working_bytes = self._layer_working_bytes if layers else 0
         if first:
-            seconds, held = seconds + self._first[0], held + self._first[1]
+            seconds, held = seconds + self._first[0], held.plus(self._first[1])
             kept_bytes += parts.first.kept_bytes
             working_bytes = max(working_bytes, parts.first.working_bytes)
         else:
             # The first layer's input is what is received.
             kept_bytes += self._received_bytes(layout, index) - (parts.hidden_bytes if layers else 0)
         if last:
-            seconds, held = seconds + self._last[0], held + self._last[1]
+            seconds, held = seconds + self._last[0], held.plus(self._last[1])
             working_bytes = max(working_bytes, parts.last.working_bytes)
             if first:  # a tied embedding is one
                 shared = {
                     name: entry for name, entry in parts.last.parameters.items() if name in parts.first.parameters
                 }
-                held = held - Held.of(Part(shared, Counts(), 0, 0))
+                held = held.minus(Held.of(Part(shared, Counts(), 0, 0)))
         elif layers:
             seconds, kept_bytes = seconds + self._frame[0], kept_bytes + parts.frame.kept_bytes
-            held = held if first else held + self._frame[1]
+            held = held if first else held.plus(self._frame[1])
         return _Chunk(seconds, kept_bytes, working_bytes, held)
 
 
@@ -227,8 +238,11 @@ def _state_bytes(config: Config, layout: Layout, held: Held) -> int:
 
 
 def _exchanges(config: Config, layout: Layout, held: Held) -> Counts:
-    """Return the exchanges of gradients and parameters with data ranks, without padding."""
+    """Return the exchanges of gradients and parameters, without padding."""
     counts = Counts()
+    for name, size, values in (("tensor", layout.tensor_size, held.partial), ("pipeline", 2, held.copied)):
+        if values and size > 1 and (name == "tensor" or layout.pipeline_size > 1):
+            counts.collectives[Collective("step", "allreduce", name, size, values * FP32_BYTES)] += 1
     kinds = {"allreduce": FP32_BYTES}
     if config.parallel.use_distributed_optimizer:
         kinds = {"reduce_scatter": FP32_BYTES, "allgather": value_bytes(config)}

@@ -18,7 +18,7 @@ from megatron_vlm.families.registry import Family
 from megatron_vlm.model.model_chunk import ModelChunk
 from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.parallel.parameters import spec_of
+from megatron_vlm.parallel.parameters import Stages, spec_of
 from megatron_vlm.parallel.simulate import simulated_rank
 from megatron_vlm.planning.data_parallel import StepCounts, count_step
 from megatron_vlm.planning.example_batch import example_batch
@@ -28,11 +28,18 @@ from megatron_vlm.planning.trace import ChunkCounts, Tracer
 
 @dataclass(frozen=True)
 class HeldParameter:
-    """A parameter as one rank holds it."""
+    """A parameter as one rank holds it.
+
+    Attributes:
+        is_partial: whether its gradient is summed over the tensor ranks.
+        stages: pipeline chunks that hold a copy (`ParameterSpec.stages`).
+    """
 
     shape: tuple[int, ...]
     is_expert: bool
     trains: bool
+    is_partial: bool
+    stages: Stages
 
     @property
     def num_values(self) -> int:
@@ -127,7 +134,8 @@ def held_parameters(chunks: Iterable[torch.nn.Module]) -> dict[str, HeldParamete
     for number, chunk in enumerate(chunks):
         for name, parameter in chunk.named_parameters():
             key = f"{name} {number}" if name in parameters else name
+            spec = spec_of(parameter)
             parameters[key] = HeldParameter(
-                tuple(parameter.shape), spec_of(parameter).is_expert, parameter.requires_grad
+                tuple(parameter.shape), spec.is_expert, parameter.requires_grad, spec.partial, spec.stages
             )
     return parameters
