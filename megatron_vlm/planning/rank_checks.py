@@ -222,12 +222,12 @@ def check_plan(which: str, request: Request, plan: Plan) -> tuple[list[str], str
         lines.append(f"rank {rank} has {found:,} bytes of parameters")
         if found != planned:
             problems.append(f"rank {rank} has {found:,} bytes of parameters, planned are {planned:,}")
-    said = (
-        f"{'; '.join(lines)}; planned are as many; its groups, and those of {checks.num_asked} ranks in all, "
-        "and the stages of its pipeline fit each other"
-        if not problems
-        else f"{len(problems)} differences"
-    )
+    said = f"{len(problems)} difference{'s' * (len(problems) > 1)}"
+    if not problems:
+        said = (
+            f"{'; '.join(lines)}: as planned. Groups agree among the {checks.num_asked} ranks that were asked, and the "
+            "stages of these ranks' pipelines fit each other"
+        )
     return problems, said
 
 

@@ -104,7 +104,7 @@ class Sizes:
             expert_model_parallel_size=self.expert,
             expert_tensor_parallel_size=self.expert_tensor,
         )
-        model = dataclasses.replace(config.model, vision_parallelism=self.vision_parallelism)
+        model = dataclasses.replace(config.model, vision_parallelism=self.vision_parallelism)  # type: ignore[arg-type]
         train = dataclasses.replace(config.train, micro_batch_size=self.micro_batch)
         return dataclasses.replace(config, parallel=parallel, model=model, train=train)
 
@@ -291,7 +291,7 @@ class Search:
 
     def _virtuals(self, pipeline: int) -> list[int]:
         num_layers = len(self._request.model_config.text.layers)
-        sizes = (1,)
+        sizes: tuple[int, ...] = (1,)
         if pipeline > 1:
             sizes += tuple(size for size in range(2, _MOST_VIRTUAL + 1) if pipeline * size <= num_layers)
         return list(self._choices("parallel.virtual_pipeline_model_parallel_size", sizes))

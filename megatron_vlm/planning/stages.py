@@ -101,7 +101,7 @@ def fake_chunks(
     device = platform.current().device
     chunks = build_chunks(family, model_config, build_settings(config, layout), groups, device)
     Trainable(config.model.freeze).freeze(chunks)
-    return chunks  # type: ignore[return-value]
+    return chunks
 
 
 def full_batch(
