@@ -99,7 +99,7 @@ def test_stages_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "chunks_of", chunks_of)
     checks.check([0])
     said = "\n".join(checks.problems)
-    assert "begins with layer 2, not 1" in said and "receives (1, 1, 1), but is sent" in said
+    assert "begins with layer 3, not 2" in said and "receives (1, 1, 1), but is sent" in said
     assert "language_model.norm.weight is on no chunk" in said
 
 

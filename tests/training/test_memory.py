@@ -395,6 +395,17 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
             "train.global_batch_size=2",
         ],
     ),
+    "tower alone": (
+        4,
+        [
+            TENSOR,
+            SEQUENCE,
+            "parallel.pipeline_model_parallel_size=2",
+            "parallel.pipeline_layout=[0,3]",
+            "model.recompute=selective",
+            "model.vision_parallelism=data",
+        ],
+    ),
 }
 WITHOUT_SEQUENCE_PARALLELISM = [(name, "tensor") for name in ("gemma4 26B-A4B", "qwen3_vl_moe")]  # which experts need
 
