@@ -57,8 +57,8 @@ def _format_request(request: Request) -> Iterator[str]:
         f"GPUs      {request.num_gpus} of {hardware.memory_gib:g} GiB on {nodes:,} node{'s' * (nodes > 1)}, of which "
         f"{request.usable_bytes / _GIB:.1f} GiB may be used"
     )
-    media = [f"{request.images_per_row:g} images"] if request.model_config.vision is not None else []
-    media += [f"{request.clips_per_row:g} clips of audio"] if request.model_config.audio is not None else []
+    media = [f"{request.images_per_row:g} image(s)"] if request.model_config.vision is not None else []
+    media += [f"{request.clips_per_row:g} clip(s) of audio"] if request.model_config.audio is not None else []
     each = f", with {' and '.join(media)} each" if media else ""
     yield f"batch     {config.train.global_batch_size} rows of {config.data.seq_length} tokens{each}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any
 
 import pytest
@@ -126,8 +127,9 @@ def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = object()
     monkeypatch.setattr(moe_utils, "te_general_gemm", product)
     monkeypatch.setattr(parallel_state, "_GLOBAL_MEMORY_BUFFER", buffer)
+    hook = sys.excepthook
     dispatcher = "parallel.moe_token_dispatcher_type=allgather"
     trace(run_config(TENSOR, SEQUENCE, "parallel.expert_model_parallel_size=2", dispatcher), 2)
     assert moe_utils.te_general_gemm is product and parallel_state._GLOBAL_MEMORY_BUFFER is buffer
-    assert not torch.distributed.is_initialized()
+    assert not torch.distributed.is_initialized() and sys.excepthook is hook
     assert type(torch.zeros(1)) is torch.Tensor
