@@ -44,7 +44,7 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> int:
     from megatron_vlm.planning.hardware import find_hardware
     from megatron_vlm.planning.plan_page import format_page, format_yaml, to_json
     from megatron_vlm.planning.planner import make_request, search_layouts, settings_of
-    from megatron_vlm.planning.search import SEARCHED
+    from megatron_vlm.planning.search_space import SEARCHED
 
     hardware = find_hardware(options.gpu, options.hardware)
     config, directory = _config(options, overrides)

@@ -9,7 +9,8 @@ from typing import Any
 
 from megatron_vlm.planning.memory import format_memory
 from megatron_vlm.planning.plan import Plan, Request
-from megatron_vlm.planning.search import SEARCHED, SearchResult
+from megatron_vlm.planning.search import SearchResult
+from megatron_vlm.planning.search_space import SEARCHED
 
 _GIB = 2**30
 _ROWS_SHOWN, _REASONS_SHOWN = 16, 8

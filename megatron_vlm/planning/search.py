@@ -18,32 +18,15 @@ from megatron_vlm.config_checks import validate
 from megatron_vlm.errors import UserError
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.planning.estimate import Estimate, Estimator, balanced_counts
-from megatron_vlm.planning.expert_checks import experts_of
 from megatron_vlm.planning.parts import PartTracer
 from megatron_vlm.planning.plan import Plan, Request, make_plan
 from megatron_vlm.planning.preflight import check_layout
+from megatron_vlm.planning.search_space import SearchSpace, Sizes
 from megatron_vlm.planning.state_bytes import FP32_BYTES, optimizer_bytes, value_bytes
 from megatron_vlm.planning.step_time import Clock, spans_of
 
-_RECOMPUTE = ("none", "selective", "full")  # the less is computed twice, the better, if it fits
-_MOST_VIRTUAL = 8
-_MOST_TOKENS = 16_384  # of a micro-batch of several rows: more only take memory
 _CLOSE = 1.15  # times the fastest step so far; the waiting of slower ones is not simulated
 _REFINED = 8  # best combinations of sizes for which more micro-batch and expert-tensor sizes are tried
-
-SEARCHED = (
-    "parallel.tensor_model_parallel_size",
-    "parallel.sequence_parallel",
-    "parallel.pipeline_model_parallel_size",
-    "parallel.virtual_pipeline_model_parallel_size",
-    "parallel.pipeline_layout",
-    "parallel.expert_model_parallel_size",
-    "parallel.expert_tensor_parallel_size",
-    "train.micro_batch_size",
-    "model.recompute",
-    "model.vision_parallelism",
-)
-"""Settings that a search chooses, unless the user did."""
 
 Progress = Callable[[str], None]
 
@@ -80,40 +63,6 @@ class SearchResult:
     closest: Estimate | None = None
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """One point of the search; None where a choice is left to it."""
-
-    tensor: int
-    pipeline: int
-    virtual: int
-    expert: int
-    expert_tensor: int
-    micro_batch: int
-    vision_parallelism: str
-
-    def applied(self, config: Config) -> Config:
-        """Return a configuration with these sizes, and sequence parallelism wherever layers are sharded."""
-        parallel = dataclasses.replace(
-            config.parallel,
-            tensor_model_parallel_size=self.tensor,
-            sequence_parallel=self.tensor > 1,
-            pipeline_model_parallel_size=self.pipeline,
-            virtual_pipeline_model_parallel_size=self.virtual,
-            pipeline_layout=None,
-            expert_model_parallel_size=self.expert,
-            expert_tensor_parallel_size=self.expert_tensor,
-        )
-        model = dataclasses.replace(config.model, vision_parallelism=self.vision_parallelism)  # type: ignore[arg-type]
-        train = dataclasses.replace(config.train, micro_batch_size=self.micro_batch)
-        return dataclasses.replace(config, parallel=parallel, model=model, train=train)
-
-    @property
-    def group(self) -> tuple[int, ...]:
-        """What distinguishes the layouts of a list for readers."""
-        return self.tensor, self.pipeline, self.virtual, self.expert, self.expert_tensor, self.micro_batch
-
-
 class Search:
     """One search; `run` carries it out.
 
@@ -124,7 +73,8 @@ class Search:
     """
 
     def __init__(self, request: Request, fixed: Mapping[str, Any], progress: Progress = lambda line: None) -> None:
-        self._request, self._fixed, self._progress = request, fixed, progress
+        self._request, self._progress = request, progress
+        self._space = SearchSpace(request, fixed)
         self._tracer = PartTracer(
             request.config, request.family, request.model_config, request.images_per_row, request.clips_per_row
         )
@@ -138,16 +88,14 @@ class Search:
 
     def run(self, num_plans: int = 5) -> SearchResult:
         """Return the best layouts."""
-        micro_batches, expert_tensors = self._micro_batches(), self._expert_tensors
-        for tensor in self._tensors():
-            for pipeline in self._pipelines(tensor):
-                for sizes in self._points(tensor, pipeline, micro_batches[:1], expert_tensors(tensor)[:1]):
-                    self._try(sizes)
+        space = self._space
+        for tensor in space.tensors:
+            for sizes in space.first_points(tensor):
+                self._try(sizes)
             self._progress(f"tensor {tensor}: {self._result.num_estimated} layouts estimated")
         for best in self._best_groups(_REFINED):
-            for sizes in self._points(best.tensor, best.pipeline, micro_batches, expert_tensors(best.tensor)):
-                if sizes.expert == best.expert:
-                    self._try(sizes)
+            for sizes in space.points_near(best):
+                self._try(sizes)
         self._progress(f"{self._result.num_estimated} layouts estimated, {len(self._fitting)} fit")
         self._result.num_fitting = len(self._fitting)
         self._trace_best(num_plans)
@@ -175,23 +123,13 @@ class Search:
             best.setdefault(sizes.group, sizes)
         return list(best.values())[:count]
 
-    def _points(
-        self, tensor: int, pipeline: int, micro_batches: list[int], expert_tensors: list[int]
-    ) -> Iterator[Sizes]:
-        for expert in self._experts(tensor, pipeline):
-            for expert_tensor in expert_tensors:
-                for micro_batch in micro_batches:
-                    for virtual in self._virtuals(pipeline):
-                        for vision in self._vision(tensor):
-                            yield Sizes(tensor, pipeline, virtual, expert, expert_tensor, micro_batch, vision)
-
     def _try(self, sizes: Sizes) -> None:
         """Estimate a point with the least recomputation with which it fits."""
         if sizes in self._tried:
             return
         self._tried.add(sizes)
         request = self._request
-        config = self._applied(sizes)
+        config = self._space.applied(sizes)
         try:
             validate(config)
             layout = check_layout(config, request.model_config, request.num_gpus)
@@ -202,7 +140,7 @@ class Search:
         if self._least_bytes(config, layout) > request.usable_bytes:
             self._rule_out("parameters, gradients and optimizer state alone exceed the memory of a GPU")
             return
-        for recompute in self._choices("model.recompute", _RECOMPUTE):
+        for recompute in self._space.recompute:
             candidate = dataclasses.replace(config, model=dataclasses.replace(config.model, recompute=recompute))
             estimates = [self._estimate(*each) for each in self._stagings(candidate, layout)]
             self._result.num_estimated += len(estimates)
@@ -214,20 +152,10 @@ class Search:
             smallest = min(estimates, key=lambda estimate: estimate.most_bytes)
             self._rule_out_by_memory(smallest)
 
-    def _applied(self, sizes: Sizes) -> Config:
-        """Return the configuration of a point, with what the user chose."""
-        config, parallel = sizes.applied(self._request.config), self._request.config.parallel
-        own = {
-            name: getattr(parallel, name)
-            for name in ("sequence_parallel", "pipeline_layout")
-            if f"parallel.{name}" in self._fixed
-        }
-        return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **own)) if own else config
-
     def _stagings(self, config: Config, layout: Layout) -> Iterator[tuple[Config, Layout]]:
         """Yield the even split of layers over chunks, and one that evens out towers and head."""
         yield config, layout
-        if "parallel.pipeline_layout" in self._fixed or layout.pipeline_size == 1:
+        if self._space.keeps_layers or layout.pipeline_size == 1:
             return
         estimator = self._estimator(config, layout)
         counts = balanced_counts(
@@ -277,59 +205,6 @@ class Search:
         )
         self._reasons.setdefault(reason, RuledOut(reason)).count += 1
 
-    def _choices(self, key: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (self._fixed[key],) if key in self._fixed else values
-
-    def _tensors(self) -> list[int]:
-        sizes = _divisors(min(self._request.hardware.gpus_per_node, self._request.num_gpus))
-        return list(self._choices("parallel.tensor_model_parallel_size", tuple(sizes)))
-
-    def _pipelines(self, tensor: int) -> list[int]:
-        ranks, num_layers = self._request.num_gpus // tensor, len(self._request.model_config.text.layers)
-        sizes = tuple(size for size in _divisors(ranks) if size <= num_layers)
-        return list(self._choices("parallel.pipeline_model_parallel_size", sizes))
-
-    def _virtuals(self, pipeline: int) -> list[int]:
-        num_layers = len(self._request.model_config.text.layers)
-        sizes: tuple[int, ...] = (1,)
-        if pipeline > 1:
-            sizes += tuple(size for size in range(2, _MOST_VIRTUAL + 1) if pipeline * size <= num_layers)
-        return list(self._choices("parallel.virtual_pipeline_model_parallel_size", sizes))
-
-    def _experts(self, tensor: int, pipeline: int) -> list[int]:
-        numbers = {moe.num_experts for layer in self._request.model_config.text.layers if (moe := experts_of(layer))}
-        sizes: tuple[int, ...] = (1,)
-        if numbers:
-            stage = self._request.num_gpus // pipeline
-            sizes = tuple(size for size in _divisors(min(numbers)) if stage % size == 0)
-        return list(self._choices("parallel.expert_model_parallel_size", sizes))
-
-    def _expert_tensors(self, tensor: int) -> list[int]:
-        has_experts = any(experts_of(layer) for layer in self._request.model_config.text.layers)
-        sizes = (1, tensor) if has_experts and tensor > 1 else (1,)
-        return list(self._choices("parallel.expert_tensor_parallel_size", sizes))
-
-    def _micro_batches(self) -> list[int]:
-        data, train = self._request.config.data, self._request.config.train
-        most = max(1, _MOST_TOKENS // data.seq_length)
-        sizes = tuple(size for size in (1, 2, 4, 8) if size <= most and train.global_batch_size % size == 0)
-        return list(self._choices("train.micro_batch_size", sizes))
-
-    def _vision(self, tensor: int) -> list[str]:
-        has_tower = self._request.model_config.vision is not None and tensor > 1
-        return list(self._choices("model.vision_parallelism", ("tensor", "data") if has_tower else ("tensor",)))
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
-
 
 def _num_parameters(request: Request) -> int:
-    weights = request.family.weight_map(request.model_config)
-    total = 0
-    for _, weight in weights.items():
-        size = 1
-        for length in weight.shape:
-            size *= length
-        total += size
-    return total
+    return sum(math.prod(weight.shape) for _, weight in request.family.weight_map(request.model_config).items())

@@ -148,7 +148,7 @@ def test_hardware_is_extended_and_changed(tmp_path: Path) -> None:
     assert find_hardware("H20", str(path)).memory_gib == 96
     changed = find_hardware("H100", str(path))
     assert changed.matmul_fraction == 0.5 and changed.bf16_tflops == GPUS["H100"].bf16_tflops
-    assert all(0 < hardware.bf16_tflops for hardware in GPUS.values())
+    assert all(hardware.bf16_tflops > 0 for hardware in GPUS.values())
 
 
 def test_times_by_hand() -> None:
