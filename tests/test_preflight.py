@@ -16,8 +16,9 @@ from megatron_vlm.config import Config
 from megatron_vlm.errors import CheckpointError, ConfigError, LaunchError, UserError
 from megatron_vlm.families import registry
 from megatron_vlm.parallel.layout import Layout, assign_layers
-from megatron_vlm.planning.memory import HeldParameter, estimate_memory, format_memory, trace_stages
+from megatron_vlm.planning.memory import estimate_memory, format_memory
 from megatron_vlm.planning.preflight import check_export, check_layout, check_run_dir, record_export
+from megatron_vlm.planning.stages import HeldParameter, trace_stages
 from tests import published_mistral3
 from tests.published_gemma3 import TEXT_ONLY, published_config
 

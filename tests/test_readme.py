@@ -12,7 +12,7 @@ import pytest
 from megatron_vlm.cli import load_config, parse_command_line
 from megatron_vlm.config_keys import valid_keys
 from megatron_vlm.sweeps.sweep_file import read_sweep_file
-from tools import compare_loss, config_reference, convert, inspect_data, report, runs, sweep
+from tools import compare_loss, config_reference, convert, inspect_data, plan, report, runs, sweep
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -113,16 +113,16 @@ def test_training_commands_parse(my_run: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_tool_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = README + text_of(REPOSITORY / "docs" / "sweeps.md")
+    text = README + "".join(text_of(REPOSITORY / "docs" / name) for name in ("sweeps.md", "planning.md"))
     found = [shlex.split(command) for command in commands(text) if "tools/" in command]
-    tools = ("compare_loss", "convert", "inspect_data", "report", "runs", "sweep")
+    tools = ("compare_loss", "convert", "inspect_data", "plan", "report", "runs", "sweep")
     assert {words[1] for words in found} == {f"tools/{name}.py" for name in tools}
     for words in found:
         monkeypatch.setattr("sys.argv", words[1:])
         if words[1] == "tools/convert.py":
             convert._parse(words[2:])
-        elif words[1] in ("tools/report.py", "tools/runs.py", "tools/sweep.py"):
-            {"report": report, "runs": runs, "sweep": sweep}[Path(words[1]).stem]._parse(words[2:])
+        elif words[1] in ("tools/plan.py", "tools/report.py", "tools/runs.py", "tools/sweep.py"):
+            {"plan": plan, "report": report, "runs": runs, "sweep": sweep}[Path(words[1]).stem]._parse(words[2:])
         elif words[1] == "tools/compare_loss.py":
             compare_loss._parse_arguments(words[2:])
         else:

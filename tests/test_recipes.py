@@ -18,8 +18,9 @@ from megatron_vlm.cli import load_config
 from megatron_vlm.config import Config
 from megatron_vlm.families import registry
 from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.planning.memory import RankMemory, estimate_memory, trace_stages
+from megatron_vlm.planning.memory import RankMemory, estimate_memory
 from megatron_vlm.planning.preflight import check_layout
+from megatron_vlm.planning.stages import trace_stages
 from tests import published_gemma3, published_gemma4, published_mistral3, published_qwen3_vl
 from tests.sizes import two_sizes
 

@@ -88,7 +88,7 @@ def build_chunks(
     for stage, index in enumerate(layout.chunks_of(groups.pp.rank())):
         chunk = ChunkSettings(
             layers=layout.chunks[index],
-            num_layers_before=sum(map(len, layout.chunks[:index])),
+            num_layers_before=layout.first_layer(index),
             is_first=index == 0,
             is_last=index == len(layout.chunks) - 1,
             virtual_stage=stage if layout.virtual_size > 1 else None,
@@ -111,6 +111,18 @@ def build_chunks(
     return chunks
 
 
+def data_parallel_config(
+    use_distributed_optimizer: bool, overlap_grad_reduce: bool = False, overlap_param_gather: bool = False
+) -> DistributedDataParallelConfig:
+    """Return megatron-core's settings of data parallelism."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=use_distributed_optimizer,
+        overlap_grad_reduce=overlap_grad_reduce,
+        overlap_param_gather=overlap_param_gather,
+    )
+
+
 def wrap_data_parallel(
     chunks: Sequence[MegatronModule],
     groups: ProcessGroupCollection,
@@ -119,12 +131,7 @@ def wrap_data_parallel(
     overlap_param_gather: bool = False,
 ) -> list[DistributedDataParallel]:
     """Wrap every chunk in megatron-core's data parallelism; frozen parameters take no part and no memory in it."""
-    config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=use_distributed_optimizer,
-        overlap_grad_reduce=overlap_grad_reduce,
-        overlap_param_gather=overlap_param_gather,
-    )
+    config = data_parallel_config(use_distributed_optimizer, overlap_grad_reduce, overlap_param_gather)
     mcore_config = chunks[0].config
     wrapped = [
         DistributedDataParallel(mcore_config, config, chunk, disable_bucketing=index > 0, pg_collection=groups)

@@ -31,6 +31,11 @@ def finalize_gradients(
     """Run megatron-core's `finalize_model_grads` (sum over data ranks, division by tokens), then our sums."""
     assert pg_collection is not None
     megatron_finalize(list(model), num_tokens, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
+    sum_parts(model, pg_collection)
+
+
+def sum_parts(model: Sequence[torch.nn.Module], groups: ProcessGroupCollection) -> None:
+    """Sum partial gradients over tensor ranks, and those of copies over pipeline ranks."""
     partial: list[torch.Tensor] = []
     partial_of_experts: list[torch.Tensor] = []
     copies: dict[str, dict[str, list[torch.Tensor]]] = {"embedding_and_head": {}, "all": {}}
@@ -44,10 +49,10 @@ def finalize_gradients(
                 (partial_of_experts if spec.is_expert else partial).append(gradient)
             if spec.stages != "one":
                 copies[spec.stages].setdefault(name, []).append(gradient)
-    _sum(partial, pg_collection.tp)
-    _sum(partial_of_experts, pg_collection.expt_tp)
-    _sum_copies(copies["embedding_and_head"], pg_collection.embd)
-    _sum_copies(copies["all"], pg_collection.pp)
+    _sum(partial, groups.tp)
+    _sum(partial_of_experts, groups.expt_tp)
+    _sum_copies(copies["embedding_and_head"], groups.embd)
+    _sum_copies(copies["all"], groups.pp)
 
 
 def _sum_copies(gradients: Mapping[str, list[torch.Tensor]], group: torch.distributed.ProcessGroup | None) -> None:

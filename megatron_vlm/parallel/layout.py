@@ -160,6 +160,10 @@ class Layout:
         """Return the global ids of one pipeline rank's chunks, in the order of its virtual stages."""
         return list(range(pipeline_rank, len(self.chunks), self.pipeline_size))
 
+    def first_layer(self, chunk: int) -> int:
+        """Return the global id of a chunk's first decoder layer, or of the next one where it has none."""
+        return self.chunks[chunk][0] if self.chunks[chunk] else sum(map(len, self.chunks[:chunk]))
+
     def sizes(self) -> dict[str, int]:
         """Return the sizes that determine on which rank an element lies, as a checkpoint's manifest states them."""
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,8 +20,11 @@ def simulated_rank(rank: int, layout: Layout) -> Iterator[ProcessGroupCollection
 
     torch.distributed must not be initialised, and is not initialised afterwards.
     """
+    # torch wraps the hook for errors each time, to name the rank, and leaves it so.
+    excepthook = sys.excepthook
     torch.distributed.init_process_group("fake", rank=rank, world_size=layout.world_size, store=FakeStore())
     try:
         yield build_groups(layout)
     finally:
         torch.distributed.destroy_process_group()
+        sys.excepthook = excepthook

@@ -1,9 +1,10 @@
 """Memory and communication of a run on each pipeline rank, counted without a GPU.
 
-Parameters, gradients and optimizer state are exact, with experts sharded over their own ranks. Activations are
-counted by running every stage on tensors without memory (`trace`), with rows of `data.seq_length` tokens that all have
-labels, and experts that all get equally many. Not counted: the runtime itself (about 1 GiB per GPU), communication
-buffers, and what the allocator loses to fragmentation.
+Parameters, gradients and optimizer state are exact, with megatron-core's padding, experts sharded over their own ranks,
+and the optimizer state of the data rank that has most. Activations are counted by running every stage on tensors
+without memory (`trace`), with rows of `data.seq_length` tokens that all have labels, and experts that all get equally
+many. Not counted: the runtime itself (about 1 GiB per GPU), communication buffers, and what the allocator loses to
+fragmentation.
 """
 
 from __future__ import annotations
@@ -14,18 +15,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_vlm import platform
 from megatron_vlm.config import Config
-from megatron_vlm.families.build import build_chunks, build_settings
 from megatron_vlm.families.registry import Family
-from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.parallel.parameters import spec_of
-from megatron_vlm.parallel.simulate import simulated_rank
-from megatron_vlm.planning.example_batch import example_batch
-from megatron_vlm.planning.recorder import fake_tensors
-from megatron_vlm.planning.state_bytes import FP32_BYTES, optimizer_bytes, value_bytes
-from megatron_vlm.planning.trace import ChunkCounts, Tracer
+from megatron_vlm.planning.recorder import Counts
+from megatron_vlm.planning.stages import StageCounts, trace_stages
+from megatron_vlm.planning.state_bytes import optimizer_bytes, value_bytes
+from megatron_vlm.planning.trace import ChunkCounts
+
+_SHOWN_GIB = 0.005
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,8 @@ class RankMemory:
         activation_bytes: what micro-batches in flight keep, plus the most that one pass needs beyond that.
         logits_bytes: what the head and the loss keep of one micro-batch.
         sent_bytes: what the rank sends for a micro-batch, forward and backward, by group.
-        sent_bytes_per_step: what it sends to data-parallel ranks for a step: gradients, and parameters where the
-            optimizer is distributed.
+        sent_bytes_per_step: what it sends when the gradients of a step are complete, by group: gradients that are
+            summed over ranks, and parameters where the optimizer is distributed.
         received_bytes: what it receives from earlier stages for a token: in all, and of hidden states alone. By the
             first decoder layer (global id) of the chunk that receives it.
         received_patch_bytes: what it receives of a micro-batch's patches, by the first layer of the vision tower on the
@@ -52,7 +50,7 @@ class RankMemory:
     activation_bytes: int
     logits_bytes: int
     sent_bytes: Mapping[str, int]
-    sent_bytes_per_step: int
+    sent_bytes_per_step: Mapping[str, int]
     received_bytes: Mapping[int, tuple[float, float]]
     received_patch_bytes: Mapping[int, int]
 
@@ -66,33 +64,6 @@ class RankMemory:
             + self.activation_bytes
             + self.logits_bytes
         )
-
-
-@dataclass(frozen=True)
-class HeldParameter:
-    """A parameter as one rank holds it."""
-
-    shape: tuple[int, ...]
-    is_expert: bool
-    trains: bool
-
-    @property
-    def num_values(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class StageCounts:
-    """What one rank of a pipeline stage holds and does.
-
-    Attributes:
-        parameters: the rank's parameters by name.
-        chunks: what a micro-batch does on each of the rank's model chunks.
-    """
-
-    parameters: Mapping[str, HeldParameter]
-    chunks: list[ChunkCounts]
 
 
 def estimate_memory(
@@ -116,77 +87,29 @@ def estimate_memory(
     Returns:
         One entry per pipeline rank.
     """
-    memory = []
     stages = trace_stages(config, family, model_config, layout, images_per_row, clips_per_row)
-    for rank, stage in enumerate(stages):
-        parameters = stage.parameters
-        trainable = [entry for entry in parameters.values() if entry.trains]
-        total = sum(entry.num_values for entry in parameters.values())
-        experts = sum(entry.num_values for entry in trainable if entry.is_expert)
-        dense = sum(entry.num_values for entry in trainable if not entry.is_expert)
-        memory.append(
-            RankMemory(
-                pipeline_rank=rank,
-                num_parameters=total,
-                parameter_bytes=total * value_bytes(config),
-                gradient_bytes=(dense + experts) * FP32_BYTES,
-                optimizer_bytes=optimizer_bytes(config, dense, layout.data_size)
-                + optimizer_bytes(config, experts, layout.expert_data_size),
-                activation_bytes=_activation_bytes(stage.chunks, _passes_alive(config, layout, rank)),
-                logits_bytes=sum(chunk.head.kept_bytes for chunk in stage.chunks if chunk.head is not None),
-                sent_bytes=_sent_bytes(stage.chunks),
-                sent_bytes_per_step=_data_parallel_bytes(config, dense, layout.data_size)
-                + _data_parallel_bytes(config, experts, layout.expert_data_size),
-                received_bytes=_received_bytes(config, layout, rank, stage.chunks),
-                received_patch_bytes=_received_patch_bytes(layout, rank, stage.chunks),
-            )
-        )
-    return memory
+    return [rank_memory(config, layout, rank, stage) for rank, stage in enumerate(stages)]
 
 
-def trace_stages(
-    config: Config,
-    family: Family,
-    model_config: Any,
-    layout: Layout,
-    images_per_row: float,
-    clips_per_row: float = 0.0,
-) -> Iterator[StageCounts]:
-    """Yield the parameters of the first rank of every pipeline stage, and what a micro-batch does there.
-
-    The other ranks of a stage hold parameters of the same shapes. torch.distributed must not be initialised.
-    """
-    settings, tracer, device = build_settings(config, layout), Tracer(), platform.current().device
-    length = config.data.seq_length
-    if layout.sequence_parallel:
-        length = -(-length // layout.tensor_size) * layout.tensor_size
-    for stage in range(layout.pipeline_size):
-        rank = stage * (layout.world_size // layout.pipeline_size)
-        with simulated_rank(rank, layout) as groups, fake_tensors():
-            chunks = build_chunks(family, model_config, settings, groups, device)
-            Trainable(config.model.freeze).freeze(chunks)
-            parameters: dict[str, HeldParameter] = {}
-            for number, chunk in enumerate(chunks):
-                for name, parameter in chunk.named_parameters():
-                    key = f"{name} {number}" if name in parameters else name  # a copy
-                    parameters[key] = HeldParameter(
-                        tuple(parameter.shape), spec_of(parameter).is_expert, parameter.requires_grad
-                    )
-            batch = example_batch(
-                model_config,
-                family.prompt_rules(model_config),
-                config.train.micro_batch_size,
-                length,
-                images_per_row,
-                config.data.max_pixels,
-                clips_per_row,
-            )
-            batch = batch.to(device)
-            counts = [tracer.trace(chunk, batch) for chunk in chunks]
-        yield StageCounts(parameters, counts)
+def rank_memory(config: Config, layout: Layout, pipeline_rank: int, stage: StageCounts) -> RankMemory:
+    """Return the memory of a pipeline rank from what its stage counted."""
+    step = stage.step
+    return RankMemory(
+        pipeline_rank=pipeline_rank,
+        num_parameters=sum(entry.num_values for entry in stage.parameters.values()),
+        parameter_bytes=step.parameter_bytes,
+        gradient_bytes=step.gradient_bytes,
+        optimizer_bytes=optimizer_bytes(config, max(step.dense_shards) + max(step.expert_shards)),
+        activation_bytes=_activation_bytes(stage.chunks, passes_alive(config, layout, pipeline_rank)),
+        logits_bytes=sum(chunk.head.kept_bytes for chunk in stage.chunks if chunk.head is not None),
+        sent_bytes=_sent_bytes(stage.chunks),
+        sent_bytes_per_step=_by_group(step.exchanges),
+        received_bytes=_received_bytes(config, layout, pipeline_rank, stage.chunks),
+        received_patch_bytes=_received_patch_bytes(layout, pipeline_rank, stage.chunks),
+    )
 
 
-def _passes_alive(config: Config, layout: Layout, pipeline_rank: int) -> int:
+def passes_alive(config: Config, layout: Layout, pipeline_rank: int) -> int:
     """Return the most passes of a chunk that await their backward pass (1F1B; megatron-core's warm-up rule)."""
     virtual_size = layout.virtual_size
     passes = config.train.num_micro_batches(layout.data_size) * virtual_size
@@ -201,14 +124,20 @@ def _activation_bytes(chunks: list[ChunkCounts], passes_alive: int) -> int:
     return math.ceil(passes_alive * sum(kept) / len(kept)) + max(chunk.total.working_bytes for chunk in chunks)
 
 
-def _sent_bytes(chunks: list[ChunkCounts]) -> Counter[str]:
+def _by_group(counts: Counts) -> dict[str, int]:
+    sent: dict[str, int] = {}
+    for (_, group), num_bytes in counts.sent_bytes.items():
+        sent[group] = sent.get(group, 0) + num_bytes
+    return sent
+
+
+def _sent_bytes(chunks: list[ChunkCounts]) -> dict[str, int]:
     sent: Counter[str] = Counter()
     for chunk in chunks:
-        for (_, group), num_bytes in chunk.total.sent_bytes.items():
-            sent[group] += num_bytes
+        sent.update(_by_group(chunk.total))
         # A stage sends its outputs on, and the gradients of its inputs back.
         sent["pipeline"] += chunk.returned_bytes + chunk.received_bytes
-    return +sent
+    return dict(+sent)
 
 
 def _received_bytes(
@@ -236,12 +165,6 @@ def _received_patch_bytes(layout: Layout, pipeline_rank: int, chunks: list[Chunk
     }
 
 
-def _data_parallel_bytes(config: Config, trainable: int, copies: int) -> int:
-    """Return what a ring sends to reduce gradients, and to gather those gradients or the updated parameters."""
-    gathered = value_bytes(config) if config.parallel.use_distributed_optimizer else FP32_BYTES
-    return trainable * (FP32_BYTES + gathered) * (copies - 1) // copies
-
-
 def format_memory(memory: list[RankMemory]) -> Iterator[str]:
     """Format a table in GiB, one line per pipeline rank."""
     yield "pipeline rank  parameters  weights  gradients  optimizer  activations  logits   total  (GiB per rank)"
@@ -264,9 +187,11 @@ def format_communication(memory: list[RankMemory]) -> Iterator[str]:
         group: max(entry.sent_bytes.get(group, 0) for entry in memory) for entry in memory for group in entry.sent_bytes
     }
     lines = [(group, num_bytes, "micro-batch") for group, num_bytes in sent.items()]
-    lines.append(("data", max(entry.sent_bytes_per_step for entry in memory), "step"))
+    per_step = [entry.sent_bytes_per_step for entry in memory]
+    for group in dict.fromkeys(group for sent in per_step for group in sent):
+        lines.append((group, max(sent.get(group, 0) for sent in per_step), "step"))
     for group, num_bytes, unit in lines:
-        if num_bytes:
+        if num_bytes >= _SHOWN_GIB * 2**30:
             yield f"{group:13s} {num_bytes / 2**30:8.2f} GiB per {unit}"
 
 

@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
+from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -43,6 +44,45 @@ _FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
 }
 
 
+class Operation(NamedTuple):
+    """What one operator does on a device.
+
+    Attributes:
+        phase: "forward", "backward" or "recompute".
+        kind: "matmul", "attention", or "other", which has no matmul.
+        flops: FLOPs of its matmuls.
+        moved_bytes: bytes that it reads and writes, each tensor once.
+    """
+
+    phase: str
+    kind: str
+    flops: int
+    moved_bytes: int
+
+
+class Collective(NamedTuple):
+    """One exchange of a rank with the others of a group.
+
+    Attributes:
+        phase: "forward", "backward", "recompute", or "step" for what is exchanged once per step.
+        kind: "allreduce", "allgather", "reduce_scatter", "alltoall" and the like.
+        group: our name of the group.
+        size: number of its ranks, at least two.
+        payload_bytes: bytes of its input or output on this rank, whichever is more.
+    """
+
+    phase: str
+    kind: str
+    group: str
+    size: int
+    payload_bytes: int
+
+    @property
+    def sent_bytes(self) -> int:
+        """What the rank sends in a ring: of an all-reduce its tensor twice, of others once, each less one shard."""
+        return self.payload_bytes * (self.size - 1) // self.size * (2 if self.kind == "allreduce" else 1)
+
+
 @dataclass
 class Counts:
     """What a forward and backward pass does on one rank.
@@ -51,29 +91,67 @@ class Counts:
         kept_bytes: memory that the forward pass leaves to the backward pass, outputs not included.
         forward_peak_bytes: most memory in the forward pass.
         backward_peak_bytes: most memory in the backward pass, what is kept included.
-        flops: FLOPs of matmuls, by phase: "forward", "backward", "recompute".
-        attention_flops: the part of `flops` that attention has.
-        launches: operators that compute something, by phase.
-        sent_bytes: bytes that the rank sends, by kind of collective and group.
+        operations: operators that compute something, and how often each ran.
+        collectives: exchanges with other ranks, and how often each was made.
     """
 
     kept_bytes: int = 0
     forward_peak_bytes: int = 0
     backward_peak_bytes: int = 0
-    flops: Counter[str] = field(default_factory=Counter)
-    attention_flops: Counter[str] = field(default_factory=Counter)
-    launches: Counter[str] = field(default_factory=Counter)
-    sent_bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    operations: Counter[Operation] = field(default_factory=Counter)
+    collectives: Counter[Collective] = field(default_factory=Counter)
 
     @property
     def working_bytes(self) -> int:
         """Most memory beyond `kept_bytes`."""
         return max(self.forward_peak_bytes, self.backward_peak_bytes) - self.kept_bytes
 
+    @property
+    def flops(self) -> Counter[str]:
+        """FLOPs of matmuls, by phase."""
+        return self._flops({"matmul", "attention"})
+
+    @property
+    def attention_flops(self) -> Counter[str]:
+        """The part of `flops` that attention has."""
+        return self._flops({"attention"})
+
+    def _flops(self, kinds: set[str]) -> Counter[str]:
+        flops: Counter[str] = Counter()
+        for operation, times in self.operations.items():
+            if operation.flops and operation.kind in kinds:
+                flops[operation.phase] += operation.flops * times
+        return flops
+
+    @property
+    def launches(self) -> Counter[str]:
+        """Operators that compute something, by phase."""
+        launches: Counter[str] = Counter()
+        for operation, times in self.operations.items():
+            launches[operation.phase] += times
+        return launches
+
+    @property
+    def sent_bytes(self) -> Counter[tuple[str, str]]:
+        """Bytes that the rank sends, by kind of collective and group."""
+        sent: Counter[tuple[str, str]] = Counter()
+        for collective, times in self.collectives.items():
+            sent[collective.kind, collective.group] += collective.sent_bytes * times
+        return sent
+
     def add_work(self, other: Counts) -> None:
         """Add all counts but those of memory."""
-        for name in ("flops", "attention_flops", "launches", "sent_bytes"):
-            getattr(self, name).update(getattr(other, name))
+        self.operations.update(other.operations)
+        self.collectives.update(other.collectives)
+
+    def without(self, others: Iterable[Counts]) -> Counts:
+        """Return the work of these counts that is not that of parts of them; memory is left out."""
+        rest = Counts(operations=self.operations.copy(), collectives=self.collectives.copy())
+        for other in others:
+            rest.operations.subtract(other.operations)
+            rest.collectives.subtract(other.collectives)
+        rest.operations, rest.collectives = +rest.operations, +rest.collectives
+        return rest
 
 
 @contextmanager
@@ -108,8 +186,15 @@ def _grouped_product(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tens
     return rows.new_empty((*groups, rows.shape[0], weights.shape[-1]))
 
 
+_JOINED = {
+    torch.ops.c10d.allreduce_coalesced_: "allreduce",
+    torch.ops.c10d.allgather_into_tensor_coalesced_: "allgather",
+    torch.ops.c10d.reduce_scatter_tensor_coalesced_: "reduce_scatter",
+}
 # Results that have a shape, which torch does not know (before 2.15: of products in fp32, or into another dtype).
-_SHAPES: dict[Any, Callable[..., torch.Tensor]] = {
+# The work of collectives that megatron-core's data parallelism joins is finished at once.
+_SHAPES: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys((operator.default for operator in _JOINED), lambda *_, **__: FakeWork().boxed()),
     _aten.masked_select.default: _selected,
     _aten._grouped_mm.default: _grouped_product,
     _aten.addmm.dtype_out: lambda *_, out, **__: out,
@@ -165,14 +250,15 @@ class Recorder(TorchDispatchMode):
             self._add_collective(func, args)
             return output
         makes_memory = self._follow(_storages(_tensors((args, kwargs))), _storages(_tensors(output)))
-        if (makes_memory or func._schema.is_mutable) and "empty" not in func._schema.name:
-            self.counts.launches[self._phase] += 1
+        if not (makes_memory or func._schema.is_mutable) or "empty" in func._schema.name:
+            return output
+        kind, flops = "other", 0
         formula = _FLOP_FORMULAS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
         if formula is not None:
             flops = formula(*args, **kwargs, out_val=output)
-            self.counts.flops[self._phase] += flops
-            if "attention" in func._schema.name:
-                self.counts.attention_flops[self._phase] += flops
+            kind = "attention" if "attention" in func._schema.name else "matmul"
+        moved_bytes = _moved_bytes(func._schema.name, (args, kwargs), output)
+        self.counts.operations[Operation(self._phase, kind, flops, moved_bytes)] += 1
         return output
 
     @property
@@ -195,15 +281,27 @@ class Recorder(TorchDispatchMode):
         self.grow(-self._bytes.pop(key))
 
     def _add_collective(self, func: Any, args: Any) -> None:
-        """Add what a ring sends: of an all-reduce its tensor twice, of others the larger side, each less one shard."""
         (group,) = (torch.distributed.ProcessGroup.unbox(arg) for arg in args if _is_group(arg))
         size = group.size()
         if size == 1:
             return
-        kind = func._schema.name.removeprefix("c10d::").strip("_").removesuffix("_base")
+        name = func._schema.name.removeprefix("c10d::").strip("_").removesuffix("_base")
+        kind = _JOINED.get(func._overloadpacket, name)
         payload = max(sum(tensor.nbytes for tensor in _tensors(arg)) for arg in args)
-        sent = payload * (size - 1) // size * (2 if kind == "allreduce" else 1)
-        self.counts.sent_bytes[kind, self._group_names.get(group.group_name, f"{size} ranks")] += sent
+        group_name = self._group_names.get(group.group_name, f"{size} ranks")
+        self.counts.collectives[Collective(self._phase, kind, group_name, size, payload)] += 1
+
+
+# They read as many rows of a table as they return.
+_LOOKUPS = ("aten::embedding", "aten::index", "aten::index_select", "aten::gather")
+
+
+def _moved_bytes(name: str, inputs: Any, output: Any) -> int:
+    """Return the bytes of all inputs and of outputs that are no inputs, which an operator writes in place."""
+    read, written = ({id(tensor): tensor.nbytes for tensor in _tensors(value)} for value in (inputs, output))
+    if name in _LOOKUPS:
+        return 2 * sum(written.values())
+    return sum((read | written).values()) + sum(size for key, size in written.items() if key in read)
 
 
 def _is_group(arg: Any) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from megatron_vlm.config import Config
 
 FP32_BYTES = 4
@@ -15,9 +13,8 @@ def value_bytes(config: Config) -> int:
     return FP32_BYTES if config.train.precision == "fp32" else 2
 
 
-def optimizer_bytes(config: Config, trainable: int, copies: int = 1) -> int:
-    """Return the bytes of main weights (none for fp32 parameters) and moments, possibly sharded over `copies`."""
+def optimizer_bytes(config: Config, trainable: int) -> int:
+    """Return the bytes of main weights (none for fp32 parameters) and moments of parameters that a rank updates."""
     main_bytes = 0 if config.train.precision == "fp32" else FP32_BYTES
     moment_bytes = ADAM_MOMENT_BYTES if config.optimizer.name == "adamw" else 0
-    shards = copies if config.parallel.use_distributed_optimizer else 1
-    return math.ceil(trainable / shards) * (main_bytes + moment_bytes)
+    return trainable * (main_bytes + moment_bytes)

@@ -40,8 +40,8 @@ from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.simulate import simulated_rank
 from megatron_vlm.parallel.stage_state import packed_shape
-from megatron_vlm.planning.memory import trace_stages
 from megatron_vlm.planning.preflight import check_layout
+from megatron_vlm.planning.stages import trace_stages
 from tests.ranks import run_ranks
 from tests.sizes import full, two_sizes
 
@@ -393,6 +393,17 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
             "parallel.virtual_pipeline_model_parallel_size=2",
             "parallel.pipeline_layout=[1,0,1,1]",
             "train.global_batch_size=2",
+        ],
+    ),
+    "tower alone": (
+        4,
+        [
+            TENSOR,
+            SEQUENCE,
+            "parallel.pipeline_model_parallel_size=2",
+            "parallel.pipeline_layout=[0,3]",
+            "model.recompute=selective",
+            "model.vision_parallelism=data",
         ],
     ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any
 
 import pytest
@@ -17,9 +18,9 @@ from megatron_vlm.families import registry
 from megatron_vlm.families.build import build_chunks, build_settings
 from megatron_vlm.parallel.simulate import simulated_rank
 from megatron_vlm.planning.example_batch import example_batch
-from megatron_vlm.planning.memory import StageCounts, trace_stages
 from megatron_vlm.planning.preflight import check_layout
 from megatron_vlm.planning.recorder import fake_tensors
+from megatron_vlm.planning.stages import StageCounts, trace_stages
 from megatron_vlm.planning.trace import Tracer
 from tests.training.test_memory import EXPERTS, LENGTH, PATCHES, QWEN3_VL, SEQUENCE, TENSOR, run_config
 
@@ -145,8 +146,9 @@ def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = object()
     monkeypatch.setattr(moe_utils, "te_general_gemm", product)
     monkeypatch.setattr(parallel_state, "_GLOBAL_MEMORY_BUFFER", buffer)
+    hook = sys.excepthook
     dispatcher = "parallel.moe_token_dispatcher_type=allgather"
     trace(run_config(TENSOR, SEQUENCE, "parallel.expert_model_parallel_size=2", dispatcher), 2)
     assert moe_utils.te_general_gemm is product and parallel_state._GLOBAL_MEMORY_BUFFER is buffer
-    assert not torch.distributed.is_initialized()
+    assert not torch.distributed.is_initialized() and sys.excepthook is hook
     assert type(torch.zeros(1)) is torch.Tensor

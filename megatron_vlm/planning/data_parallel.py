@@ -1,0 +1,182 @@
+"""What data parallelism holds and exchanges once per step: megatron-core's own layout of buffers, and our sums.
+
+Gradients and parameters lie in buffers, whose buckets are padded so that each data rank has an equal shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed.param_and_grad_buffer import (
+    _compute_default_per_buffer_param_layout,
+    group_params_for_buffers,
+)
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_vlm.config import Config, ParallelSettings
+from megatron_vlm.families.build import data_parallel_config
+from megatron_vlm.parallel.gradients import sum_parts
+from megatron_vlm.parallel.parameters import spec_of
+from megatron_vlm.planning.recorder import Collective, Counts, Recorder
+from megatron_vlm.planning.state_bytes import FP32_BYTES, value_bytes
+
+_GROUPS = {
+    "dp_cp": "data",
+    "expt_dp": "expert data",
+    "tp": "tensor",
+    "expt_tp": "expert-tensor",
+    "embd": "pipeline",
+    "pp": "pipeline",
+}
+_SMALLEST_BUCKET, _BUCKET_PER_RANK = 40_000_000, 1_000_000  # elements; `DistributedDataParallel`'s defaults
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """What a rank holds for data parallelism, and sends when the gradients of a step are complete.
+
+    Attributes:
+        parameter_bytes: memory of the parameters.
+        gradient_bytes: memory of the gradients.
+        dense_shards: elements of dense parameters whose optimizer state each data rank has; one entry if it is not
+            sharded.
+        expert_shards: elements of experts whose optimizer state each expert data rank has, likewise.
+        exchanges: sums of gradients, and gathers of parameters where the optimizer is distributed. Single numbers
+            (label tokens, losses, the gradient norm) are left out.
+    """
+
+    parameter_bytes: int
+    gradient_bytes: int
+    dense_shards: tuple[int, ...]
+    expert_shards: tuple[int, ...]
+    exchanges: Counts
+
+
+@dataclass(frozen=True)
+class _Buffer:
+    """One buffer of a chunk.
+
+    Attributes:
+        group: process group of the ranks that hold copies.
+        positions: first and last position of every parameter.
+        buckets: first and last position of every bucket.
+    """
+
+    is_expert: bool
+    group: torch.distributed.ProcessGroup
+    positions: list[tuple[int, int]]
+    buckets: list[tuple[int, int]]
+
+    @property
+    def length(self) -> int:
+        """Elements, with padding."""
+        return self.buckets[-1][1]
+
+    def shards(self, size: int) -> list[int]:
+        """Return how many elements of parameters are in each rank's shard of the buckets."""
+        owned = [0] * size
+        for first, last in self.buckets:
+            length = (last - first) // size
+            for start, end in ((start - first, end - first) for start, end in self.positions if first <= start < last):
+                for rank in range(start // length, -(-end // length)):
+                    owned[rank] += min(end, (rank + 1) * length) - max(start, rank * length)
+        return owned
+
+
+def count_step(config: Config, chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollection) -> StepCounts:
+    """Count what data parallelism adds to a rank's chunks; call it where the chunks were built.
+
+    Args:
+        config: a validated configuration.
+        chunks: the chunks, whose parameters require gradients where they train.
+        groups: this rank's process groups.
+    """
+    is_sharded = config.parallel.use_distributed_optimizer
+    buffers = [
+        buffer for index, chunk in enumerate(chunks) for buffer in _buffers(config.parallel, chunk, index, groups)
+    ]
+    shards: dict[bool, list[int]] = {False: [], True: []}
+    for buffer in buffers:
+        own = buffer.shards(buffer.group.size() if is_sharded else 1)
+        known = shards[buffer.is_expert] or [0] * len(own)
+        shards[buffer.is_expert] = [first + second for first, second in zip(known, own, strict=True)]
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    frozen = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
+    # The distributed optimizer keeps parameters in buffers too.
+    trained = sum(buffer.length for buffer in buffers)
+    return StepCounts(
+        parameter_bytes=(frozen + trained) * value_bytes(config),
+        gradient_bytes=trained * FP32_BYTES,
+        dense_shards=tuple(shards[False] or [0]),
+        expert_shards=tuple(shards[True] or [0]),
+        exchanges=_exchanges(config, chunks, buffers, groups),
+    )
+
+
+def _buffers(
+    parallel: ParallelSettings, chunk: torch.nn.Module, index: int, groups: ProcessGroupCollection
+) -> Iterator[_Buffer]:
+    """Yield the buffers that `DistributedDataParallel` makes for a rank's chunk with this index."""
+    parameters = [parameter for parameter in chunk.parameters() if parameter.requires_grad]
+    ddp_config = data_parallel_config(
+        parallel.use_distributed_optimizer, parallel.overlap_grad_reduce, parallel.overlap_param_gather
+    )
+    bucket_size = None
+    if parallel.overlap_grad_reduce and index == 0 and groups.pp.rank() == 0:
+        bucket_size = max(_SMALLEST_BUCKET, _BUCKET_PER_RANK * groups.dp.size())
+    layouts: dict[Any, Any]
+    if parallel.use_distributed_optimizer:
+        layouts = DistributedOptimizer.compute_full_param_layout(
+            parameters,
+            bucket_size,
+            groups.dp_cp.size(),
+            ddp_config,
+            expert_data_parallel_world_size=groups.expt_dp.size(),
+        ).layouts
+    else:
+        layouts = {
+            key: _compute_default_per_buffer_param_layout(members, bucket_size)
+            for key, (members, _) in group_params_for_buffers(parameters, grad_reduce_in_fp32=True).items()
+        }
+    for key, layout in layouts.items():
+        group = groups.expt_dp if key.is_expert_parallel else groups.dp_cp
+        positions = [(start, end) for start, end, *_ in layout.param_index_map.values()]
+        yield _Buffer(key.is_expert_parallel, group, positions, list(layout.bucket_indices))
+
+
+def _exchanges(
+    config: Config, chunks: Sequence[torch.nn.Module], buffers: Sequence[_Buffer], groups: ProcessGroupCollection
+) -> Counts:
+    """Count what megatron-core's data parallelism exchanges, and run our sums of gradients."""
+    names = {
+        group.group_name: name for key, name in reversed(_GROUPS.items()) if (group := getattr(groups, key)) is not None
+    }
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            spec = spec_of(parameter)
+            if parameter.requires_grad and (spec.partial or spec.stages != "one"):
+                parameter.main_grad = torch.empty_like(  # type: ignore[attr-defined]
+                    parameter, dtype=torch.float32, requires_grad=False
+                )
+    recorder = Recorder(names)
+    with recorder:
+        sum_parts(chunks, groups)
+    counts = Counts()
+    for collective, times in recorder.counts.collectives.items():
+        counts.collectives[collective._replace(phase="step")] += times
+    for buffer in buffers:
+        size = buffer.group.size()
+        if size == 1:
+            continue
+        name = names[buffer.group.group_name]
+        kinds = {"allreduce": FP32_BYTES}
+        if config.parallel.use_distributed_optimizer:
+            kinds = {"reduce_scatter": FP32_BYTES, "allgather": value_bytes(config)}
+        for first, last in buffer.buckets:
+            for kind, element_bytes in kinds.items():
+                counts.collectives[Collective("step", kind, name, size, (last - first) * element_bytes)] += 1
+    return counts

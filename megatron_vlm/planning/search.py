@@ -1,0 +1,210 @@
+"""Searches the layouts of a number of GPUs for those with the least predicted time of a step.
+
+Sizes are tried from few traced parts (`estimate`); the checks are those of training. The best are then traced in full,
+so that what is reported of them is what the dry run would count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_vlm.config import Config
+from megatron_vlm.config_checks import validate
+from megatron_vlm.errors import UserError
+from megatron_vlm.parallel.layout import Layout
+from megatron_vlm.planning.estimate import Estimate, Estimator, balanced_counts
+from megatron_vlm.planning.parts import PartTracer
+from megatron_vlm.planning.plan import Plan, Request, make_plan
+from megatron_vlm.planning.preflight import check_layout
+from megatron_vlm.planning.search_space import SearchSpace, Sizes
+from megatron_vlm.planning.state_bytes import FP32_BYTES, optimizer_bytes, value_bytes
+from megatron_vlm.planning.step_time import Clock, spans_of
+
+_CLOSE = 1.15  # times the fastest step so far; the waiting of slower ones is not simulated
+_REFINED = 8  # best combinations of sizes for which more micro-batch and expert-tensor sizes are tried
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class RuledOut:
+    """Layouts that cannot be used, for one kind of reason.
+
+    Attributes:
+        reason: the reason, of one of them.
+        count: how many there are.
+    """
+
+    reason: str
+    count: int = 0
+
+
+@dataclass
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        plans: the best layouts, fastest first.
+        num_estimated: layouts that were estimated.
+        num_fitting: those of them that fit into memory.
+        ruled_out: why others cannot be used.
+        closest: the layout that takes least memory, where none fits.
+    """
+
+    plans: list[Plan] = field(default_factory=list)
+    num_estimated: int = 0
+    num_fitting: int = 0
+    ruled_out: list[RuledOut] = field(default_factory=list)
+    closest: Estimate | None = None
+
+
+class Search:
+    """One search; `run` carries it out.
+
+    Args:
+        request: what is planned for; settings of its configuration that are not searched hold for all layouts.
+        fixed: settings that the user chose, by dotted key, which the search leaves alone.
+        progress: called with a line from time to time.
+    """
+
+    def __init__(self, request: Request, fixed: Mapping[str, Any], progress: Progress = lambda line: None) -> None:
+        self._request, self._progress = request, progress
+        self._space = SearchSpace(request, fixed)
+        self._tracer = PartTracer(
+            request.config, request.family, request.model_config, request.images_per_row, request.clips_per_row
+        )
+        self._estimators: dict[Any, Estimator] = {}
+        self._reasons: dict[str, RuledOut] = {}
+        self._fitting: dict[Sizes, Estimate] = {}
+        self._tried: set[Sizes] = set()
+        self._result = SearchResult()
+        self._fastest = math.inf
+        self._num_parameters = _num_parameters(request)
+
+    def run(self, num_plans: int = 5) -> SearchResult:
+        """Return the best layouts."""
+        space = self._space
+        for tensor in space.tensors:
+            for sizes in space.first_points(tensor):
+                self._try(sizes)
+            self._progress(f"tensor {tensor}: {self._result.num_estimated} layouts estimated")
+        for best in self._best_groups(_REFINED):
+            for sizes in space.points_near(best):
+                self._try(sizes)
+        self._progress(f"{self._result.num_estimated} layouts estimated, {len(self._fitting)} fit")
+        self._result.num_fitting = len(self._fitting)
+        self._trace_best(num_plans)
+        self._result.ruled_out = sorted(self._reasons.values(), key=lambda entry: -entry.count)
+        return self._result
+
+    def _trace_best(self, num_plans: int) -> None:
+        """Trace the best estimates in full; one that turns out not to fit is left out."""
+        for sizes in self._best_groups(len(self._fitting)):
+            if len(self._result.plans) == num_plans:
+                break
+            estimate = self._fitting[sizes]
+            plan = make_plan(self._request, estimate.config, estimate.layout)
+            if plan.most_bytes > self._request.usable_bytes:
+                self._rule_out_by_memory(estimate)
+                continue
+            self._result.plans.append(plan)
+            self._progress(f"traced {plan.layout}")
+        self._result.plans.sort(key=lambda plan: plan.step.total)
+
+    def _best_groups(self, count: int) -> list[Sizes]:
+        """Return the fastest estimates, the best one of each group."""
+        best: dict[tuple[int, ...], Sizes] = {}
+        for sizes in sorted(self._fitting, key=lambda sizes: self._fitting[sizes].step.total):
+            best.setdefault(sizes.group, sizes)
+        return list(best.values())[:count]
+
+    def _try(self, sizes: Sizes) -> None:
+        """Estimate a point with the least recomputation with which it fits."""
+        if sizes in self._tried:
+            return
+        self._tried.add(sizes)
+        request = self._request
+        config = self._space.applied(sizes)
+        try:
+            validate(config)
+            layout = check_layout(config, request.model_config, request.num_gpus)
+        except UserError as error:
+            for problem in error.problems or (error,):
+                self._rule_out(str(problem))
+            return
+        if self._least_bytes(config, layout) > request.usable_bytes:
+            self._rule_out("parameters, gradients and optimizer state alone exceed the memory of a GPU")
+            return
+        for recompute in self._space.recompute:
+            candidate = dataclasses.replace(config, model=dataclasses.replace(config.model, recompute=recompute))
+            estimates = [self._estimate(*each) for each in self._stagings(candidate, layout)]
+            self._result.num_estimated += len(estimates)
+            fitting = [estimate for estimate in estimates if estimate.most_bytes <= request.usable_bytes]
+            if fitting:
+                self._fitting[sizes] = min(fitting, key=lambda estimate: estimate.step.total)
+                self._fastest = min(self._fastest, self._fitting[sizes].step.total)
+                return
+            smallest = min(estimates, key=lambda estimate: estimate.most_bytes)
+            self._rule_out_by_memory(smallest)
+
+    def _stagings(self, config: Config, layout: Layout) -> Iterator[tuple[Config, Layout]]:
+        """Yield the even split of layers over chunks, and one that evens out towers and head."""
+        yield config, layout
+        if self._space.keeps_layers or layout.pipeline_size == 1:
+            return
+        estimator = self._estimator(config, layout)
+        counts = balanced_counts(
+            layout.num_layers,
+            len(layout.chunks),
+            estimator.layer_seconds,
+            estimator.first_seconds,
+            estimator.last_seconds,
+            layout.pipeline_size,
+        )
+        if counts != list(map(len, layout.chunks)):
+            parallel = dataclasses.replace(config.parallel, pipeline_layout=counts)
+            config = dataclasses.replace(config, parallel=parallel)
+            yield config, check_layout(config, self._request.model_config, self._request.num_gpus)
+
+    def _estimate(self, config: Config, layout: Layout) -> Estimate:
+        return self._estimator(config, layout).estimate(config, layout, _CLOSE * self._fastest)
+
+    def _estimator(self, config: Config, layout: Layout) -> Estimator:
+        key = (
+            *(layout.tensor_size, layout.pipeline_size, layout.expert_size, layout.expert_tensor_size),
+            *(config.train.micro_batch_size, config.model.recompute, config.model.vision_parallelism),
+        )
+        if key not in self._estimators:
+            clock = Clock(self._request.hardware, spans_of(layout, self._request.hardware))
+            self._estimators[key] = Estimator(self._tracer.parts(config), clock)
+        return self._estimators[key]
+
+    def _least_bytes(self, config: Config, layout: Layout) -> float:
+        """Return what every rank holds at least, on average, however parameters are sharded."""
+        shards = layout.pipeline_size * max(layout.tensor_size, layout.expert_size * layout.expert_tensor_size)
+        bytes_per_value = value_bytes(config) + (0 if config.model.freeze else FP32_BYTES)
+        state = 0 if config.model.freeze else optimizer_bytes(config, self._num_parameters) / layout.world_size
+        return self._num_parameters * bytes_per_value / shards + state
+
+    def _rule_out(self, reason: str) -> None:
+        kind = re.sub(r"\d+", "N", reason.partition(" -- ")[0])
+        self._reasons.setdefault(kind, RuledOut(reason.partition(" -- ")[0])).count += 1
+
+    def _rule_out_by_memory(self, estimate: Estimate) -> None:
+        closest = self._result.closest
+        if closest is None or estimate.most_bytes < closest.most_bytes:
+            self._result.closest = estimate
+        reason = (
+            f"recompute {estimate.config.model.recompute} takes more than the "
+            f"{self._request.usable_bytes / 2**30:.1f} GiB of a GPU that may be used"
+        )
+        self._reasons.setdefault(reason, RuledOut(reason)).count += 1
+
+
+def _num_parameters(request: Request) -> int:
+    return sum(math.prod(weight.shape) for _, weight in request.family.weight_map(request.model_config).items())
