@@ -55,7 +55,7 @@ class Held(NamedTuple):
             counted[kind] += entry.num_values
             if kind == "dense":
                 counted["partial"] += entry.num_values * entry.is_partial
-                counted["copied"] += entry.num_values * (entry.stages == "first_and_last")
+                counted["copied"] += entry.num_values * (entry.stages == "embedding_and_head")
         return Held(**counted)
 
 

@@ -185,7 +185,7 @@ def _misplaced(chunks: Sequence[RankChunk], family: Family, model_config: Any) -
             held[name] += 1
             if shape != weights.get(name):
                 yield f"{name} is {shape} in full, but the model's is {weights.get(name)}"
-            expected = {"one": 1, "first_and_last": min(2, len(chunks)), "all": len(chunks)}[stages]
+            expected = {"one": 1, "embedding_and_head": min(2, len(chunks)), "all": len(chunks)}[stages]
             if (count := sum(name in other.parameters for other in chunks)) != expected:
                 yield f"{name} is on {count} chunks, not on {expected}"
     yield from (f"{name} is on no chunk" for name in weights if not held[name])

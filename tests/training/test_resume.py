@@ -45,7 +45,7 @@ EXPERT_FIGURES = ("expert_tokens_min", "expert_tokens_max", "dead_experts")  # o
 # parameters 1e-7 and moments 1e-6 of the tensor's norm; one wrong row or moment shows in the second digit.
 LOSS_TOLERANCE = 1e-5
 TENSOR_TOLERANCE = 1e-4
-# Of gradients that are sums of terms which cancel, as of Gemma 4's audio attention: terms of 0.01 leave so much of fp32.
+# Of gradients whose terms cancel, as in Gemma 4's audio attention: terms of 0.01 leave so much of fp32.
 CANCELLATION = 1e-9
 
 
