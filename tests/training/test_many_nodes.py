@@ -134,7 +134,10 @@ def test_a_lost_rank_ends_the_job_by_name(place: Place, tmp_path: Path, number: 
     )
     assert said == [str(lost)], nodes.text
     assert not psutil.pid_exists(lost) or psutil.Process(lost).status() == psutil.STATUS_ZOMBIE
+    began = time.monotonic()
     with two_nodes(place, tmp_path, f"train.train_iters={steps + 3}", *LONG[1:]) as nodes:
+        nodes.wait_until(lambda: "resuming after step" in nodes.text)
+        resumed = time.monotonic() - began
         assert nodes.exit_codes() == [0, 0], nodes.text
     assert f"resuming after step {int(saved[-1].removeprefix('step_'))} of {steps + 3}" in nodes.text
-    print(f"ended after {seconds:.1f} s")
+    print(f"ended after {seconds:.1f} s, resumed {resumed:.1f} s after the next start")
