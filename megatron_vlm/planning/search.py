@@ -124,7 +124,7 @@ class Search:
         return list(best.values())[:count]
 
     def _try(self, sizes: Sizes) -> None:
-        """Estimate a point with the least recomputation with which it fits."""
+        """Estimate a point with as little recomputation as it needs to fit."""
         if sizes in self._tried:
             return
         self._tried.add(sizes)
@@ -144,13 +144,20 @@ class Search:
             candidate = dataclasses.replace(config, model=dataclasses.replace(config.model, recompute=recompute))
             estimates = [self._estimate(*each) for each in self._stagings(candidate, layout)]
             self._result.num_estimated += len(estimates)
-            fitting = [estimate for estimate in estimates if estimate.most_bytes <= request.usable_bytes]
-            if fitting:
-                self._fitting[sizes] = min(fitting, key=lambda estimate: estimate.step.total)
-                self._fastest = min(self._fastest, self._fitting[sizes].step.total)
+            for estimate in estimates:
+                self._keep_if_it_fits(sizes, estimate)
+            # More recomputation pays only where it lets the faster split of the layers fit.
+            if min(estimates, key=lambda estimate: estimate.step.total).most_bytes <= request.usable_bytes:
                 return
-            smallest = min(estimates, key=lambda estimate: estimate.most_bytes)
-            self._rule_out_by_memory(smallest)
+
+    def _keep_if_it_fits(self, sizes: Sizes, estimate: Estimate) -> None:
+        if estimate.most_bytes > self._request.usable_bytes:
+            self._rule_out_by_memory(estimate)
+            return
+        known = self._fitting.get(sizes)
+        if known is None or estimate.step.total < known.step.total:
+            self._fitting[sizes] = estimate
+            self._fastest = min(self._fastest, estimate.step.total)
 
     def _stagings(self, config: Config, layout: Layout) -> Iterator[tuple[Config, Layout]]:
         """Yield the even split of layers over chunks, and one that evens out towers and head."""
