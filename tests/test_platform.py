@@ -517,6 +517,8 @@ ALLOWED_WORDS = {
         '"""Where the run computes; auto takes CUDA where the machine has an NVIDIA device, and the CPU elsewhere."""',
     },
     "pretrain_vlm.py": {'"cpu"'},
+    "megatron_vlm/planning/planner.py": {'"cpu"'},
+    "tools/plan.py": {'"cpu"'},
     # Points that train beside each other get devices of their own.
     "megatron_vlm/sweeps/local_run.py": {'"CUDA_VISIBLE_DEVICES"', "cpu_count"},
     # A comparison runs on the host.
