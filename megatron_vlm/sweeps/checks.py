@@ -124,7 +124,8 @@ def check_points(
         resources: what a point runs on.
         problems: receives what is wrong.
     """
-    from megatron_vlm.data.source_rows import expand as expand_pattern
+    from megatron_vlm.checkpoint.run_folder import CHECKPOINTS_NAME, find_checkpoint, newest_complete
+    from megatron_vlm.data.source_rows import check_source
     from megatron_vlm.families import registry
     from megatron_vlm.planning.preflight import check_export, check_layout, check_run_dir
 
@@ -141,16 +142,40 @@ def check_points(
         model_config, names, buffers = model_of(model.hf_path, model.text_only, model.image_mask)
         check_layout(config, model_config, resources.world_size, names, buffers)
 
-    find_data = functools.cache(expand_pattern)
+    def check_load(config: Config) -> None:
+        load = config.checkpoint.load
+        if load is not None and newest_complete(Path(config.run_dir) / CHECKPOINTS_NAME)[0] is None:
+            find_weights(load)  # of a first start; a later one resumes
+
+    find_data, find_weights = _once(check_source), _once(find_checkpoint)
     for point in points:
         config, owner = configs[point.index], find_owner(point.run_dir)
         if owner is not None and owner.lives:
             continue  # it was checked when it started, and may be exporting now
-        for check in (check_model, check_run_dir, check_export):
+        for check in (check_model, check_run_dir, check_export, check_load):
             problems.attempt(point, functools.partial(check, config))
         for source in (*config.data.train, *config.data.valid):
             problems.attempt(point, functools.partial(find_data, source.path))
         problems.attempt(point, functools.partial(_check_belongs, point, config))
+
+
+def _once(check: Callable[[str], object]) -> Callable[[str], None]:
+    """Return a check of a path that looks once, however many points name the path, and answers all the same."""
+
+    @functools.cache
+    def error_of(path: str) -> UserError | None:
+        try:
+            check(path)
+        except UserError as error:
+            return error
+        return None
+
+    def checked(path: str) -> None:
+        error = error_of(path)
+        if error is not None:
+            raise error
+
+    return checked
 
 
 def _configs(

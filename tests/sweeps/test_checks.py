@@ -92,6 +92,17 @@ def test_all_invalid_points_are_listed(files: Files, place: Any) -> None:
     assert any(f"no config.json [{files.folder}/no]" in line for line in lines)
 
 
+def test_files_that_points_name_are_there(files: Files, place: Any) -> None:
+    """A plain path is looked up as a pattern is, and so is the checkpoint that points begin with."""
+    (line,) = refusal(files, set={"data.train": "nope/train.jsonl"})
+    path = files.folder / "nope/train.jsonl"
+    assert line.startswith(f"points 0-2 (lr=0.001, ...): data file {path} does not exist")
+    lines = refusal(files, set={"data.valid": [str(place.data), str(place.data / "no.jsonl")]})
+    assert f"data file {place.data} is a directory" in lines[1] and "no.jsonl does not exist" in lines[2]
+    (line,) = refusal(files, grid={"checkpoint.load": [None, "nope"]})
+    assert line.startswith(f"point 1 (load=nope): no such folder [{files.folder}/nope]")
+
+
 def test_layouts_are_checked_with_the_ranks_of_a_point(files: Files) -> None:
     grid = {"parallel.tensor_model_parallel_size": [1, 2, 4]}
     (line,) = refusal(files, grid=grid, resources={"nodes": 1, "processes_per_node": 2})
