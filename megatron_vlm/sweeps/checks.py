@@ -96,6 +96,9 @@ def check_sweep_file(path: str) -> CheckedSweep:
         ConfigError: points are invalid, meet in a folder, or do not fit to what was made or begun before.
     """
     settings, file = read_sweep_file(path)
+    if not os.path.exists(settings.base):
+        what, fix = f"base {settings.base} does not exist", "paths are relative to where the command is started"
+        raise ConfigError(what, file.where("base"), fix)
     base = read_config_file(settings.base)
     drafts, excluded = expand(settings, file, base)
     folder = sweep_folder(settings)
@@ -229,7 +232,10 @@ def _check_folders(sweep: Sweep, configs: Mapping[int, Config], problems: Proble
         if len(points) > 1:
             keys = {key for point in points for key in point.overrides}
             differing = [key for key in sorted(keys) if len({repr(each.overrides.get(key)) for each in points}) > 1]
-            fix = f"put {{{differing[0]}}} into point_name" if differing else "they are the same: remove all but one"
+            fix = "they are the same: remove all but one, or draw from more values"
+            if differing:  # in characters that folders' names do not get, where the name has the key already
+                new = [key for key in differing if sweep.settings.point_name and key not in sweep.settings.point_name]
+                fix = f"put {{{new[0]}}} into point_name" if new else "set a point_name in which they differ"
             error = ConfigError(f"the same run folder {folder}", file.where("point_name"), fix)
             for point in points:
                 problems.add(point, error)

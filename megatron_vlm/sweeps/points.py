@@ -165,11 +165,11 @@ def _name(
     else:
         try:
             name = _Template(_with_defaults(content)).format(sweep.point_name)
-        except (ValueError, LookupError) as error:
+        except (ValueError, LookupError, TypeError, OverflowError, MemoryError) as error:
             fix = "write {section.key} or {section.key:FORMAT}, such as lr{optimizer.lr:g}"
-            raise ConfigError(f"point_name {sweep.point_name!r} does not work: {error}", where, fix) from None
+            raise ConfigError(f"point_name {sweep.point_name!r} does not work: {str(error) or 'it is too long'}", where, fix) from None
     pieces = name.split("/")
-    if not all(pieces) or {".", ".."} & {*pieces}:
+    if not all(pieces) or {".", ".."} & {*pieces} or not name.isprintable():
         raise ConfigError(f"{name!r} is no name of a folder", where, "give another point_name")
     if max(len(piece.encode()) for piece in pieces) > _LONGEST_NAME:
         fix = "set point_name, such as lr{optimizer.lr:g}"

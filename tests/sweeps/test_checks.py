@@ -103,6 +103,14 @@ def test_files_that_points_name_are_there(files: Files, place: Any) -> None:
     assert line.startswith(f"point 1 (load=nope): no such folder [{files.folder}/nope]")
 
 
+def test_a_base_that_is_not_there(files: Files) -> None:
+    (line,) = refusal(files, base="elsewhere.yaml")
+    what = "base elsewhere.yaml does not exist [sweep.yaml:1]"
+    assert line == f"{what} -- paths are relative to where the command is started"
+    with pytest.raises(ConfigError, match="the sweep file does not exist"):
+        check_sweep_file("no.yaml")
+
+
 def test_layouts_are_checked_with_the_ranks_of_a_point(files: Files) -> None:
     grid = {"parallel.tensor_model_parallel_size": [1, 2, 4]}
     (line,) = refusal(files, grid=grid, resources={"nodes": 1, "processes_per_node": 2})
@@ -114,6 +122,8 @@ def test_points_that_meet_in_a_folder(files: Files) -> None:
     assert "points 0-1 (same, ...): the same run folder" in line and "put {optimizer.lr} into point_name" in line
     (line,) = refusal(files, grid=None, points=[{"train.seed": 5}, {"train.seed": 6}, {"train.seed": 5}])
     assert "points 0,2 (seed=5, ...): the same run folder" in line and "they are the same: remove all but one" in line
+    line = refusal(files, grid={"data.train": ["\u00e4.jsonl", "\u00f6.jsonl"]}, point_name="{data.train}")[1]
+    assert "the same run folder" in line and line.endswith("-- set a point_name in which they differ")
     (line,) = refusal(files, set={"checkpoint.export_hf": "out_hf"})
     assert "points 0-2 (lr=0.001, ...): the same checkpoint.export_hf" in line and "derived: {" in line
 
