@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_vlm import output
 from megatron_vlm.errors import EXIT_USER_ERROR, ConfigError, UserError
-from megatron_vlm.sweeps.manifest import Sweep, check_point_file, read_sweep, record_job, write_sweep
+from megatron_vlm.sweeps.manifest import Sweep, check_point_file, read_sweep, record_job
 from megatron_vlm.sweeps.status import STATES, PointStatus, count_states, point_status, status_of
 from megatron_vlm.sweeps.sweep_file import read_sweep_file, sweep_folder
 
@@ -123,7 +123,7 @@ def _make(path: str) -> Sweep:
     from megatron_vlm.sweeps.checks import check_sweep_file
 
     checked = check_sweep_file(path)
-    write_sweep(checked.sweep, path, {i: c for i, c in checked.configs.items() if i not in checked.kept})
+    checked.write()
     return checked.sweep
 
 

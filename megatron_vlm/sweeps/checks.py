@@ -16,7 +16,7 @@ from megatron_vlm.cli import config_from, with_paths
 from megatron_vlm.config import Config, changed_settings, to_dict
 from megatron_vlm.errors import ConfigError, UserError, combine
 from megatron_vlm.files.config_files import ConfigFile, read_config_file
-from megatron_vlm.sweeps.manifest import MANIFEST_NAME, Sweep, read_sweep
+from megatron_vlm.sweeps.manifest import Sweep, check_point_file, find_sweep, write_sweep
 from megatron_vlm.sweeps.points import Draft, Point, digest_of, expand
 from megatron_vlm.sweeps.sweep_file import Resources, read_sweep_file, sweep_folder
 
@@ -77,13 +77,23 @@ class CheckedSweep:
         sweep: what `make` is to write.
         configs: configurations by index.
         excluded: points that `exclude` left out.
-        kept: indices of points that were made before.
+        before: the sweep as it was made before, if it was.
     """
 
     sweep: Sweep
     configs: Mapping[int, Config]
     excluded: int
-    kept: frozenset[int]
+    before: Sweep | None
+
+    def write(self) -> None:
+        """Write its folder; points of a sweep that has begun stay as they are.
+
+        Raises:
+            CheckpointError: something cannot be written.
+        """
+        before = self.before
+        kept = {point.index for point in before.points} if before is not None and before.has_begun else ()
+        write_sweep(self.sweep, {index: self.configs[index] for index in self.configs if index not in kept}, before)
 
 
 def check_sweep_file(path: str) -> CheckedSweep:
@@ -94,6 +104,7 @@ def check_sweep_file(path: str) -> CheckedSweep:
 
     Raises:
         ConfigError: points are invalid, meet in a folder, or do not fit to what was made or begun before.
+        CheckpointError: the folder holds something else.
     """
     settings, file = read_sweep_file(path)
     if not os.path.exists(settings.base):
@@ -102,18 +113,17 @@ def check_sweep_file(path: str) -> CheckedSweep:
     base = read_config_file(settings.base)
     drafts, excluded = expand(settings, file, base)
     folder = sweep_folder(settings)
-    before = read_sweep(folder) if (folder / MANIFEST_NAME).is_file() else None
-    before = before if before is not None and before.has_begun else None
-    points, configs = _configs(drafts, before, file, base)
-    sweep = Sweep(folder, settings, points)
+    before = find_sweep(folder, path)
+    begun = before if before is not None and before.has_begun else None
+    points, configs = _configs(drafts, begun, file, base)
+    sweep = Sweep(folder, settings, points, os.path.realpath(path))
     problems = Problems()
     _check_folders(sweep, configs, problems, file)
-    if before is not None:
-        _check_kept(sweep, before, problems)
+    if begun is not None:
+        _check_kept(sweep, begun, problems)
     check_points(points, configs, settings.resources, problems)
     problems.raise_if_any()
-    kept = frozenset(point.index for point in before.points) if before is not None else frozenset()
-    return CheckedSweep(sweep, configs, excluded, kept)
+    return CheckedSweep(sweep, configs, excluded, before)
 
 
 def check_points(
@@ -256,6 +266,8 @@ def _check_kept(sweep: Sweep, before: Sweep, problems: Problems) -> None:
             problems.add(old, ConfigError("no longer in the sweep file, which has begun", str(before.folder), fix))
         elif new.digest != old.digest and not (new.run_dir / "config.yaml").is_file():  # which says what differs
             problems.add(old, ConfigError("not the same as when it was made", str(before.folder), fix))
+        else:
+            problems.attempt(old, functools.partial(check_point_file, before, old))
 
 
 def _check_belongs(point: Point, config: Config) -> None:

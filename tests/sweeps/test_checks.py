@@ -152,6 +152,40 @@ def test_a_sweep_that_has_not_begun_is_made_anew(files: Files) -> None:
     assert [path.name for path in (sweep.folder / "points").iterdir()] == ["0000.yaml"]
 
 
+def test_a_folder_of_something_else_is_left_alone(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = files.folder / "out"
+    mine = {folder / "sweep.yaml": "mine", folder / "points/mine.yaml": "mine too"}
+    (folder / "points").mkdir(parents=True)
+    for path, text in mine.items():
+        path.write_text(text)
+    files.write()
+    for command in ("check", "make", "run", "submit"):
+        assert tool.main([command, "sweep.yaml"]) == 2
+        assert "the sweep's folder is not empty, and holds no sweep" in capsys.readouterr().err
+    assert {path: path.read_text() for path in folder.rglob("*.yaml")} == mine
+
+
+def test_a_folder_of_another_sweep_is_left_alone(files: Files) -> None:
+    """Also before it has begun, when its own file may change all of it; a note among its points stays."""
+    sweep = files.make()
+    before = {path: path.read_bytes() for path in sweep.folder.rglob("*.*") if path.is_file()}
+    other = files.write("other.yaml", grid={"train.seed": [1]})
+    with pytest.raises(UserError, match=f"the folder holds the sweep of {files.folder}/sweep.yaml"):
+        check_sweep_file(other)
+    assert {path: path.read_bytes() for path in before} == before
+    (sweep.folder / "points/mine.yaml").touch()
+    files.make(grid={"train.seed": [1]})
+    assert {path.name for path in (sweep.folder / "points").iterdir()} == {"0000.yaml", "mine.yaml"}
+
+
+@pytest.mark.parametrize("lines", [0, 2])
+def test_a_manifest_that_was_cut(files: Files, lines: int) -> None:
+    path = files.make().folder / "manifest.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:lines]))
+    with pytest.raises(UserError, match=f"the manifest is damaged: it has {lines} of"):
+        read_sweep(path.parent)
+
+
 def test_a_sweep_that_has_begun_only_grows(files: Files) -> None:
     sweep = files.make()
     begin_attempt(sweep, sweep.points[0], {"id": "1"})
@@ -182,9 +216,11 @@ def test_a_point_that_was_edited_is_not_trained(files: Files, capsys: pytest.Cap
     sweep = files.make()
     path = sweep.config_path(sweep.points[1])
     path.write_text(path.read_text().replace("seed: 1234", "seed: 4321"))
-    assert tool.main(["run", "out"]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("ConfigError: point 1 (lr=0.002): the configuration of point 1 (lr=0.002) is not the one")
+    begin_attempt(sweep, sweep.points[0], {"id": "1"})
+    for arguments in (["run", "out"], ["retry", "out"], ["run", "sweep.yaml"], ["retry", "sweep.yaml"]):
+        assert tool.main(arguments) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("ConfigError: point 1 (lr=0.002): the configuration of point 1 (lr=0.002) is not the one")
     assert tool.main(["state", "out", "1"]) == 2 and tool.main(["state", "out", "0"]) == 0
     assert tool.main(["state", "out", "3"]) == 2
 
