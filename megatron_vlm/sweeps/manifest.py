@@ -8,6 +8,8 @@ FOLDER/runs/NAME/            its run folder
 FOLDER/logs/0003.out         output of all its starts
 FOLDER/attempts/0003.jsonl   begin and end of each start
 FOLDER/jobs.jsonl            Slurm jobs, with their points
+FOLDER/submitting.json       while points are submitted, and until it is known what became of it
+FOLDER/owner.json            likewise: who submits them
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ MANIFEST_NAME = "manifest.jsonl"
 SWEEP_NAME = "sweep.yaml"
 MADE_NAME = "made.json"
 JOBS_NAME = "jobs.jsonl"
+NOTE_NAME = "submitting.json"
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Sweep:
     @property
     def has_begun(self) -> bool:
         """Whether points were submitted or started."""
-        return (self.folder / JOBS_NAME).exists() or any((self.folder / "attempts").glob("*.jsonl"))
+        submitted = any((self.folder / name).exists() for name in (JOBS_NAME, NOTE_NAME))
+        return submitted or any((self.folder / "attempts").glob("*.jsonl"))
 
 
 def read_sweep(folder: Path) -> Sweep:
@@ -177,10 +181,27 @@ def end_attempt(sweep: Sweep, point: Point, attempt_id: str, exit_code: int) -> 
     _append(sweep.attempts_path(point), line)
 
 
-def record_job(sweep: Sweep, job: str, points: Iterable[Point]) -> None:
-    """Note a Slurm job and the points that it trains."""
-    line = {"job": job, "time": time.time(), "indices": [point.index for point in points]}
+def record_job(sweep: Sweep, job: str, indices: Iterable[int], user: int | None = None) -> None:
+    """Note a Slurm job, the points that it trains, and the number of the user who submitted it (None: this one)."""
+    line = {"job": job, "time": time.time(), "user": os.getuid() if user is None else user, "indices": [*indices]}
     _append(sweep.folder / JOBS_NAME, line)
+
+
+def recorded_jobs(sweep: Sweep) -> list[dict[str, Any]]:
+    """Return the Slurm jobs that were noted: job, user, and indices of each."""
+    lines = read_lines(sweep.folder / JOBS_NAME)
+    return [line for line in lines if isinstance(line.get("job"), str) and _names_points(line)]
+
+
+def noted_submission(sweep: Sweep) -> dict[str, Any] | None:
+    """Return the note of a submission of which the outcome is not known yet: mark, user, and indices."""
+    lines = read_lines(sweep.folder / NOTE_NAME)
+    return next((line for line in lines if isinstance(line.get("mark"), str) and _names_points(line)), None)
+
+
+def _names_points(line: Mapping[str, Any]) -> bool:
+    indices = line.get("indices")
+    return type(line.get("user")) is int and isinstance(indices, list) and all(type(index) is int for index in indices)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -15,6 +15,23 @@ from megatron_vlm.files.config_files import ConfigFile, read_config_file
 from megatron_vlm.sweeps.distributions import distribution_problem
 
 MOST_POINTS = 100_000
+# Options of sbatch that the sweep gives: long name -> short one, and where its value belongs.
+_SBATCH_OPTIONS = {
+    "array": ("a", "leave it out: the points and concurrency make it"),
+    "job-name": ("J", "set name"),
+    "output": ("o", "leave it out: outputs are in the sweep's folder, below logs"),
+    "chdir": ("D", "leave it out: jobs start in the checkout"),
+    "parsable": ("", "leave it out: the sweep gives it"),
+    "test-only": ("", "leave it out: check does the same"),
+    "wrap": ("", "leave it out: jobs run scripts/sweep.sbatch"),
+    "export": ("", "set resources.environment, which is added to yours"),
+    "nodes": ("N", "set resources.nodes"),
+    "gpus-per-node": ("", "set resources.gpus_per_node"),
+    "cpus-per-task": ("c", "set resources.cpus_per_node"),
+    "time": ("t", "set resources.time"),
+    "partition": ("p", "set resources.partition"),
+    "account": ("A", "set resources.account"),
+}
 
 
 @dataclass(frozen=True)
@@ -163,6 +180,7 @@ def _value_problems(sweep: SweepFile, file: ConfigFile) -> Iterator[ConfigError]
     ):
         if number is not None and number < 1:
             yield ConfigError(f"{name} is {number}", file.where(name), "give a number of at least 1")
+    yield from _option_problems(resources.sbatch_options, file.where("resources.sbatch_options"))
     if not sweep.points and not sweep.random.samples and not sweep.grid:
         yield ConfigError("the sweep has no points", file.path, "add grid, points, or random")
     if bool(sweep.random.samples) != bool(sweep.random.keys):
@@ -177,6 +195,20 @@ def _value_problems(sweep: SweepFile, file: ConfigFile) -> Iterator[ConfigError]
         problem = distribution_problem(described)
         if problem:
             yield ConfigError(f"random.keys.{key} {problem[0]}", file.where(f"random.keys.{key}"), problem[1])
+
+
+def _option_problems(options: Sequence[str], where: str) -> Iterator[ConfigError]:
+    """Check options of sbatch: those of the sweep would be overridden by them, also if they are shortened."""
+    for option in options:
+        name = option.partition("=")[0]
+        if not option.startswith("-"):
+            what = f"resources.sbatch_options has {option!r}, which sbatch would take for the script"
+            yield ConfigError(what, where, "write options with their values, such as --constraint=h200")
+        for long_name, (short, fix) in _SBATCH_OPTIONS.items():
+            is_long = name.startswith("--") and f"--{long_name}".startswith(name) and name != "--gpus"
+            if is_long or (short and option.startswith(f"-{short}")):
+                yield ConfigError(f"resources.sbatch_options has {option!r}, which the sweep sets", where, fix)
+                break
 
 
 def _key_problems(sweep: SweepFile, file: ConfigFile) -> Iterator[ConfigError]:

@@ -116,14 +116,17 @@ def test_a_start_that_left_nothing(sweep: Sweep, point: Point) -> None:
 
 def test_slurm_is_asked_for_our_jobs(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A squeue that prints what Slurm 22.05 prints; real ones answer in tests/slurm."""
-    lines = ["7|0|FAILED||NonZeroExitCode", "7|1|CANCELLED||None", "9|1|PENDING||Priority", "8|2|RUNNING|n2|None"]
+    lines = [
+        f"{row}|/s/sweep.sbatch /out python"
+        for row in ("7|0|FAILED||NonZeroExitCode", "7|1|CANCELLED||None", "9|1|PENDING||Priority", "8|2|RUNNING|n2|None")
+    ]
     command = tmp_path / "squeue"
     command.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
     command.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert slurm.find_tasks(sweep) == ({}, ""), "nothing was submitted"
-    record_job(sweep, "7", sweep.points)
-    record_job(sweep, "9", sweep.points[1:2])
+    record_job(sweep, "7", [0, 1, 2])
+    record_job(sweep, "9", [1])
     tasks, warning = slurm.find_tasks(sweep)
     assert warning == "" and set(tasks) == {0, 1}, "job 8 is another's"
     assert (tasks[0].state, tasks[1].name, tasks[1].state) == ("FAILED", "9_1", "PENDING")
