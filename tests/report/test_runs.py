@@ -81,3 +81,12 @@ def test_compare_the_same(runs: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert tool.main(["compare", str(runs / "a"), str(runs / "a")]) == 0
     out = capsys.readouterr().out
     assert "Settings that differ: nothing" in out and "Machines and versions that differ: nothing" in out
+
+
+def test_a_run_that_diverged(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It ended at a loss that is no number, which training writes as null."""
+    path = make_run(runs / "c", 1e-3, [5.0, 0.01, 0.0]) / "metrics.jsonl"
+    *rows, last = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in (*rows[:1], {**last, "step": 2, "loss": None})))
+    assert tool.main(["list", str(runs / "c")]) == 0
+    assert lines(capsys)[1][1:4] == ["diverged", "2/3", "nan"]
