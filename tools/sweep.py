@@ -20,6 +20,7 @@ import signal
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -28,6 +29,9 @@ from megatron_vlm.errors import EXIT_USER_ERROR, ConfigError, LaunchError, UserE
 from megatron_vlm.sweeps.manifest import Sweep, check_point_file, read_sweep
 from megatron_vlm.sweeps.status import STATES, PointStatus, count_states, point_status, status_of
 from megatron_vlm.sweeps.sweep_file import read_sweep_file, sweep_folder
+
+if TYPE_CHECKING:
+    from megatron_vlm.sweeps.checks import CheckedSweep
 
 EXIT_NOT_DONE = 1
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -52,6 +56,7 @@ def check(options: argparse.Namespace) -> int:
     from megatron_vlm.sweeps.checks import check_sweep_file
 
     checked = check_sweep_file(options.sweep)
+    _warn_of_idle(checked)
     sweep = checked.sweep
     said = "Slurm does not answer here: partition, account and nodes were not checked"
     if slurm.is_available():
@@ -125,8 +130,14 @@ def _make(path: str) -> Sweep:
     from megatron_vlm.sweeps.checks import check_sweep_file
 
     checked = check_sweep_file(path)
+    _warn_of_idle(checked)
     checked.write()
     return checked.sweep
+
+
+def _warn_of_idle(checked: CheckedSweep) -> None:
+    for expression in checked.idle_excludes:
+        print(f"warning: exclude {expression!r} leaves no point out", file=sys.stderr)
 
 
 def _made(path: str) -> Sweep:

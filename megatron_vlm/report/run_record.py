@@ -128,7 +128,9 @@ def divergence(run: RunRecord) -> str:
     """Return which loss of a run is not finite at its last step, in words; "" if none."""
     losses = {"loss": run.steps, "held-out loss": run.evaluations}
     return "; ".join(
-        f"its {name} is not finite at step {rows[-1]['step']}" for name, rows in losses.items() if unfinite_steps(rows[-1:])
+        f"its {name} is not finite at step {rows[-1]['step']}"
+        for name, rows in losses.items()
+        if unfinite_steps(rows[-1:])
     )
 
 

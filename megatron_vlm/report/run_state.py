@@ -16,9 +16,9 @@ class RunState:
     """The state of a run.
 
     Attributes:
-        word: running, finished, failed (refused with a message), stopped (on
-            request: a signal, `train.exit_interval`), killed (its process is gone, its folder was not given back), diverged
-            (its loss was not finite at the end), or ended (before its last step, without a message in its folder).
+        word: running, finished, failed (refused with a message), stopped (on request: a signal,
+            `train.exit_interval`), killed (its process is gone, its folder was not given back), diverged (its loss was
+            not finite at the end), or ended (before its last step, without a message in its folder).
         detail: more about it, "" if there is none.
     """
 

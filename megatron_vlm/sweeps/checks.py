@@ -77,12 +77,14 @@ class CheckedSweep:
         sweep: what `make` is to write.
         configs: configurations by index.
         excluded: points that `exclude` left out.
+        idle_excludes: expressions of `exclude` that leave none out.
         before: the sweep as it was made before, if it was.
     """
 
     sweep: Sweep
     configs: Mapping[int, Config]
     excluded: int
+    idle_excludes: Sequence[str]
     before: Sweep | None
 
     def write(self) -> None:
@@ -111,7 +113,7 @@ def check_sweep_file(path: str) -> CheckedSweep:
         what, fix = f"base {settings.base} does not exist", "paths are relative to where the command is started"
         raise ConfigError(what, file.where("base"), fix)
     base = read_config_file(settings.base)
-    drafts, excluded = expand(settings, file, base)
+    drafts, excluded, idle_excludes = expand(settings, file, base)
     folder = sweep_folder(settings)
     before = find_sweep(folder, path)
     begun = before if before is not None and before.has_begun else None
@@ -123,7 +125,7 @@ def check_sweep_file(path: str) -> CheckedSweep:
         _check_kept(sweep, begun, problems)
     check_points(points, configs, settings.resources, problems)
     problems.raise_if_any()
-    return CheckedSweep(sweep, configs, excluded, before)
+    return CheckedSweep(sweep, configs, excluded, idle_excludes, before)
 
 
 def check_points(

@@ -13,7 +13,16 @@ from megatron_vlm.report import page
 from megatron_vlm.report.page import Figure
 from megatron_vlm.sweeps.manifest import Sweep
 from megatron_vlm.sweeps.points import short_keys, value_text
-from megatron_vlm.sweeps.results import METRICS, Result, choose_metric, csv_text, is_ranked, ranked, read_result, varied_keys
+from megatron_vlm.sweeps.results import (
+    METRICS,
+    Result,
+    choose_metric,
+    csv_text,
+    is_ranked,
+    ranked,
+    read_result,
+    varied_keys,
+)
 from megatron_vlm.sweeps.status import PointStatus, count_states
 
 if TYPE_CHECKING:

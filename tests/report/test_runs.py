@@ -11,6 +11,7 @@ import yaml
 
 from megatron_vlm.checkpoint.run_folder import step_folder
 from megatron_vlm.checkpoint.run_owner import OWNER_NAME, describe_process
+from megatron_vlm.report.run_report import write_report
 from tools import runs as tool
 
 
@@ -90,3 +91,6 @@ def test_a_run_that_diverged(runs: Path, capsys: pytest.CaptureFixture[str]) -> 
     path.write_text("".join(json.dumps(row) + "\n" for row in (*rows[:1], {**last, "step": 2, "loss": None})))
     assert tool.main(["list", str(runs / "c")]) == 0
     assert lines(capsys)[1][1:4] == ["diverged", "2/3", "nan"]
+    page = write_report(runs / "c").read_text()
+    assert "Diverged after 2 of 3 steps. Beware: its loss is not finite at step 2." in page
+    assert '<div class="value">not finite</div>' in page

@@ -103,6 +103,13 @@ def test_files_that_points_name_are_there(files: Files, place: Any) -> None:
     assert line.startswith(f"point 1 (load=nope): no such folder [{files.folder}/nope]")
 
 
+def test_an_exclusion_of_nothing_is_mentioned(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    files.write(exclude=["optimizer.lr > 2e-3", "train.seed == 7"])
+    for command in ("check", "make"):
+        assert tool.main([command, "sweep.yaml"]) == 0
+        assert capsys.readouterr().err == "warning: exclude 'train.seed == 7' leaves no point out\n"
+
+
 def test_a_base_that_is_not_there(files: Files) -> None:
     (line,) = refusal(files, base="elsewhere.yaml")
     what = "base elsewhere.yaml does not exist [sweep.yaml:1]"
@@ -220,7 +227,9 @@ def test_a_point_that_was_edited_is_not_trained(files: Files, capsys: pytest.Cap
     for arguments in (["run", "out"], ["retry", "out"], ["run", "sweep.yaml"], ["retry", "sweep.yaml"]):
         assert tool.main(arguments) == 2
         said = capsys.readouterr().err
-        assert said.startswith("ConfigError: point 1 (lr=0.002): the configuration of point 1 (lr=0.002) is not the one")
+        assert said.startswith(
+            "ConfigError: point 1 (lr=0.002): the configuration of point 1 (lr=0.002) is not the one"
+        )
     assert tool.main(["state", "out", "1"]) == 2 and tool.main(["state", "out", "0"]) == 0
     assert tool.main(["state", "out", "3"]) == 2
 

@@ -165,7 +165,12 @@ def test_slurm_is_asked_for_our_jobs(sweep: Sweep, tmp_path: Path, monkeypatch: 
     """A squeue that prints what Slurm 22.05 prints; real ones answer in tests/slurm."""
     lines = [
         f"{row}|/s/sweep.sbatch /out python"
-        for row in ("7|0|FAILED||NonZeroExitCode", "7|1|CANCELLED||None", "9|1|PENDING||Priority", "8|2|RUNNING|n2|None")
+        for row in (
+            "7|0|FAILED||NonZeroExitCode",
+            "7|1|CANCELLED||None",
+            "9|1|PENDING||Priority",
+            "8|2|RUNNING|n2|None",
+        )
     ]
     command = tmp_path / "squeue"
     command.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))

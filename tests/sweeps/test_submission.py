@@ -115,9 +115,7 @@ def test_sbatch_that_cannot_tell(
     assert ("Slurm has it as job 1" in capsys.readouterr().out) == taken
 
 
-def test_an_interruption_while_sbatch_runs(
-    sweep: Sweep, fake: FakeSlurm, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_interruption_while_sbatch_runs(sweep: Sweep, fake: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
     """Ctrl-C after the controller has taken the job, before its number is known."""
     fake.sbatch(after="exec sleep 60")
 
