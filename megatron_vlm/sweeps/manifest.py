@@ -147,7 +147,7 @@ def write_sweep(sweep: Sweep, configs: Mapping[int, Config], before: Sweep | Non
         kept = {point.index for point in sweep.points}
         for point in before.points if before is not None else ():
             if point.index not in kept:
-                before.config_path(point).unlink(missing_ok=True)
+                sweep.config_path(point).unlink(missing_ok=True)  # the same folder
     except OSError as error:
         what = f"the sweep cannot be written: {error.strerror or error}"
         raise CheckpointError(what, str(sweep.folder), "give another folder, or make room") from None

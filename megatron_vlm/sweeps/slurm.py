@@ -175,7 +175,7 @@ def ask_queue(users: Iterable[int]) -> tuple[list[QueueRow], str]:
     if done.returncode:
         return [], f"squeue failed: {_words(done.stderr)}"
     lines = [line.strip().split("|", 5) for line in done.stdout.splitlines() if line.count("|") >= 5]
-    return [QueueRow(*fields, command.rpartition(" ")[2]) for *fields, command in lines], ""
+    return [QueueRow(*line[:5], line[5].rpartition(" ")[2]) for line in lines], ""
 
 
 def find_tasks(sweep: Sweep) -> tuple[dict[int, Task], str]:

@@ -49,7 +49,7 @@ def folder(cluster: Cluster, place: Place, tmp_path: Path, monkeypatch: pytest.M
     return tmp_path
 
 
-def write_sweep_file(folder: Path, **content: object) -> None:
+def write_sweep_file(folder: Path, /, **content: object) -> None:
     """Two points at a time, each alone on its node."""
     resources = {
         "processes_per_node": 1,
