@@ -238,7 +238,10 @@ def words_for(kind: Any) -> str:
     if origin is tuple:
         return f"a list of {len(arguments)} numbers"
     if origin is dict:
-        return "a mapping such as {vision_tower: 0.1}"
+        if typing.get_origin(arguments[1]) is list:
+            return "a mapping of keys to lists, such as {optimizer.lr: [1.0e-4, 3.0e-4]}"
+        examples = {float: "{vision_tower: 0.1}", str: "{NAME: '5'}, with text in quotes"}
+        return f"a mapping such as {examples.get(arguments[1], '{optimizer.lr: 1.0e-4}')}"
     if dataclasses.is_dataclass(kind):
         return "a section of keys"
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}

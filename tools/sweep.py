@@ -16,19 +16,25 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_vlm import output
-from megatron_vlm.errors import EXIT_USER_ERROR, ConfigError, UserError
-from megatron_vlm.sweeps.manifest import Sweep, check_point_file, read_sweep, record_job, write_sweep
+from megatron_vlm.errors import EXIT_USER_ERROR, ConfigError, LaunchError, UserError
+from megatron_vlm.sweeps.manifest import Sweep, check_point_file, read_sweep
 from megatron_vlm.sweeps.status import STATES, PointStatus, count_states, point_status, status_of
 from megatron_vlm.sweeps.sweep_file import read_sweep_file, sweep_folder
 
+if TYPE_CHECKING:
+    from megatron_vlm.sweeps.checks import CheckedSweep
+
 EXIT_NOT_DONE = 1
+EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def check(options: argparse.Namespace) -> int:
@@ -47,6 +56,7 @@ def check(options: argparse.Namespace) -> int:
     from megatron_vlm.sweeps.checks import check_sweep_file
 
     checked = check_sweep_file(options.sweep)
+    _warn_of_idle(checked)
     sweep = checked.sweep
     said = "Slurm does not answer here: partition, account and nodes were not checked"
     if slurm.is_available():
@@ -68,21 +78,18 @@ def make(options: argparse.Namespace) -> int:
 
 def submit(options: argparse.Namespace) -> int:
     """Submit the points that have not begun."""
-    sweep = _made(options.sweep)
-    return _submit(sweep, [status for status in _statuses(sweep) if status.state == "pending"])
+    return _submit(_made(options.sweep), ("pending",))
 
 
 def run(options: argparse.Namespace) -> int:
     """Train, here, the points that are not done and have not failed."""
-    sweep = _made(options.sweep)
-    return _run(sweep, [status for status in _statuses(sweep) if status.state in ("pending", "stopped")], options)
+    return _run(_made(options.sweep), ("pending", "stopped"), options)
 
 
 def retry(options: argparse.Namespace) -> int:
     """Submit, or train here, the points that failed, were stopped, or are missing."""
-    sweep = _made(options.sweep)
-    chosen = [status for status in _statuses(sweep) if status.state in ("pending", "stopped", "failed")]
-    return _run(sweep, chosen, options) if options.here else _submit(sweep, chosen)
+    sweep, states = _made(options.sweep), ("pending", "stopped", "failed")
+    return _run(sweep, states, options) if options.here else _submit(sweep, states)
 
 
 def status(options: argparse.Namespace) -> int:
@@ -123,8 +130,14 @@ def _make(path: str) -> Sweep:
     from megatron_vlm.sweeps.checks import check_sweep_file
 
     checked = check_sweep_file(path)
-    write_sweep(checked.sweep, path, {i: c for i, c in checked.configs.items() if i not in checked.kept})
+    _warn_of_idle(checked)
+    checked.write()
     return checked.sweep
+
+
+def _warn_of_idle(checked: CheckedSweep) -> None:
+    for expression in checked.idle_excludes:
+        print(f"warning: exclude {expression!r} leaves no point out", file=sys.stderr)
 
 
 def _made(path: str) -> Sweep:
@@ -156,27 +169,33 @@ def _statuses(sweep: Sweep) -> list[PointStatus]:
     return statuses
 
 
-def _submit(sweep: Sweep, chosen: Sequence[PointStatus]) -> int:
-    from megatron_vlm.sweeps import slurm
+def _submit(sweep: Sweep, states: Collection[str]) -> int:
+    from megatron_vlm.sweeps.slurm import index_ranges
+    from megatron_vlm.sweeps.submission import sole_submission, submit_once
 
-    points = [each.point for each in chosen if not each.has_job]
-    if not points:
-        print("nothing to submit")
-        return 0
-    slurm.check_with_slurm(sweep, points)
-    job = slurm.submit(sweep, points)
-    record_job(sweep, job, points)
-    print(f"submitted job {job}: points {slurm.index_ranges(point.index for point in points)}")
+    with sole_submission(sweep):
+        statuses, problem = status_of(sweep)
+        if problem:
+            what = f"Slurm does not say which points it has already: {problem}"
+            raise LaunchError(what, str(sweep.folder), "submit again when it answers")
+        points = [each.point for each in statuses if each.state in states and not each.has_job]
+        if not points:
+            print("nothing to submit")
+            return 0
+        job = submit_once(sweep, points)
+    print(f"submitted job {job}: points {index_ranges(point.index for point in points)}")
     return 0
 
 
-def _run(sweep: Sweep, chosen: Sequence[PointStatus], options: argparse.Namespace) -> int:
+def _run(sweep: Sweep, states: Collection[str], options: argparse.Namespace) -> int:
     from megatron_vlm.sweeps.local_run import LocalRunner
 
     runner = LocalRunner(sweep, options.at_once, lambda line: print(line, flush=True))
-    done = runner.run([each.point for each in chosen if not each.has_job])
+    done = runner.run([each.point for each in _statuses(sweep) if each.state in states and not each.has_job])
     statuses = _statuses(sweep)
     print(count_states(statuses))
+    if any(each.state == "failed" for each in statuses):
+        print("what failed trains again with: retry --here")
     return 0 if done and all(each.state == "done" for each in statuses) else EXIT_NOT_DONE
 
 

@@ -77,7 +77,7 @@ def build_index(path: str, progress: Progress | None = None) -> JsonlIndex:
     Raises:
         DataError: the file is missing, unreadable, of another format, or has no rows.
     """
-    _refuse_what_is_no_file(path)
+    refuse_what_is_no_file(path)
     try:
         with open(path, "rb") as file:
             start = file.read(SNIFFED_BYTES)
@@ -94,7 +94,12 @@ def build_index(path: str, progress: Progress | None = None) -> JsonlIndex:
     return _check_suspects(index, np.flatnonzero(first_bytes != ord("{")))
 
 
-def _refuse_what_is_no_file(path: str) -> None:
+def refuse_what_is_no_file(path: str) -> None:
+    """Make sure that a data file is there; it is not opened.
+
+    Raises:
+        DataError: it is missing, a directory, or no regular file.
+    """
     if os.path.isdir(path):
         names = set(os.listdir(path))
         if {"dataset_info.json", "dataset_dict.json", "state.json"} & names:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_vlm.data.index import JsonlRows
+from megatron_vlm.data.index import JsonlRows, refuse_what_is_no_file
 from megatron_vlm.data.index_cache import find_or_build_index
 from megatron_vlm.errors import DataError
 from megatron_vlm.progress import Progress
@@ -27,6 +27,16 @@ def expand(path: str) -> list[str]:
     if not found:
         raise DataError(f"no file matches {path}", fix="give the path of a JSONL file, or a pattern that matches some")
     return found
+
+
+def check_source(path: str) -> None:
+    """Make sure that every file of a source is there; none is opened.
+
+    Raises:
+        DataError: no file matches, or one is missing or no regular file.
+    """
+    for file in expand(path):
+        refuse_what_is_no_file(file)
 
 
 class SourceRows:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_vlm.errors import CheckpointError
-from megatron_vlm.report.run_record import Record, RunRecord, number, read_run, recent, series
+from megatron_vlm.report.run_record import Record, RunRecord, number, read_run, recent, series, unfinite_steps
 from megatron_vlm.report.run_state import state_of
 
 RUN_FILES = ("config.yaml", "metrics.jsonl")
@@ -144,6 +145,8 @@ def _figure(value: float | None) -> str:
 
 
 def _last(rows: Sequence[Record], key: str) -> float | None:
+    if unfinite_steps(rows[-1:], key):
+        return math.nan
     return next((value for _, value in reversed(series(rows, key))), None)
 
 

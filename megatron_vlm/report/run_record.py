@@ -119,6 +119,21 @@ def series(rows: Sequence[Record], key: str, factor: float = 1.0) -> list[tuple[
     return [(row["step"], value * factor) for row in rows if (value := number(row, key)) is not None]
 
 
+def unfinite_steps(rows: Sequence[Record], key: str = "loss") -> list[int]:
+    """Return the steps whose number was not finite; training writes null in its place."""
+    return [row["step"] for row in rows if key in row and number(row, key) is None]
+
+
+def divergence(run: RunRecord) -> str:
+    """Return which loss of a run is not finite at its last step, in words; "" if none."""
+    losses = {"loss": run.steps, "held-out loss": run.evaluations}
+    return "; ".join(
+        f"its {name} is not finite at step {rows[-1]['step']}"
+        for name, rows in losses.items()
+        if unfinite_steps(rows[-1:])
+    )
+
+
 def recent(rows: Sequence[Record], key: str) -> float | None:
     """Return the median over the last rows; one slow step does not count."""
     values = [value for row in rows[-_RECENT_ROWS:] if (value := number(row, key)) is not None]

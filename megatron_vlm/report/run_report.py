@@ -18,7 +18,17 @@ from megatron_vlm.files.small_files import replace_durably
 from megatron_vlm.report import page
 from megatron_vlm.report.chart import line_chart
 from megatron_vlm.report.page import Figure, Rows, Sample
-from megatron_vlm.report.run_record import Record, RunRecord, number, read_run, recent, section, series
+from megatron_vlm.report.run_record import (
+    Record,
+    RunRecord,
+    divergence,
+    number,
+    read_run,
+    recent,
+    section,
+    series,
+    unfinite_steps,
+)
 from megatron_vlm.report.run_state import state_of
 
 REPORT_NAME = "report.html"
@@ -123,8 +133,11 @@ def _status(run: RunRecord) -> str:
         "failed": f"Failed after {done}: {state.detail}",
         "stopped": f"Stopped after {done} ({state.detail}).",
         "killed": f"Killed after {done} ({state.detail}).",
+        "diverged": f"Diverged after {done}.",
         "ended": f"Ended after {done}.",
     }[state.word]
+    if diverged := divergence(run):
+        text += f" Beware: {diverged}."
     if run.exported:
         text += f" Exported to {run.exported.get('directory')}."
     return text
@@ -141,11 +154,13 @@ def _figures(run: RunRecord) -> list[Figure]:
     figures = []
     losses = series(run.steps, "loss")
     if losses:
-        figures.append(Figure("Loss", f"{losses[-1][1]:.4g}", f"{losses[0][1]:.4g} at step {losses[0][0]:,}"))
+        last = "not finite" if unfinite_steps(run.steps[-1:]) else f"{losses[-1][1]:.4g}"
+        figures.append(Figure("Loss", last, f"{losses[0][1]:.4g} at step {losses[0][0]:,}"))
     heldout = series(run.evaluations, "loss")
     if heldout:
         step, best = min(heldout, key=lambda point: point[1])
-        figures.append(Figure("Held-out loss", f"{heldout[-1][1]:.4g}", f"best {best:.4g} after step {step:,}"))
+        last = "not finite" if unfinite_steps(run.evaluations[-1:]) else f"{heldout[-1][1]:.4g}"
+        figures.append(Figure("Held-out loss", last, f"best {best:.4g} after step {step:,}"))
     tokens = sum(number(row, "tokens") or 0 for row in run.steps)
     if tokens:
         epoch = number(run.steps[-1], "epoch")

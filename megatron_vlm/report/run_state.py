@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_vlm.checkpoint.run_owner import find_owner
-from megatron_vlm.report.run_record import RunRecord
+from megatron_vlm.report.run_record import RunRecord, divergence
 
-State = Literal["running", "finished", "failed", "stopped", "killed", "ended"]
+State = Literal["running", "finished", "failed", "stopped", "killed", "diverged", "ended"]
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,9 @@ class RunState:
     """The state of a run.
 
     Attributes:
-        word: running, finished, failed (refused with a message), stopped (on
-            request: a signal, `train.exit_interval`), killed (its process is gone, its folder was not given back), or
-            ended (before its last step, without a message in its folder).
+        word: running, finished, failed (refused with a message), stopped (on request: a signal,
+            `train.exit_interval`), killed (its process is gone, its folder was not given back), diverged (its loss was
+            not finite at the end), or ended (before its last step, without a message in its folder).
         detail: more about it, "" if there is none.
     """
 
@@ -41,4 +41,5 @@ def state_of(run: RunRecord) -> RunState:
         return RunState("stopped", str(run.stopped.get("reason", "no reason given")))
     if owner is not None:
         return RunState("killed", f"{owner.name} is gone")
-    return RunState("ended")
+    diverged = divergence(run)
+    return RunState("diverged", diverged) if diverged else RunState("ended")

@@ -16,7 +16,7 @@ from megatron_vlm.cli import config_from, with_paths
 from megatron_vlm.config import Config, changed_settings, to_dict
 from megatron_vlm.errors import ConfigError, UserError, combine
 from megatron_vlm.files.config_files import ConfigFile, read_config_file
-from megatron_vlm.sweeps.manifest import MANIFEST_NAME, Sweep, read_sweep
+from megatron_vlm.sweeps.manifest import Sweep, check_point_file, find_sweep, write_sweep
 from megatron_vlm.sweeps.points import Draft, Point, digest_of, expand
 from megatron_vlm.sweeps.sweep_file import Resources, read_sweep_file, sweep_folder
 
@@ -77,13 +77,25 @@ class CheckedSweep:
         sweep: what `make` is to write.
         configs: configurations by index.
         excluded: points that `exclude` left out.
-        kept: indices of points that were made before.
+        idle_excludes: expressions of `exclude` that leave none out.
+        before: the sweep as it was made before, if it was.
     """
 
     sweep: Sweep
     configs: Mapping[int, Config]
     excluded: int
-    kept: frozenset[int]
+    idle_excludes: Sequence[str]
+    before: Sweep | None
+
+    def write(self) -> None:
+        """Write its folder; points of a sweep that has begun stay as they are.
+
+        Raises:
+            CheckpointError: something cannot be written.
+        """
+        before = self.before
+        kept = {point.index for point in before.points} if before is not None and before.has_begun else ()
+        write_sweep(self.sweep, {index: self.configs[index] for index in self.configs if index not in kept}, before)
 
 
 def check_sweep_file(path: str) -> CheckedSweep:
@@ -94,23 +106,26 @@ def check_sweep_file(path: str) -> CheckedSweep:
 
     Raises:
         ConfigError: points are invalid, meet in a folder, or do not fit to what was made or begun before.
+        CheckpointError: the folder holds something else.
     """
     settings, file = read_sweep_file(path)
+    if not os.path.exists(settings.base):
+        what, fix = f"base {settings.base} does not exist", "paths are relative to where the command is started"
+        raise ConfigError(what, file.where("base"), fix)
     base = read_config_file(settings.base)
-    drafts, excluded = expand(settings, file, base)
+    drafts, excluded, idle_excludes = expand(settings, file, base)
     folder = sweep_folder(settings)
-    before = read_sweep(folder) if (folder / MANIFEST_NAME).is_file() else None
-    before = before if before is not None and before.has_begun else None
-    points, configs = _configs(drafts, before, file, base)
-    sweep = Sweep(folder, settings, points)
+    before = find_sweep(folder, path)
+    begun = before if before is not None and before.has_begun else None
+    points, configs = _configs(drafts, begun, file, base)
+    sweep = Sweep(folder, settings, points, os.path.realpath(path))
     problems = Problems()
     _check_folders(sweep, configs, problems, file)
-    if before is not None:
-        _check_kept(sweep, before, problems)
+    if begun is not None:
+        _check_kept(sweep, begun, problems)
     check_points(points, configs, settings.resources, problems)
     problems.raise_if_any()
-    kept = frozenset(point.index for point in before.points) if before is not None else frozenset()
-    return CheckedSweep(sweep, configs, excluded, kept)
+    return CheckedSweep(sweep, configs, excluded, idle_excludes, before)
 
 
 def check_points(
@@ -124,7 +139,8 @@ def check_points(
         resources: what a point runs on.
         problems: receives what is wrong.
     """
-    from megatron_vlm.data.source_rows import expand as expand_pattern
+    from megatron_vlm.checkpoint.run_folder import CHECKPOINTS_NAME, find_checkpoint, newest_complete
+    from megatron_vlm.data.source_rows import check_source
     from megatron_vlm.families import registry
     from megatron_vlm.planning.preflight import check_export, check_layout, check_run_dir
 
@@ -141,16 +157,40 @@ def check_points(
         model_config, names, buffers = model_of(model.hf_path, model.text_only, model.image_mask)
         check_layout(config, model_config, resources.world_size, names, buffers)
 
-    find_data = functools.cache(expand_pattern)
+    def check_load(config: Config) -> None:
+        load = config.checkpoint.load
+        if load is not None and newest_complete(Path(config.run_dir) / CHECKPOINTS_NAME)[0] is None:
+            find_weights(load)  # of a first start; a later one resumes
+
+    find_data, find_weights = _once(check_source), _once(find_checkpoint)
     for point in points:
         config, owner = configs[point.index], find_owner(point.run_dir)
         if owner is not None and owner.lives:
             continue  # it was checked when it started, and may be exporting now
-        for check in (check_model, check_run_dir, check_export):
+        for check in (check_model, check_run_dir, check_export, check_load):
             problems.attempt(point, functools.partial(check, config))
         for source in (*config.data.train, *config.data.valid):
             problems.attempt(point, functools.partial(find_data, source.path))
         problems.attempt(point, functools.partial(_check_belongs, point, config))
+
+
+def _once(check: Callable[[str], object]) -> Callable[[str], None]:
+    """Return a check of a path that looks once, however many points name the path, and answers all the same."""
+
+    @functools.cache
+    def error_of(path: str) -> UserError | None:
+        try:
+            check(path)
+        except UserError as error:
+            return error
+        return None
+
+    def checked(path: str) -> None:
+        error = error_of(path)
+        if error is not None:
+            raise error
+
+    return checked
 
 
 def _configs(
@@ -204,7 +244,10 @@ def _check_folders(sweep: Sweep, configs: Mapping[int, Config], problems: Proble
         if len(points) > 1:
             keys = {key for point in points for key in point.overrides}
             differing = [key for key in sorted(keys) if len({repr(each.overrides.get(key)) for each in points}) > 1]
-            fix = f"put {{{differing[0]}}} into point_name" if differing else "they are the same: remove all but one"
+            fix = "they are the same: remove all but one, or draw from more values"
+            if differing:  # in characters that folders' names do not get, where the name has the key already
+                new = [key for key in differing if sweep.settings.point_name and key not in sweep.settings.point_name]
+                fix = f"put {{{new[0]}}} into point_name" if new else "set a point_name in which they differ"
             error = ConfigError(f"the same run folder {folder}", file.where("point_name"), fix)
             for point in points:
                 problems.add(point, error)
@@ -225,6 +268,8 @@ def _check_kept(sweep: Sweep, before: Sweep, problems: Problems) -> None:
             problems.add(old, ConfigError("no longer in the sweep file, which has begun", str(before.folder), fix))
         elif new.digest != old.digest and not (new.run_dir / "config.yaml").is_file():  # which says what differs
             problems.add(old, ConfigError("not the same as when it was made", str(before.folder), fix))
+        else:
+            problems.attempt(old, functools.partial(check_point_file, before, old))
 
 
 def _check_belongs(point: Point, config: Config) -> None:

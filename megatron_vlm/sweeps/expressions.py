@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,8 @@ from megatron_vlm.config_keys import nearest_key, valid_keys
 from megatron_vlm.errors import ConfigError
 
 FUNCTIONS = {"abs": abs, "float": float, "int": int, "max": max, "min": min, "round": round, "str": str}
+_CONSTANTS = {"null": None, "true": True, "false": False}  # as YAML writes them; Python's words are known too
+_ASSIGNMENT = re.compile(r"(?<![=!<>])=(?!=)")
 _SIGNIFICANT_DIGITS = 12  # of results, so that 3e-4 / 10 is 3e-05
 
 
@@ -34,9 +37,10 @@ def evaluate(expression: str, content: Mapping[str, Any], where: str) -> Any:
     import simpleeval
 
     sections, names_of_keys = _names()
-    names = {key: _Section(**value) if key in sections else value for key, value in content.items()}
+    names = {key: _Section(**value) if key in sections else value for key, value in content.items()} | _CONSTANTS
     evaluator = simpleeval.SimpleEval(functions=FUNCTIONS, names=names, allowed_attrs={_Section: names_of_keys})
     try:
+        ast.parse(expression.strip(), mode="eval")  # simpleeval would take statements too, such as A = B
         value = evaluator.eval(expression)
     except (simpleeval.InvalidExpression, SyntaxError) as error:
         raise _readable(expression, error, where) from None
@@ -62,7 +66,9 @@ def _names() -> tuple[set[str], set[str]]:
 
 def _readable(expression: str, error: Exception, where: str) -> ConfigError:
     """Describe why an expression was refused, with the key that may be meant."""
-    keys = valid_keys()
+    keys = {**valid_keys(), **_CONSTANTS}
+    if isinstance(error, SyntaxError) and _ASSIGNMENT.search(expression):
+        return ConfigError(f"{expression!r} has =, which compares nothing", where, "did you mean ==?")
     for name in _dotted_names(expression):
         if name not in keys:
             nearest = nearest_key(name, keys)

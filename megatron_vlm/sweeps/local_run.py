@@ -24,6 +24,8 @@ from megatron_vlm.sweeps.status import START_MARK, point_status
 
 _POLL_SECONDS = 0.2
 _ENTRY = Path(__file__).resolve().parents[2] / "pretrain_vlm.py"
+_JOB_SETTINGS = ("PYTHON", "RANKS_PER_NODE", "SRUN_OPTIONS", "RUN_IN", "TORCHRUN_OPTIONS", "MAX_CRASHES")
+"""What only scripts/job.sh reads."""
 Command = Callable[[Sweep, Point], list[str]]
 
 
@@ -76,7 +78,10 @@ class LocalRunner:
             where = f"resources.nodes is {resources.nodes}"
             raise LaunchError("this machine alone cannot train points of several nodes", where, "submit the sweep")
         self.sweep, self.at_once, self.say, self.command = sweep, at_once, say, command
-        self.devices = devices_of_slots(at_once, resources.gpus_per_node, os.environ)
+        self.devices = devices_of_slots(at_once, resources.gpus_per_node, os.environ | resources.environment)
+        of_jobs = [name for name in resources.environment if name in _JOB_SETTINGS]
+        if of_jobs:
+            say(f"not used here, as settings of Slurm jobs: resources.environment {', '.join(of_jobs)}")
         self.running: list[_Started] = []
         self.signals = 0
 
@@ -84,9 +89,12 @@ class LocalRunner:
         """Train the points; returns whether all of them are done.
 
         SIGINT or SIGTERM stops: points that train save and end, and no further one starts. A second one ends at once.
+        So does SIGHUP, of a terminal that is closed, unless nohup has it ignored.
         """
         waiting = list(points)
-        previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        heard = [signal.SIGINT, signal.SIGTERM]
+        heard += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
+        previous = {number: signal.signal(number, self._note) for number in heard}
         try:
             while self.running or (waiting and not self.signals):
                 while waiting and len(self.running) < self.at_once and not self.signals:
@@ -113,7 +121,8 @@ class LocalRunner:
         log = path.open("ab")
         log.write(f"{START_MARK} {point.index} ({point.name}), {time.strftime('%F %T%z')}\n".encode())
         log.flush()
-        environment = {**os.environ, **self.devices[slot], "PYTHONUNBUFFERED": "1"}
+        own = self.sweep.settings.resources.environment
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **own, **self.devices[slot]}
         ranks = self.at_once * self.sweep.settings.resources.ranks_per_node
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
         # A group of its own, so that Ctrl-C reaches it once: through _pass_on.

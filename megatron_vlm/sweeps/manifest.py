@@ -1,12 +1,15 @@
 """The folder of a sweep: what `make` writes, and what its points leave there.
 
 FOLDER/sweep.yaml            the sweep file as it was made, for the resources
-FOLDER/manifest.jsonl        one object per point: index, name, overrides, run_dir, digest
+FOLDER/made.json             path of the sweep file
+FOLDER/manifest.jsonl        one object per point: index, of (how many), name, overrides, run_dir, digest
 FOLDER/points/0003.yaml      resolved configuration of point 3, which its job trains
 FOLDER/runs/NAME/            its run folder
 FOLDER/logs/0003.out         output of all its starts
 FOLDER/attempts/0003.jsonl   begin and end of each start
 FOLDER/jobs.jsonl            Slurm jobs, with their points
+FOLDER/submitting.json       while points are submitted, and until it is known what became of it
+FOLDER/owner.json            likewise: who submits them
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ from megatron_vlm.sweeps.sweep_file import SweepFile, read_sweep_file
 
 MANIFEST_NAME = "manifest.jsonl"
 SWEEP_NAME = "sweep.yaml"
+MADE_NAME = "made.json"
 JOBS_NAME = "jobs.jsonl"
+NOTE_NAME = "submitting.json"
 
 
 @dataclass(frozen=True)
@@ -39,11 +44,13 @@ class Sweep:
         folder: its folder, absolute.
         settings: contents of its file.
         points: in the order of their indices.
+        made_from: path of its file, absolute.
     """
 
     folder: Path
     settings: SweepFile
     points: Sequence[Point]
+    made_from: str
 
     @property
     def name(self) -> str:
@@ -65,7 +72,8 @@ class Sweep:
     @property
     def has_begun(self) -> bool:
         """Whether points were submitted or started."""
-        return (self.folder / JOBS_NAME).exists() or any((self.folder / "attempts").glob("*.jsonl"))
+        submitted = any((self.folder / name).exists() for name in (JOBS_NAME, NOTE_NAME))
+        return submitted or any((self.folder / "attempts").glob("*.jsonl"))
 
 
 def read_sweep(folder: Path) -> Sweep:
@@ -81,21 +89,46 @@ def read_sweep(folder: Path) -> Sweep:
         raise CheckpointError(f"no sweep: there is no {MANIFEST_NAME}", str(folder), fix)
     settings, _ = read_sweep_file(str(folder / SWEEP_NAME))
     try:
-        lines = map(json.loads, read_small(path).splitlines())
+        made = json.loads(read_small(folder / MADE_NAME))
+        lines = [*map(json.loads, read_small(path).splitlines())]
+        counts = {line.pop("of") for line in lines}
+        if counts != {len(lines)}:  # cut at the end of a line
+            raise ValueError(f"it has {len(lines)} of {max(counts, default='its')} points")
         points = [Point(**{**line, "run_dir": Path(line["run_dir"])}) for line in lines]
-    except (ValueError, TypeError, LookupError) as error:
+        return Sweep(folder.absolute(), settings, points, str(made["sweep_file"]))
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         fix = "make it again in another folder"
         raise CheckpointError(f"the manifest is damaged: {error}", str(path), fix) from None
-    return Sweep(folder.absolute(), settings, points)
 
 
-def write_sweep(sweep: Sweep, sweep_file: str, configs: Mapping[int, Config]) -> None:
+def find_sweep(folder: Path, sweep_file: str) -> Sweep | None:
+    """Return the sweep that was made in a folder before; None if the folder is empty or not there.
+
+    Args:
+        folder: of the sweep.
+        sweep_file: what is to be made there.
+
+    Raises:
+        CheckpointError: the folder holds something else: files of another kind, or another sweep.
+    """
+    fix = "give another folder, or move this one away"
+    if not os.path.lexists(folder / MANIFEST_NAME):
+        if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+            raise CheckpointError("the sweep's folder is not empty, and holds no sweep", str(folder), fix)
+        return None
+    before = read_sweep(folder)
+    if before.made_from != os.path.realpath(sweep_file):
+        raise CheckpointError(f"the folder holds the sweep of {before.made_from}", str(folder), fix)
+    return before
+
+
+def write_sweep(sweep: Sweep, configs: Mapping[int, Config], before: Sweep | None = None) -> None:
     """Write the folder of a sweep; the manifest comes last, and replaces one that was there.
 
     Args:
         sweep: what is to be there afterwards.
-        sweep_file: path of the sweep file.
-        configs: configurations by index; those of points that were there before are left out.
+        configs: configurations by index; those of points that stay as they are are left out.
+        before: what was made there before; files of its points that are no longer there are deleted.
 
     Raises:
         CheckpointError: something cannot be written.
@@ -106,13 +139,15 @@ def write_sweep(sweep: Sweep, sweep_file: str, configs: Mapping[int, Config]) ->
         for point in sweep.points:
             if point.index in configs:
                 replace_durably(sweep.config_path(point), to_yaml(configs[point.index]))
-        text = read_small(sweep_file).decode()
-        replace_durably(sweep.folder / SWEEP_NAME, text)
-        lines = [{**vars(point), "run_dir": str(point.run_dir)} for point in sweep.points]
+        replace_durably(sweep.folder / SWEEP_NAME, read_small(sweep.made_from).decode())
+        replace_durably(sweep.folder / MADE_NAME, json.dumps({"sweep_file": sweep.made_from}) + "\n")
+        count = len(sweep.points)
+        lines = [{**vars(point), "of": count, "run_dir": str(point.run_dir)} for point in sweep.points]
         replace_durably(sweep.folder / MANIFEST_NAME, "".join(json.dumps(line) + "\n" for line in lines))
-        own = {sweep.config_path(point) for point in sweep.points}
-        for path in {*(sweep.folder / "points").glob("*.yaml")} - own:
-            path.unlink()  # of an earlier `make`, of which nothing has begun
+        kept = {point.index for point in sweep.points}
+        for point in before.points if before is not None else ():
+            if point.index not in kept:
+                sweep.config_path(point).unlink(missing_ok=True)  # the same folder
     except OSError as error:
         what = f"the sweep cannot be written: {error.strerror or error}"
         raise CheckpointError(what, str(sweep.folder), "give another folder, or make room") from None
@@ -146,10 +181,27 @@ def end_attempt(sweep: Sweep, point: Point, attempt_id: str, exit_code: int) -> 
     _append(sweep.attempts_path(point), line)
 
 
-def record_job(sweep: Sweep, job: str, points: Iterable[Point]) -> None:
-    """Note a Slurm job and the points that it trains."""
-    line = {"job": job, "time": time.time(), "indices": [point.index for point in points]}
+def record_job(sweep: Sweep, job: str, indices: Iterable[int], user: int | None = None) -> None:
+    """Note a Slurm job, the points that it trains, and the number of the user who submitted it (None: this one)."""
+    line = {"job": job, "time": time.time(), "user": os.getuid() if user is None else user, "indices": [*indices]}
     _append(sweep.folder / JOBS_NAME, line)
+
+
+def recorded_jobs(sweep: Sweep) -> list[dict[str, Any]]:
+    """Return the Slurm jobs that were noted: job, user, and indices of each."""
+    lines = read_lines(sweep.folder / JOBS_NAME)
+    return [line for line in lines if isinstance(line.get("job"), str) and _names_points(line)]
+
+
+def noted_submission(sweep: Sweep) -> dict[str, Any] | None:
+    """Return the note of a submission of which the outcome is not known yet: mark, user, and indices."""
+    lines = read_lines(sweep.folder / NOTE_NAME)
+    return next((line for line in lines if isinstance(line.get("mark"), str) and _names_points(line)), None)
+
+
+def _names_points(line: Mapping[str, Any]) -> bool:
+    indices = line.get("indices")
+    return type(line.get("user")) is int and isinstance(indices, list) and all(type(index) is int for index in indices)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

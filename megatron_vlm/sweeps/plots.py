@@ -11,7 +11,7 @@ from plotly import colors, graph_objects
 
 from megatron_vlm.report.chart import smoothed, thinned
 from megatron_vlm.sweeps.points import short_keys, value_text
-from megatron_vlm.sweeps.results import HIGHER_IS_BETTER, METRICS, Result
+from megatron_vlm.sweeps.results import HIGHER_IS_BETTER, METRICS, Result, is_ranked
 
 _LOGARITHMIC_LOSS_FROM_RATIO = 20.0
 _LOGARITHMIC_KEY_FROM_RATIO = 4.0  # learning rates and sizes are chosen by factors
@@ -39,7 +39,7 @@ def parallel_coordinates(results: Sequence[Result], keys: Sequence[str], metric:
         keys: the axes, from the left; the metric is the last.
         metric: what colours the lines.
     """
-    drawn = [result for result in results if metric in result.metrics]
+    drawn = [result for result in results if is_ranked(result, metric)]
     if len(drawn) < 2 or not keys:
         return None
     names = short_keys(keys)
@@ -73,7 +73,8 @@ def curves(
     if not drawn:
         return None
     most = max(50, _POINTS_OF_ALL_CURVES // len(drawn))
-    shades = _shades([result.metrics.get(metric) for result, _ in drawn], metric in HIGHER_IS_BETTER)
+    known = [result.metrics[metric] if is_ranked(result, metric) else None for result, _ in drawn]
+    shades = _shades(known, metric in HIGHER_IS_BETTER)
     figure = graph_objects.Figure()
     for (result, points), shade in zip(drawn, shades, strict=True):
         shown = thinned(smoothed(points, max(1, len(points) // _POINTS_PER_SMOOTHED)) if smooth else points, most)

@@ -67,8 +67,8 @@ class Draft:
     content: dict[str, Any]
 
 
-def expand(sweep: SweepFile, file: ConfigFile, base: ConfigFile) -> tuple[list[Draft], int]:
-    """Return the points of a sweep, and how many were left out by `exclude`.
+def expand(sweep: SweepFile, file: ConfigFile, base: ConfigFile) -> tuple[list[Draft], int, list[str]]:
+    """Return the points of a sweep, how many were left out by `exclude`, and what of it leaves none out.
 
     Args:
         sweep: the sweep.
@@ -81,6 +81,7 @@ def expand(sweep: SweepFile, file: ConfigFile, base: ConfigFile) -> tuple[list[D
     varied = _combinations(sweep, file)
     shown = list(dict.fromkeys(key for overrides in varied for key in overrides))
     drafts, excluded, problems = list[Draft](), 0, list[UserError]()
+    idle = dict.fromkeys(sweep.exclude, True)
     for overrides in varied:
         try:
             draft = _draft({**leaf_keys(sweep.set), **overrides}, shown, sweep, file, base)
@@ -89,6 +90,7 @@ def expand(sweep: SweepFile, file: ConfigFile, base: ConfigFile) -> tuple[list[D
         except ConfigError as error:
             problems += error.problems or (error,)
             continue
+        idle |= {text: False for text, is_true in zip(sweep.exclude, is_out, strict=True) if is_true}
         excluded += any(is_out)
         drafts += [] if any(is_out) else [draft]
     if problems:
@@ -96,7 +98,7 @@ def expand(sweep: SweepFile, file: ConfigFile, base: ConfigFile) -> tuple[list[D
         raise combine(ConfigError, list(distinct.values()))
     if not drafts:
         raise ConfigError(f"exclude leaves out all {excluded} points", file.where("exclude"), "leave some in")
-    return drafts, excluded
+    return drafts, excluded, [text for text in idle if idle[text]]
 
 
 def digest_of(config: Config) -> str:
@@ -165,11 +167,13 @@ def _name(
     else:
         try:
             name = _Template(_with_defaults(content)).format(sweep.point_name)
-        except (ValueError, LookupError) as error:
+        except (ValueError, LookupError, TypeError, OverflowError, MemoryError) as error:
             fix = "write {section.key} or {section.key:FORMAT}, such as lr{optimizer.lr:g}"
-            raise ConfigError(f"point_name {sweep.point_name!r} does not work: {error}", where, fix) from None
+            raise ConfigError(
+                f"point_name {sweep.point_name!r} does not work: {str(error) or 'it is too long'}", where, fix
+            ) from None
     pieces = name.split("/")
-    if not all(pieces) or {".", ".."} & {*pieces}:
+    if not all(pieces) or {".", ".."} & {*pieces} or not name.isprintable():
         raise ConfigError(f"{name!r} is no name of a folder", where, "give another point_name")
     if max(len(piece.encode()) for piece in pieces) > _LONGEST_NAME:
         fix = "set point_name, such as lr{optimizer.lr:g}"

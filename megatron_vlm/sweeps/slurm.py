@@ -8,21 +8,27 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vlm.errors import ConfigError, LaunchError
 from megatron_vlm.sweeps.checks import index_ranges
-from megatron_vlm.sweeps.manifest import JOBS_NAME, Sweep, read_lines
+from megatron_vlm.sweeps.manifest import Sweep, noted_submission, recorded_jobs
 from megatron_vlm.sweeps.points import Point
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "scripts" / "sweep.sbatch"
 _TIMEOUT_SECONDS = 120
 _OURS = ("--parsable", "--output", "--chdir")  # options that resources do not decide
+# After these words of sbatch's, or of subprocess's, the controller may have got the job all the same.
+_UNKNOWN_OUTCOMES = ("timed out", "Zero Bytes were transmitted", "Unexpected message received")
 _WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 _RUNNING = {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
+
+
+class UnknownOutcomeError(LaunchError):
+    """Slurm may have got a job or not."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ def sbatch_command(sweep: Sweep, points: Sequence[Point]) -> list[str]:
     options: dict[str, object] = {
         "job-name": sweep.name,
         "array": index_ranges(point.index for point in points) + limit,
-        "output": sweep.folder / "logs" / "%4a.out",
+        "output": str(sweep.folder / "logs").replace("%", "%%") + "/%4a.out",
         "chdir": REPOSITORY,
         "nodes": resources.nodes,
         "gpus-per-node": resources.gpus_per_node,
@@ -89,6 +95,11 @@ def check_with_slurm(sweep: Sweep, points: Sequence[Point]) -> str:
     Raises:
         ConfigError: the partition does not exist, the nodes cannot be had, and the like.
     """
+    size, last = _max_array_size(), max(point.index for point in points)
+    if size is not None and last >= size:
+        what = f"the sweep has a point {last}, and tasks of job arrays end at {size - 1} here (Slurm's MaxArraySize)"
+        fix = f"divide it into sweeps of at most {size} points, in folders of their own, or have MaxArraySize raised"
+        raise ConfigError(what, str(sweep.folder), fix)
     command, *options = sbatch_command(sweep, points)
     done = _run([command, "--test-only", *options])
     said = _words(done.stderr)
@@ -99,18 +110,72 @@ def check_with_slurm(sweep: Sweep, points: Sequence[Point]) -> str:
     return said
 
 
-def submit(sweep: Sweep, points: Sequence[Point]) -> str:
+def submit(sweep: Sweep, points: Sequence[Point], mark: str = "") -> str:
     """Submit points as one job array; returns the job's number.
 
+    Args:
+        sweep: the sweep.
+        points: of it.
+        mark: further argument of the job's script, by which `ask_queue` shows the job.
+
     Raises:
+        UnknownOutcomeError: Slurm may have the job or not.
         LaunchError: Slurm refuses it.
     """
-    command = sbatch_command(sweep, points)
-    done = _run(command, os.environ | job_environment(sweep))
+    command = [*sbatch_command(sweep, points), *filter(None, [mark])]
+    try:
+        done = _run(command, os.environ | job_environment(sweep))
+    except KeyboardInterrupt:
+        raise _unknown_outcome(sweep, "interrupted") from None
     job = done.stdout.strip().partition(";")[0]
-    if done.returncode or not job.isdecimal():
-        raise LaunchError(f"sbatch failed: {_words(done.stderr)}", shlex.join(command), "correct it, and submit again")
-    return job
+    if done.returncode == 0 and job.isdecimal():
+        return job
+    if done.returncode == 0 or any(words in done.stderr for words in _UNKNOWN_OUTCOMES):
+        raise _unknown_outcome(sweep, _words(done.stderr))
+    raise LaunchError(f"sbatch failed: {_words(done.stderr)}", shlex.join(command), "correct it, and submit again")
+
+
+def _unknown_outcome(sweep: Sweep, said: str) -> UnknownOutcomeError:
+    fix = "status shows the points that Slurm has; submit again, which finds the job if there is one"
+    return UnknownOutcomeError(f"sbatch may have submitted the job or not: {said}", str(sweep.folder), fix)
+
+
+@dataclass(frozen=True)
+class QueueRow:
+    """A task of an array as squeue lists it.
+
+    Attributes:
+        job, index: number of the array, and of the task in it.
+        state: Slurm's word.
+        nodes: where it runs.
+        reason: why it waits.
+        mark: last argument of its script.
+    """
+
+    job: str
+    index: str
+    state: str
+    nodes: str
+    reason: str
+    mark: str
+
+
+def ask_queue(users: Iterable[int]) -> tuple[list[QueueRow], str]:
+    """Return what squeue lists of users, and why it could not be asked, "" if it could.
+
+    Args:
+        users: their numbers.
+    """
+    if shutil.which("squeue") is None:
+        return [], "there is no squeue here"
+    # Of a job that Slurm has forgotten squeue says "Invalid job id"; asked for all of users, it leaves it out.
+    names = ",".join(map(str, sorted({*users})))
+    options = ["--noheader", "--array", "--states=all", "--format=%F|%K|%T|%N|%r|%o"]
+    done = _run(["squeue", f"--user={names}", *options])
+    if done.returncode:
+        return [], f"squeue failed: {_words(done.stderr)}"
+    lines = [line.strip().split("|", 5) for line in done.stdout.splitlines() if line.count("|") >= 5]
+    return [QueueRow(*line[:5], line[5].rpartition(" ")[2]) for line in lines], ""
 
 
 def find_tasks(sweep: Sweep) -> tuple[dict[int, Task], str]:
@@ -119,25 +184,31 @@ def find_tasks(sweep: Sweep) -> tuple[dict[int, Task], str]:
     Returns:
         The tasks, and why Slurm could not be asked, "" if it could.
     """
-    jobs: Mapping[str, list[int]] = {line["job"]: line["indices"] for line in read_lines(sweep.folder / JOBS_NAME)}
-    if not jobs:
+    jobs, noted = recorded_jobs(sweep), noted_submission(sweep)
+    known = {line["job"]: (number, {*line["indices"]}) for number, line in enumerate(jobs)}
+    if not jobs and noted is None:
         return {}, ""
-    if shutil.which("squeue") is None:
-        return {}, "there is no squeue here: Slurm's view is missing"
-    # Of a job that Slurm has forgotten squeue says "Invalid job id"; asked for all, it leaves it out.
-    done = _run(["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%F|%K|%T|%N|%r"])
-    if done.returncode:
-        return {}, f"squeue failed: {_words(done.stderr)}"
+    rows, problem = ask_queue(line["user"] for line in (*jobs, noted) if line is not None)
+    ours = list[tuple[int, QueueRow]]()
+    for row in rows:
+        if noted is not None and row.mark == noted["mark"]:
+            known.setdefault(row.job, (len(jobs), {*noted["indices"]}))
+        order, indices = known.get(row.job, (0, set()))
+        if row.index.isdecimal() and int(row.index) in indices:
+            ours.append((order, row))
     tasks: dict[int, Task] = {}
-    order = {job: number for number, job in enumerate(jobs)}
-    lines = [line.strip().split("|", 4) for line in done.stdout.splitlines() if line.count("|") >= 4]
-    for job, number, state, nodes, reason in sorted(lines, key=lambda line: order.get(line[0], -1)):
-        if job not in jobs or not number.isdecimal() or int(number) not in jobs[job]:
-            continue
-        task, before = Task(f"{job}_{number}", state, nodes, reason), tasks.get(int(number))
+    for _, row in sorted(ours, key=lambda pair: pair[0]):
+        index = int(row.index)
+        task, before = Task(f"{row.job}_{index}", row.state, row.nodes, row.reason), tasks.get(index)
         if before is None or task.waits or task.runs or not (before.waits or before.runs):
-            tasks[int(number)] = task
-    return tasks, ""
+            tasks[index] = task
+    return tasks, problem
+
+
+def _max_array_size() -> int | None:
+    """Return the number at which indices of this cluster's job arrays end; None if Slurm does not say."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _run(["scontrol", "show", "config"]).stdout, re.MULTILINE)
+    return int(found[1]) if found else None
 
 
 def _run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:

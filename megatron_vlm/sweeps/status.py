@@ -14,7 +14,7 @@ import psutil
 
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.files.small_files import read_end
-from megatron_vlm.report.run_record import read_run
+from megatron_vlm.report.run_record import divergence, read_run
 from megatron_vlm.report.run_state import RunState, state_of
 from megatron_vlm.sweeps.manifest import Sweep, read_lines
 from megatron_vlm.sweeps.points import Point
@@ -32,6 +32,7 @@ STATES: dict[State, str] = {
 START_MARK = "== start of point"  # begins what a start writes into the log
 _TAIL_BYTES = 64 * 2**10
 _LOG_TAIL_BYTES = 256 * 2**10
+_ENDED_BY_SIGTERM = (-signal.SIGTERM, 128 + signal.SIGTERM)  # cancelled while it starts; later it saves
 _SECONDS_APART = 1.0  # by which the same process's start may differ, read twice
 # What stands before a line: the rank in srun's and torchrun's way, and in ours.
 _PREFIX = r"(?:\d+: )?(?:\[(?:default)?\d+\]:? ?)?(?:\[rank ?\d+\]:? )?"
@@ -87,6 +88,8 @@ def point_status(sweep: Sweep, point: Point, task: Task | None = None) -> PointS
     except CheckpointError:
         pass  # no run folder yet
     word, detail = _judge(sweep, point, _Attempts(attempts), state, task)
+    notes = [divergence(run), *run.problems] if run is not None else []
+    detail = "; ".join(dict.fromkeys(filter(None, [detail, *notes])))
     has_job = task is not None and (task.waits or task.runs)
     return PointStatus(point, word, run.last_step if run else 0, run.train_iters if run else None, detail, has_job)
 
@@ -105,21 +108,28 @@ class _Attempts:
     """
 
     def __init__(self, lines: Sequence[dict[str, Any]]) -> None:
-        events = [line for line in lines if line.get("event") in ("begin", "end") and "id" in line]
+        events = [line for line in lines if line.get("event") in ("begin", "end") and isinstance(line.get("id"), str)]
         ended = {line["id"] for line in events if line["event"] == "end"}
         self.open = [line for line in events if line["event"] == "begin" and line["id"] not in ended]
         """Starts whose end was not noted: they go on, or were killed."""
         last = events[-1] if events else {}
         self.last_is_open = last.get("event") == "begin"
-        self.last_exit_code = last.get("exit_code")
+        code = last.get("exit_code")
+        self.last_exit_code = code if type(code) is int else None
         self.any = bool(events)
+        self._last_id: str = last.get("id", "")
+
+    def last_is_of(self, job: str) -> bool:
+        """Return whether the last start is one of a Slurm job; scripts/sweep.sbatch names them JOB.RESTARTS."""
+        return self._last_id.rpartition(".")[0] == job
 
     def living(self) -> dict[str, Any] | None:
         """Return a start of this machine whose process lives."""
         for line in self.open:
             try:
                 process = psutil.Process(line["pid"])
-                if abs(process.create_time() - line["process_start"]) < _SECONDS_APART:
+                is_it = abs(process.create_time() - line["process_start"]) < _SECONDS_APART
+                if is_it and process.status() != psutil.STATUS_ZOMBIE:
                     return line
             except (KeyError, TypeError, ValueError, psutil.Error):
                 continue  # of a Slurm job, damaged, or ended
@@ -146,6 +156,9 @@ def _judge(
         return ("pending", queued) if word == "pending" else ("waiting", f"{detail}; {queued}")
     if task is not None and word == "pending" and task.state not in ("CANCELLED", "COMPLETED"):
         word, detail = "failed", last_error(sweep, point)
+    if task is not None and word == "failed" and task.state == "CANCELLED" and attempts.last_is_of(task.name):
+        error = last_error(sweep, point, only_errors=True)
+        return "stopped", f"job {task.name} was cancelled" + (f"; {error}" if error else "")
     if task is not None and (not attempts.any or attempts.last_is_open):
         detail = f"job {task.name} ended: {task.state}" + (f"; {detail}" if detail else "")
     return word, detail
@@ -154,6 +167,9 @@ def _judge(
 def _ended(sweep: Sweep, point: Point, attempts: _Attempts, run: RunState | None) -> tuple[State, str]:
     """Return the state and the detail of a point that nothing trains now."""
     code = attempts.last_exit_code
+    if code in _ENDED_BY_SIGTERM and (run is None or run.word != "failed"):
+        error = last_error(sweep, point, only_errors=True)
+        return ("failed", error) if error else ("stopped", "ended by SIGTERM before it could save")
     if code not in (None, 0):
         error = run.detail if run is not None and run.word == "failed" else last_error(sweep, point, code < 0)
         return "failed", error or _exit_words(code)
@@ -162,7 +178,8 @@ def _ended(sweep: Sweep, point: Point, attempts: _Attempts, run: RunState | None
     if attempts.last_is_open or (run is not None and run.word == "killed"):
         return "failed", last_error(sweep, point, only_errors=True) or "killed, or its machine was lost"
     if run is None:
-        return ("stopped", "before its first step") if attempts.any else ("pending", "")
+        gone = "no run folder: stopped before its first step, or the folder was deleted"
+        return ("stopped", gone) if attempts.any else ("pending", "")
     return "failed", "ended before its last step"
 
 

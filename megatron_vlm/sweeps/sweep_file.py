@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,23 @@ from megatron_vlm.files.config_files import ConfigFile, read_config_file
 from megatron_vlm.sweeps.distributions import distribution_problem
 
 MOST_POINTS = 100_000
+# Options of sbatch that the sweep gives: long name -> short one, and where its value belongs.
+_SBATCH_OPTIONS = {
+    "array": ("a", "leave it out: the points and concurrency make it"),
+    "job-name": ("J", "set name"),
+    "output": ("o", "leave it out: outputs are in the sweep's folder, below logs"),
+    "chdir": ("D", "leave it out: jobs start in the checkout"),
+    "parsable": ("", "leave it out: the sweep gives it"),
+    "test-only": ("", "leave it out: check does the same"),
+    "wrap": ("", "leave it out: jobs run scripts/sweep.sbatch"),
+    "export": ("", "set resources.environment, which is added to yours"),
+    "nodes": ("N", "set resources.nodes"),
+    "gpus-per-node": ("", "set resources.gpus_per_node"),
+    "cpus-per-task": ("c", "set resources.cpus_per_node"),
+    "time": ("t", "set resources.time"),
+    "partition": ("p", "set resources.partition"),
+    "account": ("A", "set resources.account"),
+}
 
 
 @dataclass(frozen=True)
@@ -108,8 +125,11 @@ def read_sweep_file(path: str) -> tuple[SweepFile, ConfigFile]:
     Raises:
         ConfigError: the file is no sweep; all problems are listed.
     """
+    if not os.path.exists(path):
+        raise ConfigError("the sweep file does not exist", path, "give the path of a sweep file, or a sweep's folder")
     file = read_config_file(path)
     problems: list[UserError] = list(section_problems(file.content, SweepFile, "", file.where, _unknown))
+    problems += _no_text_keys(file.content, file)
     for entry in dataclasses.fields(SweepFile):
         if entry.default is entry.default_factory is dataclasses.MISSING and entry.name not in file.content:
             problems.append(ConfigError(f"{entry.name} is missing", path, f"add {entry.name}: to the sweep file"))
@@ -120,6 +140,17 @@ def read_sweep_file(path: str) -> tuple[SweepFile, ConfigFile]:
     if problems:
         raise combine(ConfigError, problems)
     return sweep, file
+
+
+def _no_text_keys(content: object, file: ConfigFile, above: str = "") -> Iterator[ConfigError]:
+    """Find keys that YAML does not read as text, such as numbers."""
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            if not isinstance(key, str):
+                yield ConfigError(f"{key!r} is no key", file.where(above), "write keys as section.key")
+            yield from _no_text_keys(value, file, f"{above}.{key}" if above else str(key))
+    for item in content if isinstance(content, list) else ():
+        yield from _no_text_keys(item, file, above)
 
 
 def _unknown(key: str, where: str) -> ConfigError:
@@ -149,6 +180,7 @@ def _value_problems(sweep: SweepFile, file: ConfigFile) -> Iterator[ConfigError]
     ):
         if number is not None and number < 1:
             yield ConfigError(f"{name} is {number}", file.where(name), "give a number of at least 1")
+    yield from _option_problems(resources.sbatch_options, file.where("resources.sbatch_options"))
     if not sweep.points and not sweep.random.samples and not sweep.grid:
         yield ConfigError("the sweep has no points", file.path, "add grid, points, or random")
     if bool(sweep.random.samples) != bool(sweep.random.keys):
@@ -165,28 +197,77 @@ def _value_problems(sweep: SweepFile, file: ConfigFile) -> Iterator[ConfigError]
             yield ConfigError(f"random.keys.{key} {problem[0]}", file.where(f"random.keys.{key}"), problem[1])
 
 
+def _option_problems(options: Sequence[str], where: str) -> Iterator[ConfigError]:
+    """Check options of sbatch: those of the sweep would be overridden by them, also if they are shortened."""
+    for option in options:
+        name = option.partition("=")[0]
+        if not option.startswith("-"):
+            what = f"resources.sbatch_options has {option!r}, which sbatch would take for the script"
+            yield ConfigError(what, where, "write options with their values, such as --constraint=h200")
+        for long_name, (short, fix) in _SBATCH_OPTIONS.items():
+            is_long = name.startswith("--") and f"--{long_name}".startswith(name) and name != "--gpus"
+            if is_long or (short and option.startswith(f"-{short}")):
+                yield ConfigError(f"resources.sbatch_options has {option!r}, which the sweep sets", where, fix)
+                break
+
+
 def _key_problems(sweep: SweepFile, file: ConfigFile) -> Iterator[ConfigError]:
-    """Check that keys exist, and that none is given in two ways."""
-    in_points = {key for point in sweep.points for key in leaf_keys(point)}
-    in_grid = {leaf: key for key, values in sweep.grid.items() for value in values for leaf in leaf_keys({key: value})}
-    groups: dict[str, Mapping[str, str]] = {
-        "set": {key: file.where(f"set.{key}") for key in leaf_keys(sweep.set)},
-        "points": dict.fromkeys(in_points, file.where("points")),
-        "random.keys": {key: file.where(f"random.keys.{key}") for key in sweep.random.keys},
-        "grid": {leaf: file.where(f"grid.{key}") for leaf, key in in_grid.items()},
-        "derived": {key: file.where(f"derived.{key}") for key in sweep.derived},
-    }
-    found: dict[str, str] = {}
+    """Check that keys exist, and that none is given in two ways, whole or in part."""
+    givers = [("set", f"set.{key}", {*leaf_keys({key: value})}) for key, value in sweep.set.items()]
+    in_points = set[str]()
+    for point in sweep.points:
+        given = [("one of points", "points", {*leaf_keys({key: value})}) for key, value in point.items()]
+        yield from _given_twice(given, file)
+        in_points |= {leaf for _, _, leaves in given for leaf in leaves}
+    givers.append(("points", "points", in_points))
+    givers += [("random.keys", f"random.keys.{key}", {key}) for key in sweep.random.keys]
+    for key, values in sweep.grid.items():
+        givers.append(("grid", f"grid.{key}", {leaf for value in values for leaf in leaf_keys({key: value})}))
+    givers += [("derived", f"derived.{key}", {*leaf_keys({key: value})}) for key, value in sweep.derived.items()]
     keys = valid_keys()
-    for group, places in groups.items():
-        for key, where in places.items():
-            if key == "run_dir":
-                yield ConfigError("run_dir is set by the sweep", where, "use folder and point_name")
-            elif key not in keys and key.rpartition(".")[0] not in _mapping_keys(keys):
-                yield unknown_key(key, where)
-            elif key in found:
-                yield ConfigError(f"{key} stands in {found[key]} and in {group}", where, "keep one of them")
-            found[key] = group
+    for _, place, leaves in givers:
+        for leaf in sorted(leaves):
+            if leaf == "run_dir":
+                yield ConfigError("run_dir is set by the sweep", file.where(place), "use folder and point_name")
+            elif leaf not in keys and leaf.rpartition(".")[0] not in _mapping_keys(keys):
+                yield unknown_key(leaf, file.where(place))
+    yield from _given_twice(givers, file)
+
+
+def _given_twice(givers: Sequence[tuple[str, str, Set[str]]], file: ConfigFile) -> Iterator[ConfigError]:
+    """Yield keys that two of several give, or of which one gives a part of what another gives whole.
+
+    Args:
+        givers: group, place, and keys of each.
+        file: the sweep file.
+    """
+    whole, parts = dict[str, str](), dict[str, tuple[str, str]]()  # key -> group; what is above a key -> group, key
+    for group, place, leaves in givers:
+        for leaf in sorted(leaves):
+            for above in _with_sections(leaf):
+                if above in whole:
+                    yield _twice(leaf, group, above, whole[above], file.where(place))
+            if leaf in parts:
+                part_group, part = parts[leaf]
+                yield _twice(leaf, group, part, part_group, file.where(place))
+        for leaf in leaves:
+            whole[leaf] = group
+            parts |= dict.fromkeys(_with_sections(leaf)[1:], (group, leaf))
+
+
+def _twice(key: str, group: str, other: str, other_group: str, where: str) -> ConfigError:
+    """Describe a key that two give."""
+    if key == other:
+        places = f"in {other_group} and in {group}" if group != other_group else f"twice in {group}"
+        return ConfigError(f"{key} stands {places}", where, "keep one of them")
+    what = f"{other} stands in {other_group} and {key} in {group}, and one is a part of the other"
+    return ConfigError(what, where, "keep one of them")
+
+
+def _with_sections(key: str) -> list[str]:
+    """Return a key and everything above it: a.b.c, a.b, a."""
+    parts = key.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
 
 
 def _mapping_keys(keys: Mapping[str, Any]) -> set[str]:

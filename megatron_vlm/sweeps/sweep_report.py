@@ -13,7 +13,16 @@ from megatron_vlm.report import page
 from megatron_vlm.report.page import Figure
 from megatron_vlm.sweeps.manifest import Sweep
 from megatron_vlm.sweeps.points import short_keys, value_text
-from megatron_vlm.sweeps.results import METRICS, Result, choose_metric, csv_text, ranked, read_result, varied_keys
+from megatron_vlm.sweeps.results import (
+    METRICS,
+    Result,
+    choose_metric,
+    csv_text,
+    is_ranked,
+    ranked,
+    read_result,
+    varied_keys,
+)
 from megatron_vlm.sweeps.status import PointStatus, count_states
 
 if TYPE_CHECKING:
@@ -85,6 +94,7 @@ def _page(sweep: Sweep, results: Sequence[Result], metric: str) -> str:
             ),
             page.figure_cards(_cards(order, keys, metric)),
             page.section("Not done", page.bullets([*filter(None, map(_not_done, results))])),
+            page.section("Beware", page.bullets([*filter(None, map(_problems, results))])),
             page.section(
                 "What leads where", _plot(coordinates, "Drag along an axis to pick points; drag its name to move it.")
             ),
@@ -105,9 +115,9 @@ def _plot(plot: Plot | None, note: str = "") -> str:
 def _cards(order: Sequence[Result], keys: Sequence[str], metric: str) -> list[Figure]:
     """The best point: its figure and its values."""
     best = order[0]
-    if metric not in best.metrics:
+    if not is_ranked(best, metric):
         return []
-    others = [result.metrics[metric] for result in order[1:] if metric in result.metrics]
+    others = [result.metrics[metric] for result in order[1:] if is_ranked(result, metric)]
     note = f"others {min(others):.4g} to {max(others):.4g}" if others else ""
     overrides = best.status.point.overrides
     cards = [Figure(METRICS[metric].capitalize(), f"{best.metrics[metric]:.4g}", note)]
@@ -122,7 +132,7 @@ def _row(result: Result, keys: Sequence[str], metric: str) -> dict[str, object]:
     return {
         "point": status.point.index,
         **{names[key]: value_text(overrides[key]) if key in overrides else "" for key in keys},
-        "state": status.state,
+        "state": f"{status.state}, diverged" if result.diverged else status.state,
         "steps": steps,
         **{METRICS[name]: f"{result.metrics[name]:.4g}" if name in result.metrics else "" for name in shown},
     }
@@ -133,3 +143,7 @@ def _not_done(result: Result) -> str:
     return (
         "" if status.state == "done" else f"{status.point}: {status.state}{f': {status.detail}' * bool(status.detail)}"
     )
+
+
+def _problems(result: Result) -> str:
+    return f"{result.status.point}: {'; '.join(result.problems)}" if result.problems else ""

@@ -11,6 +11,7 @@ import yaml
 
 from megatron_vlm.checkpoint.run_folder import step_folder
 from megatron_vlm.checkpoint.run_owner import OWNER_NAME, describe_process
+from megatron_vlm.report.run_report import write_report
 from tools import runs as tool
 
 
@@ -81,3 +82,15 @@ def test_compare_the_same(runs: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert tool.main(["compare", str(runs / "a"), str(runs / "a")]) == 0
     out = capsys.readouterr().out
     assert "Settings that differ: nothing" in out and "Machines and versions that differ: nothing" in out
+
+
+def test_a_run_that_diverged(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It ended at a loss that is no number, which training writes as null."""
+    path = make_run(runs / "c", 1e-3, [5.0, 0.01, 0.0]) / "metrics.jsonl"
+    *rows, last = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in (*rows[:1], {**last, "step": 2, "loss": None})))
+    assert tool.main(["list", str(runs / "c")]) == 0
+    assert lines(capsys)[1][1:4] == ["diverged", "2/3", "nan"]
+    page = write_report(runs / "c").read_text()
+    assert "Diverged after 2 of 3 steps. Beware: its loss is not finite at step 2." in page
+    assert '<div class="value">not finite</div>' in page

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,7 @@ def folder(cluster: Cluster, place: Place, tmp_path: Path, monkeypatch: pytest.M
     return tmp_path
 
 
-def write_sweep_file(folder: Path, **content: object) -> None:
+def write_sweep_file(folder: Path, /, **content: object) -> None:
     """Two points at a time, each alone on its node."""
     resources = {
         "processes_per_node": 1,
@@ -120,7 +121,9 @@ def test_array_over_two_nodes(cluster: Cluster, place: Place, folder: Path, caps
     assert [line["indices"] for line in jobs_of(sweep)] == [[0, 1, 2], [2]]
     assert tool.main(["retry", "out"]) == 0 and len(jobs_of(sweep)) == 2, "it waits or runs already"
     wait_until(sweep, lambda statuses: states(statuses) == ["done"] * 3)
-    again = slurm.submit(sweep, sweep.points[:1])
+    again = slurm.submit(sweep, sweep.points[:1], "5eed")
+    rows, problem = slurm.ask_queue([os.getuid()])
+    assert problem == "" and {row.job for row in rows if row.mark == "5eed"} == {again}, "found without its number"
     assert cluster.wait_for_state(f"{again}_0", "COMPLETED", "FAILED") == "COMPLETED"
     assert "point 0 is done: nothing is left to train" in sweep.log_path(sweep.points[0]).read_text()
     assert {path: path.read_bytes() for path in before} == before
@@ -175,8 +178,23 @@ def test_what_slurm_refuses(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert tool.main(["make", "sweep.yaml"]) == 0
     sweep = read_sweep(Path("out"))
     assert "to start at" in slurm.check_with_slurm(sweep, sweep.points)
-    with pytest.raises(ConfigError, match="Invalid job array specification"):
-        slurm.check_with_slurm(sweep, [dataclasses.replace(sweep.points[0], index=2000)])  # MaxArraySize
+    last = dataclasses.replace(sweep.points[0], index=1999)  # MaxArraySize is 2000
+    assert "to start at" in slurm.check_with_slurm(sweep, [last])
+    with pytest.raises(ConfigError, match="has a point 2000, and tasks of job arrays end at 1999 here"):
+        slurm.check_with_slurm(sweep, [dataclasses.replace(last, index=2000)])
+
+
+def test_a_point_that_is_cancelled_while_it_starts(cluster: Cluster, folder: Path) -> None:
+    """Its output is where the sweep reads it, also in a folder whose name looks like a pattern of sbatch's."""
+    write_sweep_file(folder, set={"train.train_iters": 2000}, grid={"train.seed": [1]}, folder="50%j")
+    assert tool.main(["submit", "sweep.yaml"]) == 0
+    sweep = read_sweep(Path("50%j"))
+    (job,) = jobs_of(sweep)
+    wait_until(sweep, lambda statuses: sweep.attempts_path(sweep.points[0]).is_file())
+    cluster.command("scancel", job["job"])
+    (status,) = wait_until(sweep, lambda statuses: states(statuses) != ["running"] and not statuses[0].has_job)
+    assert status.state == "stopped", status
+    assert "== start of point 0" in sweep.log_path(sweep.points[0]).read_text()
 
 
 def _copies_of_model(place: Place, folder: Path) -> list[Path]:

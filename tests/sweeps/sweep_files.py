@@ -12,7 +12,7 @@ import yaml
 
 from megatron_vlm.checkpoint.run_folder import step_folder
 from megatron_vlm.sweeps.checks import check_sweep_file
-from megatron_vlm.sweeps.manifest import Sweep, write_sweep
+from megatron_vlm.sweeps.manifest import Sweep
 from megatron_vlm.sweeps.points import Point
 
 LEARNING_RATES = [1e-3, 2e-3, 3e-3]
@@ -35,7 +35,7 @@ class Files:
         """Write a sweep file and make it."""
         path = self.write(**content)
         checked = check_sweep_file(path)
-        write_sweep(checked.sweep, path, checked.configs)
+        checked.write()
         return checked.sweep
 
 

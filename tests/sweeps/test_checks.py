@@ -92,6 +92,32 @@ def test_all_invalid_points_are_listed(files: Files, place: Any) -> None:
     assert any(f"no config.json [{files.folder}/no]" in line for line in lines)
 
 
+def test_files_that_points_name_are_there(files: Files, place: Any) -> None:
+    """A plain path is looked up as a pattern is, and so is the checkpoint that points begin with."""
+    (line,) = refusal(files, set={"data.train": "nope/train.jsonl"})
+    path = files.folder / "nope/train.jsonl"
+    assert line.startswith(f"points 0-2 (lr=0.001, ...): data file {path} does not exist")
+    lines = refusal(files, set={"data.valid": [str(place.data), str(place.data / "no.jsonl")]})
+    assert f"data file {place.data} is a directory" in lines[1] and "no.jsonl does not exist" in lines[2]
+    (line,) = refusal(files, grid={"checkpoint.load": [None, "nope"]})
+    assert line.startswith(f"point 1 (load=nope): no such folder [{files.folder}/nope]")
+
+
+def test_an_exclusion_of_nothing_is_mentioned(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    files.write(exclude=["optimizer.lr > 2e-3", "train.seed == 7"])
+    for command in ("check", "make"):
+        assert tool.main([command, "sweep.yaml"]) == 0
+        assert capsys.readouterr().err == "warning: exclude 'train.seed == 7' leaves no point out\n"
+
+
+def test_a_base_that_is_not_there(files: Files) -> None:
+    (line,) = refusal(files, base="elsewhere.yaml")
+    what = "base elsewhere.yaml does not exist [sweep.yaml:1]"
+    assert line == f"{what} -- paths are relative to where the command is started"
+    with pytest.raises(ConfigError, match="the sweep file does not exist"):
+        check_sweep_file("no.yaml")
+
+
 def test_layouts_are_checked_with_the_ranks_of_a_point(files: Files) -> None:
     grid = {"parallel.tensor_model_parallel_size": [1, 2, 4]}
     (line,) = refusal(files, grid=grid, resources={"nodes": 1, "processes_per_node": 2})
@@ -103,6 +129,8 @@ def test_points_that_meet_in_a_folder(files: Files) -> None:
     assert "points 0-1 (same, ...): the same run folder" in line and "put {optimizer.lr} into point_name" in line
     (line,) = refusal(files, grid=None, points=[{"train.seed": 5}, {"train.seed": 6}, {"train.seed": 5}])
     assert "points 0,2 (seed=5, ...): the same run folder" in line and "they are the same: remove all but one" in line
+    line = refusal(files, grid={"data.train": ["\u00e4.jsonl", "\u00f6.jsonl"]}, point_name="{data.train}")[1]
+    assert "the same run folder" in line and line.endswith("-- set a point_name in which they differ")
     (line,) = refusal(files, set={"checkpoint.export_hf": "out_hf"})
     assert "points 0-2 (lr=0.001, ...): the same checkpoint.export_hf" in line and "derived: {" in line
 
@@ -129,6 +157,40 @@ def test_a_sweep_that_has_not_begun_is_made_anew(files: Files) -> None:
     sweep = files.make(grid={"train.seed": [1]})
     assert [point.name for point in read_sweep(sweep.folder).points] == ["seed=1"]
     assert [path.name for path in (sweep.folder / "points").iterdir()] == ["0000.yaml"]
+
+
+def test_a_folder_of_something_else_is_left_alone(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = files.folder / "out"
+    mine = {folder / "sweep.yaml": "mine", folder / "points/mine.yaml": "mine too"}
+    (folder / "points").mkdir(parents=True)
+    for path, text in mine.items():
+        path.write_text(text)
+    files.write()
+    for command in ("check", "make", "run", "submit"):
+        assert tool.main([command, "sweep.yaml"]) == 2
+        assert "the sweep's folder is not empty, and holds no sweep" in capsys.readouterr().err
+    assert {path: path.read_text() for path in folder.rglob("*.yaml")} == mine
+
+
+def test_a_folder_of_another_sweep_is_left_alone(files: Files) -> None:
+    """Also before it has begun, when its own file may change all of it; a note among its points stays."""
+    sweep = files.make()
+    before = {path: path.read_bytes() for path in sweep.folder.rglob("*.*") if path.is_file()}
+    other = files.write("other.yaml", grid={"train.seed": [1]})
+    with pytest.raises(UserError, match=f"the folder holds the sweep of {files.folder}/sweep.yaml"):
+        check_sweep_file(other)
+    assert {path: path.read_bytes() for path in before} == before
+    (sweep.folder / "points/mine.yaml").touch()
+    files.make(grid={"train.seed": [1]})
+    assert {path.name for path in (sweep.folder / "points").iterdir()} == {"0000.yaml", "mine.yaml"}
+
+
+@pytest.mark.parametrize("lines", [0, 2])
+def test_a_manifest_that_was_cut(files: Files, lines: int) -> None:
+    path = files.make().folder / "manifest.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:lines]))
+    with pytest.raises(UserError, match=f"the manifest is damaged: it has {lines} of"):
+        read_sweep(path.parent)
 
 
 def test_a_sweep_that_has_begun_only_grows(files: Files) -> None:
@@ -161,9 +223,13 @@ def test_a_point_that_was_edited_is_not_trained(files: Files, capsys: pytest.Cap
     sweep = files.make()
     path = sweep.config_path(sweep.points[1])
     path.write_text(path.read_text().replace("seed: 1234", "seed: 4321"))
-    assert tool.main(["run", "out"]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("ConfigError: point 1 (lr=0.002): the configuration of point 1 (lr=0.002) is not the one")
+    begin_attempt(sweep, sweep.points[0], {"id": "1"})
+    for arguments in (["run", "out"], ["retry", "out"], ["run", "sweep.yaml"], ["retry", "sweep.yaml"]):
+        assert tool.main(arguments) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(
+            "ConfigError: point 1 (lr=0.002): the configuration of point 1 (lr=0.002) is not the one"
+        )
     assert tool.main(["state", "out", "1"]) == 2 and tool.main(["state", "out", "0"]) == 0
     assert tool.main(["state", "out", "3"]) == 2
 

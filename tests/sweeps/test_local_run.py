@@ -102,17 +102,20 @@ def test_what_trains_already_is_left_alone(sweep: Sweep) -> None:
     assert len(read_lines(sweep.attempts_path(sweep.points[1]))) == 1
 
 
-def test_a_stop_lets_points_save(sweep: Sweep) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_stop_lets_points_save(sweep: Sweep, number: signal.Signals) -> None:
     """One signal: what trains stops, nothing else starts. The next run goes on with all."""
-    timer = threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGINT))
-    before = signal.getsignal(signal.SIGINT)
+    timer = threading.Timer(1.5, lambda: os.kill(os.getpid(), number))
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    before = signal.getsignal(number)
     timer.start()
     begin = time.monotonic()
     assert not LocalRunner(sweep, 2, print, trainer(60)).run(sweep.points)
     assert time.monotonic() - begin < 30
     assert states(sweep) == ["stopped", "stopped", "pending", "pending", "pending"]
     assert point_status(sweep, sweep.points[0]).detail == "signal SIGTERM"
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
+    signal.signal(signal.SIGHUP, ignored)
     assert LocalRunner(sweep, 2, print, trainer()).run(sweep.points)
 
 
@@ -128,6 +131,22 @@ def test_a_second_signal_ends_points_that_have_not_begun(sweep: Sweep) -> None:
     assert not LocalRunner(sweep, 1, print, deaf).run(sweep.points)
     assert time.monotonic() - begin < 30
     assert point_status(sweep, sweep.points[0]).detail == "ended by SIGKILL"
+
+
+def test_the_environment_of_resources(files: Files) -> None:
+    """As a job has it; of settings that only a job's script reads a line says that they are not used."""
+    environment = {"POINTS_OWN": "yes", "MAX_CRASHES": "5", "CUDA_VISIBLE_DEVICES": "6,7"}
+    resources = {"environment": environment, "gpus_per_node": 1}
+    sweep = files.make(grid={"train.seed": [1]}, resources=resources)
+
+    def command(sweep: Sweep, point: Point) -> list[str]:
+        return [training_command(sweep, point)[0], "-c", "import os; print(dict(os.environ))"]
+
+    said: list[str] = []
+    LocalRunner(sweep, 1, said.append, command).run(sweep.points)
+    log = sweep.log_path(sweep.points[0]).read_text()
+    assert "'POINTS_OWN': 'yes'" in log and "'CUDA_VISIBLE_DEVICES': '6'" in log
+    assert said[0] == "not used here, as settings of Slurm jobs: resources.environment MAX_CRASHES"
 
 
 def test_devices(files: Files) -> None:

@@ -112,6 +112,8 @@ def test_derived_values_and_exclusions(files: Files) -> None:
         "optimizer.lr.real",
         "optimizer",
         "1 +",
+        "optimizer.lr = 1",
+        "optimizer.lr == 1; 1",
         "",
     ],
 )
@@ -166,3 +168,44 @@ def test_keys_of_the_file_itself(files: Files) -> None:
     assert "names optimizer.lrr, which is no key" in refusal(files, exclude=["optimizer.lrr > 0"])
     assert "did you mean optimizer.lr?" in refusal(files, derived={"optimizer.min_lr": "optimizer.lrr"})
     assert "300,000 points" in refusal(files, grid={"train.seed": [*range(300)], "train.log_interval": [*range(1000)]})
+
+
+def test_a_comparison_with_one_sign_is_refused(files: Files) -> None:
+    for expression in ("train.seed = 0", "optimizer.lr == 1e-3 and train.seed=1"):
+        text = refusal(files, exclude=[expression])
+        assert f"'{expression}' has =, which compares nothing [sweep.yaml:" in text and "did you mean ==?" in text
+    drafts = drafts_of(files, exclude=["optimizer.lr >= 2e-3", "train.seed != 1234", "optimizer.eps == null"])
+    assert [draft.overrides["optimizer.lr"] for draft in drafts] == [1e-3]
+    assert len(drafts_of(files, exclude=["data.packing == true and data.packing == false"])) == 3
+
+
+def test_a_key_that_is_given_in_two_ways(files: Files) -> None:
+    """Whole and in part, or in the two forms of a section; also in the same part of the file."""
+    multiplier = "optimizer.lr_multipliers.vision_tower"
+    both = {multiplier: [0.1, 0.5], "optimizer.lr_multipliers": [{"projector": 1.0}, {}]}
+    part = "and one is a part of the other"
+    assert f"{multiplier} stands in grid and optimizer.lr_multipliers in grid, {part}" in refusal(files, grid=both)
+    text = refusal(files, grid={"optimizer.lr_multipliers": [{}]}, set={multiplier: 0.1})
+    assert f"{multiplier} stands in set and optimizer.lr_multipliers in grid, {part}" in text
+    points = [{"optimizer": {"lr": 1e-3}, "optimizer.lr": 2e-3}]
+    assert "optimizer.lr stands twice in one of points [sweep.yaml:3]" in refusal(files, grid=None, points=points)
+    layouts = {"parallel": [{"tensor_model_parallel_size": 1}], "parallel.tensor_model_parallel_size": [2]}
+    assert "parallel.tensor_model_parallel_size stands twice in grid [sweep.yaml:6]" in refusal(files, grid=layouts)
+    text = refusal(files, set={key: values[0] for key, values in layouts.items()})
+    assert "parallel.tensor_model_parallel_size stands twice in set [sweep.yaml:" in text
+    keys = {multiplier: {"uniform": [0, 1]}, "optimizer.lr_multipliers": {"choice": [{}]}}
+    assert part in refusal(files, grid=None, random={"samples": 2, "keys": keys})
+    drafts = drafts_of(files, grid={"parallel": [{"tensor_model_parallel_size": 1}, {"context_parallel_size": 2}]})
+    assert len(drafts) == 2, "values of one key may give different parts"
+
+
+def test_remedies_for_slips(files: Files) -> None:
+    """Each says what to write instead, and none ends in a traceback."""
+    assert "expected a mapping of keys to lists, such as {optimizer.lr: [" in refusal(files, grid={"train.seed": 3})
+    assert "expected a mapping of keys to lists" in refusal(files, grid={"optimizer": {"lr": [1, 2]}})
+    text = refusal(files, resources={"environment": {"MAX_CRASHES": 5}})
+    assert "expected a mapping such as {NAME: '5'}, with text in quotes" in text
+    assert "1 is no key [sweep.yaml:3] -- write keys as section.key" in refusal(files, grid={1: [1, 2]})
+    for template in ("{optimizer.betas:g}", "{train.eval_interval:d}", "{train.seed:999999999999}"):
+        assert "does not work: " in refusal(files, point_name=template)
+    assert "is no name of a folder" in refusal(files, point_name="lr\n{optimizer.lr:g}")

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -111,19 +112,73 @@ def test_a_start_that_left_nothing(sweep: Sweep, point: Point) -> None:
     attempt(sweep, point, 77, "b")
     assert judged(sweep, point) == ("failed", 0, "exit code 77")
     attempt(sweep, point, 0, "c")
-    assert judged(sweep, point) == ("stopped", 0, "before its first step")
+    gone = "no run folder: stopped before its first step, or the folder was deleted"
+    assert judged(sweep, point) == ("stopped", 0, gone)
+
+
+@pytest.mark.parametrize("code", [143, -signal.SIGTERM])
+def test_a_start_that_was_cancelled_early(sweep: Sweep, point: Point, code: int) -> None:
+    """Before it could save. Slurm forgets the job later; a crash of a rank has the others ended in the same way."""
+    attempt(sweep, point, code, "7_0.0")
+    sweep.log_path(point).write_text(f"{START_MARK} 0\nloading\nTerminated\n")
+    assert judged(sweep, point) == ("stopped", 0, "ended by SIGTERM before it could save")
+    assert judged(sweep, point, Task("7_0", "CANCELLED")) == ("stopped", 0, "ended by SIGTERM before it could save")
+    sweep.log_path(point).write_text(f"{START_MARK} 0\nRuntimeError: it broke\nTerminated\n")
+    assert judged(sweep, point) == ("failed", 0, "RuntimeError: it broke")
+    cancelled = ("stopped", 0, "job 7_0 was cancelled; RuntimeError: it broke")
+    assert judged(sweep, point, Task("7_0", "CANCELLED")) == cancelled
+    attempt(sweep, point, None, "7_0.1")
+    assert judged(sweep, point, Task("7_0", "CANCELLED")) == cancelled, "killed, so that no end was noted"
+    assert judged(sweep, point, Task("6_0", "CANCELLED"))[0] == "failed", "an earlier job was"
+
+
+def test_a_zombie_trains_nothing(sweep: Sweep, point: Point) -> None:
+    process = subprocess.Popen(["true"])
+    try:
+        attempt(sweep, point, None, pid=process.pid, process_start=psutil.Process(process.pid).create_time())
+        while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        assert judged(sweep, point)[0] == "failed"
+    finally:
+        process.wait()
+
+
+def test_what_the_run_folder_does_not_say_is_said(sweep: Sweep, point: Point) -> None:
+    """Losses that are not finite, which training writes as null, and damaged lines."""
+    attempt(sweep, point, 0)
+    run_dir = leave_run(sweep, point, 4, saved=4)
+    path = run_dir / "metrics.jsonl"
+    *lines, last = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, "{damaged", json.dumps({**json.loads(last), "loss": None})]) + "\n")
+    said = "its loss is not finite at step 4; 1 damaged line of metrics.jsonl"
+    assert judged(sweep, point) == ("done", 4, said)
+
+
+def test_lines_that_are_no_starts(sweep: Sweep, point: Point) -> None:
+    """Valid JSON that nobody of ours wrote."""
+    rows = [7, [], {"event": "begin"}, {"event": "begin", "id": []}, {"event": "end", "id": "a", "exit_code": "0"}]
+    sweep.attempts_path(point).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert judged(sweep, point)[0] == "stopped"
 
 
 def test_slurm_is_asked_for_our_jobs(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A squeue that prints what Slurm 22.05 prints; real ones answer in tests/slurm."""
-    lines = ["7|0|FAILED||NonZeroExitCode", "7|1|CANCELLED||None", "9|1|PENDING||Priority", "8|2|RUNNING|n2|None"]
+    lines = [
+        f"{row}|/s/sweep.sbatch /out python"
+        for row in (
+            "7|0|FAILED||NonZeroExitCode",
+            "7|1|CANCELLED||None",
+            "9|1|PENDING||Priority",
+            "8|2|RUNNING|n2|None",
+        )
+    ]
     command = tmp_path / "squeue"
     command.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
     command.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert slurm.find_tasks(sweep) == ({}, ""), "nothing was submitted"
-    record_job(sweep, "7", sweep.points)
-    record_job(sweep, "9", sweep.points[1:2])
+    record_job(sweep, "7", [0, 1, 2])
+    record_job(sweep, "9", [1])
     tasks, warning = slurm.find_tasks(sweep)
     assert warning == "" and set(tasks) == {0, 1}, "job 8 is another's"
     assert (tasks[0].state, tasks[1].name, tasks[1].state) == ("FAILED", "9_1", "PENDING")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -146,3 +147,30 @@ def test_the_command(sweep: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture
     assert tool.main(["report", "sweep.yaml", "--output", "elsewhere", "--metric", "train_loss"]) == 0
     assert capsys.readouterr().out == "wrote elsewhere/results.csv\nwrote elsewhere/report.html\n"
     assert "Ranked by train_loss" in (tmp_path / "elsewhere/report.html").read_text()
+
+
+def test_a_point_that_diverged_is_not_the_best(sweep: Sweep) -> None:
+    """It is done, and was the best until its losses were no numbers, which training writes as null."""
+    path = sweep.points[1].run_dir / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    write_lines(path, [row if row["step"] < 3 else {**row, "loss": None} for row in rows])
+    path.write_text(path.read_text() + "{damaged\n")
+    evaluations = [{"step": 2, "loss": 0.75}, {"step": 4, "loss": None}]
+    write_lines(sweep.points[1].run_dir / "evaluations.jsonl", evaluations)
+    for metric in (None, "train_loss_best", "train_loss", "tokens"):
+        rows, text = written(sweep, metric)
+        assert re.findall(r"<tr><td>(\d)</td>", text)[0] == "0"
+    row = rows[1]
+    assert [row[name] for name in ("heldout_loss_last", "train_loss", "train_loss_last")] == ["nan"] * 3
+    assert row["heldout_loss_best"] == "0.75" and row["state"] == "done"
+    said = (
+        "the loss is not finite at 2 of 4 logged steps, first at step 3; the held-out loss is not finite at 1 of 2 "
+        "logged steps, first at step 4; 1 damaged line of metrics.jsonl"
+    )
+    assert row["problems"] == said and said in ParsedPage(text).text and "done, diverged" in text
+
+
+def test_losses_near_the_largest_number(sweep: Sweep) -> None:
+    leave_run(sweep, sweep.points[3], 0, losses=[1.5e308] * 20)
+    rows, _ = written(sweep)
+    assert float(rows[3]["train_loss"]) == 1.5e308
