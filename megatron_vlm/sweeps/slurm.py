@@ -174,8 +174,12 @@ def ask_queue(users: Iterable[int]) -> tuple[list[QueueRow], str]:
     done = _run(["squeue", f"--user={names}", *options])
     if done.returncode:
         return [], f"squeue failed: {_words(done.stderr)}"
-    lines = [line.strip().split("|", 5) for line in done.stdout.splitlines() if line.count("|") >= 5]
-    return [QueueRow(*line[:5], line[5].rpartition(" ")[2]) for line in lines], ""
+    rows = []
+    for line in done.stdout.splitlines():
+        if line.count("|") >= 5:
+            job, index, state, nodes, reason, command = line.strip().split("|", 5)
+            rows.append(QueueRow(job, index, state, nodes, reason, command.rpartition(" ")[2]))
+    return rows, ""
 
 
 def find_tasks(sweep: Sweep) -> tuple[dict[int, Task], str]:
