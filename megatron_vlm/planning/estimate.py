@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import NamedTuple
 from megatron_vlm.config import Config
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.planning.memory import passes_alive
-from megatron_vlm.planning.parts import Part, Parts
+from megatron_vlm.planning.parts import Part, Parts, TowerPart
 from megatron_vlm.planning.plan import StepSeconds, exchanged_seconds, schedule_of, step_seconds
 from megatron_vlm.planning.recorder import Collective, Counts
 from megatron_vlm.planning.schedule import ScheduleSeconds
@@ -29,7 +30,7 @@ class Held(NamedTuple):
         experts: of experts that train.
         frozen: of all others.
         partial: of dense ones whose gradients are summed over the tensor ranks.
-        copied: of those of which the first and the last stage have a copy.
+        copied: of those of which the stages of embedding and head have a copy.
     """
 
     dense: int = 0
@@ -45,6 +46,10 @@ class Held(NamedTuple):
     def minus(self, other: Held) -> Held:
         """Return the differences."""
         return Held(*map(operator.sub, self, other))
+
+    def times(self, count: int) -> Held:
+        """Return multiples."""
+        return Held(*(count * value for value in self))
 
     @staticmethod
     def of(part: Part) -> Held:
@@ -100,6 +105,7 @@ class Estimator:
         )
 
         self._layer_working_bytes = max(part.working_bytes for part in parts.layers)
+        self._towers: dict[tuple[str, int], _Chunk] = {}
 
     @cached_property
     def _sums(self) -> _Sums:
@@ -117,19 +123,54 @@ class Estimator:
         )
 
     @property
-    def layer_seconds(self) -> float:
+    def _layer_seconds(self) -> float:
         """Seconds of a micro-batch on an average decoder layer."""
         return self._sums.seconds[-1].total / len(self._parts.layers)
 
-    @property
-    def first_seconds(self) -> float:
-        """Seconds of a micro-batch on embedding and towers."""
-        return self._first[0].total
+    def balanced(self, layout: Layout, tower_counts: Sequence[int]) -> list[int]:
+        """Return decoder layers per chunk that even out the ranks of a layout.
 
-    @property
-    def last_seconds(self) -> float:
-        """Seconds of a micro-batch on final norm and head."""
-        return self._last[0].total
+        Args:
+            layout: the layout, whose own layers make no difference.
+            tower_counts: the tower's layers on each chunk that has any; empty for a whole tower.
+        """
+        placed = dataclasses.replace(layout, tower_counts=tuple(tower_counts))
+        tower_seconds = [self._tower(placed, index).seconds.total for index in range(placed.embedding_chunk + 1)]
+        return balanced_counts(
+            layout.num_layers,
+            len(layout.chunks),
+            self._layer_seconds,
+            tower_seconds,
+            self._last[0].total,
+            layout.pipeline_size,
+        )
+
+    def chunks_of_tower(self, num_chunks: int) -> float:
+        """Return the number of chunks that would take the time of embedding and towers, if all took equally long."""
+        return self._first[0].total / self._mean_seconds(num_chunks)
+
+    def spread_tower(self, num_layers: int, num_holders: int, num_chunks: int) -> list[int]:
+        """Return how many layers of the tower go to each of a number of chunks.
+
+        Each but the last, which may have decoder layers too, gets as many as take the mean time of a chunk, if the last
+        is left with at least one and not more than the others.
+
+        Args:
+            num_layers: layers of the tower.
+            num_holders: chunks that get any.
+            num_chunks: chunks of the pipeline.
+        """
+        least, most = -(-num_layers // num_holders), (num_layers - 1) // (num_holders - 1)
+        if least > most:
+            return _spread(num_layers, num_holders)
+        (few, more), traced = self._parts.tower().start.nums_layers, self._parts.tower().start.traced
+        fewer_seconds, all_seconds = (self._clock.seconds(part.work).total for part in traced)
+        fitting = self._mean_seconds(num_chunks) * (more - few) / (all_seconds - fewer_seconds)
+        each = min(max(round(fitting), least), most)
+        return [each] * (num_holders - 1) + [num_layers - each * (num_holders - 1)]
+
+    def _mean_seconds(self, num_chunks: int) -> float:
+        return (self._sums.seconds[-1].total + self._first[0].total + self._last[0].total) / num_chunks
 
     def estimate(self, config: Config, layout: Layout, enough: float = math.inf) -> Estimate:
         """Estimate a layout that `check_layout` returned for a configuration.
@@ -163,43 +204,76 @@ class Estimator:
         if max(busy) + gradients + update > enough:
             schedule = ScheduleSeconds(max(busy), tuple(busy))
         else:
-            returned_bytes = [self._received_bytes(layout, index + 1) for index in range(len(chunks))]
+            received = [self._received_bytes(layout, index) for index in range(len(chunks))]
+            returned_bytes = [*received[1:], 0]
             schedule = schedule_of(self._clock, seconds, returned_bytes, layout, num_micro_batches)
         step = step_seconds(schedule, seconds, layout, num_micro_batches, gradients, update)
         return Estimate(config, layout, step, fullest, fixed)
 
     def _received_bytes(self, layout: Layout, index: int) -> int:
-        """Return what a chunk receives from the one before it; 0 for the first, and behind the last."""
-        if not 0 < index < len(layout.chunks):
+        """Return what a chunk receives from the one before it; 0 for the first."""
+        if index == 0:
             return 0
+        if index <= layout.embedding_chunk:
+            return self._parts.tower().received_bytes[self._first_tower_layer(layout, index)]
         return self._parts.received_bytes[layout.first_layer(index)]
+
+    def _first_tower_layer(self, layout: Layout, index: int) -> int:
+        """Return the first of a chunk's layers of the tower, or the last layer where none follows."""
+        return min(sum(layout.tower_counts[:index]), sum(layout.tower_counts) - 1)
 
     def _chunk(self, layout: Layout, index: int) -> _Chunk:
         parts, sums, layers = self._parts, self._sums, layout.chunks[index]
         start, end = layout.first_layer(index), layout.first_layer(index) + len(layers)
-        first, last = index == 0, index == len(layout.chunks) - 1
+        embeds, last = index == layout.embedding_chunk, index == len(layout.chunks) - 1
         seconds = _difference(sums.seconds[end], sums.seconds[start])
         kept_bytes, held = sums.kept_bytes[end] - sums.kept_bytes[start], sums.held[end].minus(sums.held[start])
         working_bytes = self._layer_working_bytes if layers else 0
-        if first:
-            seconds, held = seconds + self._first[0], held.plus(self._first[1])
-            kept_bytes += parts.first.kept_bytes
-            working_bytes = max(working_bytes, parts.first.working_bytes)
+        if index <= layout.embedding_chunk:
+            tower = self._tower(layout, index)
+            seconds, held = seconds + tower.seconds, held.plus(tower.held)
+            kept_bytes += tower.kept_bytes + self._received_bytes(layout, index)
+            working_bytes = max(working_bytes, tower.working_bytes)
         else:
             # The first layer's input is what is received.
             kept_bytes += self._received_bytes(layout, index) - (parts.hidden_bytes if layers else 0)
         if last:
             seconds, held = seconds + self._last[0], held.plus(self._last[1])
             working_bytes = max(working_bytes, parts.last.working_bytes)
-            if first:  # a tied embedding is one
+            if embeds:  # a tied embedding is one
                 shared = {
                     name: entry for name, entry in parts.last.parameters.items() if name in parts.first.parameters
                 }
                 held = held.minus(Held.of(Part(shared, Counts(), 0, 0)))
         elif layers:
             seconds, kept_bytes = seconds + self._frame[0], kept_bytes + parts.frame.kept_bytes
-            held = held if first else held.plus(self._frame[1])
+            held = held if embeds else held.plus(self._frame[1])
         return _Chunk(seconds, kept_bytes, working_bytes, held)
+
+    def _tower(self, layout: Layout, index: int) -> _Chunk:
+        """Return what a chunk up to the embedding has beside decoder layers, without what it receives."""
+        if layout.embedding_chunk == 0:
+            first = self._parts.first
+            return _Chunk(self._first[0], first.kept_bytes, first.working_bytes, self._first[1])
+        role = {0: "start", layout.embedding_chunk: "end"}.get(index, "middle")
+        num_layers = layout.tower_counts[index]
+        if (role, num_layers) not in self._towers:
+            part = getattr(self._parts.tower(), role)
+            self._towers[role, num_layers] = self._tower_with(part, num_layers)
+        return self._towers[role, num_layers]
+
+    def _tower_with(self, part: TowerPart, num_layers: int) -> _Chunk:
+        """Return a part of a spread tower with another number of its layers."""
+        (few, more), (fewer, most) = part.nums_layers, part.traced
+        seconds, held = self._clock.seconds(fewer.work), Held.of(fewer)
+        kept_bytes, added = fewer.kept_bytes, num_layers - few
+        if more > few:
+            all_seconds, all_held, between = self._clock.seconds(most.work), Held.of(most), more - few
+            seconds += _difference(all_seconds, seconds).times(added / between)
+            held = held.plus(Held(*(value // between for value in all_held.minus(held))).times(added))
+            kept_bytes += (most.kept_bytes - fewer.kept_bytes) * added // between
+        working_bytes = (most if added else fewer).working_bytes
+        return _Chunk(seconds, max(0, kept_bytes), working_bytes, held)
 
 
 @dataclass(frozen=True)
@@ -240,8 +314,9 @@ def _state_bytes(config: Config, layout: Layout, held: Held) -> int:
 def _exchanges(config: Config, layout: Layout, held: Held) -> Counts:
     """Return the exchanges of gradients and parameters, without padding."""
     counts = Counts()
-    for name, size, values in (("tensor", layout.tensor_size, held.partial), ("pipeline", 2, held.copied)):
-        if values and size > 1 and (name == "tensor" or layout.pipeline_size > 1):
+    num_copies = 1 if layout.embedding_rank == layout.pipeline_size - 1 else 2
+    for name, size, values in (("tensor", layout.tensor_size, held.partial), ("pipeline", num_copies, held.copied)):
+        if values and size > 1:
             counts.collectives[Collective("step", "allreduce", name, size, values * FP32_BYTES)] += 1
     kinds = {"allreduce": FP32_BYTES}
     if config.parallel.use_distributed_optimizer:
@@ -258,7 +333,7 @@ def balanced_counts(
     num_layers: int,
     num_chunks: int,
     layer_seconds: float,
-    first_seconds: float,
+    tower_seconds: Sequence[float],
     last_seconds: float,
     pipeline_size: int,
 ) -> list[int]:
@@ -268,19 +343,22 @@ def balanced_counts(
         num_layers: decoder layers of the model.
         num_chunks: pipeline size times chunks per rank.
         layer_seconds: time of a layer.
-        first_seconds: time of embedding and towers.
+        tower_seconds: times of embedding and towers on the chunks up to the embedding's, before which no layers are.
         last_seconds: time of the head.
         pipeline_size: pipeline ranks.
     """
+    without = [0] * (len(tower_seconds) - 1)
+    num_chunks -= len(without)
     even = -(-num_layers // num_chunks)
     best: tuple[float, float, list[int]] | None = None
-    for first in range(min(even, num_layers) + 1):
+    for first in range(min(even, num_layers) + 1) if num_chunks > 1 else [num_layers]:
         lasts = range(min(even, num_layers - first) + 1) if num_chunks > 2 else [num_layers - first]
         for last in lasts:
             middle = _spread(num_layers - first - last, num_chunks - 2)
-            counts = [first, *middle, last]
+            counts = [*without, first, *middle, last][: len(without) + num_chunks]
             loads = [layer_seconds * sum(counts[rank::pipeline_size]) for rank in range(pipeline_size)]
-            loads[0] += first_seconds
+            for chunk, seconds in enumerate(tower_seconds):
+                loads[chunk % pipeline_size] += seconds
             loads[-1] += last_seconds
             key = max(loads), max(counts) - min(counts)
             if best is None or key < best[:2]:
@@ -289,9 +367,9 @@ def balanced_counts(
     return best[2]
 
 
-def _spread(num_layers: int, num_chunks: int) -> Sequence[int]:
+def _spread(num_layers: int, num_chunks: int) -> list[int]:
     """Return equal numbers, with the rest on the chunks in the middle."""
-    if not num_chunks:
+    if num_chunks < 1:
         return []
     each, rest = divmod(num_layers, num_chunks)
     first_larger = (num_chunks - rest) // 2

@@ -178,8 +178,8 @@ def test_nothing_fits() -> None:
 
 def test_balanced_counts() -> None:
     # A tower of three layers' time and a head of one: 16 units over four stages.
-    assert balanced_counts(12, 4, 1.0, 3.0, 1.0, 4) == [1, 4, 4, 3]
-    assert balanced_counts(12, 4, 1.0, 0.0, 0.0, 4) == [3, 3, 3, 3]
+    assert balanced_counts(12, 4, 1.0, [3.0], 1.0, 4) == [1, 4, 4, 3]
+    assert balanced_counts(12, 4, 1.0, [0.0], 0.0, 4) == [3, 3, 3, 3]
     # A tower that takes longer than a stage has no layers beside it.
-    assert balanced_counts(9, 3, 1.0, 20.0, 1.0, 3)[0] == 0
-    assert sum(balanced_counts(94, 20, 1.0, 5.0, 1.0, 4)) == 94
+    assert balanced_counts(9, 3, 1.0, [20.0], 1.0, 3)[0] == 0
+    assert sum(balanced_counts(94, 20, 1.0, [5.0], 1.0, 4)) == 94
