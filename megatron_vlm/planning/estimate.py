@@ -18,6 +18,7 @@ from megatron_vlm.planning.parts import Part, Parts, TowerPart
 from megatron_vlm.planning.plan import StepSeconds, exchanged_seconds, schedule_of, step_seconds
 from megatron_vlm.planning.recorder import Collective, Counts
 from megatron_vlm.planning.schedule import ScheduleSeconds
+from megatron_vlm.planning.split_layers import balanced_counts, tower_counts
 from megatron_vlm.planning.state_bytes import FP32_BYTES, optimizer_bytes, value_bytes
 from megatron_vlm.planning.step_time import Clock, Seconds
 
@@ -105,7 +106,6 @@ class Estimator:
         )
 
         self._layer_working_bytes = max(part.working_bytes for part in parts.layers)
-        self._towers: dict[tuple[str, int], _Chunk] = {}
 
     @cached_property
     def _sums(self) -> _Sums:
@@ -127,14 +127,14 @@ class Estimator:
         """Seconds of a micro-batch on an average decoder layer."""
         return self._sums.seconds[-1].total / len(self._parts.layers)
 
-    def balanced(self, layout: Layout, tower_counts: Sequence[int]) -> list[int]:
+    def balanced(self, layout: Layout, tower: Sequence[int]) -> list[int]:
         """Return decoder layers per chunk that even out the ranks of a layout.
 
         Args:
             layout: the layout, whose own layers make no difference.
-            tower_counts: the tower's layers on each chunk that has any; empty for a whole tower.
+            tower: the tower's layers on each chunk that has any; empty for a whole tower.
         """
-        placed = dataclasses.replace(layout, tower_counts=tuple(tower_counts))
+        placed = dataclasses.replace(layout, tower_counts=tuple(tower))
         tower_seconds = [self._tower(placed, index).seconds.total for index in range(placed.embedding_chunk + 1)]
         return balanced_counts(
             layout.num_layers,
@@ -150,24 +150,16 @@ class Estimator:
         return self._first[0].total / self._mean_seconds(num_chunks)
 
     def spread_tower(self, num_layers: int, num_holders: int, num_chunks: int) -> list[int]:
-        """Return how many layers of the tower go to each of a number of chunks.
-
-        Each but the last, which may have decoder layers too, gets as many as take the mean time of a chunk, if the last
-        is left with at least one and not more than the others.
-
-        Args:
-            num_layers: layers of the tower.
-            num_holders: chunks that get any.
-            num_chunks: chunks of the pipeline.
-        """
-        least, most = -(-num_layers // num_holders), (num_layers - 1) // (num_holders - 1)
-        if least > most:
-            return _spread(num_layers, num_holders)
-        (few, more), traced = self._parts.tower().start.nums_layers, self._parts.tower().start.traced
-        fewer_seconds, all_seconds = (self._clock.seconds(part.work).total for part in traced)
-        fitting = self._mean_seconds(num_chunks) * (more - few) / (all_seconds - fewer_seconds)
-        each = min(max(round(fitting), least), most)
-        return [each] * (num_holders - 1) + [num_layers - each * (num_holders - 1)]
+        """Return the tower's layers on each of the chunks that have any; see `tower_counts`."""
+        start, end = self._tower_lines["start"], self._tower_lines["end"]
+        return tower_counts(
+            num_layers,
+            num_holders,
+            start.at(0).seconds.total,
+            start.each.seconds.total,
+            end.at(0).seconds.total,
+            self._mean_seconds(num_chunks),
+        )
 
     def _mean_seconds(self, num_chunks: int) -> float:
         return (self._sums.seconds[-1].total + self._first[0].total + self._last[0].total) / num_chunks
@@ -256,24 +248,14 @@ class Estimator:
             first = self._parts.first
             return _Chunk(self._first[0], first.kept_bytes, first.working_bytes, self._first[1])
         role = {0: "start", layout.embedding_chunk: "end"}.get(index, "middle")
-        num_layers = layout.tower_counts[index]
-        if (role, num_layers) not in self._towers:
-            part = getattr(self._parts.tower(), role)
-            self._towers[role, num_layers] = self._tower_with(part, num_layers)
-        return self._towers[role, num_layers]
+        return self._tower_lines[role].at(layout.tower_counts[index])
 
-    def _tower_with(self, part: TowerPart, num_layers: int) -> _Chunk:
-        """Return a part of a spread tower with another number of its layers."""
-        (few, more), (fewer, most) = part.nums_layers, part.traced
-        seconds, held = self._clock.seconds(fewer.work), Held.of(fewer)
-        kept_bytes, added = fewer.kept_bytes, num_layers - few
-        if more > few:
-            all_seconds, all_held, between = self._clock.seconds(most.work), Held.of(most), more - few
-            seconds += _difference(all_seconds, seconds).times(added / between)
-            held = held.plus(Held(*(value // between for value in all_held.minus(held))).times(added))
-            kept_bytes += (most.kept_bytes - fewer.kept_bytes) * added // between
-        working_bytes = (most if added else fewer).working_bytes
-        return _Chunk(seconds, max(0, kept_bytes), working_bytes, held)
+    @cached_property
+    def _tower_lines(self) -> dict[str, _Line]:
+        """What chunks of a spread tower do, by where they are."""
+        tower = self._parts.tower()
+        parts = {"start": tower.start, "middle": tower.middle, "end": tower.end}
+        return {role: _Line.through(part, self._clock) for role, part in parts.items()}
 
 
 @dataclass(frozen=True)
@@ -284,6 +266,47 @@ class _Chunk:
     kept_bytes: int
     working_bytes: int
     held: Held
+
+
+@dataclass(frozen=True)
+class _Line:
+    """What a micro-batch does on a chunk with a part of a spread tower, whose layers are alike.
+
+    Attributes:
+        num_layers: a number of the tower's layers.
+        chunk: the chunk with as many, without what it receives.
+        each: what every further layer adds, and the working memory with it.
+    """
+
+    num_layers: int
+    chunk: _Chunk
+    each: _Chunk
+
+    @staticmethod
+    def through(part: TowerPart, clock: Clock) -> _Line:
+        """Return the line through what was traced."""
+        (few, many), (fewer, more) = part.nums_layers, part.traced
+        seconds, added = (clock.seconds(traced.work) for traced in part.traced)
+        between = max(1, many - few)
+        each = _Chunk(
+            _difference(added, seconds).times(1 / between),
+            (more.kept_bytes - fewer.kept_bytes) // between,
+            more.working_bytes,
+            Held(*(value // between for value in Held.of(more).minus(Held.of(fewer)))),
+        )
+        return _Line(few, _Chunk(seconds, fewer.kept_bytes, fewer.working_bytes, Held.of(fewer)), each)
+
+    def at(self, num_layers: int) -> _Chunk:
+        """Return the chunk with a number of the tower's layers."""
+        chunk, added = self.chunk, num_layers - self.num_layers
+        if added == 0:
+            return chunk
+        return _Chunk(
+            chunk.seconds + self.each.seconds.times(added),
+            max(0, chunk.kept_bytes + self.each.kept_bytes * added),
+            self.each.working_bytes,
+            chunk.held.plus(self.each.held.times(added)),
+        )
 
 
 def _difference(later: Seconds, earlier: Seconds) -> Seconds:
@@ -327,50 +350,3 @@ def _exchanges(config: Config, layout: Layout, held: Held) -> Counts:
             if size > 1 and values:
                 counts.collectives[Collective("step", kind, name, size, values * element_bytes)] += 1
     return counts
-
-
-def balanced_counts(
-    num_layers: int,
-    num_chunks: int,
-    layer_seconds: float,
-    tower_seconds: Sequence[float],
-    last_seconds: float,
-    pipeline_size: int,
-) -> list[int]:
-    """Return numbers of decoder layers per chunk that even out the ranks, with fewer beside towers and head.
-
-    Args:
-        num_layers: decoder layers of the model.
-        num_chunks: pipeline size times chunks per rank.
-        layer_seconds: time of a layer.
-        tower_seconds: times of embedding and towers on the chunks up to the embedding's, before which no layers are.
-        last_seconds: time of the head.
-        pipeline_size: pipeline ranks.
-    """
-    without = [0] * (len(tower_seconds) - 1)
-    num_chunks -= len(without)
-    even = -(-num_layers // num_chunks)
-    best: tuple[float, float, list[int]] | None = None
-    for first in range(min(even, num_layers) + 1) if num_chunks > 1 else [num_layers]:
-        lasts = range(min(even, num_layers - first) + 1) if num_chunks > 2 else [num_layers - first]
-        for last in lasts:
-            middle = _spread(num_layers - first - last, num_chunks - 2)
-            counts = [*without, first, *middle, last][: len(without) + num_chunks]
-            loads = [layer_seconds * sum(counts[rank::pipeline_size]) for rank in range(pipeline_size)]
-            for chunk, seconds in enumerate(tower_seconds):
-                loads[chunk % pipeline_size] += seconds
-            loads[-1] += last_seconds
-            key = max(loads), max(counts) - min(counts)
-            if best is None or key < best[:2]:
-                best = *key, counts
-    assert best is not None
-    return best[2]
-
-
-def _spread(num_layers: int, num_chunks: int) -> list[int]:
-    """Return equal numbers, with the rest on the chunks in the middle."""
-    if num_chunks < 1:
-        return []
-    each, rest = divmod(num_layers, num_chunks)
-    first_larger = (num_chunks - rest) // 2
-    return [each + (first_larger <= chunk < first_larger + rest) for chunk in range(num_chunks)]

@@ -4,7 +4,7 @@ A part is traced once for each way in which it can be sharded and computed. Any 
 from its parts, so that thousands of layouts take few traces. What a part does depends on few of a layout's sizes:
 towers and head are not sharded over experts' ranks, and no part on the number of stages or of data ranks.
 
-The layers of a vision tower are alike: chunks of one that is spread are known from those with few and with most layers.
+The layers of a vision tower are alike: chunks of one that is spread are known from those with none, one or two.
 """
 
 from __future__ import annotations
@@ -156,16 +156,21 @@ class PartTracer:
 
     def _tower(self, config: Config) -> SpreadTower:
         config, num_layers = _without_experts(config), self._model_config.num_tower_layers
-        most = max(1, num_layers - 1)
-        # The numbers of layers before, on and behind the chunk.
-        starts = self._trace(config, [()], 0, [(0, num_layers), (most, num_layers - most)])
-        middles = self._trace(config, [()], 1, [(0, 1, num_layers - 1), (0, most, num_layers - most)])
-        ends = self._trace(config, [()], 1, [(num_layers - 1, 1), (0, num_layers)])
+        starts, middles, ends = (
+            (0, min(2, num_layers - 1)),
+            (1, min(2, max(1, num_layers - 1))),
+            (1, min(2, num_layers)),
+        )
+        # The layers on the chunks up to the one that is traced, and behind it.
+        start = self._trace(config, [()], 0, [(count, num_layers - count) for count in starts])
+        middle = self._trace(config, [()], 1, [(0, count, num_layers - count) for count in middles])
+        end = self._trace(config, [()], 1, [(num_layers - count, count) for count in ends])
         return SpreadTower(
-            TowerPart((0, most), (starts[0].rest, starts[1].rest)),
-            TowerPart((1, most), (middles[0].rest, middles[1].rest)),
-            TowerPart((1, num_layers), (ends[0].rest, ends[1].rest)),
-            starts[0].received_patch_bytes,
+            *(
+                TowerPart(counts, (few.rest, more.rest))
+                for counts, (few, more) in ((starts, start), (middles, middle), (ends, end))
+            ),
+            start[0].received_patch_bytes,
         )
 
     def _layers(self, config: Config) -> tuple[Part, tuple[Part, ...]]:

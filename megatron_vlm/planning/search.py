@@ -148,34 +148,36 @@ class Search:
             return
         for recompute in self._space.recompute:
             candidate = dataclasses.replace(config, model=dataclasses.replace(config.model, recompute=recompute))
-            estimates = [self._estimate(*each) for each in self._stagings(candidate, layout)]
+            estimates, fastest = list[Estimate](), math.inf
+            for staged in self._stagings(candidate, layout):
+                estimates.append(self._estimate(*staged, enough=min(_CLOSE * self._fastest, fastest)))
+                if estimates[-1].most_bytes <= request.usable_bytes and estimates[-1].step.total < fastest:
+                    self._fitting[sizes], fastest = estimates[-1], estimates[-1].step.total
             self._result.num_estimated += len(estimates)
-            fitting = [estimate for estimate in estimates if estimate.most_bytes <= request.usable_bytes]
-            if fitting:
-                self._fitting[sizes] = min(fitting, key=lambda estimate: estimate.step.total)
-                self._fastest = min(self._fastest, self._fitting[sizes].step.total)
+            if fastest < math.inf:
+                self._fastest = min(self._fastest, fastest)
                 return
             smallest = min(estimates, key=lambda estimate: estimate.most_bytes)
             self._rule_out_by_memory(smallest)
 
     def _stagings(self, config: Config, layout: Layout) -> Iterator[tuple[Config, Layout]]:
-        """Yield the even split of layers over chunks, and those that even out towers and head.
+        """Yield splits of layers over chunks that even out towers and head, and the even one.
 
-        A tower that takes longer than an average chunk is also spread over as many as it takes, one fewer and one more.
+        A tower that takes longer than an average chunk is also spread over as many as it takes, and one fewer.
         """
-        yield config, layout
         if self._space.keeps_layers or layout.pipeline_size == 1:
+            yield config, layout
             return
         towers = [layout.tower_counts]
         if self._space.spreads_tower:
             estimator, num_chunks = self._estimator(config, layout), len(layout.chunks)
-            needed = math.ceil(estimator.chunks_of_tower(num_chunks))
-            holders = range(max(2, needed - 1), min(needed + 1, num_chunks) + 1) if needed > 1 else range(0)
-            towers += self._spread_towers(estimator, holders, num_chunks)
+            needed = min(math.ceil(estimator.chunks_of_tower(num_chunks)), num_chunks)
+            towers += self._spread_towers(estimator, range(max(2, needed - 1), needed + 1), num_chunks)
         for tower_counts in towers:
             staged = self._balanced(config, layout, tower_counts)
             if staged[1].chunks != layout.chunks or staged[1].tower_counts != layout.tower_counts:
                 yield staged
+        yield config, layout
 
     def _spread_towers(self, estimator: Estimator, holders: Iterable[int], num_chunks: int) -> list[tuple[int, ...]]:
         """Return the tower's layers per chunk when these numbers of chunks have any."""
@@ -193,7 +195,7 @@ class Search:
         return config, check_layout(config, self._request.model_config, self._request.num_gpus)
 
     def _with_other_tower(self, plan: Plan) -> Plan | None:
-        """Plan the same sizes with the tower whole where it is spread, or spread; the fastest that fits, if any does."""
+        """Plan the same sizes with the tower spread, or whole where it is spread; the fastest that fits, or of all."""
         config, layout, num_layers = plan.config, plan.layout, self._request.model_config.num_tower_layers
         if layout.pipeline_size == 1 or num_layers < 2:
             return None
@@ -206,8 +208,8 @@ class Search:
         best = min(estimates, key=lambda estimate: (estimate.most_bytes > usable, estimate.step.total))
         return make_plan(self._request, best.config, best.layout)
 
-    def _estimate(self, config: Config, layout: Layout) -> Estimate:
-        return self._estimator(config, layout).estimate(config, layout, _CLOSE * self._fastest)
+    def _estimate(self, config: Config, layout: Layout, enough: float = math.inf) -> Estimate:
+        return self._estimator(config, layout).estimate(config, layout, enough)
 
     def _estimator(self, config: Config, layout: Layout) -> Estimator:
         key = (

@@ -116,7 +116,11 @@ def test_refusals_are_one_line(case: str, model: Path, capsys: pytest.CaptureFix
 def test_what_is_missing(model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run("--model", model, "--gpus", 8) == 2
     assert "--seq_length and --global_batch_size must be given" in capsys.readouterr().err
-    assert run("--model", tmp_path / "absent", "--gpus", 8, "--seq_length", 8, "--global_batch_size", 8) == 2
+    for absent in ("absent", "absent.yaml"):
+        assert run("--model", tmp_path / absent, "--gpus", 8, "--seq_length", 8, "--global_batch_size", 8) == 2
+        said = capsys.readouterr().err
+        assert f"{absent} does not exist -- give a directory with config.json, or" in said and "configs/" in said
+    assert run("--model", tmp_path, "--gpus", 8, "--seq_length", 8, "--global_batch_size", 8) == 2
     assert "no config.json" in capsys.readouterr().err
     assert run("--gpus", 8) == 2
     assert "--model" in capsys.readouterr().err

@@ -13,13 +13,14 @@ from megatron_vlm import platform
 from megatron_vlm.config import Config
 from megatron_vlm.config_checks import validate
 from megatron_vlm.errors import ConfigError, UserError
-from megatron_vlm.planning.estimate import Estimator, balanced_counts
+from megatron_vlm.planning.estimate import Estimator
 from megatron_vlm.planning.hardware import Hardware
 from megatron_vlm.planning.memory import estimate_memory
 from megatron_vlm.planning.parts import PartTracer
 from megatron_vlm.planning.plan import Plan, Request, make_plan
 from megatron_vlm.planning.planner import search_layouts
 from megatron_vlm.planning.preflight import check_layout
+from megatron_vlm.planning.split_layers import balanced_counts, tower_counts
 from megatron_vlm.planning.step_time import Clock, spans_of
 from tests.sizes import full
 from tests.training.test_memory import LAYOUTS, MODELS, family_of, model_config_of, pairs, run_config
