@@ -161,15 +161,16 @@ class PartTracer:
             (1, min(2, max(1, num_layers - 1))),
             (1, min(2, num_layers)),
         )
-        # The layers on the chunks up to the one that is traced, and behind it.
-        start = self._trace(config, [()], 0, [(count, num_layers - count) for count in starts])
-        middle = self._trace(config, [()], 1, [(0, count, num_layers - count) for count in middles])
-        end = self._trace(config, [()], 1, [(num_layers - count, count) for count in ends])
+        # The layers on the chunks up to the one that is traced, and behind it; each layer is traced once.
+        before = [(0, count, num_layers - count) for count in middles]
+        before += [(num_layers - count, count) for count in ends]
+        tracer = Tracer()
+        start = self._trace(config, [()], 0, [(count, num_layers - count) for count in starts], tracer)
+        middle_and_end = self._trace(config, [()], 1, before, tracer)
         return SpreadTower(
-            *(
-                TowerPart(counts, (few.rest, more.rest))
-                for counts, (few, more) in ((starts, start), (middles, middle), (ends, end))
-            ),
+            TowerPart(starts, (start[0].rest, start[1].rest)),
+            TowerPart(middles, (middle_and_end[0].rest, middle_and_end[1].rest)),
+            TowerPart(ends, (middle_and_end[2].rest, middle_and_end[3].rest)),
             start[0].received_patch_bytes,
         )
 
@@ -196,6 +197,7 @@ class PartTracer:
         chunks: Iterable[tuple[int, ...]],
         position: int,
         towers: Sequence[tuple[int, ...]] = ((),),
+        tracer: Tracer | None = None,
     ) -> list[_TracedChunk]:
         """Trace chunks with these layers as the first (0), a middle (1) or the last (2) of three stages.
 
@@ -204,6 +206,7 @@ class PartTracer:
             chunks: decoder layers of each chunk to trace.
             position: the stage.
             towers: the vision tower's layers on the first stages, each combined with each of `chunks`.
+            tracer: knows layers of earlier traces of the same configuration.
         """
         parallel = config.parallel
         tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
@@ -219,7 +222,7 @@ class PartTracer:
             chunks=((), (), ()),
         )
         num_layers = len(self._model_config.text.layers)
-        rank, tracer, traced = position * (layout.world_size // 3), Tracer(), []
+        rank, tracer, traced = position * (layout.world_size // 3), tracer or Tracer(), []
         with simulated_rank(rank, layout) as groups, fake_tensors():
             batch = full_batch(config, self._family, self._model_config, layout, *self._media_per_row)
             for layers, tower_counts in product(chunks, towers):
