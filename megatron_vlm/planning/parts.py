@@ -162,7 +162,7 @@ class PartTracer:
             (1, min(2, num_layers)),
         )
         # The layers on the chunks up to the one that is traced, and behind it; each layer is traced once.
-        before = [(0, count, num_layers - count) for count in middles]
+        before: list[tuple[int, ...]] = [(0, count, num_layers - count) for count in middles]
         before += [(num_layers - count, count) for count in ends]
         tracer = Tracer()
         start = self._trace(config, [()], 0, [(count, num_layers - count) for count in starts], tracer)
