@@ -40,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def plan(options: argparse.Namespace, overrides: list[str]) -> int:
     """Search, print the page, write files, check ranks."""
+    from megatron_vlm import platform
+
+    platform.initialize("cpu")  # before megatron-core is imported, which would print warnings without it
     from megatron_vlm.files.small_files import replace_durably
     from megatron_vlm.planning.hardware import find_hardware
     from megatron_vlm.planning.plan_page import format_page, format_yaml, to_json
@@ -74,6 +77,11 @@ def _config(options: argparse.Namespace, overrides: list[str]) -> tuple[Config, 
     from megatron_vlm.planning.planner import published_directory
 
     model, arguments, directory = Path(options.model), list[str](), None
+    if not model.exists():
+        raise ConfigError(
+            f"--model {model} does not exist",
+            fix="give a directory with config.json, or a configuration such as configs/qwen3_vl_8b.yaml",
+        )
     if model.suffix in (".yaml", ".yml"):
         arguments = ["--config", str(model)]
     elif options.keep_layout:

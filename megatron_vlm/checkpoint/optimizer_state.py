@@ -75,6 +75,9 @@ def sharded_state(
     for index, member in enumerate(_chained(optimizer)):
         if member.init_state_fn is None:  # SGD without momentum has no state, and megatron-core calls the None
             member.init_state_fn = lambda *_: None
+        elif isinstance(member, DistributedOptimizer) and member.optimizer is not None:
+            # Where no step was taken yet (all were skipped), megatron-core would look for moments in vain.
+            member.init_state_fn(member.optimizer, member.config)
         with padding_kept(member) if isinstance(member, DistributedOptimizer) else nullcontext():
             described = member.sharded_state_dict(model_state, is_loading=is_loading, metadata=_METADATA)
         state[index] = _tensors(member, described)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 from collections.abc import Sequence
@@ -13,10 +14,11 @@ from typing import NamedTuple
 from megatron_vlm.config import Config
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.planning.memory import passes_alive
-from megatron_vlm.planning.parts import Part, Parts
+from megatron_vlm.planning.parts import Part, Parts, TowerPart
 from megatron_vlm.planning.plan import StepSeconds, exchanged_seconds, schedule_of, step_seconds
 from megatron_vlm.planning.recorder import Collective, Counts
 from megatron_vlm.planning.schedule import ScheduleSeconds
+from megatron_vlm.planning.split_layers import balanced_counts, tower_counts
 from megatron_vlm.planning.state_bytes import FP32_BYTES, optimizer_bytes, value_bytes
 from megatron_vlm.planning.step_time import Clock, Seconds
 
@@ -29,7 +31,7 @@ class Held(NamedTuple):
         experts: of experts that train.
         frozen: of all others.
         partial: of dense ones whose gradients are summed over the tensor ranks.
-        copied: of those of which the first and the last stage have a copy.
+        copied: of those of which the stages of embedding and head have a copy.
     """
 
     dense: int = 0
@@ -45,6 +47,10 @@ class Held(NamedTuple):
     def minus(self, other: Held) -> Held:
         """Return the differences."""
         return Held(*map(operator.sub, self, other))
+
+    def times(self, count: int) -> Held:
+        """Return multiples."""
+        return Held(*(count * value for value in self))
 
     @staticmethod
     def of(part: Part) -> Held:
@@ -117,19 +123,46 @@ class Estimator:
         )
 
     @property
-    def layer_seconds(self) -> float:
+    def _layer_seconds(self) -> float:
         """Seconds of a micro-batch on an average decoder layer."""
         return self._sums.seconds[-1].total / len(self._parts.layers)
 
-    @property
-    def first_seconds(self) -> float:
-        """Seconds of a micro-batch on embedding and towers."""
-        return self._first[0].total
+    def balanced(self, layout: Layout, tower: Sequence[int]) -> list[int]:
+        """Return decoder layers per chunk that even out the ranks of a layout.
 
-    @property
-    def last_seconds(self) -> float:
-        """Seconds of a micro-batch on final norm and head."""
-        return self._last[0].total
+        Args:
+            layout: the layout, whose own layers make no difference.
+            tower: the tower's layers on each chunk that has any; empty for a whole tower.
+        """
+        placed = dataclasses.replace(layout, tower_counts=tuple(tower))
+        tower_seconds = [self._tower(placed, index).seconds.total for index in range(placed.embedding_chunk + 1)]
+        return balanced_counts(
+            layout.num_layers,
+            len(layout.chunks),
+            self._layer_seconds,
+            tower_seconds,
+            self._last[0].total,
+            layout.pipeline_size,
+        )
+
+    def chunks_of_tower(self, num_chunks: int) -> float:
+        """Return the number of chunks that would take the time of embedding and towers, if all took equally long."""
+        return self._first[0].total / self._mean_seconds(num_chunks)
+
+    def spread_tower(self, num_layers: int, num_holders: int, num_chunks: int) -> list[int]:
+        """Return the tower's layers on each of the chunks that have any; see `tower_counts`."""
+        start, end = self._tower_lines["start"], self._tower_lines["end"]
+        return tower_counts(
+            num_layers,
+            num_holders,
+            start.at(0).seconds.total,
+            start.each.seconds.total,
+            end.at(0).seconds.total,
+            self._mean_seconds(num_chunks),
+        )
+
+    def _mean_seconds(self, num_chunks: int) -> float:
+        return (self._sums.seconds[-1].total + self._first[0].total + self._last[0].total) / num_chunks
 
     def estimate(self, config: Config, layout: Layout, enough: float = math.inf) -> Estimate:
         """Estimate a layout that `check_layout` returned for a configuration.
@@ -163,43 +196,66 @@ class Estimator:
         if max(busy) + gradients + update > enough:
             schedule = ScheduleSeconds(max(busy), tuple(busy))
         else:
-            returned_bytes = [self._received_bytes(layout, index + 1) for index in range(len(chunks))]
+            received = [self._received_bytes(layout, index) for index in range(len(chunks))]
+            returned_bytes = [*received[1:], 0]
             schedule = schedule_of(self._clock, seconds, returned_bytes, layout, num_micro_batches)
         step = step_seconds(schedule, seconds, layout, num_micro_batches, gradients, update)
         return Estimate(config, layout, step, fullest, fixed)
 
     def _received_bytes(self, layout: Layout, index: int) -> int:
-        """Return what a chunk receives from the one before it; 0 for the first, and behind the last."""
-        if not 0 < index < len(layout.chunks):
+        """Return what a chunk receives from the one before it; 0 for the first."""
+        if index == 0:
             return 0
+        if index <= layout.embedding_chunk:
+            return self._parts.tower().received_bytes[self._first_tower_layer(layout, index)]
         return self._parts.received_bytes[layout.first_layer(index)]
+
+    def _first_tower_layer(self, layout: Layout, index: int) -> int:
+        """Return the first of a chunk's layers of the tower, or the last layer where none follows."""
+        return min(sum(layout.tower_counts[:index]), sum(layout.tower_counts) - 1)
 
     def _chunk(self, layout: Layout, index: int) -> _Chunk:
         parts, sums, layers = self._parts, self._sums, layout.chunks[index]
         start, end = layout.first_layer(index), layout.first_layer(index) + len(layers)
-        first, last = index == 0, index == len(layout.chunks) - 1
+        embeds, last = index == layout.embedding_chunk, index == len(layout.chunks) - 1
         seconds = _difference(sums.seconds[end], sums.seconds[start])
         kept_bytes, held = sums.kept_bytes[end] - sums.kept_bytes[start], sums.held[end].minus(sums.held[start])
         working_bytes = self._layer_working_bytes if layers else 0
-        if first:
-            seconds, held = seconds + self._first[0], held.plus(self._first[1])
-            kept_bytes += parts.first.kept_bytes
-            working_bytes = max(working_bytes, parts.first.working_bytes)
+        if index <= layout.embedding_chunk:
+            tower = self._tower(layout, index)
+            seconds, held = seconds + tower.seconds, held.plus(tower.held)
+            kept_bytes += tower.kept_bytes + self._received_bytes(layout, index)
+            working_bytes = max(working_bytes, tower.working_bytes)
         else:
             # The first layer's input is what is received.
             kept_bytes += self._received_bytes(layout, index) - (parts.hidden_bytes if layers else 0)
         if last:
             seconds, held = seconds + self._last[0], held.plus(self._last[1])
             working_bytes = max(working_bytes, parts.last.working_bytes)
-            if first:  # a tied embedding is one
+            if embeds:  # a tied embedding is one
                 shared = {
                     name: entry for name, entry in parts.last.parameters.items() if name in parts.first.parameters
                 }
                 held = held.minus(Held.of(Part(shared, Counts(), 0, 0)))
         elif layers:
             seconds, kept_bytes = seconds + self._frame[0], kept_bytes + parts.frame.kept_bytes
-            held = held if first else held.plus(self._frame[1])
+            held = held if embeds else held.plus(self._frame[1])
         return _Chunk(seconds, kept_bytes, working_bytes, held)
+
+    def _tower(self, layout: Layout, index: int) -> _Chunk:
+        """Return what a chunk up to the embedding has beside decoder layers, without what it receives."""
+        if layout.embedding_chunk == 0:
+            first = self._parts.first
+            return _Chunk(self._first[0], first.kept_bytes, first.working_bytes, self._first[1])
+        role = {0: "start", layout.embedding_chunk: "end"}.get(index, "middle")
+        return self._tower_lines[role].at(layout.tower_counts[index])
+
+    @cached_property
+    def _tower_lines(self) -> dict[str, _Line]:
+        """What chunks of a spread tower do, by where they are."""
+        tower = self._parts.tower()
+        parts = {"start": tower.start, "middle": tower.middle, "end": tower.end}
+        return {role: _Line.through(part, self._clock) for role, part in parts.items()}
 
 
 @dataclass(frozen=True)
@@ -210,6 +266,47 @@ class _Chunk:
     kept_bytes: int
     working_bytes: int
     held: Held
+
+
+@dataclass(frozen=True)
+class _Line:
+    """What a micro-batch does on a chunk with a part of a spread tower, whose layers are alike.
+
+    Attributes:
+        num_layers: a number of the tower's layers.
+        chunk: the chunk with as many, without what it receives.
+        each: what every further layer adds, and the working memory with it.
+    """
+
+    num_layers: int
+    chunk: _Chunk
+    each: _Chunk
+
+    @staticmethod
+    def through(part: TowerPart, clock: Clock) -> _Line:
+        """Return the line through what was traced."""
+        (few, many), (fewer, more) = part.nums_layers, part.traced
+        seconds, added = (clock.seconds(traced.work) for traced in part.traced)
+        between = max(1, many - few)
+        each = _Chunk(
+            _difference(added, seconds).times(1 / between),
+            (more.kept_bytes - fewer.kept_bytes) // between,
+            more.working_bytes,
+            Held(*(value // between for value in Held.of(more).minus(Held.of(fewer)))),
+        )
+        return _Line(few, _Chunk(seconds, fewer.kept_bytes, fewer.working_bytes, Held.of(fewer)), each)
+
+    def at(self, num_layers: int) -> _Chunk:
+        """Return the chunk with a number of the tower's layers."""
+        chunk, added = self.chunk, num_layers - self.num_layers
+        if added == 0:
+            return chunk
+        return _Chunk(
+            chunk.seconds + self.each.seconds.times(added),
+            max(0, chunk.kept_bytes + self.each.kept_bytes * added),
+            self.each.working_bytes,
+            chunk.held.plus(self.each.held.times(added)),
+        )
 
 
 def _difference(later: Seconds, earlier: Seconds) -> Seconds:
@@ -240,8 +337,9 @@ def _state_bytes(config: Config, layout: Layout, held: Held) -> int:
 def _exchanges(config: Config, layout: Layout, held: Held) -> Counts:
     """Return the exchanges of gradients and parameters, without padding."""
     counts = Counts()
-    for name, size, values in (("tensor", layout.tensor_size, held.partial), ("pipeline", 2, held.copied)):
-        if values and size > 1 and (name == "tensor" or layout.pipeline_size > 1):
+    num_copies = 1 if layout.embedding_rank == layout.pipeline_size - 1 else 2
+    for name, size, values in (("tensor", layout.tensor_size, held.partial), ("pipeline", num_copies, held.copied)):
+        if values and size > 1:
             counts.collectives[Collective("step", "allreduce", name, size, values * FP32_BYTES)] += 1
     kinds = {"allreduce": FP32_BYTES}
     if config.parallel.use_distributed_optimizer:
@@ -252,47 +350,3 @@ def _exchanges(config: Config, layout: Layout, held: Held) -> Counts:
             if size > 1 and values:
                 counts.collectives[Collective("step", kind, name, size, values * element_bytes)] += 1
     return counts
-
-
-def balanced_counts(
-    num_layers: int,
-    num_chunks: int,
-    layer_seconds: float,
-    first_seconds: float,
-    last_seconds: float,
-    pipeline_size: int,
-) -> list[int]:
-    """Return numbers of decoder layers per chunk that even out the ranks, with fewer beside towers and head.
-
-    Args:
-        num_layers: decoder layers of the model.
-        num_chunks: pipeline size times chunks per rank.
-        layer_seconds: time of a layer.
-        first_seconds: time of embedding and towers.
-        last_seconds: time of the head.
-        pipeline_size: pipeline ranks.
-    """
-    even = -(-num_layers // num_chunks)
-    best: tuple[float, float, list[int]] | None = None
-    for first in range(min(even, num_layers) + 1):
-        lasts = range(min(even, num_layers - first) + 1) if num_chunks > 2 else [num_layers - first]
-        for last in lasts:
-            middle = _spread(num_layers - first - last, num_chunks - 2)
-            counts = [first, *middle, last]
-            loads = [layer_seconds * sum(counts[rank::pipeline_size]) for rank in range(pipeline_size)]
-            loads[0] += first_seconds
-            loads[-1] += last_seconds
-            key = max(loads), max(counts) - min(counts)
-            if best is None or key < best[:2]:
-                best = *key, counts
-    assert best is not None
-    return best[2]
-
-
-def _spread(num_layers: int, num_chunks: int) -> Sequence[int]:
-    """Return equal numbers, with the rest on the chunks in the middle."""
-    if not num_chunks:
-        return []
-    each, rest = divmod(num_layers, num_chunks)
-    first_larger = (num_chunks - rest) // 2
-    return [each + (first_larger <= chunk < first_larger + rest) for chunk in range(num_chunks)]

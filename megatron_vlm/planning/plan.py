@@ -96,7 +96,7 @@ class Plan:
         step: the predicted time of a step.
         schedule: the time of its passes.
         chunks: times of a micro-batch on every chunk.
-        tower: time of a micro-batch on what the first chunk has beside decoder layers: embedding and towers.
+        towers: times of a micro-batch on embedding and towers, for every chunk up to the embedding's.
         traffic: what the busiest rank sends per step, by group.
         model_flops: FLOPs of matmuls of a step over all ranks, without what is recomputed.
     """
@@ -107,7 +107,7 @@ class Plan:
     step: StepSeconds
     schedule: ScheduleSeconds
     chunks: list[Seconds]
-    tower: Seconds
+    towers: list[Seconds]
     traffic: Mapping[str, Traffic]
     model_flops: float
 
@@ -119,13 +119,16 @@ class Plan:
     @property
     def tower_share(self) -> float:
         """Part of all chunks' time that embedding and towers take."""
-        return self.tower.total / sum(chunk.total for chunk in self.chunks)
+        return sum(tower.total for tower in self.towers) / sum(chunk.total for chunk in self.chunks)
 
     @property
-    def tower_share_of_stage(self) -> float:
-        """Part of the first pipeline rank's time that embedding and towers take."""
-        own = self.chunks[:: self.layout.pipeline_size]
-        return self.tower.total / sum(chunk.total for chunk in own)
+    def tower_share_of_rank(self) -> tuple[float, int]:
+        """Most that embedding and towers take of a pipeline rank's time, and which rank that is."""
+        shares = []
+        for rank in range(self.layout.pipeline_size):
+            towers, own = self.towers[rank :: self.layout.pipeline_size], self.chunks[rank :: self.layout.pipeline_size]
+            shares.append(sum(tower.total for tower in towers) / sum(chunk.total for chunk in own))
+        return max(shares), shares.index(max(shares))
 
     def utilisation(self, hardware: Hardware) -> float:
         """Return the part of the GPUs' peak that the model's own matmuls reach."""
@@ -160,7 +163,7 @@ def make_plan(request: Request, config: Config, layout: Layout) -> Plan:
         step=step_seconds(schedule, chunks, layout, num_micro_batches, gradients, update),
         schedule=schedule,
         chunks=chunks,
-        tower=clock.seconds(_beside_layers(counts[0])),
+        towers=[clock.seconds(_beside_layers(chunk)) for chunk in counts[: layout.embedding_chunk + 1]],
         traffic=_traffic(stages, clock.spans, layout, num_micro_batches),
         model_flops=sum(_own_flops(chunk.total) for chunk in counts)
         * num_micro_batches

@@ -29,6 +29,8 @@ def format_page(request: Request, result: SearchResult) -> Iterator[str]:
     yield f"  step          {_breakdown(best)}"
     yield f"  pipeline      {_pipeline(best)}"
     yield f"  tower         {_tower(request, best)}"
+    if result.other_tower is not None:
+        yield f"  its layers    {_spread(request, best, result.other_tower)}"
     yield f"  GPUs          {best.utilisation(request.hardware):.1%} of their peak, by the model's own matmuls"
     yield "memory"
     lines = list(format_memory(best.memory))
@@ -114,10 +116,31 @@ def _pipeline(plan: Plan) -> str:
 
 def _tower(request: Request, plan: Plan) -> str:
     what = "embedding and towers" if not request.model_config.text_only else "embedding"
+    share, rank = plan.tower_share_of_rank
     return (
-        f"{what} take {plan.tower_share:.1%} of the time of all chunks, and {plan.tower_share_of_stage:.1%} of the "
-        "first pipeline rank's"
+        f"{what} take {plan.tower_share:.1%} of the time of all chunks, and {share:.1%} of that of pipeline rank {rank}"
     )
+
+
+def _spread(request: Request, best: Plan, other: Plan) -> str:
+    """Say what the step and the bubble are with the tower spread over chunks, and with it whole."""
+    spread, whole = _spread_and_whole(best, other)
+    counts = spread.layout.tower_counts
+    text = (
+        f"on {len(counts)} chunks ({', '.join(map(str, counts))}): bubble {spread.schedule.bubble:.1%}, step "
+        f"{spread.step.total:.3f} s; all on the first: bubble {whole.schedule.bubble:.1%}, step "
+        f"{whole.step.total:.3f} s; "
+    )
+    if other.most_bytes > request.usable_bytes:
+        which = "spreading" if other is spread else "all on the first"
+        return f"{text}{which} takes {other.most_bytes / _GIB:.1f} GiB and does not fit"
+    if spread.step.total < whole.step.total:
+        return f"{text}spreading saves {1 - spread.step.total / whole.step.total:.1%} of the step"
+    return f"{text}spreading does not pay"
+
+
+def _spread_and_whole(best: Plan, other: Plan) -> tuple[Plan, Plan]:
+    return (best, other) if best.layout.embedding_chunk else (other, best)
 
 
 def _format_reasons(request: Request, result: SearchResult) -> Iterator[str]:
@@ -170,12 +193,13 @@ def to_json(request: Request, result: SearchResult) -> str:
             "settings": {key: _setting(plan, key) for key in SEARCHED},
             "layout": plan.layout.sizes(),
             "layers_per_chunk": list(map(len, plan.layout.chunks)),
+            "tower_layers_per_chunk": list(plan.layout.tower_counts),
             "step_seconds": plan.step.total,
             "step": dataclasses.asdict(plan.step),
             "bubble": plan.schedule.bubble,
             "imbalance": plan.schedule.imbalance,
             "tower_share": plan.tower_share,
-            "tower_share_of_first_rank": plan.tower_share_of_stage,
+            "tower_share_of_rank": dict(zip(("share", "rank"), plan.tower_share_of_rank, strict=True)),
             "utilisation": plan.utilisation(request.hardware),
             "chunks": [dataclasses.asdict(chunk) for chunk in plan.chunks],
             "traffic": {group: dataclasses.asdict(traffic) for group, traffic in plan.traffic.items()},
@@ -188,11 +212,29 @@ def to_json(request: Request, result: SearchResult) -> str:
         "gpus": request.num_gpus,
         "usable_bytes": request.usable_bytes,
         "plans": plans,
+        "tower": _tower_to_json(result),
         "num_estimated": result.num_estimated,
         "num_fitting": result.num_fitting,
         "ruled_out": [dataclasses.asdict(entry) for entry in result.ruled_out],
     }
     return json.dumps(content, indent=1) + "\n"
+
+
+def _tower_to_json(result: SearchResult) -> dict[str, Any] | None:
+    """Return the best layout with its tower spread and with it whole; None where it cannot be spread."""
+    if result.other_tower is None:
+        return None
+    plans = zip(("spread", "whole"), _spread_and_whole(result.plans[0], result.other_tower), strict=True)
+    return {
+        name: {
+            "layers_per_chunk": list(map(len, plan.layout.chunks)),
+            "tower_layers_per_chunk": list(plan.layout.tower_counts),
+            "step_seconds": plan.step.total,
+            "bubble": plan.schedule.bubble,
+            "most_bytes": plan.most_bytes,
+        }
+        for name, plan in plans
+    }
 
 
 def _setting(plan: Plan, key: str) -> Any:

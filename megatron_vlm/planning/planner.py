@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm import platform
 from megatron_vlm.config import Config
 from megatron_vlm.errors import ConfigError, UserError, combine
 from megatron_vlm.families import registry
@@ -62,7 +61,6 @@ def make_request(
         )
     if problems:
         raise combine(ConfigError, problems)
-    platform.initialize("cpu")
     hf_config = registry.load_hf_config(model_directory or config.model.hf_path)
     family = registry.detect(hf_config)
     model_config = family.config_from_hf(hf_config, config.model.text_only, config.model.image_mask)

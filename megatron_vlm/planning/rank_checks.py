@@ -115,8 +115,8 @@ class RankChecks:
                 self._chunks[rank] = [
                     RankChunk(
                         (chunk.first_layer, chunk.end_layer),
-                        None if chunk.pre_process else packed_shape(chunk.boundary(chunk.first_layer, batch)),
-                        None if chunk.post_process else packed_shape(chunk.boundary(chunk.end_layer, batch)),
+                        None if chunk.pre_process else packed_shape(chunk.boundary_before(batch)),
+                        None if chunk.post_process else packed_shape(chunk.boundary_after(batch)),
                         {
                             name: (full_shape(parameter, groups), spec_of(parameter).stages)
                             for name, parameter in chunk.named_parameters()
@@ -164,7 +164,7 @@ class RankChecks:
                 )
         if end != len(self.model_config.text.layers):
             self.problems.append(f"rank {rank}'s pipeline ends before layer {end}")
-        self.problems += _misplaced(chunks, self.family, self.model_config)
+        self.problems += _misplaced(chunks, self.layout, self.family, self.model_config)
 
 
 def _groups(groups: ProcessGroupCollection) -> dict[str, RankGroup]:
@@ -176,18 +176,18 @@ def _groups(groups: ProcessGroupCollection) -> dict[str, RankGroup]:
     }
 
 
-def _misplaced(chunks: Sequence[RankChunk], family: Family, model_config: Any) -> Iterator[str]:
+def _misplaced(chunks: Sequence[RankChunk], layout: Layout, family: Family, model_config: Any) -> Iterator[str]:
     """Yield the parameters of the model that are on other chunks than they should, or of another full shape."""
     weights = {name: tuple(weight.padded_shape) for name, weight in family.weight_map(model_config).items()}
+    copies = {"one": 1, "embedding_and_head": 1 + (layout.embedding_chunk < len(chunks) - 1), "all": len(chunks)}
     held: Counter[str] = Counter()
     for chunk in chunks:
         for name, (shape, stages) in chunk.parameters.items():
             held[name] += 1
             if shape != weights.get(name):
                 yield f"{name} is {shape} in full, but the model's is {weights.get(name)}"
-            expected = {"one": 1, "embedding_and_head": min(2, len(chunks)), "all": len(chunks)}[stages]
-            if (count := sum(name in other.parameters for other in chunks)) != expected:
-                yield f"{name} is on {count} chunks, not on {expected}"
+            if (count := sum(name in other.parameters for other in chunks)) != copies[stages]:
+                yield f"{name} is on {count} chunks, not on {copies[stages]}"
     yield from (f"{name} is on no chunk" for name in weights if not held[name])
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from megatron_vlm.config import Config
 from megatron_vlm.config_checks import validate
 from megatron_vlm.errors import UserError
 from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.planning.estimate import Estimate, Estimator, balanced_counts
+from megatron_vlm.planning.estimate import Estimate, Estimator
 from megatron_vlm.planning.parts import PartTracer
 from megatron_vlm.planning.plan import Plan, Request, make_plan
 from megatron_vlm.planning.preflight import check_layout
@@ -26,6 +26,7 @@ from megatron_vlm.planning.state_bytes import FP32_BYTES, optimizer_bytes, value
 from megatron_vlm.planning.step_time import Clock, spans_of
 
 _CLOSE = 1.15  # times the fastest step so far; the waiting of slower ones is not simulated
+_MOST_HOLDERS = 4  # chunks with layers of the tower, where the best layout's other way to place it is looked for
 _REFINED = 8  # best combinations of sizes for which more micro-batch and expert-tensor sizes are tried
 
 Progress = Callable[[str], None]
@@ -54,6 +55,8 @@ class SearchResult:
         num_fitting: those of them that fit into memory.
         ruled_out: why others cannot be used.
         closest: the layout that takes least memory, where none fits.
+        other_tower: the best layout with its vision tower spread over several chunks where it is whole, or whole where
+            it is spread; None with one stage, or without layers of a tower.
     """
 
     plans: list[Plan] = field(default_factory=list)
@@ -61,6 +64,7 @@ class SearchResult:
     num_fitting: int = 0
     ruled_out: list[RuledOut] = field(default_factory=list)
     closest: Estimate | None = None
+    other_tower: Plan | None = None
 
 
 class Search:
@@ -115,6 +119,8 @@ class Search:
             self._result.plans.append(plan)
             self._progress(f"traced {plan.layout}")
         self._result.plans.sort(key=lambda plan: plan.step.total)
+        if self._result.plans:
+            self._result.other_tower = self._with_other_tower(self._result.plans[0])
 
     def _best_groups(self, count: int) -> list[Sizes]:
         """Return the fastest estimates, the best one of each group."""
@@ -142,10 +148,13 @@ class Search:
             return
         for recompute in self._space.recompute:
             candidate = dataclasses.replace(config, model=dataclasses.replace(config.model, recompute=recompute))
-            estimates = [self._estimate(*each) for each in self._stagings(candidate, layout)]
+            estimates = list[Estimate]()
+            for staged in self._stagings(candidate, layout):
+                known = self._fitting.get(sizes)
+                enough = min(_CLOSE * self._fastest, math.inf if known is None else known.step.total)
+                estimates.append(self._estimate(*staged, enough=enough))
+                self._keep_if_it_fits(sizes, estimates[-1])
             self._result.num_estimated += len(estimates)
-            for estimate in estimates:
-                self._keep_if_it_fits(sizes, estimate)
             # More recomputation pays only where it lets the faster split of the layers fit.
             if min(estimates, key=lambda estimate: estimate.step.total).most_bytes <= request.usable_bytes:
                 return
@@ -160,26 +169,56 @@ class Search:
             self._fastest = min(self._fastest, estimate.step.total)
 
     def _stagings(self, config: Config, layout: Layout) -> Iterator[tuple[Config, Layout]]:
-        """Yield the even split of layers over chunks, and one that evens out towers and head."""
-        yield config, layout
-        if self._space.keeps_layers or layout.pipeline_size == 1:
-            return
-        estimator = self._estimator(config, layout)
-        counts = balanced_counts(
-            layout.num_layers,
-            len(layout.chunks),
-            estimator.layer_seconds,
-            estimator.first_seconds,
-            estimator.last_seconds,
-            layout.pipeline_size,
-        )
-        if counts != list(map(len, layout.chunks)):
-            parallel = dataclasses.replace(config.parallel, pipeline_layout=counts)
-            config = dataclasses.replace(config, parallel=parallel)
-            yield config, check_layout(config, self._request.model_config, self._request.num_gpus)
+        """Yield splits of layers over chunks that even out towers and head, and the even one.
 
-    def _estimate(self, config: Config, layout: Layout) -> Estimate:
-        return self._estimator(config, layout).estimate(config, layout, _CLOSE * self._fastest)
+        A tower that takes longer than an average chunk is also spread over as many as it takes, and one more.
+        """
+        if self._space.keeps_layers or layout.pipeline_size == 1:
+            yield config, layout
+            return
+        towers = [layout.tower_counts]
+        if self._space.spreads_tower:
+            estimator, num_chunks = self._estimator(config, layout), len(layout.chunks)
+            needed = min(math.ceil(estimator.chunks_of_tower(num_chunks)), num_chunks)
+            if needed > 1:
+                towers += self._spread_towers(estimator, range(needed, min(needed + 1, num_chunks) + 1), num_chunks)
+        for tower_counts in towers:
+            staged = self._balanced(config, layout, tower_counts)
+            if staged[1].chunks != layout.chunks or staged[1].tower_counts != layout.tower_counts:
+                yield staged
+        yield config, layout
+
+    def _spread_towers(self, estimator: Estimator, holders: Iterable[int], num_chunks: int) -> list[tuple[int, ...]]:
+        """Return the tower's layers per chunk when these numbers of chunks have any."""
+        num_layers = self._request.model_config.num_tower_layers
+        return [
+            tuple(estimator.spread_tower(num_layers, count, num_chunks)) for count in holders if count <= num_layers
+        ]
+
+    def _balanced(self, config: Config, layout: Layout, tower_counts: tuple[int, ...]) -> tuple[Config, Layout]:
+        """Return a layout with these layers of the tower per chunk, and decoder layers that even out the ranks."""
+        counts = self._estimator(config, layout).balanced(layout, tower_counts)
+        tower = list(tower_counts) or None
+        parallel = dataclasses.replace(config.parallel, pipeline_layout=counts, vision_pipeline_layout=tower)
+        config = dataclasses.replace(config, parallel=parallel)
+        return config, check_layout(config, self._request.model_config, self._request.num_gpus)
+
+    def _with_other_tower(self, plan: Plan) -> Plan | None:
+        """Plan the same sizes with the tower spread, or whole where it is spread; the fastest that fits, or of all."""
+        config, layout, num_layers = plan.config, plan.layout, self._request.model_config.num_tower_layers
+        if layout.pipeline_size == 1 or num_layers < 2:
+            return None
+        towers: list[tuple[int, ...]] = [()]
+        if layout.embedding_chunk == 0:
+            holders = range(2, min(_MOST_HOLDERS, len(layout.chunks)) + 1)
+            towers = self._spread_towers(self._estimator(config, layout), holders, len(layout.chunks))
+        estimates = [self._estimate(*self._balanced(config, layout, tower_counts)) for tower_counts in towers]
+        usable = self._request.usable_bytes
+        best = min(estimates, key=lambda estimate: (estimate.most_bytes > usable, estimate.step.total))
+        return make_plan(self._request, best.config, best.layout)
+
+    def _estimate(self, config: Config, layout: Layout, enough: float = math.inf) -> Estimate:
+        return self._estimator(config, layout).estimate(config, layout, enough)
 
     def _estimator(self, config: Config, layout: Layout) -> Estimator:
         key = (

@@ -17,6 +17,7 @@ SEARCHED = (
     "parallel.pipeline_model_parallel_size",
     "parallel.virtual_pipeline_model_parallel_size",
     "parallel.pipeline_layout",
+    "parallel.vision_pipeline_layout",
     "parallel.expert_model_parallel_size",
     "parallel.expert_tensor_parallel_size",
     "train.micro_batch_size",
@@ -33,7 +34,7 @@ _ROWS = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Sizes:
-    """One point of the search; recomputation and the layers of each chunk follow from it."""
+    """One point of the search; recomputation, and the layers of each chunk and of a vision tower, follow from it."""
 
     tensor: int
     pipeline: int
@@ -52,6 +53,7 @@ class Sizes:
             pipeline_model_parallel_size=self.pipeline,
             virtual_pipeline_model_parallel_size=self.virtual,
             pipeline_layout=None,
+            vision_pipeline_layout=None,
             expert_model_parallel_size=self.expert,
             expert_tensor_parallel_size=self.expert_tensor,
         )
@@ -90,6 +92,12 @@ class SearchSpace:
         return "parallel.pipeline_layout" in self._fixed
 
     @property
+    def spreads_tower(self) -> bool:
+        """Whether layers of a vision tower may go to any chunks."""
+        is_free = not self.keeps_layers and "parallel.vision_pipeline_layout" not in self._fixed
+        return is_free and self._request.model_config.num_tower_layers > 1
+
+    @property
     def tensors(self) -> Sequence[int]:
         """Tensor sizes, up to a node."""
         ranks = min(self._request.hardware.gpus_per_node, self._request.num_gpus)
@@ -113,7 +121,7 @@ class SearchSpace:
         config, parallel = sizes.applied_to(self._request.config), self._request.config.parallel
         own = {
             name: getattr(parallel, name)
-            for name in ("sequence_parallel", "pipeline_layout")
+            for name in ("sequence_parallel", "pipeline_layout", "vision_pipeline_layout")
             if f"parallel.{name}" in self._fixed
         }
         return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **own))

@@ -81,6 +81,15 @@ class Seconds:
             self.exchanged_backward + other.exchanged_backward,
         )
 
+    def times(self, factor: float) -> Seconds:
+        """Return multiples."""
+        return Seconds(
+            factor * self.forward,
+            factor * self.backward,
+            factor * self.exchanged_forward,
+            factor * self.exchanged_backward,
+        )
+
     @property
     def all_forward(self) -> float:
         """The forward pass."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,7 @@ def test_page_and_files(model: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         "limited by",
         "bubble",
         "embedding and towers take",
+        "all on the first: bubble",
         "memory",
         "to other nodes",
         "ruled out",
@@ -60,6 +63,9 @@ def test_page_and_files(model: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert best["step_seconds"] == min(found["step_seconds"] for found in written["plans"])
     assert f"{best['step_seconds']:.3f}" in page and written["hardware"]["network_gb_per_second"] == 12.5
     assert best["layout"]["pipeline"] == 2 and len(best["memory"]) == 2
+    spread, whole = (written["tower"][name] for name in ("spread", "whole"))
+    assert sum(spread["tower_layers_per_chunk"]) == 3 and whole["tower_layers_per_chunk"] == []
+    assert best["bubble"] in (spread["bubble"], whole["bubble"]) and f"bubble {whole['bubble']:.1%}" in page
     # Stages are on different nodes, so all that they exchange crosses.
     assert best["traffic"]["pipeline"]["sent"] == best["traffic"]["pipeline"]["crossing"] > 0
     # The settings are those of a run.
@@ -79,6 +85,34 @@ def test_a_recipe_keeps_its_layout(capsys: pytest.CaptureFixture[str]) -> None:
     assert "1 layouts were estimated" in page
     said = recipe.read_text().replace("\n# ", " ").partition("with rows full of images, ")[2].partition(" GiB")[0]
     assert f"{float(said):.1f}" == page.split("\n")[5].split()[3]
+
+
+def test_a_spread_tower_stays(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a file or the command line says it; what does not pay is said."""
+    settings = {"pipeline_model_parallel_size": 2, "vision_pipeline_layout": [1, 2]}
+    required = {"run_dir": "run", "model": {"hf_path": str(model)}, "data": {"train": "a.jsonl", "seq_length": 256}}
+    train = {"train_iters": 1, "global_batch_size": 8}
+    path, written = tmp_path / "run.yaml", tmp_path / "best.yaml"
+    path.write_text(yaml.safe_dump(required | {"train": train, "parallel": settings}))
+    assert run("--model", path, "--gpus", 2, "--keep_layout", "--check", "1", "--yaml", written) == 0
+    page = capsys.readouterr().out
+    assert "decoder layers per chunk: 0, " in page and "on 2 chunks (1, 2): bubble " in page
+    assert "rank 1 has" in page and "as planned" in page
+    assert yaml.safe_load(written.read_text())["parallel"]["vision_pipeline_layout"] == [1, 2]
+    given = ["--parallel.vision_pipeline_layout", "[2,1]", "--parallel.pipeline_model_parallel_size", 2]
+    assert run(*command(model, *given, "--parallel.tensor_model_parallel_size", 1, "--plans", 1)) == 0
+    page = capsys.readouterr().out
+    assert "on 2 chunks (2, 1)" in page and "vision_pipeline_layout: [2, 1]" in page
+
+
+@pytest.mark.full
+def test_nothing_else_is_printed(model: Path) -> None:
+    """Neither torch nor megatron-core warns where there is no GPU."""
+    arguments = command(model, "--parallel.pipeline_model_parallel_size", 1, "--plans", 1)
+    done = subprocess.run(
+        [sys.executable, plan.__file__, *map(str, arguments)], capture_output=True, text=True, check=True
+    )
+    assert all("layouts estimated" in line or line.startswith("traced ") for line in done.stderr.splitlines())
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -116,7 +150,11 @@ def test_refusals_are_one_line(case: str, model: Path, capsys: pytest.CaptureFix
 def test_what_is_missing(model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run("--model", model, "--gpus", 8) == 2
     assert "--seq_length and --global_batch_size must be given" in capsys.readouterr().err
-    assert run("--model", tmp_path / "absent", "--gpus", 8, "--seq_length", 8, "--global_batch_size", 8) == 2
+    for absent in ("absent", "absent.yaml"):
+        assert run("--model", tmp_path / absent, "--gpus", 8, "--seq_length", 8, "--global_batch_size", 8) == 2
+        said = capsys.readouterr().err
+        assert f"{absent} does not exist -- give a directory with config.json, or" in said and "configs/" in said
+    assert run("--model", tmp_path, "--gpus", 8, "--seq_length", 8, "--global_batch_size", 8) == 2
     assert "no config.json" in capsys.readouterr().err
     assert run("--gpus", 8) == 2
     assert "--model" in capsys.readouterr().err

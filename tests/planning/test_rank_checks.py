@@ -118,6 +118,25 @@ def test_a_plan_against_real_parameters() -> None:
             check_plan(wrong, request, plan)
 
 
+@pytest.mark.parametrize(
+    ("name", "virtual", "tower"),
+    [("gemma3", 1, [1, 2]), full("gemma3", 2, [1, 2]), full("qwen3_vl_moe", 2, [2, 1, 1]), full("mistral3", 1, [2, 2])],
+)
+def test_a_spread_tower(name: str, virtual: int, tower: list[int]) -> None:
+    """Embedding and head, tied or not, on one chunk or on different ones of the same rank."""
+    platform.initialize()
+    overrides = [
+        *(TENSOR, SEQUENCE, "parallel.pipeline_model_parallel_size=2", "train.global_batch_size=2"),
+        f"parallel.virtual_pipeline_model_parallel_size={virtual}",
+        f"parallel.vision_pipeline_layout={tower}".replace(" ", ""),
+    ]
+    config, model_config = run_config(*overrides), model_config_of(name)
+    layout = check_layout(config, model_config, 4)
+    request = Request(config, family_of(name), model_config, GPUS["H100"], 4, 1.0, 1.0, 0.1)
+    problems, said = check_plan("sampled", request, make_plan(request, config, layout))
+    assert problems == [] and "rank 3 has " in said
+
+
 def test_the_sample_is_always_the_same() -> None:
     layout = Layout.over(16_384, tensor_size=8, pipeline_size=16, expert_size=16)
     ranks = sample_ranks(layout)

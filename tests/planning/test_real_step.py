@@ -186,11 +186,21 @@ def by_group(counts: Counts) -> Counter[str]:
         ("qwen3_vl_moe", 2, [EXPERT, "train.global_batch_size=2"]),
         ("gemma4", 4, [TENSOR, SEQUENCE, PIPELINE, *VIRTUAL, "train.global_batch_size=2"]),
         full("gemma3", 4, [PIPELINE, "train.global_batch_size=4"]),
+        full("gemma3", 4, [PIPELINE, "parallel.vision_pipeline_layout=[1,2]", "train.global_batch_size=4"]),
         full("mistral3", 2, [REPLICATED, "train.precision=fp32", "train.global_batch_size=2"]),
         full("gemma4 26B-A4B", 4, [TENSOR, SEQUENCE, EXPERT, "train.global_batch_size=2"]),
         full("qwen3_vl", 2, ["model.freeze=[vision_tower]", "train.global_batch_size=2"]),
     ],
-    ids=["TP2+SP DP2", "EP2", "TP2+SP PP2 VPP2", "PP2 DP2", "DP2 replicated", "EP2 TP2+SP", "frozen"],
+    ids=[
+        "TP2+SP DP2",
+        "EP2",
+        "TP2+SP PP2 VPP2",
+        "PP2 DP2",
+        "PP2 DP2, tower on both",
+        "DP2 replicated",
+        "EP2 TP2+SP",
+        "frozen",
+    ],
 )
 def test_a_real_step(name: str, world_size: int, overrides: list[str]) -> None:
     stages = planned(name, overrides, world_size)

@@ -13,16 +13,17 @@ from megatron_vlm import platform
 from megatron_vlm.config import Config
 from megatron_vlm.config_checks import validate
 from megatron_vlm.errors import ConfigError, UserError
-from megatron_vlm.planning.estimate import Estimator, balanced_counts
+from megatron_vlm.planning.estimate import Estimator
 from megatron_vlm.planning.hardware import Hardware
 from megatron_vlm.planning.memory import estimate_memory
 from megatron_vlm.planning.parts import PartTracer
 from megatron_vlm.planning.plan import Plan, Request, make_plan
 from megatron_vlm.planning.planner import search_layouts
 from megatron_vlm.planning.preflight import check_layout
+from megatron_vlm.planning.split_layers import balanced_counts, tower_counts
 from megatron_vlm.planning.step_time import Clock, spans_of
 from tests.sizes import full
-from tests.training.test_memory import LAYOUTS, MODELS, family_of, model_config_of, pairs, run_config
+from tests.training.test_memory import LAYOUTS, MODELS, SEQUENCE, TENSOR, family_of, model_config_of, pairs, run_config
 
 # Two GPUs in a node; links, memory and matmuls slow enough for all three to matter to a tiny model.
 HARDWARE = Hardware(
@@ -148,15 +149,71 @@ def test_what_is_printed_is_what_the_dry_run_counts() -> None:
 def test_estimates_against_traces(name: str, kind: str) -> None:
     """Parts put together against the full trace of every stage."""
     world_size, overrides = LAYOUTS[kind]
-    request = request_of(name, world_size, *overrides)
-    layout = check_layout(request.config, request.model_config, world_size)
+    check_estimate(request_of(name, world_size, *overrides))
+
+
+PIPELINE, VIRTUAL = "parallel.pipeline_model_parallel_size", "parallel.virtual_pipeline_model_parallel_size"
+SPREAD: dict[str, tuple[int, list[str], int]] = {  # ranks, settings, and chunks with layers of the tower
+    "both stages": (2, [f"{PIPELINE}=2", "model.recompute=full"], 2),
+    "two of four": (8, [TENSOR, SEQUENCE, f"{PIPELINE}=4", "model.vision_parallelism=data"], 2),
+    "virtual": (4, [TENSOR, SEQUENCE, f"{PIPELINE}=2", f"{VIRTUAL}=2", "train.global_batch_size=2"], 3),
+    "frozen": (3, [f"{PIPELINE}=3", "model.freeze=[vision_tower]"], 3),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    pairs(sorted(MODELS.keys() - {"gemma4_unified"}), SPREAD, ("gemma3", "frozen"), ("qwen3_vl", "virtual")),
+)
+def test_estimates_of_a_spread_tower(name: str, kind: str) -> None:
+    world_size, overrides, num_holders = SPREAD[kind]
+    between = model_config_of(name).num_tower_layers - num_holders + 1
+    tower = [1, between] if num_holders == 2 else [1, between, 1]
+    layout = f"parallel.vision_pipeline_layout={tower}".replace(" ", "")
+    check_estimate(request_of(name, world_size, *overrides, layout))
+
+
+def check_estimate(request: Request) -> None:
+    """Compare an estimate of the request's own layout with the full trace of every stage, and of every chunk."""
+    layout = check_layout(request.config, request.model_config, request.num_gpus)
     parts = PartTracer(request.config, request.family, request.model_config, 1.0, 1.0).parts(request.config)
-    estimate = Estimator(parts, Clock(HARDWARE, spans_of(layout, HARDWARE))).estimate(request.config, layout)
-    plan = make_plan(request, request.config, layout)
+    estimator = Estimator(parts, Clock(HARDWARE, spans_of(layout, HARDWARE)))
+    estimate, plan = estimator.estimate(request.config, layout), make_plan(request, request.config, layout)
     times, sizes = estimate.step.total / plan.step.total, estimate.most_bytes / plan.most_bytes
-    print(f"{name} {kind}: time {times:.4f}, memory {sizes:.4f}")
+    print(f"{layout.chunks}: time {times:.4f}, memory {sizes:.4f}")
     assert estimate.step.total == pytest.approx(plan.step.total, rel=0.02)
     assert estimate.most_bytes == pytest.approx(plan.most_bytes, rel=0.03)
+
+
+def every_split(num_layers: int, num_chunks: int) -> Iterator[list[int]]:
+    """Every way to split layers over chunks, with or without any on each."""
+    yield from ([*counts] for counts in product(range(num_layers + 1), repeat=num_chunks) if sum(counts) == num_layers)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_gpus"), [("qwen3_vl", 2), full("gemma3", 3), full("qwen3_vl", 3), full("mistral3", 3)]
+)
+def test_search_of_towers_against_all_splits(name: str, num_gpus: int) -> None:
+    """The fastest way to split the layers of tower and decoder is found, and both ways to place the tower are shown."""
+    fixed = {PIPELINE: num_gpus, VIRTUAL: 1, "train.micro_batch_size": 1, "model.recompute": "none"}
+    request = request_of(name, num_gpus, *(f"{key}={value}" for key, value in fixed.items()))
+    num_tower_layers, plans = request.model_config.num_tower_layers, []
+    for tower, layers in product(every_split(num_tower_layers, num_gpus), every_split(NUM_LAYERS, num_gpus)):
+        parallel = dataclasses.replace(request.config.parallel, pipeline_layout=layers, vision_pipeline_layout=tower)
+        config = dataclasses.replace(request.config, parallel=parallel)
+        try:
+            plans.append(make_plan(request, config, check_layout(config, request.model_config, num_gpus)))
+        except UserError:  # decoder layers before the embedding
+            continue
+    fastest = min(plans, key=lambda plan: plan.step.total)
+    result = search_layouts(request, fixed | {"parallel.tensor_model_parallel_size": 1}, num_plans=1)
+    found, other = result.plans[0], result.other_tower
+    print(f"{len(plans)} splits; {fastest.layout.tower_counts} {fastest.step.total}, found {found.step.total}")
+    assert fastest.layout.embedding_chunk > 0
+    assert found.step.total == pytest.approx(fastest.step.total, rel=1e-6)
+    whole = min((plan for plan in plans if plan.layout.embedding_chunk == 0), key=lambda plan: plan.step.total)
+    assert other is not None and other.layout.embedding_chunk == 0
+    assert other.step.total == pytest.approx(whole.step.total, rel=0.03)
 
 
 def test_nothing_fits() -> None:
@@ -180,8 +237,21 @@ def test_nothing_fits() -> None:
 
 def test_balanced_counts() -> None:
     # A tower of three layers' time and a head of one: 16 units over four stages.
-    assert balanced_counts(12, 4, 1.0, 3.0, 1.0, 4) == [1, 4, 4, 3]
-    assert balanced_counts(12, 4, 1.0, 0.0, 0.0, 4) == [3, 3, 3, 3]
+    assert balanced_counts(12, 4, 1.0, [3.0], 1.0, 4) == [1, 4, 4, 3]
+    assert balanced_counts(12, 4, 1.0, [0.0], 0.0, 4) == [3, 3, 3, 3]
     # A tower that takes longer than a stage has no layers beside it.
-    assert balanced_counts(9, 3, 1.0, 20.0, 1.0, 3)[0] == 0
-    assert sum(balanced_counts(94, 20, 1.0, 5.0, 1.0, 4)) == 94
+    assert balanced_counts(9, 3, 1.0, [20.0], 1.0, 3)[0] == 0
+    assert sum(balanced_counts(94, 20, 1.0, [5.0], 1.0, 4)) == 94
+    # A tower on three chunks: 16 units over four stages, no layers before the embedding.
+    assert balanced_counts(7, 4, 1.0, [4.0, 3.0, 1.0], 1.0, 4) == [0, 0, 3, 4]
+    assert balanced_counts(7, 2, 1.0, [4.0, 3.0], 1.0, 2) == [0, 7]
+
+
+def test_tower_counts() -> None:
+    # 12 layers, and 6 units per chunk: two chunks are filled, or the last of three has no layers to spare for it.
+    assert tower_counts(12, 2, 0.0, 1.0, 0.0, 6.0) == [6, 6]
+    assert tower_counts(12, 2, 1.0, 1.0, 1.0, 10.0) == [9, 3]
+    assert tower_counts(12, 3, 0.0, 1.0, 0.0, 5.0) == [5, 5, 2]
+    # An expensive projector leaves its chunk fewer layers.
+    assert tower_counts(4, 2, 0.0, 1.0, 2.0, 3.0) == [3, 1]
+    assert tower_counts(4, 3, 0.0, 1.0, 0.0, 1.0) == [1, 2, 1]
