@@ -107,6 +107,18 @@ def test_skip_leaves_the_update_out(place: Place, tmp_path: Path, ranks: int, ov
     assert outcome.changed("language_model")
 
 
+def test_a_run_whose_first_step_is_skipped_is_saved(place: Place, tmp_path: Path) -> None:
+    """The optimizer has no moments then; the run goes on as if it had not been stopped."""
+    poison = partial(_poison_gradient, factor=math.inf, at_step=1)
+    (straight, *_) = start(place, tmp_path / "straight", SKIP, ranks=2, interfere=poison)
+    (stopped, *_) = start(place, tmp_path / "run", SKIP, "train.exit_interval=1", ranks=2, interfere=poison)
+    assert stopped.error is None and [record["skipped"] for record in stopped.metrics] == [True]
+    (resumed, *_) = start(place, tmp_path / "run", SKIP, ranks=2)
+    assert resumed.error is None
+    losses = [[(record["step"], record["loss"]) for record in outcome.metrics] for outcome in (resumed, straight)]
+    assert losses[0] == losses[1]
+
+
 SPIKE = ["train.train_iters=23", "train.spike_ratio=50", "checkpoint.async_save=false"]
 
 
