@@ -89,7 +89,7 @@ def _layout(name: str, world_size: int) -> dict[str, Any]:
     plan = make_plan(request, config, layout)
     planned = time.process_time() - began
     checks = RankChecks(config, family, model_config, layout)
-    checks.check(sample_ranks(layout))
+    checks.check(sample_ranks(layout.world_size))
     checked = time.process_time() - began - planned
     print(f"{name:20s} {world_size:6,} ranks: plan {planned:5.1f} s, checks {checked:5.1f} s, {checks.num_asked} asked")
     assert not checks.problems, checks.problems

@@ -60,15 +60,29 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> int:
         options.headroom,
         directory,
     )
+    _check_early(options)
     given = {override.lstrip("-").partition("=")[0] for override in overrides if override.startswith("--")}
     fixed = settings_of(config, tuple(key for key in SEARCHED if options.keep_layout or key in given))
     result = search_layouts(request, fixed, options.plans, _progress)
     print("\n".join(format_page(request, result)))
-    if options.json is not None:
-        replace_durably(Path(options.json), to_json(request, result))
-    if options.yaml is not None:
-        replace_durably(Path(options.yaml), format_yaml(result.plans[0]))
+    for path, text in ((options.json, to_json(request, result)), (options.yaml, format_yaml(result.plans[0]))):
+        if path is not None:
+            try:
+                replace_durably(Path(path), text)
+            except OSError as error:
+                raise ConfigError(f"cannot write: {error.strerror}", path, "give another file, or make room") from None
     return _check(options.check, request, result.plans[0]) if options.check is not None else 0
+
+
+def _check_early(options: argparse.Namespace) -> None:
+    """Refuse what would be found only after the search."""
+    from megatron_vlm.planning.rank_checks import ranks_to_check
+
+    for path in filter(None, (options.json, options.yaml)):
+        if not os.path.isdir(os.path.dirname(os.path.abspath(path))) or os.path.isdir(path):
+            raise ConfigError("cannot write a file of this name", path, "give one in a directory that exists")
+    if options.check is not None:
+        ranks_to_check(options.check, options.gpus)
 
 
 def _config(options: argparse.Namespace, overrides: list[str]) -> tuple[Config, str | None]:
@@ -136,10 +150,8 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
     parser.add_argument("--hardware", type=os.path.expanduser, help="YAML file with further GPUs, or other fractions")
     parser.add_argument("--seq_length", type=int, help="tokens of a row; required where MODEL is a directory")
     parser.add_argument("--global_batch_size", type=int, help="rows of a step; required where MODEL is a directory")
-    parser.add_argument("--images_per_row", type=float, default=1.0, help="images of an average row (default: 1)")
-    parser.add_argument(
-        "--clips_per_row", type=float, default=1.0, help="clips of audio of an average row (default: 1)"
-    )
+    parser.add_argument("--images_per_row", type=float, help="images of an average row (default: 1)")
+    parser.add_argument("--clips_per_row", type=float, help="clips of audio of an average row (default: 1)")
     parser.add_argument("--headroom", type=float, default=0.1, help="part of the memory to leave free (default: 0.1)")
     parser.add_argument("--plans", type=int, default=5, help="layouts to show (default: 5)")
     parser.add_argument("--keep_layout", action="store_true", help="plan the YAML file's own layout and search nothing")

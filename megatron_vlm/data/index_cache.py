@@ -6,7 +6,7 @@ too, so that a resumed run does not read its data files again. An index holds fo
 times of change; one that is damaged, cut short or of another user is not used.
 
 File format: the length of a JSON header (8 bytes), the header, zeros up to a multiple of 8, and int64 numbers: starts,
-ends, rows after blank lines, rows that are no JSON objects. The header has their counts and their CRC-32.
+ends, rows after blank lines, rows that are no JSON objects. The header has their counts, and the CRC-32 of all this.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ LEAST_ROW_BYTES = 128
 VERSION = 1
 WAIT_SECONDS = 0.05
 _NUMBER = np.dtype("<i8")
+_FACTS = ("digest", "size_bytes", "changed_ns", "is_array", "counts")
 _ARRAYS = ("starts", "ends", "rows_after_blanks", "unparsable_rows")
 logger = logging.getLogger(__name__)
 
@@ -128,10 +129,14 @@ def _warn(path: str, error: Exception) -> None:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return
     reason = f"{error.strerror} [{error.filename}]" if isinstance(error, OSError) else str(error)
+    try:
+        where = f" in {index_folder()}"
+    except OSError:  # there is no temporary directory at all, which is the reason
+        where = ""
     logger.warning(
-        "each rank indexes %s in its own memory: indexes cannot be kept in %s (%s); "
+        "each rank indexes %s in its own memory: indexes cannot be kept%s (%s); "
         "point TMPDIR at a folder of the node that you can write to",
-        *(path, index_folder(), reason),
+        *(path, where, reason),
     )
 
 
@@ -177,19 +182,14 @@ def _locked(path: Path, progress: Progress | None) -> Iterator[None]:
 def _store(place: Path, index: JsonlIndex) -> None:
     """Write an index under a temporary name and rename it once it is on disk."""
     arrays = [np.asarray(getattr(index, name), _NUMBER) for name in _ARRAYS]
-    crc = 0
-    for array in arrays:
-        crc = isal_zlib.crc32(array, crc)
-    header = json.dumps(
-        {
-            "digest": index.digest,
-            "size_bytes": index.size_bytes,
-            "changed_ns": index.changed_ns,
-            "is_array": index.is_array,
-            "counts": [len(array) for array in arrays],
-            "crc": crc,
-        }
-    ).encode()
+    facts = {
+        "digest": index.digest,
+        "size_bytes": index.size_bytes,
+        "changed_ns": index.changed_ns,
+        "is_array": index.is_array,
+        "counts": [len(array) for array in arrays],
+    }
+    header = json.dumps(facts | {"crc": _checksum(facts, arrays)}).encode()
     header += b" " * (-len(header) % _NUMBER.itemsize)
     partial = place.with_suffix(f".index.partial-{os.getpid()}")
     try:
@@ -202,6 +202,14 @@ def _store(place: Path, index: JsonlIndex) -> None:
         os.rename(partial, place)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _checksum(facts: dict[str, Any], arrays: Sequence[np.ndarray]) -> int:
+    """Return the CRC-32 of numbers and of what else the header says."""
+    checksum = isal_zlib.crc32(json.dumps({name: facts[name] for name in _FACTS}).encode())
+    for array in arrays:
+        checksum = isal_zlib.crc32(array, checksum)
+    return checksum
 
 
 def _map_index(place: Path, path: str) -> StoredIndex:
@@ -223,8 +231,8 @@ def _map_index(place: Path, path: str) -> StoredIndex:
             if status.st_size != 8 + header_bytes + sum(counts) * _NUMBER.itemsize:
                 raise _UnusableError("it is cut short")
             numbers = np.memmap(file, _NUMBER, "r", 8 + header_bytes, sum(counts)).view(np.ndarray)
-            if isal_zlib.crc32(numbers) != header["crc"]:
-                raise _UnusableError("its numbers are not those that were written")
+            if _checksum(header, [numbers]) != header.pop("crc"):
+                raise _UnusableError("its contents are not what was written")
             starts, ends, blanks, unparsable = np.split(numbers, np.cumsum(counts)[:-1])
             return StoredIndex(
                 path,

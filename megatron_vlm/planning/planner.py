@@ -12,6 +12,7 @@ from megatron_vlm.errors import ConfigError, UserError, combine
 from megatron_vlm.families import registry
 from megatron_vlm.planning.hardware import Hardware
 from megatron_vlm.planning.plan import Request
+from megatron_vlm.planning.preflight import check_layout
 from megatron_vlm.planning.search import Progress, Search, SearchResult
 
 MOST_GPUS = 16_384
@@ -22,8 +23,8 @@ def make_request(
     config: Config,
     hardware: Hardware,
     num_gpus: int,
-    images_per_row: float,
-    clips_per_row: float,
+    images_per_row: float | None,
+    clips_per_row: float | None,
     headroom: float,
     model_directory: str | None = None,
 ) -> Request:
@@ -33,18 +34,18 @@ def make_request(
         config: a validated configuration.
         hardware: the GPUs and their nodes.
         num_gpus: number of GPUs.
-        images_per_row: images in an average row.
-        clips_per_row: clips of audio in an average row.
+        images_per_row: images in an average row; None for one, if the model takes images.
+        clips_per_row: clips of audio in an average row; None for one, if the model takes audio.
         headroom: part of a GPU's memory that must stay free.
         model_directory: directory with config.json; that of the configuration if None.
 
     Raises:
-        ConfigError: a number is out of its range, or the model cannot be read.
+        ConfigError: a number is out of its range, the model does not take a medium, or cannot be read.
     """
     ranges = {
         "--gpus": (num_gpus, 1, MOST_GPUS),
-        "--images_per_row": (images_per_row, 0, _MOST_MEDIA),
-        "--clips_per_row": (clips_per_row, 0, _MOST_MEDIA),
+        "--images_per_row": (1.0 if images_per_row is None else images_per_row, 0, _MOST_MEDIA),
+        "--clips_per_row": (1.0 if clips_per_row is None else clips_per_row, 0, _MOST_MEDIA),
         "--headroom": (headroom, 0, 0.9),
     }
     problems: list[UserError] = [
@@ -64,7 +65,14 @@ def make_request(
     hf_config = registry.load_hf_config(model_directory or config.model.hf_path)
     family = registry.detect(hf_config)
     model_config = family.config_from_hf(hf_config, config.model.text_only, config.model.image_mask)
-    return Request(config, family, model_config, hardware, num_gpus, images_per_row, clips_per_row, headroom)
+    for name, given, what, taken in (
+        ("--images_per_row", images_per_row, "images", model_config.vision is not None),
+        ("--clips_per_row", clips_per_row, "audio", model_config.audio is not None),
+    ):
+        if given and not taken:
+            raise ConfigError(f"{name} is {given:g}, but the model takes no {what}", fix=f"leave {name} out")
+    images, clips = ranges["--images_per_row"][0], ranges["--clips_per_row"][0]
+    return Request(config, family, model_config, hardware, num_gpus, images, clips, headroom)
 
 
 def published_directory(path: Path) -> Path | None:
@@ -99,6 +107,11 @@ def _nothing_fits(request: Request, result: SearchResult) -> ConfigError:
     """Say what comes closest, and what to change."""
     closest, usable_gib = result.closest, request.usable_bytes / 2**30
     if closest is None:
+        if not result.ruled_out:  # nothing could be tried: what is fixed does not go with the number of GPUs
+            try:
+                check_layout(request.config, request.model_config, request.num_gpus)
+            except UserError as error:
+                return ConfigError(f"no layout of {request.num_gpus} GPUs is possible: {error}")
         reasons = "; ".join(entry.reason for entry in result.ruled_out[:3])
         is_memory = any("alone exceed" in entry.reason for entry in result.ruled_out)
         fix = "use more GPUs, or GPUs with more memory" if is_memory else "change the number of GPUs or what is fixed"

@@ -206,12 +206,7 @@ def check_plan(which: str, request: Request, plan: Plan) -> tuple[list[str], str
         ConfigError: there is no such rank.
     """
     layout = plan.layout
-    if which == SAMPLED:
-        ranks = sample_ranks(layout)
-    elif which.isdecimal() and int(which) < layout.world_size:
-        ranks = [int(which)]
-    else:
-        raise ConfigError(f"--check is {which!r}", fix=f"give {SAMPLED}, or a rank from 0 to {layout.world_size - 1}")
+    ranks = ranks_to_check(which, layout.world_size)
     checks = RankChecks(plan.config, request.family, request.model_config, layout)
     checks.check(ranks)
     problems, lines = checks.problems, []
@@ -231,9 +226,21 @@ def check_plan(which: str, request: Request, plan: Plan) -> tuple[list[str], str
     return problems, said
 
 
-def sample_ranks(layout: Layout) -> list[int]:
-    """Return the first and the last rank, and some between, always the same."""
-    size = layout.world_size
+def ranks_to_check(which: str, size: int) -> list[int]:
+    """Return the ranks, of this many, that `which` names.
+
+    Raises:
+        ConfigError: there is no such rank.
+    """
+    if which == SAMPLED:
+        return sample_ranks(size)
+    if which.isascii() and which.isdecimal() and int(which) < size:
+        return [int(which)]
+    raise ConfigError(f"--check is {which!r}", fix=f"give {SAMPLED}, or a rank from 0 to {size - 1}")
+
+
+def sample_ranks(size: int) -> list[int]:
+    """Return the first and the last of this many ranks, and some between, always the same."""
     between = random.Random(size).sample(range(size), min(size, _NUM_SAMPLED - 2))
     return sorted({0, size - 1, *between})
 
