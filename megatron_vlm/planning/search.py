@@ -171,7 +171,7 @@ class Search:
     def _stagings(self, config: Config, layout: Layout) -> Iterator[tuple[Config, Layout]]:
         """Yield splits of layers over chunks that even out towers and head, and the even one.
 
-        A tower that takes longer than an average chunk is also spread over as many as it takes, and one more.
+        A tower that takes longer than an average chunk is also spread over as many as it takes, one fewer and one more.
         """
         if self._space.keeps_layers or layout.pipeline_size == 1:
             yield config, layout
@@ -181,7 +181,8 @@ class Search:
             estimator, num_chunks = self._estimator(config, layout), len(layout.chunks)
             needed = min(math.ceil(estimator.chunks_of_tower(num_chunks)), num_chunks)
             if needed > 1:
-                towers += self._spread_towers(estimator, range(needed, min(needed + 1, num_chunks) + 1), num_chunks)
+                holders = range(max(2, needed - 1), min(needed + 1, num_chunks) + 1)
+                towers += self._spread_towers(estimator, holders, num_chunks)
         for tower_counts in towers:
             staged = self._balanced(config, layout, tower_counts)
             if staged[1].chunks != layout.chunks or staged[1].tower_counts != layout.tower_counts:
