@@ -131,7 +131,8 @@ class PartTracer:
         parallel, model = config.parallel, config.model
         dense = (parallel.tensor_model_parallel_size, parallel.sequence_parallel, config.train.micro_batch_size)
         experts = (parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size)
-        first_key = (*dense, model.recompute, model.vision_parallelism)
+        # Layers of towers are computed again only where everything is.
+        first_key = (*dense, model.recompute == "full", model.vision_parallelism)
         first = self._once(("first", *first_key), config, self._first)
         frame, layers = self._once(("layers", *dense, *experts, model.recompute), config, self._layers)
         last, hidden_bytes, received_bytes = self._once(("last", *dense), config, self._last)

@@ -25,7 +25,7 @@ from megatron_vlm.planning.search_space import SearchSpace, Sizes
 from megatron_vlm.planning.state_bytes import FP32_BYTES, optimizer_bytes, value_bytes
 from megatron_vlm.planning.step_time import Clock, spans_of
 
-_CLOSE = 1.15  # times the fastest step so far; the waiting of slower ones is not simulated
+_CLOSE = 1.08  # times the fastest step so far; the waiting of slower ones is not simulated
 _MOST_HOLDERS = 4  # chunks with layers of the tower, where the best layout's other way to place it is looked for
 _REFINED = 8  # best combinations of sizes for which more micro-batch and expert-tensor sizes are tried
 

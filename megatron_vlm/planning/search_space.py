@@ -27,7 +27,7 @@ SEARCHED = (
 """Settings that a search chooses, unless the user did."""
 
 _RECOMPUTE = ("none", "selective", "full")  # the less is computed twice, the better, if it fits
-_MOST_VIRTUAL = 8
+_VIRTUAL = (1, 2, 3, 4, 6, 8)
 _MOST_TOKENS = 16_384  # of a micro-batch of several rows: more only take memory
 _ROWS = (1, 2, 4, 8)
 
@@ -143,8 +143,9 @@ class SearchSpace:
         return self._choices("parallel.pipeline_model_parallel_size", sizes)
 
     def _virtuals(self, pipeline: int) -> Sequence[int]:
-        most = min(_MOST_VIRTUAL, self._num_layers // pipeline) if pipeline > 1 else 1
-        return self._choices("parallel.virtual_pipeline_model_parallel_size", range(1, most + 1))
+        most = self._num_layers // pipeline if pipeline > 1 else 1
+        sizes = [size for size in _VIRTUAL if size <= most]
+        return self._choices("parallel.virtual_pipeline_model_parallel_size", sizes)
 
     def _experts(self, pipeline: int) -> Sequence[int]:
         stage = self._request.num_gpus // pipeline
