@@ -194,7 +194,10 @@ def every_split(num_layers: int, num_chunks: int) -> Iterator[list[int]]:
     ("name", "num_gpus"), [("qwen3_vl", 2), full("gemma3", 3), full("qwen3_vl", 3), full("mistral3", 3)]
 )
 def test_search_of_towers_against_all_splits(name: str, num_gpus: int) -> None:
-    """The fastest way to split the layers of tower and decoder is found, and both ways to place the tower are shown."""
+    """A way to split the layers of tower and decoder is found that is close to the fastest; both placements are shown.
+
+    Of splits whose slowest ranks take equally long only the most even one is estimated.
+    """
     fixed = {PIPELINE: num_gpus, VIRTUAL: 1, "train.micro_batch_size": 1, "model.recompute": "none"}
     request = request_of(name, num_gpus, *(f"{key}={value}" for key, value in fixed.items()))
     num_tower_layers, plans = request.model_config.num_tower_layers, []
@@ -210,7 +213,7 @@ def test_search_of_towers_against_all_splits(name: str, num_gpus: int) -> None:
     found, other = result.plans[0], result.other_tower
     print(f"{len(plans)} splits; {fastest.layout.tower_counts} {fastest.step.total}, found {found.step.total}")
     assert fastest.layout.embedding_chunk > 0
-    assert found.step.total == pytest.approx(fastest.step.total, rel=1e-6)
+    assert found.step.total == pytest.approx(fastest.step.total, rel=0.03)
     whole = min((plan for plan in plans if plan.layout.embedding_chunk == 0), key=lambda plan: plan.step.total)
     assert other is not None and other.layout.embedding_chunk == 0
     assert other.step.total == pytest.approx(whole.step.total, rel=0.03)
