@@ -13,23 +13,25 @@ job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} job=${job:
 
 # Trains with the given arguments of pretrain_vlm.py, and returns the exit code unless the job is requeued.
 train_in_job() {
-  local run_dir state code=0 crashes errors
+  local run_dir code=0 crashes errors
   # The signals reach the ranks too, which save; this shell outlives them.
   trap 'signalled=1' USR1 TERM
   [ -n "$RANKS_PER_NODE" ] || { echo "the job has no GPUs: give --gpus-per-node, or set RANKS_PER_NODE" >&2; return 2; }
   [[ ${MAX_CRASHES:=3} =~ ^[0-9]+$ ]] || { echo "MAX_CRASHES is '$MAX_CRASHES': give a number" >&2; return 2; }
   run_dir=$(find_run_dir "$@") || code=$?
-  if [ -n "$signalled" ]; then requeue "stopped before training"; return; fi
+  if [ -n "$signalled" ]; then
+    may_requeue || return "$code"
+    requeue "stopped before training"
+    return
+  fi
   [ "$code" = 0 ] || return "$code"
   mkdir -p "$run_dir" || return 2
   crashes=$run_dir/crashes_$SLURM_JOB_ID.txt errors=$run_dir/user_error_$SLURM_JOB_ID.txt
   rm -f "$errors"
   export MEGATRON_VLM_ERROR_FILE=$errors
   start_ranks "$@" || code=$?
-  state=$(job_state) || { echo "job $job is not requeued: Slurm does not answer; submit it again" >&2; return 1; }
-  if [[ "$state" != @(RUNNING|SIGNALING) ]]; then
-    echo "job $job was cancelled, or Slurm requeues it itself"
-  elif [ -s "$errors" ]; then
+  may_requeue || return "$code"
+  if [ -s "$errors" ]; then
     echo "job $job is not retried, for a mistake that has to be corrected: $(cat "$errors")"
     return 2
   elif [ "$code" = 0 ]; then
@@ -73,6 +75,13 @@ start_ranks() {
     wait "$pid" || code=$?
   done
   return "$code"
+}
+
+# Fails, saying why, if the job was cancelled or Slurm does not answer; in the latter case `code` is then that of a failure.
+may_requeue() {
+  local state
+  state=$(job_state) || { code=1; echo "job $job is not requeued: Slurm does not answer; submit it again" >&2; return 1; }
+  [[ "$state" == @(RUNNING|SIGNALING) ]] || { echo "job $job was cancelled, or Slurm requeues it itself"; return 1; }
 }
 
 # Prints the state of the job; fails if Slurm does not answer for half a minute.

@@ -13,7 +13,7 @@ from tests.training.loop_run import ROOT
 
 COMMANDS = {
     # The command behind srun's options, in the place of its nodes.
-    "srun": 'while [[ "$1" == --* ]]; do shift; done; exec "$@"',
+    "srun": '[ -z "$SIGNALLED" ] || kill -TERM $(ps -o sid= -p $$); while [[ "$1" == --* ]]; do shift; done; exec "$@"',
     "scontrol": """
         case "$1 $2" in
           "show job") [ -z "$SLURM_IS_DOWN" ] || exit 1; echo "JobId=7 JobState=$STATE Restarts=0" ;;
@@ -41,7 +41,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
         (folder / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "localhost"}
     scenario = {"RUN_DIR": f"{tmp_path}/a run", "STATE": "RUNNING", "CODE": "0", "REQUEUED": f"{tmp_path}/requeued"}
-    empty = dict.fromkeys(("SLURM_IS_DOWN", "MISTAKE", "STOPPED"), "")
+    empty = dict.fromkeys(("SLURM_IS_DOWN", "MISTAKE", "STOPPED", "SIGNALLED"), "")
     tools = {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": str(folder / "python"), "RANKS_PER_NODE": "1"}
     return {**os.environ, **slurm, **scenario, **empty, **tools, "SLURM_SUBMIT_DIR": str(ROOT)}
 
@@ -52,7 +52,13 @@ def run(environment: dict[str, str], **scenario: str) -> tuple[int, str, bool]:
     requeued.unlink(missing_ok=True)
     script = [str(ROOT / "scripts" / "train.sbatch"), "--config", "some file.yaml"]
     done = subprocess.run(
-        script, env={**environment, **scenario}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60
+        script,
+        env={**environment, **scenario},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
+        start_new_session=True,
     )
     return done.returncode, done.stdout, requeued.exists()
 
@@ -90,6 +96,14 @@ def test_what_is_not_requeued(environment: dict[str, str], scenario: dict[str, s
     """In a job that Slurm cannot be asked about, a stopped run must not look complete."""
     code, printed, requeued = run(environment, STOPPED="1", **scenario)
     assert message in printed and not requeued and code == ("SLURM_IS_DOWN" in scenario)
+
+
+def test_a_signal_before_training(environment: dict[str, str]) -> None:
+    """Of preemption, the job is requeued; of scancel, it is not."""
+    code, printed, requeued = run(environment, SIGNALLED="1")
+    assert (code, requeued) == (0, True) and "stopped before training: requeued" in printed
+    code, printed, requeued = run(environment, SIGNALLED="1", STATE="CANCELLED")
+    assert not requeued and "was cancelled" in printed
 
 
 def test_node_script_says_what_is_missing(environment: dict[str, str]) -> None:

@@ -184,6 +184,7 @@ def test_what_slurm_refuses(folder: Path, capsys: pytest.CaptureFixture[str]) ->
         slurm.check_with_slurm(sweep, [dataclasses.replace(last, index=2000)])
 
 
+@pytest.mark.full
 def test_a_point_that_is_cancelled_while_it_starts(cluster: Cluster, folder: Path) -> None:
     """Its output is where the sweep reads it, also in a folder whose name looks like a pattern of sbatch's."""
     write_sweep_file(folder, set={"train.train_iters": 2000}, grid={"train.seed": [1]}, folder="50%j")
