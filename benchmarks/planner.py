@@ -29,8 +29,8 @@ from megatron_vlm import platform  # noqa: E402
 from megatron_vlm.planning.hardware import GPUS  # noqa: E402
 from megatron_vlm.planning.plan import Request, make_plan  # noqa: E402
 from megatron_vlm.planning.planner import search_layouts  # noqa: E402
-from megatron_vlm.planning.rank_checks import RankChecks, sample_ranks  # noqa: E402
-from tests.planning.test_rank_checks import LARGEST, scaled  # noqa: E402
+from megatron_vlm.planning.simulated_ranks import RankChecks, sample_ranks  # noqa: E402
+from tests.planning.test_simulated_ranks import LARGEST, scaled  # noqa: E402
 from tests.test_recipes import images_of_a_full_row, recipe, record  # noqa: E402
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "planner.json"

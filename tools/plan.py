@@ -76,7 +76,7 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _check_early(options: argparse.Namespace) -> None:
     """Refuse what would be found only after the search."""
-    from megatron_vlm.planning.rank_checks import ranks_to_check
+    from megatron_vlm.planning.simulated_ranks import ranks_to_check
 
     for path in filter(None, (options.json, options.yaml)):
         if not os.path.isdir(os.path.dirname(os.path.abspath(path))) or os.path.isdir(path):
@@ -120,7 +120,7 @@ def _config(options: argparse.Namespace, overrides: list[str]) -> tuple[Config, 
 
 def _check(which: str, request: Request, best: Plan) -> int:
     """Build ranks of the best layout and compare them with the plan and with each other."""
-    from megatron_vlm.planning.rank_checks import check_plan
+    from megatron_vlm.planning.simulated_ranks import check_plan
 
     problems, said = check_plan(which, request, best)
     print(f"\ncheck     {said}")

@@ -41,18 +41,16 @@ from megatron_vlm.checkpoint.run_folder import Manifest, ModelIdentity
 from megatron_vlm.checkpoint.run_owner import RunOwner
 from megatron_vlm.checkpoint.save_progress import num_bytes_saved, wait_for_save
 from megatron_vlm.checkpoint.torch_dist import UNREADABLE, CheckedFileReader, TorchDistReader
-from megatron_vlm.errors import CheckpointError, SaveError, UserError
+from megatron_vlm.errors import CheckpointError, SaveError
 from megatron_vlm.parallel.parameters import spec_of
 from megatron_vlm.parallel.sharding import replica_group, splits
+from megatron_vlm.platform.agreement import gather_if_any, is_any, on_first_rank
 from megatron_vlm.platform.checkpointing import (
     SaveFailed,
     SaveStrategy,
-    gather_if_any,
-    is_any,
     loading_with,
     random_state,
     set_random_state,
-    share_first,
 )
 
 _SHOWN_PROBLEMS = 4
@@ -444,24 +442,6 @@ def gather_parameters(model_chunks: Sequence[torch.nn.Module]) -> None:
     for chunk in model_chunks:
         if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
-
-
-def on_first_rank[Result](action: Callable[[], Result]) -> Result:
-    """Run `action` on rank 0 and give its result, or its error for the user, to every rank."""
-    outcome: Any = None
-    if torch.distributed.get_rank() == 0:
-        try:
-            outcome = action()
-        except UserError as error:
-            outcome = error
-        except OSError as error:
-            where = None if error.filename is None else str(error.filename)
-            outcome = CheckpointError(error.strerror or str(error), where, "make the folder usable and try again")
-    outcome = share_first(outcome)
-    if isinstance(outcome, UserError):
-        raise outcome
-    result: Result = outcome
-    return result
 
 
 def _read[Result](action: Callable[[], Result], folder: Path) -> Result:

@@ -27,7 +27,7 @@ from megatron.core.utils import unwrap_model
 from megatron_vlm import platform
 from megatron_vlm.checkpoint.float8 import open_weights
 from megatron_vlm.checkpoint.hf import SafetensorsReader, SafetensorsWriter
-from megatron_vlm.checkpoint.manager import gather_parameters, on_first_rank
+from megatron_vlm.checkpoint.manager import gather_parameters
 from megatron_vlm.conversion.convert import check_tied_copies
 from megatron_vlm.conversion.export_plan import ExportPlan, plan_export
 from megatron_vlm.errors import CheckpointError
@@ -40,7 +40,7 @@ from megatron_vlm.model.weight_tables import Weight
 from megatron_vlm.model_configs import VisionLanguageConfig
 from megatron_vlm.parallel.parameters import spec_of
 from megatron_vlm.parallel.sharding import Group, full_shape, replica_group, splits
-from megatron_vlm.platform.checkpointing import gather_if_any
+from megatron_vlm.platform.agreement import gather_if_any, on_first_rank
 from megatron_vlm.progress import Progress
 
 GATHERED_BYTES = 16 * 2**20  # what goes to the writing rank at a time: enough that starting a transfer costs little

@@ -72,7 +72,7 @@ def build_index(path: str, progress: Progress | None = None) -> JsonlIndex:
 
     Args:
         path: the file.
-        progress: told of the bytes that are read.
+        progress: advanced by the bytes that are read.
 
     Raises:
         DataError: the file is missing, unreadable, of another format, or has no rows.

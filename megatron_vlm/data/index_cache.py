@@ -71,7 +71,7 @@ def find_or_build_index(path: str, progress: Progress | None = None) -> JsonlInd
 
     Args:
         path: the file.
-        progress: told of the bytes that are read or known already.
+        progress: advanced by the bytes that are read or known already.
 
     Raises:
         DataError: see `build_index`.

@@ -44,7 +44,7 @@ class SourceRows:
 
     Args:
         path: of a file, or a pattern.
-        progress: told of the bytes that are read.
+        progress: advanced by the bytes that are read.
 
     Raises:
         DataError: see `expand` and `build_index`.

@@ -42,6 +42,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint import FileSystemReader
 
+from megatron_vlm.platform.agreement import gather_if_any, is_any, share_first
 from megatron_vlm.platform.device import current
 
 
@@ -89,11 +90,7 @@ def _write_files(transforms: list[Any], use_msc: bool, rank: int, buckets: list[
 
 
 class SaveStrategy(torch_strategy.TorchDistSaveShardedStrategy):
-    """Writes megatron-core's `torch_dist` format and publishes it on rank 0 once every rank's files are on disk.
-
-    Args:
-        publish: called on rank 0 after the checkpoint's own metadata was written; what it raises reaches every rank.
-    """
+    """Writes megatron-core's `torch_dist` format and publishes it on rank 0 once every rank's files are on disk."""
 
     def __init__(self) -> None:
         super().__init__(cached_metadata=True)
@@ -154,34 +151,6 @@ class SaveStrategy(torch_strategy.TorchDistSaveShardedStrategy):
         failure = share_first(failure)
         if failure is not None:
             raise SaveFailed(failure)
-
-
-def is_any(condition: bool) -> bool:
-    """Return whether a condition holds on any rank; called on every rank."""
-    flag = torch.tensor(condition, dtype=torch.int32, device=current().device)
-    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-    return bool(flag)
-
-
-def gather_if_any[Value](value: Value | None) -> list[Value | None]:
-    """Return the values of all ranks, in their order; objects travel only if some rank has one that is not None."""
-    values: list[Value | None] = [None] * torch.distributed.get_world_size()
-    if is_any(value is not None):
-        torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def share_first(value: Any) -> Any:
-    """Return the first rank's value on every rank; None and integers travel as numbers, anything else as an object."""
-    kind, number = (0, 0) if value is None else (1, value) if type(value) is int else (2, 0)
-    head = torch.tensor([kind, number], dtype=torch.int64, device=current().device)
-    torch.distributed.broadcast(head, src=0)
-    kind, number = head.tolist()
-    if kind < 2:
-        return number if kind else None
-    values = [value]
-    torch.distributed.broadcast_object_list(values, src=0)
-    return values[0]
 
 
 @contextmanager

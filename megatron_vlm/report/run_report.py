@@ -137,7 +137,7 @@ def _status(run: RunRecord) -> str:
         "ended": f"Ended after {done}.",
     }[state.word]
     if diverged := divergence(run):
-        text += f" Beware: {diverged}."
+        text += f" Note: {diverged}."
     if run.exported:
         text += f" Exported to {run.exported.get('directory')}."
     return text

@@ -94,7 +94,7 @@ def _page(sweep: Sweep, results: Sequence[Result], metric: str) -> str:
             ),
             page.figure_cards(_cards(order, keys, metric)),
             page.section("Not done", page.bullets([*filter(None, map(_not_done, results))])),
-            page.section("Beware", page.bullets([*filter(None, map(_problems, results))])),
+            page.section("Problems", page.bullets([*filter(None, map(_problems, results))])),
             page.section(
                 "What leads where", _plot(coordinates, "Drag along an axis to pick points; drag its name to move it.")
             ),

@@ -15,7 +15,6 @@ import torch.distributed
 from megatron.core.utils import get_model_config
 
 from megatron_vlm import platform
-from megatron_vlm.checkpoint.manager import on_first_rank
 from megatron_vlm.checkpoint.run_folder import CHECKPOINTS_NAME, published_steps, reading_manifest
 from megatron_vlm.checkpoint.run_owner import RunOwner
 from megatron_vlm.config import Config, changed_settings, to_dict, to_yaml
@@ -30,6 +29,7 @@ from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.parallel.placement import host_of
 from megatron_vlm.planning.flops import ModelFlops
 from megatron_vlm.planning.preflight import record_export
+from megatron_vlm.platform.agreement import on_first_rank
 from megatron_vlm.training.loggers import Callback, build_loggers, check_packages
 from megatron_vlm.training.metrics import Pace, StepMetrics, expert_statistics, over_steps
 from megatron_vlm.training.optimizer import apply_gradients, gradient_norm, learning_rates

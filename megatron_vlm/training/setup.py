@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_vlm import platform
-from megatron_vlm.checkpoint.manager import CheckpointManager, load_weights, on_first_rank
+from megatron_vlm.checkpoint.manager import CheckpointManager, load_weights
 from megatron_vlm.checkpoint.run_folder import CHECKPOINTS_NAME, ModelIdentity, newest_complete
 from megatron_vlm.checkpoint.run_owner import RunOwner
 from megatron_vlm.config import Config
@@ -41,6 +41,7 @@ from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.placement import Node, find_nodes
 from megatron_vlm.planning.preflight import check_export, check_layout, check_run_dir, check_space, check_weights
+from megatron_vlm.platform.agreement import on_first_rank
 from megatron_vlm.training.arrival import meet
 from megatron_vlm.training.optimizer import build_optimizer, build_scheduler
 from megatron_vlm.training.rank_checks import check_same_data, check_same_program, measure_groups
@@ -135,16 +136,7 @@ def set_up(config: Config, owner: RunOwner, requests: StopRequests) -> Run:
         model_config.text.tie_word_embeddings,
         hf_config.to_dict(),
     )
-    checkpoints = CheckpointManager(
-        Path(config.run_dir) / "checkpoints",
-        groups,
-        identity,
-        layout.sizes(),
-        config.train.precision,
-        config.checkpoint.keep_last,
-        config.checkpoint.async_save,
-        owner,
-    )
+    checkpoints = _open_checkpoints(config, layout, groups, identity, owner)
     chunks = _build_model(config, layout, family, model_config, groups)
     if checkpoints.latest_step() is None:
         loaded = _load_first_weights(config, chunks, family, model_config, groups, identity)
@@ -152,17 +144,14 @@ def set_up(config: Config, owner: RunOwner, requests: StopRequests) -> Run:
             lambda: passthrough.begin_run(checkpoints.directory, loaded, config.model.hf_path, weight_map)
         )
     requests.raise_if_stopped()
-    parallel = config.parallel
-    model = wrap_data_parallel(
-        chunks,
+    model = _with_data_parallel(config, chunks, groups)
+    optimizer = build_optimizer(
+        model,
+        config.optimizer,
+        DTYPES[config.train.precision],
+        config.parallel.use_distributed_optimizer,
         groups,
-        parallel.use_distributed_optimizer,
-        parallel.overlap_grad_reduce,
-        parallel.overlap_param_gather,
     )
-    dtype = DTYPES[config.train.precision]
-    optimizer = build_optimizer(model, config.optimizer, dtype, parallel.use_distributed_optimizer, groups)
-    scheduler = build_scheduler(optimizer, config)
     return Run(
         config,
         layout,
@@ -171,7 +160,7 @@ def set_up(config: Config, owner: RunOwner, requests: StopRequests) -> Run:
         model_config,
         model,
         optimizer,
-        scheduler,
+        build_scheduler(optimizer, config),
         train_loader,
         valid_loader,
         checkpoints,
@@ -179,6 +168,22 @@ def set_up(config: Config, owner: RunOwner, requests: StopRequests) -> Run:
         owner,
         nodes,
         group_report,
+    )
+
+
+def _open_checkpoints(
+    config: Config, layout: Layout, groups: ProcessGroupCollection, identity: ModelIdentity, owner: RunOwner
+) -> CheckpointManager:
+    """Return the manager of the run's checkpoints."""
+    return CheckpointManager(
+        Path(config.run_dir) / CHECKPOINTS_NAME,
+        groups,
+        identity,
+        layout.sizes(),
+        config.train.precision,
+        config.checkpoint.keep_last,
+        config.checkpoint.async_save,
+        owner,
     )
 
 
@@ -231,6 +236,19 @@ def _build_model(
     chunks = build_chunks(family, model_config, build_settings(config, layout), groups)
     Trainable(config.model.freeze).freeze(chunks)
     return chunks
+
+
+def _with_data_parallel(
+    config: Config, chunks: list[MegatronModule], groups: ProcessGroupCollection
+) -> list[DistributedDataParallel]:
+    parallel = config.parallel
+    return wrap_data_parallel(
+        chunks,
+        groups,
+        parallel.use_distributed_optimizer,
+        parallel.overlap_grad_reduce,
+        parallel.overlap_param_gather,
+    )
 
 
 def _load_first_weights(

@@ -92,5 +92,5 @@ def test_a_run_that_diverged(runs: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert tool.main(["list", str(runs / "c")]) == 0
     assert lines(capsys)[1][1:4] == ["diverged", "2/3", "nan"]
     page = write_report(runs / "c").read_text()
-    assert "Diverged after 2 of 3 steps. Beware: its loss is not finite at step 2." in page
+    assert "Diverged after 2 of 3 steps. Note: its loss is not finite at step 2." in page
     assert '<div class="value">not finite</div>' in page

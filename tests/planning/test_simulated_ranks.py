@@ -14,7 +14,7 @@ from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.planning.hardware import GPUS
 from megatron_vlm.planning.plan import Request, make_plan
 from megatron_vlm.planning.preflight import check_layout
-from megatron_vlm.planning.rank_checks import RankChecks, RankGroup, check_plan, sample_ranks
+from megatron_vlm.planning.simulated_ranks import RankChecks, RankGroup, check_plan, sample_ranks
 from tests.sizes import full
 from tests.test_recipes import recipe, record
 from tests.training.test_memory import SEQUENCE, TENSOR, family_of, model_config_of, run_config
