@@ -117,7 +117,11 @@ def test_search_against_all_layouts(
     best: dict[tuple[Any, ...], Plan] = {}
     for plan in fitting:
         best.setdefault(key(plan), plan)
-    fixed = {"parallel.virtual_pipeline_model_parallel_size": 1, "parallel.expert_tensor_parallel_size": 1}
+    fixed: dict[str, Any] = {
+        "parallel.virtual_pipeline_model_parallel_size": 1,
+        "parallel.expert_tensor_parallel_size": 1,
+    }
+    fixed |= {"parallel.vision_pipeline_layout": None}  # none of the layouts above spreads a tower
     fixed |= {"train.micro_batch_size": rows_sizes[0]} if len(rows_sizes) == 1 else {}
     found = search_layouts(request, fixed, num_plans=100).plans
     print(f"{len(plans)} layouts, {len(fitting)} fit, {len(best)} combinations, {len(found)} found")
