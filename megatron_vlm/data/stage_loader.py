@@ -19,6 +19,7 @@ import torch
 import torch.distributed
 
 from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.data.context_exchange import ContextShard
 from megatron_vlm.data.loader import BatchLoader, BatchSharding, MicroBatchLoader
 from megatron_vlm.errors import UserError
 
@@ -190,10 +191,14 @@ def _named(inputs: dict[str, Any], names: Collection[str], convert: Callable[[An
 
 
 def _to_array(value: Any) -> Any:
+    if isinstance(value, ContextShard):
+        return value.map(_to_array)
     return value.numpy() if isinstance(value, torch.Tensor) else value
 
 
 def _to_tensor(value: Any) -> Any:
+    if isinstance(value, ContextShard):
+        return value.map(_to_tensor)
     return torch.from_numpy(value) if hasattr(value, "__array__") else value
 
 

@@ -24,6 +24,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDisp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import grouped_mm, linear, pad
 
+from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.layers.expert_permutation import install as install_expert_permutation
 from megatron_vlm.layers.operands import Declared, Operand, Provider
 from megatron_vlm.model_configs import MoEConfig
@@ -54,7 +55,7 @@ class LocalTokens:
 
     Attributes:
         is_real: [S * B] bool, false on padding, which is computed like text but not counted.
-        num_real: number of tokens that are not padding, over all tensor ranks.
+        num_real: number of tokens of the full micro-batch that are not padding.
         common_length: number of tokens of the rank that has most, where all ranks must contribute equally many; None
             elsewhere.
     """
@@ -64,10 +65,10 @@ class LocalTokens:
     common_length: int | None
 
     @staticmethod
-    def of(document_ids_BS: torch.Tensor, chunk: ChunkSettings, groups: ProcessGroupCollection) -> LocalTokens:
-        """Return this tensor rank's tokens: a shard of the sequence under sequence parallelism, else all of it."""
-        is_real_SB = (document_ids_BS >= 0).t()
-        num_real = is_real_SB.sum()
+    def of(batch: MicroBatch, chunk: ChunkSettings, groups: ProcessGroupCollection) -> LocalTokens:
+        """Return this rank's tokens: of its context shard, a part under sequence parallelism, else all of them."""
+        is_real_SB = (batch.document_ids >= 0).t()
+        num_real = is_real_SB.sum() if batch.context is None else torch.tensor(batch.context.num_real)
         if chunk.mcore_config.sequence_parallel:
             is_real_SB = is_real_SB.chunk(groups.tp.size())[groups.tp.rank()]
         is_real = is_real_SB.flatten()

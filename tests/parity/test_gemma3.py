@@ -51,7 +51,7 @@ Z_LOSS = 0.1
 def losses(hf_directory: str, layout: TestLayout, batch: MicroBatch) -> list[torch.Tensor]:
     """[B, S] while training and while evaluating."""
     (chunk,), groups = set_up(hf_directory, layout)
-    (batch,) = own_micro_batches([batch], groups, layout)
+    (batch,) = own_micro_batches([chunk], [batch], groups, layout)
     return [unwrap_model(chunk).train(training)(batch).detach().cpu() for training in (True, False)]
 
 

@@ -36,6 +36,9 @@ class BlockRanges:
     by_key: torch.Tensor
 
 
+Gathered = tuple[torch.Tensor, torch.Tensor, "Spans"]
+
+
 @dataclass(frozen=True)
 class QueryShard:
     """The positions of queries that are only a part of the sequence of keys, such as those of a context-parallel rank.
@@ -44,13 +47,17 @@ class QueryShard:
         positions: [B, Sq] int32, index of each query in the sequence of keys, in any order. Blocks that attention
             visits are fewest where the queries of a block lie together and blocks ascend.
         num_keys: number of keys, Sk.
-        gather: takes the keys and values [Sq, B, G, D] of these tokens and returns those of all, [Sk, B, G, D], through
-            which gradients flow. Layers call it before `span_attention`; None where keys and values are complete.
+        block_starts: [B, Sq] int32, first token of each query's block, the run of tokens that see equally far, of which
+            a part may lie in other shards; None where no layer needs it (`Spans.with_whole_blocks`).
+        gather: takes the keys and values [Sq, B, G, D] of these tokens, spans, and a window; returns keys and values of
+            all tokens that these queries see within the window, through which gradients flow, and their spans among
+            those (`Spans.among`). Layers call it before `span_attention`; None where keys and values are complete.
     """
 
     positions: torch.Tensor
     num_keys: int
-    gather: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
+    block_starts: torch.Tensor | None = None
+    gather: Callable[[torch.Tensor, torch.Tensor, Spans, int | None], Gathered] | None = None
 
 
 @dataclass
@@ -71,6 +78,7 @@ class Spans:
     _block_masks: dict[int | None, BlockMask] = field(default_factory=dict, repr=False)
     _first_keys: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
     _block_ranges: dict[tuple[int | None, int, int], BlockRanges] = field(default_factory=dict, repr=False)
+    _among: dict[int | None, Spans] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.shard is not None:
@@ -96,10 +104,24 @@ class Spans:
 
     def with_whole_blocks(self) -> Spans:
         """Return spans in which windows hide nothing of a query's block, the run of queries that see equally far."""
-        assert self.shard is None, "a block may lie on several ranks"
-        begins = torch.ones_like(self.high, dtype=torch.bool)
-        begins[:, 1:] = self.high[:, 1:] != self.high[:, :-1]
-        return Spans(self.low, self.high, kept=torch.where(begins, self.query_positions, 0).cummax(1).values)
+        if self.shard is not None:
+            assert self.shard.block_starts is not None, "a block may lie in several shards"
+            return Spans(self.low, self.high, self.shard, kept=self.shard.block_starts)
+        return Spans(self.low, self.high, kept=block_starts(self.high))
+
+    def among(self, window: int | None, places: torch.Tensor, num_keys: int) -> Spans:
+        """Return the spans within a window over some of the keys, which are all that the queries see within it.
+
+        Args:
+            window: number of keys visible on the past side, the query included; None is unlimited.
+            places: [Sk] int32, the place of each key among them, ascending.
+            num_keys: number of them.
+        """
+        if window not in self._among:
+            assert self.shard is not None, "without a shard, all keys are there"
+            low, high = places[self.first_key(window)], places[self.high]
+            self._among[window] = Spans(low, high, QueryShard(self.shard.positions, num_keys))
+        return self._among[window]
 
     def block_mask(self, window: int | None) -> BlockMask:
         """Return the block-sparse form of `dense`, built from a table of [B, Sq, Sk / 128], not of [Sq, Sk]."""
@@ -137,6 +159,14 @@ class Spans:
         key = torch.arange(self.num_keys, device=self.low.device)
         visible = (key >= self.first_key(window)[..., None]) & (key <= self.high[..., None])
         return visible.unsqueeze(1)
+
+
+def block_starts(high: torch.Tensor) -> torch.Tensor:
+    """Return the first token of each token's block, the run of tokens that see equally far, from [B, S] int32."""
+    begins = torch.ones_like(high, dtype=torch.bool)
+    begins[:, 1:] = high[:, 1:] != high[:, :-1]
+    positions = torch.arange(high.shape[1], device=high.device, dtype=torch.int32)
+    return torch.where(begins, positions, 0).cummax(1).values
 
 
 def _block_ranges(first: torch.Tensor, last: torch.Tensor, num_keys: int, queries: int, keys: int) -> BlockRanges:
