@@ -72,9 +72,10 @@ class ParallelSettings:
     """Layers of the vision tower on each of the first global chunks; the last of them also has the projector and the
     embedding, and the decoder layers begin there. Null leaves the tower on the first chunk."""
     context_parallel_size: int = 1
-    """Ranks over which one sequence is split; not built yet, must be 1."""
+    """Ranks over which the tokens of every row are divided; attention exchanges keys and values."""
     expert_model_parallel_size: int = 1
-    """Ranks over which the experts are partitioned; times expert_tensor_parallel_size it must divide tensor x data."""
+    """Ranks over which the experts are partitioned; times expert_tensor_parallel_size it must divide tensor x context
+    x data."""
     expert_tensor_parallel_size: int = 1
     """Ranks over which each expert's columns are split, whatever the tensor size is."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"

@@ -2,7 +2,7 @@
 
 Blocks of tokens are dealt to the ranks by the number of keys that their queries see (`context_blocks`). Any assignment
 is exact: every query has the positions, the span and the features of its token in the full micro-batch, and receives
-the keys and values of all tokens that it sees. Which those are is known here, on the host, so that no rank asks another.
+the keys and values of all tokens that it sees. Which those are is known here, on the host, and no rank asks another.
 
 Shapes: B rows, S tokens of a row of the full micro-batch, Sq those of this rank, Sk tokens that its queries see.
 """
@@ -21,13 +21,11 @@ from torch.nn.functional import pad
 from megatron_vlm.data.collate import NO_LOSS, MicroBatch
 from megatron_vlm.data.context_blocks import padded_length, planned_positions
 from megatron_vlm.data.context_exchange import ContextShard, KeyExchange
-from megatron_vlm.model_configs import ImageMask
+from megatron_vlm.model_configs import AttentionKind, ImageMask
 
 KEYS_TOGETHER = 128
 """Keys are exchanged in groups of this many, as kernels read them, even where a rank sees only some of them."""
 PADDING = {"input_ids": 0, "labels": NO_LOSS, "position_ids": 0, "document_ids": -1, "feature_index": -1}
-AttentionKind = tuple[int | None, ImageMask]
-"""Window and image mask of a decoder layer."""
 Ranges = tuple[np.ndarray, np.ndarray]
 
 

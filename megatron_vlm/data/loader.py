@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_vlm.config import Config
 from megatron_vlm.data.collate import MicroBatch, collate
+from megatron_vlm.data.context_shard import ContextSharding, shard_for_context
 from megatron_vlm.data.plan import SamplePlan, micro_batch_start
 from megatron_vlm.data.rows import RowReader, empty_answer_note, reader_for, unknown_key_note
 from megatron_vlm.data.rules import PromptRules
@@ -44,13 +45,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BatchSharding:
-    """The part of every global batch that a rank reads, and the shape of its micro-batches."""
+    """The part of every global batch that a rank reads, the shape of its micro-batches, and its shard of them."""
 
     global_batch_size: int
     micro_batch_size: int
     data_parallel_rank: int = 0
     data_parallel_size: int = 1
     pad_to_multiple_of: int = 1
+    context: ContextSharding | None = None
 
     @property
     def num_micro_batches(self) -> int:
@@ -97,12 +99,13 @@ class _MicroBatches(Dataset[MicroBatch | _Refusal]):
         except UserError as error:
             return _Refusal(error)
         builder = self.reader.builder
-        return collate(
+        batch = collate(
             [[sample] for sample in samples],
             builder.rules,
             builder.padding_token_id,
             sharding.pad_to_multiple_of,
         )
+        return batch if sharding.context is None else shard_for_context(batch, sharding.context)
 
 
 class _Order:

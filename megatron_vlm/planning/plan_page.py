@@ -153,7 +153,7 @@ def _format_reasons(request: Request, result: SearchResult) -> Iterator[str]:
     size = request.hardware.gpus_per_node
     yield f"  not tried: tensor sizes beyond a node ({size} GPUs), which exchange in every layer;"
     yield "  sharded layers without sequence parallelism, and replicated optimizer state: both only take memory;"
-    yield "  context parallelism, which is not built"
+    yield "  other context sizes than parallel.context_parallel_size, over which only long rows gain"
 
 
 def _format_assumptions(request: Request) -> Iterator[str]:

@@ -212,7 +212,9 @@ class Trainer:
             self.step_check.applied(norm)
         elif self.config.train.nonfinite == "stop":
             self._stop_for(problem, batches)
-        own = [sum(batch.counters[name] for batch in batches) for name in COUNTERS]
+        # Every context rank has the counters of full micro-batches.
+        counted = run.groups.cp.rank() == 0
+        own = [counted * sum(batch.counters[name] for batch in batches) for name in COUNTERS]
         counts = self._sum_over_data_ranks([*own, *lengths])
         counters = {name: int(count) for name, count in zip(COUNTERS, counts, strict=False)}
         # Bringing these figures to the host waits for the update too, so that the step's time is honest.

@@ -29,10 +29,9 @@ from megatron_vlm.data.loader import (
     build_valid_loader,
 )
 from megatron_vlm.data.media import AUDIO, PIXELS
-from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.data.stage_loader import Stages, build_on_stages
 from megatron_vlm.families import registry
-from megatron_vlm.families.build import DTYPES, build_chunks, build_settings, wrap_data_parallel
+from megatron_vlm.families.build import DTYPES, build_chunks, build_settings, context_sharding, wrap_data_parallel
 from megatron_vlm.model.init_weights import initialize_weights
 from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.model.weight_map import WeightMap
@@ -125,7 +124,7 @@ def set_up(config: Config, owner: RunOwner, requests: StopRequests) -> Run:
     if config.train.deterministic:
         platform.current().use_deterministic_algorithms()
 
-    train_loader, valid_loader = _build_loaders(config, layout, family.prompt_rules(model_config), groups)
+    train_loader, valid_loader = _build_loaders(config, layout, family, model_config, groups)
     check_same_data({"data.train": train_loader.plan} | ({"data.valid": valid_loader.plan} if valid_loader else {}))
     on_first_rank(lambda: _check_first_weights(config, weight_map))
     requests.raise_if_stopped()
@@ -200,22 +199,28 @@ def tower_inputs(layout: Layout, pipeline_rank: int) -> list[str]:
 
 
 def _build_loaders(
-    config: Config, layout: Layout, rules: PromptRules, groups: ProcessGroupCollection
+    config: Config,
+    layout: Layout,
+    family: registry.Family,
+    model_config: VisionLanguageConfig,
+    groups: ProcessGroupCollection,
 ) -> tuple[BatchLoader, BatchLoader | None]:
     """Build the loaders of this rank's training and held-out data; on later stages, what receives from the first."""
+    rules = family.prompt_rules(model_config)
     sharding = BatchSharding(
         config.train.global_batch_size,
         config.train.micro_batch_size,
         groups.dp.rank(),
         layout.data_size,
-        pad_to_multiple_of=layout.tensor_size if layout.sequence_parallel else 1,
+        pad_to_multiple_of=layout.sequence_shards,
+        context=context_sharding(layout, model_config, groups.cp.rank()),
     )
     pin_memory = platform.current().accelerated
     inputs = [tower_inputs(layout, rank) for rank in range(layout.pipeline_size)]
     stages = Stages(groups.pp, inputs, platform.current().device)
 
     def build() -> tuple[MicroBatchLoader, MicroBatchLoader | None]:
-        reports = groups.tp.rank() == 0 and stages.is_first
+        reports = groups.tp.rank() == 0 and groups.cp.rank() == 0 and stages.is_first
         return (
             build_train_loader(config, rules, sharding, pin_memory=pin_memory, report_problems=reports),
             build_valid_loader(config, rules, sharding, pin_memory=pin_memory, report_problems=reports),

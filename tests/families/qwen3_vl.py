@@ -244,6 +244,8 @@ QWEN3_VL = TinyFamily(
                 "DP2, overlapped, full recompute",
                 "DP2xPP2, overlapped, DeepStack crossing",
                 "TP2xPP2+SP, vision DP, tower on both",
+                "CP4",
+                "CP2xTP2, vision DP, selective recompute",
             ),
             "rules": ("TP4+SP",),
             "step": ("PP4",),

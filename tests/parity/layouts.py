@@ -177,11 +177,10 @@ def own_micro_batches(
     mine = micro_batches[groups.dp.rank() :: groups.dp.size()]
     assert not layout.sequence_parallel or mine[0].input_ids.shape[1] % layout.tensor == 0
     if layout.context > 1:
-        layers = unwrap_model(list(model))[0].language_model.text.layers
-        kinds = tuple(dict.fromkeys((layer.window, layer.image_mask) for layer in layers))
+        kinds = unwrap_model(list(model))[0].language_model.text.attention_kinds
+        ranks = Layout(tensor_size=layout.tensor, sequence_parallel=layout.sequence_parallel)
         plan = planned_positions if layout.blocks == "planned" else random_positions
-        multiple_of = layout.tensor if layout.sequence_parallel else 1
-        sharding = ContextSharding(groups.cp.rank(), layout.context, kinds, multiple_of, plan)
+        sharding = ContextSharding(groups.cp.rank(), layout.context, kinds, ranks.sequence_shards, plan)
         mine = [shard_for_context(batch, sharding) for batch in mine]
     mine = [batch.to(platform.current().device) for batch in mine]
     counts = layout.vision_pipeline_layout or ()
