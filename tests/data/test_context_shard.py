@@ -14,7 +14,7 @@ from megatron_vlm.data.context_blocks import planned_positions
 from megatron_vlm.data.context_shard import ContextSharding, shard_for_context
 from megatron_vlm.data.stage_loader import decode, encode
 from megatron_vlm.layers.attention import masked_spans
-from megatron_vlm.model_configs import AttentionKind, ImageMask
+from megatron_vlm.model_configs import AttentionKind
 from tests.families.gemma3 import GEMMA3
 from tests.families.gemma4 import GEMMA4
 from tests.families.qwen3_vl import QWEN3_VL
@@ -129,16 +129,16 @@ def test_layers_with_a_window_receive_less() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kinds", "is_less"), [(((None, "causal"),), True), (((None, "causal"), (None, "window")), False)]
+    ("kinds", "num_keys"), [(((None, "causal"),), 128), (((None, "causal"), (None, "window")), 256)]
 )
-def test_causal_layers_do_not_ask_for_later_keys(kinds: tuple[AttentionKind, ...], is_less: bool) -> None:
-    def num_keys(kinds: tuple[AttentionKind, ...]) -> int:
-        shard = shard_for_context(long_rows(), ContextSharding(0, 2, kinds, 1, lambda _, size: halves))
-        return shard.context.exchanges[None].num_keys
-
-    halves = np.arange(1600).reshape(2, 800)
-    both: ImageMask = "window"
-    assert (num_keys(kinds) < num_keys(((None, both),))) == is_less
+def test_causal_layers_do_not_ask_for_later_keys(kinds: tuple[AttentionKind, ...], num_keys: int) -> None:
+    """The first rank has the first half of an image, which other layers see whole."""
+    halves, tokens = np.arange(256).reshape(2, 128), torch.arange(256)[None]
+    low, high = spans(torch.zeros_like(tokens), (tokens >= 100) & (tokens < 200))
+    ids = torch.zeros_like(tokens).int()
+    batch = MicroBatch(tokens, tokens, tokens, ids, low, high, ids - 1, {}, torch.zeros(1, dtype=torch.int32))
+    shard = shard_for_context(batch, ContextSharding(0, 2, kinds, 1, lambda load, size: halves))
+    assert shard.context.exchanges[None].num_keys == num_keys
 
 
 def test_a_shard_travels_to_other_stages() -> None:
