@@ -383,6 +383,7 @@ EVERYTHING = LayoutTables(
         (_shared(2, tensor=2), 2),
         (_shared(2, pipeline=2), 1),
         (_shared(2, pipeline=2, virtual=2, vision_pipeline_layout=(1, 1)), 1),
+        (_shared(2, context=2), 1),
         (_shared(2), 2),
     ),
     small=SMALL_OF_EVERYTHING,
