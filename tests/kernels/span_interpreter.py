@@ -186,12 +186,10 @@ MUTANTS = {
     "bound of queries": Mutant(triton_kernels, "<= last_key[None, :]", "< last_key[None, :]", _SMALL),
     "no rescale": Mutant(triton_kernels, "total * rescale[:, None] + ", "total + ", _SMALL),
     "no delta": Mutant(triton_kernels, "(d_weights - delta[:, None])", "d_weights", _SMALL),
-    "a block too few": Mutant(spans, 'rounding_mode="floor") + 1, begin)', 'rounding_mode="floor"), begin)', _SMALL),
-    "whole too early": Mutant(spans, "(latest_first + keys - 1)", "latest_first", replace(_SMALL, kind="documents")),
+    "a block too few": Mutant(spans, "(last + keys, last + 1)", "(last, last + 1)", _SMALL),
+    "whole too early": Mutant(spans, "(first, first + keys - 1)", "(first, first)", replace(_SMALL, kind="documents")),
     "partial blocks after the whole ones": Mutant(triton_kernels, "block >= whole_begin", "block < 0", _SMALL),
-    "a block of queries too late": Mutant(
-        spans, "where(touched, count).amin(1)", "where(touched, count).amin(1) + 1", _SMALL
-    ),
+    "a block too late": Mutant(spans, "where(touched, count).amin(2)", "where(touched, count).amin(2) + 1", _SMALL),
     "heads of a group": Mutant(
         triton_kernels, "key_head * group + member", "key_head + member", replace(_SMALL, heads=(4, 2))
     ),
@@ -210,7 +208,9 @@ MUTANTS = {
     "as many gradients of keys as queries": Mutant(
         triton_kernels, "dk_head, dk_token, num_keys)", "dk_head, dk_token, num_queries)", _SHARD
     ),
-    "as many blocks of keys as queries": Mutant(spans, "-(-num_keys // keys)", "-(-first.shape[1] // keys)", _SHARD),
+    "whole for one query of a block": Mutant(
+        spans, "seeing_whole == size.clamp(max=queries)[:, None]", "seeing_whole > 0", _SHARD
+    ),
     "column of a share": Mutant(
         triton_kernels, "_load(v, key_start, own_column,", "_load(v, key_start, 0,", replace(_SMALL, shares=2)
     ),
