@@ -21,8 +21,9 @@ from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.mcore_config import build_mcore_config
 from megatron_vlm.parallel.parameters import spec_of
 from megatron_vlm.parallel.sharding import full_shape, gather_full, own_part
+from tests.kernels.span_rows import shard_of
 from tests.ranks import run_ranks
-from tests.test_span_attention import LENGTH, ROWS, deal, make_spans, shard_of
+from tests.test_span_attention import LENGTH, ROWS, deal, make_spans
 from vlm_kernels.span_attention import QueryShard, Spans
 
 HIDDEN, BATCH, BLOCK = 24, len(ROWS), 2

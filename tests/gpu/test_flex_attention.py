@@ -7,7 +7,8 @@ import torch
 
 from megatron_vlm.data.collate import spans
 from tests.kernels import test_flex
-from tests.test_span_attention import deal, shard_of
+from tests.kernels.span_rows import shard_of
+from tests.test_span_attention import deal
 from vlm_kernels.span_attention import Spans, flex, reference
 
 SHORT_ROWS = [(ratio, head_dim) for head_dim in test_flex.HEAD_DIMS for ratio in test_flex.RATIOS]

@@ -79,8 +79,9 @@ def compile_kernels(head_dim: int, major: int) -> dict[str, Code]:
 def _launch(spans: Spans, head_dim: int, launches: Configuration) -> None:
     """Both passes, in a window."""
     length, window, scale = spans.low.shape[1], 50, 0.1
-    q = torch.zeros((length, 1, 4, head_dim), dtype=torch.bfloat16).permute(1, 2, 0, 3)
-    k = v = torch.zeros((spans.num_keys, 1, 2, head_dim), dtype=torch.bfloat16).permute(1, 2, 0, 3)
+    batch = spans.low.shape[0]
+    q = torch.zeros((length, batch, 4, head_dim), dtype=torch.bfloat16).permute(1, 2, 0, 3)
+    k = v = torch.zeros((spans.num_keys, batch, 2, head_dim), dtype=torch.bfloat16).permute(1, 2, 0, 3)
     forward, by_query, by_key = (
         spans.block_ranges(window, blocks) for blocks in (launches.forward, launches.queries, launches.keys)
     )
