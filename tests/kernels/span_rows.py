@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from megatron_vlm.parallel.context_blocks import plan_blocks
+from megatron_vlm.data.context_blocks import plan_blocks
 from vlm_kernels.span_attention import QueryShard, Spans
 
 # Documents of a row of 600 tokens: some of one token, one over several blocks of keys, and padding after the last.

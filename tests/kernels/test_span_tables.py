@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_vlm.parallel.context_blocks import planned_positions
+from megatron_vlm.data.context_blocks import planned_positions
 from tests.kernels.span_rows import needed_keys, packed_spans, rank_spans, shard_of
 from vlm_kernels.span_attention import QueryShard, Spans
 from vlm_kernels.span_attention.blocks import Blocks

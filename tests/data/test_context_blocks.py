@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_vlm.data.collate import spans
-from megatron_vlm.parallel.context_blocks import (
+from megatron_vlm.data.context_blocks import (
     largest_to_mean,
     padded_length,
     plan_blocks,
