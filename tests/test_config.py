@@ -214,7 +214,6 @@ def test_unknown_and_ill_typed(config_file: str, argument: str, expected: str) -
         (["--train.micro_batch_size=3"], "use a global batch of 6 or 9"),
         (["--optimizer.name=muon"], "muon is not built yet"),
         (["--data.packing=true"], "data.packing is true, which is not built yet"),
-        (["--parallel.context_parallel_size=2"], "parallel.context_parallel_size is 2, which is not built yet"),
         (["--parallel.expert_model_parallel_size=0"], "parallel.expert_model_parallel_size is 0"),
         (["--parallel.expert_tensor_parallel_size=-1"], "parallel.expert_tensor_parallel_size is -1"),
         (["--model.moe_aux_loss_coeff=-1"], "model.moe_aux_loss_coeff is -1.0"),

@@ -24,7 +24,6 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDisp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import grouped_mm, linear, pad
 
-from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.layers.expert_permutation import install as install_expert_permutation
 from megatron_vlm.layers.operands import Declared, Operand, Provider
 from megatron_vlm.model_configs import MoEConfig
@@ -65,10 +64,22 @@ class LocalTokens:
     common_length: int | None
 
     @staticmethod
-    def of(batch: MicroBatch, chunk: ChunkSettings, groups: ProcessGroupCollection) -> LocalTokens:
-        """Return this rank's tokens: of its context shard, a part under sequence parallelism, else all of them."""
-        is_real_SB = (batch.document_ids >= 0).t()
-        num_real = is_real_SB.sum() if batch.context is None else torch.tensor(batch.context.num_real)
+    def of(
+        document_ids_BS: torch.Tensor,
+        chunk: ChunkSettings,
+        groups: ProcessGroupCollection,
+        num_real: int | None = None,
+    ) -> LocalTokens:
+        """Return this rank's tokens: those given, or under sequence parallelism this tensor rank's part of them.
+
+        Args:
+            document_ids_BS: document of each token; negative on padding.
+            chunk: settings of the pipeline chunk.
+            groups: process groups.
+            num_real: see `LocalTokens`; None where the tokens given are the full micro-batch.
+        """
+        is_real_SB = (document_ids_BS >= 0).t()
+        count = is_real_SB.sum() if num_real is None else torch.tensor(num_real)
         if chunk.mcore_config.sequence_parallel:
             is_real_SB = is_real_SB.chunk(groups.tp.size())[groups.tp.rank()]
         is_real = is_real_SB.flatten()
@@ -78,7 +89,7 @@ class LocalTokens:
             longest = torch.tensor(is_real.numel(), device=is_real.device)
             torch.distributed.all_reduce(longest, torch.distributed.ReduceOp.MAX, group=groups.tp_ep)
             common_length = int(longest.item())
-        return LocalTokens(is_real, num_real, common_length)
+        return LocalTokens(is_real, count, common_length)
 
 
 class TopKRouter(torch.nn.Module):

@@ -127,7 +127,10 @@ class LanguageModelChunk(torch.nn.Module):
 
     def local_tokens(self, batch: MicroBatch) -> LocalTokens | None:
         """Return which tokens count for the experts; None without experts."""
-        return None if self.expert_use is None else LocalTokens.of(batch, self.chunk, self.groups)
+        if self.expert_use is None:
+            return None
+        num_real = None if batch.context is None else batch.context.num_real
+        return LocalTokens.of(batch.document_ids, self.chunk, self.groups, num_real)
 
     def count_experts(
         self, layer: int, routing: Routing | None, tokens: LocalTokens | None, scalars: torch.Tensor | None
