@@ -19,7 +19,7 @@ from types import ModuleType
 
 import torch
 
-from tests.kernels.span_rows import needed_keys, packed_spans, rank_spans, shard_of
+from tests.kernels.span_rows import needed_keys, packed_spans, rank_spans
 from vlm_kernels.span_attention import launch, spans, triton_kernels
 from vlm_kernels.span_attention.blocks import Blocks, Configuration
 from vlm_kernels.span_attention.reference import backward, forward
@@ -132,7 +132,8 @@ def shuffled_shard(whole: spans.Spans, block: int, count: int) -> spans.Spans:
     positions = [torch.cat([blocks[index] for index in order]) for order in orders]
     size = min(map(len, positions))
     positions = torch.stack([row[:size] for row in positions])
-    return shard_of(whole, positions)
+    low, high = (bound.gather(1, positions.long()) for bound in (whole.low, whole.high))
+    return spans.Spans(low, high, spans.QueryShard(positions, length))
 
 
 def check(case: Case) -> list[float]:
