@@ -89,7 +89,7 @@ FURTHER_CASES = {
     "needed keys, 128": Case(128, "packed", 200, 900, planned=(128, 4), needed=128, blocks=(128, 64), tma=True),
     "needed keys, 256": Case(256, "packed", 40, 300, planned=(16, 8), needed=16, chunk=128),
     "needed keys, 512": Case(512, "packed", 40, 300, planned=(32, 8), needed=32, blocks=(32, 32), shares=2, tma=True),
-    "needed keys, fp16": Case(64, "packed", 50, 300, planned=(32, 4), needed=32, dtype=torch.float16),
+    "fp16, needed keys": Case(64, "packed", 50, 300, planned=(32, 4), needed=32, dtype=torch.float16),
     "fp16, 512": Case(512, "documents", length=40, chunk=128, shares=2, tma=True, dtype=torch.float16),
 }
 
