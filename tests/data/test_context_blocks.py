@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
-from megatron_vlm.data.collate import spans
+from benchmarks.context_balance import ROW_TOKENS, document_lengths, seen_keys
 from megatron_vlm.data.context_blocks import (
     largest_to_mean,
     padded_length,
@@ -14,26 +13,13 @@ from megatron_vlm.data.context_blocks import (
     planned_positions,
 )
 
-ROW_TOKENS = 32_768
 PACKINGS = 20
 
 
-def document_lengths(random: np.random.Generator, median: int, length: int) -> list[int]:
-    """Lognormal lengths of documents that fill a row; the last one is cut."""
-    lengths: list[int] = []
-    while (left := length - sum(lengths)) > 0:
-        lengths.append(min(left, int(np.clip(random.lognormal(np.log(median), 1.0), 64, length))))
-    return lengths
-
-
-def load_of(lengths: list[int], images: tuple[int, int] = (0, 0)) -> np.ndarray:
-    """Keys that each token of a packed row sees; in every document images of so many tokens at every so many."""
-    document_ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
-    place = np.concatenate([np.arange(length) for length in lengths])
-    tokens, every = images
-    is_image = torch.from_numpy(place % every < tokens if every else np.zeros_like(place, dtype=bool))[None]
-    low, high = spans(document_ids, is_image)
-    return (high - low + 1)[0].numpy()
+def load_of(lengths: list[int], images: tuple[int, int] = (0, 1)) -> np.ndarray:
+    """Keys that each token of a packed row sees; in every document, images of so many tokens at every so many."""
+    first, last = seen_keys(lengths, images, window=None)
+    return last - first + 1
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4, 8, 16])
@@ -41,7 +27,7 @@ def load_of(lengths: list[int], images: tuple[int, int] = (0, 0)) -> np.ndarray:
 def test_ranks_share_attention_evenly(median: int, num_ranks: int) -> None:
     for seed in range(PACKINGS):
         random = np.random.default_rng(seed)
-        load = load_of(document_lengths(random, median, ROW_TOKENS), (256, 640) if seed % 2 else (0, 0))
+        load = load_of(document_lengths(random, median, ROW_TOKENS), (256, 640) if seed % 2 else (0, 1))
         positions = planned_positions(load, num_ranks)
         assert largest_to_mean(load[positions].sum(1)) <= 1.05
 

@@ -19,7 +19,7 @@ from types import ModuleType
 
 import torch
 
-from tests.kernels.span_rows import needed_keys, packed_spans, rank_spans, shard_of
+from tests.kernels.span_rows import needed_keys, packed_spans, rank_spans
 from vlm_kernels.span_attention import launch, spans, triton_kernels
 from vlm_kernels.span_attention.blocks import Blocks, Configuration
 from vlm_kernels.span_attention.reference import backward, forward
@@ -89,7 +89,7 @@ FURTHER_CASES = {
     "needed keys, 128": Case(128, "packed", 200, 900, planned=(128, 4), needed=128, blocks=(128, 64), tma=True),
     "needed keys, 256": Case(256, "packed", 40, 300, planned=(16, 8), needed=16, chunk=128),
     "needed keys, 512": Case(512, "packed", 40, 300, planned=(32, 8), needed=32, blocks=(32, 32), shares=2, tma=True),
-    "needed keys, fp16": Case(64, "packed", 50, 300, planned=(32, 4), needed=32, dtype=torch.float16),
+    "fp16, needed keys": Case(64, "packed", 50, 300, planned=(32, 4), needed=32, dtype=torch.float16),
     "fp16, 512": Case(512, "documents", length=40, chunk=128, shares=2, tma=True, dtype=torch.float16),
 }
 
@@ -132,7 +132,8 @@ def shuffled_shard(whole: spans.Spans, block: int, count: int) -> spans.Spans:
     positions = [torch.cat([blocks[index] for index in order]) for order in orders]
     size = min(map(len, positions))
     positions = torch.stack([row[:size] for row in positions])
-    return shard_of(whole, positions)
+    low, high = (bound.gather(1, positions.long()) for bound in (whole.low, whole.high))
+    return spans.Spans(low, high, spans.QueryShard(positions, length))
 
 
 def check(case: Case) -> list[float]:

@@ -17,6 +17,22 @@ DOCUMENTS = (1, 130, 1, 1, 37, 250, 64, 90, 1)
 # First token and tokens of images: across borders of blocks of 16 to 128 tokens, and as long as a document.
 IMAGES = ((100, 30), (168, 1), (180, 90), (420, 64))
 
+# Queries, keys, rows and documents of a row, as packed runs and context ranks have them, one after the other.
+RUN_SHAPES = (
+    *((512, 512, 1, 5), (500, 500, 1, 1), (389, 389, 1, 9), (384, 384, 2, 3), (320, 320, 4, 6)),
+    *((192, 768, 1, 5), (150, 600, 1, 3), (160, 640, 2, 4)),  # the keys of all ranks
+    *((192, 384, 1, 2), (192, 200, 1, 7), (256, 256, 1, 3), (192, 700, 2, 8), (160, 333, 2, 1), (256, 257, 3, 2)),
+)
+
+
+def run_spans(queries: int, keys: int, rows: int, documents: int) -> Spans:
+    """Causal spans of evenly spaced queries of documents of equal length; bounds begin anywhere in memory."""
+    place = torch.arange(-documents, queries, dtype=torch.int32) * (keys // queries)
+    high = place.repeat(rows, 1)[:, documents:]
+    size = keys // documents
+    low = (place // size * size).repeat(rows, 1)[:, documents:]
+    return Spans(low, high, None if queries == keys and rows < 2 else QueryShard(high, keys))
+
 
 def packed_spans(length: int = 600) -> Spans:
     """Two rows: the documents, whose images see ahead, and the same ones from the last to the first without images.

@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.context_balance import document_lengths, seen_keys
 from megatron_vlm.data.context_blocks import planned_positions
 from tests.kernels.span_rows import needed_keys, packed_spans, rank_spans, shard_of
 from vlm_kernels.span_attention import QueryShard, Spans
@@ -102,14 +103,11 @@ class LargestTensor(TorchDispatchMode):
         return outputs
 
 
-def document_row(length: int, median: int, seed: int = 0) -> Spans:
+def document_row(length: int, median: int) -> Spans:
     """One row of documents of lognormal lengths."""
-    random, lengths = np.random.default_rng(seed), list[int]()
-    while sum(lengths) < length:
-        lengths.append(min(length - sum(lengths), int(np.clip(random.lognormal(np.log(median), 1.0), 64, length))))
-    starts = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
-    low = starts.repeat_interleave(torch.tensor(lengths)).int()
-    return Spans(low[None], torch.arange(length, dtype=torch.int32)[None])
+    lengths = document_lengths(np.random.default_rng(0), median, length)
+    low, high = (torch.from_numpy(bound).int()[None] for bound in seen_keys(lengths, (0, 1), window=None))
+    return Spans(low, high)
 
 
 def test_tables_of_a_long_row_are_small() -> None:

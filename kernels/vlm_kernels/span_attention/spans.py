@@ -238,6 +238,8 @@ def _block_mask(first: torch.Tensor, last: torch.Tensor, num_keys: int) -> Block
     touched, covered = _tiles(first, last, num_keys, _BLOCK, _BLOCK)
     if num_queries % _BLOCK:
         covered[:, -1] = False  # queries past the end see nothing
+    # Attention would be compiled again for tensors that are parts of others, or begin elsewhere in them.
+    first, last = (bound.clone(memory_format=torch.contiguous_format) for bound in (first, last))
     return BlockMask.from_kv_blocks(
         *_block_lists(touched & ~covered),
         *_block_lists(covered),

@@ -25,7 +25,7 @@ import triton.language as tl
 
 _STRIDES = [f"{name}_{axis}" for name in "q k v out d dq dk dv".split() for axis in ("batch", "head", "token")]
 _RUNTIME = [*_STRIDES, "heads", "group", "num_queries", "num_keys", "num_blocks"]
-# Parts of longer tensors may begin anywhere. Elements are loaded one by one, as no number of queries is known to divide.
+# Parts of longer tensors may begin anywhere; their elements are loaded one by one in any case.
 _ANY_ALIGNMENT = ["first", "last", "table"]
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _NO_KEY = tl.constexpr(2147483647)
