@@ -43,11 +43,12 @@ def planned_positions(load: np.ndarray, num_ranks: int) -> np.ndarray:
     are, the fewer keys does a rank need for a layer with a window, and the fewer blocks do attention's kernels visit.
 
     Args:
-        load: [S], attention's work for each token, such as the number of keys that it sees; a whole number in any
-            dtype, so that sums do not depend on their order. S is a multiple of `num_ranks`.
+        load: [S], attention's work for each token, such as the number of keys that it sees. Whole numbers, in any
+            dtype: sums of them are exact on every machine. S is a multiple of `num_ranks`.
         num_ranks: context ranks.
     """
-    plans: list[tuple[float, np.ndarray]] = []
+    assert len(load) % num_ranks == 0, "as many tokens for every rank"
+    load, plans = load.astype(np.float64), list[tuple[float, np.ndarray]]()
     for block in _block_sizes(len(load) // num_ranks):
         positions = plan_blocks(load, num_ranks, block)
         imbalance = largest_to_mean(load[positions].sum(1))
@@ -63,10 +64,10 @@ def plan_blocks(load: np.ndarray, num_ranks: int, block: int) -> np.ndarray:
     The block with the greatest load goes first, each to the rank with the least load so far that has fewer than its
     number of blocks.
     """
-    loads = load.reshape(-1, block).sum(1)
+    loads = load.reshape(-1, block).sum(1, dtype=np.float64)
     assert len(loads) % num_ranks == 0, "as many blocks for every rank"
     assigned = [list[int]() for _ in range(num_ranks)]
-    ranks = [(0, rank) for rank in range(num_ranks)]
+    ranks = [(0.0, rank) for rank in range(num_ranks)]
     for index in np.argsort(-loads, kind="stable").tolist():
         total, rank = heapq.heappop(ranks)
         assigned[rank].append(index)
