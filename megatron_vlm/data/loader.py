@@ -119,9 +119,7 @@ class _MicroBatches(Dataset[MicroBatch | _Refusal]):
         )
         if self.reader.settings.strict:
             raise error
-        return replace(
-            self.reader.empty(row.source), row_name=loaded.row_name, bad=True, problem=f"bad row: {error}"
-        )
+        return replace(self.reader.empty(row.source), row_name=loaded.row_name, bad=True, problem=f"bad row: {error}")
 
 
 class _Order:

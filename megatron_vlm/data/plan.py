@@ -122,9 +122,7 @@ class SamplePlan:
         one_pass: leave out rows that come a second time, as evaluation does.
     """
 
-    def __init__(
-        self, sources: Sequence[PlannedSource], seed: int, shuffle: bool, *, one_pass: bool = False
-    ) -> None:
+    def __init__(self, sources: Sequence[PlannedSource], seed: int, shuffle: bool, *, one_pass: bool = False) -> None:
         assert sources and all(source.num_rows > 0 for source in sources)
         self.sources = tuple(sources)
         self.seed = seed

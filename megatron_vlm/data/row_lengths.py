@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+
+from megatron_vlm.data.prompts import Sample
+from megatron_vlm.data.rows import RowReader
 
 
 @dataclass(frozen=True)
@@ -24,3 +28,22 @@ class RowLengths:
     patch_pairs: np.ndarray
     audio_frames: np.ndarray
     status: np.ndarray
+
+
+def measure_rows(reader: RowReader) -> list[RowLengths]:
+    """Return the lengths of all rows of a reader's sources, by reading every row."""
+    return [
+        RowLengths(*map(np.array, zip(*(_measure(reader.read(source, row).sample) for row in range(rows.num_rows)))))
+        for source, rows in enumerate(reader.sources)
+    ]
+
+
+def _measure(sample: Sample) -> tuple[int, int, int, int, int]:
+    grids = [medium.grid for medium in sample.media if medium.kind != "audio"]
+    return (
+        len(sample.input_ids),
+        sum(map(math.prod, grids)),
+        sum(frames * (height * width) ** 2 for frames, height, width in grids),
+        sum(medium.grid[0] for medium in sample.media if medium.kind == "audio"),
+        0,
+    )

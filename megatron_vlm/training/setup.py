@@ -18,17 +18,20 @@ from megatron_vlm import platform
 from megatron_vlm.checkpoint.manager import CheckpointManager, load_weights
 from megatron_vlm.checkpoint.run_folder import CHECKPOINTS_NAME, ModelIdentity, newest_complete
 from megatron_vlm.checkpoint.run_owner import RunOwner
-from megatron_vlm.config import Config
+from megatron_vlm.config import Config, DataSource
 from megatron_vlm.conversion import passthrough
 from megatron_vlm.conversion.running_model import load_hf_into_model
 from megatron_vlm.data.loader import (
     BatchLoader,
     BatchSharding,
     MicroBatchLoader,
+    Packing,
     build_train_loader,
     build_valid_loader,
 )
 from megatron_vlm.data.media import AUDIO, PIXELS
+from megatron_vlm.data.row_lengths import measure_rows
+from megatron_vlm.data.rows import reader_for
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.data.stage_loader import Stages, build_on_stages
 from megatron_vlm.families import registry
@@ -40,6 +43,7 @@ from megatron_vlm.model_configs import VisionLanguageConfig
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.placement import Node, find_nodes
+from megatron_vlm.planning.flops import ModelFlops
 from megatron_vlm.planning.preflight import check_export, check_layout, check_run_dir, check_space, check_weights
 from megatron_vlm.platform.agreement import on_first_rank
 from megatron_vlm.training.arrival import meet
@@ -54,6 +58,7 @@ class Run:
     """A run that is ready to train.
 
     Attributes:
+        flops: counts the FLOPs of its model.
         due_export: whether `checkpoint.export_hf` is still to be written.
         nodes: where ranks run; on the first rank.
         group_report: lines on how fast groups communicate; on the first rank.
@@ -69,6 +74,7 @@ class Run:
     scheduler: OptimizerParamScheduler
     train_loader: BatchLoader
     valid_loader: BatchLoader | None
+    flops: ModelFlops
     checkpoints: CheckpointManager
     due_export: bool
     owner: RunOwner
@@ -125,7 +131,8 @@ def set_up(config: Config, owner: RunOwner, requests: StopRequests) -> Run:
     if config.train.deterministic:
         platform.current().use_deterministic_algorithms()
 
-    train_loader, valid_loader = _build_loaders(config, layout, family.prompt_rules(model_config), groups)
+    flops = ModelFlops(family, model_config, Trainable(config.model.freeze), groups)
+    train_loader, valid_loader = _build_loaders(config, layout, family.prompt_rules(model_config), groups, flops)
     check_same_data({"data.train": train_loader.plan} | ({"data.valid": valid_loader.plan} if valid_loader else {}))
     on_first_rank(lambda: _check_first_weights(config, weight_map))
     requests.raise_if_stopped()
@@ -163,6 +170,7 @@ def set_up(config: Config, owner: RunOwner, requests: StopRequests) -> Run:
         build_scheduler(optimizer, config),
         train_loader,
         valid_loader,
+        flops,
         checkpoints,
         due_export,
         owner,
@@ -200,7 +208,7 @@ def tower_inputs(layout: Layout, pipeline_rank: int) -> list[str]:
 
 
 def _build_loaders(
-    config: Config, layout: Layout, rules: PromptRules, groups: ProcessGroupCollection
+    config: Config, layout: Layout, rules: PromptRules, groups: ProcessGroupCollection, flops: ModelFlops
 ) -> tuple[BatchLoader, BatchLoader | None]:
     """Build the loaders of this rank's training and held-out data; on later stages, what receives from the first."""
     sharding = BatchSharding(
@@ -213,12 +221,32 @@ def _build_loaders(
     pin_memory = platform.current().accelerated
     inputs = [tower_inputs(layout, rank) for rank in range(layout.pipeline_size)]
     stages = Stages(groups.pp, inputs, platform.current().device)
+    costs = on_first_rank(flops.token_costs) if config.data.packing and layout.data_size > 1 else None
+
+    def packing(sources: list[DataSource]) -> Packing | None:
+        if not config.data.packing or not sources:
+            return None
+        return Packing(measure_rows(reader_for(config, sources, rules)), costs)
 
     def build() -> tuple[MicroBatchLoader, MicroBatchLoader | None]:
         reports = groups.tp.rank() == 0 and stages.is_first
         return (
-            build_train_loader(config, rules, sharding, pin_memory=pin_memory, report_problems=reports),
-            build_valid_loader(config, rules, sharding, pin_memory=pin_memory, report_problems=reports),
+            build_train_loader(
+                config,
+                rules,
+                sharding,
+                packing=packing(config.data.train),
+                pin_memory=pin_memory,
+                report_problems=reports,
+            ),
+            build_valid_loader(
+                config,
+                rules,
+                sharding,
+                packing=packing(config.data.valid),
+                pin_memory=pin_memory,
+                report_problems=reports,
+            ),
         )
 
     if layout.pipeline_size == 1:

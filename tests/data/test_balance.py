@@ -14,7 +14,7 @@ def test_ranks_share_a_global_batch_without_overlap(ranks: int, size: int, known
     costs = np.random.default_rng(0).integers(1, 1000, 16) if known else None
     packs = assign(16, ranks, size, costs).packs
     assert [len(mine) for mine in packs] == [16 // ranks] * ranks
-    assert sorted(sum(packs, [])) == list(range(16))
+    assert sorted(pack for mine in packs for pack in mine) == list(range(16))
 
 
 def test_without_costs_ranks_take_micro_batches_in_turn() -> None:
@@ -37,12 +37,12 @@ def test_random_costs_become_even() -> None:
     generator = np.random.default_rng(1)
     ratios = []
     for _ in range(50):
-        found = assign(64, 8, 2, np.exp(generator.normal(10, 1, 64)).astype(np.int64))
+        found = assign(64, 8, 2, np.exp(generator.normal(10, 0.5, 64)).astype(np.int64))
         assert found.straggler_ratio is not None and found.straggler_ratio_in_order is not None
         assert found.straggler_ratio <= found.straggler_ratio_in_order
         ratios.append((found.straggler_ratio, found.straggler_ratio_in_order))
     assigned, in_order = np.mean(ratios, 0)
-    assert assigned < 1.05 < 1.3 < in_order
+    assert assigned < 1.05 < 1.25 < in_order
 
 
 def test_costs_that_are_even_already_stay_in_order() -> None:
