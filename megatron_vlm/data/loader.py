@@ -109,8 +109,10 @@ class _MicroBatches(Dataset[MicroBatch | _Refusal]):
 
     def _read_row(self, row: RowReference) -> LoadedSample:
         loaded = self.reader.read(row.source, row.row)
-        planned, tokens = self.plan.tokens(row), len(loaded.sample.input_ids)
-        if planned is None or tokens <= planned:
+        if self.plan.lengths is None:
+            return loaded
+        planned, tokens = int(self.plan.lengths[row.source].tokens[row.row]), len(loaded.sample.input_ids)
+        if tokens <= planned:
             return loaded
         error = DataError(
             f"the row has {tokens} tokens and had {planned} when it was measured: a file changed",

@@ -14,11 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import gcd, lcm
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from megatron_vlm.errors import DataError
+
+if TYPE_CHECKING:
+    from megatron_vlm.data.row_lengths import RowLengths
 
 LONGEST_BLEND_CYCLE = 65_536
 """Weights are kept exactly if their ratio fits a cycle of this many rows, else rounded to 1/65536."""
@@ -74,6 +77,10 @@ class BatchPlan(Protocol):
     sources: tuple[PlannedSource, ...]
 
     @property
+    def lengths(self) -> Sequence[RowLengths] | None:
+        """Of each source, what its rows take; None where the order does not depend on it."""
+
+    @property
     def num_rows(self) -> int:
         """Rows of all sources together."""
 
@@ -93,9 +100,6 @@ class BatchPlan(Protocol):
 
     def count_packs(self, at_most: int) -> int:
         """Return the packs of one pass over the data, of a plan for one pass; counts no further than `at_most`."""
-
-    def tokens(self, row: RowReference) -> int | None:
-        """Return the tokens that the plan has room for where it puts a row; None where it does not depend on them."""
 
     def costs(self, packs: Sequence[Pack]) -> np.ndarray | None:
         """Return the predicted cost of each pack, int64, in any unit; None where it is not known."""
@@ -137,6 +141,10 @@ class SamplePlan:
             self._rank_in_cycle[self._cycle == source] = np.arange(share)
 
     @property
+    def lengths(self) -> Sequence[RowLengths] | None:
+        return None
+
+    @property
     def num_rows(self) -> int:
         return sum(source.num_rows for source in self.sources)
 
@@ -156,9 +164,6 @@ class SamplePlan:
 
     def count_packs(self, at_most: int) -> int:
         return min(at_most, self.positions_of_one_pass())
-
-    def tokens(self, row: RowReference) -> int | None:
-        return None
 
     def costs(self, packs: Sequence[Pack]) -> np.ndarray | None:
         return None
