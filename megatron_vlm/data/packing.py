@@ -29,9 +29,9 @@ from megatron_vlm.data.plan import (
 from megatron_vlm.data.row_lengths import RowLengths
 
 WINDOW_ROWS = 4096
-"""Rows packed together. The last packs of a window stay partly empty, which costs less the more packs it has: of rows
-with a median of 600 tokens it fills 99.9 % of packs of 4,096 tokens and 98.6 % of 131,072, in about 10 ms. Another number
-would be another order of the data, so it is part of the fingerprint."""
+"""Rows packed together. The last packs of a window stay partly empty, which costs less the more packs it has: rows with
+a median of 600 tokens fill 99.9 % of packs of 4,096 tokens and 98.6 % of 131,072, and a window takes about 10 ms.
+Another number would be another order of the data, so it is part of the fingerprint."""
 WINDOWS_KEPT = 4
 """Windows kept in memory: a worker goes forward, and the loader itself is a few global batches behind."""
 
@@ -55,7 +55,8 @@ class PackedPlan:
     ) -> None:
         self.order, self.seq_length, self.token_costs = order, seq_length, token_costs
         self.sources, self.lengths = order.sources, lengths
-        self._end = -(-order.positions_of_one_pass() // WINDOW_ROWS) if order.one_pass else None
+        self.window_rows = WINDOW_ROWS
+        self._end = -(-order.positions_of_one_pass() // self.window_rows) if order.one_pass else None
         """Windows of one pass; None is endless."""
         self._lengths_digest = _digest_of(lengths)
         self._windows: dict[int, list[Pack]] = {}
@@ -76,7 +77,7 @@ class PackedPlan:
     @property
     def _settings(self) -> dict[str, Any]:
         """What the packs depend on beside the order of rows."""
-        return {"seq_length": self.seq_length, "window_rows": WINDOW_ROWS, "lengths": self._lengths_digest}
+        return {"seq_length": self.seq_length, "window_rows": self.window_rows, "lengths": self._lengths_digest}
 
     def window(self, number: int) -> list[Pack]:
         """Return the packs of a window in the order in which they are read."""
@@ -87,7 +88,7 @@ class PackedPlan:
         return self._windows[number]
 
     def _pack_window(self, number: int) -> list[Pack]:
-        start, count = number * WINDOW_ROWS, WINDOW_ROWS
+        start, count = number * self.window_rows, self.window_rows
         if self.order.one_pass:
             count = min(count, self.order.positions_of_one_pass() - start)
         rows = [row for row in self.order.rows(start, count) if not self.order.is_repeated(row)]
@@ -121,7 +122,7 @@ class PackedPlan:
             part = packs[pack : pack + count - len(taken)]
             taken += part
             samples, pack = samples + sum(map(len, part)), pack + len(part)
-            if pack == len(packs):
+            if pack >= len(packs):
                 window, pack = window + 1, 0
         taken += [[] for _ in range(count - len(taken))]
         return taken, Position(samples, window, pack)
@@ -164,7 +165,7 @@ class PackedPlan:
         packs = self.window(window)
         if pack >= len(packs):
             raise ValueError(f"pack is {pack}, of {len(packs)}")
-        return Position(window * WINDOW_ROWS + sum(map(len, packs[:pack])), window, pack)
+        return Position(window * self.window_rows + sum(map(len, packs[:pack])), window, pack)
 
     def _changes(self, state: dict[str, Any]) -> list[str]:
         changes, old, new = self.order.changes(state), state["packing"], self._settings

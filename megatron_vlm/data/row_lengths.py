@@ -32,10 +32,11 @@ class RowLengths:
 
 def measure_rows(reader: RowReader) -> list[RowLengths]:
     """Return the lengths of all rows of a reader's sources, by reading every row."""
-    return [
-        RowLengths(*map(np.array, zip(*(_measure(reader.read(source, row).sample) for row in range(rows.num_rows)))))
+    measured = (
+        [_measure(reader.read(source, row).sample) for row in range(rows.num_rows)]
         for source, rows in enumerate(reader.sources)
-    ]
+    )
+    return [RowLengths(*np.array(lengths).T) for lengths in measured]
 
 
 def _measure(sample: Sample) -> tuple[int, int, int, int, int]:

@@ -19,7 +19,7 @@ from megatron_vlm.data.collate import MicroBatch, collate
 from megatron_vlm.data.loader import BatchSharding, MicroBatchLoader, Packing, build_train_loader, build_valid_loader
 from megatron_vlm.data.plan import START
 from megatron_vlm.data.row_lengths import measure_rows
-from megatron_vlm.data.rows import RowReader, reader_for
+from megatron_vlm.data.rows import reader_for
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.errors import DataError
 from tests.data.rows import assistant, image, numbered_rows, row, user, write_jsonl
@@ -32,7 +32,7 @@ COSTS = TokenCosts(token=10, pair=((None, 1),), patch=1000, patch_pair=0, audio_
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing_module, "WINDOW_ROWS", 16)
+    monkeypatch.setattr(packing_module, "WINDOW_ROWS", 17)
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_images_are_spread_over_ranks(make_config: Make, rules: PromptRules, fol
     filling = "word " * 60
     rows = [row(user(*([image("0.png")] if n % 4 == 0 else [])), assistant(filling)) for n in range(16)]
     source = DataSource(write_jsonl(folder / "a.jsonl", rows))
-    config = make_config([source], seq_length=120, packing=True, shuffle=False, global_batch_size=16)
+    config = make_config([source], seq_length=150, packing=True, shuffle=False, global_batch_size=16)
     packing = Packing(measure_rows(reader_for(config, [source], rules)), COSTS)
     shardings = [BatchSharding(16, 1, rank, 4) for rank in range(4)]
     loaders = [build_train_loader(config, rules, sharding, packing=packing) for sharding in shardings]
@@ -172,7 +172,9 @@ def test_evaluation_reads_every_row_once(config: Config, rules: PromptRules, sou
         read = [row for _ in range(num) for rank in global_batch(loaders) for row in rank]
         assert len(read) == 4 * num and () not in read[: -2 * 4]
         names = [name for row in read for name in row if name]
-        expected = [f"{source.path}:{n + 1}" for source, count in zip(sources, (21, 9)) for n in range(count)]
+        expected = [
+            f"{source.path}:{n + 1}" for source, count in zip(sources, (21, 9), strict=True) for n in range(count)
+        ]
         assert sorted(names) == sorted(expected)
         for loader in loaders:
             loader.seek(START)
@@ -202,10 +204,10 @@ def test_changed_packing_is_refused_on_resume(config: Config, rules: PromptRules
     state = json.loads(json.dumps(loader.state_dict()))
     plain = dataclasses.replace(config, data=dataclasses.replace(config.data, packing=False))
     (unpacked,) = [build_train_loader(plain, rules, BatchSharding(4, 1), report_problems=False)]
-    with pytest.raises(DataError, match="data.packing was true, now false --"):
+    with pytest.raises(DataError, match=r"data.packing was true, now false --"):
         unpacked.load_state_dict(state)
-    with pytest.raises(DataError, match="data.packing was false, now true --"):
+    with pytest.raises(DataError, match=r"data.packing was false, now true --"):
         loader.load_state_dict(unpacked.state_dict())
     longer = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_length=128))
-    with pytest.raises(DataError, match="data.seq_length was 96, now 128 --"):
+    with pytest.raises(DataError, match=r"data.seq_length was 96, now 128 --"):
         loaders_of(longer, rules, 1, 1)[0].load_state_dict(state)

@@ -198,7 +198,7 @@ def test_state_round_trip_and_what_changed(monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(DataError, match=message) as raised:
             changed.check_state(state)
         assert "\n" not in str(raised.value)
-    with pytest.raises(DataError, match="with: data.packing was false, now true --"):
+    with pytest.raises(DataError, match=r"with: data.packing was false, now true --"):
         plan().check_state(order().state(Position(100)))
     for damaged in ({"pack": 10**6}, {"window": -1}, {"pack": "3"}, {"window": True}):
         with pytest.raises(ValueError, match=next(iter(damaged))):
