@@ -55,7 +55,7 @@ class PackedPlan:
     ) -> None:
         self.order, self.seq_length, self.token_costs = order, seq_length, token_costs
         self.sources, self.lengths = order.sources, lengths
-        self.window_rows = WINDOW_ROWS
+        self.window_rows = min(WINDOW_ROWS, order.num_rows)
         self._end = -(-order.positions_of_one_pass() // self.window_rows) if order.one_pass else None
         """Windows of one pass; None is endless."""
         self._lengths_digest = _digest_of(lengths)
