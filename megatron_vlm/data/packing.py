@@ -209,6 +209,17 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     return sorted(sorted(pack) for pack in packs)
 
 
+def samples_per_pack(lengths: Sequence[int], seq_length: int) -> float:
+    """Estimate how many rows of the data a pack holds in the mean, from the lengths of some of them.
+
+    Args:
+        lengths: in tokens; those beyond `seq_length` are left out as they are in training, where they take one token.
+        seq_length: most tokens of a pack.
+    """
+    tokens = np.array([1 if length > seq_length else length for length in lengths] or [seq_length])
+    return WINDOW_ROWS / len(best_fit_decreasing(np.resize(tokens, WINDOW_ROWS), seq_length))
+
+
 def _digest_of(lengths: Sequence[RowLengths]) -> str:
     """Return a hash of the rows' lengths in tokens, on which packs depend."""
     content = hashlib.blake2b(digest_size=16)
