@@ -58,9 +58,7 @@ def load_audio(
         return _decode(data, source, row_name, sampling_rate, most_samples)
 
 
-def count_samples(
-    source: AudioSource, row_name: str, access: UrlAccess, sampling_rate: int, most_samples: int
-) -> int:
+def count_samples(source: AudioSource, row_name: str, access: UrlAccess, sampling_rate: int, most_samples: int) -> int:
     """Return how many samples `load_audio` gives, by what the file says of itself.
 
     Only MP3 is decoded for it: what its files say is an estimate. Arguments and errors are those of `load_audio`, but

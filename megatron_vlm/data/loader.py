@@ -1,30 +1,23 @@
 """Micro-batches of one data-parallel rank, read ahead by worker processes.
 
-A worker builds whole micro-batches from the plan, so the result does not depend on how many workers there are. Workers
-come from a fork server that has imported this module and runs no thread: forking the training process itself beside
-communication threads may deadlock, and spawning would import torch once per worker.
+A worker builds whole micro-batches from the plan, so the result does not depend on how many workers there are.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import multiprocessing
 import os
 import signal
 import socket
-import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import connection, forkserver, resource_tracker
-from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_vlm.config import Config
@@ -32,13 +25,12 @@ from megatron_vlm.data.collate import MicroBatch, collate
 from megatron_vlm.data.plan import SamplePlan, micro_batch_start
 from megatron_vlm.data.rows import RowReader, empty_answer_note, reader_for, unknown_key_note
 from megatron_vlm.data.rules import PromptRules
+from megatron_vlm.data.worker_processes import signals_blocked, start_fork_server, start_worker
 from megatron_vlm.errors import DataError, UserError
 
 FEWEST_AHEAD_PER_WORKER, MOST_AHEAD_PER_WORKER = 2, 16
 """Micro-batches that a worker reads ahead: its part of a whole step, so that the next step's rows are read during this
 one, within limits on shared memory."""
-# A scheduler sends these to every process of a job; a worker that dies of one would take its rank down before it saved.
-SIGNALS_LEFT_TO_RANKS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 logger = logging.getLogger(__name__)
 
 
@@ -216,7 +208,7 @@ class MicroBatchLoader(BatchLoader):
         if num_workers:
             of_a_step = -(-sharding.num_micro_batches // num_workers)
             workers = {
-                "multiprocessing_context": _start_fork_server(),
+                "multiprocessing_context": start_fork_server(),
                 "prefetch_factor": max(FEWEST_AHEAD_PER_WORKER, min(MOST_AHEAD_PER_WORKER, of_a_step)),
                 "persistent_workers": True,
             }
@@ -226,7 +218,7 @@ class MicroBatchLoader(BatchLoader):
             sampler=self._order,
             num_workers=num_workers,
             pin_memory=pin_memory,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             **workers,
         )
 
@@ -306,7 +298,7 @@ class MicroBatchLoader(BatchLoader):
 
     def _start_iteration(self) -> Iterator[Any]:
         others = {*multiprocessing.active_children()}
-        with _signals_blocked():
+        with signals_blocked():
             iterator = iter(self._loader)
         started = {*multiprocessing.active_children()} - others
         if started:
@@ -386,39 +378,3 @@ def build_valid_loader(
         pin_memory=pin_memory,
         report_problems=report_problems,
     )
-
-
-def _start_fork_server() -> BaseContext:
-    """Start the process that workers are forked from; its imports run while the caller builds the model."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    # The fork server needs the resource tracker, whose start unblocks signals: each starts in a block of its own.
-    with _signals_blocked():
-        resource_tracker.ensure_running()
-    with _signals_blocked():
-        forkserver.ensure_running()
-    return context
-
-
-def _start_worker(worker: int) -> None:
-    torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_leave_with_rank, daemon=True).start()
-
-
-def _leave_with_rank() -> None:
-    """End this worker when its rank was killed; torch's own watchdog looks at the fork server, which waits for it."""
-    rank = multiprocessing.parent_process()
-    assert rank is not None
-    connection.wait([rank.sentinel])
-    os._exit(1)
-
-
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Start processes inside: they inherit the blocked signals and so never see them; here they arrive afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_LEFT_TO_RANKS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -92,9 +92,10 @@ def measure_video(source: VideoSource, row_name: str, access: UrlAccess, sample_
     with _refuse_damage(source, row_name), _open(source.path) as container:
         indices, rate, total = _sample(container, source, row_name, sample_frames)
         first = next(container.decode(container.streams.video[0]), None)
-        _check_found(0 if first is None else len(set(indices)), indices, source, row_name)
-        sides = (first.width, first.height) if first.rotation // 90 % 2 else (first.height, first.width)
-        return Video(_blank(len(indices), *sides), tuple(indices), rate, total)
+        _check_found(0 if first is None else len({*indices}), indices, source, row_name)
+        assert first is not None
+        height, width = (first.width, first.height) if first.rotation // 90 % 2 else (first.height, first.width)
+        return Video(_blank(len(indices), height, width), tuple(indices), rate, total)
 
 
 def check_video_file(source: VideoSource, row_name: str) -> None:
@@ -158,9 +159,7 @@ def _open(path: Path | None) -> Any:
     return av.open(str(path), options={"protocol_whitelist": "file", "format_whitelist": CONTAINERS})
 
 
-def _sample(
-    container: Any, source: VideoSource, row_name: str, sample_frames: Sampler
-) -> tuple[list[int], float, int]:
+def _sample(container: Any, source: VideoSource, row_name: str, sample_frames: Sampler) -> tuple[list[int], float, int]:
     """Return the indices of the frames to take from a container, its frame rate and its number of frames."""
     if not container.streams.video:
         raise DataError(f"video {source} has no picture", row_name, "repair or remove it")
@@ -188,12 +187,13 @@ def _check_found(num_found: int, indices: Sequence[int], source: VideoSource, ro
         raise DataError(f"video {source} ends before its last frame", row_name, "repair or remove it")
 
 
-def _check_alike(sides: Sequence[Sequence[int]], source: VideoSource, row_name: str) -> None:
+def _check_alike(sides: Sequence[tuple[int, ...]], source: VideoSource, row_name: str) -> None:
     """Check the heights and widths of a list of frames."""
-    if len({(*pair,) for pair in sides}) > 1:
+    if len({*sides}) > 1:
         sizes = sorted({f"{width} x {height}" for height, width in sides})
         raise DataError(f"the frames of a video differ in size: {', '.join(sizes)}", row_name, "scale them alike")
-    _check_size(len(sides), *sides[0], source, row_name)
+    height, width = sides[0]
+    _check_size(len(sides), height, width, source, row_name)
 
 
 def _check_size(num_frames: int, height: int, width: int, source: VideoSource, row_name: str) -> None:
