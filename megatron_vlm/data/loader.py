@@ -8,9 +8,6 @@ from __future__ import annotations
 import atexit
 import logging
 import multiprocessing
-import os
-import signal
-import socket
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -25,8 +22,8 @@ from megatron_vlm.data.collate import MicroBatch, collate
 from megatron_vlm.data.plan import SamplePlan, micro_batch_start
 from megatron_vlm.data.rows import RowReader, empty_answer_note, reader_for, unknown_key_note
 from megatron_vlm.data.rules import PromptRules
-from megatron_vlm.data.worker_processes import signals_blocked, start_fork_server, start_worker
-from megatron_vlm.errors import DataError, UserError
+from megatron_vlm.data.worker_processes import raise_if_killed, signals_blocked, start_fork_server, start_worker
+from megatron_vlm.errors import UserError
 
 FEWEST_AHEAD_PER_WORKER, MOST_AHEAD_PER_WORKER = 2, 16
 """Micro-batches that a worker reads ahead: its part of a whole step, so that the next step's rows are read during this
@@ -235,7 +232,7 @@ class MicroBatchLoader(BatchLoader):
         try:
             batch = next(self._iterator)
         except (RuntimeError, EOFError, OSError):  # the last two where a tensor is fetched that it had read ahead
-            self._raise_if_a_worker_was_killed()
+            raise_if_killed(self._workers)
             raise
         self.wait_seconds += time.perf_counter() - began
         if isinstance(batch, _Refusal):
@@ -280,21 +277,6 @@ class MicroBatchLoader(BatchLoader):
             # Only a worker that hangs in a read is still alive, and it has SIGTERM blocked.
             worker.kill()
         self._workers = set()
-
-    def _raise_if_a_worker_was_killed(self) -> None:
-        """Say what ended a worker, of which torch knows only that it is gone."""
-        for worker in self._workers:
-            worker.join(1.0)  # its fork server may not have heard of it yet
-            code = worker.exitcode
-            if code is not None and code < 0:
-                name = signal.Signals(-code).name
-                guess = "; probably the machine or its container ran out of memory" if -code == signal.SIGKILL else ""
-                raise DataError(
-                    f"data worker {worker.pid} of rank {os.environ.get('RANK', '0')} on {socket.gethostname()} was "
-                    f"ended by {name}{guess}",
-                    fix="lower data.num_workers or the size of images, or give the job more memory; "
-                    "starting again resumes from the last checkpoint",
-                )
 
     def _start_iteration(self) -> Iterator[Any]:
         others = {*multiprocessing.active_children()}

@@ -110,11 +110,6 @@ class LengthsFile:
     facts: Mapping[str, Any]
     num_rows: int
 
-    @property
-    def key(self) -> int:
-        """63 bits of a digest, which differ where the lengths may."""
-        return int(digest_of(self.facts), 16) >> 33
-
     def find(self) -> RowLengths | None:
         """Return the lengths, None where they are not; a file that cannot be used is named, once on a node."""
         try:

@@ -10,12 +10,16 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 
 import torch
+
+from megatron_vlm.errors import DataError
 
 PRELOADED = ("megatron_vlm.data.loader", "megatron_vlm.data.measure_rows")
 # A scheduler sends these to every process of a job; a worker that dies of one would take its rank down before it saved.
@@ -39,6 +43,26 @@ def start_worker(*_: object) -> None:
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_leave_with_rank, daemon=True).start()
+
+
+def raise_if_killed(workers: Iterable[BaseProcess]) -> None:
+    """Say what ended a worker, of which pools and loaders know only that it is gone.
+
+    Raises:
+        DataError: one of them was ended by a signal.
+    """
+    for worker in workers:
+        worker.join(1.0)  # its fork server may not have heard of it yet
+        code = worker.exitcode
+        if code is not None and code < 0:
+            name = signal.Signals(-code).name
+            guess = "; probably the machine or its container ran out of memory" if -code == signal.SIGKILL else ""
+            raise DataError(
+                f"data worker {worker.pid} of rank {os.environ.get('RANK', '0')} on {socket.gethostname()} was "
+                f"ended by {name}{guess}",
+                fix="lower data.num_workers or the size of images, or give the job more memory; "
+                "starting again resumes from the last checkpoint",
+            )
 
 
 def _leave_with_rank() -> None:
