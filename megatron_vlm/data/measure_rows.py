@@ -1,46 +1,28 @@
-"""Measure the rows of data sources on all ranks together before training: each rank a slice, each node one copy.
-
-What each rank found is exchanged as tensors, and one rank of a node stores it. Where some node has lengths from an
-earlier start, the others get them from there.
-"""
+"""Measure rows of data sources: in chunks, by worker processes."""
 
 from __future__ import annotations
 
 import math
 import multiprocessing
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from itertools import islice
+from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
 import numpy as np
-import torch
-import torch.distributed
 
-from megatron_vlm import platform
-from megatron_vlm.config import Config
 from megatron_vlm.data.collate import LoadedSample
 from megatron_vlm.data.row_lengths import (
     ARRAYS,
-    LengthsFile,
-    RowLengths,
     RowStatus,
-    digest_of,
-    find_row_lengths,
-    lengths_files,
 )
-from megatron_vlm.data.rows import RowReader, reader_for
-from megatron_vlm.data.rules import PromptRules
+from megatron_vlm.data.rows import RowReader
 from megatron_vlm.data.source_rows import SourceRows
-from megatron_vlm.data.store_meeting import LOOK_SECONDS, StoreMeeting
+from megatron_vlm.data.store_meeting import LOOK_SECONDS
 from megatron_vlm.data.worker_processes import raise_if_killed, signals_blocked, start_fork_server, start_worker
-from megatron_vlm.errors import DataError
-from megatron_vlm.platform.agreement import is_any, share_first
-from megatron_vlm.progress import Progress
 
 ROW_COST_BYTES = 2048
 """A row takes as long as so many bytes of text, whatever is in it."""
@@ -50,8 +32,6 @@ CHUNKS_AHEAD = 4
 """Chunks that are given to each worker ahead."""
 FEWEST_ROWS_FOR_WORKERS = 256
 """Fewer are measured sooner than workers are ready."""
-PIECE_ROWS = 2**20
-"""Rows whose lengths are exchanged at once."""
 Lengths = Mapping[str, np.ndarray]
 """Lengths of some rows, by the names in `ARRAYS`."""
 
@@ -63,99 +43,6 @@ class Chunk(NamedTuple):
     first: int
     end: int
     num_bytes: int
-
-
-def measure_row_lengths(config: Config, rules: PromptRules, is_stopped: Callable[[], bool]) -> None:
-    """Make sure that this node has the lengths of all rows of the run, and say what is known of them.
-
-    Called on every rank, also those of later pipeline stages. Once some rank is stopped, it returns early on all.
-
-    Args:
-        config: the run's configuration.
-        rules: the family's prompt rules.
-        is_stopped: returns whether this rank received a signal.
-
-    Raises:
-        UserError: data or processor cannot be read, lengths cannot be kept, or there are bad or too long rows where
-            these are to end the run; on every rank.
-    """
-    meeting = StoreMeeting("lengths of rows", is_stopped)
-    found: dict[str, tuple[RowReader, list[LengthsFile]]] = {}
-
-    def build() -> None:
-        for key, sources in (("data.train", config.data.train), ("data.valid", config.data.valid)):
-            if sources:
-                reader = reader_for(config, sources, rules)
-                found[key] = reader, lengths_files(reader)
-
-    if not meeting.do(build):
-        return
-    for key, (reader, files) in found.items():
-        _check_same(key, files)
-        if not _complete(key, reader, files, config.data.num_workers, meeting):
-            return
-        if not meeting.do(partial(_report, key, reader) if meeting.rank == 0 else None):
-            return
-
-
-def _check_same(key: str, files: Sequence[LengthsFile]) -> None:
-    """Make sure that all ranks would measure the same; called on every rank."""
-    number = int(digest_of([file.facts for file in files]), 16) >> 33  # 63 bits
-    if is_any(share_first(number) != number):
-        raise DataError(
-            f"the files of {key}, of model.hf_path or of this program are not the same on all nodes",
-            fix="give all nodes the same files and packages, and start again once nobody writes to them",
-        )
-
-
-def _complete(
-    key: str, reader: RowReader, files: Sequence[LengthsFile], num_workers: int, meeting: StoreMeeting
-) -> bool:
-    """Measure what no node has, and store on this node what it lacks; returns whether to go on."""
-    device, world_size = platform.current().device, meeting.world_size
-    found = [file.find() for file in files]
-    has = torch.tensor([lengths is not None for lengths in found], device=device)
-    owners = torch.where(has, meeting.rank, world_size)
-    torch.distributed.all_reduce(owners, op=torch.distributed.ReduceOp.MIN)
-    everywhere = has.int()
-    torch.distributed.all_reduce(everywhere, op=torch.distributed.ReduceOp.MIN)
-    parts: list[list[tuple[int, Lengths]]] = [[] for _ in files]
-    lacking = [source for source, owner in enumerate(owners.tolist()) if owner == world_size]
-    if lacking and not _measure(key, reader, lacking, num_workers, meeting, parts):
-        return False
-    for source, is_everywhere in enumerate(everywhere.tolist()):
-        if is_everywhere:
-            continue
-        known = found[source]
-        if known is not None and owners[source] == meeting.rank:
-            parts[source].append((0, {name: getattr(known, name) for name in ARRAYS}))
-        lengths = _exchange(files[source].num_rows, parts[source])
-        store = partial(files[source].store, lengths) if os.environ.get("LOCAL_RANK", "0") == "0" else None
-        if not meeting.do(store):
-            return False
-    return True
-
-
-def _measure(
-    key: str,
-    reader: RowReader,
-    sources: Sequence[int],
-    num_workers: int,
-    meeting: StoreMeeting,
-    parts: list[list[tuple[int, Lengths]]],
-) -> bool:
-    """Add this rank's part of the rows of some sources to `parts`; returns whether to go on."""
-    rows = {source: reader.sources[source] for source in sources}
-    total_bytes = sum(int(each.row_bytes().sum()) for each in rows.values())
-
-    def measure() -> None:
-        chunks = slice_of_rank(rows, meeting.rank, meeting.world_size)
-        for chunk, lengths in measure_chunks(reader.measuring(), chunks, num_workers, meeting.goes_on):
-            parts[chunk.source].append((chunk.first, lengths))
-            meeting.advance(chunk.num_bytes)
-
-    with Progress(f"measuring rows of {key}", total_bytes) as progress:
-        return meeting.do(measure, progress)
 
 
 def slice_of_rank(sources: Mapping[int, SourceRows], rank: int, world_size: int) -> list[Chunk]:
@@ -205,29 +92,36 @@ def measure_chunks(
                 return
             yield chunk, measure_chunk(reader, chunk)
         return
-    others = {*multiprocessing.active_children()}
+    workers: set[BaseProcess] = set()
     pool = ProcessPoolExecutor(num_workers, start_fork_server(), _start_measuring, (reader,))
     try:
-        yield from _results(pool, chunks, num_workers * CHUNKS_AHEAD, goes_on)
+        yield from _results(pool, chunks, num_workers, workers, goes_on)
     except BrokenProcessPool:
-        raise_if_killed({*multiprocessing.active_children()} - others)
+        raise_if_killed(workers)
         raise
     finally:
-        for worker in {*multiprocessing.active_children()} - others:
+        for worker in workers:
             worker.kill()  # it may hang in a read, and has SIGTERM blocked
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _results(
-    pool: ProcessPoolExecutor, chunks: Sequence[Chunk], most_ahead: int, goes_on: Callable[[], bool]
+    pool: ProcessPoolExecutor,
+    chunks: Sequence[Chunk],
+    num_workers: int,
+    workers: set[BaseProcess],
+    goes_on: Callable[[], bool],
 ) -> Iterator[tuple[Chunk, Lengths]]:
-    """Yield what workers find, until all chunks are done (when they have ended) or `goes_on` is false."""
+    """Yield what workers find until all is done, and they have ended, or `goes_on` is false; they join `workers`."""
+    others = {*multiprocessing.active_children()}
     waiting: deque[tuple[Chunk, Future[Lengths]]] = deque()
     remaining = iter(chunks)
     while True:
-        for chunk in islice(remaining, most_ahead - len(waiting)):
+        for chunk in islice(remaining, num_workers * CHUNKS_AHEAD - len(waiting)):
             with signals_blocked():  # the first ones start workers
                 waiting.append((chunk, pool.submit(_measure_in_worker, chunk)))
+            if len(workers) < num_workers:
+                workers |= {*multiprocessing.active_children()} - others
         if not waiting:
             pool.shutdown()
             return
@@ -282,67 +176,3 @@ def _figures(loaded: LoadedSample) -> tuple[int, int, int, int, RowStatus]:
         sum(medium.grid[0] for medium in sample.media if medium.kind == "audio"),
         status,
     )
-
-
-def _exchange(num_rows: int, parts: Sequence[tuple[int, Lengths]]) -> dict[str, np.ndarray]:
-    """Return the lengths of all rows of a source, of which each rank has some; called on every rank.
-
-    Args:
-        num_rows: rows of the source.
-        parts: first row and lengths of what this rank has.
-    """
-    lengths = {name: np.empty(num_rows, kind) for name, kind in ARRAYS.items()}
-    for start in range(0, num_rows, PIECE_ROWS):
-        end = min(start + PIECE_ROWS, num_rows)
-        piece = np.zeros((len(ARRAYS), end - start), np.int64)
-        for first, part in parts:
-            low, high = max(first, start), min(first + len(part["tokens"]), end)
-            if low < high:
-                piece[:, low - start : high - start] = [part[name][low - first : high - first] for name in ARRAYS]
-        summed = torch.from_numpy(piece).to(platform.current().device)
-        torch.distributed.all_reduce(summed)
-        for name, values in zip(ARRAYS, summed.cpu().numpy(), strict=True):
-            lengths[name][start:end] = values
-    return lengths
-
-
-def _report(key: str, reader: RowReader) -> None:
-    """Print one line on the lengths of a reader's rows.
-
-    Raises:
-        DataError: there are bad or too long rows, and they are to end the run.
-    """
-    lengths = find_row_lengths(reader)
-    if reader.settings.strict:
-        _refuse(reader, lengths, RowStatus.BAD, "bad")
-    if reader.settings.too_long == "error":
-        _refuse(reader, lengths, RowStatus.TOO_LONG, "too long")
-    rows = sum(len(each.tokens) for each in lengths)
-    tokens = sum(int(each.tokens.sum(where=each.tokens > 1, dtype=np.int64)) for each in lengths)
-    bad, too_long, cut = (
-        sum(each.count(status) for each in lengths)
-        for status in (RowStatus.BAD, RowStatus.TOO_LONG, RowStatus.TRUNCATED)
-    )
-    print(
-        f"lengths   {key}: {tokens:,} tokens in {rows:,} rows, of which {bad:,} are bad, {too_long:,} too long and "
-        f"{cut:,} cut at a turn",
-        flush=True,
-    )
-
-
-def _refuse(reader: RowReader, lengths: Sequence[RowLengths], status: RowStatus, word: str) -> None:
-    """Raise the error of the first row with a status, if there is one, with their number."""
-    count = sum(each.count(status) for each in lengths)
-    if not count:
-        return
-    source = next(source for source, each in enumerate(lengths) if each.count(status))
-    row = int(np.argmax(lengths[source].status == status))
-    measuring = reader.measuring()
-    measuring.settings = reader.settings
-    try:
-        problem = measuring.read(source, row).problem
-        error = DataError(f"{problem or 'it was so when lengths were measured'}", reader.sources[source].name(row))
-    except DataError as raised:
-        error = raised
-    num_rows = sum(len(each.status) for each in lengths)
-    raise DataError(f"{count:,} of {num_rows:,} rows are {word}; the first: {error.what}", error.where, error.fix)

@@ -21,6 +21,7 @@ from megatron_vlm.checkpoint.run_owner import RunOwner
 from megatron_vlm.config import Config
 from megatron_vlm.conversion import passthrough
 from megatron_vlm.conversion.running_model import load_hf_into_model
+from megatron_vlm.data.lengths_on_ranks import measure_row_lengths
 from megatron_vlm.data.loader import (
     BatchLoader,
     BatchSharding,
@@ -125,6 +126,9 @@ def set_up(config: Config, owner: RunOwner, requests: StopRequests) -> Run:
     if config.train.deterministic:
         platform.current().use_deterministic_algorithms()
 
+    if config.data.packing:
+        measure_row_lengths(config, family.prompt_rules(model_config), lambda: requests.poll() != 0)
+        requests.raise_if_stopped()
     train_loader, valid_loader = _build_loaders(config, layout, family.prompt_rules(model_config), groups)
     check_same_data({"data.train": train_loader.plan} | ({"data.valid": valid_loader.plan} if valid_loader else {}))
     on_first_rank(lambda: _check_first_weights(config, weight_map))
