@@ -1,8 +1,12 @@
-"""Ranks measure rows together: each its slice, one copy per node, one error for all, and an early end where one stops."""
+"""Ranks measure rows together: each its slice, one copy per node, one error for all, an early end where one stops."""
 
 from __future__ import annotations
 
+import io
+import itertools
+import multiprocessing
 import os
+import re
 import signal
 import tempfile
 import time
@@ -22,7 +26,9 @@ from megatron_vlm.data.measure_rows import Chunk, measure_chunk, measure_chunks,
 from megatron_vlm.data.row_lengths import ARRAYS, find_row_lengths
 from megatron_vlm.data.rows import RowReader, reader_for
 from megatron_vlm.data.rules import PromptRules
+from megatron_vlm.data.store_meeting import StoreMeeting
 from megatron_vlm.errors import ConfigError, DataError, UserError
+from megatron_vlm.progress import Progress
 from tests.data.rows import assistant, image, numbered_rows, row, user, write_jsonl
 from tests.ranks import run_ranks
 
@@ -39,18 +45,16 @@ class Outcome:
         arrays: of every source of data.train, in the order of ARRAYS; None where there are none.
         rows: that this rank measured, as (source, row).
         error: for the user.
-        seconds: that it took.
     """
 
     arrays: list[list[np.ndarray]] | None
     rows: list[tuple[int, int]]
     error: str | None
-    seconds: float
 
 
 def measure_here(config: Config, rules: PromptRules, folders: list[str], trouble: str = "") -> Outcome:
     """On a pool rank, whose node has the temporary directory that stands in its place in `folders`."""
-    rank, kept, began = torch.distributed.get_rank(), tempfile.tempdir, time.monotonic()
+    rank, kept, kept_rows = torch.distributed.get_rank(), tempfile.tempdir, measure_rows.CHUNK_ROWS
     measured: list[tuple[int, int]] = []
     stopped = False
 
@@ -60,7 +64,7 @@ def measure_here(config: Config, rules: PromptRules, folders: list[str], trouble
             raise ConfigError("a package is not installed on this rank")
         if trouble == "stop on rank 1" and rank == 1:
             stopped = True
-        elif trouble:
+        if trouble:
             time.sleep(0.2)
         measured.extend((chunk.source, number) for number in range(chunk.first, chunk.end))
         return measure_chunk(reader, chunk)
@@ -68,7 +72,7 @@ def measure_here(config: Config, rules: PromptRules, folders: list[str], trouble
     if trouble == "another model on rank 1" and rank == 1:
         config = replace(config, data=replace(config.data, seq_length=config.data.seq_length - 1))
     tempfile.tempdir = folders[rank % len(folders)]
-    measure_rows.measure_chunk = counted
+    measure_rows.measure_chunk, measure_rows.CHUNK_ROWS = counted, 8 if trouble else kept_rows
     error, arrays = None, None
     try:
         measure_row_lengths(config, rules, lambda: stopped)
@@ -79,8 +83,8 @@ def measure_here(config: Config, rules: PromptRules, folders: list[str], trouble
     except UserError as raised:
         error = str(raised)
     finally:
-        measure_rows.measure_chunk, tempfile.tempdir = measure_chunk, kept
-    return Outcome(arrays, measured, error, time.monotonic() - began)
+        measure_rows.measure_chunk, measure_rows.CHUNK_ROWS, tempfile.tempdir = measure_chunk, kept_rows, kept
+    return Outcome(arrays, measured, error)
 
 
 @pytest.fixture
@@ -136,7 +140,7 @@ def test_each_rank_measures_its_slice(
 def test_damaged_file_of_one_source(config: Config, rules: PromptRules, nodes: list[str]) -> None:
     """Only that source is measured anew, where no other node has it."""
     first = run_ranks(2, measure_here, config, rules, nodes[:1])
-    (place,) = [place for place in Path(nodes[0]).glob("*/*.lengths") if place.stat().st_size > 150 * 21]
+    place = max(Path(nodes[0]).glob("*/*.lengths"), key=lambda place: place.stat().st_size)
     content = bytearray(place.read_bytes())
     content[-1000] ^= 1
     place.write_bytes(content)
@@ -158,18 +162,41 @@ def test_rows_that_end_the_run(
     config = replace(config, data=replace(config.data, **settings))
     for outcome in run_ranks(2, measure_here, config, rules, nodes):
         assert outcome.error is not None
-        assert pytest.raises(DataError, match=message) and __import__("re").search(message, outcome.error)
+        assert re.search(message, outcome.error)
 
 
 def test_error_of_one_rank_is_that_of_all(config: Config, rules: PromptRules, nodes: list[str]) -> None:
     outcomes = run_ranks(2, measure_here, config, rules, nodes, "error on rank 1")
     assert [outcome.error for outcome in outcomes] == ["a package is not installed on this rank"] * 2
-    assert len(outcomes[0].rows) < 131, "the first rank measured all the same"
+    assert len(outcomes[0].rows) < 80, "the first rank measured all the same"
 
 
 def test_stop_of_one_rank_ends_all(config: Config, rules: PromptRules, nodes: list[str]) -> None:
     for outcome in run_ranks(2, measure_here, config, rules, nodes, "stop on rank 1"):
-        assert outcome.error is None and outcome.arrays is None and len(outcome.rows) < 131
+        assert outcome.error is None and outcome.arrays is None and len(outcome.rows) < 80
+
+
+def meet_here() -> list[str]:
+    """On a pool rank: the second takes long, while the first, which is done, shows how far both are."""
+    meeting, stream, seconds = StoreMeeting("a test", lambda: False), io.StringIO(), itertools.count(0, 10)
+    with Progress("measuring", 100, stream=stream, clock=lambda: float(next(seconds))) as progress:
+
+        def work() -> None:
+            for _ in range(meeting.rank * 4):
+                time.sleep(0.3)
+                meeting.advance(15)
+            meeting.advance(40)
+
+        assert meeting.do(work, progress)
+    return stream.getvalue().splitlines()
+
+
+def test_first_rank_shows_how_far_all_are() -> None:
+    lines, _ = run_ranks(2, meet_here)
+    shown = [line.split(",")[0] for line in lines]
+    assert "measuring: 40 B of 100 B" in shown[0] and any("70 B of" in line or "85 B of" in line for line in shown), (
+        lines
+    )
 
 
 def test_ranks_that_would_measure_something_else(config: Config, rules: PromptRules, nodes: list[str]) -> None:
@@ -208,8 +235,6 @@ def test_workers_find_what_this_process_finds(text_reader: RowReader) -> None:
 
 
 def test_workers_that_are_killed_or_stopped(text_reader: RowReader) -> None:
-    import multiprocessing
-
     others = {*multiprocessing.active_children()}
     chunks = slice_of_rank({0: text_reader.sources[0]}, 0, 1)
 
@@ -223,10 +248,10 @@ def test_workers_that_are_killed_or_stopped(text_reader: RowReader) -> None:
     next(results)
     os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(DataError, match=rf"data worker {worker.pid} .* was ended by SIGKILL"):
-        [*results]
+        list(results)
     answers = iter([True, True, True, False])
     results = measure_chunks(text_reader.measuring(), chunks * 50, 1, lambda: next(answers))
-    assert len([*results]) < 4
+    assert len(list(results)) < 4
     end = time.monotonic() + 10
     while workers() and time.monotonic() < end:
         time.sleep(0.05)
