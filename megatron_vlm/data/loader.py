@@ -1,31 +1,21 @@
 """Micro-batches of one data-parallel rank, read ahead by worker processes.
 
-A worker builds whole micro-batches from the plan, so the result does not depend on how many workers there are. Workers
-come from a fork server that has imported this module and runs no thread: forking the training process itself beside
-communication threads may deadlock, and spawning would import torch once per worker.
+A worker builds whole micro-batches from the plan, so the result does not depend on how many workers there are.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import multiprocessing
-import os
-import signal
-import socket
-import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
-from multiprocessing import connection, forkserver, resource_tracker
-from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_vlm.config import Config
@@ -33,16 +23,15 @@ from megatron_vlm.data.balance import Assignment, TokenCosts, assign
 from megatron_vlm.data.collate import LoadedSample, MicroBatch, collate
 from megatron_vlm.data.packing import PackedPlan
 from megatron_vlm.data.plan import START, BatchPlan, Pack, Position, RowReference, SamplePlan
-from megatron_vlm.data.row_lengths import RowLengths
+from megatron_vlm.data.row_lengths import find_row_lengths
 from megatron_vlm.data.rows import RowReader, empty_answer_note, reader_for, unknown_key_note
 from megatron_vlm.data.rules import PromptRules
-from megatron_vlm.errors import DataError, UserError
+from megatron_vlm.data.worker_processes import raise_if_killed, signals_blocked, start_fork_server, start_worker
+from megatron_vlm.errors import UserError
 
 FEWEST_AHEAD_PER_WORKER, MOST_AHEAD_PER_WORKER = 2, 16
 """Micro-batches that a worker reads ahead: its part of a whole step, so that the next step's rows are read during this
 one, within limits on shared memory."""
-# A scheduler sends these to every process of a job; a worker that dies of one would take its rank down before it saved.
-SIGNALS_LEFT_TO_RANKS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 logger = logging.getLogger(__name__)
 
 
@@ -108,20 +97,9 @@ class _MicroBatches(Dataset[MicroBatch | _Refusal]):
         return [self._read_row(row) for row in pack] or [self.reader.empty(0)]
 
     def _read_row(self, row: RowReference) -> LoadedSample:
-        loaded = self.reader.read(row.source, row.row)
         if self.plan.lengths is None:
-            return loaded
-        planned, tokens = int(self.plan.lengths[row.source].tokens[row.row]), len(loaded.sample.input_ids)
-        if tokens <= planned:
-            return loaded
-        error = DataError(
-            f"the row has {tokens} tokens and had {planned} when it was measured: a file changed",
-            loaded.row_name,
-            "let no file change during a run, and start again",
-        )
-        if self.reader.settings.strict:
-            raise error
-        return replace(self.reader.empty(row.source), row_name=loaded.row_name, bad=True, problem=f"bad row: {error}")
+            return self.reader.read(row.source, row.row)
+        return self.reader.read_measured(row.source, row.row, self.plan.lengths[row.source])
 
 
 class _Order:
@@ -254,7 +232,7 @@ class MicroBatchLoader(BatchLoader):
         if num_workers:
             of_a_step = -(-sharding.num_micro_batches // num_workers)
             workers = {
-                "multiprocessing_context": _start_fork_server(),
+                "multiprocessing_context": start_fork_server(),
                 "prefetch_factor": max(FEWEST_AHEAD_PER_WORKER, min(MOST_AHEAD_PER_WORKER, of_a_step)),
                 "persistent_workers": True,
             }
@@ -264,7 +242,7 @@ class MicroBatchLoader(BatchLoader):
             sampler=self._order,
             num_workers=num_workers,
             pin_memory=pin_memory,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             **workers,
         )
 
@@ -278,7 +256,7 @@ class MicroBatchLoader(BatchLoader):
         try:
             batch = next(self._iterator)
         except (RuntimeError, EOFError, OSError):  # the last two where a tensor is fetched that it had read ahead
-            self._raise_if_a_worker_was_killed()
+            raise_if_killed(self._workers)
             raise
         self.wait_seconds += time.perf_counter() - began
         if isinstance(batch, _Refusal):
@@ -324,24 +302,9 @@ class MicroBatchLoader(BatchLoader):
             worker.kill()
         self._workers = set()
 
-    def _raise_if_a_worker_was_killed(self) -> None:
-        """Say what ended a worker, of which torch knows only that it is gone."""
-        for worker in self._workers:
-            worker.join(1.0)  # its fork server may not have heard of it yet
-            code = worker.exitcode
-            if code is not None and code < 0:
-                name = signal.Signals(-code).name
-                guess = "; probably the machine or its container ran out of memory" if -code == signal.SIGKILL else ""
-                raise DataError(
-                    f"data worker {worker.pid} of rank {os.environ.get('RANK', '0')} on {socket.gethostname()} was "
-                    f"ended by {name}{guess}",
-                    fix="lower data.num_workers or the size of images, or give the job more memory; "
-                    "starting again resumes from the last checkpoint",
-                )
-
     def _start_iteration(self) -> Iterator[Any]:
         others = {*multiprocessing.active_children()}
-        with _signals_blocked():
+        with signals_blocked():
             iterator = iter(self._loader)
         started = {*multiprocessing.active_children()} - others
         if started:
@@ -358,41 +321,28 @@ def _close_at_exit(reference: weakref.ref[MicroBatchLoader]) -> None:
         loader.close()
 
 
-@dataclass(frozen=True)
-class Packing:
-    """What `data.packing` needs beside the order of rows.
-
-    Attributes:
-        lengths: of each source, what its rows take.
-        token_costs: see `PackedPlan`.
-    """
-
-    lengths: Sequence[RowLengths]
-    token_costs: TokenCosts | None = None
-
-
 def build_train_loader(
     config: Config,
     rules: PromptRules,
     sharding: BatchSharding,
     *,
-    packing: Packing | None = None,
+    token_costs: TokenCosts | None = None,
     pin_memory: bool = False,
     report_problems: bool = True,
 ) -> MicroBatchLoader:
-    """Build the endless loader over data.train.
+    """Build the endless loader over data.train; with data.packing once the lengths of its rows were measured.
 
     Args:
         config: the run's configuration.
         rules: the family's prompt rules.
         sharding: this rank's part of every global batch.
-        packing: with data.packing, the lengths of the rows of data.train.
+        token_costs: what balances packed rows over data ranks; None leaves them in their order.
         pin_memory: put tensors into page-locked memory.
         report_problems: log bad and dropped rows; one rank per data-parallel rank should. The first of them also logs
             the notes on the model directory.
 
     Raises:
-        ConfigError, DataError: see `PromptBuilder` and `RowReader`.
+        ConfigError, DataError: see `PromptBuilder`, `RowReader` and `find_row_lengths`.
     """
     reader = reader_for(config, config.data.train, rules)
     for note in reader.builder.notes if report_problems and sharding.data_parallel_rank == 0 else ():
@@ -400,7 +350,7 @@ def build_train_loader(
     order = SamplePlan(reader.planned_sources(), config.train.seed, config.data.shuffle)
     return MicroBatchLoader(
         reader,
-        _plan(config, order, packing),
+        _plan(config, order, reader, token_costs),
         sharding,
         num_workers=config.data.num_workers,
         pin_memory=pin_memory,
@@ -413,7 +363,7 @@ def build_valid_loader(
     rules: PromptRules,
     sharding: BatchSharding,
     *,
-    packing: Packing | None = None,
+    token_costs: TokenCosts | None = None,
     pin_memory: bool = False,
     report_problems: bool = True,
 ) -> MicroBatchLoader | None:
@@ -426,7 +376,7 @@ def build_valid_loader(
         return None
     reader = reader_for(config, config.data.valid, rules)
     order = SamplePlan(reader.planned_sources(), seed=0, shuffle=False, one_pass=True)
-    plan = _plan(config, order, packing)
+    plan = _plan(config, order, reader, token_costs)
     num_packs = plan.count_packs(config.train.eval_iters * sharding.global_batch_size)
     return MicroBatchLoader(
         reader,
@@ -439,44 +389,7 @@ def build_valid_loader(
     )
 
 
-def _plan(config: Config, order: SamplePlan, packing: Packing | None) -> BatchPlan:
-    assert config.data.packing == (packing is not None), "lengths are measured for packing"
-    if packing is None:
+def _plan(config: Config, order: SamplePlan, reader: RowReader, token_costs: TokenCosts | None) -> BatchPlan:
+    if not config.data.packing:
         return order
-    return PackedPlan(order, packing.lengths, config.data.seq_length, packing.token_costs)
-
-
-def _start_fork_server() -> BaseContext:
-    """Start the process that workers are forked from; its imports run while the caller builds the model."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    # The fork server needs the resource tracker, whose start unblocks signals: each starts in a block of its own.
-    with _signals_blocked():
-        resource_tracker.ensure_running()
-    with _signals_blocked():
-        forkserver.ensure_running()
-    return context
-
-
-def _start_worker(worker: int) -> None:
-    torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_leave_with_rank, daemon=True).start()
-
-
-def _leave_with_rank() -> None:
-    """End this worker when its rank was killed; torch's own watchdog looks at the fork server, which waits for it."""
-    rank = multiprocessing.parent_process()
-    assert rank is not None
-    connection.wait([rank.sentinel])
-    os._exit(1)
-
-
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Start processes inside: they inherit the blocked signals and so never see them; here they arrive afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_LEFT_TO_RANKS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return PackedPlan(order, find_row_lengths(reader), config.data.seq_length, token_costs)

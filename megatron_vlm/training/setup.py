@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
@@ -18,20 +19,18 @@ from megatron_vlm import platform
 from megatron_vlm.checkpoint.manager import CheckpointManager, load_weights
 from megatron_vlm.checkpoint.run_folder import CHECKPOINTS_NAME, ModelIdentity, newest_complete
 from megatron_vlm.checkpoint.run_owner import RunOwner
-from megatron_vlm.config import Config, DataSource
+from megatron_vlm.config import Config
 from megatron_vlm.conversion import passthrough
 from megatron_vlm.conversion.running_model import load_hf_into_model
+from megatron_vlm.data.lengths_on_ranks import measure_row_lengths
 from megatron_vlm.data.loader import (
     BatchLoader,
     BatchSharding,
     MicroBatchLoader,
-    Packing,
     build_train_loader,
     build_valid_loader,
 )
 from megatron_vlm.data.media import AUDIO, PIXELS
-from megatron_vlm.data.row_lengths import measure_rows
-from megatron_vlm.data.rows import reader_for
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.data.stage_loader import Stages, build_on_stages
 from megatron_vlm.families import registry
@@ -131,6 +130,9 @@ def set_up(config: Config, owner: RunOwner, requests: StopRequests) -> Run:
     if config.train.deterministic:
         platform.current().use_deterministic_algorithms()
 
+    if config.data.packing:
+        measure_row_lengths(config, family.prompt_rules(model_config), lambda: requests.poll() != 0)
+        requests.raise_if_stopped()
     flops = ModelFlops(family, model_config, Trainable(config.model.freeze), groups)
     train_loader, valid_loader = _build_loaders(config, layout, family.prompt_rules(model_config), groups, flops)
     check_same_data({"data.train": train_loader.plan} | ({"data.valid": valid_loader.plan} if valid_loader else {}))
@@ -223,30 +225,12 @@ def _build_loaders(
     stages = Stages(groups.pp, inputs, platform.current().device)
     costs = on_first_rank(flops.token_costs) if config.data.packing and layout.data_size > 1 else None
 
-    def packing(sources: list[DataSource]) -> Packing | None:
-        if not config.data.packing or not sources:
-            return None
-        return Packing(measure_rows(reader_for(config, sources, rules)), costs)
-
     def build() -> tuple[MicroBatchLoader, MicroBatchLoader | None]:
         reports = groups.tp.rank() == 0 and stages.is_first
+        options: dict[str, Any] = {"token_costs": costs, "pin_memory": pin_memory, "report_problems": reports}
         return (
-            build_train_loader(
-                config,
-                rules,
-                sharding,
-                packing=packing(config.data.train),
-                pin_memory=pin_memory,
-                report_problems=reports,
-            ),
-            build_valid_loader(
-                config,
-                rules,
-                sharding,
-                packing=packing(config.data.valid),
-                pin_memory=pin_memory,
-                report_problems=reports,
-            ),
+            build_train_loader(config, rules, sharding, **options),
+            build_valid_loader(config, rules, sharding, **options),
         )
 
     if layout.pipeline_size == 1:

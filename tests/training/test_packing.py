@@ -155,7 +155,8 @@ def test_a_row_that_fits_into_no_pack(place: Place, tmp_path: Path) -> None:
     settings = (f"data.train=[{{path: {path}}}]", "data.packing=true", "data.too_long=error")
     error = run_ranks(1, train_here, place.arguments(tmp_path, *settings))[0].error
     assert error is not None and error.startswith("DataError: ") and "\n" not in error
-    assert "more than data.seq_length 96 [" in error and f"{path}:2" in error and "too_long" in error
+    assert "1 of 2 rows are too long; the first: " in error and f"more than data.seq_length 96 [{path}:2]" in error
+    assert "set data.too_long to drop or truncate" in error
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, full(2)])
