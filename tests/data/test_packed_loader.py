@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -219,3 +220,20 @@ def test_changed_packing_is_refused_on_resume(config: Config, rules: PromptRules
     longer = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_length=128))
     with pytest.raises(DataError, match=r"data.seq_length was 96, now 128 --"):
         loaders_of(longer, rules, 1, 1)[0].load_state_dict(state)
+
+
+def test_plan_on_a_node_with_another_temporary_directory(
+    config: Config, rules: PromptRules, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the first pipeline stage sends it to a later one, which has the same lengths in a folder of its own."""
+    (loader,) = loaders_of(config, rules, 1, 1)
+    sent, expected = pickle.dumps(loader.plan), loader.plan.packs(START, 20)
+    assert len(sent) < 10_000
+    (tmp_path / "other").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "other"))
+    measure(config, config.data.train, rules)
+    assert isinstance(loader.plan, PackedPlan)
+    for lengths in loader.plan.lengths:
+        Path(lengths.stored_at).unlink()
+    plan = pickle.loads(sent)
+    assert plan.packs(START, 20) == expected and all("/other/" in lengths.stored_at for lengths in plan.lengths)

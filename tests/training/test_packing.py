@@ -13,13 +13,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.data.collate import MicroBatch, collate
+from megatron_vlm.data.measure_rows import Chunk, measure_chunk
 from megatron_vlm.data.packing import best_fit_decreasing
-from megatron_vlm.data.rows import reader_for
+from megatron_vlm.data.row_lengths import ARRAYS
+from megatron_vlm.data.rows import RowReader, reader_for
 from megatron_vlm.families import registry
+from megatron_vlm.model.trainable import Trainable
+from megatron_vlm.parallel.layout import Layout
+from megatron_vlm.parallel.simulate import simulated_rank
+from megatron_vlm.planning.flops import ModelFlops
 from tests.data.rows import assistant, row, user, write_jsonl
 from tests.families.gemma3 import GEMMA3
+from tests.families.gemma4 import GEMMA4
 from tests.families.parameters import each_layout
+from tests.families.qwen3_vl import QWEN3_VL
 from tests.families.tiny_family import TinyFamily
 from tests.parity.layouts import TestLayout
 from tests.ranks import run_ranks
@@ -36,13 +44,22 @@ STEPS, STOP_AFTER = 10, 7
 
 
 @cache
+def reader_of(files: TinyFiles) -> RowReader:
+    config = tiny_config(files, Path("nowhere"), {})
+    family, model_config = model_of(files)
+    return reader_for(config, config.data.train, family.prompt_rules(model_config))
+
+
+def model_of(files: TinyFiles) -> tuple[registry.Family, Any]:
+    hf_config = registry.load_hf_config(str(files.model))
+    family = registry.detect(hf_config)
+    return family, family.config_from_hf(hf_config, False, files.family.settings.get("model.image_mask"))
+
+
+@cache
 def seq_length_for(files: TinyFiles, num_packs: int) -> int:
     """The shortest rows that hold all rows of the data in so many."""
-    config = tiny_config(files, Path("nowhere"), {})
-    hf_config = registry.load_hf_config(config.model.hf_path)
-    family = registry.detect(hf_config)
-    rules = family.prompt_rules(family.config_from_hf(hf_config, False, config.model.image_mask))
-    reader = reader_for(config, config.data.train, rules)
+    reader = reader_of(files)
     lengths = np.array([len(reader.read(0, number).sample.input_ids) for number in range(len(files.rows))])
     return next(
         length for length in count(int(lengths.max())) if len(best_fit_decreasing(lengths, length)) <= num_packs
@@ -71,6 +88,26 @@ def test_step_of_packed_rows(family: TinyFamily, layout: str, multimodal_of: Fil
     assert ("straggler_ratio_predicted" in record) == (data_size > 1)
     if data_size > 1:
         assert 1 <= record["straggler_ratio_predicted"] <= record["straggler_ratio_predicted_in_order"]
+
+
+@pytest.mark.parametrize(
+    ("family", "tolerance"),
+    # What tokens of an image see ahead is not predicted, nor where the last token of a clip is part of one only.
+    [(QWEN3_VL, 0), full(GEMMA3, 0.005), full(GEMMA4, 0.005)],
+    ids=str,
+)
+def test_predicted_cost_is_that_of_the_model(family: TinyFamily, tolerance: float, multimodal_of: FilesOf) -> None:
+    """The FLOPs of a step, counted on its micro-batch, from the lengths of its rows alone."""
+    files = multimodal_of(family)
+    reader, (found, model_config) = reader_of(files), model_of(files)
+    rows = [reader.read(0, number) for number in range(len(files.rows))]
+    batch = collate([rows[:3], rows[3:5], rows[5:]], reader.builder.rules, reader.builder.padding_token_id)
+    lengths = measure_chunk(reader.measuring(), Chunk(0, 0, len(rows), 0))
+    with simulated_rank(0, Layout()) as groups:
+        flops = ModelFlops(found, model_config, Trainable([]), groups)
+        costs = flops.token_costs().of(*(lengths[name].astype(np.int64) for name in list(ARRAYS)[:4]))
+        expected = flops.of(flops.lengths(batch))
+    assert costs.sum() == (pytest.approx(expected, rel=tolerance) if tolerance else expected)
 
 
 def hashes_of(batch: MicroBatch) -> list[str]:
@@ -125,6 +162,18 @@ def test_resume_at_another_size(multimodal: TinyFiles, tmp_path: Path) -> None:
     assert straight[-1]["samples"] > 5 * len(multimodal.rows)
     balanced = [line for line in read_metrics(tmp_path / "DP2") if "straggler_ratio_predicted" in line]
     assert [line["step"] for line in balanced] == list(range(STOP_AFTER + 1, STEPS + 1))
+
+
+def test_balanced_ranks_train_the_same(multimodal: TinyFiles, tmp_path: Path) -> None:
+    """Packs that change ranks change nothing but the order of sums."""
+    runs, batch = Runs(multimodal, tmp_path), {"train.global_batch_size": 8, "train.train_iters": 3}
+    expected = start(runs, "one", TestLayout(), **batch)
+    assert start(runs, "two", TestLayout(2), **batch) == expected
+    one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
+    for key, tolerance in (("loss", LOSS_TOLERANCE), ("grad_norm", 1e-5)):
+        assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=tolerance)
+    ratios = [(line["straggler_ratio_predicted"], line["straggler_ratio_predicted_in_order"]) for line in two]
+    assert all(balanced < in_order for balanced, in_order in ratios) and max(ratios)[0] < 1.02
 
 
 @pytest.fixture(scope="module")
