@@ -166,14 +166,17 @@ def test_resume_at_another_size(multimodal: TinyFiles, tmp_path: Path) -> None:
 
 def test_balanced_ranks_train_the_same(multimodal: TinyFiles, tmp_path: Path) -> None:
     """Packs that change ranks change nothing but the order of sums."""
-    runs, batch = Runs(multimodal, tmp_path), {"train.global_batch_size": 8, "train.train_iters": 3}
+    runs = Runs(multimodal, tmp_path)
+    # A little less than the rows need: every window has a pack with a single row.
+    batch = {"data.seq_length": seq_length_for(multimodal, 3) - 1, "train.global_batch_size": 8, "train.train_iters": 4}
     expected = start(runs, "one", TestLayout(), **batch)
     assert start(runs, "two", TestLayout(2), **batch) == expected
     one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
     for key, tolerance in (("loss", LOSS_TOLERANCE), ("grad_norm", 1e-5)):
         assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=tolerance)
     ratios = [(line["straggler_ratio_predicted"], line["straggler_ratio_predicted_in_order"]) for line in two]
-    assert all(balanced < in_order for balanced, in_order in ratios) and max(ratios)[0] < 1.02
+    assert all(balanced <= in_order for balanced, in_order in ratios)
+    assert sum(balanced + 0.05 < in_order for balanced, in_order in ratios) >= 2
 
 
 @pytest.fixture(scope="module")
