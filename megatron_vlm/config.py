@@ -148,7 +148,7 @@ class TrainSettings:
     train_iters: int
     """Optimizer steps of the whole run."""
     global_batch_size: int
-    """Rows per optimizer step, over all ranks."""
+    """Rows per optimizer step, over all ranks; with data.packing packed rows."""
     micro_batch_size: int = 1
     """Rows per forward pass of one rank."""
     precision: Literal["fp32", "bf16"] = "bf16"
