@@ -114,7 +114,8 @@ class DataSettings:
     valid: list[DataSource] = field(default_factory=list)
     """Held-out sources; empty means no evaluation."""
     packing: bool = False
-    """Several samples in one row; not built yet, must be false."""
+    """Put several samples into each row, up to seq_length tokens; they do not see each other. Batch sizes then count
+    packed rows."""
     too_long: Literal["drop", "truncate", "error"] = "drop"
     """Samples longer than seq_length: leave out, cut at a turn boundary (never inside an image), or exit."""
     train_thinking: bool = True
@@ -148,7 +149,7 @@ class TrainSettings:
     train_iters: int
     """Optimizer steps of the whole run."""
     global_batch_size: int
-    """Rows per optimizer step, over all ranks."""
+    """Rows per optimizer step, over all ranks; with data.packing packed rows."""
     micro_batch_size: int = 1
     """Rows per forward pass of one rank."""
     precision: Literal["fp32", "bf16"] = "bf16"

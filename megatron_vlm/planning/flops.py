@@ -16,6 +16,7 @@ from functools import cached_property
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_vlm.data.balance import TokenCosts
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families.build import BuildSettings, build_chunks
 from megatron_vlm.families.registry import Family
@@ -91,6 +92,19 @@ class ModelFlops:
         if key not in _known_factors:
             _known_factors[key] = self._factors()
         return _known_factors[key]
+
+    def token_costs(self) -> TokenCosts:
+        """Return what rows of the data cost, of which packs are made that mostly have some medium of each kind."""
+        kinds, masks, audio = len(self._media), len(self._masks), self.model_config.audio
+        of_text, of_towers = self.factors[: kinds * (1 + masks)], self.factors[kinds * (1 + masks) :]
+        token, *pairs = of_text[-1 - masks :]
+        return TokenCosts(
+            token=token,
+            pair=tuple((window, pair) for (window, _), pair in zip(self._masks, pairs, strict=True)),
+            patch=of_towers[0],
+            patch_pair=of_towers[1],
+            audio_frame=0 if audio is None else of_towers[2] // audio.frames_per_token,
+        )
 
     def _factors(self) -> list[int]:
         text = self.model_config.text

@@ -193,6 +193,15 @@ MOST_STEPS = without(
     STEP, "TP1, one micro-batch", "DP2, overlapped", "DP4, one rank without images", "DP2xTP2", "TP2+SP, vision DP"
 )
 
+# tests/training/test_packing.py: the same of packed rows, of which a global batch has four
+
+PACKED_STEP = some(
+    STEP, "TP2xPP2+SP", "PP2xVPP2", "DP2xTP2", "DP4, one rank without images", "TP2, vision DP", "TP2+SP, vision DP"
+)
+PACKED_STEP_OF_EXPERTS = some(
+    STEP_OF_EXPERTS, "EP2, overlapped", "EP2xPP2", "EP2xTP2+SP", "ETP2 of data ranks, all-gather"
+)
+
 # tests/training/test_adamw.py: five updates
 
 ADAMW = {
@@ -257,6 +266,7 @@ SMALL: Small = {
     "rules": ("TP4+SP",),
     "no_images": ("DP2xTP2, vision DP",),
     "step": ("PP2xVPP2",),
+    "packed_step": ("TP2xPP2+SP",),
     "norm": ("TP4, keys and values replicated",),
 }
 SMALL_OF_EXPERTS: Small = {
@@ -280,6 +290,7 @@ SMALL_OF_EXPERTS: Small = {
     "rules": ("EP2 of tensor ranks",),
     "no_images": ("EP2xTP2+SP, vision DP",),
     "step": ("DP2, overlapped", "EP2, overlapped", "EP4", "ETP2 of data ranks, all-gather"),
+    "packed_step": ("EP2, overlapped",),
     "adamw": ("EP2xDP2, overlapped", "EP2xPP2, overlapped", "ETP2xTP2+SP"),
     "norm": ("ETP2xEP2xTP2+SP",),
 }
@@ -300,6 +311,7 @@ SMALL_OF_EVERYTHING: Small = {
     "rules": ("TP2",),
     "no_images": ("DP2xTP2, vision DP",),
     "step": ("PP2 uneven", "DP2, overlapped", "DP4, one rank without images"),
+    "packed_step": ("DP2xTP2",),
     "text_step": ("TP1",),
     "adamw": ("DP2xTP2+SP", "DP2xPP2xVPP2, overlapped"),
     "norm": ("PP2, tied embedding on both",),
@@ -317,6 +329,7 @@ class LayoutTables:
         no_images: one data rank has no image.
         first_weights: drawn, not loaded.
         step: a step of SGD from rows to an export.
+        packed_step: the same of packed rows.
         text_step: the same of the language model taken out.
         adamw: five steps.
         norm: gradient norm and clipped step.
@@ -330,6 +343,7 @@ class LayoutTables:
     no_images: Table = field(default_factory=lambda: some(NO_IMAGES, "DP2", "DP2xTP2, vision DP"))
     first_weights: Table = field(default_factory=lambda: some(FIRST_WEIGHTS, "TP2xPP2+SP"))
     step: Table = field(default_factory=lambda: MOST_STEPS)
+    packed_step: Table = field(default_factory=lambda: PACKED_STEP)
     text_step: Table = field(default_factory=lambda: some(STEP, "TP2xPP2+SP"))
     adamw: Table = field(default_factory=lambda: some(ADAMW, "DP2xTP2, vision DP, overlapped"))
     norm: Table = field(
@@ -355,6 +369,7 @@ WITH_EXPERTS = LayoutTables(
     no_images=some(NO_IMAGES, "EP2", "EP2xTP2+SP, vision DP"),
     first_weights=FIRST_WEIGHTS_OF_EXPERTS,
     step=STEP_OF_EXPERTS,
+    packed_step=PACKED_STEP_OF_EXPERTS,
     adamw=ADAMW_OF_EXPERTS,
     norm=NORM_OF_EXPERTS,
     continued={"EP2, overlapped, bf16": _shared(2, expert=2, overlap=True, precision="bf16")},

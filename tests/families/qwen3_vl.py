@@ -249,6 +249,7 @@ QWEN3_VL = TinyFamily(
             ),
             "rules": ("TP4+SP",),
             "step": ("PP4",),
+            "packed_step": ("PP2xVPP2",),
             "adamw": ("TP2xPP2+SP",),
             "norm": ("TP4, keys and values replicated",),
         },
