@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import http.server
 import io
 import math
 import pickle
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +111,11 @@ ROWS: list[Any] = [
 ]
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, *GEMMA4_VARIANTS])
+@pytest.fixture(scope="module", params=[*FAMILIES, *GEMMA4_VARIANTS, "text-only"])
 def any_builder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PromptBuilder:
     """A builder of each family."""
+    if request.param == "text-only":
+        return PromptBuilder(request.getfixturevalue("hf_path"), request.getfixturevalue("text_rules"))
     if request.param in GEMMA4_VARIANTS:
         path = written(tmp_path_factory, GEMMA4_VARIANTS[request.param])
         return PromptBuilder(path, gemma4.prompt_rules(gemma4_config(request.param)))
@@ -188,7 +193,31 @@ def test_lengths_equal_those_of_samples(
             assert (status in PADDING) == (not loaded.sample.trained.any())
     expected = {RowStatus.OK, RowStatus.BAD, RowStatus.TOO_LONG}
     expected |= {RowStatus.TRUNCATED} if too_long == "truncate" else set()
+    if builder.rules.media is None and too_long == "truncate":
+        expected -= {RowStatus.TRUNCATED}  # the row that could be cut has an image
     assert statuses == expected | ({RowStatus.EMPTY} if drop_empty_answers else set())
+
+
+def test_images_of_urls_are_fetched(qwen_builder: PromptBuilder, media_folder: Path) -> None:
+    handler = partial(QuietHandler, directory=str(media_folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        rows = [row(user(image(f"{address}/{name}"), "?"), assistant("Yes.")) for name in ("turned.jpg", "gone.jpg")]
+        reader = read_rows(qwen_builder, media_folder, rows, allow_urls=True, allow_private_urls=True)
+        lengths, decoded = measure(reader), reader.read(0, 0).sample
+        server.shutdown()
+    assert lengths["status"].tolist() == [RowStatus.OK, RowStatus.BAD]
+    assert lengths["tokens"].tolist() == [len(decoded.input_ids), 1]
+    assert lengths["patches"][0] == len(decoded.media_inputs["pixel_values"])
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder."""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Keep the test's output quiet."""
 
 
 @pytest.mark.parametrize("kind", IMAGE_FORMATS)
