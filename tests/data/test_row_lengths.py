@@ -165,6 +165,7 @@ def test_lengths_equal_those_of_samples(
         with monkeypatch.context() as patch:
             no_decoding(patch)
             lengths = measure(reader)
+            measured = [reader.measuring().read(0, number).sample for number in range(len(ROWS))]
         statuses |= {*lengths["status"].tolist()}
         for number in range(len(ROWS)):
             status = RowStatus(lengths["status"][number])
@@ -174,6 +175,9 @@ def test_lengths_equal_those_of_samples(
                 continue
             loaded = reader.read(0, number)
             media = loaded.sample.media
+            assert measured[number].media == media, ROWS[number]
+            assert np.array_equal(measured[number].input_ids, loaded.sample.input_ids)
+            assert np.array_equal(measured[number].trained, loaded.sample.trained)
             grids = [medium.grid for medium in media if medium.kind != "audio"]
             frames = [medium.grid[0] for medium in media if medium.kind == "audio"]
             found = {name: lengths[name][number] for name in ARRAYS if name != "status"}
