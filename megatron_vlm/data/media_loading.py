@@ -102,10 +102,12 @@ class _SizesOnly(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if function is torch.arange:
             kwargs.pop("device", None)
-        elif function in (torch.Tensor.clamp_, torch.Tensor.round_) and args[0].is_meta:
-            return args[0]
-        elif function is torch.nn.functional.interpolate and args[0].is_meta and kwargs.get("size") is not None:
-            return args[0].new_empty((*args[0].shape[:2], *kwargs["size"]))
+        elif args and isinstance(args[0], torch.Tensor) and args[0].is_meta:
+            if function in (torch.Tensor.clamp_, torch.Tensor.round_):
+                return args[0]
+            size = kwargs.get("size")
+            if function is torch.nn.functional.interpolate and isinstance(size, list | tuple):
+                return args[0].new_empty((*args[0].shape[: -len(size)], *size))
         return function(*args, **kwargs)
 
 

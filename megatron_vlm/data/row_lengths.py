@@ -136,8 +136,10 @@ class LengthsFile:
             for other in self.place.parent.glob(f"{identity}.*.lengths"):
                 if other.name.split(".")[1] != contents:
                     other.unlink(missing_ok=True)
-            if self.find() is None:
-                store_arrays(self.place, self.facts, arrays)
+            with contextlib.suppress(FileNotFoundError, UnusableError):
+                _map_lengths(self.place, self.facts)
+                return
+            store_arrays(self.place, self.facts, arrays)
 
 
 def find_row_lengths(reader: RowReader) -> list[RowLengths]:

@@ -73,12 +73,16 @@ class StoreMeeting:
                 self._halt()
             self._is_halted |= self._store.check([f"{self._prefix}/halt"])
             if self._progress is not None and self._progress.is_due:
-                self._progress.update(self._store.add(f"{self._prefix}/bytes", 0))
+                self._progress.update(self._store.add(self._bytes_key, 0))
         return not self._is_halted
 
     def advance(self, num_bytes: int) -> None:
-        """So many more bytes are done on this rank."""
-        self._store.add(f"{self._prefix}/bytes", num_bytes)
+        """So many more bytes of what `do` runs are done on this rank."""
+        self._store.add(self._bytes_key, num_bytes)
+
+    @property
+    def _bytes_key(self) -> str:
+        return f"{self._prefix}/bytes {self._steps}"
 
     def _halt(self) -> None:
         self._store.set(f"{self._prefix}/halt", "")
