@@ -185,6 +185,7 @@ STEP_OF_EXPERTS = some(STEP, "DP2, overlapped") | {
     "EP4": TestLayout(4, expert=4, micro_batch_size=2),
     "EP2xTP2+SP": TestLayout(4, tensor=2, sequence_parallel=True, expert=2, micro_batch_size=2),
     "EP2xPP2": TestLayout(4, pipeline=2, expert=2),
+    "CP2xDP2, EP2": TestLayout(4, context=2, expert=2),
     "ETP2": TestLayout(2, tensor=2, sequence_parallel=True, expert_tensor=2, micro_batch_size=2),
     "ETP2 of data ranks, all-gather": TestLayout(4, expert=2, expert_tensor=2, moe=ALLGATHER),
 }
@@ -198,8 +199,9 @@ MOST_STEPS = without(
 PACKED_STEP = some(
     STEP, "TP2xPP2+SP", "PP2xVPP2", "DP2xTP2", "DP4, one rank without images", "TP2, vision DP", "TP2+SP, vision DP"
 )
+PACKED_STEP |= some(STEP, "CP2", "CP2xTP2+SP", "CP2xPP2")
 PACKED_STEP_OF_EXPERTS = some(
-    STEP_OF_EXPERTS, "EP2, overlapped", "EP2xPP2", "EP2xTP2+SP", "ETP2 of data ranks, all-gather"
+    STEP_OF_EXPERTS, "EP2, overlapped", "EP2xPP2", "EP2xTP2+SP", "ETP2 of data ranks, all-gather", "CP2xDP2, EP2"
 )
 
 # tests/training/test_adamw.py: five updates
@@ -266,7 +268,7 @@ SMALL: Small = {
     "rules": ("TP4+SP",),
     "no_images": ("DP2xTP2, vision DP",),
     "step": ("PP2xVPP2",),
-    "packed_step": ("TP2xPP2+SP",),
+    "packed_step": ("CP2xPP2",),
     "norm": ("TP4, keys and values replicated",),
 }
 SMALL_OF_EXPERTS: Small = {
@@ -290,7 +292,7 @@ SMALL_OF_EXPERTS: Small = {
     "rules": ("EP2 of tensor ranks",),
     "no_images": ("EP2xTP2+SP, vision DP",),
     "step": ("DP2, overlapped", "EP2, overlapped", "EP4", "ETP2 of data ranks, all-gather"),
-    "packed_step": ("EP2, overlapped",),
+    "packed_step": ("CP2xDP2, EP2",),
     "adamw": ("EP2xDP2, overlapped", "EP2xPP2, overlapped", "ETP2xTP2+SP"),
     "norm": ("ETP2xEP2xTP2+SP",),
 }
@@ -311,7 +313,7 @@ SMALL_OF_EVERYTHING: Small = {
     "rules": ("TP2",),
     "no_images": ("DP2xTP2, vision DP",),
     "step": ("PP2 uneven", "DP2, overlapped", "DP4, one rank without images"),
-    "packed_step": ("DP2xTP2",),
+    "packed_step": ("DP2xTP2", "CP2xTP2+SP"),
     "text_step": ("TP1",),
     "adamw": ("DP2xTP2+SP", "DP2xPP2xVPP2, overlapped"),
     "norm": ("PP2, tied embedding on both",),

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import count
+from itertools import batched, count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_vlm.data.collate import MicroBatch, collate
 from megatron_vlm.data.measure_rows import Chunk, measure_chunk
@@ -84,7 +85,7 @@ def test_step_of_packed_rows(family: TinyFamily, layout: str, multimodal_of: Fil
     assert (record["step_samples"], record["batch_rows"], record["samples"], record["epoch"]) == (8, 4, 8, 1)
     kinds = [part["type"] for row in files.rows for message in row["messages"] for part in message["content"]]
     assert (record["images"], record["videos"]) == (kinds.count("image"), kinds.count("video"))
-    data_size = ranks.world_size // (ranks.tensor * ranks.pipeline)
+    data_size = ranks.world_size // (ranks.tensor * ranks.context * ranks.pipeline)
     assert ("straggler_ratio_predicted" in record) == (data_size > 1)
     if data_size > 1:
         assert 1 <= record["straggler_ratio_predicted"] <= record["straggler_ratio_predicted_in_order"]
@@ -110,13 +111,24 @@ def test_predicted_cost_is_that_of_the_model(family: TinyFamily, tolerance: floa
     assert costs.sum() == (pytest.approx(expected, rel=tolerance) if tolerance else expected)
 
 
-def hashes_of(batch: MicroBatch) -> list[str]:
-    """Of each row of a micro-batch: its ids, with the bounds of its documents."""
-    hashes = []
-    for ids, documents in zip(batch.input_ids, batch.document_ids, strict=True):
-        content = [ids[documents == document].tolist() for document in documents.unique().tolist() if document >= 0]
-        hashes.append(hashlib.sha256(repr(content).encode()).hexdigest())
-    return hashes
+Tokens = list[tuple[int, int, int]]
+"""Place in the row, document, id."""
+
+
+def tokens_of(batch: MicroBatch) -> list[Tokens]:
+    """Of each row of a micro-batch, or of a context rank's shard of it."""
+    shape = batch.input_ids.shape
+    places = torch.arange(shape[1]).expand(shape) if batch.context is None else batch.context.positions
+    tokens = torch.stack((places, batch.document_ids, batch.input_ids), dim=-1)
+    return [[(*token,) for token in row if token[1] >= 0] for row in tokens.tolist()]
+
+
+def hash_of(shards: Sequence[Tokens]) -> str:
+    """Of a row: the ids of each of its documents."""
+    documents: dict[int, list[int]] = {}
+    for _, document, token in sorted(token for shard in shards for token in shard):
+        documents.setdefault(document, []).append(token)
+    return hashlib.sha256(repr([*documents.values()]).encode()).hexdigest()
 
 
 def start(runs: Runs, name: str, layout: TestLayout, **settings: Any) -> list[list[str]]:
@@ -131,13 +143,19 @@ def start(runs: Runs, name: str, layout: TestLayout, **settings: Any) -> list[li
         **settings,
     }
     by_rank = run_ranks(
-        layout.world_size, train_on_rank, tiny_config(runs.files, runs.folder / name, merged), hashes_of
+        layout.world_size, train_on_rank, tiny_config(runs.files, runs.folder / name, merged), tokens_of
     )
-    return [sorted({row for rank in step for row in rank}) for step in zip(*by_rank, strict=True)]
+    assert layout.tensor == 1, "context ranks are numbered next to each other"
+    steps = []
+    for of_ranks in zip(*by_rank, strict=True):
+        of_data_ranks = batched(of_ranks, layout.context)
+        rows = (hash_of(shards) for ranks in of_data_ranks for shards in zip(*ranks, strict=True))
+        steps.append(sorted({*rows}))
+    return steps
 
 
 def test_resume_at_another_size(multimodal: TinyFiles, tmp_path: Path) -> None:
-    """Stopped on one rank in the middle of a window, and continued by two, and by a pipeline."""
+    """Stopped on one rank in the middle of a window, and continued by two, by a pipeline, and by context ranks."""
     runs, one = Runs(multimodal, tmp_path), TestLayout(distributed_optimizer=True)
     rows = start(runs, "straight", one)
     assert all(len(step) == 2 for step in rows)
@@ -148,6 +166,7 @@ def test_resume_at_another_size(multimodal: TinyFiles, tmp_path: Path) -> None:
         "same": one,
         "DP2": TestLayout(2, distributed_optimizer=True),
         "PP2": TestLayout(2, pipeline=2, distributed_optimizer=True),
+        "CP2xDP2": TestLayout(4, context=2, distributed_optimizer=True),
     }.items():
         shutil.copytree(tmp_path / "stopped", tmp_path / name)
         assert start(runs, name, layout) == rows[STOP_AFTER:], name
@@ -160,8 +179,9 @@ def test_resume_at_another_size(multimodal: TinyFiles, tmp_path: Path) -> None:
         assert [line["loss"] for line in resumed] == (losses if name == "same" else pytest.approx(losses, rel=1e-6))
     check_equal_bits(runs.tensors("same"), runs.tensors("straight"))
     assert straight[-1]["samples"] > 5 * len(multimodal.rows)
-    balanced = [line for line in read_metrics(tmp_path / "DP2") if "straggler_ratio_predicted" in line]
-    assert [line["step"] for line in balanced] == list(range(STOP_AFTER + 1, STEPS + 1))
+    for name in ("DP2", "CP2xDP2"):
+        balanced = [line for line in read_metrics(tmp_path / name) if "straggler_ratio_predicted" in line]
+        assert [line["step"] for line in balanced] == list(range(STOP_AFTER + 1, STEPS + 1))
 
 
 def test_balanced_ranks_train_the_same(multimodal: TinyFiles, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def names_of(batch: MicroBatch) -> list[str]:
     return batch.document_names
 
 
-def train_on_rank(config: Config, describe: Callable[[MicroBatch], list[str]] = names_of) -> list[list[str]]:
+def train_on_rank(config: Config, describe: Callable[[MicroBatch], list[Any]] = names_of) -> list[list[Any]]:
     """On a pool rank: one start of a run; returns what describes the micro-batches of this rank in each step."""
     prepare_process()
     requests, names = StopRequests(), []
