@@ -120,7 +120,7 @@ def _train(folder: Path, name: str, is_first: bool) -> dict[str, Any]:
     from megatron_vlm.checkpoint.run_owner import RunOwner
     from megatron_vlm.cli import load_config
     from megatron_vlm.conversion import export_plan
-    from megatron_vlm.data import index, rows
+    from megatron_vlm.data import index
     from megatron_vlm.training import setup
     from megatron_vlm.training.loop import Trainer
     from megatron_vlm.training.signals import StopRequests
@@ -143,7 +143,11 @@ def _train(folder: Path, name: str, is_first: bool) -> dict[str, Any]:
     }
     export_plan.UNDIVIDED_BYTES = 0  # as if the model were large; earlier code does not look at it
     counts = Counter[str]()
-    _count(rows, "load_image", lambda *_: counts.update(images=1))
+    try:
+        from megatron_vlm.data import media_loading as loading
+    except ImportError:  # earlier code
+        from megatron_vlm.data import rows as loading
+    _count(loading, "load_image", lambda *_: counts.update(images=1))
     _count(SafetensorsWriter, "write", lambda *given: counts.update(written_bytes=given[-1].nbytes))
     blocks = index._blocks
 

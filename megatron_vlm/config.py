@@ -72,9 +72,10 @@ class ParallelSettings:
     """Layers of the vision tower on each of the first global chunks; the last of them also has the projector and the
     embedding, and the decoder layers begin there. Null leaves the tower on the first chunk."""
     context_parallel_size: int = 1
-    """Ranks over which one sequence is split; not built yet, must be 1."""
+    """Ranks over which the tokens of every row are divided; attention exchanges keys and values."""
     expert_model_parallel_size: int = 1
-    """Ranks over which the experts are partitioned; times expert_tensor_parallel_size it must divide tensor x data."""
+    """Ranks over which the experts are partitioned; times expert_tensor_parallel_size it must divide tensor x context
+    x data."""
     expert_tensor_parallel_size: int = 1
     """Ranks over which each expert's columns are split, whatever the tensor size is."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
@@ -113,7 +114,8 @@ class DataSettings:
     valid: list[DataSource] = field(default_factory=list)
     """Held-out sources; empty means no evaluation."""
     packing: bool = False
-    """Several samples in one row; not built yet, must be false."""
+    """Put several samples into each row, up to seq_length tokens; they do not see each other. Batch sizes then count
+    packed rows."""
     too_long: Literal["drop", "truncate", "error"] = "drop"
     """Samples longer than seq_length: leave out, cut at a turn boundary (never inside an image), or exit."""
     train_thinking: bool = True
@@ -147,7 +149,7 @@ class TrainSettings:
     train_iters: int
     """Optimizer steps of the whole run."""
     global_batch_size: int
-    """Rows per optimizer step, over all ranks."""
+    """Rows per optimizer step, over all ranks; with data.packing packed rows."""
     micro_batch_size: int = 1
     """Rows per forward pass of one rank."""
     precision: Literal["fp32", "bf16"] = "bf16"

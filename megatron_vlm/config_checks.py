@@ -97,14 +97,6 @@ def _paths(config: Config) -> Iterator[UserError]:
 
 def _not_built(config: Config) -> Iterator[UserError]:
     """Refuse keys whose feature is not built yet."""
-    parallel = config.parallel
-    if parallel.context_parallel_size != 1:
-        yield ConfigError(
-            f"parallel.context_parallel_size is {parallel.context_parallel_size}, which is not built yet",
-            fix="set it to 1",
-        )
-    if config.data.packing:
-        yield ConfigError("data.packing is true, which is not built yet", fix="set it to false")
     if config.optimizer.name == "muon":
         yield ConfigError("optimizer.name muon is not built yet", fix="use adamw or sgd")
 

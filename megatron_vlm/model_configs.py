@@ -15,6 +15,8 @@ from megatron_vlm.errors import ConfigError
 from vlm_kernels.gated import Activation
 
 ImageMask = Literal["causal", "window", "whole"]
+AttentionKind = tuple[int | None, ImageMask]
+"""Window and image mask of a decoder layer."""
 # transformers declares its fields as unions (of None, dictionaries, pairs) that it narrows when it builds them.
 Narrowed = Any
 
@@ -73,6 +75,11 @@ class DecoderConfig:
     pad_token_id: int | None
     tie_word_embeddings: bool
     initializer_range: float
+
+    @property
+    def attention_kinds(self) -> tuple[AttentionKind, ...]:
+        """Windows and image masks of the layers, each pair once."""
+        return tuple(dict.fromkeys((layer.window, layer.image_mask) for layer in self.layers))
 
     @property
     def sharded_sizes(self) -> Mapping[str, int]:

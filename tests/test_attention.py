@@ -21,8 +21,9 @@ from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.mcore_config import build_mcore_config
 from megatron_vlm.parallel.parameters import spec_of
 from megatron_vlm.parallel.sharding import full_shape, gather_full, own_part
+from tests.kernels.span_rows import shard_of
 from tests.ranks import run_ranks
-from tests.test_span_attention import LENGTH, ROWS, deal, make_spans, shard_of
+from tests.test_span_attention import LENGTH, ROWS, deal, make_spans
 from vlm_kernels.span_attention import QueryShard, Spans
 
 HIDDEN, BATCH, BLOCK = 24, len(ROWS), 2
@@ -57,12 +58,14 @@ def gathering(
     """The spans of a rank's queries; `join` puts the parts [Sq, B, ...] of all ranks one after another."""
     order = torch.cat(dealt, dim=1).argsort(dim=1)
 
-    def gather(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def gather(
+        k: torch.Tensor, v: torch.Tensor, spans: Spans, window: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor, Spans]:
         k, v = rows_of(join(torch.stack((k, v), dim=2)), order).unbind(2)
-        return k, v
+        return k, v, spans.among(window, torch.arange(LENGTH, dtype=torch.int32), LENGTH)
 
     queries = shard_of(spans, dealt[rank])
-    return Spans(queries.low, queries.high, QueryShard(dealt[rank], LENGTH, gather))
+    return Spans(queries.low, queries.high, QueryShard(dealt[rank], LENGTH, gather=gather))
 
 
 @pytest.mark.parametrize("recompute", [False, True])

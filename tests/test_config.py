@@ -213,8 +213,6 @@ def test_unknown_and_ill_typed(config_file: str, argument: str, expected: str) -
     [
         (["--train.micro_batch_size=3"], "use a global batch of 6 or 9"),
         (["--optimizer.name=muon"], "muon is not built yet"),
-        (["--data.packing=true"], "data.packing is true, which is not built yet"),
-        (["--parallel.context_parallel_size=2"], "parallel.context_parallel_size is 2, which is not built yet"),
         (["--parallel.expert_model_parallel_size=0"], "parallel.expert_model_parallel_size is 0"),
         (["--parallel.expert_tensor_parallel_size=-1"], "parallel.expert_tensor_parallel_size is -1"),
         (["--model.moe_aux_loss_coeff=-1"], "model.moe_aux_loss_coeff is -1.0"),
@@ -275,9 +273,9 @@ def test_values_that_do_work(config_file: str) -> None:
 
 
 def test_all_problems_in_one_message(config_file: str) -> None:
-    message = refusal("--config", config_file, "--optimizer.name=muon", "--data.packing=true", "--optimizer.eps=0")
+    message = refusal("--config", config_file, "--optimizer.name=muon", "--data.max_pixels=0", "--optimizer.eps=0")
     assert message.startswith("3 problems:\n  (1) ")
-    assert "muon" in message and "packing" in message and "eps" in message
+    assert "muon" in message and "max_pixels" in message and "eps" in message
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -17,6 +19,7 @@ from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGe
 import pretrain_vlm
 from megatron_vlm.checkpoint.run_folder import MANIFEST_NAME
 from megatron_vlm.conversion.convert import import_checkpoint
+from megatron_vlm.planning import dry_run as dry_run_module
 from tests.data.rows import assistant, image, row, user, write_jsonl
 from tests.data.tiny_processor import build_processor
 from tests.refusals import check_refusal
@@ -108,6 +111,27 @@ def test_dry_run_describes_the_run(arguments: list[str], folder: Path, capsys: p
     assert "how many?" in out and "[[how many?" not in out
     assert f"x {SOFT_TOKENS}" in out
     assert not (folder / "run").exists()
+
+
+def test_dry_run_of_packed_rows(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows hold several samples: so many more passes, and so many more images, whose memory is estimated."""
+    images, estimate = [], dry_run_module.estimate_memory
+
+    def estimate_memory(*given: Any) -> Any:
+        images.append(given[4])
+        return estimate(*given)
+
+    monkeypatch.setattr(dry_run_module, "estimate_memory", estimate_memory)
+    assert pretrain_vlm.main([*arguments, "--data.packing=true"]) == 0
+    out = capsys.readouterr().out
+    assert "batch     2 packed rows = 2 micro-batches x 1 packed rows x 1 data-parallel ranks" in out
+    found = re.search(r"2 steps = about ([0-9.]+) passes over the training rows, about ([0-9.]+) in a packed row", out)
+    assert found is not None
+    passes, samples = map(float, found.groups())
+    assert samples > 1.5 and passes == pytest.approx(2 * 2 * samples / 4, abs=0.06)
+    assert images == [pytest.approx(3 * samples / 4, abs=0.05)]
 
 
 def test_dry_run_describes_a_tower_on_two_stages(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

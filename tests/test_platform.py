@@ -378,7 +378,7 @@ def _train_and_save(hf_dir: str, experts_dir: str, folder: str) -> set[str]:
         for experts in ({"expert": 2}, {"expert_tensor": 2}):
             model, groups = set_up(experts_dir, replace(layout, **experts))
             batches = [qwen3_vl.make_batch(rows).batch for rows in qwen3_vl.CASES["mixed"][:2]]
-            run_global_batch(model, own_micro_batches(batches, groups, layout), groups)
+            run_global_batch(model, own_micro_batches(model, batches, groups, layout), groups)
         model, groups = set_up(hf_dir, layout)
         optimizer = get_megatron_optimizer(
             OptimizerConfig(optimizer="adam", lr=1e-3, clip_grad=1.0, use_distributed_optimizer=True),
@@ -387,7 +387,7 @@ def _train_and_save(hf_dir: str, experts_dir: str, folder: str) -> set[str]:
             pg_collection=groups,
         )
         batches = [gemma3.make_batch(gemma3.ROWS[case]) for case in ("text", "mixed")]
-        run_global_batch(model, own_micro_batches(batches, groups, layout), groups)
+        run_global_batch(model, own_micro_batches(model, batches, groups, layout), groups)
         optimizer.step()
         identity = ModelIdentity("gemma3", "gemma3", text_only=False, tied=True)
         manager = CheckpointManager(folder, groups, identity, {"tensor": 2, "pipeline": 2}, "fp32", async_save=True)

@@ -20,6 +20,8 @@ from transformers import Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model, get_block_sequence_ids_for_mask
 
 from megatron_vlm.data.collate import spans
+from tests.kernels.span_rows import needed_keys, rank_spans, shard_of
+from tests.kernels.span_rows import packed_spans as many_documents
 from tests.sizes import full
 from vlm_kernels.span_attention import QueryShard, Spans, operators, reference, span_attention
 from vlm_kernels.span_attention import flex as module
@@ -80,12 +82,6 @@ def deal(batch: int, length: int, block: int, parts: int) -> list[torch.Tensor]:
         order = torch.randperm(length // block, generator=generator)
         dealt.append([torch.cat([blocks[index] for index in part]) for part in order.tensor_split(parts)])
     return [torch.stack(rows) for rows in zip(*dealt, strict=True)]
-
-
-def shard_of(spans: Spans, positions: torch.Tensor) -> Spans:
-    """The spans of the queries at `positions` alone."""
-    low, high = (bound.gather(1, positions.long()) for bound in (spans.low, spans.high))
-    return Spans(low, high, QueryShard(positions, spans.num_keys))
 
 
 def image_shard_spans() -> Spans:
@@ -196,6 +192,47 @@ def test_flex_attention_over_several_blocks(flex: Attention, heads: int, key_hea
                 torch.testing.assert_close(mine, other, **FLEX)
     # The window leaves out whole blocks: that is what the block mask is for.
     assert spans.block_mask(60).sparsity() > spans.block_mask(None).sparsity()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("window", [None, 200])
+def test_flex_attention_of_packed_rows(flex: Attention, window: int | None) -> None:
+    """Documents of one token to several blocks, all queries and those of planned blocks of 128 tokens."""
+    row = many_documents(600)
+    for visible in (row, rank_spans(row, 128, 2, window)):
+        ours, theirs = (results(form, visible, window, torch.float32) for form in (flex, reference))
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, other, **FLEX)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("length", "block", "ranks", "window"), [(600, 128, 4, 100), full(1100, 256, 4, 100)])
+def test_flex_attention_to_needed_keys(flex: Attention, length: int, block: int, ranks: int, window: int) -> None:
+    """A rank's queries over the keys that they see within a window: the result over all keys, and all gradients."""
+    rank = rank_spans(many_documents(length), block, ranks, window)
+    spans, keys = needed_keys(rank, window, block)
+    assert len(keys) < length
+    batch, num_queries = rank.low.shape
+    tensors = make_tensors(batch, torch.float32, length=num_queries, num_keys=length)
+    weights = torch.randn((batch, 4, num_queries, 16), generator=torch.Generator().manual_seed(1))
+    q, k, v = tensors
+    found = []
+    for output in (flex(q, k[:, :, keys], v[:, :, keys], spans, None, 0.3), reference(q, k, v, rank, window, 0.3)):
+        found.append([output, *torch.autograd.grad(output, tensors, weights)])
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, **FLEX)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_flex_attention_of_queries_that_see_nothing(flex: Attention) -> None:
+    """Their output is zero and no gradient comes from them: whole blocks of queries, and single ones."""
+    rank = rank_spans(many_documents(600), 128, 2)
+    rank.low[0, 100:], rank.high[0, 100:] = 600, -1
+    rank.low[1, ::3], rank.high[1, ::3] = 600, -1
+    ours, theirs = (results(form, rank, None, torch.float32) for form in (flex, operators.attend))
+    assert not ours[0][0, :, 100:].any()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, **FLEX)
 
 
 def check_shards(attention: Attention, spans: Spans, window: int | None, parts: int) -> None:

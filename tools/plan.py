@@ -148,10 +148,14 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
     parser.add_argument("--gpus", type=int, required=True, help="number of GPUs")
     parser.add_argument("--gpu", default="H100", help="A100-40, A100-80, H100, H200, B200, or one of --hardware's")
     parser.add_argument("--hardware", type=os.path.expanduser, help="YAML file with further GPUs, or other fractions")
-    parser.add_argument("--seq_length", type=int, help="tokens of a row; required where MODEL is a directory")
+    parser.add_argument(
+        "--seq_length", type=int, help="tokens of a row of the batch; required where MODEL is a directory"
+    )
     parser.add_argument("--global_batch_size", type=int, help="rows of a step; required where MODEL is a directory")
-    parser.add_argument("--images_per_row", type=float, help="images of an average row (default: 1)")
-    parser.add_argument("--clips_per_row", type=float, help="clips of audio of an average row (default: 1)")
+    parser.add_argument("--images_per_row", type=float, help="images of an average row of the batch (default: 1)")
+    parser.add_argument(
+        "--clips_per_row", type=float, help="clips of audio of an average row of the batch (default: 1)"
+    )
     parser.add_argument("--headroom", type=float, default=0.1, help="part of the memory to leave free (default: 0.1)")
     parser.add_argument("--plans", type=int, default=5, help="layouts to show (default: 5)")
     parser.add_argument("--keep_layout", action="store_true", help="plan the YAML file's own layout and search nothing")

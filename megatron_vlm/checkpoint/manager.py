@@ -373,7 +373,8 @@ class CheckpointManager:
                 str(folder),
                 "resume with the same, or start a new run_dir from its weights (checkpoint.load)",
             )
-        same_layout = dict(manifest.layout) == self.layout
+        of_former = {"context": 1}  # a size that former checkpoints do not name
+        same_layout = of_former | dict(manifest.layout) == of_former | self.layout
         state = self._state(model_chunks, optimizer, is_loading=True)
         if not same_layout:
             del state["random"]

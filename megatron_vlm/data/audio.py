@@ -6,8 +6,10 @@ compares them). It takes what it can read of a damaged file; here that is an err
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,8 +54,31 @@ def load_audio(
     """
     require_audio_packages(row_name)
     data = read_bytes(source, row_name, access)
-    try:
+    with _refuse_damage(source, row_name):
         return _decode(data, source, row_name, sampling_rate, most_samples)
+
+
+def count_samples(source: AudioSource, row_name: str, access: UrlAccess, sampling_rate: int, most_samples: int) -> int:
+    """Return how many samples `load_audio` gives, by what the file says of itself.
+
+    Only MP3 is decoded for it: what its files say is an estimate. Arguments and errors are those of `load_audio`, but
+    for what only decoding shows: samples that are not finite, and files that end early without their header saying so.
+    """
+    require_audio_packages(row_name)
+    data = read_bytes(source, row_name, access)
+    with _refuse_damage(source, row_name), _open(data, source, row_name) as file:
+        most_frames = most_samples * file.samplerate // sampling_rate
+        _check_length(file, most_frames, source, row_name)
+        num_read = len(file.read(dtype="int16")) if file.format == "MP3" else file.frames
+        _check_whole(file, data, num_read, most_frames, source, row_name)
+        return _resampled_length(num_read, file.samplerate, sampling_rate)
+
+
+@contextlib.contextmanager
+def _refuse_damage(source: AudioSource, row_name: str) -> Iterator[None]:
+    """Turn whatever a clip makes its decoder raise into an error that names it."""
+    try:
+        yield
     except DataError:
         raise
     # Decoders raise whatever a damaged file makes them stumble over; every such failure means the same for the row.
@@ -83,16 +108,9 @@ def require_audio_packages(row_name: str) -> None:
 
 
 def _decode(data: bytes, source: AudioSource, row_name: str, sampling_rate: int, most_samples: int) -> np.ndarray:
-    import soundfile
     import soxr
 
-    with soundfile.SoundFile(io.BytesIO(data)) as file:
-        if file.format not in FORMATS or file.subtype in ("MPEG_LAYER_I", "MPEG_LAYER_II"):
-            raise DataError(
-                f"{source} is a file of the kind {file.format} {file.subtype}",
-                row_name,
-                "convert it to WAV, FLAC, MP3 or Ogg",
-            )
+    with _open(data, source, row_name) as file:
         rate = file.samplerate
         most_frames = most_samples * rate // sampling_rate
         _check_length(file, most_frames, source, row_name)
@@ -102,10 +120,29 @@ def _decode(data: bytes, source: AudioSource, row_name: str, sampling_rate: int,
     if not np.isfinite(samples).all():
         raise DataError(f"{source} has samples that are not finite", row_name, "repair or remove it")
     if rate != sampling_rate:
-        length = math.ceil(len(samples) * sampling_rate / rate)
+        length = _resampled_length(len(samples), rate, sampling_rate)
         samples = soxr.resample(samples, rate, sampling_rate, quality="soxr_hq")[:length]
         samples = np.pad(samples, (0, length - len(samples)))
     return np.ascontiguousarray(samples, np.float32)
+
+
+def _open(data: bytes, source: AudioSource, row_name: str) -> soundfile.SoundFile:
+    """Read the header of a file; samples are decoded when they are asked for."""
+    import soundfile
+
+    file = soundfile.SoundFile(io.BytesIO(data))
+    if file.format not in FORMATS or file.subtype in ("MPEG_LAYER_I", "MPEG_LAYER_II"):
+        file.close()
+        raise DataError(
+            f"{source} is a file of the kind {file.format} {file.subtype}",
+            row_name,
+            "convert it to WAV, FLAC, MP3 or Ogg",
+        )
+    return file
+
+
+def _resampled_length(num_samples: int, rate: int, sampling_rate: int) -> int:
+    return math.ceil(num_samples * sampling_rate / rate)
 
 
 def _check_length(file: soundfile.SoundFile, most_frames: int, source: AudioSource, row_name: str) -> None:

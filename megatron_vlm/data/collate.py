@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from megatron_vlm.data.context_exchange import ContextShard
 from megatron_vlm.data.media import Grid, Medium
 from megatron_vlm.data.prompts import Sample
 from megatron_vlm.data.rules import PromptRules
@@ -75,6 +76,9 @@ class MicroBatch:
     """Name of the first row with each key that means nothing, by source and key."""
     empty_answers: dict[int, str] = field(default_factory=dict)
     """File and line of the first document with an empty answer, by the index of its source."""
+    context: ContextShard | None = None
+    """Where the tokens of a context rank's shard lie, whose S is smaller than that of the full micro-batch; media,
+    documents and counters are those of the full one. None for a full micro-batch."""
     label_index: torch.Tensor = field(init=False)
     """int64: the flat positions s * B + b that have a label, ascending. Made from `labels` while they are on the
     host, which would have to wait for a device to count them."""
@@ -110,6 +114,8 @@ class MicroBatch:
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
                 setattr(mapped, name, function(value))
+            elif isinstance(value, ContextShard):
+                mapped.context = value.map(function)
         return mapped
 
 

@@ -26,7 +26,9 @@ COUNTED_MEDIA = {"image": "images", "video": "videos", "audio": "audio clips"}
 
 
 def describe_samples(config: Config, rules: PromptRules, num: int = 3) -> str:
-    """Return the first `num` samples of the run as text; trained text stands between [[ and ]].
+    """Return the first `num` samples in the order of the run as text; trained text stands between [[ and ]].
+
+    Packing puts those that are near each other in this order into one row.
 
     Args:
         config: the run's configuration.

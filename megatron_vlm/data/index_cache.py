@@ -3,32 +3,31 @@
 Ranks of a node that need the index of a file find it in a folder of the node's temporary directory (`TMPDIR`, else
 /tmp); the first that does not find it builds it under a lock, and the others wait. Later starts on the node find it,
 too, so that a resumed run does not read its data files again. An index holds for a file of the same path, size and
-times of change; one that is damaged, cut short or of another user is not used.
-
-File format: the length of a JSON header (8 bytes), the header, zeros up to a multiple of 8, and int64 numbers: starts,
-ends, rows after blank lines, rows that are no JSON objects. The header has their counts, and the CRC-32 of all this.
+times of change. Its arrays are starts, ends, rows after blank lines, and rows that are no JSON objects, int64.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
-import json
 import logging
 import os
 import shutil
-import stat
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from isal import isal_zlib
 
+from megatron_vlm.data.array_files import (
+    UnusableError,
+    locked,
+    map_arrays,
+    node_folder,
+    own_folder,
+    reason_of,
+    store_arrays,
+)
 from megatron_vlm.data.index import JsonlIndex, build_index
 from megatron_vlm.errors import DataError
 from megatron_vlm.progress import Progress
@@ -37,16 +36,11 @@ SMALLEST_STORED_BYTES = 64 * 2**10
 """Smaller files are indexed anew by every process, which takes no longer than opening an index."""
 LEAST_ROW_BYTES = 128
 """Rows are taken to be no shorter where it is asked beforehand whether an index has room on the disk."""
-VERSION = 1
-WAIT_SECONDS = 0.05
+VERSION = 2
 _NUMBER = np.dtype("<i8")
-_FACTS = ("digest", "size_bytes", "changed_ns", "is_array", "counts")
+_FACTS = ("digest", "size_bytes", "changed_ns", "is_array")
 _ARRAYS = ("starts", "ends", "rows_after_blanks", "unparsable_rows")
 logger = logging.getLogger(__name__)
-
-
-class _UnusableError(Exception):
-    """An index, or the folder for indexes, cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +51,6 @@ class StoredIndex(JsonlIndex):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _open_again, (self.stored_at, self.path)
-
-
-def index_folder() -> Path:
-    """Return the folder of this user's indexes on this node."""
-    return Path(tempfile.gettempdir()) / f"megatron_vlm-indexes-{os.getuid()}"
 
 
 def find_or_build_index(path: str, progress: Progress | None = None) -> JsonlIndex:
@@ -83,19 +72,19 @@ def find_or_build_index(path: str, progress: Progress | None = None) -> JsonlInd
         return build_index(path, progress)  # which says what is wrong with it
     try:
         return _find_or_store(path, progress)
-    except (OSError, _UnusableError) as error:
+    except (OSError, UnusableError) as error:
         _warn(path, error)
     return build_index(path, progress)
 
 
 def _find_or_store(path: str, progress: Progress | None) -> JsonlIndex:
-    folder = _own_folder()
+    folder = own_folder()
     identity = hashlib.blake2b(os.path.abspath(path).encode(errors="surrogateescape"), digest_size=12).hexdigest()
 
     def find() -> StoredIndex | None:
         state = _file_state(path)
         place = folder / f"{identity}.{_digest_of(state)}.index"
-        with contextlib.suppress(FileNotFoundError, _UnusableError):
+        with contextlib.suppress(FileNotFoundError, UnusableError):
             index = _map_index(place, path)
             if progress is not None:
                 progress.advance(index.size_bytes)
@@ -105,8 +94,8 @@ def _find_or_store(path: str, progress: Progress | None) -> JsonlIndex:
     if (found := find()) is not None:
         return found
     if shutil.disk_usage(folder).free < os.stat(path).st_size // LEAST_ROW_BYTES * 2 * _NUMBER.itemsize:
-        raise _UnusableError("its disk is full")
-    with _locked(folder / f"{identity}.lock", progress):
+        raise UnusableError("its disk is full")
+    with locked(folder / f"{identity}.lock", lambda: progress.advance(0) if progress is not None else None):
         if (found := find()) is not None:
             return found
         state = _file_state(path)
@@ -128,15 +117,14 @@ def _warn(path: str, error: Exception) -> None:
     """Say it once for a node: its first rank reads rows if any of its ranks does."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return
-    reason = f"{error.strerror} [{error.filename}]" if isinstance(error, OSError) else str(error)
     try:
-        where = f" in {index_folder()}"
+        where = f" in {node_folder()}"
     except OSError:  # there is no temporary directory at all, which is the reason
         where = ""
     logger.warning(
         "each rank indexes %s in its own memory: indexes cannot be kept%s (%s); "
         "point TMPDIR at a folder of the node that you can write to",
-        *(path, where, reason),
+        *(path, where, reason_of(error)),
     )
 
 
@@ -150,111 +138,28 @@ def _digest_of(state: tuple[int, ...]) -> str:
     return hashlib.blake2b(repr((VERSION, *state)).encode(), digest_size=12).hexdigest()
 
 
-def _own_folder() -> Path:
-    """Return the folder, made if need be; nobody else may have made it, or write to it."""
-    folder = index_folder()
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    status = os.lstat(folder)
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise _UnusableError("it is no folder, or others may write to it")
-    return folder
-
-
-@contextlib.contextmanager
-def _locked(path: Path, progress: Progress | None) -> Iterator[None]:
-    """Hold a lock that no other process of the node holds; it is released when its process ends, however it ends."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(WAIT_SECONDS)
-                if progress is not None:
-                    progress.advance(0)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def _store(place: Path, index: JsonlIndex) -> None:
-    """Write an index under a temporary name and rename it once it is on disk."""
-    arrays = [np.asarray(getattr(index, name), _NUMBER) for name in _ARRAYS]
-    facts = {
-        "digest": index.digest,
-        "size_bytes": index.size_bytes,
-        "changed_ns": index.changed_ns,
-        "is_array": index.is_array,
-        "counts": [len(array) for array in arrays],
-    }
-    header = json.dumps(facts | {"crc": _checksum(facts, arrays)}).encode()
-    header += b" " * (-len(header) % _NUMBER.itemsize)
-    partial = place.with_suffix(f".index.partial-{os.getpid()}")
-    try:
-        with partial.open("xb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            for array in arrays:
-                file.write(memoryview(array).cast("B") if len(array) else b"")
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(partial, place)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _checksum(facts: dict[str, Any], arrays: Sequence[np.ndarray]) -> int:
-    """Return the CRC-32 of numbers and of what else the header says."""
-    checksum = isal_zlib.crc32(json.dumps({name: facts[name] for name in _FACTS}).encode())
-    for array in arrays:
-        checksum = isal_zlib.crc32(array, checksum)
-    return checksum
+    arrays = {name: np.asarray(getattr(index, name), _NUMBER) for name in _ARRAYS}
+    store_arrays(place, {name: getattr(index, name) for name in _FACTS}, arrays)
 
 
 def _map_index(place: Path, path: str) -> StoredIndex:
-    """Map the index in the file `place` of the data file `path`.
-
-    Raises:
-        FileNotFoundError: there is none.
-        _UnusableError: it is damaged, or another user's.
-    """
-    descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if status.st_uid != os.getuid():
-            raise _UnusableError("it is another user's")
-        header_bytes = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(min(header_bytes, status.st_size)))
-            counts = [int(count) for count in header["counts"]]
-            if status.st_size != 8 + header_bytes + sum(counts) * _NUMBER.itemsize:
-                raise _UnusableError("it is cut short")
-            numbers = np.memmap(file, _NUMBER, "r", 8 + header_bytes, sum(counts)).view(np.ndarray)
-            if _checksum(header, [numbers]) != header.pop("crc"):
-                raise _UnusableError("its contents are not what was written")
-            starts, ends, blanks, unparsable = np.split(numbers, np.cumsum(counts)[:-1])
-            return StoredIndex(
-                path,
-                starts,
-                ends,
-                blanks,
-                header["size_bytes"],
-                header["digest"],
-                header["changed_ns"],
-                tuple(unparsable.tolist()),
-                header["is_array"],
-                str(place),
-            )
-        except (ValueError, TypeError, LookupError) as error:
-            raise _UnusableError(f"it is damaged ({error})") from None
+    """Map the index in the file `place` of the data file `path`; errors are those of `map_arrays`."""
+    facts, arrays = map_arrays(place)
+    try:
+        numbers = {name: arrays[name] for name in _ARRAYS}
+        known: dict[str, Any] = {name: facts[name] for name in _FACTS}
+    except LookupError as error:
+        raise UnusableError(f"it is damaged ({error})") from None
+    known |= numbers | {"unparsable_rows": tuple(numbers["unparsable_rows"].tolist())}
+    return StoredIndex(path=path, stored_at=str(place), **known)
 
 
 def _open_again(stored_at: str, path: str) -> StoredIndex:
     """Map an index in another process of the rank that found it."""
     try:
         return _map_index(Path(stored_at), path)
-    except (OSError, _UnusableError) as error:
+    except (OSError, UnusableError) as error:
         raise DataError(
             f"the index of {path} is gone: {error}", stored_at, "start again, which builds it anew"
         ) from None

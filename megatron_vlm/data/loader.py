@@ -1,56 +1,51 @@
 """Micro-batches of one data-parallel rank, read ahead by worker processes.
 
-A worker builds whole micro-batches from the plan, so the result does not depend on how many workers there are. Workers
-come from a fork server that has imported this module and runs no thread: forking the training process itself beside
-communication threads may deadlock, and spawning would import torch once per worker.
+A worker builds whole micro-batches from the plan, so the result does not depend on how many workers there are.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import multiprocessing
-import os
-import signal
-import socket
-import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import connection, forkserver, resource_tracker
-from multiprocessing.context import BaseContext
+from itertools import count
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_vlm.config import Config
-from megatron_vlm.data.collate import MicroBatch, collate
-from megatron_vlm.data.plan import SamplePlan, micro_batch_start
+from megatron_vlm.data.balance import Assignment, TokenCosts, assign
+from megatron_vlm.data.collate import LoadedSample, MicroBatch, collate
+from megatron_vlm.data.context_shard import ContextSharding, shard_for_context
+from megatron_vlm.data.packing import PackedPlan
+from megatron_vlm.data.plan import START, BatchPlan, Pack, Position, RowReference, SamplePlan
+from megatron_vlm.data.row_lengths import find_row_lengths
 from megatron_vlm.data.rows import RowReader, empty_answer_note, reader_for, unknown_key_note
 from megatron_vlm.data.rules import PromptRules
-from megatron_vlm.errors import DataError, UserError
+from megatron_vlm.data.worker_processes import raise_if_killed, signals_blocked, start_fork_server, start_worker
+from megatron_vlm.errors import UserError
 
 FEWEST_AHEAD_PER_WORKER, MOST_AHEAD_PER_WORKER = 2, 16
 """Micro-batches that a worker reads ahead: its part of a whole step, so that the next step's rows are read during this
 one, within limits on shared memory."""
-# A scheduler sends these to every process of a job; a worker that dies of one would take its rank down before it saved.
-SIGNALS_LEFT_TO_RANKS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class BatchSharding:
-    """The part of every global batch that a rank reads, and the shape of its micro-batches."""
+    """The part of every global batch that a rank reads, the shape of its micro-batches, and its shard of them."""
 
     global_batch_size: int
     micro_batch_size: int
     data_parallel_rank: int = 0
     data_parallel_size: int = 1
     pad_to_multiple_of: int = 1
+    context: ContextSharding | None = None
 
     @property
     def num_micro_batches(self) -> int:
@@ -58,6 +53,10 @@ class BatchSharding:
         rows_per_pass = self.micro_batch_size * self.data_parallel_size
         assert self.global_batch_size % rows_per_pass == 0, "the configuration was checked against the layout"
         return self.global_batch_size // rows_per_pass
+
+    def assign(self, plan: BatchPlan, packs: Sequence[Pack]) -> Assignment:
+        """Assign the packs of a global batch to all data ranks."""
+        return assign(self.global_batch_size, self.data_parallel_size, self.micro_batch_size, plan.costs(packs))
 
 
 @dataclass(frozen=True)
@@ -68,55 +67,60 @@ class _Refusal:
 
 
 class _MicroBatches(Dataset[MicroBatch | _Refusal]):
-    """Micro-batches of a rank, by (start position in the plan, number of the micro-batch from there)."""
+    """Micro-batches of a rank, by (position of the global batch in the plan, number of the micro-batch in it)."""
 
-    def __init__(self, reader: RowReader, plan: SamplePlan, sharding: BatchSharding, one_pass: bool) -> None:
+    def __init__(self, reader: RowReader, plan: BatchPlan, sharding: BatchSharding) -> None:
         self.reader = reader
         self.plan = plan
         self.sharding = sharding
-        self.one_pass = one_pass
+        self._position: Position | None = None
+        self._packs: list[Pack] = []
+        """Of this rank, in the global batch at `_position`."""
 
-    def __getitem__(self, item: tuple[int, int]) -> MicroBatch | _Refusal:
-        start, number = item
-        sharding = self.sharding
-        step, micro_batch = divmod(number, sharding.num_micro_batches)
-        position = micro_batch_start(
-            start + step * sharding.global_batch_size,
-            micro_batch,
-            sharding.data_parallel_rank,
-            sharding.data_parallel_size,
-            sharding.micro_batch_size,
-        )
+    def __getitem__(self, item: tuple[Position, int]) -> MicroBatch | _Refusal:
+        position, number = item
+        size = self.sharding.micro_batch_size
         try:
-            samples = [
-                self.reader.empty(row.source)
-                if self.one_pass and row.epoch > 0
-                else self.reader.read(row.source, row.row)
-                for row in self.plan.rows(position, sharding.micro_batch_size)
-            ]
+            rows = [self._read(pack) for pack in self._packs_at(position)[number * size : (number + 1) * size]]
         except UserError as error:
             return _Refusal(error)
         builder = self.reader.builder
-        return collate(
-            [[sample] for sample in samples],
-            builder.rules,
-            builder.padding_token_id,
-            sharding.pad_to_multiple_of,
-        )
+        sharding = self.sharding
+        batch = collate(rows, builder.rules, builder.padding_token_id, sharding.pad_to_multiple_of)
+        return batch if sharding.context is None else shard_for_context(batch, sharding.context)
+
+    def _packs_at(self, position: Position) -> list[Pack]:
+        if position != self._position:
+            packs = self.plan.packs(position, self.sharding.global_batch_size)
+            mine = self.sharding.assign(self.plan, packs).packs[self.sharding.data_parallel_rank]
+            self._position, self._packs = position, [packs[pack] for pack in mine]
+        return self._packs
+
+    def _read(self, pack: Pack) -> list[LoadedSample]:
+        """Return the documents of one row of the batch."""
+        return [self._read_row(row) for row in pack] or [self.reader.empty(0)]
+
+    def _read_row(self, row: RowReference) -> LoadedSample:
+        if self.plan.lengths is None:
+            return self.reader.read(row.source, row.row)
+        return self.reader.read_measured(row.source, row.row, self.plan.lengths[row.source])
 
 
 class _Order:
-    """Sampler of (start position, micro-batch number); `start` moves when the position is restored."""
+    """Sampler of (position of a global batch, number of a micro-batch), from `start` on."""
 
-    def __init__(self) -> None:
-        self.start = 0
-        self.count: int | None = None
+    def __init__(self, plan: BatchPlan, sharding: BatchSharding, num_global_batches: int | None) -> None:
+        self.plan = plan
+        self.sharding = sharding
+        self.num_global_batches = num_global_batches
+        self.start = START
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        number = 0
-        while self.count is None or number < self.count:
-            yield self.start, number
-            number += 1
+    def __iter__(self) -> Iterator[tuple[Position, int]]:
+        position = self.start
+        for _ in count() if self.num_global_batches is None else range(self.num_global_batches):
+            for micro_batch in range(self.sharding.num_micro_batches):
+                yield position, micro_batch
+            position = self.plan.advance(position, self.sharding.global_batch_size)
 
 
 class BatchLoader:
@@ -130,16 +134,23 @@ class BatchLoader:
     """
 
     def __init__(
-        self, plan: SamplePlan, sharding: BatchSharding, source_names: Sequence[str], num_global_batches: int | None
+        self, plan: BatchPlan, sharding: BatchSharding, source_names: Sequence[str], num_global_batches: int | None
     ) -> None:
         self.plan = plan
         self.sharding = sharding
         self.source_names = source_names
         self.num_global_batches = num_global_batches
-        self.consumed_samples = 0
-        """Rows of whole global batches that have been handed out, over all ranks; the position to save."""
+        self.position = START
+        """Behind the whole global batches that have been handed out; to be saved."""
         self.wait_seconds = 0.0
         """Time spent waiting for data since the loader was made."""
+        self._last = START
+        """Where the last global batch began."""
+
+    @property
+    def consumed_samples(self) -> int:
+        """Rows of the data in the whole global batches that have been handed out, over all ranks."""
+        return self.position.samples
 
     def facts(self) -> dict[str, Any]:
         """Return what is the same for loaders of all stages, by the names of this class' arguments."""
@@ -153,17 +164,21 @@ class BatchLoader:
         """Return this rank's micro-batches of the next global batch."""
         raise NotImplementedError
 
-    def seek(self, consumed_samples: int) -> None:
-        """Continue after `consumed_samples` rows of the plan (0: from the beginning)."""
+    def seek(self, position: Position) -> None:
+        """Continue from a position of the plan (START: from the beginning)."""
         raise NotImplementedError
 
     def close(self) -> None:
         """Stop the workers."""
         raise NotImplementedError
 
+    def last_assignment(self) -> Assignment:
+        """Return which data rank took which packs of the last global batch."""
+        return self.sharding.assign(self.plan, self.plan.packs(self._last, self.sharding.global_batch_size))
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position and what it refers to, as plain values; they are the same on every rank."""
-        return self.plan.state(self.consumed_samples)
+        return self.plan.state(self.position)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was saved, at any data-parallel size, micro-batch size or number of workers.
@@ -172,6 +187,13 @@ class BatchLoader:
             DataError: the data or their order changed; the message names what changed.
         """
         self.seek(self.plan.check_state(state))
+
+    def _advance(self) -> None:
+        """Note that a global batch has been handed out."""
+        self._last, self.position = (
+            self.position,
+            self.plan.advance(self.position, self.sharding.global_batch_size),
+        )
 
 
 class MicroBatchLoader(BatchLoader):
@@ -183,7 +205,6 @@ class MicroBatchLoader(BatchLoader):
         sharding: this rank's part of every global batch.
         num_workers: processes that read ahead; 0 reads in this process.
         num_global_batches: length of one iteration; None is endless.
-        one_pass: replace rows that come a second time by padding samples, as evaluation does.
         pin_memory: put tensors into page-locked memory.
         report_problems: log one line for each bad or dropped row.
 
@@ -194,12 +215,11 @@ class MicroBatchLoader(BatchLoader):
     def __init__(
         self,
         reader: RowReader,
-        plan: SamplePlan,
+        plan: BatchPlan,
         sharding: BatchSharding,
         *,
         num_workers: int = 0,
         num_global_batches: int | None = None,
-        one_pass: bool = False,
         pin_memory: bool = False,
         report_problems: bool = True,
     ) -> None:
@@ -209,24 +229,24 @@ class MicroBatchLoader(BatchLoader):
         self._with_empty_answers: set[int] = set()
         self._named_keys: set[tuple[int, str]] = set()
         self._drops_empty_answers = reader.builder.drop_empty_answers
-        self._order = _Order()
+        self._order = _Order(plan, sharding, num_global_batches)
         self._iterator: Iterator[Any] | None = None
         self._workers: set[BaseProcess] = set()
         workers: dict[str, Any] = {}
         if num_workers:
             of_a_step = -(-sharding.num_micro_batches // num_workers)
             workers = {
-                "multiprocessing_context": _start_fork_server(),
+                "multiprocessing_context": start_fork_server(),
                 "prefetch_factor": max(FEWEST_AHEAD_PER_WORKER, min(MOST_AHEAD_PER_WORKER, of_a_step)),
                 "persistent_workers": True,
             }
         self._loader: DataLoader[Any] = DataLoader(
-            _MicroBatches(reader, plan, sharding, one_pass),
+            _MicroBatches(reader, plan, sharding),
             batch_size=None,
             sampler=self._order,
             num_workers=num_workers,
             pin_memory=pin_memory,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             **workers,
         )
 
@@ -236,21 +256,18 @@ class MicroBatchLoader(BatchLoader):
     def __next__(self) -> MicroBatch:
         began = time.perf_counter()
         if self._iterator is None:
-            self._order.count = None
-            if self.num_global_batches is not None:
-                self._order.count = self.num_global_batches * self.sharding.num_micro_batches
             self._iterator = self._start_iteration()
         try:
             batch = next(self._iterator)
         except (RuntimeError, EOFError, OSError):  # the last two where a tensor is fetched that it had read ahead
-            self._raise_if_a_worker_was_killed()
+            raise_if_killed(self._workers)
             raise
         self.wait_seconds += time.perf_counter() - began
         if isinstance(batch, _Refusal):
             raise batch.error
         self._micro_batches_given += 1
         if self._micro_batches_given % self.sharding.num_micro_batches == 0:
-            self.consumed_samples += self.sharding.global_batch_size
+            self._advance()
         for problem in batch.problems if self.report_problems else ():
             logger.warning("%s", problem)
         self._log_notes(batch)
@@ -275,10 +292,10 @@ class MicroBatchLoader(BatchLoader):
     def global_batch(self) -> list[MicroBatch]:
         return [next(self) for _ in range(self.sharding.num_micro_batches)]
 
-    def seek(self, consumed_samples: int) -> None:
+    def seek(self, position: Position) -> None:
         self._iterator = None
         self._micro_batches_given = 0
-        self._order.start = self.consumed_samples = consumed_samples
+        self._order.start = self.position = position
 
     def close(self) -> None:
         self._iterator = None
@@ -289,24 +306,9 @@ class MicroBatchLoader(BatchLoader):
             worker.kill()
         self._workers = set()
 
-    def _raise_if_a_worker_was_killed(self) -> None:
-        """Say what ended a worker, of which torch knows only that it is gone."""
-        for worker in self._workers:
-            worker.join(1.0)  # its fork server may not have heard of it yet
-            code = worker.exitcode
-            if code is not None and code < 0:
-                name = signal.Signals(-code).name
-                guess = "; probably the machine or its container ran out of memory" if -code == signal.SIGKILL else ""
-                raise DataError(
-                    f"data worker {worker.pid} of rank {os.environ.get('RANK', '0')} on {socket.gethostname()} was "
-                    f"ended by {name}{guess}",
-                    fix="lower data.num_workers or the size of images, or give the job more memory; "
-                    "starting again resumes from the last checkpoint",
-                )
-
     def _start_iteration(self) -> Iterator[Any]:
         others = {*multiprocessing.active_children()}
-        with _signals_blocked():
+        with signals_blocked():
             iterator = iter(self._loader)
         started = {*multiprocessing.active_children()} - others
         if started:
@@ -328,29 +330,31 @@ def build_train_loader(
     rules: PromptRules,
     sharding: BatchSharding,
     *,
+    token_costs: TokenCosts | None = None,
     pin_memory: bool = False,
     report_problems: bool = True,
 ) -> MicroBatchLoader:
-    """Build the endless loader over data.train.
+    """Build the endless loader over data.train; with data.packing once the lengths of its rows were measured.
 
     Args:
         config: the run's configuration.
         rules: the family's prompt rules.
         sharding: this rank's part of every global batch.
+        token_costs: what balances packed rows over data ranks; None leaves them in their order.
         pin_memory: put tensors into page-locked memory.
         report_problems: log bad and dropped rows; one rank per data-parallel rank should. The first of them also logs
             the notes on the model directory.
 
     Raises:
-        ConfigError, DataError: see `PromptBuilder` and `RowReader`.
+        ConfigError, DataError: see `PromptBuilder`, `RowReader` and `find_row_lengths`.
     """
     reader = reader_for(config, config.data.train, rules)
     for note in reader.builder.notes if report_problems and sharding.data_parallel_rank == 0 else ():
         logger.warning("%s", note)
-    plan = SamplePlan(reader.planned_sources(), config.train.seed, config.data.shuffle)
+    order = SamplePlan(reader.planned_sources(), config.train.seed, config.data.shuffle)
     return MicroBatchLoader(
         reader,
-        plan,
+        _plan(config, order, reader, token_costs),
         sharding,
         num_workers=config.data.num_workers,
         pin_memory=pin_memory,
@@ -363,62 +367,33 @@ def build_valid_loader(
     rules: PromptRules,
     sharding: BatchSharding,
     *,
+    token_costs: TokenCosts | None = None,
     pin_memory: bool = False,
     report_problems: bool = True,
 ) -> MicroBatchLoader | None:
     """Build the loader over data.valid, or return None without held-out data.
 
-    It reads in file order, up to eval_iters global batches, and no row twice. Iterate over it, then `seek(0)` before
-    the next evaluation. Arguments and errors are those of `build_train_loader`.
+    It reads in file order, up to eval_iters global batches, and no row twice. Iterate over it, then `seek(START)`
+    before the next evaluation. Arguments and errors are those of `build_train_loader`.
     """
     if not config.data.valid:
         return None
     reader = reader_for(config, config.data.valid, rules)
-    plan = SamplePlan(reader.planned_sources(), seed=0, shuffle=False)
-    one_pass_batches = -(-plan.positions_of_one_pass() // sharding.global_batch_size)
+    order = SamplePlan(reader.planned_sources(), seed=0, shuffle=False, one_pass=True)
+    plan = _plan(config, order, reader, token_costs)
+    num_packs = plan.count_packs(config.train.eval_iters * sharding.global_batch_size)
     return MicroBatchLoader(
         reader,
         plan,
         sharding,
         num_workers=min(config.data.num_workers, 1),
-        num_global_batches=min(config.train.eval_iters, one_pass_batches),
-        one_pass=True,
+        num_global_batches=-(-num_packs // sharding.global_batch_size),
         pin_memory=pin_memory,
         report_problems=report_problems,
     )
 
 
-def _start_fork_server() -> BaseContext:
-    """Start the process that workers are forked from; its imports run while the caller builds the model."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    # The fork server needs the resource tracker, whose start unblocks signals: each starts in a block of its own.
-    with _signals_blocked():
-        resource_tracker.ensure_running()
-    with _signals_blocked():
-        forkserver.ensure_running()
-    return context
-
-
-def _start_worker(worker: int) -> None:
-    torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_leave_with_rank, daemon=True).start()
-
-
-def _leave_with_rank() -> None:
-    """End this worker when its rank was killed; torch's own watchdog looks at the fork server, which waits for it."""
-    rank = multiprocessing.parent_process()
-    assert rank is not None
-    connection.wait([rank.sentinel])
-    os._exit(1)
-
-
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Start processes inside: they inherit the blocked signals and so never see them; here they arrive afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_LEFT_TO_RANKS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def _plan(config: Config, order: SamplePlan, reader: RowReader, token_costs: TokenCosts | None) -> BatchPlan:
+    if not config.data.packing:
+        return order
+    return PackedPlan(order, find_row_lengths(reader), config.data.seq_length, token_costs)

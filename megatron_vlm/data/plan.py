@@ -2,8 +2,8 @@
 
 Position n of the endless row sequence belongs to one source (blending by largest deficit, no random numbers), to one
 epoch of that source, and to one of its rows (a Feistel permutation per source and epoch, so nothing is stored). Global
-batch k is positions [k*G, (k+1)*G). Nothing depends on ranks or workers, so a run resumes exactly at any size from one
-integer: the number of consumed samples.
+batch k is positions [k*G, (k+1)*G); under packing (`packing.py`) the k-th G packs of rows. Nothing depends on ranks or
+workers, so a run resumes exactly at any size from its `Position`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import gcd, lcm
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from megatron_vlm.errors import DataError
+
+if TYPE_CHECKING:
+    from megatron_vlm.data.row_lengths import RowLengths
 
 LONGEST_BLEND_CYCLE = 65_536
 """Weights are kept exactly if their ratio fits a cycle of this many rows, else rounded to 1/65536."""
@@ -43,20 +46,92 @@ class RowReference(NamedTuple):
     row: int
 
 
+Pack = list[RowReference]
+"""Rows of the data that make one row of a batch, as its documents; without any it is padding."""
+
+
+class Position(NamedTuple):
+    """How far a run is in its plan.
+
+    Attributes:
+        samples: rows of the data before it.
+        window: of a packed plan, the window of its next pack.
+        pack: how many packs of that window come before it.
+    """
+
+    samples: int = 0
+    window: int = 0
+    pack: int = 0
+
+
+START = Position()
+
+
+class BatchPlan(Protocol):
+    """What a loader reads: an endless sequence of packs, of which each global batch is the next G.
+
+    Attributes:
+        sources: the data sources in the order of the configuration.
+    """
+
+    sources: tuple[PlannedSource, ...]
+
+    @property
+    def lengths(self) -> Sequence[RowLengths] | None:
+        """Of each source, what its rows take; None where the order does not depend on it."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all sources together."""
+
+    @property
+    def samples_per_pack(self) -> float:
+        """Rows of the data in a pack, in the mean."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that the order depends on; paths do not count, so data may move."""
+
+    def packs(self, position: Position, count: int) -> list[Pack]:
+        """Return the next `count` packs from a position."""
+
+    def advance(self, position: Position, count: int) -> Position:
+        """Return the position `count` packs later."""
+
+    def count_packs(self, at_most: int) -> int:
+        """Return the packs of one pass over the data, of a plan for one pass; counts no further than `at_most`."""
+
+    def costs(self, packs: Sequence[Pack]) -> np.ndarray | None:
+        """Return the predicted cost of each pack, int64, in any unit; None where it is not known."""
+
+    def state(self, position: Position) -> dict[str, Any]:
+        """Return plain values from which `check_state` recognises the same plan and the position in it."""
+
+    def check_state(self, state: dict[str, Any]) -> Position:
+        """Check that `state` belongs to this plan and return the position that it holds.
+
+        Raises:
+            DataError: the data, their weights, the seed, the shuffling or the packing changed since it was saved.
+            ValueError: the position is damaged.
+        """
+
+
 class SamplePlan:
-    """The endless sequence of rows that a run reads.
+    """The endless sequence of rows that a run reads; as a `BatchPlan` each row is a pack of its own.
 
     Args:
         sources: the data sources in the order of the configuration.
         seed: seed of the shuffle.
         shuffle: false reads every source in file order.
+        one_pass: leave out rows that come a second time, as evaluation does.
     """
 
-    def __init__(self, sources: Sequence[PlannedSource], seed: int, shuffle: bool) -> None:
+    def __init__(self, sources: Sequence[PlannedSource], seed: int, shuffle: bool, *, one_pass: bool = False) -> None:
         assert sources and all(source.num_rows > 0 for source in sources)
         self.sources = tuple(sources)
         self.seed = seed
         self.shuffle = shuffle
+        self.one_pass = one_pass
         shares = blend_shares([source.weight for source in sources])
         self._shares = np.array(shares)
         self._cycle = blend_cycle(shares)
@@ -66,9 +141,32 @@ class SamplePlan:
             self._rank_in_cycle[self._cycle == source] = np.arange(share)
 
     @property
+    def lengths(self) -> Sequence[RowLengths] | None:
+        return None
+
+    @property
     def num_rows(self) -> int:
-        """Rows of all sources together."""
         return sum(source.num_rows for source in self.sources)
+
+    @property
+    def samples_per_pack(self) -> float:
+        return 1.0
+
+    def packs(self, position: Position, count: int) -> list[Pack]:
+        return [[] if self.is_repeated(row) else [row] for row in self.rows(position.samples, count)]
+
+    def is_repeated(self, row: RowReference) -> bool:
+        """Whether a row is left out because it came before."""
+        return self.one_pass and row.epoch > 0
+
+    def advance(self, position: Position, count: int) -> Position:
+        return Position(position.samples + count)
+
+    def count_packs(self, at_most: int) -> int:
+        return min(at_most, self.positions_of_one_pass())
+
+    def costs(self, packs: Sequence[Pack]) -> np.ndarray | None:
+        return None
 
     def rows(self, start: int, count: int) -> list[RowReference]:
         """Return the rows at positions [start, start + count)."""
@@ -95,39 +193,27 @@ class SamplePlan:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything that the order depends on; paths do not count, so data may move."""
         facts = [[source.digest, source.num_rows, source.weight] for source in self.sources]
-        text = json.dumps([facts, self.seed if self.shuffle else None, self.shuffle])
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return hash_of([facts, self.seed if self.shuffle else None, self.shuffle])
 
-    def state(self, consumed_samples: int) -> dict[str, Any]:
-        """Return plain values from which `check_state` recognises the same plan and the position in it."""
+    def state(self, position: Position) -> dict[str, Any]:
         return {
-            "consumed_samples": consumed_samples,
+            "consumed_samples": position.samples,
             "fingerprint": self.fingerprint,
             "seed": self.seed,
             "shuffle": self.shuffle,
             "sources": [vars(source) for source in self.sources],
         }
 
-    def check_state(self, state: dict[str, Any]) -> int:
-        """Check that `state` belongs to this plan and return the position that it holds.
-
-        Raises:
-            DataError: the data, their weights, the seed or the shuffling changed since the state was saved.
-            ValueError: the position is damaged.
-        """
+    def check_state(self, state: dict[str, Any]) -> Position:
+        if "packing" in state:
+            raise changed_order(["data.packing was true, now false"])
         if state["fingerprint"] != self.fingerprint:
-            raise DataError(
-                f"the data order is not the one this run was trained with: {'; '.join(self._changes(state))}",
-                fix="restore it, or start a new run_dir with checkpoint.load",
-            )
-        consumed_samples = state["consumed_samples"]
-        if type(consumed_samples) is not int or not 0 <= consumed_samples < 2**62:
-            raise ValueError(f"consumed_samples is {consumed_samples!r}")
-        return consumed_samples
+            raise changed_order(self.changes(state))
+        return Position(saved_number(state, "consumed_samples"))
 
-    def _changes(self, state: dict[str, Any]) -> list[str]:
+    def changes(self, state: dict[str, Any]) -> list[str]:
+        """Return what differs from the plan that `state` was saved from, in words."""
         changes = [
             f"{key} was {state[name]}, now {getattr(self, name)}"
             for name, key in (("seed", "train.seed"), ("shuffle", "data.shuffle"))
@@ -147,9 +233,29 @@ class SamplePlan:
         return changes
 
 
-def micro_batch_start(step_start: int, micro_batch: int, rank: int, ranks: int, micro_batch_size: int) -> int:
-    """Return the first position of a rank's micro-batch within the global batch that starts at `step_start`."""
-    return step_start + (micro_batch * ranks + rank) * micro_batch_size
+def changed_order(changes: Sequence[str]) -> DataError:
+    """Return the refusal to go on with another order of data, which names what changed."""
+    return DataError(
+        f"the data order is not the one this run was trained with: {'; '.join(changes)}",
+        fix="restore it, or start a new run_dir with checkpoint.load",
+    )
+
+
+def saved_number(state: dict[str, Any], name: str) -> int:
+    """Return a number of a plan's state.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    number = state[name]
+    if type(number) is not int or not 0 <= number < 2**62:
+        raise ValueError(f"{name} is {number!r}")
+    return number
+
+
+def hash_of(facts: Any) -> str:
+    """Return a hash of plain values."""
+    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
 
 def blend_shares(weights: Sequence[float]) -> list[int]:

@@ -45,7 +45,7 @@ from megatron_vlm.data.conversation import (
     TextPart,
     ThinkingPart,
 )
-from megatron_vlm.data.media import Medium
+from megatron_vlm.data.media import Medium, Sides
 from megatron_vlm.data.processor import (
     MEDIA_TOKEN_NAMES,
     check_added_tokens,
@@ -215,23 +215,35 @@ class PromptBuilder:
         return dict(self.processor.apply_chat_template(self._messages(conversation, images, videos, audio), **options))
 
     def resized(self, image: Image.Image, size: ImageSize | None, row_name: str) -> Image.Image:
-        """Return an image in the size that its row asks for, before the processor sees it.
+        """Return an image in the size that its row asks for, before the processor sees it; see `sides_of_row`."""
+        sides = self.sides_of_row((image.height, image.width), size, row_name)
+        if sides == (image.height, image.width):
+            return image
+        return image.resize(sides[::-1], Image.Resampling.BICUBIC)
+
+    def sides_of_row(self, sides: Sides, size: ImageSize | None, row_name: str) -> Sides:
+        """Return the height and width that the row of an image asks for; its own, where the processor gives them.
+
+        Args:
+            sides: the image's own.
+            size: what the row asks for, if anything.
+            row_name: file and line of the row, for error messages.
 
         Raises:
             DataError: the model scales all images to one size, or the processor's limits would change this one.
         """
         if size is None:
-            return image
+            return sides
         fit = None if self.rules.media is None else self.rules.media.fit_image
         if fit is None:
             raise DataError(
                 "the row asks for the size of an image, which this model does not choose", row_name, "remove the keys"
             )
-        sides, own = (image.height, image.width), ImageSize()
+        own = ImageSize()
         try:
             asked = fit(self.processor, sides, size)
             if asked == fit(self.processor, sides, own):
-                return image
+                return sides
             kept = fit(self.processor, asked, own)
         except ValueError as error:
             raise DataError(f"the size that the row asks of an image: {error}", row_name, "correct it") from None
@@ -242,7 +254,7 @@ class PromptBuilder:
                 row_name,
                 "correct the row, or widen the limits with data.min_pixels and data.max_pixels",
             )
-        return image.resize(asked[::-1], Image.Resampling.BICUBIC)
+        return asked
 
     def sample_frames(self, metadata: VideoMetadata, frames_per_second: float | None) -> np.ndarray:
         """Return the indices of the frames that the video processor samples from a file; see `videos.Sampler`."""

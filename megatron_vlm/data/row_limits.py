@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_vlm.config import DataSettings
+from megatron_vlm.data.packing import WINDOW_ROWS
 from megatron_vlm.data.plan import PlannedSource
 from megatron_vlm.errors import DataError
 
@@ -95,8 +96,10 @@ class RowLimits:
     def _check_sources(self) -> None:
         """Refuse a source all of whose rows came, in its weight's part of the rows seen, without a token to train."""
         total = sum(source.weight for source in self.sources)
+        # Rows that are packed together come in another order than that of the weights.
+        seen = self.rows_seen - WINDOW_ROWS * self.settings.packing
         for source, name, labels in zip(self.sources, self.names, self.source_labels, strict=True):
-            if not labels and self.rows_seen * source.weight / total >= source.num_rows + FEWEST_ROWS_FOR_FRACTION:
+            if not labels and seen * source.weight / total >= source.num_rows + FEWEST_ROWS_FOR_FRACTION:
                 raise self._error(f"no row of the source {name} ({source.path}) has a token to train")
 
     def _error(self, what: str, fix: str = "look at the rows with --dry_run or tools/inspect_data.py") -> DataError:

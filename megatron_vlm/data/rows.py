@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 
 from megatron_vlm.config import Config, DataSettings, DataSource, source_names
 from megatron_vlm.data import row_keys
-from megatron_vlm.data.audio import load_audio, require_audio_packages
+from megatron_vlm.data.audio import require_audio_packages
 from megatron_vlm.data.collate import LoadedSample
 from megatron_vlm.data.conversation import Conversation
 from megatron_vlm.data.formats import parse_row
-from megatron_vlm.data.images import load_image
+from megatron_vlm.data.media_loading import MediaLoader, MediaMeasurer
 from megatron_vlm.data.plan import PlannedSource
 from megatron_vlm.data.prompts import PromptBuilder, Sample
+from megatron_vlm.data.row_lengths import PADDING_STATUSES, RowLengths, RowStatus
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.data.source_rows import SourceRows, index_sources
 from megatron_vlm.data.urls import UrlAccess
-from megatron_vlm.data.videos import Video, load_video, require_decoder
+from megatron_vlm.data.videos import require_decoder
 from megatron_vlm.errors import ConfigError, DataError
 
 ROWS_PEEKED_FOR_IMAGES = 256
@@ -48,6 +51,7 @@ class RowReader:
     def __init__(self, sources: Sequence[DataSource], settings: DataSettings, builder: PromptBuilder) -> None:
         self.settings = settings
         self.builder = builder
+        self.media = MediaLoader(builder, self.url_access)
         self._names = source_names(sources)
         self.weights = [source.weight for source in sources]
         self.sources = index_sources([source.path for source in sources])
@@ -120,6 +124,48 @@ class RowReader:
             return LoadedSample(sample, source, name, unknown_keys=conversation.unknown_keys)
         return self._too_long(conversation, sample, source)
 
+    def measuring(self) -> RowReader:
+        """Return a reader of the same rows that decodes nothing (`MediaMeasurer`): for their lengths, not for training.
+
+        Its policies never raise, so that all rows can be measured: bad and too long ones become padding samples.
+        """
+        reader = copy.copy(self)
+        reader.media = MediaMeasurer(self.builder, self.url_access)
+        too_long: Literal["drop", "truncate", "error"] = (
+            "drop" if self.settings.too_long == "error" else self.settings.too_long
+        )
+        reader.settings = dataclasses.replace(self.settings, strict=False, too_long=too_long)
+        return reader
+
+    def read_measured(self, source: int, row: int, lengths: RowLengths) -> LoadedSample:
+        """Return what `read` gives for a row whose length is known, and make sure that it has that length.
+
+        A row that became a padding sample when it was measured stays one; nothing of it is decoded.
+
+        Args:
+            source: of the row.
+            row: its number in the source.
+            lengths: of the source.
+
+        Raises:
+            DataError: see `read`; or the row has another length than when it was measured.
+            ConfigError: see `read`.
+        """
+        expected, status = int(lengths.tokens[row]), lengths.status[row]
+        loaded = self._measuring.read(source, row) if status in PADDING_STATUSES else self.read(source, row)
+        if loaded.bad or len(loaded.sample.input_ids) == expected:
+            return loaded
+        name = self.sources[source].name(row)
+        if status == RowStatus.BAD:
+            problem = f"bad row: it could not be read when lengths were measured, and now it can be [{name}]"
+            return LoadedSample(self._padding_sample(), source, name, bad=True, problem=problem)
+        found = self.num_tokens(source, row) if loaded.too_long else len(loaded.sample.input_ids)
+        raise DataError(
+            f"the row has {found} tokens, and had {expected} when lengths were measured: its media were replaced",
+            name,
+            f"put them back; or delete {lengths.stored_at} on every node, and start again with a new run_dir",
+        )
+
     def transformers_inputs(self, source: int, row: int) -> dict[str, Any]:
         """Return what transformers' model takes for a row, from the processor: token ids [1, S], pixels and so on.
 
@@ -127,7 +173,7 @@ class RowReader:
             DataError: the row is bad.
         """
         conversation = self.conversation(source, row)
-        return self.builder.transformers_inputs(conversation, *self._media(conversation))
+        return self.builder.transformers_inputs(conversation, *self.media.load(conversation))
 
     def num_tokens(self, source: int, row: int) -> int:
         """Return the length of a row, whatever data.seq_length is.
@@ -141,6 +187,10 @@ class RowReader:
         """Return a padding sample for a slot that holds no row."""
         return LoadedSample(self._padding_sample(), source, "")
 
+    @cached_property
+    def _measuring(self) -> RowReader:
+        return self.measuring()
+
     def _parse(self, rows: SourceRows, row: int) -> Conversation:
         file, row = rows.locate(row)
         return parse_row(file.read(row), file.name(row), file.directory, self._rendered)
@@ -148,7 +198,7 @@ class RowReader:
     def _conversation_and_sample(self, source: int, row: int) -> tuple[Conversation, Sample]:
         conversation = self.conversation(source, row)
         self._refuse_huge(conversation)
-        return conversation, self._encode(conversation)
+        return conversation, self.media.encode(conversation)
 
     def _refuse_huge(self, conversation: Conversation) -> None:
         tokens = self.settings.seq_length
@@ -158,22 +208,6 @@ class RowReader:
         ):
             if count > limit:
                 raise DataError(f"the row has {count} {what}, more than {limit}", conversation.row_name, "split it")
-
-    def _encode(self, conversation: Conversation) -> Sample:
-        return self.builder.encode(conversation, *self._media(conversation))
-
-    def _media(self, conversation: Conversation) -> tuple[list[Image.Image], list[Video], list[np.ndarray]]:
-        """Decode a row's images, videos and audio."""
-        name, access = conversation.row_name, self.url_access
-        images = [
-            self.builder.resized(load_image(part.source, name, access), part.size, name)
-            for part in conversation.image_parts
-            if part.source is not None
-        ]
-        videos = [load_video(source, name, access, self.builder.sample_frames) for source in conversation.videos]
-        rate, most_samples = self.builder.audio_limits if conversation.audio else (0, 0)
-        audio = [load_audio(source, name, access, rate, most_samples) for source in conversation.audio]
-        return images, videos, audio
 
     def _padding_sample(self, empty_answers: int = 0) -> Sample:
         """Return a sample of one token that trains nothing."""
@@ -203,7 +237,7 @@ class RowReader:
         complete = len(sample.answer_ends) == len(answers)
         for count in reversed(answers[:turns_that_may_fit] if complete else answers[:-1]):
             try:
-                shorter = self._encode(conversation.first_messages(count))
+                shorter = self.media.encode(conversation.first_messages(count))
             except DataError:
                 continue
             if len(shorter.input_ids) <= limit:

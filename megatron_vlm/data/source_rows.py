@@ -70,6 +70,10 @@ class SourceRows:
         parts = zip(self._firsts[:-1].tolist(), self.files, strict=True)
         return [first + row for first, file in parts for row in file.index.unparsable_rows]
 
+    def row_bytes(self) -> np.ndarray:
+        """Return how many bytes of text each row has, [rows] int64."""
+        return np.concatenate([file.index.ends - file.index.starts for file in self.files])
+
     def locate(self, row: int) -> tuple[JsonlRows, int]:
         """Return the file that a row is in, and its number there."""
         number = int(np.searchsorted(self._firsts, row, side="right")) - 1

@@ -19,7 +19,9 @@ import torch
 import torch.distributed
 
 from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.data.context_exchange import ContextShard
 from megatron_vlm.data.loader import BatchLoader, BatchSharding, MicroBatchLoader
+from megatron_vlm.data.plan import Position
 from megatron_vlm.errors import UserError
 
 LONGEST_PAUSE_SECONDS = 5.0
@@ -103,7 +105,7 @@ class StageLoader(BatchLoader):
                 batches = [batch.pin_memory() for batch in batches]
         else:
             batches = self._read_and_send(self.reader)
-        self.consumed_samples += self.sharding.global_batch_size
+        self._advance()
         self.wait_seconds += time.perf_counter() - began
         return batches
 
@@ -116,10 +118,10 @@ class StageLoader(BatchLoader):
         self.stages.share(encode(batches, self.stages.sent_inputs))
         return batches
 
-    def seek(self, consumed_samples: int) -> None:
-        self.consumed_samples = consumed_samples
+    def seek(self, position: Position) -> None:
+        self.position = position
         if self.reader is not None:
-            self.reader.seek(consumed_samples)
+            self.reader.seek(position)
 
     def close(self) -> None:
         if self.reader is not None:
@@ -190,10 +192,14 @@ def _named(inputs: dict[str, Any], names: Collection[str], convert: Callable[[An
 
 
 def _to_array(value: Any) -> Any:
+    if isinstance(value, ContextShard):
+        return value.map(_to_array)
     return value.numpy() if isinstance(value, torch.Tensor) else value
 
 
 def _to_tensor(value: Any) -> Any:
+    if isinstance(value, ContextShard):
+        return value.map(_to_tensor)
     return torch.from_numpy(value) if hasattr(value, "__array__") else value
 
 

@@ -9,8 +9,9 @@ container stores no count, and does not rotate videos that a phone took upright;
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from transformers.video_utils import VideoMetadata
 
 from megatron_vlm.data.conversation import VideoSource
-from megatron_vlm.data.images import check_file, load_image
+from megatron_vlm.data.images import check_file, image_sides, load_image
 from megatron_vlm.data.urls import UrlAccess
 from megatron_vlm.errors import ConfigError, DataError
 
@@ -70,23 +71,31 @@ def load_video(source: VideoSource, row_name: str, access: UrlAccess, sample_fra
     """
     if source.path is None:
         frames = [np.asarray(load_image(frame, row_name, access)) for frame in source.frames]
-        if len({frame.shape for frame in frames}) > 1:
-            sizes = sorted({f"{frame.shape[1]} x {frame.shape[0]}" for frame in frames})
-            raise DataError(f"the frames of a video differ in size: {', '.join(sizes)}", row_name, "scale them alike")
-        height, width = frames[0].shape[:2]
-        _check_size(len(frames), height, width, source, row_name)
-        rate = source.frames_per_second or DEFAULT_FRAMES_PER_SECOND
-        return Video(_stack(frames), tuple(range(len(frames))), rate, len(frames))
+        _check_alike([frame.shape[:2] for frame in frames], source, row_name)
+        return _of_list(_stack(frames), source)
     check_video_file(source, row_name)
-    try:
+    with _refuse_damage(source, row_name):
         return _decode(source, row_name, sample_frames)
-    except DataError:
-        raise
-    # Decoders raise whatever a damaged file makes them stumble over; every such failure means the same for the row.
-    except Exception as error:
-        raise DataError(
-            f"video {source} cannot be decoded ({type(error).__name__}: {error})", row_name, "repair or remove it"
-        ) from None
+
+
+def measure_video(source: VideoSource, row_name: str, access: UrlAccess, sample_frames: Sampler) -> Video:
+    """Return what `load_video` gives, but with frames that have their size and no contents (device "meta").
+
+    Of lists of frames only headers are read, of a file the first frame is decoded, which alone tells how it is turned.
+    Arguments and errors are those of `load_video`, but for damage that only decoding all of it shows.
+    """
+    if source.path is None:
+        sides = [image_sides(frame, row_name, access) for frame in source.frames]
+        _check_alike(sides, source, row_name)
+        return _of_list(_blank(len(sides), *sides[0]), source)
+    check_video_file(source, row_name)
+    with _refuse_damage(source, row_name), _open(source.path) as container:
+        indices, rate, total = _sample(container, source, row_name, sample_frames)
+        first = next(container.decode(container.streams.video[0]), None)
+        _check_found(0 if first is None else len({*indices}), indices, source, row_name)
+        assert first is not None
+        height, width = (first.width, first.height) if first.rotation // 90 % 2 else (first.height, first.width)
+        return Video(_blank(len(indices), height, width), tuple(indices), rate, total)
 
 
 def check_video_file(source: VideoSource, row_name: str) -> None:
@@ -114,42 +123,77 @@ def require_decoder(row_name: str) -> None:
         )
 
 
-def _decode(source: VideoSource, row_name: str, sample_frames: Sampler) -> Video:
-    import av  # an optional package
+@contextlib.contextmanager
+def _refuse_damage(source: VideoSource, row_name: str) -> Iterator[None]:
+    """Turn whatever a video makes its decoder raise into an error that names it."""
+    try:
+        yield
+    except DataError:
+        raise
+    # Decoders raise whatever a damaged file makes them stumble over; every such failure means the same for the row.
+    except Exception as error:
+        raise DataError(
+            f"video {source} cannot be decoded ({type(error).__name__}: {error})", row_name, "repair or remove it"
+        ) from None
 
-    # Nothing but the file itself is opened, whatever it refers to.
-    options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
-    with av.open(str(source.path), options=options) as container:
-        if not container.streams.video:
-            raise DataError(f"video {source} has no picture", row_name, "repair or remove it")
-        stream = container.streams.video[0]
-        # Reading ahead is done by several workers, each of which would take all cores.
-        stream.codec_context.thread_count = 1
-        total = stream.frames or _count_frames(source.path, options)
-        rate = float(stream.average_rate or DEFAULT_FRAMES_PER_SECOND)
-        if total == 0:
-            raise DataError(f"video {source} has no frames", row_name, "remove the row")
-        metadata = VideoMetadata(total_num_frames=total, fps=rate)
-        indices = sample_frames(metadata, source.frames_per_second).tolist()
-        _check_size(len(indices), stream.height, stream.width, source, row_name)
+
+def _decode(source: VideoSource, row_name: str, sample_frames: Sampler) -> Video:
+    with _open(source.path) as container:
+        indices, rate, total = _sample(container, source, row_name, sample_frames)
         wanted, frames = set(indices), []
-        for number, frame in enumerate(container.decode(stream)):
+        for number, frame in enumerate(container.decode(container.streams.video[0])):
             if number in wanted:
                 # A phone held upright stores landscape frames and the angle to rotate them by.
                 frames.append(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
             if number == indices[-1]:
                 break
-    if len(frames) != len(indices):
-        raise DataError(f"video {source} ends before its last frame", row_name, "repair or remove it")
+    _check_found(len(frames), indices, source, row_name)
     return Video(_stack(frames), tuple(indices), rate, total)
 
 
-def _count_frames(path: Path | None, options: dict[str, str]) -> int:
-    """Count the frames of a file whose container does not store their number."""
+def _open(path: Path | None) -> Any:
+    """Open a file's container."""
     import av  # an optional package
 
-    with av.open(str(path), options=options) as container:
+    # Nothing but the file itself is opened, whatever it refers to.
+    return av.open(str(path), options={"protocol_whitelist": "file", "format_whitelist": CONTAINERS})
+
+
+def _sample(container: Any, source: VideoSource, row_name: str, sample_frames: Sampler) -> tuple[list[int], float, int]:
+    """Return the indices of the frames to take from a container, its frame rate and its number of frames."""
+    if not container.streams.video:
+        raise DataError(f"video {source} has no picture", row_name, "repair or remove it")
+    stream = container.streams.video[0]
+    # Reading ahead is done by several workers, each of which would take all cores.
+    stream.codec_context.thread_count = 1
+    total = stream.frames or _count_frames(source.path)
+    rate = float(stream.average_rate or DEFAULT_FRAMES_PER_SECOND)
+    if total == 0:
+        raise DataError(f"video {source} has no frames", row_name, "remove the row")
+    metadata = VideoMetadata(total_num_frames=total, fps=rate)
+    indices = sample_frames(metadata, source.frames_per_second).tolist()
+    _check_size(len(indices), stream.height, stream.width, source, row_name)
+    return indices, rate, total
+
+
+def _count_frames(path: Path | None) -> int:
+    """Count the frames of a file whose container does not store their number."""
+    with _open(path) as container:
         return sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
+
+
+def _check_found(num_found: int, indices: Sequence[int], source: VideoSource, row_name: str) -> None:
+    if num_found != len(indices):
+        raise DataError(f"video {source} ends before its last frame", row_name, "repair or remove it")
+
+
+def _check_alike(sides: Sequence[tuple[int, ...]], source: VideoSource, row_name: str) -> None:
+    """Check the heights and widths of a list of frames."""
+    if len({*sides}) > 1:
+        sizes = sorted({f"{width} x {height}" for height, width in sides})
+        raise DataError(f"the frames of a video differ in size: {', '.join(sizes)}", row_name, "scale them alike")
+    height, width = sides[0]
+    _check_size(len(sides), height, width, source, row_name)
 
 
 def _check_size(num_frames: int, height: int, width: int, source: VideoSource, row_name: str) -> None:
@@ -159,6 +203,16 @@ def _check_size(num_frames: int, height: int, width: int, source: VideoSource, r
             row_name,
             "scale it down, or give a lower fps",
         )
+
+
+def _of_list(frames: torch.Tensor, source: VideoSource) -> Video:
+    """Return the video of a list of frames, all of which are taken."""
+    rate = source.frames_per_second or DEFAULT_FRAMES_PER_SECOND
+    return Video(frames, tuple(range(len(frames))), rate, len(frames))
+
+
+def _blank(num_frames: int, height: int, width: int) -> torch.Tensor:
+    return torch.empty(num_frames, 3, height, width, dtype=torch.uint8, device="meta")
 
 
 def _stack(frames: list[np.ndarray]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_vlm import platform
 from megatron_vlm.config import Config
+from megatron_vlm.data.context_shard import ContextSharding
 from megatron_vlm.families.registry import Family
 from megatron_vlm.model_configs import VisionLanguageConfig
 from megatron_vlm.parallel.chunk_settings import ChunkSettings, LossSettings, MoESettings
@@ -57,6 +58,13 @@ def build_settings(config: Config, layout: Layout) -> BuildSettings:
         ),
         LossSettings(config.model.loss_chunk_mib * 2**20, config.model.z_loss_coeff),
     )
+
+
+def context_sharding(layout: Layout, model_config: VisionLanguageConfig, rank: int) -> ContextSharding | None:
+    """Return which shard of every micro-batch a context rank takes; None where there is only one."""
+    if layout.context_size == 1:
+        return None
+    return ContextSharding(rank, layout.context_size, model_config.text.attention_kinds, layout.sequence_shards)
 
 
 def build_chunks(

@@ -28,8 +28,8 @@ from vlm_kernels.span_attention import Spans, span_attention
 class AttentionCore(torch.nn.Module):
     """Attention between projected heads: all of a layer's attention but its projections, norms and rotation.
 
-    Where queries are a context rank's shard of the sequence, keys and values of all ranks are gathered here and nowhere
-    else.
+    Where queries are a context rank's shard of the sequence, the keys and values that they see are gathered here and
+    nowhere else.
 
     Args:
         window: number of keys visible on the past side, the query's own included; None is unlimited.
@@ -58,10 +58,12 @@ class AttentionCore(torch.nn.Module):
         return self._attend(q, k, v, spans)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans) -> torch.Tensor:
+        window = self.window
         if spans.shard is not None and spans.shard.gather is not None:
-            k, v = spans.shard.gather(k, v)
+            k, v, spans = spans.shard.gather(k, v, spans, window)
+            window = None  # the spans have it
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (q, k, v))
-        attended_BNSD = span_attention(q, k, v, spans, self.window, self.scale)
+        attended_BNSD = span_attention(q, k, v, spans, window, self.scale)
         return attended_BNSD.permute(2, 0, 1, 3).flatten(2).contiguous()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_vlm.layers.load_balancing import LoadBalancing
 from megatron_vlm.layers.moe import LocalTokens, Routing
@@ -22,11 +22,11 @@ class ExpertUse:
     Args:
         layers: configurations of all decoder layers of the model, at least one of which has experts; all alike.
         chunk: settings of the pipeline chunk.
-        group: the tensor-parallel process group, over which tokens are split under sequence parallelism.
+        groups: process groups, over those of tensor and context ranks of which tokens are split.
     """
 
     def __init__(
-        self, layers: Sequence[DecoderLayerConfig], chunk: ChunkSettings, group: torch.distributed.ProcessGroup
+        self, layers: Sequence[DecoderLayerConfig], chunk: ChunkSettings, groups: ProcessGroupCollection
     ) -> None:
         experts = {index: layer.moe for index, layer in enumerate(layers) if layer.moe is not None}
         assert len({*experts.values()}) == 1, "layers differ in their experts"
@@ -41,7 +41,8 @@ class ExpertUse:
                 len(experts),
                 moe.num_experts,
                 moe.top_k,
-                group,
+                groups.tp,
+                groups.cp,
             )
         )
         self.reset()

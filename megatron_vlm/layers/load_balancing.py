@@ -18,7 +18,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed
-from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 
 from megatron_vlm.layers.moe import Routing
 
@@ -33,8 +36,9 @@ class LoadBalancing:
         num_layers: layers with experts in the full model.
         num_experts: experts of each layer.
         top_k: experts per token.
-        group: the tensor-parallel process group, each rank of which has a shard of the tokens (sequence parallelism) or
-            all (one rank).
+        tensor_group: the tensor-parallel process group, each rank of which has a shard of the tokens (sequence
+            parallelism) or all (one rank).
+        context_group: the context-parallel process group, each rank of which has a shard of tokens and labels.
     """
 
     definition: str
@@ -42,7 +46,8 @@ class LoadBalancing:
     num_layers: int
     num_experts: int
     top_k: int
-    group: torch.distributed.ProcessGroup
+    tensor_group: torch.distributed.ProcessGroup
+    context_group: torch.distributed.ProcessGroup
 
     @property
     def size(self) -> int:
@@ -50,25 +55,28 @@ class LoadBalancing:
         return 2 * self.num_experts if self.definition == "transformers" else 1
 
     def of_layer(self, routing: Routing, num_real: torch.Tensor) -> torch.Tensor:
-        """Return this tensor rank's part of what a layer adds to the sum, [size] fp32.
+        """Return this rank's part of what a layer adds to the sum, [size] fp32.
 
         Args:
             routing: where this rank's tokens went.
-            num_real: number of tokens of the micro-batch that are not padding, over all tensor ranks.
+            num_real: number of tokens of the full micro-batch that are not padding.
         """
         count = num_real.clamp(min=1)
         if self.definition == "transformers":
             return torch.cat((routing.tokens, routing.probabilities)) / count
-        tokens = routing.tokens
-        if self.group.size() > 1:
-            tokens = tokens.clone()
-            torch.distributed.all_reduce(tokens, group=self.group)
+        tokens = routing.tokens.clone()
+        for group in (self.tensor_group, self.context_group):
+            torch.distributed.all_reduce(tokens, group=group)
         return self._product(tokens / count, routing.probabilities / count) / self.top_k
 
     def loss(self, total: torch.Tensor) -> torch.Tensor:
-        """Return the loss, without its coefficient, from the sum over all layers."""
-        if self.group.size() > 1:
-            total = reduce_from_tensor_model_parallel_region(total, group=self.group)
+        """Return the loss, without its coefficient, from the sum over all layers.
+
+        Its gradient is the same on tensor ranks, which have the same labels, and is summed over context ranks.
+        """
+        for group in (self.tensor_group, self.context_group):
+            total = reduce_from_tensor_model_parallel_region(total, group=group)
+        total = copy_to_tensor_model_parallel_region(total, group=self.context_group)
         if self.definition == "megatron":
             return total.squeeze(0)
         fractions, probabilities = (total / self.num_layers).chunk(2)

@@ -54,7 +54,7 @@ class LocalTokens:
 
     Attributes:
         is_real: [S * B] bool, false on padding, which is computed like text but not counted.
-        num_real: number of tokens that are not padding, over all tensor ranks.
+        num_real: number of tokens of the full micro-batch that are not padding.
         common_length: number of tokens of the rank that has most, where all ranks must contribute equally many; None
             elsewhere.
     """
@@ -64,10 +64,22 @@ class LocalTokens:
     common_length: int | None
 
     @staticmethod
-    def of(document_ids_BS: torch.Tensor, chunk: ChunkSettings, groups: ProcessGroupCollection) -> LocalTokens:
-        """Return this tensor rank's tokens: a shard of the sequence under sequence parallelism, else all of it."""
+    def of(
+        document_ids_BS: torch.Tensor,
+        chunk: ChunkSettings,
+        groups: ProcessGroupCollection,
+        num_real: int | None = None,
+    ) -> LocalTokens:
+        """Return this rank's tokens: those given, or under sequence parallelism this tensor rank's part of them.
+
+        Args:
+            document_ids_BS: document of each token; negative on padding.
+            chunk: settings of the pipeline chunk.
+            groups: process groups.
+            num_real: see `LocalTokens`; None where the tokens given are the full micro-batch.
+        """
         is_real_SB = (document_ids_BS >= 0).t()
-        num_real = is_real_SB.sum()
+        count = is_real_SB.sum() if num_real is None else torch.tensor(num_real)
         if chunk.mcore_config.sequence_parallel:
             is_real_SB = is_real_SB.chunk(groups.tp.size())[groups.tp.rank()]
         is_real = is_real_SB.flatten()
@@ -77,7 +89,7 @@ class LocalTokens:
             longest = torch.tensor(is_real.numel(), device=is_real.device)
             torch.distributed.all_reduce(longest, torch.distributed.ReduceOp.MAX, group=groups.tp_ep)
             common_length = int(longest.item())
-        return LocalTokens(is_real, num_real, common_length)
+        return LocalTokens(is_real, count, common_length)
 
 
 class TopKRouter(torch.nn.Module):

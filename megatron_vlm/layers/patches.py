@@ -102,7 +102,7 @@ class PackedImages:
         frames: (1, height, width) in patches of each, known on the host; a blank one where there is none to encode.
         merge_size: patches per side of a block.
         device: device of the patches.
-        division: how the frames are divided over the tensor ranks; None where every rank encodes all.
+        division: how the frames are divided over ranks; None where every rank encodes all.
     """
 
     frames: tuple[Grid, ...]
@@ -116,7 +116,7 @@ class PackedImages:
         config: ImageEncoderConfig,
         grids: Sequence[Grid],
         device: torch.device,
-        divided_over: Group | None = None,
+        divided_over: tuple[Group, Group] | None = None,
     ) -> PackedImages:
         """Return what this rank encodes of a micro-batch.
 
@@ -124,16 +124,15 @@ class PackedImages:
             config: configuration of the tower.
             grids: frames, rows and columns of patches of each image or video.
             device: device of the patches.
-            divided_over: group of ranks that each hold full copies of tower and projector and encode some of the
-                frames.
+            divided_over: the groups of tensor and of context ranks that each encode some of the frames.
         """
         frames, division = split_frames(grids), None
-        if divided_over is not None and frames:
+        if divided_over is not None and max(group.size() for group in divided_over) > 1 and frames:
             patches = [math.prod(frame) for frame in frames]
             # Multiply-adds of a layer: those of linears grow with the number of patches, those of attention with its
             # square.
             costs = [count * (config.layer_weights + 2 * count * config.hidden_size) for count in patches]
-            division = ImageDivision(patches, costs, divided_over)
+            division = ImageDivision(patches, costs, *divided_over)
             frames = [frames[index] for index in division.own]
         return cls(tuple(frames) or (config.blank_frame,), config.spatial_merge_size, device, division)
 
@@ -156,7 +155,7 @@ class PackedImages:
         """Return rows of the pixels of the frames that this rank encodes, or of a blank frame in zeros.
 
         Args:
-            pixels: pixels of all frames, the same on every tensor rank; a row is a patch or an image.
+            pixels: pixels of all frames, the same on every rank; a row is a patch or an image.
         """
         if self.division is None:
             return pixels

@@ -13,6 +13,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.layers.context_exchange import spans_of
 from megatron_vlm.layers.embedding import TokenEmbedding, padded_vocab_size
 from megatron_vlm.layers.expert_use import ExpertUse
 from megatron_vlm.layers.linear import ColumnParallelLinear
@@ -24,6 +25,7 @@ from megatron_vlm.model_configs import DecoderConfig
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.parameters import declare, normal_rows
 from megatron_vlm.parallel.stage_state import StageState
+from vlm_kernels.span_attention import Spans
 
 
 class LanguageModelChunk(torch.nn.Module):
@@ -58,7 +60,7 @@ class LanguageModelChunk(torch.nn.Module):
         self.z_loss_coeff = chunk.loss.z_loss_coeff
         self.recompute_layers = chunk.recompute == "full"
         has_experts = any(layer.moe is not None for layer in text.layers)
-        self.expert_use = ExpertUse(text.layers, chunk, group) if has_experts else None
+        self.expert_use = ExpertUse(text.layers, chunk, groups) if has_experts else None
         if chunk.has_embedding or (chunk.is_last and text.tie_word_embeddings):
             self.embed_tokens = TokenEmbedding(
                 text.vocab_size,
@@ -119,9 +121,16 @@ class LanguageModelChunk(torch.nn.Module):
         """
         return replace(state, hidden=output)
 
+    def spans(self, batch: MicroBatch) -> Spans:
+        """Return the visible ranges, and on a context rank, how layers gather keys and values."""
+        return spans_of(batch, self.groups.cp)
+
     def local_tokens(self, batch: MicroBatch) -> LocalTokens | None:
         """Return which tokens count for the experts; None without experts."""
-        return None if self.expert_use is None else LocalTokens.of(batch.document_ids, self.chunk, self.groups)
+        if self.expert_use is None:
+            return None
+        num_real = None if batch.context is None else batch.context.num_real
+        return LocalTokens.of(batch.document_ids, self.chunk, self.groups, num_real)
 
     def count_experts(
         self, layer: int, routing: Routing | None, tokens: LocalTokens | None, scalars: torch.Tensor | None

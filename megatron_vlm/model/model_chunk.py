@@ -49,8 +49,10 @@ class ModelChunk(MegatronModule):
         self.pre_process, self.post_process, self.vp_stage = chunk.is_first, chunk.is_last, chunk.virtual_stage
         self.has_embedding, self.tower_layers = chunk.has_embedding, chunk.tower_layers
         self.divides_images = chunk.vision_parallelism == "data" and groups.tp.size() > 1
-        # Ranks over which each layer of a tower is sharded.
+        # Tensor ranks over which each layer of a tower is sharded.
         self.tower_group = groups.single_rank if self.divides_images else groups.tp
+        # Tensor and context ranks that each encode some of the images.
+        self.image_groups = groups.tp if self.divides_images else groups.single_rank, groups.cp
         # A micro-batch without images skips the tower, or encodes a blank image whose features nobody reads.
         self.always_encodes = chunk.overlapped and self.vision is not None
         self.tower_trains = True
@@ -109,8 +111,7 @@ class ModelChunk(MegatronModule):
         """Return the images and videos of a micro-batch that this rank encodes; None if none is encoded."""
         if self.vision is None or not (batch.grids or self.always_encodes):
             return None
-        divided_over = self.groups.tp if self.divides_images else None
-        return PackedImages.of(self.vision, batch.grids, batch.labels.device, divided_over)
+        return PackedImages.of(self.vision, batch.grids, batch.labels.device, self.image_groups)
 
     def embed(self, batch: MicroBatch, features: Sequence[torch.Tensor]) -> StageState:
         """Return the input of the first decoder layer: tokens and media as one sequence.
@@ -189,7 +190,7 @@ class ModelChunk(MegatronModule):
         return self.projector
 
     def mark_tower(self) -> None:
-        """Declare tower and projector of images replicated with partial gradients, where ranks divide the images."""
+        """Declare tower and projector of images replicated with partial gradients, where tensor ranks divide images."""
         modules = (self.vision_tower, *((self.image_projector,) if self.has_embedding else ()))
         if self.divides_images:
             for parameter in (parameter for module in modules for parameter in module.parameters()):

@@ -1,4 +1,4 @@
-"""Images split over the tensor ranks: each rank encodes some with a full tower, then all ranks exchange features.
+"""Images divided over ranks: each encodes some of them, then all ranks exchange features.
 
 Shapes: R rows of pixels (one row per image, or one per patch), T rows of features (one per block of patches).
 """
@@ -11,6 +11,8 @@ import torch
 import torch.distributed
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch.nn.functional import pad
+
+Group = torch.distributed.ProcessGroup
 
 
 def assign_images(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
@@ -36,13 +38,15 @@ class ImageDivision:
     Args:
         patches: number of patches of each image (or frame of a video); at least one image.
         costs: cost of encoding each image, in any unit.
-        group: process group over which the images are split.
+        tensor_group: tensor ranks over which the images are divided, each with a full tower.
+        context_group: context ranks over which they are divided.
     """
 
-    def __init__(self, patches: Sequence[int], costs: Sequence[int], group: torch.distributed.ProcessGroup) -> None:
-        self.patches, self.group = list(patches), group
-        self.assigned = assign_images(costs, group.size())
-        self.own = self.assigned[group.rank()]
+    def __init__(self, patches: Sequence[int], costs: Sequence[int], tensor_group: Group, context_group: Group) -> None:
+        self.patches, self.tensor_group, self.context_group = list(patches), tensor_group, context_group
+        self.assigned = assign_images(costs, tensor_group.size() * context_group.size())
+        self.rank = context_group.rank() * tensor_group.size() + tensor_group.rank()
+        self.own = self.assigned[self.rank]
 
     def take(self, pixels: torch.Tensor, patches_per_row: int, blank_rows: int) -> torch.Tensor:
         """Return rows of this rank's images, or `blank_rows` rows of zeros if it has none.
@@ -60,8 +64,9 @@ class ImageDivision:
     def gather(self, features: torch.Tensor, patches_per_feature: int) -> torch.Tensor:
         """Return the features of all images on every rank, [T, ...], in the order of the images.
 
-        Each rank continues with the same full features and gets the same full gradient for them, so the backward pass
-        slices a rank's own part of it.
+        Tensor ranks continue with the same features and get the same full gradient for them, so that the backward pass
+        slices a rank's own part of it. Context ranks each read the features of their own tokens alone, so that their
+        gradients are summed first.
 
         Args:
             features: features of the images that `take` returned.
@@ -71,9 +76,14 @@ class ImageDivision:
         totals = [sum(sizes[image] for image in images) for images in self.assigned]
         # Ranks send equally many rows: gloo cannot gather unequal parts, and NCCL sends those one after the other.
         largest = max(totals)
-        own = features[: totals[self.group.rank()]]
+        own = features[: totals[self.rank]]
         padded = pad(own, (0, 0) * (features.dim() - 1) + (0, largest - own.shape[0]))
-        gathered = gather_from_sequence_parallel_region(padded, tensor_parallel_output_grad=False, group=self.group)
+        gathered = gather_from_sequence_parallel_region(
+            padded, tensor_parallel_output_grad=False, group=self.tensor_group
+        )
+        gathered = gather_from_sequence_parallel_region(
+            gathered, tensor_parallel_output_grad=True, group=self.context_group
+        )
         by_image: dict[int, torch.Tensor] = {}
         for images, total, part in zip(self.assigned, totals, gathered.split(largest), strict=True):
             *found, _padding = part.split([*(sizes[image] for image in images), largest - total])

@@ -120,6 +120,11 @@ class Layout:
         return self.tensor_size * self.context_size * self.data_size * self.pipeline_size
 
     @property
+    def sequence_shards(self) -> int:
+        """Number of tensor ranks over which a rank's tokens are split between sharded layers."""
+        return self.tensor_size if self.sequence_parallel else 1
+
+    @property
     def expert_data_size(self) -> int:
         """Number of ranks that hold copies of one expert."""
         return self.world_size // (self.pipeline_size * self.expert_size * self.expert_tensor_size)
@@ -168,6 +173,7 @@ class Layout:
         """Return the sizes that determine on which rank an element lies, as a checkpoint's manifest states them."""
         return {
             "tensor": self.tensor_size,
+            "context": self.context_size,
             "pipeline": self.pipeline_size,
             "virtual": self.virtual_size,
             "data": self.data_size,

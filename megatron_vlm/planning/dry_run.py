@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from megatron_vlm.checkpoint.run_folder import (
 from megatron_vlm.checkpoint.torch_dist import TorchDistReader
 from megatron_vlm.config import Config
 from megatron_vlm.conversion.convert import identity_of
-from megatron_vlm.data.describe import RowCheck, check_lengths, check_rows, describe_samples
+from megatron_vlm.data.describe import LengthCheck, RowCheck, check_lengths, check_rows, describe_samples
+from megatron_vlm.data.packing import samples_per_pack
 from megatron_vlm.data.rows import reader_for
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.errors import ConfigError, UserError, combine
@@ -92,6 +93,7 @@ def dry_run(config: Config, say: Callable[[str], None] = print) -> int:
     report = _Report(say)
     layouts: list[Layout] = []
     checks: list[RowCheck] = []
+    lengths: list[LengthCheck] = []
     report.attempt(lambda: _describe_layout(config, model_config, weight_map, layouts))
     report.attempt(lambda: check_weights(config, weight_map))
     report.attempt(lambda: _check_load(config, family, model_config))
@@ -99,9 +101,11 @@ def dry_run(config: Config, say: Callable[[str], None] = print) -> int:
     report.attempt(lambda: check_space(config, weight_map))
     report.attempt(lambda: _check_data(config, family.prompt_rules(model_config), checks))
     if checks:
-        report.attempt(lambda: _check_lengths(config, family.prompt_rules(model_config)))
+        report.attempt(lambda: _check_lengths(config, family.prompt_rules(model_config), lengths))
+    if lengths:
+        say(f"length    {_describe_length(config, checks[0], lengths[0])}")
     if layouts:
-        media_per_row = _media_per_row(checks[0]) if checks else (1.0, 1.0)
+        media_per_row = _media_per_row(checks[0], _samples_per_row(config, lengths)) if checks else (1.0, 1.0)
         report.attempt(lambda: _describe_memory(config, family, model_config, layouts[0], media_per_row))
     if checks:
         report.attempt(lambda: describe_samples(config, family.prompt_rules(model_config), SAMPLES_SHOWN))
@@ -112,14 +116,20 @@ def dry_run(config: Config, say: Callable[[str], None] = print) -> int:
     return 0
 
 
-def _media_per_row(check: RowCheck) -> tuple[float, float]:
-    """Return the images and the clips of audio in an average row.
+def _media_per_row(check: RowCheck, samples: float) -> tuple[float, float]:
+    """Return the images and the clips of audio in an average row of the batch, which has so many samples.
 
     Images are infinitely many where there are videos, each of which may fill its row.
     """
     if not check.rows:
         return 1.0, 1.0
-    return math.inf if check.videos else check.images / check.rows, check.audio_clips / check.rows
+    each = samples / check.rows
+    return math.inf if check.videos else check.images * each, check.audio_clips * each
+
+
+def _samples_per_row(config: Config, lengths: Sequence[LengthCheck]) -> float:
+    """Return the samples in an average row of the batch, by the lengths of some rows of the training data."""
+    return samples_per_pack(lengths[0].lengths, config.data.seq_length) if config.data.packing and lengths else 1.0
 
 
 def _millions(shapes: dict[str, tuple[int, ...]]) -> str:
@@ -139,10 +149,11 @@ def _describe_layout(config: Config, model_config: Any, weight_map: WeightMap, l
     layout = check_layout(config, model_config, world_size_to_check(config), shapes, buffers)
     layouts.append(layout)
     num_micro_batches = config.train.num_micro_batches(layout.data_size)
+    rows = "packed rows" if config.data.packing else "rows"
     lines = [
         f"layout    {layout} (set WORLD_SIZE to check another number of ranks)",
-        f"batch     {config.train.global_batch_size} rows = {num_micro_batches} micro-batches "
-        f"x {config.train.micro_batch_size} rows x {layout.data_size} data-parallel ranks",
+        f"batch     {config.train.global_batch_size} {rows} = {num_micro_batches} micro-batches "
+        f"x {config.train.micro_batch_size} {rows} x {layout.data_size} data-parallel ranks",
     ]
     lines += _describe_experts(config, model_config, layout)
     for chunk in range(len(layout.chunks)):
@@ -231,15 +242,23 @@ def _check_data(config: Config, rules: PromptRules, checks: list[RowCheck]) -> s
         checks.append(check)
         lines.append(f"data      {key}: {check}")
         lines += [f"  {line}" for line in (*check.problems, *check.notes)]
-    passes = config.train.train_iters * config.train.global_batch_size / max(1, checks[0].rows)
-    lines.append(f"length    {config.train.train_iters} steps = {passes:.2f} passes over the training rows")
     return "\n".join(lines)
 
 
-def _check_lengths(config: Config, rules: PromptRules) -> str:
+def _check_lengths(config: Config, rules: PromptRules, checks: list[LengthCheck]) -> str:
     """Check on a sample of the rows that enough of them fit into data.seq_length."""
     lines = []
     for key, sources in (("train", config.data.train), ("valid", config.data.valid)):
         if sources:
-            lines.append(f"lengths   {key}: {check_lengths(reader_for(config, sources, rules), ROWS_MEASURED)}")
+            checks.append(check_lengths(reader_for(config, sources, rules), ROWS_MEASURED))
+            lines.append(f"lengths   {key}: {checks[-1]}")
     return "\n".join(lines)
+
+
+def _describe_length(config: Config, rows: RowCheck, lengths: LengthCheck) -> str:
+    """Describe how long the run is."""
+    samples, steps = _samples_per_row(config, [lengths]), config.train.train_iters
+    passes = steps * config.train.global_batch_size * samples / max(1, rows.rows)
+    if not config.data.packing:
+        return f"{steps} steps = {passes:.2f} passes over the training rows"
+    return f"{steps} steps = about {passes:.2f} passes over the training rows, about {samples:.1f} in a packed row"

@@ -16,20 +16,20 @@ from functools import cached_property
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_vlm.data.balance import TokenCosts
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.families.build import BuildSettings, build_chunks
 from megatron_vlm.families.registry import Family
 from megatron_vlm.layers.attention import masked_spans
 from megatron_vlm.layers.embedding import padded_vocab_size
 from megatron_vlm.model.trainable import Trainable
-from megatron_vlm.model_configs import DecoderLayerConfig, ImageMask, VisionLanguageConfig
+from megatron_vlm.model_configs import AttentionKind, DecoderLayerConfig, ImageMask, VisionLanguageConfig
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.planning.example_batch import example_batch
 from megatron_vlm.planning.recorder import Counts, fake_tensors
 from megatron_vlm.planning.trace import ChunkCounts, Tracer
-from vlm_kernels.span_attention import Spans
+from vlm_kernels.span_attention import QueryShard, Spans
 
-Mask = tuple[int | None, ImageMask]
 Media = tuple[bool, bool]
 """Whether a micro-batch has images or videos, and whether it has audio."""
 NO_MEDIA, WITH_IMAGES, WITH_AUDIO, WITH_BOTH = (False, False), (True, False), (False, True), (True, True)
@@ -47,7 +47,7 @@ class ModelFlops:
         family: the model's family.
         model_config: the family's configuration of the model.
         trainable: which parameters train.
-        groups: this rank's process groups, of which only `single_rank` is used.
+        groups: this rank's process groups.
     """
 
     family: Family
@@ -56,7 +56,7 @@ class ModelFlops:
     groups: ProcessGroupCollection
 
     def lengths(self, batch: MicroBatch) -> list[int]:
-        """Return the lengths that the count depends on; they add up over micro-batches and data-parallel ranks.
+        """Return the lengths that the count depends on; they add up over micro-batches, data and context ranks.
 
         Args:
             batch: a micro-batch on the host, so that counting waits for no device. Pixels, which later pipeline
@@ -73,6 +73,8 @@ class ModelFlops:
         grids, clips, audio = batch.grids, batch.audio_frames, self.model_config.audio
         found = bool(grids), bool(clips)
         lengths = [length if media == found else 0 for media in self._media for length in text]
+        if self.groups.cp.rank() > 0:  # media are counted once, tokens where they are
+            grids, clips = [], []
         lengths.append(sum(frames * height * width for frames, height, width in grids))
         lengths.append(sum(frames * (height * width) ** 2 for frames, height, width in grids))
         if audio is not None:
@@ -90,6 +92,19 @@ class ModelFlops:
         if key not in _known_factors:
             _known_factors[key] = self._factors()
         return _known_factors[key]
+
+    def token_costs(self) -> TokenCosts:
+        """Return what rows of the data cost, of which packs are made that mostly have some medium of each kind."""
+        kinds, masks, audio = len(self._media), len(self._masks), self.model_config.audio
+        of_text, of_towers = self.factors[: kinds * (1 + masks)], self.factors[kinds * (1 + masks) :]
+        token, *pairs = of_text[-1 - masks :]
+        return TokenCosts(
+            token=token,
+            pair=tuple((window, pair) for (window, _), pair in zip(self._masks, pairs, strict=True)),
+            patch=of_towers[0],
+            patch_pair=of_towers[1],
+            audio_frame=0 if audio is None else of_towers[2] // audio.frames_per_token,
+        )
 
     def _factors(self) -> list[int]:
         text = self.model_config.text
@@ -122,9 +137,9 @@ class ModelFlops:
         with_audio = [WITH_AUDIO, WITH_BOTH] if self.model_config.audio is not None else []
         return [NO_MEDIA, WITH_IMAGES, *with_audio]
 
-    @cached_property
-    def _masks(self) -> list[Mask]:
-        return list(dict.fromkeys(map(_mask, self.model_config.text.layers)))
+    @property
+    def _masks(self) -> tuple[AttentionKind, ...]:
+        return self.model_config.text.attention_kinds
 
     def _traces(self) -> list[tuple[MicroBatch, ChunkCounts]]:
         """Trace the full model on this rank: each kind of micro-batch, and one with a clip of twice the length."""
@@ -154,13 +169,15 @@ class ModelFlops:
             return [(batch, tracer.trace(chunk, batch)) for batch in batches]
 
 
-def _mask(layer: DecoderLayerConfig) -> Mask:
+def _mask(layer: DecoderLayerConfig) -> AttentionKind:
     return layer.window, layer.image_mask
 
 
 def visible_keys(batch: MicroBatch, is_real: torch.Tensor, window: int | None, image_mask: ImageMask = "window") -> int:
     """Count the pairs of a real query and a key that it sees in a layer with this window and image mask."""
-    spans = masked_spans(Spans(batch.span_low, batch.span_high), image_mask)
+    context = batch.context
+    shard = None if context is None else QueryShard(context.positions, context.num_tokens, context.block_starts)
+    spans = masked_spans(Spans(batch.span_low, batch.span_high, shard), image_mask)
     return int(((spans.high - spans.first_key(window) + 1) * is_real).sum())
 
 

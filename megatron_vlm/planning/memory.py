@@ -149,7 +149,7 @@ def _received_bytes(
             continue
         hidden, carried = chunk.received.hidden, chunk.received.carried.values()
         first_layer = sum(map(len, layout.chunks[:number]))
-        num_tokens = hidden[0] * hidden[1] * (layout.tensor_size if layout.sequence_parallel else 1)
+        num_tokens = hidden[0] * hidden[1] * layout.sequence_shards
         of_hidden = value_bytes(config) * math.prod(hidden) / num_tokens
         of_others = value_bytes(config) * sum(map(math.prod, carried)) / num_tokens
         received[first_layer] = of_hidden + of_others, of_hidden

@@ -63,7 +63,8 @@ def _format_request(request: Request) -> Iterator[str]:
     media = [f"{request.images_per_row:g} image(s)"] if request.model_config.vision is not None else []
     media += [f"{request.clips_per_row:g} clip(s) of audio"] if request.model_config.audio is not None else []
     each = f", with {' and '.join(media)} each" if media else ""
-    yield f"batch     {config.train.global_batch_size} rows of {config.data.seq_length} tokens{each}"
+    rows = "packed rows" if config.data.packing else "rows"
+    yield f"batch     {config.train.global_batch_size} {rows} of {config.data.seq_length} tokens{each}"
 
 
 def _format_table(request: Request, plans: Sequence[Plan]) -> Iterator[str]:
@@ -153,7 +154,7 @@ def _format_reasons(request: Request, result: SearchResult) -> Iterator[str]:
     size = request.hardware.gpus_per_node
     yield f"  not tried: tensor sizes beyond a node ({size} GPUs), which exchange in every layer;"
     yield "  sharded layers without sequence parallelism, and replicated optimizer state: both only take memory;"
-    yield "  context parallelism, which is not built"
+    yield "  other context sizes than parallel.context_parallel_size, over which only long rows gain"
 
 
 def _format_assumptions(request: Request) -> Iterator[str]:

@@ -13,7 +13,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_vlm import platform
 from megatron_vlm.config import Config
 from megatron_vlm.data.collate import MicroBatch
-from megatron_vlm.families.build import build_chunks, build_settings
+from megatron_vlm.data.context_shard import shard_for_context
+from megatron_vlm.families.build import build_chunks, build_settings, context_sharding
 from megatron_vlm.families.registry import Family
 from megatron_vlm.model.model_chunk import ModelChunk
 from megatron_vlm.model.trainable import Trainable
@@ -112,10 +113,11 @@ def full_batch(
     images_per_row: float,
     clips_per_row: float,
 ) -> MicroBatch:
-    """Return a micro-batch of rows of `data.seq_length` tokens; see `example_batch`."""
-    length = config.data.seq_length
-    if layout.sequence_parallel:
-        length = -(-length // layout.tensor_size) * layout.tensor_size
+    """Return a micro-batch of rows of `data.seq_length` tokens, or the first context rank's shard of it.
+
+    See `example_batch`.
+    """
+    length = -(-config.data.seq_length // layout.sequence_shards) * layout.sequence_shards
     batch = example_batch(
         model_config,
         family.prompt_rules(model_config),
@@ -125,6 +127,9 @@ def full_batch(
         config.data.max_pixels,
         clips_per_row,
     )
+    sharding = context_sharding(layout, model_config, rank=0)
+    if sharding is not None:
+        batch = shard_for_context(batch, sharding)
     return batch.to(platform.current().device)
 
 

@@ -71,8 +71,9 @@ def build_loggers(config: Config, run_dir: str | os.PathLike, resume_step: int) 
 class Console:
     """Prints a line per logged step, and more below it for what does not fit into 100 columns.
 
-    `wait` is the share of the time in which the slowest rank waited for data. Tokens per expert are shown as the
-    fewest, the mean and the most.
+    `wait` is the share of the time in which the slowest rank waited for data. Under packing, `straggler` is the cost
+    predicted for the data rank that has most of it over the mean, and what it would be had the ranks taken packed rows
+    in turn. Tokens per expert are shown as the fewest, the mean and the most.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -95,6 +96,12 @@ class Console:
             parts.append(f"wait {metrics.data_wait_share:.0%}")
         if metrics.slowest_ratio is not None and metrics.slowest_ratio >= LEAST_SLOWNESS_SHOWN:
             parts.append(f"slowest {metrics.slowest_ratio:.2f}x: rank {metrics.slowest_rank} on {metrics.slowest_host}")
+        if metrics.step_samples != metrics.batch_rows:
+            parts.append(f"{metrics.step_samples} samples in {metrics.batch_rows} rows")
+            parts.append(f"padding {metrics.padding_share:.1%}")
+        if metrics.straggler_ratio_predicted is not None:
+            in_order = metrics.straggler_ratio_predicted_in_order
+            parts.append(f"straggler {metrics.straggler_ratio_predicted:.2f}x (in order {in_order:.2f}x)")
         if metrics.skipped:
             parts.append("UPDATE SKIPPED")
         if metrics.bad_rows:

@@ -21,13 +21,12 @@ from megatron_vlm.config import Config, changed_settings, to_dict, to_yaml
 from megatron_vlm.conversion.passthrough import check_kept, describe
 from megatron_vlm.conversion.running_model import export_hf_from_model
 from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.data.plan import START
 from megatron_vlm.data.row_limits import RowLimits
 from megatron_vlm.errors import CheckpointError, ConfigError, DataError, DivergenceError, SaveError
 from megatron_vlm.files.config_files import read_config_file
 from megatron_vlm.files.small_files import replace_durably
-from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.parallel.placement import host_of
-from megatron_vlm.planning.flops import ModelFlops
 from megatron_vlm.planning.preflight import record_export
 from megatron_vlm.platform.agreement import on_first_rank
 from megatron_vlm.training.loggers import Callback, build_loggers, check_packages
@@ -105,7 +104,7 @@ class Trainer:
         self.run_dir = Path(run.config.run_dir)
         self.step_check = StepCheck(self.config.train.spike_ratio)
         self.row_limits = RowLimits(self.config.data, run.train_loader.plan.sources, run.train_loader.source_names)
-        self.flops = ModelFlops(run.family, run.model_config, Trainable(self.config.model.freeze), run.groups)
+        self.flops = run.flops
         self.clock = StepClock(run.groups)
         mcore_config = get_model_config(run.model[0])
         mcore_config.finalize_model_grads_func = self.clock.before(mcore_config.finalize_model_grads_func)
@@ -212,7 +211,9 @@ class Trainer:
             self.step_check.applied(norm)
         elif self.config.train.nonfinite == "stop":
             self._stop_for(problem, batches)
-        own = [sum(batch.counters[name] for batch in batches) for name in COUNTERS]
+        # Every context rank has the counters of full micro-batches.
+        counted = run.groups.cp.rank() == 0
+        own = [counted * sum(batch.counters[name] for batch in batches) for name in COUNTERS]
         counts = self._sum_over_data_ranks([*own, *lengths])
         counters = {name: int(count) for name, count in zip(COUNTERS, counts, strict=False)}
         # Bringing these figures to the host waits for the update too, so that the step's time is honest.
@@ -263,6 +264,7 @@ class Trainer:
             return
         names = run.train_loader.source_names
         lr, lr_by_part = learning_rates(run.optimizer, self.config.optimizer)
+        assignment = run.train_loader.last_assignment()
         balance = None
         if expert_use is not None and self.config.model.moe_load_balancing != "none":
             balance = expert_use[1].item() / max(1, counters["label_tokens"])
@@ -290,6 +292,8 @@ class Trainer:
             model_flops=self.flops.of(lengths),
             world_size=torch.distributed.get_world_size(),
             skipped=skipped,
+            step_samples=counters["samples"],
+            batch_rows=train.global_batch_size,
             samples=run.train_loader.consumed_samples,
             epoch=run.train_loader.consumed_samples / run.train_loader.plan.num_rows,
             time=time.time(),
@@ -299,6 +303,8 @@ class Trainer:
             slowest_rank=None if slowest is None else slowest.rank,
             slowest_host=None if slowest is None else host_of(slowest.rank, run.nodes),
             slowest_ratio=None if slowest is None else slowest.ratio,
+            straggler_ratio_predicted=assignment.straggler_ratio,
+            straggler_ratio_predicted_in_order=assignment.straggler_ratio_in_order,
         )
         self._not_logged.append(metrics)
         if skipped or self._is_logged():
@@ -337,7 +343,7 @@ class Trainer:
                 if request:
                     break
         collect_expert_use(run.model, run.groups)  # what was counted here is not part of the next step
-        loader.seek(0)
+        loader.seek(START)
         totals = sums.tolist()
         label_tokens = sum(count for _, count in totals)
         if not label_tokens and not request:

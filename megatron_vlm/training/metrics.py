@@ -14,8 +14,12 @@ import torch
 from megatron_vlm import platform
 
 FEWEST_STEPS_OF_PACE = 20
-_COUNTS = ("tokens label_tokens padded_tokens images videos audio_clips bad_rows too_long_rows empty_answers").split()
+_COUNTS = (
+    "tokens label_tokens padded_tokens images videos audio_clips bad_rows too_long_rows empty_answers step_samples "
+    "batch_rows"
+).split()
 _MEANS = "grad_norm step_seconds data_wait_seconds model_flops".split()
+_PREDICTED = ("straggler_ratio_predicted", "straggler_ratio_predicted_in_order")
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ class StepMetrics:
         skipped: whether the update was left out, because loss or gradient norm was not finite or leapt up.
         empty_answers: answers that say nothing, of which at most the end-of-turn token is trained.
         steps: how many steps the figures are of.
+        step_samples: rows of the data.
+        batch_rows: rows of the batch, which under packing have several rows of the data each.
         samples: rows of the data taken in the whole run so far.
         epoch: the same in passes over the data.
         time: when the step ended, in seconds since 1970.
@@ -94,6 +100,9 @@ class StepMetrics:
             without data parallelism, as are the next two.
         slowest_host: its machine.
         slowest_ratio: its time over the mean of its data-parallel group.
+        straggler_ratio_predicted: under packing, the FLOPs predicted for the data rank that has most of them over the
+            mean of all; None without data parallelism or packing, as is the next one; of several steps, the mean.
+        straggler_ratio_predicted_in_order: the same, had the data ranks taken packed rows in turn.
     """
 
     step: int
@@ -120,6 +129,8 @@ class StepMetrics:
     skipped: bool
     empty_answers: int = 0
     steps: int = 1
+    step_samples: int = 0
+    batch_rows: int = 0
     samples: int = 0
     epoch: float = 0.0
     time: float = 0.0
@@ -129,6 +140,8 @@ class StepMetrics:
     slowest_rank: int | None = None
     slowest_host: str | None = None
     slowest_ratio: float | None = None
+    straggler_ratio_predicted: float | None = None
+    straggler_ratio_predicted_in_order: float | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -195,7 +208,8 @@ def over_steps(steps: Sequence[StepMetrics]) -> StepMetrics:
     if count == 1:
         return last
     sums = {name: sum(getattr(each, name) for each in steps) for name in _COUNTS}
-    means = {name: sum(getattr(each, name) for each in steps) / count for name in _MEANS}
+    predicted = _PREDICTED if last.straggler_ratio_predicted is not None else ()
+    means = {name: sum(getattr(each, name) for each in steps) / count for name in (*_MEANS, *predicted)}
     labels = {name: sum(each.source_label_tokens[name] for each in steps) for name in last.source_label_tokens}
     source_losses = {
         name: sum(each.source_losses.get(name, 0.0) * each.source_label_tokens[name] for each in steps) / number
@@ -233,6 +247,8 @@ def to_record(metrics: StepMetrics) -> dict[str, Any]:
         del fields["load_balancing_loss"]
     if metrics.slowest_rank is None:
         del fields["slowest_rank"], fields["slowest_host"], fields["slowest_ratio"]
+    if metrics.straggler_ratio_predicted is None:
+        del fields["straggler_ratio_predicted"], fields["straggler_ratio_predicted_in_order"]
     record = fields | {
         "tokens_per_second": metrics.tokens_per_second,
         "images_per_second": metrics.images_per_second,

@@ -18,7 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_vlm import platform
 from megatron_vlm.config import Config, to_dict
-from megatron_vlm.data.plan import SamplePlan
+from megatron_vlm.data.plan import BatchPlan
 from megatron_vlm.errors import DataError, LaunchError
 from megatron_vlm.parallel.placement import Node, host_of
 
@@ -63,7 +63,7 @@ def check_same_program(config: Config, hf_config: Mapping[str, Any]) -> None:
         )
 
 
-def check_same_data(plans: Mapping[str, SamplePlan]) -> None:
+def check_same_data(plans: Mapping[str, BatchPlan]) -> None:
     """Make sure that all ranks have the same data, by the contents of the files.
 
     Args:

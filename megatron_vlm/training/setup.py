@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
@@ -21,6 +22,7 @@ from megatron_vlm.checkpoint.run_owner import RunOwner
 from megatron_vlm.config import Config
 from megatron_vlm.conversion import passthrough
 from megatron_vlm.conversion.running_model import load_hf_into_model
+from megatron_vlm.data.lengths_on_ranks import measure_row_lengths
 from megatron_vlm.data.loader import (
     BatchLoader,
     BatchSharding,
@@ -29,10 +31,9 @@ from megatron_vlm.data.loader import (
     build_valid_loader,
 )
 from megatron_vlm.data.media import AUDIO, PIXELS
-from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.data.stage_loader import Stages, build_on_stages
 from megatron_vlm.families import registry
-from megatron_vlm.families.build import DTYPES, build_chunks, build_settings, wrap_data_parallel
+from megatron_vlm.families.build import DTYPES, build_chunks, build_settings, context_sharding, wrap_data_parallel
 from megatron_vlm.model.init_weights import initialize_weights
 from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.model.weight_map import WeightMap
@@ -40,6 +41,7 @@ from megatron_vlm.model_configs import VisionLanguageConfig
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.placement import Node, find_nodes
+from megatron_vlm.planning.flops import ModelFlops
 from megatron_vlm.planning.preflight import check_export, check_layout, check_run_dir, check_space, check_weights
 from megatron_vlm.platform.agreement import on_first_rank
 from megatron_vlm.training.arrival import meet
@@ -54,6 +56,7 @@ class Run:
     """A run that is ready to train.
 
     Attributes:
+        flops: counts the FLOPs of its model.
         due_export: whether `checkpoint.export_hf` is still to be written.
         nodes: where ranks run; on the first rank.
         group_report: lines on how fast groups communicate; on the first rank.
@@ -69,6 +72,7 @@ class Run:
     scheduler: OptimizerParamScheduler
     train_loader: BatchLoader
     valid_loader: BatchLoader | None
+    flops: ModelFlops
     checkpoints: CheckpointManager
     due_export: bool
     owner: RunOwner
@@ -125,7 +129,11 @@ def set_up(config: Config, owner: RunOwner, requests: StopRequests) -> Run:
     if config.train.deterministic:
         platform.current().use_deterministic_algorithms()
 
-    train_loader, valid_loader = _build_loaders(config, layout, family.prompt_rules(model_config), groups)
+    if config.data.packing:
+        measure_row_lengths(config, family.prompt_rules(model_config), lambda: requests.poll() != 0)
+        requests.raise_if_stopped()
+    flops = ModelFlops(family, model_config, Trainable(config.model.freeze), groups)
+    train_loader, valid_loader = _build_loaders(config, layout, groups, flops)
     check_same_data({"data.train": train_loader.plan} | ({"data.valid": valid_loader.plan} if valid_loader else {}))
     on_first_rank(lambda: _check_first_weights(config, weight_map))
     requests.raise_if_stopped()
@@ -163,6 +171,7 @@ def set_up(config: Config, owner: RunOwner, requests: StopRequests) -> Run:
         build_scheduler(optimizer, config),
         train_loader,
         valid_loader,
+        flops,
         checkpoints,
         due_export,
         owner,
@@ -200,25 +209,29 @@ def tower_inputs(layout: Layout, pipeline_rank: int) -> list[str]:
 
 
 def _build_loaders(
-    config: Config, layout: Layout, rules: PromptRules, groups: ProcessGroupCollection
+    config: Config, layout: Layout, groups: ProcessGroupCollection, flops: ModelFlops
 ) -> tuple[BatchLoader, BatchLoader | None]:
     """Build the loaders of this rank's training and held-out data; on later stages, what receives from the first."""
+    rules = flops.family.prompt_rules(flops.model_config)
     sharding = BatchSharding(
         config.train.global_batch_size,
         config.train.micro_batch_size,
         groups.dp.rank(),
         layout.data_size,
-        pad_to_multiple_of=layout.tensor_size if layout.sequence_parallel else 1,
+        pad_to_multiple_of=layout.sequence_shards,
+        context=context_sharding(layout, flops.model_config, groups.cp.rank()),
     )
     pin_memory = platform.current().accelerated
     inputs = [tower_inputs(layout, rank) for rank in range(layout.pipeline_size)]
     stages = Stages(groups.pp, inputs, platform.current().device)
+    costs = on_first_rank(flops.token_costs) if config.data.packing and layout.data_size > 1 else None
 
     def build() -> tuple[MicroBatchLoader, MicroBatchLoader | None]:
-        reports = groups.tp.rank() == 0 and stages.is_first
+        reports = groups.tp.rank() == 0 and groups.cp.rank() == 0 and stages.is_first
+        options: dict[str, Any] = {"token_costs": costs, "pin_memory": pin_memory, "report_problems": reports}
         return (
-            build_train_loader(config, rules, sharding, pin_memory=pin_memory, report_problems=reports),
-            build_valid_loader(config, rules, sharding, pin_memory=pin_memory, report_problems=reports),
+            build_train_loader(config, rules, sharding, **options),
+            build_valid_loader(config, rules, sharding, **options),
         )
 
     if layout.pipeline_size == 1:

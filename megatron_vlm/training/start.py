@@ -21,6 +21,7 @@ import torch.distributed
 from megatron_vlm import platform
 from megatron_vlm.config import Config, to_dict
 from megatron_vlm.data.loader import BatchLoader
+from megatron_vlm.data.plan import BatchPlan
 from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.parallel.placement import Node, describe_placement
 from megatron_vlm.training.setup import Run
@@ -84,7 +85,7 @@ def banner(run: Run, described: Mapping[str, Any]) -> Iterator[str]:
     yield f"data      train: {_sources(run.train_loader)}"
     if run.valid_loader is not None:
         yield f"          valid: {_sources(run.valid_loader)}"
-    yield f"schedule  {_schedule(config, run.train_loader.plan.num_rows)}"
+    yield f"schedule  {_schedule(config, run.train_loader.plan)}"
     interval = config.checkpoint.save_interval
     saves = (
         f"a checkpoint every {interval} steps and after the last" if interval else "a checkpoint after the last step"
@@ -113,13 +114,13 @@ def _sources(loader: BatchLoader) -> str:
     return ", ".join(parts)
 
 
-def _schedule(config: Config, num_rows: int) -> str:
-    train, optimizer = config.train, config.optimizer
-    passes = train.train_iters * train.global_batch_size / num_rows
-    text = (
-        f"{train.train_iters:,} steps of {train.global_batch_size} rows = {passes:.2f} passes; {optimizer.name}, "
-        f"lr {optimizer.lr:g} {optimizer.schedule}"
-    )
+def _schedule(config: Config, plan: BatchPlan) -> str:
+    train, optimizer, each = config.train, config.optimizer, plan.samples_per_pack
+    passes = train.train_iters * train.global_batch_size * each / plan.num_rows
+    rows = f"{train.global_batch_size} rows = {passes:.2f}"
+    if config.data.packing:
+        rows = f"{train.global_batch_size} packed rows of {each:.1f} samples in the mean = about {passes:.2f}"
+    text = f"{train.train_iters:,} steps of {rows} passes; {optimizer.name}, lr {optimizer.lr:g} {optimizer.schedule}"
     return text + (f" after {optimizer.warmup_iters} steps of warm-up" if optimizer.warmup_iters else "")
 
 

@@ -85,7 +85,7 @@ class FamilyRun:
             for chunk in self.model:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-            mine = own_micro_batches(list(self.batches_of_step(self.step)), self.groups, self.layout)
+            mine = own_micro_batches(self.model, list(self.batches_of_step(self.step)), self.groups, self.layout)
             loss_sum, num_labels = run_global_batch(self.model, mine, self.groups)[0].tolist()
             norm = gradient_norm(self.optimizer)
             apply_gradients(self.optimizer, norm, SETTINGS.clip_grad)

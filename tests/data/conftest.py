@@ -8,11 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from transformers import AutoTokenizer
 
 from megatron_vlm.config import Config, DataSettings, DataSource, ModelSettings, TrainSettings
+from megatron_vlm.data.measure_rows import Chunk, measure_chunk
 from megatron_vlm.data.prompts import PromptBuilder
 from megatron_vlm.data.rows import RowReader
 from megatron_vlm.data.rules import PromptRules
@@ -203,6 +205,11 @@ def make_mistral_reader(mistral_builder: PromptBuilder, folder: Path) -> Callabl
 def read_rows(builder: PromptBuilder, folder: Path, rows: list[Any], **settings: Any) -> RowReader:
     source = DataSource(write_jsonl(folder / "rows.jsonl", rows))
     return RowReader([source], DataSettings(train=[source], **{"seq_length": 128, **settings}), builder)
+
+
+def measure(reader: RowReader) -> dict[str, np.ndarray]:
+    """Lengths of the rows of the first source."""
+    return dict(measure_chunk(reader.measuring(), Chunk(0, 0, reader.sources[0].num_rows, 0)))
 
 
 @pytest.fixture

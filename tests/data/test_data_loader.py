@@ -22,6 +22,7 @@ from megatron_vlm.config import Config, DataSource
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.data.describe import describe_samples
 from megatron_vlm.data.loader import BatchSharding, MicroBatchLoader, build_train_loader, build_valid_loader
+from megatron_vlm.data.plan import START, Position
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.errors import DataError
 from tests.data.rows import assistant, image, numbered_rows, row, user, video, write_jsonl
@@ -81,7 +82,7 @@ def test_workers_change_nothing_and_survive_signals(
         assert_same(next(plain), next(parallel))
     assert parallel.wait_seconds > 0
     for loader in (plain, parallel):
-        loader.seek(16)
+        loader.seek(Position(16))
     assert_same(next(plain), next(parallel))
     parallel.close()
 
@@ -233,7 +234,7 @@ def test_evaluation_reads_every_row_once(make_config: Make, rules: PromptRules, 
         assert sorted(real) == sorted(expected)
         assert len(read) == 8 * loaders[0].num_global_batches
         for loader in loaders:
-            loader.seek(0)
+            loader.seek(START)
 
 
 def test_description_of_a_run(make_config: Make, rules: PromptRules, sources: list[DataSource]) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_vlm.data import index_cache
+from megatron_vlm.data import array_files, index_cache
+from megatron_vlm.data.array_files import node_folder
 from megatron_vlm.data.index import JsonlIndex, JsonlRows, build_index
-from megatron_vlm.data.index_cache import StoredIndex, find_or_build_index, index_folder
+from megatron_vlm.data.index_cache import StoredIndex, find_or_build_index
 from megatron_vlm.data.source_rows import SourceRows
 
 NUM_ROWS = 3000
@@ -114,13 +115,13 @@ def test_changed_file_is_indexed_anew(data_file: str, builds: list[str]) -> None
     after = find_or_build_index(data_file)
     assert after.digest == build_index(data_file).digest != before.digest
     assert len(builds) == 2
-    assert len(list(index_folder().glob("*.index"))) == 1, "the old index stays"
+    assert len(list(node_folder().glob("*.index"))) == 1, "the old index stays"
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "header", "empty"])
 def test_damaged_index_is_built_anew(data_file: str, builds: list[str], damage: str) -> None:
     find_or_build_index(data_file)
-    (place,) = index_folder().glob("*.index")
+    (place,) = node_folder().glob("*.index")
     content = bytearray(place.read_bytes())
     if damage == "bit":
         content[-9] ^= 4
@@ -143,14 +144,14 @@ def test_without_a_folder_the_index_is_in_memory(
     if obstacle == "read-only":
         monkeypatch.setattr(tempfile, "tempdir", "/proc/self")
     elif obstacle == "others may write":
-        index_folder().mkdir()
-        index_folder().chmod(0o777)
+        node_folder().mkdir()
+        node_folder().chmod(0o777)
     elif obstacle == "a file":
-        index_folder().write_text("")
+        node_folder().write_text("")
     elif obstacle == "disk full":
         monkeypatch.setattr(index_cache.shutil, "disk_usage", lambda _: _Usage())
     else:
-        monkeypatch.setattr(index_cache.os, "fsync", _full)
+        monkeypatch.setattr(array_files.os, "fsync", _full)
     with caplog.at_level(logging.WARNING):
         index = find_or_build_index(data_file)
     assert same(index, build_index(data_file)) and not isinstance(index, StoredIndex)
@@ -171,4 +172,4 @@ def _full(_: int) -> None:
 def test_small_files_leave_nothing(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n')
     assert not isinstance(find_or_build_index(str(tmp_path / "rows.jsonl")), StoredIndex)
-    assert not index_folder().exists()
+    assert not node_folder().exists()

@@ -76,6 +76,15 @@ def test_a_source_without_a_usable_row() -> None:
         step(other, 100, 10, labels=(50, int(number == 3)))
 
 
+def test_packed_rows_of_a_source_may_come_a_window_later() -> None:
+    packed, seen = limits(1000, 10, weights=(9.0, 1.0), packing=True), 0
+    with pytest.raises(DataError, match="no row of the source source 1"):
+        for _ in range(100):
+            step(packed, 100, labels=(50, 0))
+            seen += 100
+    assert seen == 5100  # 100 rows of 1100 of both, beyond a window
+
+
 def test_a_run_that_trained_nothing() -> None:
     tracker = limits(8)
     step(tracker, 4, too_long=4, labels=(0,))

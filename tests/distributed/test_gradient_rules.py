@@ -61,7 +61,7 @@ def raw_gradients(hf_dir: str, layout: TestLayout, family: TinyFamily) -> dict[s
     get_model_config(model[0]).finalize_model_grads_func = None
     for chunk in model:
         chunk.zero_grad_buffer()
-    run_global_batch(model, own_micro_batches(micro_batches(family, cases_of(family)), groups, layout), groups)
+    run_global_batch(model, own_micro_batches(model, micro_batches(family, cases_of(family)), groups, layout), groups)
     found = {}
     for name, parameter in model[0].module.named_parameters():
         if not parameter.requires_grad:

@@ -288,7 +288,7 @@ class Use:
 
 def use_of_layout(hf_dir: str, layout: TestLayout) -> Use:
     model, groups = set_up(hf_dir, layout)
-    batches = own_micro_batches(micro_batches(QWEN3_VL_MOE, CASES), groups, layout)
+    batches = own_micro_batches(model, micro_batches(QWEN3_VL_MOE, CASES), groups, layout)
     collected = []
     for forward_only in (False, True):
         for chunk in model:

@@ -58,7 +58,7 @@ def gradients(hf_dir: str, layout: TestLayout, family: TinyFamily) -> dict[str, 
     for rank_with_images, of_step in ((0, batches[::-1]), (1, batches)):
         for chunk in model:
             chunk.zero_grad_buffer()
-        mine = own_micro_batches(of_step, groups, layout)
+        mine = own_micro_batches(model, of_step, groups, layout)
         assert all((batch.feature_index >= 0).any() == (groups.dp.rank() == rank_with_images) for batch in mine)
         run_global_batch(model, mine, groups)
     return whole_gradients(model, groups)

@@ -152,7 +152,7 @@ def named_parameters(*modules: torch.nn.Module) -> list[tuple[str, torch.nn.Para
 
 
 def features_of(
-    tower: VisionTower, projector: Projector, grids: list[Grid], divided_over: Group | None = None
+    tower: VisionTower, projector: Projector, grids: list[Grid], divided_over: tuple[Group, Group] | None = None
 ) -> list[torch.Tensor]:
     images = PackedImages.of(CONFIG, grids, next(tower.parameters()).device, divided_over)
     pixels = images.take(pixels_of(grids)).to(images.device)
@@ -164,7 +164,7 @@ def encode(weights: dict[str, torch.Tensor], tensor_size: int, divided: bool, re
     groups, grids = build_groups(Layout(tensor_size=tensor_size)), GRIDS[case]
     initialize_megatron(1, groups)
     tower, projector = build(weights, groups, divided, recompute)
-    features = features_of(tower, projector, grids, groups.tp if divided else None)
+    features = features_of(tower, projector, grids, (groups.tp, groups.cp) if divided else None)
     loss_of(features).backward()
     gradients = {}
     for name, parameter in named_parameters(tower, projector):

@@ -360,6 +360,7 @@ GEMMA4 = TinyFamily(
                 "TP2+SP, selective recompute",
                 "TP2xPP2+SP, full recompute",
                 "PP4, tower on two",
+                "CP2xPP2xVPP2, full recompute",
             ),
             # Clips are read where the projector is, pixels where the tower begins.
             "step": (*SMALL_LAYOUTS["step"], "PP2, tower on both"),

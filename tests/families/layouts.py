@@ -30,6 +30,25 @@ def without(table: Table, *names: str) -> dict[str, TestLayout]:
     return {name: layout for name, layout in table.items() if name not in names}
 
 
+# Tokens over context ranks; tests/parity deals them in planned and in random blocks
+
+CONTEXT = {
+    "CP2, random blocks": TestLayout(2, context=2, blocks="random"),
+    "CP4": TestLayout(4, context=4),
+    "CP2xTP2+SP": TestLayout(4, context=2, tensor=2, sequence_parallel=True),
+    "CP2xTP2, vision DP, selective recompute": TestLayout(
+        4, context=2, tensor=2, vision="data", recompute="selective", blocks="random"
+    ),
+    "CP2xPP2xVPP2, full recompute": TestLayout(4, context=2, pipeline=2, virtual=2, recompute="full"),
+    "CP2xDP2, overlapped": TestLayout(4, context=2, distributed_optimizer=True, overlap=True),
+}
+CONTEXT_OF_EXPERTS = some(CONTEXT, "CP2, random blocks", "CP2xPP2xVPP2, full recompute", "CP2xDP2, overlapped") | {
+    "CP2, EP2": TestLayout(2, context=2, expert=2),
+    "CP4, EP2, all-gather": TestLayout(4, context=4, expert=2, moe=ALLGATHER),
+    "CP2xTP2+SP, EP4": TestLayout(4, context=2, tensor=2, sequence_parallel=True, expert=4),
+}
+FEW_CONTEXT = some(CONTEXT, "CP2, random blocks", "CP2xTP2+SP")
+
 # tests/parity: logits, loss, every gradient
 
 PARITY = without(
@@ -40,8 +59,10 @@ PARITY = without(
     "TP2+SP, vision DP",
     "TP4, vision DP",
 )
+PARITY |= CONTEXT
 PARITY_OF_EXPERTS = some(LAYOUTS, "TP1", "TP2+SP", "TP4+SP", "PP2", "PP4", "PP4, stages without layers between")
 PARITY_OF_EXPERTS |= some(LAYOUTS, "PP2xVPP2", "TP2xPP2+SP", "DP2, distributed optimizer", "TP2+SP, vision DP")
+PARITY_OF_EXPERTS |= CONTEXT_OF_EXPERTS
 PARITY_OF_EXPERTS |= {
     "PP2 uneven": TestLayout(2, pipeline=2, pipeline_layout=(1, 3)),
     "EP2": TestLayout(2, expert=2),
@@ -99,13 +120,18 @@ def spread_tower_with_experts(num_layers: int) -> dict[str, TestLayout]:
     )
 
 
-FEW = some(LAYOUTS, "TP1", "TP2xPP2+SP")
+CONTEXT_OF_TOWERS = {
+    "CP2xPP2, tower on both": TestLayout(4, context=2, pipeline=2, vision_pipeline_layout=(1, 1), blocks="random")
+}
+FEW = some(LAYOUTS, "TP1", "TP2xPP2+SP") | FEW_CONTEXT
 
 # tests/distributed/test_gradient_rules.py: what each rank's own backward pass leaves
 
 RULES = some(LAYOUTS, "TP4+SP", "TP4, vision DP")
+RULES |= some(CONTEXT, "CP2xTP2, vision DP, selective recompute")
 ALL_RULES = some(LAYOUTS, "TP2", "TP2+SP", "TP4", "TP4+SP", "TP2, vision DP", "TP2+SP, vision DP", "TP4, vision DP")
-RULES_OF_EXPERTS = {
+ALL_RULES |= some(CONTEXT, "CP2xTP2+SP", "CP2xTP2, vision DP, selective recompute")
+RULES_OF_EXPERTS = some(CONTEXT_OF_EXPERTS, "CP2xTP2+SP, EP4") | {
     "TP2+SP, experts whole": TestLayout(2, tensor=2, sequence_parallel=True),
     "EP2 of tensor ranks": TestLayout(2, tensor=2, sequence_parallel=True, expert=2),
     "ETP2xTP2+SP": TestLayout(2, tensor=2, sequence_parallel=True, expert_tensor=2),
@@ -149,6 +175,9 @@ STEP = {
     "DP2xTP2": TestLayout(4, tensor=2),
     "TP2, vision DP": TestLayout(2, tensor=2, vision="data", micro_batch_size=2),
     "TP2+SP, vision DP": TestLayout(2, tensor=2, sequence_parallel=True, vision="data"),
+    "CP2": TestLayout(2, context=2, micro_batch_size=2),
+    "CP2xTP2+SP": TestLayout(4, context=2, tensor=2, sequence_parallel=True, micro_batch_size=2),
+    "CP2xPP2": TestLayout(4, context=2, pipeline=2),
 }
 STEP_OF_EXPERTS = some(STEP, "DP2, overlapped") | {
     "EP2": TestLayout(2, expert=2),
@@ -156,12 +185,23 @@ STEP_OF_EXPERTS = some(STEP, "DP2, overlapped") | {
     "EP4": TestLayout(4, expert=4, micro_batch_size=2),
     "EP2xTP2+SP": TestLayout(4, tensor=2, sequence_parallel=True, expert=2, micro_batch_size=2),
     "EP2xPP2": TestLayout(4, pipeline=2, expert=2),
+    "CP2xDP2, EP2": TestLayout(4, context=2, expert=2),
     "ETP2": TestLayout(2, tensor=2, sequence_parallel=True, expert_tensor=2, micro_batch_size=2),
     "ETP2 of data ranks, all-gather": TestLayout(4, expert=2, expert_tensor=2, moe=ALLGATHER),
 }
 # What is left out here is in tests/parity, without the path around the model.
 MOST_STEPS = without(
     STEP, "TP1, one micro-batch", "DP2, overlapped", "DP4, one rank without images", "DP2xTP2", "TP2+SP, vision DP"
+)
+
+# tests/training/test_packing.py: the same of packed rows, of which a global batch has four
+
+PACKED_STEP = some(
+    STEP, "TP2xPP2+SP", "PP2xVPP2", "DP2xTP2", "DP4, one rank without images", "TP2, vision DP", "TP2+SP, vision DP"
+)
+PACKED_STEP |= some(STEP, "CP2", "CP2xTP2+SP", "CP2xPP2")
+PACKED_STEP_OF_EXPERTS = some(
+    STEP_OF_EXPERTS, "EP2, overlapped", "EP2xPP2", "EP2xTP2+SP", "ETP2 of data ranks, all-gather", "CP2xDP2, EP2"
 )
 
 # tests/training/test_adamw.py: five updates
@@ -177,6 +217,7 @@ ADAMW = {
     "DP2xPP2xVPP2, overlapped": _shared(4, pipeline=2, virtual=2, overlap=True),
     "DP2xTP2, vision DP, overlapped": _shared(4, tensor=2, vision="data", overlap=True),
     "DP2, whole optimizer on each rank": TestLayout(2),
+    "CP2xDP2": _shared(4, context=2),
 }
 ADAMW_OF_EXPERTS = some(ADAMW, "TP2xPP2+SP", "DP2, overlapped") | {
     "EP2": _shared(2, expert=2),
@@ -199,6 +240,7 @@ NORM = {
     "DP2, distributed optimizer": _shared(2),
     "DP2xPP2, distributed optimizer, overlapped": _shared(4, pipeline=2, overlap=True),
     "DP2xTP2, distributed optimizer, vision DP": _shared(4, tensor=2, vision="data"),
+    "CP2xTP2+SP": TestLayout(4, context=2, tensor=2, sequence_parallel=True),
 }
 NORM_OF_EXPERTS = {
     "ETP2xEP2xTP2+SP": TestLayout(4, tensor=2, sequence_parallel=True, expert=2, expert_tensor=2),
@@ -220,10 +262,13 @@ SMALL: Small = {
         "PP4, stages without layers between",
         "TP2+SP, selective recompute",
         "TP2xPP2+SP, full recompute",
+        "CP4",
+        "CP2xTP2, vision DP, selective recompute",
     ),
     "rules": ("TP4+SP",),
     "no_images": ("DP2xTP2, vision DP",),
     "step": ("PP2xVPP2",),
+    "packed_step": ("CP2xPP2",),
     "norm": ("TP4, keys and values replicated",),
 }
 SMALL_OF_EXPERTS: Small = {
@@ -237,10 +282,17 @@ SMALL_OF_EXPERTS: Small = {
         "EP2, full recompute",
         "EP2xTP2+SP, all-gather",
         "EP4xTP2+SP",
+        "CP4, EP2, all-gather",
+        "CP2xTP2+SP, EP4",
+        "CP2xDP2, overlapped",
+        "CP2xPP2xVPP2, full recompute",
+        "CP2, random blocks",
+        "CP2, EP2",
     ),
     "rules": ("EP2 of tensor ranks",),
     "no_images": ("EP2xTP2+SP, vision DP",),
     "step": ("DP2, overlapped", "EP2, overlapped", "EP4", "ETP2 of data ranks, all-gather"),
+    "packed_step": ("CP2xDP2, EP2",),
     "adamw": ("EP2xDP2, overlapped", "EP2xPP2, overlapped", "ETP2xTP2+SP"),
     "norm": ("ETP2xEP2xTP2+SP",),
 }
@@ -251,10 +303,17 @@ SMALL_OF_EVERYTHING: Small = {
         "TP2+SP, selective recompute",
         "TP2xPP2+SP, full recompute",
         "TP2xPP2xVPP2+SP, full recompute, tower on three",
+        "CP2xDP2, overlapped",
+        "CP2xPP2xVPP2, full recompute",
+        "CP2xTP2+SP",
+        "CP2xTP2, vision DP, selective recompute",
+        "CP2xPP2, tower on both",
+        "CP4",
     ),
     "rules": ("TP2",),
     "no_images": ("DP2xTP2, vision DP",),
     "step": ("PP2 uneven", "DP2, overlapped", "DP4, one rank without images"),
+    "packed_step": ("DP2xTP2", "CP2xTP2+SP"),
     "text_step": ("TP1",),
     "adamw": ("DP2xTP2+SP", "DP2xPP2xVPP2, overlapped"),
     "norm": ("PP2, tied embedding on both",),
@@ -272,6 +331,7 @@ class LayoutTables:
         no_images: one data rank has no image.
         first_weights: drawn, not loaded.
         step: a step of SGD from rows to an export.
+        packed_step: the same of packed rows.
         text_step: the same of the language model taken out.
         adamw: five steps.
         norm: gradient norm and clipped step.
@@ -285,6 +345,7 @@ class LayoutTables:
     no_images: Table = field(default_factory=lambda: some(NO_IMAGES, "DP2", "DP2xTP2, vision DP"))
     first_weights: Table = field(default_factory=lambda: some(FIRST_WEIGHTS, "TP2xPP2+SP"))
     step: Table = field(default_factory=lambda: MOST_STEPS)
+    packed_step: Table = field(default_factory=lambda: PACKED_STEP)
     text_step: Table = field(default_factory=lambda: some(STEP, "TP2xPP2+SP"))
     adamw: Table = field(default_factory=lambda: some(ADAMW, "DP2xTP2, vision DP, overlapped"))
     norm: Table = field(
@@ -310,6 +371,7 @@ WITH_EXPERTS = LayoutTables(
     no_images=some(NO_IMAGES, "EP2", "EP2xTP2+SP, vision DP"),
     first_weights=FIRST_WEIGHTS_OF_EXPERTS,
     step=STEP_OF_EXPERTS,
+    packed_step=PACKED_STEP_OF_EXPERTS,
     adamw=ADAMW_OF_EXPERTS,
     norm=NORM_OF_EXPERTS,
     continued={"EP2, overlapped, bf16": _shared(2, expert=2, overlap=True, precision="bf16")},
@@ -323,7 +385,7 @@ WITH_EXPERTS = LayoutTables(
     small=SMALL_OF_EXPERTS,
 )
 EVERYTHING = LayoutTables(
-    parity=LAYOUTS | spread_tower(2),
+    parity=LAYOUTS | CONTEXT | spread_tower(2) | CONTEXT_OF_TOWERS,
     rules=ALL_RULES,
     no_images=some(NO_IMAGES, "DP2", "DP2xTP2, vision DP", "DP2xPP2"),
     step=STEP | some(spread_tower(2), "PP2xVPP2, tower on two"),
@@ -338,6 +400,7 @@ EVERYTHING = LayoutTables(
         (_shared(2, tensor=2), 2),
         (_shared(2, pipeline=2), 1),
         (_shared(2, pipeline=2, virtual=2, vision_pipeline_layout=(1, 1)), 1),
+        (_shared(2, context=2), 1),
         (_shared(2), 2),
     ),
     small=SMALL_OF_EVERYTHING,

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from tests.data.tiny_processor import build_mistral_processor
-from tests.families.layouts import FEW_PARITY, PARITY, SMALL, LayoutTables, some, spread_tower
+from tests.families.layouts import FEW_CONTEXT, FEW_PARITY, PARITY, SMALL, LayoutTables, some, spread_tower
 from tests.families.tiny_family import DECODER, TinyFamily
 from tests.parity.layouts import LAYOUTS, TestLayout
 from tests.parity.tiny_batches import (
@@ -188,7 +188,7 @@ MISTRAL3 = TinyFamily(
         small=SMALL | {"parity": (*SMALL["parity"], "DP2xPP2, overlapped, tower on both")},
     ),
 )
-MISTRAL_TEXT = replace(FEW_PARITY, parity=some(LAYOUTS, "TP1", "TP4", "TP2xPP2+SP"))
+MISTRAL_TEXT = replace(FEW_PARITY, parity=some(LAYOUTS, "TP1", "TP4", "TP2xPP2+SP") | FEW_CONTEXT)
 ENTRIES = (
     MISTRAL3,
     MISTRAL3.variant("tied", FEW_PARITY, ["mixed", "packed"], tied=True),

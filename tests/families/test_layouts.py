@@ -25,7 +25,7 @@ Pair = tuple[Feature, ...]
 
 
 def data_size(layout: TestLayout) -> int:
-    return layout.world_size // (layout.tensor * layout.pipeline)
+    return layout.world_size // (layout.tensor * layout.context * layout.pipeline)
 
 
 def features(family: TinyFamily, layout: TestLayout) -> list[Feature]:

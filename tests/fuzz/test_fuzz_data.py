@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_vlm.data.audio import load_audio
+from megatron_vlm.data.audio import count_samples, load_audio
 from megatron_vlm.data.conversation import AudioSource, ImageSource
 from megatron_vlm.data.describe import check_rows
-from megatron_vlm.data.images import load_image
+from megatron_vlm.data.images import image_sides, load_image
 from megatron_vlm.data.urls import UrlAccess
 from megatron_vlm.errors import DataError
 from tests.data.conftest import read_rows
@@ -93,7 +93,9 @@ def test_images(factor: int) -> None:
         case = f"image {number}: {data[:200]!r}"
         with within_limits(case):
             try:
-                assert load_image(ImageSource(data=data), "row", UrlAccess.NONE).mode == "RGB", case
+                image = load_image(ImageSource(data=data), "row", UrlAccess.NONE)
+                assert image.mode == "RGB", case
+                assert image_sides(ImageSource(data=data), "row", UrlAccess.NONE) == (image.height, image.width), case
                 outcomes["read"] += 1
             except DataError as error:
                 check_line(case, str(error))
@@ -113,6 +115,8 @@ def test_sounds(factor: int) -> None:
             try:
                 samples = load_audio(AudioSource(data=data), "row", UrlAccess.NONE, 16000, 480_000)
                 assert samples.ndim == 1 and 0 < len(samples) <= 480_000 and np.isfinite(samples).all(), case
+                counted = count_samples(AudioSource(data=data), "row", UrlAccess.NONE, 16000, 480_000)
+                assert counted == len(samples), case
                 outcomes["read"] += 1
             except DataError as error:
                 check_line(case, str(error))

@@ -7,8 +7,9 @@ import torch
 
 from megatron_vlm.data.collate import spans
 from tests.kernels import test_flex
-from tests.test_span_attention import deal, shard_of
-from vlm_kernels.span_attention import Spans, flex, reference
+from tests.kernels.span_rows import needed_keys, packed_spans, rank_spans, shard_of
+from tests.test_span_attention import deal
+from vlm_kernels.span_attention import QueryShard, Spans, flex, reference
 
 SHORT_ROWS = [(ratio, head_dim) for head_dim in test_flex.HEAD_DIMS for ratio in test_flex.RATIOS]
 
@@ -39,6 +40,19 @@ def test_images_and_padding(head_dim: int, window: int | None) -> None:
         shapes = ((4, queries.low.shape[1]), (2, 300), (2, 300))
         inputs = [torch.randn((2, *shape, head_dim), device="cuda", requires_grad=True) for shape in shapes]
         check(inputs, queries, window, tolerance=5e-3)  # Triton's fp32 products may use TF32, 10 bits of mantissa
+
+
+@pytest.mark.parametrize("window", [None, 200])
+def test_packed_rows(window: int | None) -> None:
+    """Many documents: all queries, a context rank's, and those over the keys that they need."""
+    row = packed_spans(1100)
+    rank = rank_spans(row, 128, 4, window)
+    for visible, own_window in ((row, window), (rank, window), (needed_keys(rank, window, 128)[0], None)):
+        shard = visible.shard and QueryShard(visible.shard.positions.cuda(), visible.num_keys)
+        visible = Spans(visible.low.cuda(), visible.high.cuda(), shard)
+        shapes = ((4, visible.low.shape[1]), (2, visible.num_keys), (2, visible.num_keys))
+        inputs = [torch.randn((2, *shape, 64), device="cuda").bfloat16().requires_grad_() for shape in shapes]
+        check(inputs, visible, own_window, tolerance=2e-2)
 
 
 def check(inputs: list[torch.Tensor], visible: Spans, window: int | None, tolerance: float) -> None:

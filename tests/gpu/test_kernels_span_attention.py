@@ -6,14 +6,16 @@ Shapes: B batch, N query heads, G key/value heads, Sq queries, Sk keys, D head d
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
 
+from tests.kernels.span_rows import needed_keys, packed_spans, rank_spans, shard_of
 from vlm_kernels.span_attention import QueryShard, Spans, operators, reference
 from vlm_kernels.span_attention.blocks import CONFIGURATIONS, columns_of
 
+KINDS = ["causal", "images", "documents", "segments", "empty", "shard"]
 HEAD_DIMS = [64, 72, 80, 128, 256, 512]
 # Rounding of bf16 and fp16 operands: of weights in the second products, and of the results.
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -32,8 +34,11 @@ def has_launches() -> None:
 def spans_of(kind: str, length: int) -> Spans:
     """Two rows, as the data path makes them: text with an image, with padding at the end, or packed documents.
 
-    A shard is half the queries of the first kind: blocks of 64 in random order, in each row another.
+    A shard is half the queries of the first kind: blocks of 64 in random order, in each row another. "needed" are the
+    queries of one of two ranks, to which blocks of many documents were dealt by their load.
     """
+    if kind == "needed":
+        return rank_spans(packed_spans(length), 128, 2)
     place = torch.arange(length, dtype=torch.int32)
     low, high = torch.zeros((2, length), dtype=torch.int32), place.repeat(2, 1)
     if kind in ("images", "shard"):
@@ -54,9 +59,14 @@ def spans_of(kind: str, length: int) -> Spans:
     if kind == "shard":
         blocks = place[: length // 64 * 64].view(-1, 64)
         positions = torch.stack([blocks[torch.randperm(len(blocks))[: len(blocks) // 2]].flatten() for _ in range(2)])
-        low, high = (bound.gather(1, positions.long()).cuda() for bound in (low, high))
-        return Spans(low, high, QueryShard(positions.cuda(), length))
-    return Spans(low.cuda(), high.cuda())
+        return shard_of(Spans(low, high), positions)
+    return Spans(low, high)
+
+
+def moved(spans: Spans) -> Spans:
+    """The same on the device."""
+    shard = spans.shard and QueryShard(spans.shard.positions.cuda(), spans.num_keys)
+    return Spans(spans.low.cuda(), spans.high.cuda(), shard)
 
 
 def check(
@@ -64,10 +74,16 @@ def check(
 ) -> None:
     """Output and gradients have the errors of rounding weights and results once, and no others."""
     spans = spans_of(kind, length)
+    if kind == "needed":
+        spans, window = needed_keys(spans, window, 128)[0], None
+    spans = moved(spans)
     # Tokens before heads in memory, as projections write them, and all three in one tensor where they fit.
     packed = torch.randn((length, 2, heads[0] + 2 * heads[1], head_dim), device="cuda").to(dtype).permute(1, 2, 0, 3)
     q, k, v = packed.split((heads[0], heads[1], heads[1]), dim=1)
-    inputs = [tensor.requires_grad_() for tensor in (q[:, :, : spans.low.shape[1]], k, v)]
+    inputs = [
+        tensor.requires_grad_()
+        for tensor in (q[:, :, : spans.low.shape[1]], k[:, :, : spans.num_keys], v[:, :, : spans.num_keys])
+    ]
     wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
     scale = head_dim**-0.5
     ours, exact = (
@@ -86,8 +102,7 @@ def check(
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("window", [None, 130])
-@pytest.mark.parametrize("kind", ["causal", "images", "documents", "segments", "empty", "shard"])
+@pytest.mark.parametrize(("kind", "window"), [*product(KINDS, (None, 130)), ("needed", 130)])
 def test_against_fp64(kind: str, window: int | None, head_dim: int) -> None:
     check(head_dim, kind, window, 777, (4, 2), torch.bfloat16)
 

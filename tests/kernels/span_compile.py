@@ -25,7 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from vlm_kernels.span_attention import QueryShard, Spans, launch
+from tests.kernels.span_rows import RUN_SHAPES, run_spans
+from vlm_kernels.span_attention import Spans, launch
 from vlm_kernels.span_attention.blocks import CONFIGURATIONS, Configuration, configuration
 
 SHARED_BYTES = {8: 163 * 1024, 9: 227 * 1024, 10: 227 * 1024}
@@ -39,7 +40,7 @@ class Code:
     """Machine code of one kernel.
 
     Attributes:
-        variants: codes compiled for queries that are the whole sequence of keys and for a part of them.
+        variants: codes compiled for all shapes of packed runs and context ranks, and for a single query.
         registers: of a thread.
         stack: bytes of a thread.
         spills: loads and stores of local memory.
@@ -65,22 +66,17 @@ class Code:
 
 def compile_kernels(head_dim: int, major: int) -> dict[str, Code]:
     """Machine code of all four kernels for bf16 tensors on a GPU of a major compute capability."""
-    positions = torch.arange(130, dtype=torch.int32)[None]
-    part = positions[:, :128:2]  # a number of queries, and of keys below, that a compiler would like to know
     with _compiling_only(GPUTarget("cuda", major * 10, 32)) as compiled:
-        for spans in (
-            Spans(torch.zeros_like(positions), positions),
-            Spans(torch.zeros_like(part), part, QueryShard(part, 160)),
-        ):
-            _launch(spans, head_dim, configuration(head_dim, major))
+        for shape in (*RUN_SHAPES, (130, 130, 1, 1), (1, 1, 1, 1), (1, 16, 1, 1)):
+            _launch(run_spans(*shape), head_dim, configuration(head_dim, major))
     return {name: _read(kernels, major) for name, kernels in compiled.items()}
 
 
 def _launch(spans: Spans, head_dim: int, launches: Configuration) -> None:
     """Both passes, in a window."""
-    length, window, scale = spans.low.shape[1], 50, 0.1
-    q = torch.zeros((length, 1, 4, head_dim), dtype=torch.bfloat16).permute(1, 2, 0, 3)
-    k = v = torch.zeros((spans.num_keys, 1, 2, head_dim), dtype=torch.bfloat16).permute(1, 2, 0, 3)
+    (batch, length), window, scale = spans.low.shape, 50, 0.1
+    q = torch.zeros((length, batch, 4, head_dim), dtype=torch.bfloat16).permute(1, 2, 0, 3)
+    k = v = torch.zeros((spans.num_keys, batch, 2, head_dim), dtype=torch.bfloat16).permute(1, 2, 0, 3)
     forward, by_query, by_key = (
         spans.block_ranges(window, blocks) for blocks in (launches.forward, launches.queries, launches.keys)
     )

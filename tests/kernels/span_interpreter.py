@@ -19,6 +19,7 @@ from types import ModuleType
 
 import torch
 
+from tests.kernels.span_rows import needed_keys, packed_spans, rank_spans
 from vlm_kernels.span_attention import launch, spans, triton_kernels
 from vlm_kernels.span_attention.blocks import Blocks, Configuration
 from vlm_kernels.span_attention.reference import backward, forward
@@ -28,8 +29,9 @@ from vlm_kernels.span_attention.reference import backward, forward
 class Case:
     """Sizes, window and block sizes; two key blocks to a query block where nothing else is said.
 
-    `length` is Sk, and Sq but for what `queries` says of a context rank's: blocks of so many tokens, of all blocks so
-    many, in random order and in each row others.
+    `length` is Sk, and Sq but for what a context rank's queries are: with `queries`, blocks of so many tokens, of all
+    blocks so many, in random order and in each row others; with `planned`, ascending blocks of so many tokens as they
+    are planned for so many ranks. Of the keys, `needed` leaves blocks of so many tokens that the queries see.
     """
 
     head_dim: int
@@ -37,6 +39,8 @@ class Case:
     window: int | None = None
     length: int = 68
     queries: tuple[int, int] | None = None
+    planned: tuple[int, int] | None = None
+    needed: int = 0
     heads: tuple[int, int] = (1, 1)
     blocks: tuple[int, int] = (32, 16)
     chunk: int = 0
@@ -61,6 +65,11 @@ CASES = {
     "shard, ranges in no order": Case(64, "scattered", blocks=(16, 16), queries=(1, 50)),
     "shard, 512": Case(512, "images", length=70, chunk=128, shares=2, blocks=(32, 32), queries=(10, 4), tma=True),
     "more queries than keys": Case(64, "causal", length=40, queries=(8, 9)),
+    "packed": Case(64, "packed", window=50, length=100, heads=(2, 1)),
+    "planned blocks of 128 tokens": Case(128, "packed", length=600, planned=(128, 2), blocks=(128, 64), tma=True),
+    "needed keys in a window": Case(
+        64, "packed", 50, length=300, planned=(32, 4), needed=32, heads=(4, 2), blocks=(64, 32)
+    ),
     "fp16": Case(64, "images", window=20, dtype=torch.float16),
 }
 # In other company, or at other sizes, what the cases above have: `further` on the command line.
@@ -72,12 +81,23 @@ FURTHER_CASES = {
     "longer": Case(64, "images", window=90, length=160, blocks=(32, 32)),
     "512, columns shared": Case(512, "images", length=70, heads=(2, 1), shares=2, blocks=(32, 32), tma=True),
     "512, both": Case(512, "causal", length=40, chunk=256, shares=4, blocks=(32, 32)),
+    "planned blocks of 256 tokens": Case(64, "packed", length=1100, planned=(256, 2), blocks=(128, 128)),
+    "planned blocks of 512 tokens, 256": Case(
+        256, "packed", length=1100, planned=(512, 2), blocks=(128, 64), chunk=128, tma=True
+    ),
+    "planned, 512": Case(512, "packed", length=200, planned=(32, 2), blocks=(32, 32), heads=(2, 1), shares=2),
+    "needed keys, 128": Case(128, "packed", 200, 900, planned=(128, 4), needed=128, blocks=(128, 64), tma=True),
+    "needed keys, 256": Case(256, "packed", 40, 300, planned=(16, 8), needed=16, chunk=128),
+    "needed keys, 512": Case(512, "packed", 40, 300, planned=(32, 8), needed=32, blocks=(32, 32), shares=2, tma=True),
+    "fp16, needed keys": Case(64, "packed", 50, 300, planned=(32, 4), needed=32, dtype=torch.float16),
     "fp16, 512": Case(512, "documents", length=40, chunk=128, shares=2, tma=True, dtype=torch.float16),
 }
 
 
 def spans_of(kind: str, length: int) -> spans.Spans:
     """Two rows of the kind."""
+    if kind == "packed":
+        return packed_spans(length)
     place = torch.arange(length, dtype=torch.int32)
     low, high = torch.zeros((2, length), dtype=torch.int32), place.repeat(2, 1)
     if kind == "images":  # across borders of blocks; the second row ends in padding, which sees itself
@@ -102,7 +122,7 @@ def spans_of(kind: str, length: int) -> spans.Spans:
     return spans.Spans(low, high)
 
 
-def shard_of(whole: spans.Spans, block: int, count: int) -> spans.Spans:
+def shuffled_shard(whole: spans.Spans, block: int, count: int) -> spans.Spans:
     """Blocks of the queries in random order, and again from the first if there are not enough."""
     length = whole.low.shape[1]
     generator = torch.Generator().manual_seed(2)
@@ -123,7 +143,10 @@ def check(case: Case) -> list[float]:
     visible, scale = spans_of(case.kind, case.length), case.head_dim**-0.5
     place = torch.arange(case.length)
     if case.queries is not None:
-        visible = shard_of(visible, *case.queries)
+        visible = shuffled_shard(visible, *case.queries)
+        place = visible.shard.positions
+    if case.planned is not None:
+        visible = rank_spans(visible, *case.planned, case.window)
         place = visible.shard.positions
 
     def random(heads: int, length: int) -> torch.Tensor:
@@ -138,7 +161,27 @@ def check(case: Case) -> list[float]:
     )
     if case.kind == "segments":  # as autograd hands over the gradient of a sum
         d_out = d_out[:1, :, :1].expand(q.shape)
-    first, last = visible.first_key(case.window), visible.high
+    first = visible.low if case.window is None else torch.maximum(visible.low, place - case.window + 1)
+    exact = [tensor.double() for tensor in (q, k, v)]
+    expected_out, expected_lse = forward(*exact, first, visible.high, scale)
+    dq, *of_keys = backward(d_out.double(), *exact, expected_out, expected_lse, first, visible.high, scale)
+    window = case.window
+    if case.needed:
+        visible, keys = needed_keys(visible, window, case.needed)
+        assert len(keys) < case.length
+        window = None
+        k, v, *of_keys = (tensor[:, :, keys] for tensor in (k, v, *of_keys))
+    ours = _results(case, visible, window, (q, k, v, d_out), scale)
+    pairs = zip(ours, (expected_out, expected_lse, dq, *of_keys), strict=True)
+    return [_error(ours, theirs) for ours, theirs in pairs]
+
+
+def _results(
+    case: Case, visible: spans.Spans, window: int | None, tensors: tuple[torch.Tensor, ...], scale: float
+) -> tuple[torch.Tensor, ...]:
+    """Output, logarithms, dq, dk and dv of the kernels."""
+    q, k, v, d_out = tensors
+    first, last = visible.first_key(window), visible.high
     if case.kind == "documents":  # in another order in memory
         first, last = (tensor.t().contiguous().t() for tensor in (first, last))
     # Another shape for the key side, as the tables allow.
@@ -147,16 +190,9 @@ def check(case: Case) -> list[float]:
         for sizes in (case.blocks, case.blocks[::-1])
     )
     launches = Configuration(blocks, blocks, key_side, case.tma)
-    by_query = visible.block_ranges(case.window, blocks).by_query
-    by_key = visible.block_ranges(case.window, key_side).by_key
+    by_query, by_key = visible.block_ranges(window, blocks).by_query, visible.block_ranges(window, key_side).by_key
     out, lse = launch.forward(q, k, v, first, last, by_query, scale, launches)
-    gradients = launch.backward(d_out, q, k, v, out, lse, first, last, by_query, by_key, scale, launches)
-    exact = [tensor.double() for tensor in (q, k, v)]
-    first = visible.low if case.window is None else torch.maximum(visible.low, place - case.window + 1)
-    expected_out, expected_lse = forward(*exact, first, last, scale)
-    expected = backward(d_out.double(), *exact, expected_out, expected_lse, first, last, scale)
-    pairs = zip((out, lse, *gradients), (expected_out, expected_lse, *expected), strict=True)
-    return [_error(ours, theirs) for ours, theirs in pairs]
+    return out, lse, *launch.backward(d_out, q, k, v, out, lse, first, last, by_query, by_key, scale, launches)
 
 
 def _error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -186,12 +222,10 @@ MUTANTS = {
     "bound of queries": Mutant(triton_kernels, "<= last_key[None, :]", "< last_key[None, :]", _SMALL),
     "no rescale": Mutant(triton_kernels, "total * rescale[:, None] + ", "total + ", _SMALL),
     "no delta": Mutant(triton_kernels, "(d_weights - delta[:, None])", "d_weights", _SMALL),
-    "a block too few": Mutant(spans, 'rounding_mode="floor") + 1, begin)', 'rounding_mode="floor"), begin)', _SMALL),
-    "whole too early": Mutant(spans, "(latest_first + keys - 1)", "latest_first", replace(_SMALL, kind="documents")),
+    "a block too few": Mutant(spans, "(last + keys, last + 1)", "(last, last + 1)", _SMALL),
+    "whole too early": Mutant(spans, "(first, first + keys - 1)", "(first, first)", replace(_SMALL, kind="documents")),
     "partial blocks after the whole ones": Mutant(triton_kernels, "block >= whole_begin", "block < 0", _SMALL),
-    "a block of queries too late": Mutant(
-        spans, "where(touched, count).amin(1)", "where(touched, count).amin(1) + 1", _SMALL
-    ),
+    "a block too late": Mutant(spans, "where(touched, count).amin(2)", "where(touched, count).amin(2) + 1", _SMALL),
     "heads of a group": Mutant(
         triton_kernels, "key_head * group + member", "key_head + member", replace(_SMALL, heads=(4, 2))
     ),
@@ -210,7 +244,9 @@ MUTANTS = {
     "as many gradients of keys as queries": Mutant(
         triton_kernels, "dk_head, dk_token, num_keys)", "dk_head, dk_token, num_queries)", _SHARD
     ),
-    "as many blocks of keys as queries": Mutant(spans, "-(-num_keys // keys)", "-(-first.shape[1] // keys)", _SHARD),
+    "whole for one query of a block": Mutant(
+        spans, "seeing_whole == size.clamp(max=queries)[:, None]", "seeing_whole > 0", _SHARD
+    ),
     "column of a share": Mutant(
         triton_kernels, "_load(v, key_start, own_column,", "_load(v, key_start, 0,", replace(_SMALL, shares=2)
     ),

@@ -13,6 +13,7 @@ import torch
 
 from tests.kernels.gpu_compiler import compiling_flex_attention
 from tests.kernels.span_compile import SHARED_BYTES
+from tests.kernels.span_rows import RUN_SHAPES, run_spans
 from tests.sizes import full
 from vlm_kernels.span_attention import QueryShard, Spans, flex
 
@@ -91,6 +92,20 @@ def test_variants_are_few_over_lengths_and_windows(ranks: int, is_training: bool
         assert torch._dynamo.config.recompile_limit >= 64
     # Rows of one block, rows of less than one block, and longer rows.
     assert len(compilations.variants) <= 3
+
+
+@pytest.mark.parametrize("is_training", [full(True), False])
+def test_variants_are_two_in_packed_and_context_parallel_runs(is_training: bool) -> None:
+    """One for single rows and one for several: not by lengths of queries or keys, which may be equal, nor documents."""
+    with compiling_flex_attention() as compilations:
+        for shape in RUN_SHAPES:
+            spans = run_spans(*shape)
+            queries, keys, rows, _ = shape
+            made = (torch.randn((tokens, rows, heads, 64)) for tokens, heads in ((queries, 4), (keys, 2), (keys, 2)))
+            inputs = [tensor.bfloat16().permute(1, 2, 0, 3).requires_grad_(is_training) for tensor in made]
+            for window in (None, 50):
+                flex.attend(*inputs, spans, window, 0.1)
+    assert len(compilations.variants) == 2
 
 
 SMALL_SIZES = {(8, "float32", 72)}

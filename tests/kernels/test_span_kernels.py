@@ -22,7 +22,7 @@ from tests.versions import needs_triton_3_9
 from vlm_kernels.span_attention import launch
 
 ROOT = Path(__file__).parents[2]
-# Relative to the largest value. fp32 on one side, fp64 on the other: sums of up to 512 terms; measured 5.4e-7.
+# Relative to the largest value. fp32 on one side, fp64 on the other: sums of up to 900 terms; measured 7.7e-7.
 FP32_ERROR = 2e-6
 # Every stored value and every operand of a second product is rounded to 11 bits (4.9e-4 at most); measured 5.6e-4.
 FP16_ERROR = 2e-3
@@ -59,13 +59,13 @@ def interpreted() -> Results:
 @needs_triton_3_9
 def test_kernels_equal_the_reference(interpreted: Results) -> None:
     """Output, logarithms and every gradient: windows, images, documents, shards, groups of heads, tails, head dims."""
-    check_cases(interpreted, 16)
+    check_cases(interpreted, 19)
 
 
 @needs_triton_3_9
 @pytest.mark.full
 def test_kernels_equal_the_reference_in_further_cases() -> None:
-    check_cases(interpret("further"), 8)
+    check_cases(interpret("further"), 15)
 
 
 def check_cases(results: Results, count: int) -> None:

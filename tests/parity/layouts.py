@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -14,6 +15,8 @@ from megatron.core.utils import unwrap_model
 from megatron_vlm import platform
 from megatron_vlm.conversion.running_model import load_hf_into_model
 from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.data.context_blocks import planned_positions
+from megatron_vlm.data.context_shard import ContextSharding, shard_for_context
 from megatron_vlm.families import registry
 from megatron_vlm.families.build import BuildSettings, build_chunks, wrap_data_parallel
 from megatron_vlm.layers.linear import multiply
@@ -40,6 +43,8 @@ class TestLayout:
     world_size: int = 1
     tensor: int = 1
     pipeline: int = 1
+    context: int = 1
+    blocks: Literal["planned", "random"] = "planned"
     virtual: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
@@ -72,6 +77,7 @@ class TestLayout:
             tensor_size=self.tensor,
             sequence_parallel=self.sequence_parallel,
             pipeline_size=self.pipeline,
+            context_size=self.context,
             expert_size=self.expert,
             expert_tensor_size=self.expert_tensor,
         )
@@ -83,6 +89,7 @@ class TestLayout:
             "parallel.sequence_parallel": self.sequence_parallel,
             "parallel.pipeline_model_parallel_size": self.pipeline,
             "parallel.virtual_pipeline_model_parallel_size": self.virtual,
+            "parallel.context_parallel_size": self.context,
             "parallel.pipeline_layout": _list(self.pipeline_layout),
             "parallel.vision_pipeline_layout": _list(self.vision_pipeline_layout),
             "parallel.expert_model_parallel_size": self.expert,
@@ -154,12 +161,28 @@ def set_up(
     return wrap_data_parallel(chunks, groups, layout.distributed_optimizer, layout.overlap), groups
 
 
+def random_positions(load: np.ndarray, num_ranks: int) -> np.ndarray:
+    """Tokens of every context rank, anywhere."""
+    order = np.random.default_rng(len(load)).permutation(len(load))
+    return np.sort(order.reshape(num_ranks, -1), axis=1)
+
+
 def own_micro_batches(
-    micro_batches: list[MicroBatch], groups: ProcessGroupCollection, layout: TestLayout
+    model: Sequence[torch.nn.Module],
+    micro_batches: list[MicroBatch],
+    groups: ProcessGroupCollection,
+    layout: TestLayout,
 ) -> list[MicroBatch]:
-    """This data rank's share, its sequence padded for sequence parallelism, with what its stage's towers read."""
-    mine = [batch.to(platform.current().device) for batch in micro_batches[groups.dp.rank() :: groups.dp.size()]]
+    """This rank's share, its sequence padded for sequence parallelism, with what its stage's towers read."""
+    mine = micro_batches[groups.dp.rank() :: groups.dp.size()]
     assert not layout.sequence_parallel or mine[0].input_ids.shape[1] % layout.tensor == 0
+    if layout.context > 1:
+        kinds = unwrap_model(list(model))[0].language_model.text.attention_kinds
+        ranks = Layout(tensor_size=layout.tensor, sequence_parallel=layout.sequence_parallel)
+        plan = planned_positions if layout.blocks == "planned" else random_positions
+        sharding = ContextSharding(groups.cp.rank(), layout.context, kinds, ranks.sequence_shards, plan)
+        mine = [shard_for_context(batch, sharding) for batch in mine]
+    mine = [batch.to(platform.current().device) for batch in mine]
     counts = layout.vision_pipeline_layout or ()
     names = tower_inputs(Layout(pipeline_size=layout.pipeline, tower_counts=counts), groups.pp.rank())
     return [
@@ -188,7 +211,7 @@ def run_case(hf_dir: str, layout: TestLayout, cases: dict[str, list[MicroBatch]]
         for chunk in model:
             chunk.zero_grad_buffer()
         logits.clear()
-        sums = run_global_batch(model, own_micro_batches(micro_batches, groups, layout), groups)[0]
+        sums = run_global_batch(model, own_micro_batches(model, micro_batches, groups, layout), groups)[0]
         collect_expert_use(model, groups)
         gradients = whole_gradients(model, groups)
         results[name] = RankResult(gradients, sums[0].item(), sums[1].item(), list(logits), groups.dp.rank())
@@ -202,22 +225,33 @@ def _record_logits(model: Sequence[torch.nn.Module], groups: ProcessGroupCollect
     compute = language_model.losses
 
     @torch.no_grad()
-    def logits(x: torch.Tensor) -> torch.Tensor:
+    def logits(x: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         head = language_model.head
         weight = Operand(language_model.head_weight())
         (part,) = multiply(language_model.norm(x), [weight], groups.tp, head.sequence_parallel)
         parts = [torch.empty_like(part) for _ in range(groups.tp.size())]
         torch.distributed.all_gather(parts, part.contiguous(), group=groups.tp)
-        whole = torch.cat(parts, dim=-1).transpose(0, 1).cpu()
+        whole = _from_context_ranks(torch.cat(parts, dim=-1).transpose(0, 1), batch, groups).cpu()
         return whole if head.softcap is None else head.softcap * torch.tanh(whole / head.softcap)
 
     def losses(x: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        recorded.append(logits(x))
+        recorded.append(logits(x, batch))
         return compute(x, batch)
 
     if hasattr(language_model, "norm"):
         language_model.losses = losses
     return recorded
+
+
+def _from_context_ranks(values_BS: torch.Tensor, batch: MicroBatch, groups: ProcessGroupCollection) -> torch.Tensor:
+    """Values of the tokens of all context ranks, in their places."""
+    if batch.context is None:
+        return values_BS
+    parts = [torch.empty_like(values_BS, memory_format=torch.contiguous_format) for _ in range(groups.cp.size())]
+    torch.distributed.all_gather(parts, values_BS.contiguous(), group=groups.cp)
+    positions = [torch.empty_like(batch.context.positions) for _ in parts]
+    torch.distributed.all_gather(positions, batch.context.positions, group=groups.cp)
+    return torch.cat(parts, dim=1)[:, torch.cat(positions, dim=1)[0].argsort()]
 
 
 def whole_gradients(model: Sequence[torch.nn.Module], groups: ProcessGroupCollection) -> dict[str, torch.Tensor]:

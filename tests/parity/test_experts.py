@@ -19,7 +19,11 @@ from tests.sizes import two_sizes
 
 Definition = Literal["transformers", "megatron"]
 BALANCING_LAYOUTS = two_sizes(
-    ("TP1", "TP2+SP", "PP2", "PP2xVPP2", "TP2xPP2+SP", "EP2xTP2+SP", "EP2xPP2"), "PP2xVPP2", "EP2xTP2+SP", "EP2xPP2"
+    (
+        *("TP1", "TP2+SP", "PP2", "PP2xVPP2", "TP2xPP2+SP", "EP2xTP2+SP", "EP2xPP2"),
+        *("CP2, random blocks", "CP2xTP2+SP, EP4", "CP2xPP2xVPP2, full recompute"),
+    ),
+    *("PP2xVPP2", "EP2xTP2+SP", "EP2xPP2", "CP2xTP2+SP, EP4"),
 )
 
 
@@ -51,7 +55,7 @@ def balanced(definition: Definition) -> Expected:
 
 
 @pytest.mark.parametrize(
-    "name", two_sizes(("EP2", "EP2, all-gather", "EP2xPP2", "ETP2, TP1"), "EP2, all-gather", "EP2xPP2")
+    "name", two_sizes(("EP2", "EP2, all-gather", "EP2xPP2", "ETP2, TP1", "CP2, EP2"), "EP2, all-gather", "EP2xPP2")
 )
 @pytest.mark.parametrize("frozen", [("language_model",), ("language_model", "vision_tower")])
 def test_frozen_parts(name: str, frozen: tuple[str, ...], hf_directory: str) -> None:

@@ -13,6 +13,7 @@ from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.parallel.chunk_settings import LossSettings
 from tests.families import gemma3
 from tests.families.gemma3 import GEMMA3, ROWS, make_batch
+from tests.families.layouts import CONTEXT
 from tests.parity.comparison import LOSS_TOLERANCE, check_layout
 from tests.parity.layouts import LAYOUTS, TestLayout, own_micro_batches, run_case, set_up
 from tests.ranks import run_ranks
@@ -37,11 +38,11 @@ def test_loss_in_many_chunks(name: str, tmp_path: Path) -> None:
     check_layout(chunked, GEMMA3.write(tmp_path), {"mixed": GEMMA3.expected("mixed")}, GEMMA3.vocabulary)
 
 
-@pytest.mark.parametrize("name", ["TP2+SP", "PP2xVPP2", "TP2xPP2+SP, full recompute", "DP2, overlapped"])
+@pytest.mark.parametrize("name", ["TP2+SP", "PP2xVPP2", "TP2xPP2+SP, full recompute", "DP2, overlapped", "CP2xTP2+SP"])
 def test_every_second_layer_frozen(name: str, tmp_path: Path) -> None:
     """By patterns: gradients pass through what does not train."""
     frozen = ("language_model.layers.*[13].*", "vision_tower.encoder.layers.1.*", "*norm.weight")
-    layout = replace(LAYOUTS[name], freeze=frozen)
+    layout = replace((LAYOUTS | CONTEXT)[name], freeze=frozen)
     check_layout(layout, GEMMA3.write(tmp_path), {"mixed": GEMMA3.expected("mixed")}, GEMMA3.vocabulary)
 
 
@@ -51,7 +52,7 @@ Z_LOSS = 0.1
 def losses(hf_directory: str, layout: TestLayout, batch: MicroBatch) -> list[torch.Tensor]:
     """[B, S] while training and while evaluating."""
     (chunk,), groups = set_up(hf_directory, layout)
-    (batch,) = own_micro_batches([batch], groups, layout)
+    (batch,) = own_micro_batches([chunk], [batch], groups, layout)
     return [unwrap_model(chunk).train(training)(batch).detach().cpu() for training in (True, False)]
 
 

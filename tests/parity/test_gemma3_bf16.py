@@ -71,7 +71,9 @@ def _named(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
 def run(directory: str, layout: TestLayout, batches: list[MicroBatch]) -> Figures:
     model, groups = set_up(directory, layout, torch.bfloat16)
     assert all(parameter.dtype == torch.bfloat16 for chunk in model for parameter in chunk.parameters())
-    loss_sum, label_tokens = run_global_batch(model, own_micro_batches(batches, groups, layout), groups)[0].tolist()
+    loss_sum, label_tokens = run_global_batch(model, own_micro_batches(model, batches, groups, layout), groups)[
+        0
+    ].tolist()
     gradients = whole_gradients(model, groups)
     assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
     return loss_sum / label_tokens, gradients

@@ -59,7 +59,9 @@ def reference(family: TinyFamily, case: str, dtype: torch.dtype) -> Figures:
 
 def run(directory: str, layout: TestLayout, batches: list[MicroBatch]) -> Figures:
     model, groups = set_up(directory, layout, torch.bfloat16)
-    loss_sum, label_tokens = run_global_batch(model, own_micro_batches(batches, groups, layout), groups)[0].tolist()
+    loss_sum, label_tokens = run_global_batch(model, own_micro_batches(model, batches, groups, layout), groups)[
+        0
+    ].tolist()
     return loss_sum / label_tokens, whole_gradients(model, groups)
 
 

@@ -81,7 +81,7 @@ def losses_by_source(hf_dir: str, batches: list[MicroBatch]) -> list[list[float]
     """[(loss sum, label tokens)] of two sources."""
     layout = TestLayout(2, pipeline=2)
     model, groups = set_up(hf_dir, layout)
-    return run_global_batch(model, own_micro_batches(batches, groups, layout), groups, num_sources=2).tolist()
+    return run_global_batch(model, own_micro_batches(model, batches, groups, layout), groups, num_sources=2).tolist()
 
 
 def test_losses_count_for_the_source_of_their_document(tmp_path: Path) -> None:

@@ -148,7 +148,13 @@ def test_what_is_printed_is_what_the_dry_run_counts() -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    pairs(sorted(MODELS), ("images", "pipeline", "virtual"), ("gemma4", "virtual"), ("qwen3_vl_moe", "images")),
+    pairs(
+        sorted(MODELS),
+        ("context", "images", "pipeline", "virtual"),
+        ("gemma4", "virtual"),
+        ("mistral3", "context"),
+        ("qwen3_vl_moe", "images"),
+    ),
 )
 def test_estimates_against_traces(name: str, kind: str) -> None:
     """Parts put together against the full trace of every stage."""

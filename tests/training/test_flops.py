@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.data.context_shard import ContextSharding, shard_for_context
 from megatron_vlm.families import registry
-from megatron_vlm.planning.flops import visible_keys
-from tests.families.gemma3 import LENGTH, ROWS, build, make_batch, reference
+from megatron_vlm.model.trainable import Trainable
+from megatron_vlm.planning.flops import ModelFlops, visible_keys
+from tests.families.gemma3 import GEMMA3, LENGTH, ROWS, build, make_batch, reference
+from tests.families.gemma4 import GEMMA4
+from tests.families.qwen3_vl import QWEN3_VL
+from tests.families.tiny_family import TinyFamily
 from tests.training.model_flops import FROZEN, batch_flops
 from tests.versions import needs_transformers_5_23
 
@@ -105,3 +111,20 @@ def test_padding_is_free() -> None:
     rows = [(14, [2]), (9, [])]
     short, long = (make_batch(rows, pad_to_multiple_of=length) for length in (LENGTH, 2 * LENGTH))
     assert batch_flops(FAMILY, config, short) == batch_flops(FAMILY, config, long)
+
+
+@pytest.mark.parametrize("family", [GEMMA3, GEMMA4, QWEN3_VL], ids=str)
+def test_context_ranks_count_a_micro_batch_once(family: TinyFamily) -> None:
+    """Tokens and keys that their queries see where they are, media on one of them."""
+    model_config = registry.detect(family.config).config_from_hf(family.config, text_only=False)
+    kinds = model_config.text.attention_kinds
+
+    def lengths(batch: MicroBatch, rank: int) -> torch.Tensor:
+        groups: Any = SimpleNamespace(cp=SimpleNamespace(rank=lambda: rank))
+        counted = ModelFlops(registry.detect(family.config), model_config, Trainable(()), groups)
+        return torch.tensor(counted.lengths(batch))
+
+    for reference_of_family in family.micro_batches("packed"):
+        batch = reference_of_family.batch
+        shards = [shard_for_context(batch, ContextSharding(rank, 3, kinds)) for rank in range(3)]
+        assert torch.equal(sum(map(lengths, shards, range(3))), lengths(batch, 0))

@@ -50,7 +50,9 @@ def step(directory: str, layout: TestLayout, batches: list[MicroBatch]) -> tuple
     settings = SETTINGS if layout.distributed_optimizer else OptimizerSettings("sgd", lr=1.0, weight_decay=0.0)
     optimizer = build_optimizer(model, settings, torch.float32, layout.distributed_optimizer, groups)
     before = _values(model, groups)
-    loss_sum, label_tokens = run_global_batch(model, own_micro_batches(batches, groups, layout), groups)[0].tolist()
+    loss_sum, label_tokens = run_global_batch(model, own_micro_batches(model, batches, groups, layout), groups)[
+        0
+    ].tolist()
     norm = gradient_norm(optimizer)
     subtracted = {}
     if not layout.distributed_optimizer:

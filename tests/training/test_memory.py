@@ -31,9 +31,10 @@ from megatron_vlm import platform
 from megatron_vlm.cli import load_config
 from megatron_vlm.config import Config
 from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.data.context_shard import shard_for_context
 from megatron_vlm.data.media import Medium
 from megatron_vlm.families import registry
-from megatron_vlm.families.build import build_chunks, build_settings, wrap_data_parallel
+from megatron_vlm.families.build import build_chunks, build_settings, context_sharding, wrap_data_parallel
 from megatron_vlm.model.model_chunk import ModelChunk
 from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
@@ -326,7 +327,10 @@ def check_kept(name: str, config: Config, world_size: int) -> None:
     ):
         with simulated_rank(stage * world_size // layout.pipeline_size, layout) as groups:
             chunks = real_chunks(name, config, layout, groups)
-            kept = [kept_by(chunk, make_batch(model_config)) for chunk in chunks]
+            batch, sharding = make_batch(model_config), context_sharding(layout, model_config, groups.cp.rank())
+            if sharding is not None:
+                batch = shard_for_context(batch, sharding)
+            kept = [kept_by(chunk, batch) for chunk in chunks]
         expected = [chunk.kept_bytes for chunk in counts.chunks]
         print(name, [f"{of_chunk / of_trace:.4f}" for of_chunk, of_trace in zip(kept, expected, strict=True)])
         assert kept == pytest.approx(expected, rel=TOLERANCE)
@@ -395,6 +399,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
             "train.global_batch_size=2",
         ],
     ),
+    "context": (4, [TENSOR, SEQUENCE, "parallel.context_parallel_size=2"]),
     "tower alone": (
         4,
         [
@@ -416,6 +421,7 @@ WITHOUT_SEQUENCE_PARALLELISM = [(name, "tensor") for name in ("gemma4 26B-A4B", 
         sorted(MODELS),
         sorted(LAYOUTS),
         ("gemma3", "tensor"),
+        ("gemma3", "context"),
         ("gemma4", "virtual"),
         ("gemma4 26B-A4B", "images"),
         ("gemma4_unified", "tensor"),

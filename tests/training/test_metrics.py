@@ -103,6 +103,33 @@ def test_expert_statistics_take_the_worst_layer() -> None:
     assert expert_statistics(torch.zeros(2, 4)).expert_imbalance == 1
 
 
+def test_figures_of_packed_rows(tmp_path: Path) -> None:
+    """How many samples, how much padding, and how even the data ranks are; without packing there is nothing to say."""
+    packed = replace(
+        METRICS,
+        step_samples=37,
+        batch_rows=8,
+        straggler_ratio_predicted=1.034,
+        straggler_ratio_predicted_in_order=1.21,
+    )
+    plain = replace(METRICS, step_samples=8, batch_rows=8)
+    stream = io.StringIO()
+    for metrics in (packed, plain, replace(packed, straggler_ratio_predicted=None)):
+        Console(stream).on_step(metrics)
+    first, second, third = stream.getvalue().replace("\n    ", "  ").splitlines()
+    assert "  37 samples in 8 rows  padding 20.0%  straggler 1.03x (in order 1.21x)" in first
+    assert "samples" not in second and "padding" not in second and "straggler" not in second
+    assert "  37 samples in 8 rows  padding 20.0%" in third and "straggler" not in third
+    record = to_record(packed)
+    assert (record["step_samples"], record["batch_rows"]) == (37, 8)
+    assert (record["straggler_ratio_predicted"], record["straggler_ratio_predicted_in_order"]) == (1.034, 1.21)
+    assert not any("straggler" in name for name in to_record(plain))
+    several = over_steps([packed, replace(packed, step_samples=3, straggler_ratio_predicted=1.066)])
+    assert (several.step_samples, several.batch_rows) == (40, 16)
+    assert several.straggler_ratio_predicted == pytest.approx(1.05)
+    assert over_steps([plain, plain]).straggler_ratio_predicted is None
+
+
 def test_figures_of_experts_are_there_only_for_models_with_experts() -> None:
     experts = ExpertStatistics(1, 8.0, 20, 3)
     record = to_record(replace(METRICS, experts=experts, load_balancing_loss=2.125))

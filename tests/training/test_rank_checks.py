@@ -79,9 +79,9 @@ def report_with_slow(rank: int | None) -> list[str]:
 def test_slow_group_is_named() -> None:
     first, *others = run_ranks(4, report_with_slow, 3)
     assert others == [[], [], []]
-    figures, warning = first
+    figures, *warnings = first  # on a busy machine another kind of group may be slow indeed
     assert re.fullmatch(r"groups    GB/s to sum 0.25 MiB: tensor \d+\.\d\d, data \d+\.\d\d", figures)
-    assert re.search("the tensor group of rank [23] on b takes", warning)
+    assert [line for line in warnings if re.search("the tensor group of rank [23] on b takes", line)]
 
 
 def test_groups_alike_are_not_warned_of() -> None:

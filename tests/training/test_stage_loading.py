@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed
 
-from megatron_vlm.data import images, index_cache, rows
+from megatron_vlm.data import images, index_cache, media_loading
 from megatron_vlm.data.loader import BatchSharding
 from megatron_vlm.data.plan import PlannedSource, SamplePlan
 from megatron_vlm.data.stage_loader import Stages, build_on_stages
@@ -57,11 +57,11 @@ def train_counting(arguments: list[str]) -> Seen:
         calls["indexes"] += 1
         return kept[1](*given)
 
-    rows.load_image, index_cache.build_index = load_image, build_index  # type: ignore[assignment]
+    media_loading.load_image, index_cache.build_index = load_image, build_index  # type: ignore[assignment]
     try:
         outcome = train_here(arguments)
     finally:
-        rows.load_image, index_cache.build_index = kept
+        media_loading.load_image, index_cache.build_index = kept
     lines = outcome.metrics
     losses, bad_rows = [line["loss"] for line in lines], [line.get("bad_rows", 0) for line in lines]
     return Seen(calls, losses, bad_rows, outcome.evaluations, outcome.error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from PIL import Image
 from megatron_vlm.checkpoint.run_owner import RunOwner
 from megatron_vlm.cli import load_config
 from megatron_vlm.config import Config
+from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.training.loop import Trainer
 from megatron_vlm.training.setup import set_up
 from megatron_vlm.training.signals import StopRequests
@@ -86,8 +87,13 @@ def _argument(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def train_on_rank(config: Config) -> list[list[str]]:
-    """On a pool rank: one start of a run; returns the names of the rows that this rank read in each step."""
+def names_of(batch: MicroBatch) -> list[str]:
+    """The rows of the data in a micro-batch."""
+    return batch.document_names
+
+
+def train_on_rank(config: Config, describe: Callable[[MicroBatch], list[Any]] = names_of) -> list[list[Any]]:
+    """On a pool rank: one start of a run; returns what describes the micro-batches of this rank in each step."""
     prepare_process()
     requests, names = StopRequests(), []
     with RunOwner(config.run_dir) as owner:
@@ -97,7 +103,7 @@ def train_on_rank(config: Config) -> list[list[str]]:
 
         def global_batch() -> Any:
             batches = read()
-            names.append([name for batch in batches for name in batch.document_names])
+            names.append([name for batch in batches for name in describe(batch)])
             return batches
 
         loader.global_batch = global_batch  # type: ignore[method-assign]

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.fx.experimental._config
 from torch.nn.attention.flex_attention import flex_attention
 
 from vlm_kernels.span_attention.spans import Spans
@@ -39,4 +40,6 @@ def compiled() -> Callable[..., Any]:
     # A variant is compiled per head size, number of heads, dtype and gradient mode; past dynamo's limit of 8 it would
     # silently run uncompiled, over dense scores.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    # Otherwise sizes that are equal in a first call, such as those of queries and keys, must always be.
+    torch.fx.experimental._config.use_duck_shape = False
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)

@@ -36,6 +36,9 @@ class BlockRanges:
     by_key: torch.Tensor
 
 
+Gathered = tuple[torch.Tensor, torch.Tensor, "Spans"]
+
+
 @dataclass(frozen=True)
 class QueryShard:
     """The positions of queries that are only a part of the sequence of keys, such as those of a context-parallel rank.
@@ -44,13 +47,17 @@ class QueryShard:
         positions: [B, Sq] int32, index of each query in the sequence of keys, in any order. Blocks that attention
             visits are fewest where the queries of a block lie together and blocks ascend.
         num_keys: number of keys, Sk.
-        gather: takes the keys and values [Sq, B, G, D] of these tokens and returns those of all, [Sk, B, G, D], through
-            which gradients flow. Layers call it before `span_attention`; None where keys and values are complete.
+        block_starts: [B, Sq] int32, first token of each query's block, the run of tokens that see equally far, of which
+            a part may lie in other shards; None where no layer needs it (`Spans.with_whole_blocks`).
+        gather: takes the keys and values [Sq, B, G, D] of these tokens, spans, and a window; returns keys and values of
+            all tokens that these queries see within the window, through which gradients flow, and their spans among
+            those (`Spans.among`). Layers call it before `span_attention`; None where keys and values are complete.
     """
 
     positions: torch.Tensor
     num_keys: int
-    gather: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
+    block_starts: torch.Tensor | None = None
+    gather: Callable[[torch.Tensor, torch.Tensor, Spans, int | None], Gathered] | None = None
 
 
 @dataclass
@@ -71,6 +78,7 @@ class Spans:
     _block_masks: dict[int | None, BlockMask] = field(default_factory=dict, repr=False)
     _first_keys: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
     _block_ranges: dict[tuple[int | None, int, int], BlockRanges] = field(default_factory=dict, repr=False)
+    _among: dict[int | None, Spans] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.shard is not None:
@@ -96,13 +104,27 @@ class Spans:
 
     def with_whole_blocks(self) -> Spans:
         """Return spans in which windows hide nothing of a query's block, the run of queries that see equally far."""
-        assert self.shard is None, "a block may lie on several ranks"
-        begins = torch.ones_like(self.high, dtype=torch.bool)
-        begins[:, 1:] = self.high[:, 1:] != self.high[:, :-1]
-        return Spans(self.low, self.high, kept=torch.where(begins, self.query_positions, 0).cummax(1).values)
+        if self.shard is not None:
+            assert self.shard.block_starts is not None, "a block may lie in several shards"
+            return Spans(self.low, self.high, self.shard, kept=self.shard.block_starts)
+        return Spans(self.low, self.high, kept=block_starts(self.high))
+
+    def among(self, window: int | None, places: torch.Tensor, num_keys: int) -> Spans:
+        """Return the spans within a window over some of the keys, which are all that the queries see within it.
+
+        Args:
+            window: number of keys visible on the past side, the query included; None is unlimited.
+            places: [Sk] int32, the place of each key among them, ascending.
+            num_keys: number of them.
+        """
+        if window not in self._among:
+            assert self.shard is not None, "without a shard, all keys are there"
+            low, high = places[self.first_key(window)], places[self.high]
+            self._among[window] = Spans(low, high, QueryShard(self.shard.positions, num_keys))
+        return self._among[window]
 
     def block_mask(self, window: int | None) -> BlockMask:
-        """Return the block-sparse form of `dense`, built from a table of [B, Sq, Sk / 128], not of [Sq, Sk]."""
+        """Return the block-sparse form of `dense`, built from tables of [B, Sq / 128, Sk / 128]."""
         if window not in self._block_masks:
             self._block_masks[window] = _block_mask(self.first_key(window), self.high, self.num_keys)
         return self._block_masks[window]
@@ -119,7 +141,7 @@ class Spans:
         return self._first_keys[window]
 
     def block_ranges(self, window: int | None, blocks: Blocks) -> BlockRanges:
-        """Return the ranges of blocks of a launch's sizes, from a table of [B, blocks of queries, blocks of keys]."""
+        """Return the ranges of blocks of a launch's sizes, from tables of [B, blocks of queries, blocks of keys]."""
         key = (window, blocks.queries, blocks.keys)
         if key not in self._block_ranges:
             self._block_ranges[key] = _block_ranges(
@@ -139,45 +161,69 @@ class Spans:
         return visible.unsqueeze(1)
 
 
+def block_starts(high: torch.Tensor) -> torch.Tensor:
+    """Return the first token of each token's block, the run of tokens that see equally far, from [B, S] int32."""
+    begins = torch.ones_like(high, dtype=torch.bool)
+    begins[:, 1:] = high[:, 1:] != high[:, :-1]
+    positions = torch.arange(high.shape[1], device=high.device, dtype=torch.int32)
+    return torch.where(begins, positions, 0).cummax(1).values
+
+
 def _block_ranges(first: torch.Tensor, last: torch.Tensor, num_keys: int, queries: int, keys: int) -> BlockRanges:
-    """Ranges from the first and last visible key [B, Sq] of every query; the host does not wait for the device."""
-    missing = -first.shape[1] % queries
-
-    def blocks(values: torch.Tensor, past_the_end: int) -> torch.Tensor:
-        return pad(values, (0, missing), value=past_the_end).unflatten(1, (-1, queries))
-
-    sees_any = first <= last
-    lowest = blocks(first.where(sees_any, num_keys), num_keys).amin(2)
-    highest = blocks(last.where(sees_any, -1), -1).amax(2)
-    # The keys that every query of the block sees: none if one of them sees nothing.
-    latest_first = blocks(first, 0).amax(2)
-    earliest_last = blocks(last, num_keys).amin(2)
-    begin = lowest.div(keys, rounding_mode="floor")
-    end = torch.maximum(highest.div(keys, rounding_mode="floor") + 1, begin)
-    whole = (latest_first + keys - 1).div(keys, rounding_mode="floor")
-    whole_end = (earliest_last + 1).div(keys, rounding_mode="floor")
-    nothing_whole = whole_end <= whole
-    whole, whole_end = end.where(nothing_whole, whole), end.where(nothing_whole, whole_end)
-
-    key_block = torch.arange(-(-num_keys // keys), device=first.device, dtype=torch.int32)
-    touched = (key_block >= begin[..., None]) & (key_block < end[..., None])
-    covered = (key_block >= whole[..., None]) & (key_block < whole_end[..., None])
-    return BlockRanges(
-        torch.stack((begin, whole, whole_end, end), dim=-1).int().contiguous(), _key_block_ranges(touched, covered)
-    )
+    touched, covered = _tiles(first, last, num_keys, queries, keys)
+    return BlockRanges(_ranges(touched, covered), _ranges(touched.mT, covered.mT))
 
 
-def _key_block_ranges(touched: torch.Tensor, covered: torch.Tensor) -> torch.Tensor:
-    """Ranges [B, key blocks, 4] int32 of the set entries of masks [B, query blocks, key blocks].
+def _tiles(
+    first: torch.Tensor, last: torch.Tensor, num_keys: int, queries: int, keys: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which blocks of keys some query of a block of queries sees, and which blocks all of them see as a whole.
 
-    Blocks within a range that no query sees cost time only. `covered` blocks past the first run of them are masked.
+    A query sees one range of blocks: counting where ranges begin and end takes no table of queries and blocks. The host
+    does not wait for the device.
+
+    Args:
+        first: [B, Sq], first visible key of each query, the window included; past `last` where it sees none.
+        last: [B, Sq], last visible key.
+        num_keys: number of keys, Sk. A last block with fewer than `keys` of them is never seen as a whole.
+        queries: queries per block; the last one may have fewer.
+        keys: keys per block.
+
+    Returns:
+        Two masks [B, blocks of queries, blocks of keys].
     """
-    count = touched.shape[1]
-    query_block = torch.arange(count, device=touched.device, dtype=torch.int32)[:, None]
-    end = (query_block + 1).where(touched, 0).amax(1)
-    begin = torch.minimum(query_block.where(touched, count).amin(1), end)
-    whole = query_block.where(covered, count).amin(1)
-    whole_end = query_block.where(~covered & (query_block > whole[:, None]), count).amin(1)
+    num_queries, num_blocks = first.shape[1], -(-num_keys // keys)
+    missing = -num_queries % queries
+    first, last = (
+        pad(values, (0, missing), value=unseen).unflatten(1, (-1, queries))
+        for values, unseen in ((first, num_keys), (last, -1))
+    )
+    begin, whole = (values.div(keys, rounding_mode="floor") for values in (first, first + keys - 1))
+    end, whole_end = (values.div(keys, rounding_mode="floor") for values in (last + keys, last + 1))
+    seeing = _count_in_ranges(begin, end.where(first <= last, begin), num_blocks)
+    seeing_whole = _count_in_ranges(whole, torch.maximum(whole, whole_end), num_blocks)
+    size = num_queries - torch.arange(0, num_queries, queries, device=first.device)
+    return seeing > 0, seeing_whole == size.clamp(max=queries)[:, None]
+
+
+def _count_in_ranges(begin: torch.Tensor, end: torch.Tensor, count: int) -> torch.Tensor:
+    """Count for each of `count` indices the ranges [begin, end), both [B, blocks, ranges], that have it."""
+    change, one = begin.new_zeros((*begin.shape[:2], count + 1)), torch.ones_like(begin)
+    change.scatter_add_(2, begin.long(), one).scatter_add_(2, end.long(), -one)
+    return change.cumsum(2, dtype=change.dtype)[..., :count]
+
+
+def _ranges(touched: torch.Tensor, covered: torch.Tensor) -> torch.Tensor:
+    """Ranges [B, rows, 4] int32 of the set entries in the rows of masks [B, rows, columns].
+
+    Blocks within a range that are not touched cost time only. `covered` blocks past the first run of them are masked.
+    """
+    count = touched.shape[2]
+    column = torch.arange(count, device=touched.device, dtype=torch.int32)
+    end = (column + 1).where(touched, 0).amax(2)
+    begin = torch.minimum(column.where(touched, count).amin(2), end)
+    whole = column.where(covered, count).amin(2)
+    whole_end = column.where(~covered & (column > whole[..., None]), count).amin(2)
     nothing_whole = whole == count
     whole, whole_end = end.where(nothing_whole, whole), end.where(nothing_whole, whole_end)
     return torch.stack((begin, whole, whole_end, end), dim=-1).int().contiguous()
@@ -186,21 +232,14 @@ def _key_block_ranges(touched: torch.Tensor, covered: torch.Tensor) -> torch.Ten
 def _block_mask(first: torch.Tensor, last: torch.Tensor, num_keys: int) -> BlockMask:
     """FlexAttention's mask: partial blocks, of which some query sees some keys, and full blocks, which need no mask.
 
-    Args:
-        first: [B, Sq], first visible key of each query, the window included: a window in the mask's function would
-            be compiled again for each.
-        last: [B, Sq], last visible key.
-        num_keys: number of keys, Sk.
+    `first` and `last` are those of `_tiles`: a window in the mask's function would be compiled again for each.
     """
     num_queries = first.shape[1]
-    first_key = torch.arange(0, num_keys, _BLOCK, device=first.device)
-    last_key = first_key + _BLOCK - 1
-    touched = (first[..., None] <= last_key) & (last[..., None] >= first_key)
-    covered = (first[..., None] <= first_key) & (last[..., None] >= last_key)
-    # Queries past the end see nothing, so their block counts as partial.
-    missing = -num_queries % _BLOCK
-    touched, covered = (pad(blocks, (0, 0, 0, missing)).unflatten(1, (-1, _BLOCK)) for blocks in (touched, covered))
-    touched, covered = touched.any(2), covered.all(2)
+    touched, covered = _tiles(first, last, num_keys, _BLOCK, _BLOCK)
+    if num_queries % _BLOCK:
+        covered[:, -1] = False  # queries past the end see nothing
+    # Attention would be compiled again for tensors that are parts of others, or begin elsewhere in them.
+    first, last = (bound.clone(memory_format=torch.contiguous_format) for bound in (first, last))
     return BlockMask.from_kv_blocks(
         *_block_lists(touched & ~covered),
         *_block_lists(covered),

@@ -25,6 +25,8 @@ import triton.language as tl
 
 _STRIDES = [f"{name}_{axis}" for name in "q k v out d dq dk dv".split() for axis in ("batch", "head", "token")]
 _RUNTIME = [*_STRIDES, "heads", "group", "num_queries", "num_keys", "num_blocks"]
+# Parts of longer tensors may begin anywhere; their elements are loaded one by one in any case.
+_ANY_ALIGNMENT = ["first", "last", "table"]
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _NO_KEY = tl.constexpr(2147483647)
 
@@ -135,7 +137,7 @@ def _attend(
     return total, sums, new_peak
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def forward(
     q, k, v, out, lse, first, last, table,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, out_batch, out_head, out_token,
@@ -242,7 +244,7 @@ def _add_dq(
     return dq + _product(d_scores.to(own_tile.dtype), own_tile, UPCAST)
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def backward_queries(
     q, k, k_own, v, d_out, lse, delta, dq, first, last, table,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, d_batch, d_head, d_token,
@@ -345,7 +347,7 @@ def _add_dk_dv(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def backward_keys(
     q, q_own, k, v, d_out, d_own, lse, delta, dk, dv, first, last, table,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, d_batch, d_head, d_token,

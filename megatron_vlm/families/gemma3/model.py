@@ -77,7 +77,7 @@ class Gemma3LanguageModel(LanguageModelChunk):
         layers = cast("list[DecoderLayer]", list(self.layers.values()))
         kinds = dict.fromkeys(layer.rope_kind for layer in layers)
         rope = {kind: rope_table(batch.position_ids, *kind, dtype) for kind in kinds}
-        return rope, Spans(batch.span_low, batch.span_high)
+        return rope, self.spans(batch)
 
 
 class Gemma3Chunk(ModelChunk):

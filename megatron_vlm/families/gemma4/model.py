@@ -187,7 +187,7 @@ class Gemma4LanguageModel(LanguageModelChunk):
             (head_dim, theta, angles): rope_table(batch.position_ids, head_dim, theta, 1.0, dtype, num_angles=angles)
             for head_dim, theta, angles in dict.fromkeys(layer.rope_kind for layer in layers)
         }
-        all_spans = Spans(batch.span_low, batch.span_high)
+        all_spans = self.spans(batch)
         masks = dict.fromkeys(layer.layer.image_mask for layer in layers)
         spans = tuple((mask, masked_spans(all_spans, mask)) for mask in masks)
         ids, norm = None, None

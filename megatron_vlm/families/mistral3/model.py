@@ -78,7 +78,7 @@ class Mistral3LanguageModel(LanguageModelChunk):
             else yarn_table(positions_BS, head_dim, text.rope_theta, text.yarn, dtype)
         )
         scale = None if text.query_scaling is None else query_scale(positions_BS, text.query_scaling, dtype)
-        return rope, Spans(batch.span_low, batch.span_high), scale
+        return rope, self.spans(batch), scale
 
 
 def query_scale(positions_BS: torch.Tensor, scaling: QueryScaling, dtype: torch.dtype) -> torch.Tensor:

@@ -86,7 +86,7 @@ class Qwen3VLLanguageModel(LanguageModelChunk):
     def layer_inputs(self, batch: MicroBatch, dtype: torch.dtype) -> tuple[RopeTable, Spans, LocalTokens | None]:
         """Return the rotary table, spans, and which tokens count for the experts."""
         rope = mrope_table(batch.position_ids, *self.rope, dtype)
-        return rope, Spans(batch.span_low, batch.span_high), self.local_tokens(batch)
+        return rope, self.spans(batch), self.local_tokens(batch)
 
     def after_layer(
         self, layer: int, output: tuple[torch.Tensor, Routing | None], state: StageState, inputs: tuple[Any, ...]

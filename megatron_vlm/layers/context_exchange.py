@@ -1,0 +1,88 @@
+"""The exchange of keys and values between context ranks, around which attention is the same as without.
+
+There is no ring: tokens of an image see later ones, and windows and documents leave most steps of a ring empty. Each
+rank receives the keys and values that its queries see, in one exchange for each layer, and gradients take the way back.
+
+For a while a rank holds, in a layer with G heads of keys of D values each on it, 2 G D values for each of the tokens
+sent and twice for each of the Sk received; of those it keeps Sk for the backward pass, unless attention is recomputed,
+which repeats the exchange instead.
+
+Shapes: B rows, Sq tokens of this rank, Sk tokens that it receives, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed
+from megatron.core.tensor_parallel import all_to_all
+from torch.autograd.function import once_differentiable
+
+from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.data.context_exchange import ContextShard, KeyExchange
+from vlm_kernels.span_attention import QueryShard, Spans
+
+Group = torch.distributed.ProcessGroup
+
+
+def spans_of(batch: MicroBatch, group: Group) -> Spans:
+    """Return the spans of a micro-batch, and of a context rank's shard, how keys and values are gathered.
+
+    Args:
+        batch: the micro-batch.
+        group: the context-parallel process group.
+    """
+    if batch.context is None:
+        assert group.size() == 1, "a shard of the micro-batch for each context rank"
+        return Spans(batch.span_low, batch.span_high)
+    context: ContextShard = batch.context
+
+    def gather(
+        k: torch.Tensor, v: torch.Tensor, spans: Spans, window: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor, Spans]:
+        exchange = context.exchanges[window]
+        k, v = exchange_keys(k, v, exchange, group)
+        return k, v, spans.among(window, exchange.places, exchange.num_keys)
+
+    shard = QueryShard(context.positions, context.num_tokens, context.block_starts, gather)
+    return Spans(batch.span_low, batch.span_high, shard)
+
+
+def exchange_keys(
+    k: torch.Tensor, v: torch.Tensor, exchange: KeyExchange, group: Group
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the keys and values, each [Sk, B, G, D], that this rank's queries see, ascending in the sequence.
+
+    Args:
+        k: keys [Sq, B, G, D] of this rank's tokens.
+        v: values, likewise.
+        exchange: what is sent and received.
+        group: the context-parallel process group.
+    """
+    own = torch.cat((k, v), dim=2)
+    sent = _SentRows.apply(own, exchange.sent, exchange.sent_counts)
+    received = all_to_all(group, sent, list(exchange.received_counts), list(exchange.sent_counts))
+    heads = k.shape[2]
+    ordered = received.index_select(0, exchange.order)
+    return ordered[:, :, :heads], ordered[:, :, heads:]
+
+
+class _SentRows(torch.autograd.Function):
+    """Rows by their indices; gradients of a row that was sent several times are added in fp32, in order of ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor, counts: tuple[int, ...]) -> torch.Tensor:
+        ctx.save_for_backward(index)
+        ctx.counts, ctx.num_rows = counts, rows.shape[0]
+        return rows.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (index,) = ctx.saved_tensors
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        total = torch.zeros((ctx.num_rows, *gradient.shape[1:]), dtype=wide, device=gradient.device)
+        for of_rank, part in zip(index.split(ctx.counts), gradient.split(ctx.counts), strict=True):
+            total.index_add_(0, of_rank, part.to(wide))
+        return total.to(gradient.dtype), None, None
