@@ -38,7 +38,8 @@ class ContextSharding:
         size: number of context ranks.
         kinds: all windows and image masks of the decoder's layers.
         multiple_of: divides the number of tokens of a rank (the tensor-parallel size under sequence parallelism).
-        plan: assigns positions [size, S / size] to ranks, from the load [S] of each query; see `planned_positions`.
+        plan: assigns positions [size, S / size] to ranks, from the number of keys [S] that queries see in the layers
+            with the largest window; see `planned_positions`.
     """
 
     rank: int
@@ -59,8 +60,10 @@ def shard_for_context(batch: MicroBatch, sharding: ContextSharding) -> MicroBatc
     batch = _padded(batch, padded_length(length, sharding.size, sharding.multiple_of))
     low, high = batch.span_low.numpy(), batch.span_high.numpy()
     starts = _block_starts(high)
-    load = (high - low + 1).sum(0, dtype=np.int64)
-    dealt = sharding.plan(load, sharding.size)
+    ranges = {window: _ranges(low, high, starts, window, masks) for window, masks in _by_window(sharding.kinds).items()}
+    # Layers without a window have most of the work in long rows; those with one are about even whatever is done.
+    first, last = ranges[max(ranges, key=lambda window: math.inf if window is None else window)]
+    dealt = sharding.plan((last - first + 1).sum(0, dtype=np.int64), sharding.size)
     own = torch.from_numpy(dealt[sharding.rank])
     rows = batch.input_ids.shape[0]
     tokens = ("input_ids", "labels", "position_ids", "document_ids", "span_low", "span_high", "feature_index")
@@ -70,12 +73,9 @@ def shard_for_context(batch: MicroBatch, sharding: ContextSharding) -> MicroBatc
         context=ContextShard(
             positions=own.int().expand(rows, -1).contiguous(),
             block_starts=torch.from_numpy(starts)[:, own],
-            num_tokens=len(load),
+            num_tokens=dealt.size,
             num_real=int((batch.document_ids >= 0).sum()),
-            exchanges={
-                window: _exchange(dealt, sharding.rank, _ranges(low, high, starts, window, masks))
-                for window, masks in _by_window(sharding.kinds).items()
-            },
+            exchanges={window: _exchange(dealt, sharding.rank, bounds) for window, bounds in ranges.items()},
         ),
     )
 

@@ -141,6 +141,24 @@ def test_causal_layers_do_not_ask_for_later_keys(kinds: tuple[AttentionKind, ...
     assert shard.context.exchanges[None].num_keys == num_keys
 
 
+@pytest.mark.parametrize(
+    ("kinds", "most"),
+    [(((3, "window"),), 3), (((3, "window"), (200, "window")), 200), (((3, "window"), (None, "causal")), 256)],
+)
+def test_tokens_are_dealt_by_the_keys_of_the_largest_window(kinds: tuple[AttentionKind, ...], most: int) -> None:
+    tokens, loads = torch.arange(256)[None], []
+
+    def plan(load: np.ndarray, size: int) -> np.ndarray:
+        loads.append(load)
+        return np.arange(256).reshape(2, 128)
+
+    ids = torch.zeros_like(tokens).int()
+    low, high = spans(ids, ids > 0)
+    batch = MicroBatch(tokens, tokens, tokens, ids, low, high, ids - 1, {}, torch.zeros(1, dtype=torch.int32))
+    shard_for_context(batch, ContextSharding(0, 2, kinds, 1, plan))
+    assert loads[0].tolist() == [min(position + 1, most) for position in range(256)]
+
+
 def test_a_shard_travels_to_other_stages() -> None:
     (part, _) = shards(packed(GEMMA4), 2)
     (arrived,) = decode(encode([part]))
