@@ -190,10 +190,8 @@ class BatchLoader:
 
     def _advance(self) -> None:
         """Note that a global batch has been handed out."""
-        self._last, self.position = (
-            self.position,
-            self.plan.advance(self.position, self.sharding.global_batch_size),
-        )
+        self._last = self.position
+        self.position = self.plan.advance(self.position, self.sharding.global_batch_size)
 
 
 class MicroBatchLoader(BatchLoader):

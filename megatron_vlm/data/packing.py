@@ -56,8 +56,8 @@ class PackedPlan:
         self.order, self.seq_length, self.token_costs = order, seq_length, token_costs
         self.sources, self.lengths = order.sources, lengths
         self.window_rows = min(WINDOW_ROWS, order.num_rows)
-        self._end = -(-order.positions_of_one_pass() // self.window_rows) if order.one_pass else None
-        """Windows of one pass; None is endless."""
+        self._num_positions = order.positions_of_one_pass() if order.one_pass else None
+        """Rows of one pass; None is endless."""
         self._lengths_digest = _digest_of(lengths)
         self._windows: dict[int, list[Pack]] = {}
 
@@ -89,8 +89,8 @@ class PackedPlan:
 
     def _pack_window(self, number: int) -> list[Pack]:
         start, count = number * self.window_rows, self.window_rows
-        if self.order.one_pass:
-            count = min(count, self.order.positions_of_one_pass() - start)
+        if self._num_positions is not None:
+            count = min(count, self._num_positions - start)
         rows = [row for row in self.order.rows(start, count) if not self.order.is_repeated(row)]
         packs = best_fit_decreasing(self._gather("tokens", rows), self.seq_length)
         places = np.arange(len(packs))
@@ -117,7 +117,7 @@ class PackedPlan:
         """Return `count` packs, padding behind the end of one pass, and the position behind them."""
         taken: list[Pack] = []
         samples, window, pack = position
-        while len(taken) < count and (self._end is None or window < self._end):
+        while len(taken) < count and not self._is_end(window):
             packs = self.window(window)
             part = packs[pack : pack + count - len(taken)]
             taken += part
@@ -127,13 +127,13 @@ class PackedPlan:
         taken += [[] for _ in range(count - len(taken))]
         return taken, Position(samples, window, pack)
 
+    def _is_end(self, window: int) -> bool:
+        return self._num_positions is not None and window * self.window_rows >= self._num_positions
+
     def count_packs(self, at_most: int) -> int:
-        assert self._end is not None, "an endless plan has no last pack"
-        count = 0
-        for window in range(self._end):
-            count += len(self.window(window))
-            if count >= at_most:
-                break
+        count = window = 0
+        while count < at_most and not self._is_end(window):
+            count, window = count + len(self.window(window)), window + 1
         return min(at_most, count)
 
     def costs(self, packs: Sequence[Pack]) -> np.ndarray | None:
@@ -161,11 +161,14 @@ class PackedPlan:
             raise changed_order(["data.packing was false, now true"])
         if state["fingerprint"] != self.fingerprint:
             raise changed_order(self._changes(state))
-        window, pack = saved_number(state, "window"), saved_number(state, "pack")
-        packs = self.window(window)
-        if pack >= len(packs):
-            raise ValueError(f"pack is {pack}, of {len(packs)}")
-        return Position(window * self.window_rows + sum(map(len, packs[:pack])), window, pack)
+        position = Position(*(saved_number(state, name) for name in ("consumed_samples", "window", "pack")))
+        start = position.window * self.window_rows
+        if not start <= position.samples < start + self.window_rows:
+            raise ValueError(f"window is {position.window} after {position.samples} samples")
+        packs = self.window(position.window)[: position.pack]
+        if len(packs) != position.pack or start + sum(map(len, packs)) != position.samples:
+            raise ValueError(f"pack is {position.pack} after {position.samples} samples")
+        return position
 
     def _changes(self, state: dict[str, Any]) -> list[str]:
         changes, old, new = self.order.changes(state), state["packing"], self._settings

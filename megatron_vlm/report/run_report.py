@@ -44,6 +44,7 @@ _STEP_CHARTS = {
     "Waiting for data, % of a step": ("data_wait_share", 100.0, False),
     "Model FLOPs utilisation, %": ("mfu", 100.0, False),
     "Padding, % of a batch": ("padding_share", 100.0, False),
+    "Work of the busiest data rank over the mean, predicted": ("straggler_ratio_predicted", 1.0, False),
     "Peak memory of a rank, GiB": ("peak_memory_bytes", 2.0**-30, False),
 }
 _EXPERT_CHARTS = {

@@ -202,7 +202,7 @@ def test_state_round_trip_and_what_changed(monkeypatch: pytest.MonkeyPatch) -> N
         assert "\n" not in str(raised.value)
     with pytest.raises(DataError, match=r"with: data.packing was false, now true --"):
         plan().check_state(order().state(Position(100)))
-    for damaged in ({"pack": 10**6}, {"window": -1}, {"pack": "3"}, {"window": True}):
+    for damaged in ({"pack": 10**6}, {"window": -1}, {"pack": "3"}, {"window": True}, {"window": 2**60}, {"pack": 0}):
         with pytest.raises(ValueError, match=next(iter(damaged))):
             plan().check_state(state | damaged)
     monkeypatch.setattr(packing, "WINDOW_ROWS", 60)

@@ -161,7 +161,8 @@ def test_report_has_a_row_of_charts_for_experts(tmp_path: Path) -> None:
 
 def test_the_report_reads_keys_that_are_written() -> None:
     experts = ExpertStatistics(1, 8.0, 20, 3)
-    record = to_record(replace(METRICS, experts=experts, load_balancing_loss=2.0))
+    ratios = {"straggler_ratio_predicted": 1.0, "straggler_ratio_predicted_in_order": 1.0}
+    record = to_record(replace(METRICS, experts=experts, load_balancing_loss=2.0, **ratios))
     read = [key for key, _, _ in (run_report._STEP_CHARTS | run_report._EXPERT_CHARTS).values()]
     assert {*read, *run_report._COUNTED_ROWS} <= record.keys()
 
