@@ -41,8 +41,8 @@ def writes_of_received_size() -> int:
     length, rows = batch.input_ids.shape[1], batch.input_ids.shape[0]
     exchange, group = batch.context.exchanges[None], torch.distributed.group.WORLD
     assert group is not None
-    own = (torch.randn(length, rows, heads, head_dim, requires_grad=True) for _ in range(2))
-    keys, values = exchange_keys(*own, exchange, group)
+    k, v = (torch.randn(length, rows, heads, head_dim, requires_grad=True) for _ in range(2))
+    keys, values = exchange_keys(k, v, exchange, group)
     with Writes((exchange.num_keys, rows, 2 * heads, head_dim)) as writes:
         torch.autograd.backward((keys, values), (torch.ones_like(keys), torch.ones_like(values)))
     return writes.count
