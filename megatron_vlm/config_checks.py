@@ -40,6 +40,7 @@ def _ranges(config: Config) -> Iterator[UserError]:
         ("parallel.tensor_model_parallel_size", parallel.tensor_model_parallel_size, 1, MOST_RANKS),
         ("parallel.pipeline_model_parallel_size", parallel.pipeline_model_parallel_size, 1, MOST_RANKS),
         ("parallel.virtual_pipeline_model_parallel_size", parallel.virtual_pipeline_model_parallel_size, 1, MOST_RANKS),
+        ("parallel.context_parallel_size", parallel.context_parallel_size, 1, MOST_RANKS),
         ("parallel.expert_model_parallel_size", parallel.expert_model_parallel_size, 1, MOST_RANKS),
         ("parallel.expert_tensor_parallel_size", parallel.expert_tensor_parallel_size, 1, MOST_RANKS),
         ("parallel.distributed_timeout_minutes", parallel.distributed_timeout_minutes, 1, 1_000_000),

@@ -220,6 +220,7 @@ def test_unknown_and_ill_typed(config_file: str, argument: str, expected: str) -
         (["--model.z_loss_coeff=-1"], "model.z_loss_coeff is -1.0"),
         (["--optimizer.name=sgd"], "set parallel.use_distributed_optimizer to false"),
         (["--parallel.tensor_model_parallel_size=0"], "at least 1"),
+        (["--parallel.context_parallel_size=0"], "parallel.context_parallel_size is 0"),
         (["--parallel.virtual_pipeline_model_parallel_size=2"], "a pipeline of one rank"),
         (["--parallel.pipeline_layout=[4,4]"], "1 pipeline ranks x 1 virtual = 1"),
         (["--parallel.vision_pipeline_layout=[1,1]"], "[1, 1] does not fit 1 pipeline chunks -- give at most 1"),

@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.functional import gelu, silu
 
+from megatron_vlm.layers.load_balancing import LoadBalancing
 from megatron_vlm.layers.moe import Experts, LocalTokens, MoE, Routing, TopKRouter
 from megatron_vlm.model_configs import MoEConfig
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
@@ -149,3 +150,11 @@ def test_a_rank_with_all_experts_never_waits() -> None:
         assert all(parameter.grad is not None for parameter in layer.parameters())
         with pytest.raises(DataDependentOutputException):
             routing.tokens.sum().item()
+
+
+def test_a_rank_with_all_tokens_exchanges_nothing_to_balance() -> None:
+    """There is no process group here."""
+    single = build_single_rank().ep
+    routing = Routing(torch.tensor([3.0, 1.0]), torch.tensor([2.5, 1.5]))
+    of_layer = LoadBalancing("megatron", 0.1, 1, 2, 1, single, single).of_layer(routing, torch.tensor(4))
+    assert of_layer.item() == pytest.approx(2 * (0.75 * 0.625 + 0.25 * 0.375))

@@ -63,9 +63,8 @@ def exchange_keys(
     own = torch.cat((k, v), dim=2)
     sent = _SentRows.apply(own, exchange.sent, exchange.sent_counts)
     received = all_to_all(group, sent, list(exchange.received_counts), list(exchange.sent_counts))
-    heads = k.shape[2]
-    ordered = received.index_select(0, exchange.order)
-    return ordered[:, :, :heads], ordered[:, :, heads:]
+    keys, values = _Reordered.apply(received, exchange.order).chunk(2, dim=2)
+    return keys, values
 
 
 class _SentRows(torch.autograd.Function):
@@ -86,3 +85,18 @@ class _SentRows(torch.autograd.Function):
         for of_rank, part in zip(index.split(ctx.counts), gradient.split(ctx.counts), strict=True):
             total.index_add_(0, of_rank, part.to(wide))
         return total.to(gradient.dtype), None, None
+
+
+class _Reordered(torch.autograd.Function):
+    """Rows in another order, each once, so that their gradients are put back in place and not added up."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(order)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (order,) = ctx.saved_tensors
+        return torch.empty_like(gradient).index_copy_(0, order, gradient), None

@@ -64,9 +64,11 @@ class LoadBalancing:
         count = num_real.clamp(min=1)
         if self.definition == "transformers":
             return torch.cat((routing.tokens, routing.probabilities)) / count
-        tokens = routing.tokens.clone()
+        tokens = routing.tokens
         for group in (self.tensor_group, self.context_group):
-            torch.distributed.all_reduce(tokens, group=group)
+            if group.size() > 1:
+                tokens = tokens.clone()
+                torch.distributed.all_reduce(tokens, group=group)
         return self._product(tokens / count, routing.probabilities / count) / self.top_k
 
     def loss(self, total: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,8 @@ from megatron_vlm.planning.plan import Plan, Request
 from megatron_vlm.planning.search import SearchResult
 from megatron_vlm.planning.search_space import SEARCHED
 
+# All that a layout consists of, so that the settings of a plan, put into any configuration, are that layout.
+_LAYOUT = ("parallel.context_parallel_size", *SEARCHED)
 _GIB = 2**30
 _ROWS_SHOWN, _REASONS_SHOWN = 16, 8
 
@@ -179,9 +181,9 @@ def _format_assumptions(request: Request) -> Iterator[str]:
 def format_yaml(plan: Plan) -> str:
     """Return the settings of a plan's layout as YAML, to be put into a configuration or given as a second file."""
     lines: list[str] = []
-    for section in dict.fromkeys(key.partition(".")[0] for key in SEARCHED):
+    for section in dict.fromkeys(key.partition(".")[0] for key in _LAYOUT):
         lines.append(f"{section}:")
-        for key in (key for key in SEARCHED if key.startswith(f"{section}.")):
+        for key in (key for key in _LAYOUT if key.startswith(f"{section}.")):
             value = _setting(plan, key)
             lines.append(f"  {key.partition('.')[2]}: {value if isinstance(value, str) else json.dumps(value)}")
     return "\n".join(lines) + "\n"
@@ -191,7 +193,7 @@ def to_json(request: Request, result: SearchResult) -> str:
     """Return everything that the page has as JSON: times in seconds, memory and traffic in bytes."""
     plans = [
         {
-            "settings": {key: _setting(plan, key) for key in SEARCHED},
+            "settings": {key: _setting(plan, key) for key in _LAYOUT},
             "layout": plan.layout.sizes(),
             "layers_per_chunk": list(map(len, plan.layout.chunks)),
             "tower_layers_per_chunk": list(plan.layout.tower_counts),

@@ -29,7 +29,7 @@ class Straggler:
 class StepClock:
     """Adds up the time from the beginning of each step until this rank's gradients wait for those of other data ranks.
 
-    Waiting for data counts; ranks of one tensor-parallel group wait for each other, and are slow together.
+    Waiting for data counts; tensor and context ranks of one data rank wait for each other, and are slow together.
 
     Args:
         groups: this rank's process groups.

@@ -77,6 +77,17 @@ def test_page_and_files(model: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     }
 
 
+def test_the_context_size_is_among_the_settings(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No search chooses it, but without it the others are another layout."""
+    written = tmp_path / "best.yaml"
+    given = ["--parallel.context_parallel_size", 2, "--parallel.tensor_model_parallel_size", 1]
+    assert run(*command(model, *given, "--plans", 1, "--yaml", written)) == 0
+    assert yaml.safe_load(written.read_text())["parallel"]["context_parallel_size"] == 2
+    assert "context_parallel_size: 2" in capsys.readouterr().out
+
+
 def test_a_recipe_keeps_its_layout(capsys: pytest.CaptureFixture[str]) -> None:
     """Its model's files are not there; its published sizes lie beside it."""
     recipe = CONFIGS / "qwen3_vl_2b.yaml"
