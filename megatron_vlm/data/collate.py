@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from megatron_vlm.data.context_exchange import ContextShard
+from megatron_vlm.data.context_facts import ContextShard
 from megatron_vlm.data.media import Grid, Medium
 from megatron_vlm.data.prompts import Sample
 from megatron_vlm.data.rules import PromptRules

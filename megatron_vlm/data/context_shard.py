@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from megatron_vlm.data.collate import NO_LOSS, MicroBatch
 from megatron_vlm.data.context_blocks import padded_length, planned_positions
-from megatron_vlm.data.context_exchange import ContextShard, KeyExchange
+from megatron_vlm.data.context_facts import ContextShard, KeyExchange
 from megatron_vlm.model_configs import AttentionKind, ImageMask
 
 KEYS_TOGETHER = 128

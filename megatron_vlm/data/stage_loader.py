@@ -19,7 +19,7 @@ import torch
 import torch.distributed
 
 from megatron_vlm.data.collate import MicroBatch
-from megatron_vlm.data.context_exchange import ContextShard
+from megatron_vlm.data.context_facts import ContextShard
 from megatron_vlm.data.loader import BatchLoader, BatchSharding, MicroBatchLoader
 from megatron_vlm.data.plan import Position
 from megatron_vlm.errors import UserError

@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel import all_to_all
 from torch.autograd.function import once_differentiable
 
 from megatron_vlm.data.collate import MicroBatch
-from megatron_vlm.data.context_exchange import ContextShard, KeyExchange
+from megatron_vlm.data.context_facts import ContextShard, KeyExchange
 from vlm_kernels.span_attention import QueryShard, Spans
 
 Group = torch.distributed.ProcessGroup

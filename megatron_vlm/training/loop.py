@@ -35,6 +35,7 @@ from megatron_vlm.training.optimizer import apply_gradients, gradient_norm, lear
 from megatron_vlm.training.profiling import ProfileWindow
 from megatron_vlm.training.rank_files import RankLog
 from megatron_vlm.training.rank_watch import RankWatch
+from megatron_vlm.training.same_rows import check_same_rows
 from megatron_vlm.training.setup import Run, initialize_distributed, set_up
 from megatron_vlm.training.signals import StoppedBeforeTraining, StopRequests
 from megatron_vlm.training.start import banner, environment, record_start
@@ -189,6 +190,7 @@ class Trainer:
         waited = run.train_loader.wait_seconds
         with span("data"):
             batches = run.train_loader.global_batch()
+            check_same_rows(batches, run.groups.tp_cp)
         waited = run.train_loader.wait_seconds - waited
         self.activity = f"step {self.step + 1}"
         lengths = map(sum, zip(*map(self.flops.lengths, batches), strict=True))
@@ -337,7 +339,9 @@ class Trainer:
         request = 0
         with torch.no_grad():
             for _ in range(loader.num_global_batches):
-                batches = self._to_device(loader.global_batch())
+                batches = loader.global_batch()
+                check_same_rows(batches, run.groups.tp_cp)
+                batches = self._to_device(batches)
                 sums += run_global_batch(run.model, batches, run.groups, len(loader.source_names), forward_only=True)
                 request = self._agree_on_request()
                 if request:
