@@ -76,9 +76,12 @@ class MicroBatch:
     """Name of the first row with each key that means nothing, by source and key."""
     empty_answers: dict[int, str] = field(default_factory=dict)
     """File and line of the first document with an empty answer, by the index of its source."""
+    num_image_features: int = 0
+    """Features of images and videos that tokens stand for, which `feature_index` counts first."""
     context: ContextShard | None = None
     """Where the tokens of a context rank's shard lie, whose S is smaller than that of the full micro-batch; media,
-    documents and counters are those of the full one. None for a full micro-batch."""
+    documents and counters are those of the full one, and `feature_index` counts the features that the rank receives.
+    None for a full micro-batch."""
     label_index: torch.Tensor = field(init=False)
     """int64: the flat positions s * B + b that have a label, ascending. Made from `labels` while they are on the
     host, which would have to wait for a device to count them."""
@@ -166,6 +169,7 @@ def collate(
         span_low=span_low,
         span_high=span_high,
         feature_index=_feature_index(is_vision, is_audio),
+        num_image_features=int(is_vision.sum()),
         media_inputs=_join_media_inputs(documents),
         document_sources=torch.tensor([document.source for document in documents], dtype=torch.int32),
         document_names=[document.row_name for document in documents],

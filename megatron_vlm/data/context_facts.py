@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class KeyExchange:
@@ -51,6 +53,8 @@ class ContextShard:
         num_tokens: tokens of a row of the full micro-batch, S.
         num_real: tokens of the full micro-batch that are not padding.
         exchanges: what is exchanged in the layers with each window.
+        image_features: for every context rank the features of images and videos that its tokens stand for, [features]
+            int64, ascending; they stay on the host.
     """
 
     positions: Any
@@ -58,9 +62,10 @@ class ContextShard:
     num_tokens: int
     num_real: int
     exchanges: Mapping[int | None, KeyExchange]
+    image_features: tuple[np.ndarray, ...]
 
     def map(self, function: Callable[[Any], Any]) -> ContextShard:
-        """Return the same with `function` applied to the arrays."""
+        """Return the same with `function` applied to the arrays that devices read."""
         return replace(
             self,
             positions=function(self.positions),

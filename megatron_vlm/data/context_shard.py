@@ -66,16 +66,19 @@ def shard_for_context(batch: MicroBatch, sharding: ContextSharding) -> MicroBatc
     dealt = sharding.plan((last - first + 1).sum(0, dtype=np.int64), sharding.size)
     own = torch.from_numpy(dealt[sharding.rank])
     rows = batch.input_ids.shape[0]
-    tokens = ("input_ids", "labels", "position_ids", "document_ids", "span_low", "span_high", "feature_index")
+    tokens = ("input_ids", "labels", "position_ids", "document_ids", "span_low", "span_high")
+    features = [_image_features(batch, positions) for positions in dealt]
     return replace(
         batch,
         **{name: getattr(batch, name)[..., own] for name in tokens},
+        feature_index=_received_features(batch, own, len(features[sharding.rank])),
         context=ContextShard(
             positions=own.int().expand(rows, -1).contiguous(),
             block_starts=torch.from_numpy(starts)[:, own],
             num_tokens=dealt.size,
             num_real=int((batch.document_ids >= 0).sum()),
             exchanges={window: _exchange(dealt, sharding.rank, bounds) for window, bounds in ranges.items()},
+            image_features=tuple(features),
         ),
     )
 
@@ -92,6 +95,21 @@ def _padded(batch: MicroBatch, length: int) -> MicroBatch:
     changes |= {name: torch.cat((getattr(batch, name), own), dim=1) for name in ("span_low", "span_high")}
     counters = batch.counters and {**batch.counters, "padded_tokens": batch.counters["padded_tokens"] + own.numel()}
     return replace(batch, **changes, counters=counters)
+
+
+def _image_features(batch: MicroBatch, positions: np.ndarray) -> np.ndarray:
+    """Return the features of images and videos, int64 ascending, that the tokens at some positions stand for."""
+    index = batch.feature_index.numpy()[:, positions].ravel()
+    return index[(index >= 0) & (index < batch.num_image_features)].astype(np.int64)
+
+
+def _received_features(batch: MicroBatch, own: torch.Tensor, num_received: int) -> torch.Tensor:
+    """Return the `feature_index` of a rank that receives the image features of its tokens, and has all of audio."""
+    index = batch.feature_index[:, own]
+    is_image = (index >= 0) & (index < batch.num_image_features)
+    received = is_image.flatten().cumsum(0).view_as(index) - 1
+    of_audio = index - batch.num_image_features + num_received
+    return torch.where(is_image, received, torch.where(index >= 0, of_audio, index)).int()
 
 
 def _block_starts(high: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The exchange of keys and values between context ranks, around which attention is the same as without.
+"""What context ranks exchange: keys and values before attention, and features of images before the first layer.
 
 There is no ring: tokens of an image see later ones, and windows and documents leave most steps of a ring empty. Each
 rank receives the keys and values that its queries see, in one exchange for each layer, and gradients take the way back.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed
 from megatron.core.tensor_parallel import all_to_all
@@ -61,10 +62,49 @@ def exchange_keys(
         group: the context-parallel process group.
     """
     own = torch.cat((k, v), dim=2)
-    sent = _SentRows.apply(own, exchange.sent, exchange.sent_counts)
-    received = all_to_all(group, sent, list(exchange.received_counts), list(exchange.sent_counts))
-    keys, values = _Reordered.apply(received, exchange.order).chunk(2, dim=2)
+    gathered = _exchange_rows(own, exchange.sent, exchange.sent_counts, exchange.received_counts, exchange.order, group)
+    keys, values = gathered.chunk(2, dim=2)
     return keys, values
+
+
+def exchange_features(
+    features: torch.Tensor, rank_of_feature: np.ndarray, context: ContextShard, group: Group
+) -> torch.Tensor:
+    """Return the features of images that this rank's tokens stand for, [features, ...], ascending.
+
+    Args:
+        features: of the images that this context rank has encoded, ascending.
+        rank_of_feature: which context rank has encoded each feature of the micro-batch.
+        context: which features the tokens of every rank stand for.
+        group: the context-parallel process group.
+    """
+    place = np.empty(len(rank_of_feature), np.int64)
+    for rank in range(group.size()):
+        encoded = rank_of_feature == rank
+        place[encoded] = np.arange(encoded.sum())
+    own, wanted = group.rank(), context.image_features
+    sent = [place[each[rank_of_feature[each] == own]] for each in wanted]
+    received = [wanted[own][rank_of_feature[wanted[own]] == rank] for rank in range(group.size())]
+    index, order = (
+        torch.from_numpy(values).to(features.device, non_blocking=True)
+        for values in (np.concatenate(sent), np.argsort(np.concatenate(received)))
+    )
+    return _exchange_rows(features, index, tuple(map(len, sent)), tuple(map(len, received)), order, group)
+
+
+def _exchange_rows(
+    rows: torch.Tensor,
+    sent: torch.Tensor,
+    sent_counts: tuple[int, ...],
+    received_counts: tuple[int, ...],
+    order: torch.Tensor,
+    group: Group,
+) -> torch.Tensor:
+    """Send rows by their indices, so many to each rank; return those received, in an order."""
+    given = _SentRows.apply(rows, sent, sent_counts)
+    received = all_to_all(group, given, list(received_counts), list(sent_counts))
+    result: torch.Tensor = _Reordered.apply(received, order)
+    return result
 
 
 class _SentRows(torch.autograd.Function):

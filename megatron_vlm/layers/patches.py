@@ -17,6 +17,8 @@ from itertools import accumulate
 import torch
 from torch.nn.functional import linear
 
+from megatron_vlm.data.context_facts import ContextShard
+from megatron_vlm.layers.context_exchange import exchange_features
 from megatron_vlm.layers.linear import Group
 from megatron_vlm.model_configs import ImageEncoderConfig
 from megatron_vlm.parallel.images import ImageDivision
@@ -162,10 +164,18 @@ class PackedImages:
         patches_per_row = sum(self.division.patches) // len(pixels)
         return self.division.take(pixels, patches_per_row, self.num_patches // patches_per_row)
 
-    def gather(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return features [T, H] of all frames on every rank, from those of the frames that this one encodes."""
+    def gather(self, features: Sequence[torch.Tensor], context: ContextShard | None) -> list[torch.Tensor]:
+        """Return the features [T, H] of all frames, or those that a context rank's tokens stand for.
+
+        Args:
+            features: of the frames that this rank encodes.
+            context: this context rank's shard of the micro-batch.
+        """
         if self.division is None:
             return list(features)
         # One exchange gathers all of the projector's outputs.
         gathered = self.division.gather(torch.cat(tuple(features), dim=1), self.merge_size**2)
+        if context is not None:
+            encoded_by = self.division.context_ranks(self.merge_size**2)
+            gathered = exchange_features(gathered, encoded_by, context, self.division.context_group)
         return list(gathered.chunk(len(features), dim=1))

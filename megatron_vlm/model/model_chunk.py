@@ -90,7 +90,7 @@ class ModelChunk(MegatronModule):
             features: list[torch.Tensor] = []
             if images is not None:
                 assert state is not None
-                features = images.gather(self.image_projector(*self.vision_tower.finish(state)))
+                features = images.gather(self.image_projector(*self.vision_tower.finish(state)), batch.context)
             state = self.embed(batch, features)
         elif state is None:
             shape, dtype = self.boundary_after(batch).hidden, self.config.params_dtype

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.distributed
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -62,30 +63,37 @@ class ImageDivision:
         return torch.cat([images[image] for image in self.own])
 
     def gather(self, features: torch.Tensor, patches_per_feature: int) -> torch.Tensor:
-        """Return the features of all images on every rank, [T, ...], in the order of the images.
+        """Return the features of all images of this context rank, [T, ...], in the order of the images.
 
-        Tensor ranks continue with the same features and get the same full gradient for them, so that the backward pass
-        slices a rank's own part of it. Context ranks each read the features of their own tokens alone, so that their
-        gradients are summed first.
+        Its tensor ranks continue with the same features and get the same full gradient for them, so that the backward
+        pass slices a rank's own part of it.
 
         Args:
             features: features of the images that `take` returned.
             patches_per_feature: number of patches that make one row of `features`.
         """
         sizes = [patches // patches_per_feature for patches in self.patches]
-        totals = [sum(sizes[image] for image in images) for images in self.assigned]
+        first = self.context_group.rank() * self.tensor_group.size()
+        assigned = self.assigned[first : first + self.tensor_group.size()]
+        totals = [sum(sizes[image] for image in images) for images in assigned]
         # Ranks send equally many rows: gloo cannot gather unequal parts, and NCCL sends those one after the other.
         largest = max(totals)
-        own = features[: totals[self.rank]]
+        own = features[: totals[self.tensor_group.rank()]]
         padded = pad(own, (0, 0) * (features.dim() - 1) + (0, largest - own.shape[0]))
         gathered = gather_from_sequence_parallel_region(
             padded, tensor_parallel_output_grad=False, group=self.tensor_group
         )
-        gathered = gather_from_sequence_parallel_region(
-            gathered, tensor_parallel_output_grad=True, group=self.context_group
-        )
+        if not largest:
+            return gathered
         by_image: dict[int, torch.Tensor] = {}
-        for images, total, part in zip(self.assigned, totals, gathered.split(largest), strict=True):
+        for images, total, part in zip(assigned, totals, gathered.split(largest), strict=True):
             *found, _padding = part.split([*(sizes[image] for image in images), largest - total])
             by_image.update(zip(images, found, strict=True))
-        return torch.cat([by_image[image] for image in range(len(sizes))])
+        return torch.cat([by_image[image] for image in sorted(by_image)])
+
+    def context_ranks(self, patches_per_feature: int) -> np.ndarray:
+        """Return which context rank encodes each feature of all images, [T] int64."""
+        ranks = np.empty(len(self.patches), np.int64)
+        for rank, images in enumerate(self.assigned):
+            ranks[images] = rank // self.tensor_group.size()
+        return np.repeat(ranks, np.array(self.patches) // patches_per_feature)

@@ -24,8 +24,8 @@ def example_batch(
 ) -> MicroBatch:
     """Build causal rows full of tokens that all have labels, with images and audio; call it inside `fake_tensors`.
 
-    Which tokens stand for media makes no difference to the counts. Where a model takes both, rows full of images have
-    audio besides.
+    The first tokens stand for features of images; those of audio have no place in the rows, which makes no difference
+    to the counts.
 
     Args:
         model_config: the family's configuration of the model.
@@ -54,6 +54,8 @@ def example_batch(
         sizes = [largest] * (num_features // largest) + [num_features % largest]
         grids = [(1, merge, merge * size) for size in sizes if size]
         inputs = {"pixel_values": torch.empty(num_features * merge**2, vision.patch_features)}
+    num_image_features = sum(height * width // vision.spatial_merge_size**2 for _, height, width in grids)
+    place = torch.arange(num_rows * length).view(num_rows, length)
     media, audio = [Medium("image", grid) for grid in grids], model_config.audio
     if audio is not None and clips_per_row:
         longest = clip_tokens or min(audio.most_tokens or length, length)
@@ -70,7 +72,8 @@ def example_batch(
         document_ids=row.int(),
         span_low=zeros.int(),
         span_high=token.int(),
-        feature_index=zeros.int() - 1,
+        feature_index=torch.where(place < num_image_features, place, -1).int(),
+        num_image_features=num_image_features,
         media_inputs=inputs,
         document_sources=torch.zeros(num_rows, dtype=torch.int32),
         media=media,

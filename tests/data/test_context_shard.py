@@ -21,7 +21,7 @@ from tests.families.qwen3_vl import QWEN3_VL
 from tests.families.tiny_family import TinyFamily
 from vlm_kernels.span_attention import QueryShard, Spans
 
-TOKENS = ("input_ids", "labels", "position_ids", "document_ids", "span_low", "span_high", "feature_index")
+TOKENS = ("input_ids", "labels", "position_ids", "document_ids", "span_low", "span_high")
 KINDS: tuple[AttentionKind, ...] = ((None, "causal"), (None, "window"), (3, "window"), (3, "whole"), (200, "window"))
 Plan = Callable[[np.ndarray, int], np.ndarray]
 
@@ -70,6 +70,9 @@ def test_every_token_is_on_one_rank(family: TinyFamily, size: int, multiple_of: 
     for name in TOKENS:
         together = torch.cat([getattr(part, name) for part in parts], dim=-1)[..., order]
         assert torch.equal(together[..., :length], getattr(whole, name)), name
+    features = torch.cat([features_of(part, rank, whole) for rank, part in enumerate(parts)], dim=1)[:, order]
+    assert torch.equal(features[:, :length], whole.feature_index) and (features[:, length:] == -1).all()
+    assert sum(len(features) for features in parts[0].context.image_features) == whole.num_image_features
     padding = torch.cat([part.document_ids for part in parts], dim=1)[:, order][:, length:]
     assert (padding == -1).all()
     labels = sum(len(part.label_index) for part in parts)
@@ -78,6 +81,14 @@ def test_every_token_is_on_one_rank(family: TinyFamily, size: int, multiple_of: 
         assert part.media == whole.media and part.document_names == whole.document_names
         assert part.context.num_real == int((whole.document_ids >= 0).sum())
         assert part.counters["padded_tokens"] == positions.numel() - part.context.num_real
+
+
+def features_of(part: MicroBatch, rank: int, whole: MicroBatch) -> torch.Tensor:
+    """The features of the full micro-batch that a rank's tokens stand for, from those that it receives."""
+    received = torch.from_numpy(part.context.image_features[rank]).int()
+    audio = torch.arange(whole.num_image_features, 1 + int(whole.feature_index.max()), dtype=torch.int32)
+    table = torch.cat((received, audio, torch.tensor([-1], dtype=torch.int32)))  # the last is that of text
+    return table[part.feature_index.long()]
 
 
 def received_keys(parts: Sequence[MicroBatch], rank: int, window: int | None) -> torch.Tensor:

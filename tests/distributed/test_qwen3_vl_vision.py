@@ -156,7 +156,7 @@ def features_of(
 ) -> list[torch.Tensor]:
     images = PackedImages.of(CONFIG, grids, next(tower.parameters()).device, divided_over)
     pixels = images.take(pixels_of(grids)).to(images.device)
-    return images.gather(projector(*tower.finish(tower(pixels, images))))
+    return images.gather(projector(*tower.finish(tower(pixels, images))), None)
 
 
 def encode(weights: dict[str, torch.Tensor], tensor_size: int, divided: bool, recompute: bool, case: str) -> Results:

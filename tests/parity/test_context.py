@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.data.context_shard import shard_for_context
 from megatron_vlm.layers import context_exchange, load_balancing
-from megatron_vlm.parallel import images
 from megatron_vlm.parallel.chunk_settings import MoESettings
 from tests.families.gemma3 import GEMMA3
 from tests.families.qwen3_vl import MOE, QWEN3_VL, QWEN3_VL_MOE
@@ -44,11 +43,15 @@ def gradients_of_sent_keys_are_lost() -> Any:
     return mock.patch.object(context_exchange._SentRows, "backward", staticmethod(backward))
 
 
-def gradients_of_features_are_not_summed() -> Any:
-    def gather(x: torch.Tensor, tensor_parallel_output_grad: bool, group: Any) -> torch.Tensor:
-        return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=group)
+def features_in_the_order_of_their_encoders() -> Any:
+    """Not in that of their tokens."""
 
-    return mock.patch.object(images, "gather_from_sequence_parallel_region", gather)
+    def unordered(features: torch.Tensor, rank_of_feature: np.ndarray, context: Any, group: Any) -> torch.Tensor:
+        received = context_exchange.exchange_features(features, rank_of_feature, context, group)
+        own = context.image_features[group.rank()]
+        return received[np.argsort(rank_of_feature[own], kind="stable")]
+
+    return mock.patch("megatron_vlm.layers.patches.exchange_features", unordered)
 
 
 def gradients_of_the_balance_are_not_summed() -> Any:
@@ -76,6 +79,10 @@ def of_mixed_rows(family: TinyFamily) -> Expected:
     return family.expected("mixed")
 
 
+def of_packed_rows(family: TinyFamily) -> Expected:
+    return family.expected("packed")
+
+
 def balanced(family: TinyFamily) -> Expected:
     return expected(family.model(), family.micro_batches("mixed"), partial(balancing_loss, "transformers"))
 
@@ -84,7 +91,7 @@ def balanced(family: TinyFamily) -> Expected:
     ("family", "layout", "right", "mistake", "concerned"),
     [
         (GEMMA3, CP2, of_mixed_rows, gradients_of_sent_keys_are_lost, "k_proj.weight"),
-        (QWEN3_VL, CP2, of_mixed_rows, gradients_of_features_are_not_summed, "vision_tower."),
+        (QWEN3_VL, CP2, of_packed_rows, features_in_the_order_of_their_encoders, "vision_tower."),
         (QWEN3_VL, CP2, of_mixed_rows, positions_restart_on_every_rank, "q_proj.weight"),
         (QWEN3_VL_MOE, BALANCED, balanced, gradients_of_the_balance_are_not_summed, "gate.weight"),
     ],

@@ -266,6 +266,7 @@ def make_batch(model_config: Any) -> MicroBatch:
         span_low=torch.zeros_like(places).int(),
         span_high=places.int(),
         feature_index=torch.where(places < num_features, places, -1).int(),
+        num_image_features=num_features,
         media_inputs=inputs,
         document_sources=torch.zeros(1, dtype=torch.int32),
         media=media,
