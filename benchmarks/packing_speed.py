@@ -21,11 +21,15 @@ from benchmarks.figures import commit
 from demo import draw, gemma3
 from demo.dataset import IMAGES, chat_row
 from demo.recipes import LEARNED_TOKENS
+from megatron_vlm.cli import load_config
+from megatron_vlm.data.packing import best_fit_decreasing
+from megatron_vlm.data.rows import reader_for
+from megatron_vlm.families import registry
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-ROWS, STEPS, REPETITIONS, SEED = 320, 5, 3, 0
+ROWS, STEPS, REPETITIONS, SEED = 320, 5, 3, 2  # 65 packed rows, 13 in each step
 ROW_TOKENS = 512
-TURNS_MEDIAN, TURNS_SIGMA, MOST_TURNS = 3.0, 1.0, 24
+TURNS_MEDIAN, TURNS_SIGMA, MOST_TURNS = 4.0, 1.0, 24
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,11 @@ def build_data(folder: Path) -> tuple[Path, Path]:
     return folder / "model", write_rows(folder / "data")
 
 
-def train(side: Side, global_batch_size: int, folder: Path, model: Path, rows: Path) -> list[dict[str, Any]]:
-    """Train for one pass over the rows as `pretrain_vlm.py` does, in this process; returns the metrics of its steps."""
+def arguments(side: Side, global_batch_size: int, run_dir: Path, model: Path, rows: Path) -> list[str]:
+    """Return the command line of one pass over the rows."""
     settings = {
         "config": REPOSITORY / "configs" / "demo_gemma3.yaml",
-        "run_dir": folder,
+        "run_dir": run_dir,
         "model.hf_path": model,
         "parallel.tensor_model_parallel_size": 1,
         "data.train": f"[{{path: {rows}}}]",
@@ -88,13 +92,79 @@ def train(side: Side, global_batch_size: int, folder: Path, model: Path, rows: P
         "optimizer.warmup_iters": 1,
         "checkpoint.export_hf": "null",
     }
-    with (folder.parent / f"{folder.name}.log").open("w") as log, contextlib.redirect_stdout(log):
-        code = pretrain_vlm.main([f"--{key}={value}" for key, value in settings.items()])
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def train(side: Side, command: list[str], run_dir: Path) -> list[dict[str, Any]]:
+    """Train as `pretrain_vlm.py` does, in this process; returns the metrics of the steps."""
+    with (run_dir.parent / f"{run_dir.name}.log").open("w") as log, contextlib.redirect_stdout(log):
+        code = pretrain_vlm.main(command)
     if code:
-        raise SystemExit(f"training of {side.name!r} ended with {code}")
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        raise SystemExit(f"training of {side.name!r} ended with exit code {code}")
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def packed_rows(model: Path, rows: Path) -> int:
-    """Return how many packed rows one pass has."""
-    raise NotImplementedError
+def count_packed_rows(command: list[str]) -> int:
+    """Return how many packed rows one pass has; its samples are encoded for that."""
+    config = load_config(command)
+    hf_config = registry.load_hf_config(config.model.hf_path)
+    family = registry.detect(hf_config)
+    rules = family.prompt_rules(family.config_from_hf(hf_config, text_only=False))
+    reader = reader_for(config, config.data.train, rules)
+    lengths = np.array([len(reader.read(0, number).sample.input_ids) for number in range(ROWS)])
+    return len(best_fit_decreasing(lengths, ROW_TOKENS))
+
+
+def measure() -> dict[str, Any]:
+    """Train each side in turn, print and return the figures."""
+    runs: dict[str, list[dict[str, float]]] = {side.name: [] for side in SIDES}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model, rows = build_data(folder)
+        num_packed = count_packed_rows(arguments(SIDES[-1], STEPS, folder / "counted", model, rows))
+        assert num_packed % STEPS == 0, f"{num_packed} packed rows are no {STEPS} equal steps"
+        for repetition in range(REPETITIONS):
+            for side in SIDES if repetition % 2 == 0 else reversed(SIDES):
+                run_dir = folder / f"{side.name.replace(' ', '_')}_{repetition}"
+                size = (num_packed if side.packing else ROWS) // STEPS
+                steps = train(side, arguments(side, size, run_dir, model, rows), run_dir)
+                runs[side.name].append(_figures(steps))
+    check_same(runs)
+    for side in SIDES:
+        print(_line(side.name, runs[side.name], runs[SIDES[0].name]))
+    environment = {"torch": torch.__version__, "cores": os.cpu_count(), "commit": commit()}
+    return {**environment, "rows": ROWS, "row_tokens": ROW_TOKENS, "packed_rows": num_packed, "runs": runs}
+
+
+def check_same(runs: Mapping[str, list[dict[str, float]]]) -> None:
+    """Raise unless every run had the same samples, tokens and labels."""
+    for key in ("samples", "tokens", "label_tokens", "images"):
+        found = {run[key] for of_side in runs.values() for run in of_side}
+        if len(found) != 1:
+            raise SystemExit(f"{key} differ between the runs: {sorted(found)}")
+
+
+def _figures(steps: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the counts of all steps, and the rates of those behind the first."""
+    counts = {key: sum(step[key] for step in steps) for key in ("tokens", "label_tokens", "padded_tokens", "images")}
+    steady = steps[1:]
+    seconds = sum(step["step_seconds"] for step in steady)
+    return {
+        "samples": sum(step["step_samples"] for step in steps),
+        **counts,
+        "tokens_per_second": sum(step["tokens"] for step in steady) / seconds,
+        "data_wait_share": sum(step["data_wait_seconds"] for step in steady) / seconds,
+        "seconds": seconds,
+    }
+
+
+def _line(name: str, runs: list[dict[str, float]], first: list[dict[str, float]]) -> str:
+    rates = [run["tokens_per_second"] for run in runs]
+    ratios = sorted(rate / run["tokens_per_second"] for rate, run in zip(rates, first, strict=True))
+    padding = runs[0]["padded_tokens"] / (runs[0]["tokens"] + runs[0]["padded_tokens"])
+    waits = statistics.median(run["data_wait_share"] for run in runs)
+    return (
+        f"{name:21} {statistics.median(rates):8,.0f} tokens/s ({min(rates):,.0f} to {max(rates):,.0f})   "
+        f"{statistics.median(ratios):5.2f} times ({ratios[0]:.2f} to {ratios[-1]:.2f})   padding {padding:5.1%}   "
+        f"data wait {waits:.1%}"
+    )
