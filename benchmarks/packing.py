@@ -94,8 +94,8 @@ def _table(name: str, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         yield f"{title:21}" + "".join(f"{figure(row):15{form}}" for _, figure, form in (*COLUMNS, *COMPARED))
     yield "against the first row"
     for title, row in rows.items():
-        ratios = (figure(row) / figure(first) if figure(first) else float("nan") for _, figure, _ in COMPARED)
-        yield f"{title:21}" + " " * 15 * len(COLUMNS) + "".join(f"{ratio:15.2f}" for ratio in ratios)
+        ratios = (f"{figure(row) / figure(first):.2f}" if figure(first) else "" for _, figure, _ in COMPARED)
+        yield f"{title:21}" + " " * 15 * len(COLUMNS) + "".join(f"{ratio:>15}" for ratio in ratios)
 
 
 if __name__ == "__main__":

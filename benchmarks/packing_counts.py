@@ -105,7 +105,7 @@ def make_samples(model: Model, lengths: Sequence[int]) -> list[LoadedSample]:
     rules, samples, with_room = model.rules, [], 0
     assert rules.image_token_id is not None
     for number, length in enumerate(lengths):
-        ids = np.arange(length) % 1000 + 10
+        ids = np.ones(length, np.int64)
         media = []
         if length > 2 * (TEXT_BEFORE_IMAGE + IMAGE_TOKENS):
             with_room += 1
@@ -283,10 +283,7 @@ def _own_flops(model: Model, batches: Sequence[MicroBatch]) -> tuple[list[int], 
 def _exact(model: Model, batches: Sequence[MicroBatch], layout: Layout, own_flops: Sequence[int]) -> dict[str, Any]:
     """Return what is known of all micro-batches."""
     counters = sum((Counter(batch.counters) for batch in batches), Counter())
-    positions = sum(
-        len(batch.labels) * padded_length(batch.labels.shape[1], layout.context_size, layout.sequence_shards)
-        for batch in batches
-    )
+    positions = sum(len(batch.labels) * _row_positions(batch, layout) for batch in batches)
     windows = dict.fromkeys(window for window, _ in model.model_config.text.attention_kinds)
     return {
         "gpus": layout.world_size,
@@ -305,6 +302,12 @@ def _exact(model: Model, batches: Sequence[MicroBatch], layout: Layout, own_flop
             for window in windows
         },
     }
+
+
+def _row_positions(batch: MicroBatch, layout: Layout) -> int:
+    """Return the positions of a row over all context ranks, which are equally many on each."""
+    length = batch.labels.shape[1]
+    return padded_length(length, layout.context_size, layout.sequence_shards) if layout.context_size > 1 else length
 
 
 def _traced(groups: Sequence[Group], stages: Sequence[Stage], layout: Layout) -> dict[str, Any]:
