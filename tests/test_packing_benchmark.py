@@ -40,9 +40,7 @@ def test_samples_are_the_same(figures: dict[str, dict[str, Any]]) -> None:
 
 def test_positions(figures: dict[str, dict[str, Any]]) -> None:
     """Rows of 100, 60, 40 and 20; of 100 and 100, 40 and 40; of 100 + 20 and 60 + 40."""
-    found = {
-        name: (row["rows"], row["micro_batches_per_data_rank"], row["positions"]) for name, row in figures.items()
-    }
+    found = {name: (row["rows"], row["micro_batches_per_data_rank"], row["positions"]) for name, row in figures.items()}
     assert found["unpacked"] == (4, 4, 220)
     assert found["padded"] == (4, 2, 280)
     assert found["packed"] == (2, 2, 220)
