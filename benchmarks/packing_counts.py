@@ -312,7 +312,8 @@ def _row_positions(batch: MicroBatch, layout: Layout) -> int:
 
 def _traced(groups: Sequence[Group], stages: Sequence[Stage], layout: Layout) -> dict[str, Any]:
     """Return what the traces say: FLOPs of all ranks, and of one rank of the pipeline stage that has most the rest."""
-    flops, launches, sent, peaks = 0, [], [], []
+    flops, launches, peaks = 0, list[int](), list[int]()
+    sent: list[Counter[str]] = []
     for stage in stages:
         of_stage: Counter[str] = Counter()
         launched = 0
