@@ -68,6 +68,8 @@ class Collective(NamedTuple):
         group: our name of the group.
         size: number of its ranks, at least two.
         payload_bytes: bytes of its input or output on this rank, whichever is more.
+        kept_bytes: what of an all-to-all's payload the rank sends to itself; None where all parts are equal. A context
+            rank keeps all of its own keys, and sends others few of them where windows and documents are short.
     """
 
     phase: str
@@ -75,10 +77,13 @@ class Collective(NamedTuple):
     group: str
     size: int
     payload_bytes: int
+    kept_bytes: int | None = None
 
     @property
     def sent_bytes(self) -> int:
         """What the rank sends in a ring: of an all-reduce its tensor twice, of others once, each less one shard."""
+        if self.kept_bytes is not None:
+            return self.payload_bytes - self.kept_bytes
         return self.payload_bytes * (self.size - 1) // self.size * (2 if self.kind == "allreduce" else 1)
 
 
@@ -288,7 +293,8 @@ class Recorder(TorchDispatchMode):
         kind = _JOINED.get(func._overloadpacket, name)
         payload = max(sum(tensor.nbytes for tensor in _tensors(arg)) for arg in args)
         group_name = self._group_names.get(group.group_name, f"{size} ranks")
-        self.counts.collectives[Collective(self._phase, kind, group_name, size, payload)] += 1
+        kept = _bytes_to_itself(args, group.rank()) if kind == "alltoall" else None
+        self.counts.collectives[Collective(self._phase, kind, group_name, size, payload, kept)] += 1
 
 
 # They read as many rows of a table as they return.
@@ -301,6 +307,12 @@ def _moved_bytes(name: str, inputs: Any, output: Any) -> int:
     if name in _LOOKUPS:
         return 2 * sum(written.values())
     return sum((read | written).values()) + sum(size for key, size in written.items() if key in read)
+
+
+def _bytes_to_itself(args: Any, rank: int) -> int | None:
+    """Return what a rank sends to itself in an all-to-all of one tensor with parts of different sizes."""
+    _, sent, _, _, part_sizes, *_ = args
+    return sent.nbytes * part_sizes[rank] // max(1, sum(part_sizes)) if part_sizes else None
 
 
 def _is_group(arg: Any) -> bool:

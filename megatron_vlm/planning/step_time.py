@@ -172,5 +172,5 @@ def crossing_bytes(collective: Collective, span: Span) -> int:
     if span.nodes == 1:
         return 0
     if collective.kind == "alltoall":
-        return collective.payload_bytes * (collective.size - span.ranks_per_node) // collective.size
+        return collective.sent_bytes * (collective.size - span.ranks_per_node) // (collective.size - 1)
     return math.ceil(collective.sent_bytes / span.ranks_per_node)

@@ -71,8 +71,20 @@ class SentBytes(TorchDispatchMode):
                 for arg in args
                 if isinstance(arg, torch.ScriptObject) and arg._type().name() == "ProcessGroup"
             )
-            self._add(func._schema.name.removeprefix("c10d::").strip("_"), max(sizes), group)
+            name = func._schema.name.removeprefix("c10d::").strip("_")
+            if name == "alltoall_base" and args[4]:
+                self._add_parts([args[index].nbytes for index in range(2)], args[3:5], group)
+            else:
+                self._add(name, max(sizes), group)
         return func(*args, **(kwargs or {}))
+
+    def _add_parts(self, sizes: list[int], splits: Any, group: torch.distributed.ProcessGroup) -> None:
+        """Add what an all-to-all brings to other ranks, or from them if that is more."""
+        crossing = [
+            size - size * parts[group.rank()] // max(1, sum(parts)) for size, parts in zip(sizes, splits, strict=True)
+        ]
+        if group.size() > 1 and max(sizes) >= SMALLEST_COUNTED_BYTES:
+            self.sent["alltoall", tuple(torch.distributed.get_process_group_ranks(group))] += max(crossing)
 
     def _add(self, name: str, size: int, group: torch.distributed.ProcessGroup) -> None:
         """Add what a ring sends for a tensor of this size; of pairs, what is sent, not what is received."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import all_to_all
 from megatron.core.transformer.moe import moe_utils
 from transformers import Qwen3VLMoeConfig
 
@@ -16,10 +17,11 @@ from megatron_vlm import platform
 from megatron_vlm.config import Config
 from megatron_vlm.families import registry
 from megatron_vlm.families.build import build_chunks, build_settings
+from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.simulate import simulated_rank
 from megatron_vlm.planning.example_batch import example_batch
 from megatron_vlm.planning.preflight import check_layout
-from megatron_vlm.planning.recorder import fake_tensors
+from megatron_vlm.planning.recorder import Recorder, fake_tensors
 from megatron_vlm.planning.stages import StageCounts, trace_stages
 from megatron_vlm.planning.trace import Tracer
 from tests.training.test_memory import EXPERTS, LENGTH, PATCHES, QWEN3_VL, SEQUENCE, TENSOR, run_config
@@ -61,6 +63,15 @@ def test_sent_bytes() -> None:
     # embedding one output, as it is not scattered before images are placed.
     layer_of_tower, merger = 4 * PATCHES * HIDDEN * 2, PATCHES // 4 * (HIDDEN + 4 * HIDDEN) * 2
     assert chunk.total.sent_bytes["allreduce", "tensor"] == 4 * layer_of_tower + 3 * merger + hidden_bytes
+
+
+def test_what_an_exchange_of_keys_keeps() -> None:
+    """Parts of different sizes: of ten rows sent, and nine received, a rank keeps eight of its own."""
+    with simulated_rank(0, Layout.over(2, num_layers=1, context_size=2)) as groups, fake_tensors():
+        recorder = Recorder({groups.cp.group_name: "context"})
+        with recorder:
+            all_to_all(groups.cp, torch.empty(10, 4), [8, 1], [8, 2])
+    assert recorder.counts.sent_bytes == {("alltoall", "context"): 2 * 4 * 4}
 
 
 def test_what_stages_send_each_other() -> None:
