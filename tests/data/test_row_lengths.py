@@ -232,4 +232,5 @@ def test_media_that_change_after_measuring(qwen_builder: PromptBuilder, folder: 
     (folder / "nothing.png").write_bytes(picture)
     found = reader.read_measured(0, 3, lengths)
     assert found.bad and len(found.sample.input_ids) == 1
-    assert found.problem and "could not be read when lengths were measured" in found.problem
+    assert found.problem and "could not be used when lengths were measured" in found.problem
+    assert "on every node, and start again with a new run_dir" in found.problem
