@@ -162,8 +162,8 @@ def test_damaged_file_of_one_source(config: Config, rules: PromptRules, nodes: l
         ),
         (
             {"max_too_long_fraction": 0.004},
-            r"too long, more than data.max_too_long_fraction 0.004; the first: .*a.jsonl:41\] -- raise data.seq_length, "
-            r"set data.too_long to truncate; or raise data.max_too_long_fraction$",
+            r"too long, more than data.max_too_long_fraction 0.004; the first: .*a.jsonl:41\] -- raise "
+            r"data.seq_length, set data.too_long to truncate; or raise data.max_too_long_fraction$",
         ),
     ],
 )

@@ -95,7 +95,7 @@ def test_bad_rows_that_fill_the_first_packs_of_a_window() -> None:
         step(packed, WINDOW_ROWS - 96)
     with pytest.raises(DataError, match="40 of 96 rows are bad"):
         step(other, 96, 40)
-    with pytest.raises(DataError, match="rows are bad, more than data.max_bad_fraction 0.01"):
+    with pytest.raises(DataError, match=r"rows are bad, more than data.max_bad_fraction 0.01"):
         for _ in range(4):
             step(packed, 96, 60)
             step(packed, WINDOW_ROWS - 96)
