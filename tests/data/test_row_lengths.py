@@ -156,7 +156,8 @@ def test_folder_of_no_use(make_reader: Make, own_folder: Path, monkeypatch: pyte
         node_folder().chmod(0o777)
     else:
         monkeypatch.setattr("megatron_vlm.data.array_files.os.fsync", _full)
-    with pytest.raises(DataError, match=r"lengths of rows, which data.packing needs, cannot be kept.*TMPDIR"):
+    reason = r" \(No space left on device\)" if obstacle == "disk full" else ".*"
+    with pytest.raises(DataError, match=rf"which data.packing needs, cannot be kept on this node{reason} -- .*TMPDIR"):
         lengths_files(reader)[0].store(measured)
     assert not list(own_folder.rglob("*.partial*"))
 
