@@ -201,7 +201,8 @@ def _refuse(reader: RowReader, lengths: Sequence[RowLengths], status: RowStatus,
     if most is not None:
         key = f"data.max_{word.replace(' ', '_')}_fraction"
         if status == RowStatus.TOO_LONG:
-            fix = "raise data.seq_length, set data.too_long to truncate"
+            cut = "" if reader.settings.too_long == "truncate" else ", set data.too_long to truncate"
+            fix = f"raise data.seq_length{cut}"
         what, fix = f"{what}, more than {key} {most}", f"{fix or 'correct the rows'}; or raise {key}"
     raise DataError(f"{what}; the first: {error.what}", error.where, fix)
 
