@@ -141,7 +141,11 @@ def map_arrays(place: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 def reason_of(error: Exception) -> str:
     """Return why a file or the folder cannot be used, for messages."""
-    return f"{error.strerror} [{error.filename}]" if isinstance(error, OSError) else str(error)
+    if not isinstance(error, OSError):
+        return str(error)
+    # A failed write names no file, and one of an open file its number.
+    is_named = isinstance(error.filename, str | os.PathLike)
+    return f"{error.strerror} [{error.filename}]" if is_named else str(error.strerror)
 
 
 def _checksum(head: Mapping[str, Any], arrays: Sequence[np.ndarray]) -> int:

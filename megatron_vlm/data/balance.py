@@ -7,6 +7,7 @@ the same on every rank and in every worker; it changes in which order gradients 
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -98,9 +99,12 @@ def _longest_first(costs: np.ndarray, ranks: int) -> list[list[int]]:
     cost on every rank, so that ranks which wait for each other in every layer (expert parallelism) wait least.
     """
     packs: list[list[int]] = [[] for _ in range(ranks)]
-    sums = [0] * ranks
+    takers = [(0, rank) for rank in range(ranks)]  # those that take more, by what they have, as a heap
     for pack in np.argsort(-costs, kind="stable").tolist():
-        rank = min((r for r in range(ranks) if len(packs[r]) * ranks < len(costs)), key=lambda r: sums[r])
+        cost, rank = takers[0]
         packs[rank].append(pack)
-        sums[rank] += int(costs[pack])
+        if len(packs[rank]) * ranks < len(costs):
+            heapq.heapreplace(takers, (cost + int(costs[pack]), rank))
+        else:
+            heapq.heappop(takers)
     return packs

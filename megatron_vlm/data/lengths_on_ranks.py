@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -25,6 +26,7 @@ from megatron_vlm.data.row_lengths import (
     digest_of,
     find_row_lengths,
     lengths_files,
+    measured_as_bad,
 )
 from megatron_vlm.data.rows import RowReader, reader_for
 from megatron_vlm.data.rules import PromptRules
@@ -156,13 +158,14 @@ def _report(key: str, reader: RowReader) -> None:
     """Print one line on the lengths of a reader's rows.
 
     Raises:
-        DataError: there are bad or too long rows, and they are to end the run.
+        DataError: there are bad or too long rows, and they are to end the run; or more of them than it may have.
     """
-    lengths = find_row_lengths(reader)
-    if reader.settings.strict:
-        _refuse(reader, lengths, RowStatus.BAD, "bad")
-    if reader.settings.too_long == "error":
-        _refuse(reader, lengths, RowStatus.TOO_LONG, "too long")
+    lengths, settings = find_row_lengths(reader), reader.settings
+    most_bad, most_too_long = settings.max_bad_fraction, settings.max_too_long_fraction
+    if key != "data.train":
+        most_bad = most_too_long = 1.0
+    _refuse(reader, lengths, RowStatus.BAD, "bad", None if settings.strict else most_bad)
+    _refuse(reader, lengths, RowStatus.TOO_LONG, "too long", None if settings.too_long == "error" else most_too_long)
     rows = sum(len(each.tokens) for each in lengths)
     tokens = sum(int(each.tokens.sum(where=each.tokens > 1, dtype=np.int64)) for each in lengths)
     bad, too_long, cut = (
@@ -176,19 +179,40 @@ def _report(key: str, reader: RowReader) -> None:
     )
 
 
-def _refuse(reader: RowReader, lengths: Sequence[RowLengths], status: RowStatus, word: str) -> None:
-    """Raise the error of the first row with a status, if there is one, with their number."""
-    count = sum(each.count(status) for each in lengths)
-    if not count:
+def _refuse(reader: RowReader, lengths: Sequence[RowLengths], status: RowStatus, word: str, most: float | None) -> None:
+    """Raise an error with the number of rows that have a status, and the first, where they are too many.
+
+    Args:
+        reader: of the rows.
+        lengths: of its sources.
+        status: of the rows in question.
+        word: for it.
+        most: fraction of the rows that a run sees, by the weights of their sources, that may have it; None: no row may.
+    """
+    counts = [each.count(status) for each in lengths]
+    fractions = [count / len(each.status) for count, each in zip(counts, lengths, strict=True)]
+    if not any(counts) or (most is not None and np.average(fractions, weights=reader.weights) <= most):
         return
-    source = next(source for source, each in enumerate(lengths) if each.count(status))
+    source = next(source for source, count in enumerate(counts) if count)
     row = int(np.argmax(lengths[source].status == status))
+    error = _error_of(reader, source, row, lengths[source])
+    what = f"{sum(counts):,} of {sum(len(each.status) for each in lengths):,} rows are {word}"
+    fix = error.fix
+    if most is not None:
+        key = f"data.max_{word.replace(' ', '_')}_fraction"
+        if status == RowStatus.TOO_LONG:
+            cut = "" if reader.settings.too_long == "truncate" else ", set data.too_long to truncate"
+            fix = f"raise data.seq_length{cut}"
+        what, fix = f"{what}, more than {key} {most}", f"{fix or 'correct the rows'}; or raise {key}"
+    raise DataError(f"{what}; the first: {error.what}", error.where, fix)
+
+
+def _error_of(reader: RowReader, source: int, row: int, lengths: RowLengths) -> DataError:
+    """Return what is wrong with a row that was bad or too long when it was measured."""
     measuring = reader.measuring()
-    measuring.settings = reader.settings
+    measuring.settings = replace(reader.settings, strict=True, too_long="error")
     try:
-        problem = measuring.read(source, row).problem
-        error = DataError(f"{problem or 'it was so when lengths were measured'}", reader.sources[source].name(row))
-    except DataError as raised:
-        error = raised
-    num_rows = sum(len(each.status) for each in lengths)
-    raise DataError(f"{count:,} of {num_rows:,} rows are {word}; the first: {error.what}", error.where, error.fix)
+        measuring.read(source, row)
+    except DataError as error:
+        return error
+    return measured_as_bad(reader.sources[source].name(row), lengths)

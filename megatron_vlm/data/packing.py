@@ -174,7 +174,7 @@ class PackedPlan:
         changes, old, new = self.order.changes(state), state["packing"], self._settings
         if old["seq_length"] != new["seq_length"]:
             changes.append(f"data.seq_length was {old['seq_length']}, now {new['seq_length']}")
-        if old["window_rows"] != new["window_rows"]:
+        if not changes and old["window_rows"] != new["window_rows"]:  # else it may follow from the number of rows
             changes.append(f"{old['window_rows']} rows were packed together, this version packs {new['window_rows']}")
         if not changes:
             # Whatever else changes the lengths of the same rows.

@@ -157,6 +157,20 @@ def find_row_lengths(reader: RowReader) -> list[RowLengths]:
         ) from None
 
 
+def measured_as_bad(name: str, lengths: RowLengths) -> DataError:
+    """Return what is wrong with a row that could not be used when it was measured, and could be now.
+
+    Args:
+        name: file and line of the row.
+        lengths: of its source.
+    """
+    return DataError(
+        "it could not be used when lengths were measured, and now it can be",
+        name,
+        f"delete {lengths.stored_at} on every node, and start again with a new run_dir",
+    )
+
+
 def lengths_files(reader: RowReader) -> list[LengthsFile]:
     """Return where the lengths of each of a reader's sources are on this node, or will be.
 

@@ -34,6 +34,9 @@ class RowLimits:
         self.rows_seen = self.bad_rows = self.too_long_rows = self.steps_without_labels = 0
         self.source_labels = [0] * len(sources)
         self.last_problem = ""
+        self._rows_together = min(WINDOW_ROWS, self._num_rows) if settings.packing else 0
+        """Rows that are packed together come in another order than theirs: bad ones, of one token each, where they fit
+        best, which may be all of a window's in the first packs."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts, for a checkpoint."""
@@ -84,10 +87,14 @@ class RowLimits:
         if not any(self.source_labels):
             raise self._error(f"none of the {self.rows_seen} rows of this run had a token to train")
 
+    @property
+    def _num_rows(self) -> int:
+        return sum(source.num_rows for source in self.sources)
+
     def _check_fraction(self, what: str, count: int, key: str, remedy: str) -> None:
         limit = getattr(self.settings, key)
-        fewest = min(FEWEST_ROWS_FOR_FRACTION, sum(source.num_rows for source in self.sources))
-        if count > limit * max(self.rows_seen, fewest):
+        fewest = min(FEWEST_ROWS_FOR_FRACTION, self._num_rows)
+        if count > limit * max(self.rows_seen + self._rows_together, fewest):
             raise self._error(
                 f"{count} of {self.rows_seen} rows are {what}, more than data.{key} {limit}",
                 f"{remedy}, or raise data.{key}",
@@ -96,8 +103,7 @@ class RowLimits:
     def _check_sources(self) -> None:
         """Refuse a source all of whose rows came, in its weight's part of the rows seen, without a token to train."""
         total = sum(source.weight for source in self.sources)
-        # Rows that are packed together come in another order than that of the weights.
-        seen = self.rows_seen - WINDOW_ROWS * self.settings.packing
+        seen = self.rows_seen - self._rows_together
         for source, name, labels in zip(self.sources, self.names, self.source_labels, strict=True):
             if not labels and seen * source.weight / total >= source.num_rows + FEWEST_ROWS_FOR_FRACTION:
                 raise self._error(f"no row of the source {name} ({source.path}) has a token to train")

@@ -20,7 +20,7 @@ from megatron_vlm.data.formats import parse_row
 from megatron_vlm.data.media_loading import MediaLoader, MediaMeasurer
 from megatron_vlm.data.plan import PlannedSource
 from megatron_vlm.data.prompts import PromptBuilder, Sample
-from megatron_vlm.data.row_lengths import PADDING_STATUSES, RowLengths, RowStatus
+from megatron_vlm.data.row_lengths import PADDING_STATUSES, RowLengths, RowStatus, measured_as_bad
 from megatron_vlm.data.rules import PromptRules
 from megatron_vlm.data.source_rows import SourceRows, index_sources
 from megatron_vlm.data.urls import UrlAccess
@@ -157,7 +157,7 @@ class RowReader:
             return loaded
         name = self.sources[source].name(row)
         if status == RowStatus.BAD:
-            problem = f"bad row: it could not be read when lengths were measured, and now it can be [{name}]"
+            problem = f"bad row: {measured_as_bad(name, lengths)}"
             return LoadedSample(self._padding_sample(), source, name, bad=True, problem=problem)
         found = self.num_tokens(source, row) if loaded.too_long else len(loaded.sample.input_ids)
         raise DataError(

@@ -64,3 +64,23 @@ def test_pairs_that_a_token_sees() -> None:
     costs = TokenCosts(token=2, pair=(), patch=3, patch_pair=5, audio_frame=7)
     one = np.ones(1, np.int64)
     assert costs.of(one, 10 * one, 100 * one, 1000 * one).tolist() == [2 + 30 + 500 + 7000]
+
+
+def longest_first_by_definition(costs: list[int], ranks: int) -> list[list[int]]:
+    packs: list[list[int]] = [[] for _ in range(ranks)]
+    for pack in sorted(range(len(costs)), key=lambda pack: -costs[pack]):
+        open_ranks = [rank for rank in range(ranks) if len(packs[rank]) < len(costs) // ranks]
+        packs[min(open_ranks, key=lambda rank: sum(costs[item] for item in packs[rank]))].append(pack)
+    return packs
+
+
+def test_longest_first() -> None:
+    generator = np.random.default_rng(2)
+    for most in (3, 10**15):  # with ties, and without
+        for _ in range(50):
+            ranks, each = generator.integers(2, 9, 2).tolist()
+            costs = generator.integers(0, most, ranks * each)
+            found = assign(len(costs), ranks, 1, costs)
+            in_order = packs_in_order(len(costs), ranks, 1)
+            assert found.packs in (longest_first_by_definition(costs.tolist(), ranks), in_order)
+            assert found.packs != in_order or found.straggler_ratio == found.straggler_ratio_in_order

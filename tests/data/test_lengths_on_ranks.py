@@ -7,6 +7,7 @@ import itertools
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import tempfile
 import time
@@ -154,6 +155,16 @@ def test_damaged_file_of_one_source(config: Config, rules: PromptRules, nodes: l
     [
         ({"strict": True}, r"1 of 262 rows are bad; the first: image .*nothing.png does not exist \[.*a.jsonl:42\]"),
         ({"too_long": "error"}, r"1 of 262 rows are too long; the first: the row has \d+ tokens, .*a.jsonl:41\]"),
+        (
+            {"max_bad_fraction": 0.004},
+            r"1 of 262 rows are bad, more than data.max_bad_fraction 0.004; the first: image .*nothing.png does not "
+            r"exist \[.*a.jsonl:42\] -- restore the file or remove the row; or raise data.max_bad_fraction$",
+        ),
+        (
+            {"max_too_long_fraction": 0.004},
+            r"too long, more than data.max_too_long_fraction 0.004; the first: .*a.jsonl:41\] -- raise "
+            r"data.seq_length, set data.too_long to truncate; or raise data.max_too_long_fraction$",
+        ),
     ],
 )
 def test_rows_that_end_the_run(
@@ -163,6 +174,28 @@ def test_rows_that_end_the_run(
     for outcome in run_ranks(2, measure_here, config, rules, nodes):
         assert outcome.error is not None
         assert re.search(message, outcome.error)
+
+
+def test_rows_of_sources_are_counted_by_their_weights(config: Config, rules: PromptRules, nodes: list[str]) -> None:
+    """One bad row of 112 in a source that is half, or a hundredth, of what the run sees."""
+    for weight, refused in ((1.0, True), (0.01, False)):
+        first, second = config.data.train
+        data = replace(config.data, train=[replace(first, weight=weight), second], max_bad_fraction=0.004)
+        (outcome,) = run_ranks(1, measure_here, replace(config, data=data), rules, nodes)
+        assert (outcome.error is not None) == refused
+
+
+def test_bad_row_that_was_repaired(config: Config, rules: PromptRules, nodes: list[str], folder: Path) -> None:
+    """What was measured stands; the error says how to have it measured anew."""
+    config = replace(config, data=replace(config.data, strict=True))
+    run_ranks(1, measure_here, config, rules, nodes)
+    shutil.copy(folder / "0.png", folder / "nothing.png")
+    (outcome,) = run_ranks(1, measure_here, config, rules, nodes)
+    assert outcome.error is not None and "1 of 262 rows are bad; the first: it could not be used when" in outcome.error
+    (place,) = re.findall(r"a.jsonl:42\] -- delete (\S+) on every node, and start again", outcome.error)
+    Path(place).unlink()
+    (outcome,) = run_ranks(1, measure_here, config, rules, nodes)
+    assert outcome.error is None
 
 
 def test_error_of_one_rank_is_that_of_all(config: Config, rules: PromptRules, nodes: list[str]) -> None:

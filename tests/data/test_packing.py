@@ -205,6 +205,11 @@ def test_state_round_trip_and_what_changed(monkeypatch: pytest.MonkeyPatch) -> N
     for damaged in ({"pack": 10**6}, {"window": -1}, {"pack": "3"}, {"window": True}, {"window": 2**60}, {"pack": 0}):
         with pytest.raises(ValueError, match=next(iter(damaged))):
             plan().check_state(state | damaged)
+    fewer = order(sources=[replace(order().sources[0], num_rows=40)])
+    state_of_fewer = json.loads(json.dumps(PackedPlan(fewer, random_lengths(), SEQ_LENGTH).state(START)))
+    more = order(sources=[replace(order().sources[0], num_rows=41)])
+    with pytest.raises(DataError, match=r"with: a.jsonl had 40 rows, now 41 --"):
+        PackedPlan(more, random_lengths(), SEQ_LENGTH).check_state(state_of_fewer)
     monkeypatch.setattr(packing, "WINDOW_ROWS", 60)
     with pytest.raises(DataError, match="50 rows were packed together, this version packs 60"):
         plan().check_state(state)

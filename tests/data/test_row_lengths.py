@@ -156,7 +156,8 @@ def test_folder_of_no_use(make_reader: Make, own_folder: Path, monkeypatch: pyte
         node_folder().chmod(0o777)
     else:
         monkeypatch.setattr("megatron_vlm.data.array_files.os.fsync", _full)
-    with pytest.raises(DataError, match=r"lengths of rows, which data.packing needs, cannot be kept.*TMPDIR"):
+    reason = r" \(No space left on device\)" if obstacle == "disk full" else ".*"
+    with pytest.raises(DataError, match=rf"which data.packing needs, cannot be kept on this node{reason} -- .*TMPDIR"):
         lengths_files(reader)[0].store(measured)
     assert not list(own_folder.rglob("*.partial*"))
 
@@ -232,4 +233,5 @@ def test_media_that_change_after_measuring(qwen_builder: PromptBuilder, folder: 
     (folder / "nothing.png").write_bytes(picture)
     found = reader.read_measured(0, 3, lengths)
     assert found.bad and len(found.sample.input_ids) == 1
-    assert found.problem and "could not be read when lengths were measured" in found.problem
+    assert found.problem and "could not be used when lengths were measured" in found.problem
+    assert "on every node, and start again with a new run_dir" in found.problem

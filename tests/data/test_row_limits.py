@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_vlm.config import DataSettings, DataSource
+from megatron_vlm.data.packing import WINDOW_ROWS
 from megatron_vlm.data.plan import PlannedSource
 from megatron_vlm.data.row_limits import MOST_STEPS_WITHOUT_LABELS, RowLimits
 from megatron_vlm.errors import DataError
@@ -82,7 +83,22 @@ def test_packed_rows_of_a_source_may_come_a_window_later() -> None:
         for _ in range(100):
             step(packed, 100, labels=(50, 0))
             seen += 100
-    assert seen == 5100  # 100 rows of 1100 of both, beyond a window
+    assert seen == 2100  # 100 rows of 1100 of both, beyond a window, which is all 1010
+
+
+def test_bad_rows_that_fill_the_first_packs_of_a_window() -> None:
+    """They take one token each and go where that is left: all of a window's into few of its packs."""
+    rows = 4 * WINDOW_ROWS
+    packed, other = limits(rows, packing=True), limits(rows)
+    for _ in range(4):
+        step(packed, 96, 40)
+        step(packed, WINDOW_ROWS - 96)
+    with pytest.raises(DataError, match="40 of 96 rows are bad"):
+        step(other, 96, 40)
+    with pytest.raises(DataError, match=r"rows are bad, more than data.max_bad_fraction 0.01"):
+        for _ in range(4):
+            step(packed, 96, 60)
+            step(packed, WINDOW_ROWS - 96)
 
 
 def test_a_run_that_trained_nothing() -> None:
