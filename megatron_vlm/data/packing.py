@@ -33,7 +33,8 @@ WINDOW_ROWS = 4096
 a median of 600 tokens fill 99.9 % of packs of 4,096 tokens and 98.6 % of 131,072, and a window takes about 10 ms.
 Another number would be another order of the data, so it is part of the fingerprint."""
 WINDOWS_KEPT = 4
-"""Windows kept in memory: a worker goes forward, and the loader itself is a few global batches behind."""
+"""Windows kept in memory beside those of a global batch: a worker goes forward, and the loader itself is a few global
+batches behind."""
 
 
 class PackedPlan:
@@ -60,6 +61,8 @@ class PackedPlan:
         """Rows of one pass; None is endless."""
         self._lengths_digest = _digest_of(lengths)
         self._windows: dict[int, list[Pack]] = {}
+        self._most_taken = 0
+        """Most windows that packs were taken from at a time."""
 
     @property
     def num_rows(self) -> int:
@@ -82,7 +85,7 @@ class PackedPlan:
     def window(self, number: int) -> list[Pack]:
         """Return the packs of a window in the order in which they are read."""
         if number not in self._windows:
-            while len(self._windows) >= WINDOWS_KEPT:
+            while len(self._windows) >= WINDOWS_KEPT + self._most_taken:
                 del self._windows[next(iter(self._windows))]
             self._windows[number] = self._pack_window(number)
         return self._windows[number]
@@ -124,6 +127,7 @@ class PackedPlan:
             samples, pack = samples + sum(map(len, part)), pack + len(part)
             if pack >= len(packs):
                 window, pack = window + 1, 0
+        self._most_taken = max(self._most_taken, window - position.window + 1)
         taken += [[] for _ in range(count - len(taken))]
         return taken, Position(samples, window, pack)
 

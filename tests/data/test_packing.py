@@ -213,3 +213,15 @@ def test_state_round_trip_and_what_changed(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(packing, "WINDOW_ROWS", 60)
     with pytest.raises(DataError, match="50 rows were packed together, this version packs 60"):
         plan().check_state(state)
+
+
+def test_a_window_of_a_large_step_is_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes the packs of eight windows, and three callers ask for them one after the other."""
+    packed, packings = plan(), []
+    pack_window = packed._pack_window
+    monkeypatch.setattr(packed, "_pack_window", lambda number: packings.append(number) or pack_window(number))
+    size = sum(len(packed.window(number)) for number in range(8))
+    packings.clear()
+    position = packed.advance(START, size)
+    assert packed.packs(START, size) and packed.advance(START, size) == position
+    assert len(packings) < 2 * 8, "windows are packed again"
