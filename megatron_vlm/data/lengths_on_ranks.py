@@ -149,7 +149,7 @@ def _exchange(num_rows: int, parts: Sequence[tuple[int, Lengths]]) -> dict[str, 
                 piece[:, low - start : high - start] = [part[name][low - first : high - first] for name in ARRAYS]
         summed = torch.from_numpy(piece).to(platform.current().device)
         torch.distributed.all_reduce(summed)
-        for name, values in zip(ARRAYS, summed.cpu().numpy(), strict=True):
+        for name, values in zip(ARRAYS, summed.numpy(force=True), strict=True):
             lengths[name][start:end] = values
     return lengths
 

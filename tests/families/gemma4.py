@@ -28,6 +28,7 @@ from transformers import (
 from megatron_vlm.data.media import Grid
 from tests.data.tiny_processor import build_gemma4_processor, build_gemma4_unified_processor
 from tests.families.layouts import (
+    CONTEXT_OF_EXPERTS,
     MOST_STEPS,
     PARITY,
     SMALL_OF_EXPERTS,
@@ -368,6 +369,8 @@ GEMMA4 = TinyFamily(
     ),
 )
 SILENT = {name: _without_audio(rows) for name, rows in (CASES | {"packed": PACKED}).items() if name != "audio only"}
+# A packed step is that of E2B.
+OF_A_VARIANT = LayoutTables(small=SMALL_LAYOUTS | {"packed_step": ()})
 DENSE = replace(
     GEMMA4,
     name="gemma4 31B",
@@ -376,7 +379,7 @@ DENSE = replace(
     cases=SILENT,
     rows=VIDEO_ROWS,
     replicated=DECODER | QUERY_NORMS | BLOCK | TOWER,
-    tables=LayoutTables(),
+    tables=OF_A_VARIANT,
 )
 WITH_MOE = replace(
     DENSE,
@@ -387,7 +390,18 @@ WITH_MOE = replace(
     tables=replace(
         WITH_EXPERTS,
         parity=WITH_EXPERTS.parity | spread_tower_with_experts(3),
-        small=SMALL_OF_EXPERTS | {"parity": (*SMALL_OF_EXPERTS["parity"], "TP2xPP2+SP, vision DP, tower on both")},
+        # Qwen3-VL with experts runs the others.
+        small=SMALL_OF_EXPERTS
+        | {
+            "parity": (
+                *(name for name in SMALL_OF_EXPERTS["parity"] if name not in CONTEXT_OF_EXPERTS),
+                "TP2xPP2+SP, vision DP, tower on both",
+                "CP4, EP2, all-gather",
+                "CP2xTP2+SP, EP4",
+                "CP2, random blocks",
+            ),
+            "packed_step": (),
+        },
     ),
 )
 UNIFIED = replace(
@@ -404,6 +418,6 @@ UNIFIED = replace(
     },
     build_processor=partial(build_gemma4_unified_processor, image_tokens=IMAGE_TOKENS, samples_per_token=FRAME_SIZE),
     text_class=Gemma4UnifiedForCausalLM,
-    tables=LayoutTables(),
+    tables=OF_A_VARIANT,
 )
 ENTRIES = (GEMMA4, DENSE, WITH_MOE, UNIFIED)
