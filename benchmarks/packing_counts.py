@@ -164,7 +164,7 @@ class Group:
 
     Attributes:
         traced: the one of them that is traced.
-        members: their numbers in the step.
+        members: indices of all of them in the step.
     """
 
     traced: MicroBatch

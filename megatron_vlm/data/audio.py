@@ -6,17 +6,15 @@ compares them). It takes what it can read of a damaged file; here that is an err
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_vlm.data.audio_files import mp3_frames, ogg_is_chained, ogg_is_whole, wav_is_whole
 from megatron_vlm.data.conversation import AudioSource
-from megatron_vlm.data.images import read_bytes
+from megatron_vlm.data.images import read_bytes, refuse_damage
 from megatron_vlm.data.urls import UrlAccess
 from megatron_vlm.errors import ConfigError, DataError
 
@@ -54,7 +52,7 @@ def load_audio(
     """
     require_audio_packages(row_name)
     data = read_bytes(source, row_name, access)
-    with _refuse_damage(source, row_name):
+    with refuse_damage(str(source), row_name):
         return _decode(data, source, row_name, sampling_rate, most_samples)
 
 
@@ -66,27 +64,12 @@ def count_samples(source: AudioSource, row_name: str, access: UrlAccess, samplin
     """
     require_audio_packages(row_name)
     data = read_bytes(source, row_name, access)
-    with _refuse_damage(source, row_name), _open(data, source, row_name) as file:
+    with refuse_damage(str(source), row_name), _open(data, source, row_name) as file:
         most_frames = most_samples * file.samplerate // sampling_rate
         _check_length(file, most_frames, source, row_name)
         num_read = len(file.read(dtype="int16")) if file.format == "MP3" else file.frames
         _check_whole(file, data, num_read, most_frames, source, row_name)
         return _resampled_length(num_read, file.samplerate, sampling_rate)
-
-
-@contextlib.contextmanager
-def _refuse_damage(source: AudioSource, row_name: str) -> Iterator[None]:
-    """Turn whatever a clip makes its decoder raise into an error that names it."""
-    try:
-        yield
-    except DataError:
-        raise
-    # Decoders raise whatever a damaged file makes them stumble over; every such failure means the same for the row.
-    except Exception as error:
-        reason = getattr(error, "error_string", error)  # without the address of the buffer
-        raise DataError(
-            f"{source} cannot be decoded ({type(error).__name__}: {reason})", row_name, "repair or remove it"
-        ) from None
 
 
 def require_audio_packages(row_name: str) -> None:

@@ -88,7 +88,7 @@ def packs_in_order(global_batch_size: int, ranks: int, micro_batch_size: int) ->
 
 def straggler_ratio(costs: np.ndarray, packs: Sequence[Sequence[int]]) -> float:
     """Return the cost of the rank with most over the mean."""
-    of_ranks = [sum(costs[numbers].tolist()) for numbers in packs]
+    of_ranks = [sum(costs[own].tolist()) for own in packs]
     return max(of_ranks) * len(of_ranks) / sum(of_ranks) if any(of_ranks) else 1.0
 
 

@@ -49,7 +49,7 @@ def load_image(source: ImageSource, row_name: str, access: UrlAccess) -> Image.I
         DataError: the image is missing, not an image, damaged, too large, or a URL where URLs are refused.
     """
     data = read_bytes(source, row_name, access)
-    with _refuse_damage(source, row_name):
+    with refuse_damage(str(source), row_name):
         return ImageOps.exif_transpose(_open(io.BytesIO(data), source, row_name)).convert("RGB")
 
 
@@ -59,7 +59,7 @@ def image_sides(source: ImageSource, row_name: str, access: UrlAccess) -> tuple[
     Only a PNG file that may say its orientation behind its pixels is decoded. Arguments and errors are those of
     `load_image`, but for damage that only decoding shows.
     """
-    with _refuse_damage(source, row_name), _stream(source, row_name, access) as file:
+    with refuse_damage(str(source), row_name), _stream(source, row_name, access) as file:
         image = _open(file, source, row_name)
         if image.format == "PNG" and _orients_behind_pixels(file):
             image.load()
@@ -84,18 +84,25 @@ def _orients_behind_pixels(file: BinaryIO) -> bool:
 
 
 @contextlib.contextmanager
-def _refuse_damage(source: ImageSource, row_name: str) -> Iterator[None]:
-    """Turn whatever an image makes its decoder raise into an error that names it."""
+def refuse_damage(shown: str, row_name: str) -> Iterator[None]:
+    """Turn whatever a medium makes its decoder raise into an error that names it.
+
+    Args:
+        shown: what the medium is, for error messages.
+        row_name: file and line of the row, for error messages.
+
+    Raises:
+        DataError: inside, whatever was raised.
+    """
     try:
         yield
     except DataError:
         raise
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{source} is refused: {error}", row_name, "scale it down") from None
     # Decoders raise whatever a damaged file makes them stumble over; every such failure means the same for the row.
     except Exception as error:
+        reason = getattr(error, "error_string", error)  # without the address of a buffer
         raise DataError(
-            f"{source} cannot be decoded ({type(error).__name__}: {error})", row_name, "repair or remove it"
+            f"{shown} cannot be decoded ({type(error).__name__}: {reason})", row_name, "repair or remove it"
         ) from None
 
 
@@ -104,7 +111,10 @@ def _open(file: BinaryIO, source: ImageSource, row_name: str) -> Image.Image:
     with warnings.catch_warnings():
         # The size check below decides; PIL's warning about the same thing would only repeat it.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image = Image.open(file, formats=IMAGE_FORMATS)
+        try:
+            image = Image.open(file, formats=IMAGE_FORMATS)
+        except Image.DecompressionBombError as error:
+            raise DataError(f"{source} is refused: {error}", row_name, "scale it down") from None
     if image.width * image.height > MAX_IMAGE_PIXELS:
         raise DataError(
             f"{source} has {image.width} x {image.height} pixels, more than {MAX_IMAGE_PIXELS}",

@@ -5,6 +5,7 @@ A worker builds whole micro-batches from the plan, so the result does not depend
 
 from __future__ import annotations
 
+import abc
 import atexit
 import logging
 import multiprocessing
@@ -84,8 +85,7 @@ class _MicroBatches(Dataset[MicroBatch | _Refusal]):
             rows = [self._read(pack) for pack in self._packs_at(position)[number * size : (number + 1) * size]]
         except UserError as error:
             return _Refusal(error)
-        builder = self.reader.builder
-        sharding = self.sharding
+        builder, sharding = self.reader.builder, self.sharding
         batch = collate(rows, builder.rules, builder.padding_token_id, sharding.pad_to_multiple_of)
         return batch if sharding.context is None else shard_for_context(batch, sharding.context)
 
@@ -123,7 +123,7 @@ class _Order:
             position = self.plan.advance(position, self.sharding.global_batch_size)
 
 
-class BatchLoader:
+class BatchLoader(abc.ABC):
     """A rank's micro-batches and the position in the plan.
 
     Args:
@@ -160,17 +160,17 @@ class BatchLoader:
             "num_global_batches": self.num_global_batches,
         }
 
+    @abc.abstractmethod
     def global_batch(self) -> list[MicroBatch]:
         """Return this rank's micro-batches of the next global batch."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def seek(self, position: Position) -> None:
         """Continue from a position of the plan (START: from the beginning)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def close(self) -> None:
         """Stop the workers."""
-        raise NotImplementedError
 
     def last_assignment(self) -> Assignment:
         """Return which data rank took which packs of the last global batch."""

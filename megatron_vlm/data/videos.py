@@ -9,9 +9,8 @@ container stores no count, and does not rotate videos that a phone took upright;
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 from transformers.video_utils import VideoMetadata
 
 from megatron_vlm.data.conversation import VideoSource
-from megatron_vlm.data.images import check_file, image_sides, load_image
+from megatron_vlm.data.images import check_file, image_sides, load_image, refuse_damage
 from megatron_vlm.data.urls import UrlAccess
 from megatron_vlm.errors import ConfigError, DataError
 
@@ -74,7 +73,7 @@ def load_video(source: VideoSource, row_name: str, access: UrlAccess, sample_fra
         _check_alike([frame.shape[:2] for frame in frames], source, row_name)
         return _of_list(_stack(frames), source)
     check_video_file(source, row_name)
-    with _refuse_damage(source, row_name):
+    with refuse_damage(f"video {source}", row_name):
         return _decode(source, row_name, sample_frames)
 
 
@@ -89,7 +88,7 @@ def measure_video(source: VideoSource, row_name: str, access: UrlAccess, sample_
         _check_alike(sides, source, row_name)
         return _of_list(_blank(len(sides), *sides[0]), source)
     check_video_file(source, row_name)
-    with _refuse_damage(source, row_name), _open(source.path) as container:
+    with refuse_damage(f"video {source}", row_name), _open(source.path) as container:
         indices, rate, total = _sample(container, source, row_name, sample_frames)
         first = next(container.decode(container.streams.video[0]), None)
         _check_found(0 if first is None else len({*indices}), indices, source, row_name)
@@ -121,20 +120,6 @@ def require_decoder(row_name: str) -> None:
             row_name,
             "install the extra: pip install -c constraints.txt -e '.[video]'; or give lists of frames",
         )
-
-
-@contextlib.contextmanager
-def _refuse_damage(source: VideoSource, row_name: str) -> Iterator[None]:
-    """Turn whatever a video makes its decoder raise into an error that names it."""
-    try:
-        yield
-    except DataError:
-        raise
-    # Decoders raise whatever a damaged file makes them stumble over; every such failure means the same for the row.
-    except Exception as error:
-        raise DataError(
-            f"video {source} cannot be decoded ({type(error).__name__}: {error})", row_name, "repair or remove it"
-        ) from None
 
 
 def _decode(source: VideoSource, row_name: str, sample_frames: Sampler) -> Video:

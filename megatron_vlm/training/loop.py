@@ -17,14 +17,13 @@ from megatron.core.utils import get_model_config
 from megatron_vlm import platform
 from megatron_vlm.checkpoint.run_folder import CHECKPOINTS_NAME, published_steps, reading_manifest
 from megatron_vlm.checkpoint.run_owner import RunOwner
-from megatron_vlm.config import Config, changed_settings, to_dict, to_yaml
+from megatron_vlm.config import Config, to_yaml
 from megatron_vlm.conversion.passthrough import check_kept, describe
 from megatron_vlm.conversion.running_model import export_hf_from_model
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.data.plan import START
 from megatron_vlm.data.row_limits import RowLimits
-from megatron_vlm.errors import CheckpointError, ConfigError, DataError, DivergenceError, SaveError
-from megatron_vlm.files.config_files import read_config_file
+from megatron_vlm.errors import ConfigError, DataError, DivergenceError, SaveError
 from megatron_vlm.files.small_files import replace_durably
 from megatron_vlm.parallel.placement import host_of
 from megatron_vlm.planning.preflight import record_export
@@ -38,7 +37,7 @@ from megatron_vlm.training.rank_watch import RankWatch
 from megatron_vlm.training.same_rows import check_same_rows
 from megatron_vlm.training.setup import Run, initialize_distributed, set_up
 from megatron_vlm.training.signals import StoppedBeforeTraining, StopRequests
-from megatron_vlm.training.start import banner, environment, record_start
+from megatron_vlm.training.start import banner, changes_since, environment, record_start
 from megatron_vlm.training.step import collect_expert_use, run_global_batch
 from megatron_vlm.training.step_check import StepCheck
 from megatron_vlm.training.stragglers import StepClock, Straggler
@@ -451,7 +450,7 @@ class Trainer:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.run_dir / "config.yaml"
         if self.step and path.exists():
-            changes = _changes_since(path, self.config)
+            changes = changes_since(path, self.config)
             if changes:
                 print(f"settings changed since the last start: {', '.join(changes)}", flush=True)
         replace_durably(path, to_yaml(self.config))
@@ -501,17 +500,6 @@ def _write_stop(run_dir: Path, number: int) -> None:
     """Say why this start did no step."""
     steps = published_steps(run_dir / CHECKPOINTS_NAME)
     _write_json(run_dir / "stopped.json", {"reason": _reason(number), "step": steps[-1] if steps else 0})
-
-
-def _changes_since(path: Path, config: Config) -> list[str]:
-    """Return the settings that differ from those in a run's file, in words."""
-    fix = "remove the file; the run then goes on without telling which settings changed"
-    try:
-        return list(changed_settings(read_config_file(str(path)).content, to_dict(config)))
-    except ConfigError as error:
-        raise CheckpointError(f"damaged: {error.what}", error.where, fix) from None
-    except (TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"damaged: {error}", str(path), fix) from None
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -137,13 +137,7 @@ def set_up(config: Config, owner: RunOwner, requests: StopRequests) -> Run:
     check_same_data({"data.train": train_loader.plan} | ({"data.valid": valid_loader.plan} if valid_loader else {}))
     on_first_rank(lambda: _check_first_weights(config, weight_map))
     requests.raise_if_stopped()
-    identity = ModelIdentity(
-        family.name,
-        hf_config.model_type,
-        model_config.text_only,
-        model_config.text.tie_word_embeddings,
-        hf_config.to_dict(),
-    )
+    identity = _identity(family, hf_config, model_config)
     checkpoints = _open_checkpoints(config, layout, groups, identity, owner)
     chunks = _build_model(config, layout, family, model_config, groups)
     if checkpoints.latest_step() is None:
@@ -178,6 +172,12 @@ def set_up(config: Config, owner: RunOwner, requests: StopRequests) -> Run:
         nodes,
         group_report,
     )
+
+
+def _identity(family: registry.Family, hf_config: Any, model_config: VisionLanguageConfig) -> ModelIdentity:
+    """Return what the run's checkpoints say of its model."""
+    tied = model_config.text.tie_word_embeddings
+    return ModelIdentity(family.name, hf_config.model_type, model_config.text_only, tied, hf_config.to_dict())
 
 
 def _open_checkpoints(

@@ -19,9 +19,11 @@ from typing import Any
 import torch.distributed
 
 from megatron_vlm import platform
-from megatron_vlm.config import Config, to_dict
+from megatron_vlm.config import Config, changed_settings, to_dict
 from megatron_vlm.data.loader import BatchLoader
 from megatron_vlm.data.plan import BatchPlan
+from megatron_vlm.errors import CheckpointError, ConfigError
+from megatron_vlm.files.config_files import read_config_file
 from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.parallel.placement import Node, describe_placement
 from megatron_vlm.training.setup import Run
@@ -146,3 +148,18 @@ def _commit() -> str | None:
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def changes_since(path: Path, config: Config) -> list[str]:
+    """Return the settings that differ from those in a run's file, in words.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    fix = "remove the file; the run then goes on without telling which settings changed"
+    try:
+        return list(changed_settings(read_config_file(str(path)).content, to_dict(config)))
+    except ConfigError as error:
+        raise CheckpointError(f"damaged: {error.what}", error.where, fix) from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"damaged: {error}", str(path), fix) from None

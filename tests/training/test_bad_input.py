@@ -18,7 +18,7 @@ import pytest
 from megatron_vlm.cli import load_config
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.planning.preflight import check_export
-from megatron_vlm.training.loop import _changes_since
+from megatron_vlm.training.start import changes_since
 from tests.data.rows import assistant, image, row, user, write_jsonl
 from tests.ranks import run_ranks
 from tests.training.loop_run import (
@@ -240,7 +240,7 @@ def test_damaged_configuration_of_the_last_start(refusal: Refusal, run_dir: Path
 def test_settings_of_the_last_start_that_cannot_be_read(place: Place, tmp_path: Path, content: str) -> None:
     (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(CheckpointError, match=r"damaged: .*/config\.yaml(:\d+)?\] -- remove the file"):
-        _changes_since(tmp_path / "config.yaml", load_config(place.arguments(tmp_path)))
+        changes_since(tmp_path / "config.yaml", load_config(place.arguments(tmp_path)))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[" * 100_000])
