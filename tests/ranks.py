@@ -52,8 +52,9 @@ class _Pool:
             results: dict[int, Any] = {}
             while len(results) < world_size:
                 # Whichever rank answers: the others of a failed one may be waiting for it.
-                for rank in self._answered([rank for rank in range(world_size) if rank not in results], Path(folder)):
-                    results[rank] = self._result(rank)
+                waiting = [rank for rank in range(world_size) if rank not in results]
+                for rank in self._answered(waiting, Path(folder)):
+                    results[rank] = self._result(rank, waiting)
             return [results[rank] for rank in range(world_size)]
 
     def _answered(self, ranks: list[int], folder: Path) -> list[int]:
@@ -63,15 +64,22 @@ class _Pool:
             raise RankFailure(f"ranks {ranks} did not answer in {TIMEOUT_SECONDS} s\n{stacks}")
         return [rank for rank in ranks if self.pipes[rank] in ready]
 
-    def _result(self, rank: int) -> Any:
-        pipe = self.pipes[rank]
+    def _result(self, rank: int, waiting: list[int]) -> Any:
         try:
-            failed, value = pickle.loads(pipe.recv_bytes())
+            failed, value = pickle.loads(self.pipes[rank].recv_bytes())
         except EOFError:
             raise RankFailure(f"rank {rank} died") from None
         if failed:
-            raise RankFailure(f"rank {rank}:\n{value}")
+            dead = "".join(f"rank {other} died\n" for other in waiting if other != rank and self._died(other))
+            raise RankFailure(f"{dead}rank {rank}:\n{value}")
         return value
+
+    def _died(self, rank: int) -> bool:
+        """Whether `rank` is dead, which others may notice, by a lost connection, a moment before this process does."""
+        try:
+            return self.pipes[rank].poll(1) and not self.pipes[rank].recv_bytes()
+        except EOFError:
+            return True
 
     def close(self) -> None:
         self.template.send(None)
