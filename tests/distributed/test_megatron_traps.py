@@ -25,6 +25,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.utils import get_model_config
 
 from megatron_vlm.checkpoint.manager import sharded_model_state
+from megatron_vlm.layers.load_balancing import LoadBalancing
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.mcore_config import build_mcore_config
@@ -250,6 +251,30 @@ def scattered_by_the_global_layout() -> list[float]:
 def test_trap_of_the_global_tensor_ranks() -> None:
     """No error: megatron-core's LLaVA and GPT models scatter so (tokens, and masks of padding)."""
     assert run_ranks(2, scattered_by_the_global_layout) == [[0.0, 1.0], [2.0, 3.0]]
+
+
+# Sums over tensor ranks are made in place: what a rank had itself is lost.
+
+
+def own_sum(ours: bool) -> list[float]:
+    """A rank's own values after they were summed over two tensor ranks."""
+    groups = build_groups(Layout(tensor_size=2))
+    own = torch.ones(4)
+    if ours:
+        balancing = LoadBalancing("transformers", 1.0, 1, 2, 1, groups.tp, groups.cp)
+        assert balancing.loss(own) == 2 * (2.0 * 2.0 + 2.0 * 2.0)
+    else:
+        assert tensor_parallel.reduce_from_tensor_model_parallel_region(own, group=groups.tp).tolist() == [2.0] * 4
+    return own.tolist()
+
+
+def test_the_load_balancing_sum_of_a_rank_stays() -> None:
+    assert run_ranks(2, own_sum, True) == [[1.0] * 4] * 2
+
+
+def test_trap_of_sums_in_place() -> None:
+    """megatron-core's own router reads its own count after the sum."""
+    assert run_ranks(2, own_sum, False) == [[2.0] * 4] * 2
 
 
 # Several tensors from one stage to the next: only the first is followed back.
