@@ -109,7 +109,7 @@ class Platform:
         """
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
     def profiler_activities(self) -> list[torch.profiler.ProfilerActivity]:
         """Return what `torch.profiler` can record here."""
