@@ -62,9 +62,6 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=use_distributed_optimizer,
     )
-    # Where only some are bf16, megatron-core would save the optimizer's state under other parameters' names.
-    trained = [parameter for chunk in model for parameter in chunk.parameters() if parameter.requires_grad]
-    assert all(parameter.dtype == dtype for parameter in trained), f"trained parameters of other dtypes than {dtype}"
     chain = get_megatron_optimizer(config, list(model), overrides, use_gloo_process_groups=False, pg_collection=groups)
     assert isinstance(chain, ChainedOptimizer)
     for member in chain.chained_optimizers[:-1]:
