@@ -30,6 +30,8 @@ from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.core.timers import Timer
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from torch._inductor import config as inductor
+from torch._inductor.async_compile import get_compile_threads
 
 from megatron_vlm import platform
 from megatron_vlm.checkpoint import optimizer_state
@@ -139,6 +141,33 @@ def test_every_rank_of_a_machine_has_a_device_of_its_own(monkeypatch: pytest.Mon
 
 
 @on_cpu
+def test_ranks_share_the_cores_for_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where torch's compiler was imported before, which reads the user's number then."""
+    monkeypatch.setattr(inductor, "compile_threads", 32)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    for cores, workers in ((192, 24), (4, 1), (1024, 32)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process, cores=cores: set(range(cores)))
+        device._limit_compile_workers()
+        assert get_compile_threads() == workers
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "5")
+    monkeypatch.setattr(inductor, "compile_threads", inductor.decide_compile_threads())
+    device._limit_compile_workers()
+    assert get_compile_threads() == 5
+
+
+def test_determinism_fills_no_new_tensors() -> None:
+    """torch would fill each with NaN."""
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        platform.current().use_deterministic_algorithms()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.empty(4096).isnan().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
 def test_nvidia_devices_are_found_without_a_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, (vendor, kind) in {
         "0000:01:00.0": ("0x10de", "0x030200"),

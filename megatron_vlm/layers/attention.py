@@ -54,7 +54,7 @@ class AttentionCore(torch.nn.Module):
             [S, B, N * D].
         """
         if self.recompute and self.training:
-            return checkpoint(self._attend, q, k, v, spans, use_reentrant=False)
+            return checkpoint(self._attend, q, k, v, spans, use_reentrant=False, preserve_rng_state=False)
         return self._attend(q, k, v, spans)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans) -> torch.Tensor:

@@ -17,7 +17,9 @@ _runners: list[LayerRunner] = []
 
 def run_layer(layer: torch.nn.Module, *inputs: Any, recompute: bool) -> Any:
     """Return the output of a layer; with `recompute`, a layer in training mode keeps only its inputs."""
-    run = partial(checkpoint, layer, use_reentrant=False) if recompute and layer.training else layer
+    # No model draws random numbers (tests/test_recompute.py), so no generator's state is kept.
+    kept = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
+    run = kept if recompute and layer.training else layer
     return _runners[-1](layer, run, inputs) if _runners else run(*inputs)
 
 
