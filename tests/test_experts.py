@@ -49,7 +49,7 @@ def check_experts(counts: list[int], device: str, dtype: torch.dtype, tolerance:
     x = torch.randn(sum(counts), HIDDEN, generator=generator).to(device, dtype).requires_grad_()
     weights = torch.rand(sum(counts), generator=generator).to(device).requires_grad_()
     gradient = torch.randn(sum(counts), HIDDEN, generator=generator).to(device, dtype)
-    output = experts(x, torch.tensor(counts), weights)
+    output = experts(x, torch.tensor(counts, device=device).cumsum(0).int(), weights)
     inputs = [x, weights, experts.gate_up_proj, experts.down_proj]
     ours = [output, *torch.autograd.grad(output, inputs, gradient)]
 

@@ -253,8 +253,8 @@ class _ProvidedGroupedLinear(torch.autograd.Function):
 class MoE(torch.nn.Module):
     """A feed-forward layer of experts.
 
-    Where experts are split over ranks the host waits once for each layer: sizes of the exchange, and of what is kept for
-    the backward pass, are counts of tokens that only the device knows. A rank with all experts never waits.
+    Where experts are split over ranks the host waits once: sizes of the exchange, and of what is kept for the backward
+    pass, are counts of tokens that only the device knows. Recomputation and a rank with all experts never wait.
 
     Args:
         hidden_size: H.
