@@ -60,9 +60,7 @@ class AllToAll:
         arrived, weights = (all_to_all(self.expert_group, each, received, sent) for each in (rows, weights))
         if self.tensor_group.size() > 1:
             arrived, weights = (
-                gather_from_sequence_parallel_region(
-                    each, group=self.tensor_group, output_split_sizes=of_tensor_ranks
-                )
+                gather_from_sequence_parallel_region(each, group=self.tensor_group, output_split_sizes=of_tensor_ranks)
                 for each in (arrived, weights)
             )
         by_expert = chunk_permutation(sizes.ends, self.first, self.num_own, arrived.shape[0])

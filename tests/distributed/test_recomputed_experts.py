@@ -95,8 +95,7 @@ def run_layers(
 
 def error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     return max(
-        ((ours - theirs).abs().max() / theirs.abs().max()).item()
-        for ours, theirs in zip(found, expected, strict=True)
+        ((ours - theirs).abs().max() / theirs.abs().max()).item() for ours, theirs in zip(found, expected, strict=True)
     )
 
 

@@ -408,7 +408,10 @@ INDEX_MUTATIONS = {
 }
 CHUNK_MUTATIONS = {
     "no barrier before the rows": (f"earlier += total;\n  }}\n  {BARRIER}", "earlier += total;\n  }"),
-    "the first chunks again": ("if (chunk < count) begins[chunk] = begin;\n    earlier += total;", "begins[chunk] = begin;"),
+    "the first chunks again": (
+        "if (chunk < count) begins[chunk] = begin;\n    earlier += total;",
+        "begins[chunk] = begin;",
+    ),
     "places of the new order": ("old_begins[expert * num_ranks + rank]", "old_begins[chunk]"),
     "the chunk before": ("begins[middle] <= row", "begins[middle] < row"),
     "the other way": ("index.rows[old_row] = row;", "index.rows[row] = old_row;"),

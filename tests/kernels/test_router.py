@@ -204,7 +204,10 @@ MUTATIONS = {
     "sum of a lane": ("return 1.0f / warp_reduce<Sum>(sum);", "return 1.0f / sum;"),
     "padding counted": ("if (!is_real[token]) continue;", ""),
     "padding has gradients": ("if (grad_probabilities && is_real[token])", "if (grad_probabilities)"),
-    "weights over all experts": ("of_chosen = softmax_terms(values, is_chosen,", "of_chosen = softmax_terms(values, exists,"),
+    "weights over all experts": (
+        "of_chosen = softmax_terms(values, is_chosen,",
+        "of_chosen = softmax_terms(values, exists,",
+    ),
     "gradients of others": ("upstream[i] = is_chosen >> i & 1 ?", "upstream[i] = exists >> i & 1 ?"),
     "no mean": ("(upstream[i] - sum)", "upstream[i]"),
     "a token too many": ("if (token >= num_tokens) return;", ""),
