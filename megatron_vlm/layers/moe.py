@@ -22,9 +22,10 @@ import torch.distributed
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import grouped_mm, pad
+from torch.nn.functional import pad
 
 from megatron_vlm.layers.expert_exchange import AllGather, AllToAll
+from megatron_vlm.layers.grouped_linear import grouped_linear
 from megatron_vlm.layers.operands import Declared, Operand, Provider
 from megatron_vlm.layers.recompute import decided
 from megatron_vlm.model_configs import MoEConfig
@@ -209,45 +210,12 @@ class Experts(torch.nn.Module):
                 side.shared = self.expert_tensor_rank != 0  # type: ignore[attr-defined]
 
     def _operand(self, name: str) -> Operand:
-        """Return the weight [experts, out, in] and low-rank pair of a linear layer, with gate and up together."""
-        weight = self.providers[name] if name in self.providers else getattr(self, name).flatten(1, -2)
+        """Return the weight and low-rank pair of a linear layer; of gate and up, the pair of both together."""
+        weight = self.providers[name] if name in self.providers else getattr(self, name)
         if name not in self.low_rank_scales:
             return Operand(weight)
         a, b = getattr(self, f"{name}_lora_A"), getattr(self, f"{name}_lora_B").flatten(1, -2)
         return Operand(weight, None, a, b, self.low_rank_scales[name])
-
-
-def grouped_linear(x_TH: torch.Tensor, operand: Operand, ends: torch.Tensor) -> torch.Tensor:
-    """Apply each expert's linear layer to its own rows, [T, in] to [T, out].
-
-    Args:
-        x_TH: rows grouped by expert.
-        operand: weight [experts, out, in] and low-rank pair of all experts of the rank.
-        ends: [experts] int32, where each expert's rows end.
-    """
-    if isinstance(operand.weight, torch.Tensor):
-        output = grouped_mm(x_TH, operand.weight.transpose(1, 2), offs=ends)
-    else:
-        output = _ProvidedGroupedLinear.apply(x_TH, operand.weight, ends)
-    if operand.a is None or operand.b is None:
-        return output
-    inner = grouped_mm(x_TH, operand.a.transpose(1, 2), offs=ends)
-    return output + operand.scale * grouped_mm(inner, operand.b.transpose(1, 2), offs=ends)
-
-
-class _ProvidedGroupedLinear(torch.autograd.Function):
-    """A grouped matmul whose weights the provider makes again in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TH: torch.Tensor, provider: Provider, ends: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(ends)
-        ctx.provider = provider
-        return grouped_mm(x_TH, provider().transpose(1, 2), offs=ends)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (ends,) = ctx.saved_tensors
-        return grouped_mm(gradient.contiguous(), ctx.provider(), offs=ends), None, None
 
 
 class MoE(torch.nn.Module):
