@@ -205,8 +205,8 @@ MUTATIONS = {
     "padding counted": ("if (!is_real[token]) continue;", ""),
     "padding has gradients": ("if (grad_probabilities && is_real[token])", "if (grad_probabilities)"),
     "weights over all experts": (
-        "of_chosen = softmax_terms(values, is_chosen,",
-        "of_chosen = softmax_terms(values, exists,",
+        "of_chosen = softmax_terms(is_chosen,",
+        "of_chosen = softmax_terms(exists,",
     ),
     "gradients of others": ("upstream[i] = is_chosen >> i & 1 ?", "upstream[i] = exists >> i & 1 ?"),
     "no mean": ("(upstream[i] - sum)", "upstream[i]"),

@@ -70,17 +70,18 @@ __global__ void __launch_bounds__(WARP* ROUTER_WARPS)
   }
 }
 
-// Exponentials relative to the largest value over the experts that `among` has bits of, and the inverse of their sum.
+// Replace the logits of the experts that `among` has bits of by exponentials relative to the largest, others by zero;
+// returns the inverse of their sum.
 template <int N>
-__device__ __forceinline__ float softmax_terms(const float (&values)[N], uint32_t among, float (&terms)[N]) {
+__device__ __forceinline__ float softmax_terms(uint32_t among, float (&values)[N]) {
   float largest = -INFINITY, sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < N; ++i) largest = fmaxf(largest, among >> i & 1 ? values[i] : -INFINITY);
   largest = warp_reduce<Max>(largest);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    terms[i] = among >> i & 1 ? expf(values[i] - largest) : 0.0f;
-    sum += terms[i];
+    values[i] = among >> i & 1 ? expf(values[i] - largest) : 0.0f;
+    sum += values[i];
   }
   return 1.0f / warp_reduce<Sum>(sum);
 }
@@ -107,21 +108,22 @@ __global__ void __launch_bounds__(WARP* ROUTER_WARPS)
   float choices[N] = {}, probabilities[N] = {};
   for (int64_t token = warp; token < num_tokens; token += num_warps) {
     const int64_t first = token * num_experts;
-    float values[N], terms[N];
+    float values[N];
     uint32_t exists, is_chosen;
     load_logits(logits + first, num_experts, values);
     load_bits<N>(chosen + first, num_experts, exists, is_chosen);
-    const float of_chosen = softmax_terms(values, is_chosen, terms);
+    const float of_chosen = softmax_terms(is_chosen, values);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      if (exists >> i & 1) weights[first + threadIdx.x + i * WARP] = terms[i] * of_chosen;
+      if (exists >> i & 1) weights[first + threadIdx.x + i * WARP] = values[i] * of_chosen;
     }
     if (!is_real[token]) continue;
-    const float of_all = softmax_terms(values, exists, terms);
+    load_logits(logits + first, num_experts, values);  // again: 1024 experts would not fit in registers twice
+    const float of_all = softmax_terms(exists, values);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       choices[i] += static_cast<float>(is_chosen >> i & 1);
-      probabilities[i] += terms[i] * of_all;
+      probabilities[i] += values[i] * of_all;
     }
   }
 #pragma unroll
@@ -153,24 +155,25 @@ __global__ void __launch_bounds__(WARP* ROUTER_WARPS)
                    int num_experts) {
   const int64_t token = warp_in_grid(), first = token * num_experts;
   if (token >= num_tokens) return;
-  float values[N], terms[N], upstream[N], sums[N] = {};
+  float values[N], upstream[N], sums[N] = {};
   uint32_t exists, is_chosen;
-  load_logits(logits + first, num_experts, values);
   load_bits<N>(chosen + first, num_experts, exists, is_chosen);
   if (grad_weights) {
-    const float inverse = softmax_terms(values, is_chosen, terms);
+    load_logits(logits + first, num_experts, values);
+    const float inverse = softmax_terms(is_chosen, values);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       // What is given for an expert that was not chosen has no effect, whatever it is.
       upstream[i] = is_chosen >> i & 1 ? grad_weights[first + threadIdx.x + i * WARP] : 0.0f;
     }
-    add_through_softmax(terms, inverse, upstream, sums);
+    add_through_softmax(values, inverse, upstream, sums);
   }
   if (grad_probabilities && is_real[token]) {
-    const float inverse = softmax_terms(values, exists, terms);
+    load_logits(logits + first, num_experts, values);
+    const float inverse = softmax_terms(exists, values);
 #pragma unroll
     for (int i = 0; i < N; ++i) upstream[i] = exists >> i & 1 ? grad_probabilities[threadIdx.x + i * WARP] : 0.0f;
-    add_through_softmax(terms, inverse, upstream, sums);
+    add_through_softmax(values, inverse, upstream, sums);
   }
 #pragma unroll
   for (int i = 0; i < N; ++i) {
