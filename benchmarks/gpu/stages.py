@@ -69,8 +69,8 @@ STAGES = (
         environment={"CUDA_LAUNCH_BLOCKING": "1"},  # an error then names the call that caused it
     ),
     _tests("short_rows", "FlexAttention at one short row", 90, "tests/gpu/test_flex_attention.py"),
-    _tests("kernels", "kernels of CUDA and experts' gradients against fp64", 65, *_KERNEL_TESTS),
-    _tests("experts", "grouped products, experts without tokens", 20, "tests/gpu/test_one_gpu.py", "-k", "experts"),
+    _tests("kernels", "kernels of CUDA, and of experts' gradients, against fp64", 60, *_KERNEL_TESTS),
+    _tests("experts", "grouped products, experts without tokens", 25, "tests/gpu/test_one_gpu.py", "-k", "experts"),
     _tests("steps", "a step of each family against transformers", 60, "tests/gpu/test_one_gpu.py", "-k", "not experts"),
     _tests("attention", "kernels of Triton against fp64", 95, "tests/gpu/test_kernels_span_attention.py"),
     _script("recompilations", "variants over 50 lengths", 45, "benchmarks.gpu.recompilations"),
@@ -96,7 +96,7 @@ STAGES = (
     _script(
         "kernel_benchmark",
         "time of kernels that memory bounds, and of experts' weight gradients",
-        60,
+        55,
         *("benchmarks.kernels", "--operators", "rms_norm", "rope", "gated", "permute", "router", "grouped_gradient"),
         *("--no_compile", "--rounds", "5", "--measure_only"),
         dry="--tiny",
@@ -104,7 +104,7 @@ STAGES = (
     _script(
         "product_benchmark",
         "time of the loss, and of attention at other head sizes",
-        95,
+        100,
         *("benchmarks.kernels", "--operators", "linear_cross_entropy", "span_attention"),
         *("--cases", *_PRODUCT_CASES, "--no_compile", "--rounds", "7", "--measure_only"),
         dry="--tiny",
