@@ -149,7 +149,8 @@ class _Total:
     """The number of true entries of a tensor."""
 
     def __init__(self, entries: torch.Tensor) -> None:
-        self._copy, self._on_host = HostCopy(entries.sum()), None
+        self._copy = HostCopy(entries.sum())
+        self._on_host: int | None = None
 
     def on_host(self) -> int:
         """Return the number, for which the host waits the first time."""

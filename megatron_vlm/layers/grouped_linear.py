@@ -71,7 +71,7 @@ def _weight_gradient(
     if main is None or main.dtype != torch.float32 or not hasattr(weight, "grad_added_to_main_grad"):
         return grouped_mm(gradient.t(), x_TH, offs=ends).view_as(weight)
     add_grouped_product_(main.flatten(1, -2), gradient, x_TH, ends)
-    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    weight.grad_added_to_main_grad = True
     # megatron-core never reads this gradient, but needs one; the memory of `main_grad` costs nothing extra, and a
     # detached view is not copied.
-    return main.detach().flatten().view(weight.dtype)[: weight.numel()].view_as(weight)  # type: ignore[no-any-return]
+    return main.detach().flatten().view(weight.dtype)[: weight.numel()].view_as(weight)

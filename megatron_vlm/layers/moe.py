@@ -281,5 +281,4 @@ class MoE(torch.nn.Module):
     def _on_this_rank(self, x_TH: torch.Tensor, weights_TE: torch.Tensor, chosen_TE: torch.Tensor) -> torch.Tensor:
         permutation = expert_permutation(chosen_TE, x_TH.shape[0] * self.top_k)
         rows, row_weights = permute(x_TH, permutation, weights_TE)
-        assert row_weights is not None
         return unpermute(self.experts(rows, permutation.ends, row_weights), permutation)

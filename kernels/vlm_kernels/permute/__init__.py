@@ -12,7 +12,7 @@ Shapes: T tokens, E experts, R rows, H hidden, N ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -46,7 +46,8 @@ def expert_permutation(routing_map: torch.Tensor, num_rows: int) -> Permutation:
         routing_map: [T, E] bool, true where a token chose an expert.
         num_rows: number of true entries of the map, R.
     """
-    return Permutation(*_expert_permutation(routing_map.contiguous(), num_rows), routing_map.shape[1])
+    entry_of_row, rows, starts, ends = _expert_permutation(routing_map.contiguous(), num_rows)
+    return Permutation(entry_of_row, rows, starts, ends, routing_map.shape[1])
 
 
 def chunk_permutation(ends: torch.Tensor, first_expert: int, num_experts: int, num_rows: int) -> Permutation:
@@ -60,9 +61,14 @@ def chunk_permutation(ends: torch.Tensor, first_expert: int, num_experts: int, n
         num_experts: number of these experts.
         num_rows: number of their rows, R.
     """
-    return Permutation(*_chunk_permutation(ends.contiguous(), first_expert, num_experts, num_rows), 1)
+    entry_of_row, rows, starts, own_ends = _chunk_permutation(ends.contiguous(), first_expert, num_experts, num_rows)
+    return Permutation(entry_of_row, rows, starts, own_ends, 1)
 
 
+@overload
+def permute(x: torch.Tensor, permutation: Permutation, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def permute(x: torch.Tensor, permutation: Permutation, probs: None = None) -> tuple[torch.Tensor, None]: ...
 def permute(
     x: torch.Tensor, permutation: Permutation, probs: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
