@@ -124,7 +124,7 @@ class _RouterLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TH: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x_TH, weight)
+        ctx.save_for_backward(x_TH if ctx.needs_input_grad[1] else None, weight)
         if is_on_gpu(x_TH) and x_TH.dtype != torch.float32:
             return torch.mm(x_TH, weight.t(), out_dtype=torch.float32)
         return torch.mm(x_TH.float(), weight.float().t())
@@ -134,10 +134,10 @@ class _RouterLogits(torch.autograd.Function):
     def backward(ctx: Any, gradient_TE: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         x_TH, weight = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad
-        dtype = x_TH.dtype if is_on_gpu(x_TH) else torch.float32
+        dtype = weight.dtype if is_on_gpu(weight) else torch.float32
         gradient = gradient_TE.to(dtype)
         return (
-            torch.mm(gradient, weight.to(dtype)).to(x_TH.dtype) if needs_x else None,
+            torch.mm(gradient, weight.to(dtype)).to(weight.dtype) if needs_x else None,
             torch.mm(gradient.t(), x_TH.to(dtype)).to(weight.dtype) if needs_weight else None,
         )
 
