@@ -39,6 +39,20 @@ def test_operator_is_registered_correctly() -> None:
     torch.library.opcheck(ops.add_by_operator_, (torch.randn(3, 8, 16), torch.randn(5, 8), torch.randn(5, 16), ends))
 
 
+def test_the_kernel_runs_where_it_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not in fp32, nor on another GPU."""
+    called: list[torch.dtype] = []
+    monkeypatch.setattr(ops, "is_on_gpu", lambda _: True)
+    monkeypatch.setattr(ops, "compute_capability", lambda _: (9, 0))
+    monkeypatch.setattr(ops, "add_by_operator_", lambda total, gradient, *_: called.append(gradient.dtype))
+    ends = torch.tensor([2, 4], dtype=torch.int32)
+    for proven in (ops.PROVEN, frozenset({(10, 0)}), frozenset({(9, 0)})):
+        monkeypatch.setattr(ops, "PROVEN", proven)
+        for dtype in (torch.float32, torch.bfloat16):
+            add_grouped_product_(torch.zeros(2, 8, 8), *torch.ones(2, 4, 8, dtype=dtype).unbind(0), ends)
+    assert called == [torch.bfloat16]
+
+
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, dict[str, float]]:
     """Errors by case and by mutant; the interpreter is chosen in a process of its own, before any import."""
