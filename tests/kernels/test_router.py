@@ -220,5 +220,4 @@ MUTATIONS = {
 def test_mutations_are_seen(name: str) -> None:
     edits = {"router/router.cuh": [MUTATIONS[name]]}
     with pytest.raises((AssertionError, EmulatorError)):
-        for case in CASES:
-            check(case, edits=edits)
+        check("three to a lane, uneven", edits=edits)
