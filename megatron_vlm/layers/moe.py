@@ -247,9 +247,9 @@ class MoE(torch.nn.Module):
         self.experts = Experts(hidden_size, moe, chunk.mcore_config, groups)
         self.exchange: AllToAll | AllGather | None = None
         if groups.tp_ep.size() > 1:
-            alike = chunk.moe.token_dispatcher_type == "allgather"
+            gathers = chunk.moe.token_dispatcher_type == "allgather"
             self.exchange = (
-                AllGather(moe.num_experts, groups) if alike else AllToAll(moe.num_experts, moe.top_k, groups)
+                AllGather(moe.num_experts, groups) if gathers else AllToAll(moe.num_experts, moe.top_k, groups)
             )
 
     def forward(
