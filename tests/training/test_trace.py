@@ -52,9 +52,9 @@ def test_sent_bytes() -> None:
     sent = chunk.layers[0].sent_bytes
     # Attention scatters its output, and the gradient of its input.
     assert sent["reduce_scatter", "tensor"] == 2 * hidden_bytes // 2
-    # It gathers its input, backward again, and its output's gradient. For the experts every rank says how many tokens
-    # it has for each.
-    assert sent["allgather", "tensor"] == 3 * hidden_bytes // 2 + 2 * NUM_EXPERTS * 8 // 2
+    # It gathers its input, backward again, and its output's gradient. For the experts every rank says where its rows
+    # of each end.
+    assert sent["allgather", "tensor"] == 3 * hidden_bytes // 2 + 2 * NUM_EXPERTS * 4 // 2
     # Tokens go to experts and come back, forward and backward; their weights go, and come back as gradients.
     rows = LENGTH // 2 * TOP_K
     assert sent["alltoall", "tensor"] == (4 * rows * HIDDEN * 2 + 2 * rows * 4) // 2
