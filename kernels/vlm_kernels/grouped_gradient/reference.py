@@ -1,4 +1,4 @@
-"""Reference of the sum of grouped products, which defines it and runs on a CPU."""
+"""Reference of the sum of grouped products, which defines it and runs where no kernel does."""
 
 from __future__ import annotations
 
