@@ -1,7 +1,7 @@
 """Linear layers of all experts of a rank by grouped matmuls, whose weight gradients go where megatron-core sums them.
 
-torch's grouped matmul takes fp32 and bf16 on the host and on GPUs from Hopper on; on Ampere it brings `ends` to the host,
-for which that waits, and multiplies for one expert after the other: right, and several times slower.
+torch's grouped matmul takes fp32 and bf16 on the host and on GPUs from Hopper on; on Ampere it brings `ends` to the
+host, for which that waits, and multiplies for one expert after the other: right, and several times slower.
 
 Shapes: T rows grouped by expert.
 """
