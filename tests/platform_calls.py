@@ -10,7 +10,6 @@ from typing import Any
 from unittest import mock
 
 from megatron.core.tensor_parallel import random
-from megatron.core.transformer.moe import token_dispatcher
 
 from megatron_vlm.platform import megatron_cpu
 
@@ -25,7 +24,6 @@ _TENSOR_METHODS = {
 }
 _FUNCTIONS = {
     random: ("_get_cuda_rng_state", "_set_cuda_rng_state"),
-    token_dispatcher: ("maybe_move_tensor_to_cpu",),
 }
 
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tokenize
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.core.timers import Timer
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch._inductor import config as inductor
 from torch._inductor.async_compile import get_compile_threads
 
@@ -38,8 +37,6 @@ from megatron_vlm.checkpoint import optimizer_state
 from megatron_vlm.checkpoint.manager import CheckpointManager, sharded_model_state
 from megatron_vlm.checkpoint.run_folder import ModelIdentity
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.layers.moe import LocalTokens, MoE, TopKRouter
-from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.groups import build_groups
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.mcore_config import build_mcore_config
@@ -325,31 +322,6 @@ def _gather_uneven() -> None:
     assert gathered[:, 0].tolist() == [0.0, 1.0, 1.0]
 
 
-@dataclass(frozen=True)
-class _Experts:
-    num_experts: int = 4
-    top_k: int = 2
-    intermediate_size: int = 8
-    activation: str = "silu"
-
-
-def _exchange_tokens() -> None:
-    """Two ranks send each other's experts their tokens, and get them back."""
-    groups = build_groups(Layout.over(2, expert_size=2))
-    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = None  # one for all dispatchers, made by the first
-    chunk = ChunkSettings(
-        (0,), 0, True, True, None, build_mcore_config(8, 1, torch.float32, Layout.over(1, num_layers=1))
-    )
-    layer = MoE(8, _Experts(), TopKRouter(8, _Experts(), chunk.mcore_config), chunk, groups)
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
-    x_SBH = torch.randn(3 + groups.ep.rank(), 1, 8)
-    is_real = torch.ones(x_SBH.shape[0], dtype=torch.bool)
-    output, routing = layer(x_SBH, LocalTokens(is_real, is_real.sum(), None))
-    assert output.shape == x_SBH.shape
-    assert routing.tokens.sum() == 2 * x_SBH.shape[0]
-
-
 SINGLE: dict[str, Callable[[], None]] = {
     "torch.tensor": _norm_of_gradients,
     "torch.zeros": _clip,
@@ -365,8 +337,6 @@ ON_RANKS: dict[str, tuple[int, Callable[[], None]]] = {
     "torch.cuda.current_stream": (1, _reduce_gradients),
     "Tensor.cuda": (1, _gather_optimizer_state),
     "torch.distributed.all_gather": (2, _gather_uneven),
-    "torch.cuda.Stream": (2, _exchange_tokens),
-    "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu": (2, _exchange_tokens),
 }
 
 
@@ -401,7 +371,6 @@ def test_every_replacement_is_tested() -> None:
 
 def _train_and_save(hf_dir: str, experts_dir: str, folder: str) -> set[str]:
     prepare_process()
-    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = None
     layout = TestLayout(4, tensor=2, pipeline=2, sequence_parallel=True, distributed_optimizer=True)
     with recorded() as sites:
         for experts in ({"expert": 2}, {"expert_tensor": 2}):

@@ -120,6 +120,20 @@ class Platform:
 _CURRENT: Platform | None = None
 
 
+class HostCopy:
+    """A tensor on its way to the host, while the device goes on."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._copy = tensor.to("cpu", non_blocking=True)  # into pinned memory
+        self._arrival = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+
+    def wait(self) -> torch.Tensor:
+        """Return the tensor on the host once it is there, not waiting for what the device was given later."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return self._copy
+
+
 def initialize(device_type: str = "auto") -> Platform:
     """Choose the device and make megatron-core work on it; call once per process, before using megatron-core.
 
