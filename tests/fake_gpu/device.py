@@ -11,12 +11,12 @@ tensor for its device, the answer is "meta", which has no streams; Python is tol
 from __future__ import annotations
 
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -54,17 +54,26 @@ class KnownWait:
         name: what it waits for.
         file: end of the path of the function's file.
         function: its name.
+        times: how often it may wait.
+        per: each time that a layer with experts is computed, for each micro-batch, or in a step.
     """
 
     name: str
     file: str
     function: str
+    times: int
+    per: Literal["layer", "micro-batch", "step"]
 
 
 KNOWN_WAITS = (
-    KnownWait("counts of the token dispatcher", "moe/token_dispatcher.py", "_maybe_dtoh_and_synchronize"),
-    KnownWait("longest sequence of the expert ranks", "layers/moe.py", "of"),
-    KnownWait("shapes that pipeline stages exchange", "pipeline_parallel/p2p_communication.py", "_communicate_shapes"),
+    # One copy of all counts, for the sizes of the exchange and of what is kept.
+    KnownWait("counts of the token dispatcher", "moe/token_dispatcher.py", "_maybe_dtoh_and_synchronize", 1, "layer"),
+    KnownWait("longest sequence of the expert ranks", "layers/moe.py", "of", 1, "micro-batch"),
+    # A shape to each neighbour and one back, for hidden states and for gradients: its copy from the host, a wait for
+    # the exchange, its copy to the host.
+    KnownWait("shapes of messages", "pipeline_parallel/p2p_communication.py", "_communicate_shapes", 8, "micro-batch"),
+    # It decides whether the update is applied. The dense optimizer and that of experts have one each.
+    KnownWait("norm of the gradients", "training/optimizer.py", "gradient_norm", 2, "step"),
 )
 
 
@@ -74,12 +83,16 @@ class FakeGpu(TorchDispatchMode):
     Attributes:
         waits: how often the host waited, by the name of the known wait.
         on_wait: called with that name too.
+        sets_up: whether a run is being set up, when the host may wait.
+        coming: what the host will find next in tensors of which it knows nothing; ones when there is no more.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: Counter[str] = Counter()
         self.on_wait: Callable[[str], None] = lambda name: None
+        self.sets_up = False
+        self.coming: deque[torch.Tensor] = deque()
 
     def wait(self, what: str) -> None:
         """Count a known wait.
@@ -87,6 +100,8 @@ class FakeGpu(TorchDispatchMode):
         Raises:
             DeviceFault: it is none.
         """
+        if self.sets_up:
+            return
         known = _known_wait()
         if known is None:
             raise DeviceFault(f"the host waits for the device in {what}{_caller()}")
@@ -107,7 +122,7 @@ class FakeGpu(TorchDispatchMode):
             return self._copy(args[0], args, kwargs)
         if func is _aten._local_scalar_dense.default:
             self.wait("item()")
-            return args[0].known_values.item()
+            return self._values(args[0]).item()
         if len(fakes) < len(tensors):
             _check_mixture(func, args, [tensor for tensor in tensors if not isinstance(tensor, FakeTensor)])
         if func in _TAKES_MASK and any(_is_mask(index) for index in args[1]) and not _is_fill(func, args):
@@ -123,9 +138,13 @@ class FakeGpu(TorchDispatchMode):
         if device is None or device.type != "cuda":
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
-        if func is _aten._to_copy.default and not kwargs.get("non_blocking"):
-            self.wait("a copy from the host without non_blocking=True")
-        return func(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if func is _aten._to_copy.default:
+            if not kwargs.get("non_blocking"):
+                self.wait("a copy from the host without non_blocking=True")
+            if not args[0].dim():
+                output.known_values = args[0]
+        return output
 
     def _copy(self, source: FakeTensor, args: Any, kwargs: Any) -> torch.Tensor:
         """Copy a tensor of the device to itself or to the host."""
@@ -141,8 +160,15 @@ class FakeGpu(TorchDispatchMode):
             self.wait("a copy to the host")
         elif _known_wait() is None:
             raise DeviceFault(f"a copy to the host, whose values nobody waits for{_caller()}")
+        return self._values(source)
+
+    def _values(self, source: FakeTensor) -> torch.Tensor:
+        """Return what the host finds in a tensor."""
+        known = getattr(source, "known_values", None)
+        if known is None and self.coming:
+            known = self.coming.popleft()
         with unset_fake_temporarily():
-            return source.known_values.clone()  # type: ignore[attr-defined,no-any-return]
+            return torch.ones(tuple(source.shape), dtype=source.dtype) if known is None else known.clone()
 
 
 _TAKES_MASK = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default)
@@ -226,7 +252,7 @@ def fake_gpu() -> Iterator[FakeGpu]:
 
 
 def _type(tensor: FakeTensor, *args: Any, **kwargs: Any) -> Any:
-    return torch.Tensor.type(tensor, *args, **kwargs).replace("torch.", "torch.cuda.", 1)
+    return torch.Tensor.type(tensor, *args, **kwargs).replace("torch.meta.", "torch.cuda.")
 
 
 # What C++ answers by the device that it sees, or by a stream of the driver.
@@ -235,6 +261,7 @@ _PROPERTIES: dict[str, Any] = {
     "is_meta": False,
     "type": _type,
     "record_stream": lambda tensor, stream: None,
+    "tolist": lambda tensor: tensor.cpu().tolist(),
 }
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PretrainedConfig
 
 from megatron_vlm.cli import load_config
@@ -19,14 +22,17 @@ from megatron_vlm.config import Config
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.data.context_shard import shard_for_context
 from megatron_vlm.families import registry
-from megatron_vlm.families.build import build_chunks, build_settings, context_sharding, wrap_data_parallel
+from megatron_vlm.families.build import DTYPES, build_chunks, build_settings, context_sharding, wrap_data_parallel
+from megatron_vlm.layers.moe import MoE
 from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.simulate import simulated_rank
 from megatron_vlm.parallel.stage_state import packed_shape
 from megatron_vlm.planning.example_batch import example_batch
 from megatron_vlm.planning.preflight import check_layout
-from tests.fake_gpu.device import CUDA, FakeGpu, fake_gpu
+from megatron_vlm.training.optimizer import apply_gradients, build_optimizer, gradient_norm
+from megatron_vlm.training.step import collect_expert_use, run_global_batch
+from tests.fake_gpu.device import CUDA, KNOWN_WAITS, DeviceFault, FakeGpu, fake_gpu
 
 
 def few_layers(hf_config: PretrainedConfig, num_layers: int, num_tower_layers: int = 2) -> PretrainedConfig:
@@ -55,6 +61,7 @@ class FakeRank:
     layout: Layout
     groups: ProcessGroupCollection
     model: Sequence[DistributedDataParallel]
+    optimizer: MegatronOptimizer
     batch: MicroBatch
 
     @property
@@ -62,6 +69,28 @@ class FakeRank:
         """The decoder layers, with their global ids."""
         chunks = (wrapped.module for wrapped in self.model)
         return {layer: int(name) for chunk in chunks for name, layer in chunk.language_model.layers.items()}
+
+
+    def step(self, num_micro_batches: int = 1) -> None:
+        """Do what training does with the micro-batches of a step."""
+        for chunk in self.model:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        batches = [self.batch.to(CUDA, non_blocking=True) for _ in range(num_micro_batches)]
+        run_global_batch(self.model, batches, self.groups)
+        collect_expert_use(self.model, self.groups)
+        apply_gradients(self.optimizer, gradient_norm(self.optimizer), self.config.optimizer.clip_grad)
+
+    def check_waits(self, num_micro_batches: int = 1) -> None:
+        """Raise `DeviceFault` if the host waited more often than it may in a step."""
+        with_experts = sum(isinstance(module, MoE) for chunk in self.model for module in chunk.modules())
+        passes = 2 if self.config.model.recompute == "full" else 1
+        factors = {"step": 1, "micro-batch": num_micro_batches * len(self.model)}
+        factors["layer"] = with_experts * passes * num_micro_batches
+        for known in KNOWN_WAITS:
+            if (times := self.gpu.waits[known.name]) > (most := known.times * factors[known.per]):
+                raise DeviceFault(f"the host waits {times} times for {known.name}, which is allowed {most} times")
 
 
 @contextmanager
@@ -96,7 +125,34 @@ def fake_rank(
     if sharding is not None:
         batch = shard_for_context(batch, sharding)
     with simulated_rank(rank, layout) as groups, fake_gpu() as gpu:
+        gpu.sets_up = True
         chunks = build_chunks(family, model_config, build_settings(config, layout), groups)
         Trainable(config.model.freeze).freeze(chunks)
-        model = wrap_data_parallel(chunks, groups, config.parallel.use_distributed_optimizer)
-        yield FakeRank(gpu, config, model_config, layout, groups, model, batch.to(CUDA, non_blocking=True))
+        is_sharded = config.parallel.use_distributed_optimizer
+        model = wrap_data_parallel(chunks, groups, is_sharded)
+        with mock.patch.object(torch.distributed, "all_gather_object", _all_alike):
+            optimizer = build_optimizer(model, config.optimizer, DTYPES[config.train.precision], is_sharded, groups)
+        gpu.sets_up = False
+        with _known_shapes(gpu, chunks, batch):
+            yield FakeRank(gpu, config, model_config, layout, groups, model, optimizer, batch)
+
+
+def _all_alike(objects: list[Any], own: Any, group: Any = None) -> None:
+    objects[:] = [own] * len(objects)
+
+
+@contextmanager
+def _known_shapes(gpu: FakeGpu, chunks: Sequence[torch.nn.Module], batch: MicroBatch) -> Iterator[None]:
+    """Say which shapes the host will find when pipeline stages have exchanged them."""
+    exchange = P2PCommunicator._communicate_shapes
+
+    def with_values(communicator: Any, send_next: Any, send_prev: Any, recv_prev: bool, recv_next: bool) -> Any:
+        (chunk,) = chunks
+        for boundary, receives in ((chunk.boundary_before, recv_prev), (chunk.boundary_after, recv_next)):
+            if receives:
+                with unset_fake_temporarily():
+                    gpu.coming.append(torch.tensor(packed_shape(boundary(batch))))
+        return exchange(communicator, send_next, send_prev, recv_prev, recv_next)
+
+    with mock.patch.object(P2PCommunicator, "_communicate_shapes", with_values):
+        yield
