@@ -35,6 +35,7 @@ def build_mcore_config(
         gradient_accumulation_fusion=False,  # needs apex
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        batch_p2p_sync=False,  # for an old torch; the host would wait for the device at every exchange
         deallocate_pipeline_outputs=True,
         calculate_per_token_loss=True,
         perform_initialization=False,

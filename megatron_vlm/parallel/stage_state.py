@@ -88,6 +88,7 @@ def pack(state: StageState, boundary: Boundary, received: torch.Tensor | None) -
 
 def unpack(packed: torch.Tensor, boundary: Boundary) -> StageState:
     """Return the state that `pack` packed into a tensor, as views of it."""
+    assert packed.shape == packed_shape(boundary), f"{packed.shape} received, not {packed_shape(boundary)}"
     if not boundary.carried and not boundary.num_scalars:
         return StageState(packed if packed.dim() == len(boundary.hidden) else packed.squeeze(1))
     row = prod(boundary.row)

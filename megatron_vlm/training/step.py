@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 import torch.distributed
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func, get_schedule_table
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config, unwrap_model
 
 from megatron_vlm import platform
 from megatron_vlm.data.collate import NO_LOSS, MicroBatch
+from megatron_vlm.model.model_chunk import ModelChunk
+from megatron_vlm.parallel.stage_exchange import StageExchange
+from megatron_vlm.parallel.stage_state import packed_shape
 
 
 class LossSums:
@@ -64,7 +66,6 @@ def run_global_batch(
     Returns:
         [sources, (loss sum, label tokens)] over the global batch, float64, on every rank.
     """
-    mcore_config = get_model_config(model[0])
     sums = LossSums(num_sources, micro_batches[0].labels.device)
     virtual_size = len(model) if len(model) > 1 else None
     iterators = [iter(micro_batches) for _ in model]
@@ -73,14 +74,37 @@ def run_global_batch(
         data_iterator=iterators if virtual_size else iterators[0],
         model=list(model) if virtual_size else model[0],
         num_microbatches=len(micro_batches),
-        # Each micro-batch has a length of its own; stages agree on it as they exchange.
+        # Each micro-batch has a length of its own, which `StageExchange` knows.
         seq_length=0,
         micro_batch_size=0,
         forward_only=forward_only,
-        p2p_communicator=P2PCommunicator(groups.pp, mcore_config) if groups.pp.size() > 1 else None,
+        p2p_communicator=stage_exchange(model, micro_batches, groups) if groups.pp.size() > 1 else None,
         pg_collection=groups,
     )
     return sums.reduce(groups)
+
+
+def stage_exchange(
+    model: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch], groups: ProcessGroupCollection
+) -> StageExchange:
+    """Return the exchange between stages for one global batch.
+
+    Args:
+        model: this rank's model chunks, wrapped for data parallelism or not.
+        micro_batches: the micro-batches of this data rank.
+        groups: this rank's process groups.
+    """
+    chunks: list[ModelChunk] = unwrap_model(list(model))
+    mcore_config = get_model_config(model[0])
+    order = get_schedule_table(len(micro_batches), len(chunks), mcore_config.microbatch_group_size_per_vp_stage)
+    forward = ((chunks[chunk], micro_batches[batch]) for batch, chunk in order)
+    backward = ((chunks[-1 - chunk], micro_batches[batch]) for batch, chunk in order)
+    return StageExchange(
+        groups.pp,
+        mcore_config,
+        (packed_shape(chunk.boundary_before(batch)) for chunk, batch in forward if not chunk.pre_process),
+        (packed_shape(chunk.boundary_after(batch)) for chunk, batch in backward if not chunk.post_process),
+    )
 
 
 def collect_expert_use(
