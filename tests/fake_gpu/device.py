@@ -11,16 +11,18 @@ tensor for its device, the answer is "meta", which has no streams; Python is tol
 from __future__ import annotations
 
 import sys
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import Any, Literal
 from unittest import mock
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.utils import GlobalMemoryBuffer
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -32,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_vlm import platform
 from megatron_vlm.planning.recorder import SHAPES
+from megatron_vlm.planning.trace import mapped
 from megatron_vlm.platform import device as platform_device
 from megatron_vlm.platform import megatron_cpu
 from tests.fake_gpu.attention import attention_as_on_cuda
@@ -68,12 +71,8 @@ class KnownWait:
 KNOWN_WAITS = (
     # One copy of all counts, for the sizes of the exchange and of what is kept.
     KnownWait("counts of the token dispatcher", "moe/token_dispatcher.py", "_maybe_dtoh_and_synchronize", 1, "layer"),
-    KnownWait("longest sequence of the expert ranks", "layers/moe.py", "of", 1, "micro-batch"),
-    # A shape to each neighbour and one back, for hidden states and for gradients: its copy from the host, a wait for
-    # the exchange, its copy to the host.
-    KnownWait("shapes of messages", "pipeline_parallel/p2p_communication.py", "_communicate_shapes", 8, "micro-batch"),
-    # It decides whether the update is applied. The dense optimizer and that of experts have one each.
-    KnownWait("norm of the gradients", "training/optimizer.py", "gradient_norm", 2, "step"),
+    # It decides whether the update is applied; megatron-core's own waits for every tensor.
+    KnownWait("norm of the gradients", "training/optimizer.py", "gradient_norm", 400, "step"),
 )
 
 
@@ -84,7 +83,6 @@ class FakeGpu(TorchDispatchMode):
         waits: how often the host waited, by the name of the known wait.
         on_wait: called with that name too.
         sets_up: whether a run is being set up, when the host may wait.
-        coming: what the host will find next in tensors of which it knows nothing; ones when there is no more.
     """
 
     def __init__(self) -> None:
@@ -92,7 +90,6 @@ class FakeGpu(TorchDispatchMode):
         self.waits: Counter[str] = Counter()
         self.on_wait: Callable[[str], None] = lambda name: None
         self.sets_up = False
-        self.coming: deque[torch.Tensor] = deque()
 
     def wait(self, what: str) -> None:
         """Count a known wait.
@@ -122,7 +119,8 @@ class FakeGpu(TorchDispatchMode):
             return self._copy(args[0], args, kwargs)
         if func is _aten._local_scalar_dense.default:
             self.wait("item()")
-            return self._values(args[0]).item()
+            with unset_fake_temporarily():
+                return self._values(args[0]).item()
         if len(fakes) < len(tensors):
             _check_mixture(func, args, [tensor for tensor in tensors if not isinstance(tensor, FakeTensor)])
         if func in _TAKES_MASK and any(_is_mask(index) for index in args[1]) and not _is_fill(func, args):
@@ -138,13 +136,9 @@ class FakeGpu(TorchDispatchMode):
         if device is None or device.type != "cuda":
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
-        output = func(*args, **kwargs)
-        if func is _aten._to_copy.default:
-            if not kwargs.get("non_blocking"):
-                self.wait("a copy from the host without non_blocking=True")
-            if not args[0].dim():
-                output.known_values = args[0]
-        return output
+        if func is _aten._to_copy.default and not kwargs.get("non_blocking"):
+            self.wait("a copy from the host without non_blocking=True")
+        return func(*args, **kwargs)
 
     def _copy(self, source: FakeTensor, args: Any, kwargs: Any) -> torch.Tensor:
         """Copy a tensor of the device to itself or to the host."""
@@ -163,10 +157,8 @@ class FakeGpu(TorchDispatchMode):
         return self._values(source)
 
     def _values(self, source: FakeTensor) -> torch.Tensor:
-        """Return what the host finds in a tensor."""
+        """Return what the host finds in a tensor: ones, where nobody has said what."""
         known = getattr(source, "known_values", None)
-        if known is None and self.coming:
-            known = self.coming.popleft()
         with unset_fake_temporarily():
             return torch.ones(tuple(source.shape), dtype=source.dtype) if known is None else known.clone()
 
@@ -243,12 +235,18 @@ def fake_gpu() -> Iterator[FakeGpu]:
         stack.enter_context(
             mock.patch.object(platform_device, "_CURRENT", platform.Platform(CUDA, "fake", accelerated=True))
         )
-        stack.enter_context(mock.patch.object(parallel_state, "_GLOBAL_MEMORY_BUFFER", None))
+        stack.enter_context(mock.patch.object(parallel_state, "_GLOBAL_MEMORY_BUFFER", GlobalMemoryBuffer()))
+        stack.enter_context(mock.patch.object(torch, "tensor", partial(_tensor, torch.tensor)))
         for name, value in _PROPERTIES.items():
             stack.enter_context(mock.patch.object(FakeTensor, name, value, create=True))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(gpu)
         yield gpu
+
+
+def _tensor(make: Callable[..., torch.Tensor], data: Any, **options: Any) -> torch.Tensor:
+    """Make a tensor of data, which takes each number in it from the device by itself."""
+    return make(mapped(data, FakeTensor, lambda number: number.item()), **options)
 
 
 def _type(tensor: FakeTensor, *args: Any, **kwargs: Any) -> Any:

@@ -74,7 +74,7 @@ class LaunchRecorder(Recorder):
         if is_view or not any(tensor.is_cuda for tensor in leaves((output, *args), torch.Tensor)):
             return
         name = func._schema.name
-        self.work.launches[name] += _KERNELS.get(name, lambda _: 1)(output)
+        self.work.launches[name] += KERNELS.get(name, lambda _: 1)(output)
         self.work.moved_bytes += moved_bytes(name, (args, kwargs), output)
 
     def _add_collective(self, func: Any, args: Any) -> None:
@@ -128,7 +128,7 @@ def _with_sums(output: Any) -> int:
 
 # What our operators launch, by their `.cu` and Triton files, FlexAttention's backward pass, and the two steps in which
 # torch makes the gradient of what a part was taken from: zeros, and a copy into them.
-_KERNELS: dict[str, Callable[[Any], int]] = {
+KERNELS: dict[str, Callable[[Any], int]] = {
     "vlm_kernels::expert_permutation": lambda _: 2,
     "vlm_kernels::rms_norm_backward": _with_sums,
     "vlm_kernels::rms_norm_add_rms_norm_backward": lambda output: _with_sums(output[1:]),

@@ -12,9 +12,7 @@ from unittest import mock
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PretrainedConfig
 
 from megatron_vlm.cli import load_config
@@ -27,7 +25,6 @@ from megatron_vlm.layers.moe import MoE
 from megatron_vlm.model.trainable import Trainable
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.simulate import simulated_rank
-from megatron_vlm.parallel.stage_state import packed_shape
 from megatron_vlm.planning.example_batch import example_batch
 from megatron_vlm.planning.preflight import check_layout
 from megatron_vlm.training.optimizer import apply_gradients, build_optimizer, gradient_norm
@@ -39,6 +36,9 @@ def few_layers(hf_config: PretrainedConfig, num_layers: int, num_tower_layers: i
     """Return a configuration with the first layers only, of decoder and towers."""
     short = copy.deepcopy(hf_config)
     text = short.get_text_config()
+    shared = getattr(text, "num_kv_shared_layers", 0)
+    if shared:
+        text.num_kv_shared_layers = shared * num_layers // text.num_hidden_layers
     text.num_hidden_layers = num_layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:num_layers]
@@ -133,26 +133,8 @@ def fake_rank(
         with mock.patch.object(torch.distributed, "all_gather_object", _all_alike):
             optimizer = build_optimizer(model, config.optimizer, DTYPES[config.train.precision], is_sharded, groups)
         gpu.sets_up = False
-        with _known_shapes(gpu, chunks, batch):
-            yield FakeRank(gpu, config, model_config, layout, groups, model, optimizer, batch)
+        yield FakeRank(gpu, config, model_config, layout, groups, model, optimizer, batch)
 
 
 def _all_alike(objects: list[Any], own: Any, group: Any = None) -> None:
     objects[:] = [own] * len(objects)
-
-
-@contextmanager
-def _known_shapes(gpu: FakeGpu, chunks: Sequence[torch.nn.Module], batch: MicroBatch) -> Iterator[None]:
-    """Say which shapes the host will find when pipeline stages have exchanged them."""
-    exchange = P2PCommunicator._communicate_shapes
-
-    def with_values(communicator: Any, send_next: Any, send_prev: Any, recv_prev: bool, recv_next: bool) -> Any:
-        (chunk,) = chunks
-        for boundary, receives in ((chunk.boundary_before, recv_prev), (chunk.boundary_after, recv_next)):
-            if receives:
-                with unset_fake_temporarily():
-                    gpu.coming.append(torch.tensor(packed_shape(boundary(batch))))
-        return exchange(communicator, send_next, send_prev, recv_prev, recv_next)
-
-    with mock.patch.object(P2PCommunicator, "_communicate_shapes", with_values):
-        yield
