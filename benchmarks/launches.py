@@ -136,7 +136,8 @@ def _numbers(work: Work) -> dict[str, Any]:
 def table(results: Mapping[str, Any], label: str) -> list[str]:
     """Return lines with launches, bytes and waits in each direction; after `before`, as ratios too."""
     before = results.get(FIRST, {}).get("layers", {}) if label != FIRST else {}
-    lines = [f"{'':44s}" + "".join(f"{f'{direction}: launches, MiB moved':>34s}" for direction in DIRECTIONS) + "  waits"]
+    titles = "".join(f"{f'{direction}: launches, MiB moved':>34s}" for direction in DIRECTIONS)
+    lines = [f"{'':44s}{titles}  waits"]
     for name, work in results[label]["layers"].items():
         cells = "".join(f"{_cell(work[way], before.get(name, {}).get(way)):>34s}" for way in DIRECTIONS)
         lines.append(f"{name:44s}{cells}{sum(sum(work[way]['waits'].values()) for way in DIRECTIONS):7d}")

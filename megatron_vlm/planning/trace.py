@@ -298,9 +298,7 @@ def mapped(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
     if isinstance(value, kind):
         return function(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {
-            entry.name: mapped(getattr(value, entry.name), kind, function) for entry in dataclasses.fields(value)
-        }
+        fields = {entry.name: mapped(getattr(value, entry.name), kind, function) for entry in dataclasses.fields(value)}
         return dataclasses.replace(value, **fields)
     if isinstance(value, tuple | list):
         return type(value)(mapped(item, kind, function) for item in value)

@@ -1,4 +1,4 @@
-"""FlexAttention as operators of shapes: what a GPU runs for spans today, without the compiler that makes its kernels."""
+"""FlexAttention as operators of shapes: what a GPU runs for spans, without the compiler that makes its kernels."""
 
 from __future__ import annotations
 

@@ -104,9 +104,11 @@ class LaunchRecorder(Recorder):
 def _mark(value: Any, recorder: LaunchRecorder, part: Any, part_in_backward: Any) -> Any:
     """Let the recorder add to another part from here on, and in the backward pass when it comes back here."""
     recorder.part = part
-    return mapped(
-        value, torch.Tensor, lambda tensor: _Mark.apply(tensor, recorder, part_in_backward) if tensor.requires_grad else tensor
-    )
+
+    def marked(tensor: torch.Tensor) -> Any:
+        return _Mark.apply(tensor, recorder, part_in_backward) if tensor.requires_grad else tensor
+
+    return mapped(value, torch.Tensor, marked)
 
 
 class _Mark(torch.autograd.Function):

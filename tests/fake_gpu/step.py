@@ -1,4 +1,4 @@
-"""A training step of one rank on the fake GPU: published layer shapes, few layers, process groups without other ranks."""
+"""A training step of one rank on the fake GPU: published layer shapes, few layers, no other ranks."""
 
 from __future__ import annotations
 
@@ -51,6 +51,9 @@ def few_layers(hf_config: PretrainedConfig, num_layers: int, num_tower_layers: i
     return short
 
 
+_MAX_PIXELS, _CLIP_TOKENS = 2**19, 64
+
+
 @dataclass(frozen=True)
 class FakeRank:
     """A rank of a run that trains on the fake GPU."""
@@ -69,7 +72,6 @@ class FakeRank:
         """The decoder layers, with their global ids."""
         chunks = (wrapped.module for wrapped in self.model)
         return {layer: int(name) for chunk in chunks for name, layer in chunk.language_model.layers.items()}
-
 
     def step(self, num_micro_batches: int = 1) -> None:
         """Do what training does with the micro-batches of a step."""
@@ -120,7 +122,8 @@ def fake_rank(
     required += ["train.train_iters=1", f"train.global_batch_size={world_size}", "train.precision=bf16"]
     config = load_config([f"--{override}" for override in [*required, *overrides]])
     layout = check_layout(config, model_config, world_size)
-    batch = example_batch(model_config, family.prompt_rules(model_config), 1, length, images_per_row, 2**19, images_per_row, 64)
+    rules = family.prompt_rules(model_config)
+    batch = example_batch(model_config, rules, 1, length, images_per_row, _MAX_PIXELS, 1.0, _CLIP_TOKENS)
     sharding = context_sharding(layout, model_config, rank=0)
     if sharding is not None:
         batch = shard_for_context(batch, sharding)

@@ -96,7 +96,10 @@ def put_by_mask(x: torch.Tensor) -> None:
 
 
 def of_backward(fault: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], Any]:
-    return lambda x: x.register_hook(lambda gradient: None if fault(gradient) is None else None)
+    def hook(gradient: torch.Tensor) -> None:
+        fault(gradient)
+
+    return lambda x: x.register_hook(hook)
 
 
 WAITS, COUNTS, MIXED = "waits for the device", "waits for values|waits to count", "is mixed"
@@ -133,12 +136,13 @@ def test_faults_in_a_layer_are_found() -> None:
     """Planted before a layer, in the forward pass or the backward pass, each makes a step fail with its name."""
 
     def run_layer(layer: torch.nn.Module, run: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
-        plant(inputs[0])
+        plants[-1](inputs[0])
         return run(*inputs)
 
-    found = {}
+    found, plants = {}, []
     with small_model() as small, layers_run_by(run_layer):
         for name, (plant, _) in FAULTS.items():
+            plants.append(plant)
             try:
                 run_step(small)
             except DeviceFault as fault:
@@ -184,7 +188,8 @@ def test_a_layer_has_the_launches_of_its_operators() -> None:
     """
     hf_config = few_layers(QWEN3_VL("2b"), 3)
     with fake_rank(hf_config, "model.recompute=full", world_size=1, length=256, text_only=True) as run:
-        with (recorder := LaunchRecorder.of(run)), recorder.layers(run.layers):
+        recorder = LaunchRecorder.of(run)
+        with recorder, recorder.layers(run.layers):
             run_step(run)
     assert set(recorder.parts) == {0, 1, 2, REST}
     assert recorder.parts[1] == recorder.parts[2]
