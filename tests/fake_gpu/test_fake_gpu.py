@@ -199,6 +199,7 @@ def test_a_layer_has_the_launches_of_its_operators() -> None:
     assert forward["fake_gpu::flex_attention"] == 1
     # Recomputation ends when the last tensor that was kept is there, before the last residual addition.
     assert forward - recompute == {"aten::add": 1}
+    assert recorder.parts[2]["backward"].launches["aten::zeros"] == 0  # as gradients of what has none
     text = run.model_config.text
     heads = 2 * text.layers[0].num_attention_heads + 2 * text.layers[0].num_key_value_heads
     matrices = text.hidden_size * (heads * text.layers[0].head_dim + 3 * hf_config.text_config.intermediate_size)
