@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_vlm import platform
 from megatron_vlm.data.collate import MicroBatch
@@ -70,7 +71,7 @@ class Tracer:
             chunk: the chunk, whose parameters require gradients where they train.
             batch: the micro-batch, on the device of the chunk.
         """
-        self._group_names = {getattr(chunk.groups, key).group_name: name for key, name in reversed(_GROUPS.items())}
+        self._group_names = group_names(chunk.groups)
         language_model = chunk.language_model
         ids = {layer: int(name) for name, layer in language_model.layers.items()}
         layers: dict[int, Counts] = {}
@@ -96,7 +97,7 @@ class Tracer:
                 received.append(_Shape(shape, chunk.config.params_dtype, batch.labels.device, True))
                 chunk.set_input_tensor(received[0].make())
             total, outputs = self._count(chunk.train(), (batch,))
-        returned = [] if chunk.post_process else _leaves(outputs, _Shape)
+        returned = [] if chunk.post_process else leaves(outputs, _Shape)
         received_bytes, returned_bytes = (sum(shape.num_bytes for shape in shapes) for shapes in (received, returned))
         return ChunkCounts(total, layers, heads[0] if heads else None, boundary, received_bytes, returned_bytes)
 
@@ -106,14 +107,13 @@ class Tracer:
         recorder, counts = self._recorder, self._recorder.counts
         with recorder:
             outputs = run(*inputs)
-            tensors = _leaves(outputs, torch.Tensor)
+            tensors = leaves(outputs, torch.Tensor)
             counts.kept_bytes = recorder.live_bytes - recorder.bytes_of(tensors)
             counts.forward_peak_bytes, recorder.peak_bytes = recorder.peak_bytes, 0
-            shapes = _mapped(outputs, torch.Tensor, _Shape.of)
+            shapes = mapped(outputs, torch.Tensor, _Shape.of)
             trained = [tensor for tensor in tensors if tensor.requires_grad]
             rest = _Rest.apply(*trained) if trained else None
             del outputs, tensors, trained  # what follows holds them no longer than it needs them
-            recorder.in_backward = True
             if rest is not None:
                 rest.backward()
             counts.backward_peak_bytes = recorder.peak_bytes
@@ -125,15 +125,20 @@ class Tracer:
         recorder = self._recorder
         assert recorder is not None
         differentiable = [value for value in inputs if _is_differentiable(value)]
-        key = (key, *map(_Shape.of, differentiable), *map(_values, _leaves(inputs, torch.Tensor)))
+        key = (key, *map(_Shape.of, differentiable), *map(_values, leaves(inputs, torch.Tensor)))
         if key not in self._counted:
             own_inputs = (_Shape.of(value).make() if _is_differentiable(value) else value for value in inputs)
             with recorder.paused():
                 self._counted[key] = self._count(run, tuple(own_inputs))
         counts, shapes = self._counted[key]
         recorder.counts.add_work(counts)
-        outputs = iter(_StandIn.of(recorder, counts, _leaves(shapes, _Shape), inputs, differentiable))
-        return counts, _mapped(shapes, _Shape, lambda _: next(outputs))
+        outputs = iter(_StandIn.of(recorder, counts, leaves(shapes, _Shape), inputs, differentiable))
+        return counts, mapped(shapes, _Shape, lambda _: next(outputs))
+
+
+def group_names(groups: ProcessGroupCollection) -> dict[str, str]:
+    """Return our names of the groups that a chunk communicates in, by torch's."""
+    return {getattr(groups, key).group_name: name for key, name in reversed(_GROUPS.items())}
 
 
 def _is_differentiable(value: Any) -> bool:
@@ -286,24 +291,22 @@ def _is_setting(value: Any) -> bool:
     return is_config or value is None or isinstance(value, bool | int | float | str)
 
 
-def _mapped(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+def mapped(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
     """Return `value` with everything of a kind replaced, inside tuples, lists and dataclasses."""
     if isinstance(value, kind):
         return function(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {
-            entry.name: _mapped(getattr(value, entry.name), kind, function) for entry in dataclasses.fields(value)
-        }
+        fields = {entry.name: mapped(getattr(value, entry.name), kind, function) for entry in dataclasses.fields(value)}
         return dataclasses.replace(value, **fields)
     if isinstance(value, tuple | list):
-        return type(value)(_mapped(item, kind, function) for item in value)
+        return type(value)(mapped(item, kind, function) for item in value)
     return value
 
 
-def _leaves(value: Any, kind: type) -> list[Any]:
+def leaves(value: Any, kind: type) -> list[Any]:
     """Return everything of a kind in `value`, inside tuples, lists and dataclasses."""
     if isinstance(value, kind):
         return [value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = [getattr(value, entry.name) for entry in dataclasses.fields(value)]
-    return [leaf for item in value for leaf in _leaves(item, kind)] if isinstance(value, tuple | list) else []
+    return [leaf for item in value for leaf in leaves(item, kind)] if isinstance(value, tuple | list) else []
