@@ -69,6 +69,11 @@ def add_side_by_side(owner: torch.nn.Module, **linears: torch.nn.Module) -> None
     owner.side_by_side = tuple(linears)  # type: ignore[assignment]
 
 
+def side_by_side(owner: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the linear layers that `add_side_by_side` registered, in the order of their outputs."""
+    return [owner.get_submodule(name) for name in getattr(owner, "side_by_side", ())]
+
+
 def lay_side_by_side(model: torch.nn.Module) -> None:
     """Move the weights of each group of linear layers (`add_side_by_side`) into memory of their own, side by side.
 
@@ -76,8 +81,7 @@ def lay_side_by_side(model: torch.nn.Module) -> None:
     released, must not share memory with one that megatron-core moves.
     """
     for owner in model.modules():
-        linears = [owner.get_submodule(name) for name in getattr(owner, "side_by_side", ())]
-        for key, members in groupby((linear.weight for linear in linears), _what_must_agree):
+        for key, members in groupby((linear.weight for linear in side_by_side(owner)), _what_must_agree):
             weights = list(members)
             if key is not None and len(weights) > 1:
                 _join([weight for weight in weights if isinstance(weight, torch.nn.Parameter)])

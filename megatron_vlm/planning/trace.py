@@ -22,6 +22,7 @@ from megatron_vlm import platform
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.layers.moe import MoE
 from megatron_vlm.layers.recompute import layers_run_by
+from megatron_vlm.layers.side_by_side import lay_side_by_side
 from megatron_vlm.model.model_chunk import ModelChunk
 from megatron_vlm.parallel.stage_state import Boundary, packed_shape
 from megatron_vlm.planning.recorder import Counts, Recorder
@@ -231,12 +232,12 @@ class _Rest(torch.autograd.Function):
 @contextmanager
 def _as_in_training(chunk: ModelChunk) -> Iterator[None]:
     """Give parameters the gradients that data parallelism holds, and experts equally many tokens."""
+    lay_side_by_side(chunk)
     with ExitStack() as undo:
-        for parameter in chunk.parameters():
-            if parameter.requires_grad:
-                parameter.main_grad = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
-                parameter.grad_added_to_main_grad = False
-                undo.callback(parameter.register_post_accumulate_grad_hook(_add_to_main_gradient).remove)
+        for parameter, main_gradient in _main_gradients(chunk):
+            parameter.main_grad = main_gradient
+            parameter.grad_added_to_main_grad = False
+            undo.callback(parameter.register_post_accumulate_grad_hook(_add_to_main_gradient).remove)
         for module in chunk.modules():
             if isinstance(module, MoE):
                 undo.callback(module.gate.register_forward_hook(partial(_choose_evenly, module.top_k)).remove)
@@ -246,6 +247,15 @@ def _as_in_training(chunk: ModelChunk) -> Iterator[None]:
             undo.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, value)
         yield
+
+
+def _main_gradients(chunk: torch.nn.Module) -> Iterator[tuple[Any, torch.Tensor]]:
+    """Yield the parameters that train, with gradients in one buffer, in which megatron-core has them in reverse."""
+    parameters = [parameter for parameter in chunk.parameters() if parameter.requires_grad][::-1]
+    sizes = [parameter.numel() for parameter in parameters]
+    buffer = torch.empty(sum(sizes), dtype=torch.float32, device=next(chunk.parameters()).device)
+    for parameter, part in zip(parameters, buffer.split(sizes), strict=True):
+        yield parameter, part.view(parameter.shape)
 
 
 class _NewMemory:
