@@ -209,9 +209,9 @@ class _StandIn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        ctx.inputs = None
         ctx.recorder.grow(-ctx.counts.kept_bytes)
         ctx.recorder.grow(0, ctx.counts.backward_peak_bytes)
+        ctx.inputs = None  # the first operator of a part reads them last
         needed = zip(ctx.shapes, ctx.needs_input_grad[5:], strict=True)
         return *[None] * 5, *(shape.make() if is_needed else None for shape, is_needed in needed)
 
@@ -252,8 +252,10 @@ def _as_in_training(chunk: ModelChunk) -> Iterator[None]:
 def _main_gradients(chunk: torch.nn.Module) -> Iterator[tuple[Any, torch.Tensor]]:
     """Yield the parameters that train, with gradients in one buffer, in which megatron-core has them in reverse."""
     parameters = [parameter for parameter in chunk.parameters() if parameter.requires_grad][::-1]
+    if not parameters:
+        return
     sizes = [parameter.numel() for parameter in parameters]
-    buffer = torch.empty(sum(sizes), dtype=torch.float32, device=next(chunk.parameters()).device)
+    buffer = torch.empty(sum(sizes), dtype=torch.float32, device=parameters[0].device)
     for parameter, part in zip(parameters, buffer.split(sizes), strict=True):
         yield parameter, part.view(parameter.shape)
 
