@@ -209,9 +209,11 @@ class _StandIn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        ctx.recorder.grow(-ctx.counts.kept_bytes)
-        ctx.recorder.grow(0, ctx.counts.backward_peak_bytes)
-        ctx.inputs = None  # the first operator of a part reads them last
+        recorder, counts = ctx.recorder, ctx.counts
+        recorder.grow(-counts.kept_bytes)
+        # The part's own count has the gradients of its outputs too (`_Rest`).
+        recorder.grow(0, counts.backward_peak_bytes - recorder.bytes_of(gradients))
+        ctx.inputs = None  # the part's first operators read them last
         needed = zip(ctx.shapes, ctx.needs_input_grad[5:], strict=True)
         return *[None] * 5, *(shape.make() if is_needed else None for shape, is_needed in needed)
 
