@@ -31,6 +31,7 @@ from tests.ranks import run_ranks
 from tests.training.test_memory import family_of, model_config_of, run_config
 
 HIDDEN, WIDE, LENGTH, RANK = 64, 128, 12, 4
+ALONE = Layout.over(1, num_layers=1)
 
 
 class Linears(MegatronModule):
@@ -40,7 +41,7 @@ class Linears(MegatronModule):
     k_proj: ColumnParallelLinear
 
     def __init__(self, dtype: torch.dtype, groups: ProcessGroupCollection) -> None:
-        config, group = build_mcore_config(HIDDEN, 2, dtype, Layout()), groups.tp
+        config, group = build_mcore_config(HIDDEN, 2, dtype, ALONE), groups.tp
         super().__init__(config)
         self.group = group
         q, k = (ColumnParallelLinear(HIDDEN, HIDDEN, config, group) for _ in range(2))
@@ -75,7 +76,7 @@ def inputs(dtype: torch.dtype) -> list[torch.Tensor]:
 
 def check_main_gradients(dtype: torch.dtype, distributed_optimizer: bool, frozen: str | None) -> None:
     """On a rank: two micro-batches, against autograd's own sums in fp64 of a model that no data parallelism holds."""
-    groups = build_groups(Layout())
+    groups = build_groups(ALONE)
     initialize_megatron(1, groups)
     (wrapped,) = wrap_data_parallel([linears(dtype, groups, frozen)], groups, distributed_optimizer)
     model, exact, plain = wrapped.module, linears(torch.float64, groups, frozen), linears(dtype, groups, frozen)
@@ -154,7 +155,7 @@ def check_released(groups: ProcessGroupCollection) -> None:
 
 
 def released() -> None:
-    groups = build_groups(Layout())
+    groups = build_groups(ALONE)
     initialize_megatron(1, groups)
     check_released(groups)
 
@@ -172,7 +173,7 @@ def products(counts: Counts, phase: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3_vl", "mistral3"])
 def test_products_of_a_dense_layer(name: str) -> None:
-    """Four forward and two of each backward, as of a layer whose projections are fused; weights' gradients move 8 bytes."""
+    """Four products forward and twice as many backward: queries, keys and values are one, and so are gate and up."""
     platform.initialize()
     config, model_config = run_config(), model_config_of(name)
     layout = check_layout(config, model_config, 1)

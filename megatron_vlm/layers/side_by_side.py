@@ -1,11 +1,12 @@
 """Weights that lie side by side in memory, which one product computes with.
 
 Queries, keys and values, or gate and up, are several linear layers on one input. Each has a parameter of its own: a
-name, a gradient rule, a place in checkpoints. Where their matrices follow each other in memory, a view of them all is one
-operand. Whether they do is looked up whenever they are used, never assumed: megatron-core's data parallelism moves
+name, a gradient rule, a place in checkpoints. Where their matrices follow each other in memory, a view of them all is
+one operand. Whether they do is looked up whenever they are used, never assumed: megatron-core's data parallelism moves
 gradients, and with the distributed optimizer parameters too, into buffers of its own, in the reverse order of
-registration. There each begins at a multiple of 64 elements, and a bucket ends at a multiple of 128 times the data
-ranks, which leaves a gap only between matrices of other sizes than published models have.
+registration. With that optimizer each begins at a multiple of 64 elements, and a bucket ends at a multiple of 128 and
+of the number of data ranks, which leaves a gap only after matrices of other sizes than published models have. Layers
+with biases, whose biases come in between, have one product of their weights at most.
 """
 
 from __future__ import annotations

@@ -51,7 +51,9 @@ class Attention(torch.nn.Module):
         super().__init__()
         self.layer, self.group, self.sequence_parallel = layer, group, mcore_config.sequence_parallel
         query_size = layer.num_attention_heads * layer.head_dim
-        linears: dict[str, ColumnParallel] = {"q_proj": ColumnParallelLinear(hidden_size, query_size, mcore_config, group)}
+        linears: dict[str, ColumnParallel] = {
+            "q_proj": ColumnParallelLinear(hidden_size, query_size, mcore_config, group)
+        }
         self.q_norm = self._head_norm(mcore_config)
         if layer.keys_of_layer is None:
             linears["k_proj"] = key_value_linear(hidden_size, layer, mcore_config, group)
