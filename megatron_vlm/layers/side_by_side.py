@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -56,7 +56,7 @@ def _follows(matrix: torch.Tensor, other: torch.Tensor | None) -> bool:
         and matrix.shape[1] == other.shape[1]
         and matrix.is_contiguous()
         and other.is_contiguous()
-        and matrix.storage_offset() + matrix.numel() == other.storage_offset()
+        and bool(matrix.storage_offset() + matrix.numel() == other.storage_offset())
     )
 
 
@@ -82,13 +82,13 @@ def lay_side_by_side(model: torch.nn.Module) -> None:
     released, must not share memory with one that megatron-core moves.
     """
     for owner in model.modules():
-        for key, members in groupby((linear.weight for linear in side_by_side(owner)), _what_must_agree):
+        for key, members in groupby([linear.weight for linear in side_by_side(owner)], _what_must_agree):
             weights = list(members)
             if key is not None and len(weights) > 1:
                 _join([weight for weight in weights if isinstance(weight, torch.nn.Parameter)])
 
 
-def _what_must_agree(weight: torch.Tensor | None) -> object:
+def _what_must_agree(weight: Any) -> object:
     return None if weight is None else (weight.requires_grad, weight.dtype, weight.shape[-1])
 
 
