@@ -18,6 +18,7 @@ from megatron_vlm.layers.linear import (
     multiply,
 )
 from megatron_vlm.layers.mlp import GatedMLP
+from megatron_vlm.layers.operands import Operand
 from megatron_vlm.layers.side_by_side import add_side_by_side, lay_side_by_side, runs
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
@@ -161,6 +162,16 @@ def released() -> None:
 
 def test_a_weight_that_is_frozen_or_released_shares_no_memory_with_one_that_trains() -> None:
     run_ranks(1, released)
+
+
+def test_no_rows() -> None:
+    """As of a rank without a token of an expert or an image."""
+    weights = [torch.ones(WIDE, HIDDEN, requires_grad=True) for _ in range(2)]
+    x = torch.ones(0, 2, HIDDEN, requires_grad=True)
+    outputs = multiply(x, [Operand(weight) for weight in weights])
+    sum(output.sum() for output in outputs).backward()
+    assert [output.shape for output in outputs] == [(0, 2, WIDE)] * 2
+    assert x.grad.shape == x.shape and not any(weight.grad.any() for weight in weights)
 
 
 def products(counts: Counts, phase: str) -> tuple[int, int]:

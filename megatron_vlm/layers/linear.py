@@ -252,7 +252,7 @@ class _SharedInputLinear(torch.autograd.Function):
         trains = any(ctx.needs_input_grad[4::3]) or any(ctx.needs_input_grad[5::3])
         ctx.save_for_backward(x if trains else None, *inners, *tensors)
         ctx.group, ctx.gathers, ctx.forms, ctx.widths = group, gathers, forms, widths
-        return joint.view(*full.shape[:-1], -1), widths
+        return joint.view(*full.shape[:-1], sum(widths)), widths
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
@@ -273,7 +273,8 @@ class _SharedInputLinear(torch.autograd.Function):
             matrices = [form.weight(weight) for form, weight in zip(forms, weights, strict=True)]
             factors: list[Any] = [(_columns(joint, ctx.widths, run), run.matrix) for run in runs(matrices)]
             factors += [(left, right) for left, right in zip(of_inners, a_sides, strict=True) if left is not None]
-            grad_x = _sum_of_products(factors).view(*gradient.shape[:-1], -1)
+            grad_x = _sum_of_products(factors)
+            grad_x = grad_x.view(*gradient.shape[:-1], grad_x.shape[1])
             if ctx.group is not None:
                 grad_x, reducing = reduce_input_gradient(grad_x, ctx.group, ctx.gathers)
         if gathering is not None:
