@@ -6,6 +6,7 @@ import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
+from torch.utils.checkpoint import checkpoint
 
 from megatron_vlm import platform
 from megatron_vlm.families.build import wrap_data_parallel
@@ -74,7 +75,7 @@ def inputs(dtype: torch.dtype) -> list[torch.Tensor]:
     return [torch.randn(LENGTH, 2, HIDDEN, generator=generator).to(dtype) for _ in range(2)]
 
 
-def check_main_gradients(dtype: torch.dtype, distributed_optimizer: bool, frozen: str | None) -> None:
+def check_main_gradients(dtype: torch.dtype, distributed_optimizer: bool, frozen: str | None, recompute: bool) -> None:
     """On a rank: two micro-batches, against autograd's own sums in fp64 of a model that no data parallelism holds."""
     groups = build_groups(ALONE)
     initialize_megatron(1, groups)
@@ -84,7 +85,10 @@ def check_main_gradients(dtype: torch.dtype, distributed_optimizer: bool, frozen
         other.data.copy_(own.data)
     wrapped.zero_grad_buffer()
     for x in inputs(dtype):
-        wrapped(x).sum().backward()
+        if recompute:
+            checkpoint(wrapped, x.requires_grad_(), use_reentrant=False).sum().backward()
+        else:
+            wrapped(x).sum().backward()
         plain(x).sum().backward()
         exact(x.double()).sum().backward()
     for (name, own), other, without in zip(
@@ -103,13 +107,15 @@ def check_main_gradients(dtype: torch.dtype, distributed_optimizer: bool, frozen
             assert error <= 1.1 * (without.grad.double() - other.grad).abs().max() + 1e-6 * largest, name
 
 
-@pytest.mark.parametrize("frozen", [None, "k_proj.weight"])
-@pytest.mark.parametrize("distributed_optimizer", [False, True])
+@pytest.mark.parametrize(
+    ("distributed_optimizer", "frozen", "recompute"),
+    [(False, None, False), (True, None, True), (True, "k_proj.weight", False)],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_added_to_main_gradients(
-    dtype: torch.dtype, distributed_optimizer: bool, frozen: str | None
+    dtype: torch.dtype, distributed_optimizer: bool, frozen: str | None, recompute: bool
 ) -> None:
-    run_ranks(1, check_main_gradients, dtype, distributed_optimizer, frozen)
+    run_ranks(1, check_main_gradients, dtype, distributed_optimizer, frozen, recompute)
 
 
 def runs_of_groups(distributed_optimizer: bool, overlap: bool) -> list[int]:

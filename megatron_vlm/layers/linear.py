@@ -252,6 +252,8 @@ class _SharedInputLinear(torch.autograd.Function):
         trains = any(ctx.needs_input_grad[4::3]) or any(ctx.needs_input_grad[5::3])
         ctx.save_for_backward(x if trains else None, *inners, *tensors)
         ctx.group, ctx.gathers, ctx.forms, ctx.widths = group, gathers, forms, widths
+        # What recomputation saves of a parameter is not the parameter, which has the main gradient.
+        ctx.parameters = [tensor if isinstance(tensor, torch.nn.Parameter) else None for tensor in tensors]
         return joint.view(*full.shape[:-1], sum(widths)), widths
 
     @staticmethod
@@ -282,12 +284,13 @@ class _SharedInputLinear(torch.autograd.Function):
         rows = None if full is None else full.flatten(0, -2)
         needs = ctx.needs_input_grad[4:]
         grads: list[torch.Tensor | None] = [None] * len(tensors)
-        grads[::3] = _weight_gradients(ctx, weights, joint, rows)
+        trained = [own if own is not None else tensor for own, tensor in zip(ctx.parameters, tensors, strict=True)]
+        grads[::3] = _weight_gradients(ctx, trained[::3], joint, rows)
         for index, (form, inner) in enumerate(zip(forms, inners, strict=True)):
             if needs[3 * index + 1]:
-                grads[3 * index + 1] = _gradient(a_sides[index], _Form(), of_inners[index], rows)
+                grads[3 * index + 1] = _gradient(trained[3 * index + 1], _Form(), of_inners[index], rows)
             if needs[3 * index + 2]:
-                grads[3 * index + 2] = _gradient(b_sides[index], form, outputs[index], inner, form.scale)
+                grads[3 * index + 2] = _gradient(trained[3 * index + 2], form, outputs[index], inner, form.scale)
         if reducing is not None:
             reducing.wait()
         return grad_x, None, None, None, *grads
