@@ -15,6 +15,7 @@ from megatron_vlm import platform
 from megatron_vlm.config import Config
 from megatron_vlm.data.context_shard import ContextSharding
 from megatron_vlm.families.registry import Family
+from megatron_vlm.layers.side_by_side import lay_side_by_side
 from megatron_vlm.model_configs import VisionLanguageConfig
 from megatron_vlm.parallel.chunk_settings import ChunkSettings, LossSettings, MoESettings
 from megatron_vlm.parallel.gradients import finalize_gradients
@@ -138,7 +139,12 @@ def wrap_data_parallel(
     overlap_grad_reduce: bool = False,
     overlap_param_gather: bool = False,
 ) -> list[DistributedDataParallel]:
-    """Wrap every chunk in megatron-core's data parallelism; frozen parameters take no part and no memory in it."""
+    """Wrap every chunk in megatron-core's data parallelism; frozen parameters take no part and no memory in it.
+
+    Which parameters train is settled here: weights that one product can use are laid side by side first.
+    """
+    for chunk in chunks:
+        lay_side_by_side(chunk)
     config = data_parallel_config(use_distributed_optimizer, overlap_grad_reduce, overlap_param_gather)
     mcore_config = chunks[0].config
     wrapped = [

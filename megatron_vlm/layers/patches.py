@@ -92,7 +92,7 @@ class PatchProjection(torch.nn.Module):
         )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Map [P, patch features] to [P, hidden size]."""
+        """Map [..., patch features] to [..., hidden size]."""
         return linear(pixel_values.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 

@@ -22,6 +22,7 @@ from megatron_vlm import platform
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.layers.moe import MoE
 from megatron_vlm.layers.recompute import layers_run_by
+from megatron_vlm.layers.side_by_side import lay_side_by_side
 from megatron_vlm.model.model_chunk import ModelChunk
 from megatron_vlm.parallel.stage_state import Boundary, packed_shape
 from megatron_vlm.planning.recorder import Counts, Recorder
@@ -212,9 +213,11 @@ class _StandIn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        ctx.inputs = None
-        ctx.recorder.grow(-ctx.counts.kept_bytes)
-        ctx.recorder.grow(0, ctx.counts.backward_peak_bytes)
+        recorder, counts = ctx.recorder, ctx.counts
+        recorder.grow(-counts.kept_bytes)
+        # The part's own count has the gradients of its outputs too (`_Rest`).
+        recorder.grow(0, counts.backward_peak_bytes - recorder.bytes_of(gradients))
+        ctx.inputs = None  # the part's first operators read them last
         needed = zip(ctx.shapes, ctx.needs_input_grad[5:], strict=True)
         return *[None] * 5, *(shape.make() if is_needed else None for shape, is_needed in needed)
 
@@ -235,12 +238,12 @@ class _Rest(torch.autograd.Function):
 @contextmanager
 def _as_in_training(chunk: ModelChunk) -> Iterator[None]:
     """Give parameters the gradients that data parallelism holds, and experts equally many tokens."""
+    lay_side_by_side(chunk)
     with ExitStack() as undo:
-        for parameter in chunk.parameters():
-            if parameter.requires_grad:
-                parameter.main_grad = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
-                parameter.grad_added_to_main_grad = False
-                undo.callback(parameter.register_post_accumulate_grad_hook(_add_to_main_gradient).remove)
+        for parameter, main_gradient in _main_gradients(chunk):
+            parameter.main_grad = main_gradient
+            parameter.grad_added_to_main_grad = False
+            undo.callback(parameter.register_post_accumulate_grad_hook(_add_to_main_gradient).remove)
         for module in chunk.modules():
             if isinstance(module, MoE):
                 undo.callback(module.gate.register_forward_hook(partial(_choose_evenly, module.top_k)).remove)
@@ -249,6 +252,17 @@ def _as_in_training(chunk: ModelChunk) -> Iterator[None]:
         undo.callback(setattr, parallel_state, name, getattr(parallel_state, name))
         setattr(parallel_state, name, _NewMemory())
         yield
+
+
+def _main_gradients(chunk: torch.nn.Module) -> Iterator[tuple[Any, torch.Tensor]]:
+    """Yield the parameters that train, with gradients in one buffer, in which megatron-core has them in reverse."""
+    parameters = [parameter for parameter in chunk.parameters() if parameter.requires_grad][::-1]
+    if not parameters:
+        return
+    sizes = [parameter.numel() for parameter in parameters]
+    buffer = torch.empty(sum(sizes), dtype=torch.float32, device=parameters[0].device)
+    for parameter, part in zip(parameters, buffer.split(sizes), strict=True):
+        yield parameter, part.view(parameter.shape)
 
 
 class _NewMemory:

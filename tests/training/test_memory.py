@@ -493,7 +493,7 @@ def test_peak_of_a_pass(name: str, recompute: str) -> None:
         (chunk,) = wrap_data_parallel(real_chunks(name, config, layout, groups), groups, False)
         chunk.zero_grad_buffer()
         gradients = (parameter.main_grad for parameter in chunk.parameters() if parameter.requires_grad)
-        known = [*chunk.parameters(), *gradients]
+        known = [*chunk.parameters(), *gradients, *batch.media_inputs.values()]
         with like_a_gpu(), LiveBytes(known) as live:
             chunk(batch).sum().backward()
         peak, left = live.peak, live.total()
