@@ -21,7 +21,6 @@ def validate(config: Config) -> None:
     problems: list[UserError] = [
         *_ranges(config),
         *_paths(config),
-        *_not_built(config),
         *_model(config),
         *_parallel(config),
         *_data(config),
@@ -94,12 +93,6 @@ def _paths(config: Config) -> Iterator[UserError]:
             yield ConfigError(f"{key} has a zero byte: {path[:80]!r}", fix="remove it")
         elif max(map(len, names)) > MOST_NAME_BYTES or len(path.encode()) > MOST_PATH_BYTES:
             yield ConfigError(f"{key} is longer than a path can be: {path[:80]!r}...", fix="shorten it")
-
-
-def _not_built(config: Config) -> Iterator[UserError]:
-    """Refuse keys whose feature is not built yet."""
-    if config.optimizer.name == "muon":
-        yield ConfigError("optimizer.name muon is not built yet", fix="use adamw or sgd")
 
 
 def _model(config: Config) -> Iterator[UserError]:

@@ -10,15 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.distributed.param_and_grad_buffer import (
-    _compute_default_per_buffer_param_layout,
-    group_params_for_buffers,
-)
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_vlm.config import Config, ParallelSettings
-from megatron_vlm.families.build import data_parallel_config
+from megatron_vlm.families.build import buffer_layout, data_parallel_config
 from megatron_vlm.parallel.gradients import sum_parts
 from megatron_vlm.parallel.parameters import spec_of
 from megatron_vlm.planning.recorder import Collective, Counts, Recorder
@@ -32,7 +27,6 @@ _GROUPS = {
     "embd": "pipeline",
     "pp": "pipeline",
 }
-_SMALLEST_BUCKET, _BUCKET_PER_RANK = 40_000_000, 1_000_000  # elements; `DistributedDataParallel`'s defaults
 
 
 @dataclass(frozen=True)
@@ -121,27 +115,10 @@ def _buffers(
     parallel: ParallelSettings, chunk: torch.nn.Module, index: int, groups: ProcessGroupCollection
 ) -> Iterator[_Buffer]:
     """Yield the buffers that `DistributedDataParallel` makes for a rank's chunk with this index."""
-    parameters = [parameter for parameter in chunk.parameters() if parameter.requires_grad]
     ddp_config = data_parallel_config(
         parallel.use_distributed_optimizer, parallel.overlap_grad_reduce, parallel.overlap_param_gather
     )
-    bucket_size = None
-    if parallel.overlap_grad_reduce and index == 0 and groups.pp.rank() == 0:
-        bucket_size = max(_SMALLEST_BUCKET, _BUCKET_PER_RANK * groups.dp.size())
-    layouts: dict[Any, Any]
-    if parallel.use_distributed_optimizer:
-        layouts = DistributedOptimizer.compute_full_param_layout(
-            parameters,
-            bucket_size,
-            groups.dp_cp.size(),
-            ddp_config,
-            expert_data_parallel_world_size=groups.expt_dp.size(),
-        ).layouts
-    else:
-        layouts = {
-            key: _compute_default_per_buffer_param_layout(members, bucket_size)
-            for key, (members, _) in group_params_for_buffers(parameters, grad_reduce_in_fp32=True).items()
-        }
+    layouts = buffer_layout(chunk, index, ddp_config, groups).layouts
     for key, layout in layouts.items():
         group = groups.expt_dp if key.is_expert_parallel else groups.dp_cp
         positions = [(start, end) for start, end, *_ in layout.param_index_map.values()]

@@ -26,13 +26,14 @@ def build_optimizer(
     use_distributed_optimizer: bool,
     groups: ProcessGroupCollection,
 ) -> MegatronOptimizer:
-    """Build AdamW or SGD over the trainable parameters of this rank's model chunks.
+    """Build AdamW, SGD, or Muon with AdamW, over the trainable parameters of this rank's model chunks.
 
     Each parameter declares whether it has weight decay; parts named in `lr_multipliers` have parameter groups of their
-    own. Experts have an optimizer of their own in the chain, because their replicas are on other ranks.
+    own. Experts have an optimizer of their own in the chain, because their replicas are on other ranks. With Muon, so do
+    matrices (`training.muon`); where their state is sharded, each data rank updates whole ones.
 
     Args:
-        model: model chunks wrapped for data parallelism.
+        model: model chunks wrapped for data parallelism; for Muon with sharded state, marked by `mark_matrices` before.
         settings: the configuration's `optimizer` section.
         dtype: dtype of the parameters; with bf16 the optimizer keeps fp32 main weights.
         use_distributed_optimizer: shard the optimizer state over the data-parallel ranks.
@@ -46,6 +47,12 @@ def build_optimizer(
     for part, factor in settings.lr_multipliers.items():
         override = ParamGroupOverride(max_lr=settings.lr * factor, min_lr=settings.min_lr * factor)
         overrides[ParamKey(with_name_predicate=ParamWithNamePredicate(part, _is_in(part)))] = override
+    is_muon = settings.name == "muon"
+    if is_muon:
+        # It needs a package that other runs can do without.
+        from megatron_vlm.training.muon import register
+
+        register()
     config = OptimizerConfig(
         optimizer="adam" if settings.name == "adamw" else settings.name,
         lr=settings.lr,
@@ -58,7 +65,14 @@ def build_optimizer(
         clip_grad=settings.clip_grad,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
-        use_distributed_optimizer=use_distributed_optimizer,
+        use_distributed_optimizer=use_distributed_optimizer and not is_muon,
+        use_layer_wise_distributed_optimizer=use_distributed_optimizer and is_muon,
+        overlap_param_gather=model[0].ddp_config.overlap_param_gather,
+        muon_momentum=settings.muon_momentum,
+        muon_nesterov=settings.muon_nesterov,
+        muon_num_ns_steps=settings.muon_num_ns_steps,
+        muon_extra_scale_factor=settings.muon_extra_scale_factor,
+        muon_fp32_matmul_prec=settings.muon_fp32_matmul_prec,
     )
     chain = get_megatron_optimizer(config, list(model), overrides, use_gloo_process_groups=False, pg_collection=groups)
     assert isinstance(chain, ChainedOptimizer)

@@ -35,7 +35,7 @@ class VisionEmbeddings(torch.nn.Module):
         side, patch = config.image_size // config.patch_size, config.patch_size
         self.patch_embedding = torch.nn.Conv2d(config.num_channels, config.hidden_size, patch, patch, dtype=dtype)
         self.position_embedding = torch.nn.Embedding(side * side, config.hidden_size, dtype=dtype)
-        declare(self.patch_embedding.weight, "matrix", normal)
+        declare(self.patch_embedding.weight, "filter", normal)
         assert self.patch_embedding.bias is not None
         declare(self.patch_embedding.bias, "vector", zeros)
         declare(self.position_embedding.weight, "table", normal)
