@@ -220,7 +220,13 @@ class Run:
         ]
         self.optimizer = build_optimizer(
             self.chunks,
-            OptimizerSettings(settings.optimizer, settings.learning_rate, weight_decay=WEIGHT_DECAY, betas=BETAS),
+            OptimizerSettings(
+                settings.optimizer,
+                settings.learning_rate,
+                weight_decay=WEIGHT_DECAY,
+                betas=BETAS,
+                muon_fp32_matmul_prec="highest",
+            ),
             torch.bfloat16 if settings.bf16 else torch.float32,
             settings.distributed_optimizer,
             self.groups,
