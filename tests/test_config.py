@@ -212,7 +212,10 @@ def test_unknown_and_ill_typed(config_file: str, argument: str, expected: str) -
     ("overrides", "expected"),
     [
         (["--train.micro_batch_size=3"], "use a global batch of 6 or 9"),
-        (["--optimizer.name=muon"], "muon is not built yet"),
+        (["--optimizer.muon_momentum=0.9"], "optimizer.muon_momentum has no effect -- set optimizer.name to muon"),
+        (["--optimizer.name=muon", "--optimizer.muon_momentum=1"], "optimizer.muon_momentum is 1.0"),
+        (["--optimizer.name=muon", "--optimizer.muon_num_ns_steps=0"], "optimizer.muon_num_ns_steps is 0"),
+        (["--optimizer.name=muon", "--optimizer.muon_extra_scale_factor=0"], "muon_extra_scale_factor is 0.0"),
         (["--parallel.expert_model_parallel_size=0"], "parallel.expert_model_parallel_size is 0"),
         (["--parallel.expert_tensor_parallel_size=-1"], "parallel.expert_tensor_parallel_size is -1"),
         (["--model.moe_aux_loss_coeff=-1"], "model.moe_aux_loss_coeff is -1.0"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,3 +131,76 @@ def test_update(layout: TestLayout) -> None:
         assert results[0][0] == pytest.approx([gradient_norm_at(step) for step in range(2)], rel=1e-6)
         assert all(norms == results[0][0] for norms, _ in results)
         assert_follows_reference(assemble([found for _, found in results]), 2, CLIP)
+
+
+SOURCE = Settings(TestLayout(4, tensor=2, pipeline=2, expert=2), "muon")
+UNSHARDED = replace(SOURCE, distributed_optimizer=False)
+
+
+@pytest.fixture(scope="module", params=[SOURCE, UNSHARDED], ids=["sharded", "unsharded"])
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict]]:
+    folder = str(tmp_path_factory.mktemp("source"))
+    ranks = request.param.layout.world_size
+    yield folder, assemble(run_ranks(ranks, train_and_save, request.param, folder))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        full(Settings(TestLayout(), "muon", distributed_optimizer=False)),
+        full(Settings(TestLayout(4), "muon")),
+        Settings(TestLayout(4, tensor=2, expert=2, expert_tensor=2), "muon"),
+        Settings(TestLayout(2, pipeline=2, virtual=2), "muon", distributed_optimizer=False),
+        full(Settings(TestLayout(4, tensor=4), "muon")),
+    ],
+    ids=lambda settings: f"{settings.layout}{'' if settings.distributed_optimizer else ', unsharded'}",
+)
+def test_continues_in_another_layout(source: tuple[str, dict], settings: Settings) -> None:
+    folder, saved = source
+    results = run_ranks(settings.layout.world_size, load_and_continue, settings, folder)
+    loaded = assemble([loaded for loaded, *_ in results])
+    assert_same(*({key: value for key, value in state.items() if ".param." not in key} for state in (saved, loaded)))
+    assert_follows_reference(assemble([after for _, after, *_ in results]), STEPS + MORE_STEPS, math.inf)
+    for _, _, resumed, norms in results:
+        assert norms == pytest.approx([gradient_norm_at(STEPS + step) for step in range(MORE_STEPS)], rel=1e-6)
+        assert resumed.step == STEPS
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        full(Settings(TestLayout(2, tensor=2, expert_tensor=2), "muon")),
+        Settings(TestLayout(4, tensor=2, expert=2), "muon", bf16=True),
+        Settings(TestLayout(2), "muon", overlap_param_gather=True),
+        full(Settings(TestLayout(4, pipeline=2, virtual=2), "muon", bf16=True)),
+        full(Settings(TestLayout(2, expert=2), "muon", distributed_optimizer=False, bf16=True)),
+    ],
+    ids=lambda settings: f"{settings.layout}{', bf16' if settings.bf16 else ''}",
+)
+def test_same_layout_continues_bit_for_bit(settings: Settings, tmp_path: Path) -> None:
+    for straight, resumed in run_ranks(settings.layout.world_size, straight_and_resumed, settings, str(tmp_path)):
+        assert_same(straight, resumed)
+
+
+@pytest.mark.parametrize("sharded", [True, False], ids=["from sharded", "to sharded"])
+def test_bf16_main_weights_reach_the_other_kind(sharded: bool, tmp_path: Path) -> None:
+    """From sharded state to whole, and back."""
+    source = Settings(TestLayout(4, tensor=2), "muon", distributed_optimizer=sharded, bf16=True)
+    target = replace(source, layout=TestLayout(4, pipeline=2), distributed_optimizer=not sharded)
+    saved = assemble(run_ranks(4, train_and_save, source, str(tmp_path)))
+    loaded = assemble([loaded for loaded, *_ in run_ranks(4, load_and_continue, target, str(tmp_path))])
+    assert any(".param." in key or ".fp32_param." in key for key in saved)
+    assert_same(*map(_with_one_main_prefix, (saved, loaded)))
+
+
+def _with_one_main_prefix(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key.replace(".fp32_param.", ".param."): value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("saved", ["adamw", "muon"])
+def test_another_optimizer_is_refused(saved: str, tmp_path: Path) -> None:
+    other = {"adamw": "muon", "muon": "adamw"}[saved]
+    run_ranks(1, train_and_save, Settings(optimizer=saved), str(tmp_path))
+    (message,) = run_ranks(1, load_fails, Settings(optimizer=other), str(tmp_path))
+    names = {"adamw": "adam", "muon": "muon"}
+    assert f"saved by optimizer {names[saved]}, this run uses {names[other]}" in message
