@@ -81,7 +81,7 @@ class ParallelSettings:
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens reach the ranks of their experts: each sent where it is needed, or all gathered everywhere."""
     use_distributed_optimizer: bool = True
-    """Split optimizer state and main weights over the data-parallel ranks; of Muon, by whole matrices (not with sgd)."""
+    """Split optimizer state and main weights over the data-parallel ranks; Muon's by whole matrices (not with sgd)."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass runs."""
     overlap_param_gather: bool = False

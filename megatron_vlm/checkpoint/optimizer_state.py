@@ -5,8 +5,8 @@ in where they keep the fp32 main parameters (`_MAIN_PREFIX`) and in how they nes
 settings in the checkpoint's manifest, once, and rebuild each optimizer's own nesting on load. So a run may change
 `use_distributed_optimizer` between starts.
 
-Muon has one for its matrices and AdamW for the rest. Where their state is sharded, a data rank has whole matrices, which
-are stored as the distributed optimizer stores the rest.
+With Muon, matrices have an optimizer of their own beside AdamW's. Where state is sharded, a data rank has whole
+matrices, which are stored as the distributed optimizer stores the rest.
 
 A model with experts has two optimizers of one kind, chained: the second holds the experts, whose replicas are other
 ranks. Every rank has both, with empty groups where its stage has no experts, so all take part in the same collectives.

@@ -66,7 +66,9 @@ def register() -> None:
     """
     is_no_matrix = ParamPredicate("no matrix", lambda parameter: spec_of(parameter).kind != "matrix")
     _EMERGING_OPTIMIZERS["muon"] = EmergingOptimizerEntry(
-        WholeMatrixMuon, config_to_kwargs=_options, default_param_overrides={ParamKey(predicate=is_no_matrix): {"optimizer": "adam"}}
+        WholeMatrixMuon,
+        config_to_kwargs=_options,
+        default_param_overrides={ParamKey(predicate=is_no_matrix): {"optimizer": "adam"}},
     )
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
@@ -20,7 +21,7 @@ _SCHEDULES = {"constant": "constant", "cosine": "cosine", "linear": "linear", "w
 
 
 def build_optimizer(
-    model: Sequence[torch.nn.Module],
+    model: Sequence[DistributedDataParallel],
     settings: OptimizerSettings,
     dtype: torch.dtype,
     use_distributed_optimizer: bool,
@@ -29,8 +30,8 @@ def build_optimizer(
     """Build AdamW, SGD, or Muon with AdamW, over the trainable parameters of this rank's model chunks.
 
     Each parameter declares whether it has weight decay; parts named in `lr_multipliers` have parameter groups of their
-    own. Experts have an optimizer of their own in the chain, because their replicas are on other ranks. With Muon, so do
-    matrices (`training.muon`); where their state is sharded, each data rank updates whole ones.
+    own. Experts have an optimizer of their own in the chain, because their replicas are on other ranks. So have
+    matrices with Muon (`training.muon`); where their state is sharded, each data rank updates whole ones.
 
     Args:
         model: model chunks wrapped for data parallelism; for Muon with sharded state, marked by `mark_matrices` before.

@@ -98,9 +98,7 @@ def train(layout: TestLayout) -> list[tuple[list[float], Pieces]]:
     """With state whole on each rank, sharded, and sharded with exchanges in the background: norms and tensors."""
     results = []
     for sharded, overlap in ((False, False), (True, False), (True, True)):
-        settings = Settings(
-            layout, "muon", distributed_optimizer=sharded, overlap_param_gather=overlap, clip_grad=CLIP
-        )
+        settings = Settings(layout, "muon", distributed_optimizer=sharded, overlap_param_gather=overlap, clip_grad=CLIP)
         run = Run(settings, "unused")
         run.train(2)
         for chunk in run.chunks if overlap else []:  # what the next forward pass would wait for

@@ -36,7 +36,7 @@ class PixelEmbedder(VisionTowerChunk):
         size, dtype = config.hidden_size, mcore_config.params_dtype
         self.patch_ln1 = LayerNorm(config.patch_features, config.norm_eps, dtype)
         self.patch_dense = ColumnParallelLinear(config.patch_features, size, mcore_config, group, bias=True)
-        redeclare(self.patch_dense.weight, kind="filter")
+        redeclare(self.patch_dense.weight, kind="filter")  # type: ignore[arg-type]
         self.patch_ln2 = LayerNorm(size, config.norm_eps, dtype)
         places = torch.nn.Parameter(torch.empty(config.num_positions_per_side, 2, size, dtype=dtype))
         self.pos_embedding = declare(places, "table", normal)
