@@ -231,7 +231,7 @@ def _muon(optimizer: OptimizerSettings) -> Iterator[UserError]:
     if importlib.util.find_spec("emerging_optimizers") is None:
         yield ConfigError(
             "optimizer.name muon needs the package emerging-optimizers, which is not installed",
-            fix="pip install 'megatron-vlm[muon]'",
+            fix="install the extra: pip install -c constraints.txt -e '.[muon]'",
         )
     if not 0 <= optimizer.muon_momentum < 1:
         yield ConfigError(

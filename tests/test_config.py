@@ -418,6 +418,4 @@ def test_every_field_has_a_default_or_is_required_by_contract() -> None:
 def test_muon_without_its_package(config_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     message = refusal("--config", config_file, "--optimizer.name=muon")
-    assert (
-        "needs the package emerging-optimizers, which is not installed -- pip install 'megatron-vlm[muon]'" in message
-    )
+    assert "needs the package emerging-optimizers, which is not installed" in message and "'.[muon]'" in message
