@@ -28,7 +28,9 @@ SETTINGS = OptimizerSettings(
 )
 # Of an update's norm. Newton-Schulz multiplies what is small in a gradient: its rounding of 1e-6 becomes 6e-5.
 # AdamW divides by the gradient: of a few hundred times `eps`, 1e-3.
-TOLERANCES, TOLERANCE = {"matrix": 1e-4}, 2e-3
+MATRIX_TOLERANCE, TOLERANCE = 1e-4, 2e-3
+# It sees fewer positions than it has rows: most of its gradient's singular values are rounding, 1e-8 of the largest.
+RANK_DEFICIENT = "relative_k_proj.weight"
 
 Updates = dict[str, tuple[str, torch.Tensor]]
 """Kinds of parameters and their updates, whole, by name."""
@@ -84,7 +86,8 @@ def check(updates: Updates, theirs: Expected) -> None:
         # Nothing depends on a key's bias: its gradient is rounding noise.
         ours, expected = (without_key_bias(name, update) for update in (ours, expected))
         error = ((ours - expected).norm() / expected.norm().clamp(min=1e-12)).item()
-        assert error <= TOLERANCES.get(kind, TOLERANCE), f"{kind} {name}: {error}"
+        is_exact = kind == "matrix" and not name.endswith(RANK_DEFICIENT)
+        assert error <= (MATRIX_TOLERANCE if is_exact else TOLERANCE), f"{kind} {name}: {error}"
 
 
 WHOLE = {"distributed_optimizer": True, "whole_matrices": True}
