@@ -14,8 +14,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_vlm.config import Config, OptimizerSettings
+from megatron_vlm.errors import ConfigError
 from megatron_vlm.model.trainable import part_of
 from megatron_vlm.parallel.parameters import spec_of
+from megatron_vlm.platform.agreement import is_any
 
 _SCHEDULES = {"constant": "constant", "cosine": "cosine", "linear": "linear", "wsd": "WSD"}
 
@@ -39,6 +41,9 @@ def build_optimizer(
         dtype: dtype of the parameters; with bf16 the optimizer keeps fp32 main weights.
         use_distributed_optimizer: shard the optimizer state over the data-parallel ranks.
         groups: this rank's process groups.
+
+    Raises:
+        ConfigError: there is nothing for Muon to update.
     """
     overrides = {
         ParamKey(with_name_predicate=ParamWithNamePredicate("without_decay", _has_no_decay)): (
@@ -50,6 +55,9 @@ def build_optimizer(
         overrides[ParamKey(with_name_predicate=ParamWithNamePredicate(part, _is_in(part)))] = override
     is_muon = settings.name == "muon"
     if is_muon:
+        trained = (parameter for chunk in model for parameter in chunk.parameters() if parameter.requires_grad)
+        if not is_any(any(spec_of(parameter).kind == "matrix" for parameter in trained)):
+            raise ConfigError("optimizer.name muon updates matrices, of which none trains", fix="use adamw")
         # It needs a package that other runs can do without.
         from megatron_vlm.training.muon import register
 

@@ -6,6 +6,7 @@ Each rank starts from its share of a gradient (tests/checkpoint/tiny_run.py): wh
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from emerging_optimizers.orthogonalized_optimizers import Muon
 
+from megatron_vlm.errors import ConfigError
 from tests.checkpoint.test_distributed_layouts import (
     MORE_STEPS,
     STEPS,
@@ -202,3 +204,41 @@ def test_another_optimizer_is_refused(saved: str, tmp_path: Path) -> None:
     (message,) = run_ranks(1, load_fails, Settings(optimizer=other), str(tmp_path))
     names = {"adamw": "adam", "muon": "muon"}
     assert f"saved by optimizer {names[saved]}, this run uses {names[other]}" in message
+
+
+MATRICES = r"(?!.*(q_proj|o_proj|experts))"  # freezes all but these
+
+
+@pytest.mark.parametrize(
+    ("layout", "freeze"),
+    [
+        full(TestLayout(2), MATRICES),
+        (TestLayout(4, pipeline=2), MATRICES + r"(?!language_model\.norm)"),  # AdamW has nothing on the first stage
+        full(TestLayout(2), r".*layers\.[01]|language_model\.embed|vision_tower"),
+    ],
+    ids=["matrices", "matrices and a norm", "some"],
+)
+def test_frozen_parameters(layout: TestLayout, freeze: str, tmp_path: Path) -> None:
+    settings = Settings(layout, "muon", freeze=freeze, bf16=True)
+    before, after = run_ranks(layout.world_size, straight_and_resumed, settings, str(tmp_path))[0]
+    assert_same(before, after)
+    settings = replace(settings, bf16=False)
+    trained = assemble(run_ranks(layout.world_size, train_and_save, settings, str(tmp_path / "fp32")))
+    for key, value in reference(STEPS, math.inf).items():
+        if re.match(freeze, key.removeprefix("optimizer.state.momentum_buffer.")):
+            is_state = key.startswith("optimizer.")
+            assert is_state or torch.equal(trained[key], initial_value(key, tuple(value.shape))), key
+        elif not key.startswith("optimizer.state.exp"):
+            torch.testing.assert_close(trained[key], value, rtol=TOLERANCE, atol=TOLERANCE, msg=key)
+
+
+def no_matrix(settings: Settings) -> str:
+    with pytest.raises(ConfigError) as caught:
+        Run(settings, "unused")
+    return str(caught.value)
+
+
+def test_nothing_but_tables_and_vectors() -> None:
+    settings = Settings(TestLayout(2, pipeline=2), "muon", freeze=r".*(q_proj|o_proj|experts)|" + FROZEN)
+    for message in run_ranks(2, no_matrix, settings):
+        assert message == "optimizer.name muon updates matrices, of which none trains -- use adamw"
