@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from emerging_optimizers.orthogonalized_optimizers import Muon
@@ -14,11 +16,14 @@ from megatron_vlm.parallel.parameters import spec_of
 from megatron_vlm.training.optimizer import apply_gradients, build_optimizer, gradient_norm
 from megatron_vlm.training.step import run_global_batch
 from tests.families import FAMILIES
+from tests.families.qwen3_vl import QWEN3_VL_MOE
+from tests.families.rows import GLOBAL_BATCH
 from tests.families.tiny_family import TinyFamily
 from tests.parity.comparison import Expected
 from tests.parity.layouts import LAYOUTS, TestLayout, gather_parameter, own_micro_batches, set_up
 from tests.ranks import run_ranks
 from tests.sizes import full
+from tests.training.tiny_run_config import TinyFiles, read_metrics, tiny_config, train_on_rank
 from tests.training.transformers_reference import without_key_bias
 
 # Without decay, so that an update is all that a parameter moves by. A small eps would make AdamW's full steps out of
@@ -118,3 +123,25 @@ def test_one_step(family: TinyFamily, name: str, tmp_path: Path) -> None:
     layout, theirs = CHOSEN[name], family.expected("mixed")
     for updates in run_ranks(layout.world_size, step, family.write(tmp_path), layout, theirs.micro_batches):
         check(updates, theirs)
+
+
+def test_a_run(multimodal_of: Callable[[TinyFamily], TinyFiles], tmp_path: Path) -> None:
+    """Five steps of the loop, stopped and resumed, in another layout than one rank's: the same losses and norms."""
+    files = multimodal_of(QWEN3_VL_MOE)
+    settings = {
+        "train.train_iters": 5,
+        "train.global_batch_size": GLOBAL_BATCH // 2,
+        "optimizer.name": "muon",
+        "optimizer.lr": 2e-3,
+        "optimizer.eps": 1e-6,
+        "optimizer.lr_multipliers": {"vision_tower": 0.5},
+        "optimizer.muon_fp32_matmul_prec": "highest",
+    }
+    figures = []
+    for layout in (TestLayout(), TestLayout(4, tensor=2, sequence_parallel=True, expert=2, overlap=True, **WHOLE)):
+        folder = tmp_path / str(layout.world_size)
+        for stop in ({"train.exit_interval": 3}, {}):
+            run_ranks(layout.world_size, train_on_rank, tiny_config(files, folder, settings | layout.settings() | stop))
+        figures.append([(record["loss"], record["grad_norm"]) for record in read_metrics(folder)])
+    assert len(figures[0]) == 5 and figures[0][-1][0] < figures[0][0][0]
+    assert np.array(figures[1]) == pytest.approx(np.array(figures[0]), rel=1e-4)
