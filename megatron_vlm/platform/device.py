@@ -20,7 +20,7 @@ import torch
 import torch.distributed
 
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.platform import fused_adam, layer_wise, megatron_cpu, single_rank
+from megatron_vlm.platform import fused_adam, megatron_cpu, single_rank
 
 # megatron-core warns at import and at build of what is missing or deprecated in parts that are not used here.
 warnings.filterwarnings("ignore", module=r"megatron\.")
@@ -144,7 +144,6 @@ def initialize(device_type: str = "auto") -> Platform:
         _CURRENT = Platform(torch.device("cpu"), "gloo", False)
     if not has_transformer_engine() and importlib.util.find_spec("apex") is None:
         fused_adam.install()
-    layer_wise.install()
     return _CURRENT
 
 

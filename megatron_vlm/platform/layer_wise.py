@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron.core import optimizer
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -35,12 +36,12 @@ class LayerWiseOptimizer(LayerWiseDistributedOptimizer):
         if not config.bf16:
             self.config = config
             self.chained_optimizers = [
-                FP32Optimizer(optimizer, config, init_state)
-                for optimizer, init_state in zip(optimizers, init_state_fn_list, strict=True)
+                FP32Optimizer(member, config, init_state)
+                for member, init_state in zip(optimizers, init_state_fn_list, strict=True)
             ]
-        for optimizer in (self, *self.chained_optimizers):
-            optimizer.tp_group, optimizer.expert_tp_group = pg_collection.tp, pg_collection.expt_tp
-            optimizer.grad_stats_parallel_group = pg_collection.intra_dist_opt
+        for member in (self, *self.chained_optimizers):
+            member.tp_group, member.expert_tp_group = pg_collection.tp, pg_collection.expt_tp
+            member.grad_stats_parallel_group = pg_collection.intra_dist_opt
 
     def shard_params(self, optimizers: list[Any], full_param_layouts: Any = None) -> None:
         """Leave to the optimizers the parameters in this rank's shards of the buffers."""
@@ -49,6 +50,4 @@ class LayerWiseOptimizer(LayerWiseDistributedOptimizer):
 
 def install() -> None:
     """Give megatron-core this class where it uses its own."""
-    import megatron.core.optimizer as optimizer
-
     optimizer.LayerWiseDistributedOptimizer = LayerWiseOptimizer

@@ -22,6 +22,7 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig, ParamPredi
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_vlm.parallel.parameters import spec_of
+from megatron_vlm.platform import layer_wise
 
 
 class WholeMatrixMuon(Muon):
@@ -64,6 +65,7 @@ def register() -> None:
     Its own would take what has two dimensions and is not marked as embedding or head (routers, tables of positions),
     leave experts and the towers' q, k and v to AdamW, and by default orthogonalise the shards of matrices.
     """
+    layer_wise.install()
     is_no_matrix = ParamPredicate("no matrix", lambda parameter: spec_of(parameter).kind != "matrix")
     _EMERGING_OPTIMIZERS["muon"] = EmergingOptimizerEntry(
         WholeMatrixMuon,
