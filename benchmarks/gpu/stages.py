@@ -73,6 +73,7 @@ STAGES = (
     _tests("experts", "grouped products, experts without tokens", 25, "tests/gpu/test_one_gpu.py", "-k", "experts"),
     _tests("steps", "a step of each family against transformers", 60, "tests/gpu/test_one_gpu.py", "-k", "not experts"),
     _tests("attention", "kernels of Triton against fp64", 95, "tests/gpu/test_kernels_span_attention.py"),
+    _script("optimizers", "an update by AdamW and by Muon", 30, "benchmarks.gpu.optimizers"),
     _script("recompilations", "variants over 50 lengths", 45, "benchmarks.gpu.recompilations"),
     _script(
         "span_attention",

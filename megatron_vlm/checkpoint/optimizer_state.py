@@ -5,6 +5,9 @@ in where they keep the fp32 main parameters (`_MAIN_PREFIX`) and in how they nes
 settings in the checkpoint's manifest, once, and rebuild each optimizer's own nesting on load. So a run may change
 `use_distributed_optimizer` between starts.
 
+With Muon, matrices have an optimizer of their own beside AdamW's. Where state is sharded, a data rank has whole
+matrices, which are stored as the distributed optimizer stores the rest.
+
 A model with experts has two optimizers of one kind, chained: the second holds the experts, whose replicas are other
 ranks. Every rank has both, with empty groups where its stage has no experts, so all take part in the same collectives.
 """
@@ -14,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -21,6 +25,7 @@ import torch.distributed
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from megatron.core.optimizer.optimizer import (
     ChainedOptimizer,
     Float16OptimizerWithFloat16Params,
@@ -37,7 +42,7 @@ from megatron_vlm.platform.checkpointing import padding_kept
 _SHARDING_TYPE = "fully_reshardable"
 _METADATA = {"distrib_optim_sharding_type": _SHARDING_TYPE, "chained_optim_avoid_prefix": True}
 # Settings that a resumed run takes from its configuration; the scheduler sets learning rates and weight decay.
-_CONFIGURED = ("betas", "eps")
+_CONFIGURED = ("betas", "eps", "momentum")
 # Where each optimizer's fp32 main parameters are stored, before the parameter's name. An fp32 model without the
 # distributed optimizer has none: its parameters are stored once, under their own names.
 _MAIN_PREFIX = {
@@ -72,16 +77,29 @@ def sharded_state(
         Trees of sharded tensors, by number of the optimizer in the chain.
     """
     state = {}
+    of_one_rank = _of_one_data_rank(optimizer)
     for index, member in enumerate(_chained(optimizer)):
         if member.init_state_fn is None:  # SGD without momentum has no state, and megatron-core calls the None
             member.init_state_fn = lambda *_: None
-        elif isinstance(member, DistributedOptimizer) and member.optimizer is not None:
+        elif (isinstance(member, DistributedOptimizer) or member in of_one_rank) and member.optimizer is not None:
             # Where no step was taken yet (all were skipped), megatron-core would look for moments in vain.
             member.init_state_fn(member.optimizer, member.config)
         with padding_kept(member) if isinstance(member, DistributedOptimizer) else nullcontext():
             described = member.sharded_state_dict(model_state, is_loading=is_loading, metadata=_METADATA)
         state[index] = _tensors(member, described)
+        if member in of_one_rank:
+            dict_list_map_inplace(partial(_without_copies, _MAIN_PREFIX[type(member)]), state[index])
     return state
+
+
+def _without_copies(prefix: str, leaf: Any) -> Any:
+    """Describe a tensor that only this data rank has, under the distributed optimizer's name; `prefix` is its own."""
+    if not isinstance(leaf, ShardedTensor):
+        return leaf
+    key = leaf.key
+    if prefix and key.startswith(prefix):
+        key = _MAIN_PREFIX[DistributedOptimizer] + key.removeprefix(prefix)
+    return replace(leaf, key=key, replica_id=(*leaf.replica_id[:2], 0))
 
 
 def _tensors(member: Any, described: dict[str, Any]) -> dict[Any, Any]:
@@ -189,12 +207,23 @@ def _from_json(value: Any) -> Any:
 
 
 def _chained(optimizer: MegatronOptimizer) -> list[Any]:
-    """The optimizers inside megatron-core's chain: of the dense parameters, and of the experts if there are any."""
-    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    """The optimizers inside megatron-core's chains: of the dense parameters, and of the experts if there are any."""
+    if not isinstance(optimizer, ChainedOptimizer):
+        return [optimizer]
+    return [inner for member in optimizer.chained_optimizers for inner in _chained(member)]
+
+
+def _of_one_data_rank(optimizer: MegatronOptimizer) -> list[Any]:
+    """The optimizers inside the chain whose parameters no other data rank updates."""
+    chain = [optimizer, *getattr(optimizer, "chained_optimizers", [])]
+    return [
+        inner for member in chain if isinstance(member, LayerWiseDistributedOptimizer) for inner in _chained(member)
+    ]
 
 
 def _main_prefix(optimizer: MegatronOptimizer) -> str:
-    return _MAIN_PREFIX[type(_chained(optimizer)[0])]
+    is_sharded = bool(_of_one_data_rank(optimizer))
+    return _MAIN_PREFIX[DistributedOptimizer if is_sharded else type(_chained(optimizer)[0])]
 
 
 def _align_steps(optimizer: MegatronOptimizer) -> None:

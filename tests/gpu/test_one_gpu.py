@@ -15,7 +15,10 @@ from tests.families.tiny_family import TinyFamily
 from tests.gpu.poison import poison
 from tests.parity.comparison import check_case
 from tests.parity.layouts import TestLayout, run_case
+from tests.training import test_muon_families
 from vlm_kernels.span_attention import reference
+
+FAMILIES_WITH_MUON = [family for family in FAMILIES if str(family) in ("gemma3", "qwen3_vl_moe")]
 
 
 @pytest.mark.parametrize("counts", test_experts.COUNTS.values(), ids=test_experts.COUNTS)
@@ -39,3 +42,16 @@ def test_a_step_equals_transformers(family: TinyFamily, tmp_path: Path, monkeypa
         platform.current().leave_process_group(failed=False)
     for case, expected in cases.items():
         check_case([results[case]], expected, family.vocabulary)
+
+
+@pytest.mark.parametrize("family", FAMILIES_WITH_MUON, ids=str)
+def test_a_muon_step_equals_the_cpus(family: TinyFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlm_kernels.span_attention._on_gpu", reference)
+    theirs = family.expected("mixed")
+    hf_directory = family.write(tmp_path)
+    initialize_distributed(timeout_minutes=2)
+    try:
+        updates = test_muon_families.step(hf_directory, TestLayout(), theirs.micro_batches)
+    finally:
+        platform.current().leave_process_group(failed=False)
+    test_muon_families.check(updates, theirs)

@@ -89,7 +89,7 @@ class SubsamplingLayer(torch.nn.Module):
         super().__init__()
         self.conv = torch.nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False, dtype=dtype)
         self.norm = torch.nn.LayerNorm(out_channels, eps, bias=False, dtype=dtype)
-        declare(self.conv.weight, "matrix", normal)
+        declare(self.conv.weight, "filter", normal)
         declare(self.norm.weight, "vector", ones)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -56,7 +56,7 @@ class PatchEmbedder(torch.nn.Module):
         super().__init__()
         size = config.hidden_size
         self.input_proj = torch.nn.Linear(config.patch_features, size, bias=False, dtype=dtype)
-        declare(self.input_proj.weight, "matrix", normal)
+        declare(self.input_proj.weight, "filter", normal)
         table = torch.nn.Parameter(torch.empty(2, config.num_positions_per_side, size, dtype=dtype))
         self.position_embedding_table = declare(table, "table", ones)
 
