@@ -58,7 +58,7 @@ class KnownWait:
         file: end of the path of the function's file.
         function: its name.
         times: how often it may wait.
-        per: each time that a layer with experts is computed, for each micro-batch, or in a step.
+        per: each layer with experts and micro-batch, each micro-batch and chunk, or step.
     """
 
     name: str
@@ -70,9 +70,9 @@ class KnownWait:
 
 KNOWN_WAITS = (
     # One copy of all counts, for the sizes of the exchange and of what is kept.
-    KnownWait("counts of the token dispatcher", "moe/token_dispatcher.py", "_maybe_dtoh_and_synchronize", 1, "layer"),
-    # It decides whether the update is applied; megatron-core's own waits for every tensor.
-    KnownWait("norm of the gradients", "training/optimizer.py", "gradient_norm", 400, "step"),
+    KnownWait("sizes of the exchange between experts", "layers/expert_exchange.py", "on_host", 1, "layer"),
+    # It decides whether the update is applied.
+    KnownWait("norm of the gradients", "training/optimizer.py", "gradient_norm", 1, "step"),
 )
 
 
@@ -152,15 +152,14 @@ class FakeGpu(TorchDispatchMode):
             return _aten.alias.default(source) if is_same else _aten._to_copy.default(*args, **kwargs)
         if not kwargs.get("non_blocking"):
             self.wait("a copy to the host")
-        elif _known_wait() is None:
+        elif all(frame.f_code is not platform.HostCopy.__init__.__code__ for frame in _frames()):
             raise DeviceFault(f"a copy to the host, whose values nobody waits for{_caller()}")
         return self._values(source)
 
     def _values(self, source: FakeTensor) -> torch.Tensor:
-        """Return what the host finds in a tensor: ones, where nobody has said what."""
-        known = getattr(source, "known_values", None)
+        """Return what the host finds in a tensor: ones, where nobody says what."""
         with unset_fake_temporarily():
-            return torch.ones(tuple(source.shape), dtype=source.dtype) if known is None else known.clone()
+            return torch.ones(tuple(source.shape), dtype=source.dtype)
 
 
 _TAKES_MASK = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default)

@@ -1,4 +1,4 @@
-"""The counts of tokens that megatron-core's dispatcher brings to the host, where experts get equally many."""
+"""The sizes of an exchange of tokens that the host waits for, where experts get equally many."""
 
 from __future__ import annotations
 
@@ -8,35 +8,31 @@ from typing import Any
 from unittest import mock
 
 import torch
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from megatron_vlm.layers import expert_exchange
 
 
 @contextmanager
 def even_choices() -> Iterator[None]:
-    """Say what the host will find when it waits for the dispatcher's counts."""
-    preprocess = MoEAlltoAllTokenDispatcher.preprocess
+    """Say what the host will find when it waits for where the rows of each expert end."""
+    call, on_host = expert_exchange.AllToAll.__call__, expert_exchange._Sizes.on_host
 
-    def with_values(dispatcher: Any, routing_map: torch.Tensor) -> torch.Tensor:
-        tokens_per_expert = preprocess(dispatcher, routing_map)
-        choices, experts = routing_map.shape[0] * dispatcher.config.moe_router_topk, dispatcher.num_experts
-        assert choices % experts == 0, f"{choices} choices are not equally many for {experts} experts"
-        each, of_rank = choices // experts, choices // dispatcher.ep_size
-        sources = dispatcher.ep_size * dispatcher.tp_size
-        for tensor, value in (
-            (dispatcher.input_splits, of_rank),
-            (dispatcher.output_splits, of_rank),
-            (dispatcher.output_splits_tp, choices),
-            (dispatcher.num_global_tokens_per_local_expert, each),
-            (tokens_per_expert, each * sources),
-        ):
-            if isinstance(tensor, torch.Tensor):
-                with unset_fake_temporarily():
-                    tensor.known_values = torch.full(tuple(tensor.shape), value)  # type: ignore[attr-defined]
-        return tokens_per_expert
+    def with_choices(exchange: Any, x_TH: torch.Tensor, *args: Any) -> torch.Tensor:
+        exchange.choices = x_TH.shape[0] * exchange.top_k
+        return call(exchange, x_TH, *args)
+
+    def with_values(sizes: Any) -> Any:
+        with unset_fake_temporarily():
+            num_ranks, num_experts = sizes.ends.shape
+            choices = sizes._exchange.choices
+            assert choices % num_experts == 0, f"{choices} choices are not equally many for {num_experts} experts"
+            ends = torch.arange(1, num_experts + 1, dtype=torch.int32) * (choices // num_experts)
+            sizes._copy._copy = ends.expand(num_ranks, -1)
+        return on_host(sizes)
 
     with (
-        mock.patch.object(MoEAlltoAllTokenDispatcher, "preprocess", with_values),
-        mock.patch.object(MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", None),  # made once per process
+        mock.patch.object(expert_exchange.AllToAll, "__call__", with_choices),
+        mock.patch.object(expert_exchange._Sizes, "on_host", with_values),
     ):
         yield

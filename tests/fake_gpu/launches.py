@@ -132,6 +132,7 @@ def _with_sums(output: Any) -> int:
 # torch makes the gradient of what a part was taken from: zeros, and a copy into them.
 KERNELS: dict[str, Callable[[Any], int]] = {
     "vlm_kernels::expert_permutation": lambda _: 2,
+    "vlm_kernels::route": lambda _: 2,
     "vlm_kernels::rms_norm_backward": _with_sums,
     "vlm_kernels::rms_norm_add_rms_norm_backward": lambda output: _with_sums(output[1:]),
     "vlm_kernels::qk_norm_rope_backward": lambda output: 1 + sum(tensor.numel() > 0 for tensor in output[2:]),

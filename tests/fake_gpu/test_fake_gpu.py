@@ -17,7 +17,7 @@ from megatron_vlm.layers import mlp
 from megatron_vlm.layers.recompute import layers_run_by
 from megatron_vlm.training.step import run_global_batch
 from tests import published_gemma3, published_gemma4, published_mistral3, published_qwen3_vl
-from tests.fake_gpu.device import CUDA, DeviceFault, fake_gpu
+from tests.fake_gpu.device import CUDA, KNOWN_WAITS, DeviceFault, fake_gpu
 from tests.fake_gpu.launches import KERNELS, REST, LaunchRecorder
 from tests.fake_gpu.step import FakeRank, fake_rank, few_layers
 from tests.sizes import full
@@ -74,9 +74,10 @@ def test_a_step_waits_only_where_it_is_known(
             for chunk in run.model:
                 assert all(parameter.main_grad.is_cuda for parameter in chunk.parameters() if parameter.requires_grad)
         if layout == EXPERT:
-            most = run.gpu.waits["counts of the token dispatcher"]
-            run.gpu.waits["counts of the token dispatcher"] += 1
-            with pytest.raises(DeviceFault, match=f"waits {most + 1} times for counts .* allowed {most} times"):
+            name = KNOWN_WAITS[0].name
+            most = run.gpu.waits[name]
+            run.gpu.waits[name] += 1
+            with pytest.raises(DeviceFault, match=f"waits {most + 1} times for {name}, .* allowed {most} times"):
                 run.check_waits(num_micro_batches)
 
 
@@ -175,7 +176,7 @@ def test_what_does_not_wait_is_let_through(name: str) -> None:
 
 def test_the_fault_names_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """The innermost line of the project."""
-    monkeypatch.setattr(mlp, "gated", lambda gate, *_, **__: gate[gate > 0])
+    monkeypatch.setattr(mlp, "gated_halves", lambda gate_up, *_, **__: gate_up[gate_up > 0])
     place = r"aten.index.Tensor, called in megatron_vlm.layers.mlp line \d+ \(forward\)"
     with small_model() as small, pytest.raises(DeviceFault, match=place):
         run_step(small)
