@@ -381,7 +381,7 @@ class CheckpointManager:
         if optimizer is not None:
             with run_folder.reading_manifest(folder, "optimizer"):
                 saved = self._check_optimizer(manifest, optimizer, folder)
-                optimizer_state.redirect_main_parameters(state["optimizer"], optimizer, saved)
+                state["optimizer"] = optimizer_state.redirect_main_parameters(state["optimizer"], optimizer, saved)
         _check_tensors(state, folder, self.groups)
         loaded = _read(lambda: dist_checkpointing.load(state, str(folder)), folder)
         if optimizer is not None:

@@ -1,12 +1,6 @@
 """What megatron-core's distributed checkpointing needs from us: repairs, error reports, and random states.
 
-Four parts of megatron-core 0.19.2 are replaced here. Without the first, checkpoints are silently wrong
-(tests/checkpoint/test_distributed_layouts.py fails); test_distributed_save.py has tests of the others.
-
-- `DistributedOptimizer.get_parameter_state_dp_zero` drops the padding behind each bucket, but its caller, the format
-  `fully_reshardable`, looks for parameters at their offsets with padding: moments and main parameters of every bucket
-  behind a padded one are stored shifted. Several buckets exist with `overlap_grad_reduce`, and in pipelines with a tied
-  embedding. `padding_kept` puts the padding back. Goes when megatron-core's warning "can lead to data corruption" does.
+Three parts of megatron-core 0.19.2 are replaced here; tests/checkpoint/test_distributed_save.py has a test of each.
 
 - `filesystem_async._results_queue`: the default starts a manager process by `spawn` (4 to 10 seconds, and the user's
   script runs again in it). `_WriteResults` needs no process. Goes when megatron-core no longer spawns.
@@ -38,7 +32,6 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -151,30 +144,6 @@ class SaveStrategy(torch_strategy.TorchDistSaveShardedStrategy):
         failure = share_first(failure)
         if failure is not None:
             raise SaveFailed(failure)
-
-
-@contextmanager
-def padding_kept(optimizer: DistributedOptimizer) -> Iterator[None]:
-    """Within the block, the optimizer's gathered state has its parameters where megatron-core looks for them."""
-    gather = optimizer.get_parameter_state_dp_zero
-
-    def gather_with_padding(**arguments: Any) -> Any:
-        state = gather(**arguments)
-        for index, buffer in enumerate(optimizer.buffers):
-            sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
-            paddings = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
-            for tensors in state[index].values():
-                for kind, tensor in tensors.items():
-                    if isinstance(tensor, torch.Tensor) and any(paddings[:-1]):
-                        pieces = zip(tensor.split(sizes), paddings, strict=True)
-                        tensors[kind] = torch.cat([part for piece, n in pieces for part in (piece, piece.new_zeros(n))])
-        return state
-
-    optimizer.get_parameter_state_dp_zero = gather_with_padding
-    try:
-        yield
-    finally:
-        del optimizer.get_parameter_state_dp_zero
 
 
 @contextmanager
