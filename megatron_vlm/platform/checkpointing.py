@@ -37,6 +37,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_vlm.platform.agreement import gather_if_any, is_any, share_first
 from megatron_vlm.platform.device import current
+from megatron_vlm.platform.host_memory import HostMemory
 
 
 class SaveFailed(Exception):
@@ -93,6 +94,7 @@ class SaveStrategy(torch_strategy.TorchDistSaveShardedStrategy):
         self._written: Any = None
         """What this rank wrote in the last save, and where; on rank 0 also `_all_written`, by rank."""
         self._all_written: list[Any] = []
+        self._host_memory = HostMemory()
         if filesystem_async._results_queue is None:
             filesystem_async._results_queue = _WriteResults()
         # The notice recommends a package that exists for CUDA only.
@@ -111,11 +113,22 @@ class SaveStrategy(torch_strategy.TorchDistSaveShardedStrategy):
         if metadata is not None:  # on rank 0, when the save was planned
             del metadata.all_local_plans
             self._metadata = metadata
-        write, stage, arguments = writer.get_save_function_and_args()
+        write, _, arguments = writer.get_save_function_and_args()
+        stage = None
         if write is not None:
             transforms, use_msc = write.args
             write = partial(_write_files, transforms, use_msc)
+            # Host tensors need no copies of ours: the forked process has them as they are when it is forked.
+            stage = partial(self._stage, writer.write_buckets) if current().accelerated else None
         return AsyncRequest(write, arguments, [partial(self._finish, writer)], preload_fn=stage)
+
+    def _stage(self, buckets: list[Any]) -> list[Any]:
+        """Copy the tensors that this rank writes into host memory; the result is for `_write_files`."""
+        copies = iter(self._host_memory.copy([tensor for *_, (_, items) in buckets for _, tensor in items]))
+        return [
+            (path, name, (objects, [(item, next(copies)) for item, _ in items]))
+            for path, name, (objects, items) in buckets
+        ]
 
     def _finish(self, writer: Any) -> None:
         """Collect what every rank wrote, write the metadata, publish; every rank learns of a failure.
