@@ -83,18 +83,31 @@ def _write_files(transforms: list[Any], use_msc: bool, rank: int, buckets: list[
     results.put(written)
 
 
-class SaveStrategy(torch_strategy.TorchDistSaveShardedStrategy):
-    """Writes megatron-core's `torch_dist` format and publishes it on rank 0 once every rank's files are on disk."""
+def _stage(memory: HostMemory, buckets: list[Any]) -> list[Any]:
+    """Copy the tensors that this rank writes into host memory; the result is what `_write_files` takes."""
+    copies = iter(memory.copy([tensor for *_, (_, items) in buckets for _, tensor in items]))
+    return [
+        (path, name, (objects, [(item, next(copies)) for item, _ in items])) for path, name, (objects, items) in buckets
+    ]
 
-    def __init__(self) -> None:
+
+class SaveStrategy(torch_strategy.TorchDistSaveShardedStrategy):
+    """Writes megatron-core's `torch_dist` format and publishes it on rank 0 once every rank's files are on disk.
+
+    Args:
+        host_memory: what is saved is copied into it first. None leaves it where it is, which must be on the host: the
+            forked process that writes has it as it was.
+    """
+
+    def __init__(self, host_memory: HostMemory | None) -> None:
         super().__init__(cached_metadata=True)
+        self._host_memory = host_memory
         self.publish: Callable[[], None] = lambda: None
         """Called on rank 0 after the checkpoint's own metadata was written; what it raises reaches every rank."""
         self._metadata: Any = None
         self._written: Any = None
         """What this rank wrote in the last save, and where; on rank 0 also `_all_written`, by rank."""
         self._all_written: list[Any] = []
-        self._host_memory = HostMemory()
         if filesystem_async._results_queue is None:
             filesystem_async._results_queue = _WriteResults()
         # The notice recommends a package that exists for CUDA only.
@@ -118,17 +131,8 @@ class SaveStrategy(torch_strategy.TorchDistSaveShardedStrategy):
         if write is not None:
             transforms, use_msc = write.args
             write = partial(_write_files, transforms, use_msc)
-            # Host tensors need no copies of ours: the forked process has them as they are when it is forked.
-            stage = partial(self._stage, writer.write_buckets) if current().accelerated else None
+            stage = None if self._host_memory is None else partial(_stage, self._host_memory, writer.write_buckets)
         return AsyncRequest(write, arguments, [partial(self._finish, writer)], preload_fn=stage)
-
-    def _stage(self, buckets: list[Any]) -> list[Any]:
-        """Copy the tensors that this rank writes into host memory; the result is for `_write_files`."""
-        copies = iter(self._host_memory.copy([tensor for *_, (_, items) in buckets for _, tensor in items]))
-        return [
-            (path, name, (objects, [(item, next(copies)) for item, _ in items]))
-            for path, name, (objects, items) in buckets
-        ]
 
     def _finish(self, writer: Any) -> None:
         """Collect what every rank wrote, write the metadata, publish; every rank learns of a failure.
