@@ -16,18 +16,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
-from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.dict_utils import nested_values
 from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_vlm.checkpoint import optimizer_state
-from megatron_vlm.checkpoint.manager import sharded_model_state
 from megatron_vlm.checkpoint.optimizer_shards import boxes_of_range
 from megatron_vlm.checkpoint.torch_dist import TorchDistReader
 from megatron_vlm.platform.host_memory import HostMemory
-from tests.checkpoint.test_distributed_layouts import load_and_continue, load_fails, straight_and_resumed
-from tests.checkpoint.tiny_run import FROZEN, PROJECTOR, Run, Settings
+from tests.checkpoint.test_distributed_layouts import assert_follows_reference, load_fails
+from tests.checkpoint.tiny_run import FROZEN, ODD_ROWS, PROJECTOR, Run, Settings
 from tests.checkpoint.whole_state import Pieces, assemble, assert_same
 from tests.parity.layouts import TestLayout
 from tests.ranks import run_ranks
@@ -65,7 +62,15 @@ def test_boxes_cover_every_run_in_order(shape: tuple[int, ...]) -> None:
 def counted_collectives() -> Iterator[list[tuple[str, torch.dtype, int]]]:
     """Within the block, (name, type, bytes) of every tensor that a collective is given."""
     calls: list[tuple[str, torch.dtype, int]] = []
-    names = ("all_gather", "gather", "all_gather_into_tensor", "broadcast", "all_reduce", "all_to_all_single", "scatter")
+    names = (
+        "all_gather",
+        "gather",
+        "all_gather_into_tensor",
+        "broadcast",
+        "all_reduce",
+        "all_to_all_single",
+        "scatter",
+    )
     names += ("reduce_scatter_tensor", "send", "recv", "isend", "irecv")
 
     def counting(name: str, function: Any) -> Any:
@@ -176,38 +181,107 @@ def train_and_save(settings: Settings, folder: str) -> tuple[Pieces, Pieces]:
     run = Run(settings, folder)
     run.train(STEPS)
     run.save()
-    model = sharded_model_state(run.chunks, run.groups)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optimizer_state, "sharded_shards", gathered_by_megatron)
-        tree = optimizer_state.sharded_state(run.optimizer, model, is_loading=False)
-    gathered = [leaf for leaf in nested_values(tree) if isinstance(leaf, ShardedTensor)]
-    places = [
-        tuple(slice(o, o + n) for o, n in zip(leaf.global_offset, leaf.local_shape, strict=True)) for leaf in gathered
-    ]
-    reference = [(leaf.key, tuple(leaf.global_shape), place, leaf.data) for leaf, place in zip(gathered, places)]
-    return run.pieces(), reference
+    with as_before():
+        return run.pieces(), run.pieces()
 
 
-def gathered_by_megatron(optimizer: Any, model_state: Any) -> Any:
-    """megatron-core's own state that can be read in any layout: every data rank has whole parameters."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "cuda", lambda self: self)
-        metadata = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-        return optimizer.sharded_state_dict(model_state, metadata=metadata)["param_state"]
-
-
-def save_as_before(settings: Settings, folder: str) -> None:
-    """A checkpoint as this program wrote it while every data rank gathered the state."""
+def save(settings: Settings, folder: str) -> None:
     run = Run(settings, folder)
     run.train(STEPS)
+    run.save()
+
+
+@contextmanager
+def as_before() -> Iterator[None]:
+    """The state is gathered on every data rank, in megatron-core's form for any layout: what this program did once."""
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optimizer_state, "sharded_shards", gathered_by_megatron)
+        patch.setattr(torch.Tensor, "cuda", lambda self: self)
+        patch.setattr(
+            optimizer_state,
+            "sharded_shards",
+            lambda member, model: member.sharded_state_dict(model, metadata=metadata)["param_state"],
+        )
+        yield
+
+
+def load(settings: Settings, folder: str) -> Pieces:
+    run = Run(settings, folder)
+    assert run.load().step == STEPS
+    return run.pieces()
+
+
+def canonical(whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of a bf16 run, under the keys of the distributed optimizer."""
+    return {key.replace(".fp32_param.", ".param."): value for key, value in whole.items()}
+
+
+def pieces_within_rows(checkpoint: Path) -> set[str]:
+    """Tensors of which some piece begins or ends within a row."""
+    with TorchDistReader(checkpoint) as reader:
+        return {
+            key
+            for key, entry in reader.tensors.items()
+            if len(entry.size) > 1 and any(chunk.sizes[-1] != entry.size[-1] for chunk in entry.chunks)
+        }
+
+
+NOT_DISTRIBUTED = Settings(TestLayout(2), distributed_optimizer=False, bf16=True)
+TARGETS = [
+    Settings(TestLayout(2), bf16=True),
+    full(Settings(DATA_3, bf16=True)),
+    full(Settings(TestLayout(4, tensor=2, expert=2, expert_tensor=2), bf16=True)),
+    full(Settings(VIRTUAL, bf16=True)),
+    NOT_DISTRIBUTED,
+]
+
+
+@pytest.fixture(scope="module", params=[DATA_4, EXPERTS, full(DATA_3), full(CONTEXT)], ids=str)
+def source(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, torch.Tensor]]:
+    """A checkpoint in which a data rank's shard ends within a row, and what it holds by megatron-core's account."""
+    layout, folder = request.param, tmp_path_factory.mktemp("source")
+    results = run_ranks(layout.world_size, train_and_save, Settings(layout, bf16=True), str(folder))
+    saved, gathered = (assemble(pieces) for pieces in zip(*results, strict=True))
+    assert_same(gathered, saved)
+    assert {f"optimizer.state.{kind}.{ODD_ROWS}" for kind in KINDS} <= pieces_within_rows(folder / f"step_{STEPS:08d}")
+    return str(folder), gathered
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda settings: f"{settings.layout} {settings.distributed_optimizer}")
+def test_shards_are_read_in_any_layout(source: tuple[str, dict[str, torch.Tensor]], target: Settings) -> None:
+    folder, gathered = source
+    loaded = assemble(run_ranks(target.layout.world_size, load, target, folder))
+    assert_same(gathered, canonical(loaded))
+
+
+@pytest.mark.parametrize("target", [DATA_4, full(TestLayout(2, tensor=2))], ids=str)
+def test_shards_read_what_is_stored_whole(tmp_path: Path, target: TestLayout) -> None:
+    run_ranks(2, save, NOT_DISTRIBUTED, str(tmp_path))
+    stored = assemble(run_ranks(2, load, NOT_DISTRIBUTED, str(tmp_path)))
+    loaded = assemble(run_ranks(target.world_size, load, Settings(target, bf16=True), str(tmp_path)))
+    assert_same(canonical(stored), loaded)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("target", [TestLayout(2), DATA_4], ids=str)
+def test_virtual_stages_are_read_in_other_layouts(tmp_path: Path, target: TestLayout) -> None:
+    """In fp32, so that torch's AdamW is the reference: in pipelines megatron-core's gathered state is shifted."""
+    run_ranks(4, save, Settings(VIRTUAL), str(tmp_path))
+    loaded = assemble(run_ranks(target.world_size, load, Settings(target), str(tmp_path)))
+    assert_follows_reference(loaded, STEPS)
+
+
+# Checkpoints of earlier versions
+
+
+def save_as_before_and_continue(settings: Settings, folder: str) -> dict[str, Any]:
+    run = Run(settings, folder)
+    run.train(STEPS)
+    with as_before():
         run.save()
-
-
-def straight(settings: Settings) -> dict[str, Any]:
-    run = Run(settings, "nowhere")
-    run.train(STEPS + 2)
+    run.train(2)
     return run.local_state()
 
 
@@ -218,22 +292,41 @@ def resumed(settings: Settings, folder: str) -> dict[str, Any]:
     return run.local_state()
 
 
-def partial_rows(checkpoint: Path) -> list[str]:
-    """Tensors of which some piece begins or ends within a row."""
-    with TorchDistReader(checkpoint) as reader:
-        return [
-            key
-            for key, entry in reader.tensors.items()
-            if any(chunk.sizes[-1:] != entry.size[-1:] for chunk in entry.chunks)
-        ]
+def test_a_checkpoint_with_whole_parameters_continues_bit_for_bit(tmp_path: Path) -> None:
+    settings = Settings(DATA_4, bf16=True)
+    expected = run_ranks(4, save_as_before_and_continue, settings, str(tmp_path))
+    with TorchDistReader(tmp_path / f"step_{STEPS:08d}") as reader:
+        assert all(len(entry.chunks) == 1 for entry in reader.tensors.values())
+    for left, right in zip(expected, run_ranks(4, resumed, settings, str(tmp_path)), strict=True):
+        assert_same(left, right)
 
 
-@pytest.mark.parametrize(
-    ("source", "targets"),
-    [
-        (DATA_4, [TestLayout(2), full(DATA_3)]),
-        (DATA_3, [TestLayout(), full(TestLayout(4, tensor=2, expert=2, expert_tensor=2))]),
-        (EXPERTS, [TestLayout(2, tensor=2), full(TestLayout(4, expert=4))]),
-    ],
-)
-def test_placeholder(source, targets): ...
+# One rank alone
+
+
+def test_every_rank_learns_of_a_tensor_that_one_rank_misses(tmp_path: Path) -> None:
+    run_ranks(4, save, Settings(DATA_4, freeze=f"{FROZEN}|{PROJECTOR}"), str(tmp_path))
+    messages = run_ranks(4, load_fails, Settings(DATA_4), str(tmp_path))
+    assert f"optimizer.state.exp_avg.{PROJECTOR} is missing" in messages[0] and messages == [messages[0]] * 4
+
+
+def test_background_saves_reuse_their_host_memory(tmp_path: Path) -> None:
+    assert all(run_ranks(2, save_in_background, str(tmp_path)))
+
+
+def save_in_background(folder: str) -> bool:
+    settings = Settings(TestLayout(2), bf16=True)
+    run = Run(settings, folder, async_save=True)
+    run.manager._host_memory = memory = HostMemory()
+    states, blocks = {}, []
+    for _ in range(2):
+        run.train(1)
+        states[run.step] = run.local_state()
+        run.save()
+        blocks.append(memory._block)
+    run.train(1)
+    run.manager.finalize(blocking=True)
+    again = Run(settings, folder)
+    again.load()
+    assert_same(again.local_state(), states[again.step])
+    return again.step == 2 and blocks[0] is blocks[1]
