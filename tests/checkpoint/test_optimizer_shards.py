@@ -15,14 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed
-from torch.distributed import distributed_c10d
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_vlm.checkpoint import optimizer_state
 from megatron_vlm.checkpoint.optimizer_shards import boxes_of_range
 from megatron_vlm.checkpoint.torch_dist import TorchDistReader
 from megatron_vlm.platform.host_memory import HostMemory
+from tests.checkpoint.moved_bytes import Copies, bytes_on_disk, counted_collectives
 from tests.checkpoint.test_distributed_layouts import assert_follows_reference, load_fails
 from tests.checkpoint.tiny_run import FROZEN, ODD_ROWS, PROJECTOR, Run, Settings
 from tests.checkpoint.whole_state import Pieces, assemble, assert_same
@@ -58,52 +56,6 @@ def test_boxes_cover_every_run_in_order(shape: tuple[int, ...]) -> None:
 # What a save moves
 
 
-@contextmanager
-def counted_collectives() -> Iterator[list[tuple[str, torch.dtype, int]]]:
-    """Within the block, (name, type, bytes) of every tensor that a collective is given."""
-    calls: list[tuple[str, torch.dtype, int]] = []
-    names = (
-        "all_gather",
-        "gather",
-        "all_gather_into_tensor",
-        "broadcast",
-        "all_reduce",
-        "all_to_all_single",
-        "scatter",
-    )
-    names += ("reduce_scatter_tensor", "send", "recv", "isend", "irecv")
-
-    def counting(name: str, function: Any) -> Any:
-        def call(*arguments: Any, **options: Any) -> Any:
-            values = [*arguments, *options.values()]
-            flat = [part for value in values for part in (value if isinstance(value, list) else [value])]
-            calls.extend((name, part.dtype, part.nbytes) for part in flat if isinstance(part, torch.Tensor))
-            return function(*arguments, **options)
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in names:
-            replacement = counting(name, getattr(distributed_c10d, name))
-            for module in (torch.distributed, distributed_c10d):
-                patch.setattr(module, name, replacement)
-        yield calls
-
-
-class _Copies(TorchDispatchMode):
-    """Counts the bytes that operators write, by operator."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_bytes = Counter[str]()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.dtype.is_floating_point and not function.is_view:
-            self.num_bytes[str(function)] += result.nbytes
-        return result
-
-
 @dataclass(frozen=True)
 class Moved:
     """By three saves on one rank: a first, a second, and a third through host memory as on a GPU.
@@ -127,29 +79,16 @@ def save_three_times(settings: Settings, folder: str) -> Moved:
     with counted_collectives() as first:
         run.save()
     run.train(1)
-    with counted_collectives() as second, _Copies() as copies:
+    with counted_collectives() as second, Copies() as copies:
         run.save()
     run.train(1)
     memory = HostMemory()
     run.manager._strategy.base_strategy._host_memory = memory
-    with _Copies() as staged:
+    with Copies() as staged:
         run.save()
     shards = [parameter for member in run.optimizer.chained_optimizers for parameter in member.get_parameters()]
     shard_bytes = sum(len(KINDS) * shard.nbytes for shard in shards)
     return Moved((first, second), (copies.num_bytes, staged.num_bytes), memory.num_bytes, shard_bytes)
-
-
-def bytes_on_disk(checkpoint: Path, num_ranks: int, prefix: str = "") -> list[int]:
-    """Bytes of the tensors in the file that each rank wrote."""
-    found = [0] * num_ranks
-    with TorchDistReader(checkpoint) as reader:
-        for index, stored in reader._storage.items():
-            entry = reader.tensors.get(index.fqn)
-            if entry is not None and index.fqn.startswith(prefix):
-                (chunk,) = (chunk for chunk in entry.chunks if chunk.offsets == index.offset)
-                rank = int(stored.relative_path.split("_")[2])
-                found[rank] += math.prod(chunk.sizes) * entry.properties.dtype.itemsize
-    return found
 
 
 @pytest.mark.parametrize("layout", [DATA_4, EXPERTS], ids=str)
