@@ -1,12 +1,13 @@
 """Optimizer state in one form on disk, whichever of megatron-core's three kinds of optimizer wrote it.
 
-Tensors are stored per parameter in global shape: `optimizer.state.exp_avg.<parameter name>` and so on. The three differ
-in where they keep the fp32 main parameters (`_MAIN_PREFIX`) and in how they nest the groups' settings; we store the
-settings in the checkpoint's manifest, once, and rebuild each optimizer's own nesting on load. So a run may change
+Tensors are stored per parameter in global shape: `optimizer.state.exp_avg.<parameter name>` and so on, cut into pieces
+as the ranks have them (optimizer_shards.py has those of the distributed optimizer). The three differ in where they keep
+the fp32 main parameters (`_MAIN_PREFIX`) and in how they nest the groups' settings; we store the settings in the
+checkpoint's manifest, once, and rebuild each optimizer's own nesting on load. So a run may change
 `use_distributed_optimizer` between starts.
 
 A model with experts has two optimizers of one kind, chained: the second holds the experts, whose replicas are other
-ranks. Every rank has both, with empty groups where its stage has no experts, so all take part in the same collectives.
+ranks. Every rank has both, with empty groups where its stage has no experts.
 """
 
 from __future__ import annotations
