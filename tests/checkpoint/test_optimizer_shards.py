@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_vlm.checkpoint import optimizer_state
+from megatron_vlm.checkpoint import optimizer_state, torch_dist
 from megatron_vlm.checkpoint.optimizer_shards import boxes_of_range
 from megatron_vlm.checkpoint.torch_dist import TorchDistReader
 from megatron_vlm.platform.host_memory import HostMemory
@@ -29,6 +29,7 @@ from tests.ranks import run_ranks
 from tests.sizes import full
 
 STEPS = 3
+RECORD_HEADER_BYTES = 2048  # what torch.save puts around a tensor
 LARGEST_NUMBER_BYTES = 16  # what ranks tell each other in a save: flags, counts
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 DATA_4 = TestLayout(4)
@@ -86,9 +87,13 @@ def save_three_times(settings: Settings, folder: str) -> Moved:
     run.manager._strategy.base_strategy._host_memory = memory
     with Copies() as staged:
         run.save()
+    return Moved((first, second), (copies.num_bytes, staged.num_bytes), memory.num_bytes, shard_bytes(run))
+
+
+def shard_bytes(run: Run) -> int:
+    """What this rank has of the optimizer's state."""
     shards = [parameter for member in run.optimizer.chained_optimizers for parameter in member.get_parameters()]
-    shard_bytes = sum(len(KINDS) * shard.nbytes for shard in shards)
-    return Moved((first, second), (copies.num_bytes, staged.num_bytes), memory.num_bytes, shard_bytes)
+    return sum(len(KINDS) * shard.nbytes for shard in shards)
 
 
 @pytest.mark.parametrize("layout", [DATA_4, EXPERTS], ids=str)
@@ -210,6 +215,31 @@ def test_virtual_stages_are_read_in_other_layouts(tmp_path: Path, target: TestLa
     run_ranks(4, save, Settings(VIRTUAL), str(tmp_path))
     loaded = assemble(run_ranks(target.world_size, load, Settings(target), str(tmp_path)))
     assert_follows_reference(loaded, STEPS)
+
+
+def load_counted(settings: Settings, folder: str) -> tuple[int, int, int]:
+    """Bytes of the optimizer's records that a rank reads, their number, and the bytes of its shards."""
+    run, record_bytes = Run(settings, folder), []
+    load_record = torch_dist._load_record
+
+    def counting(record: Any, items: Any, planner: Any) -> None:
+        if items[0].storage_index.fqn.startswith("optimizer."):
+            record_bytes.append(record._num_bytes)
+        load_record(record, items, planner)
+
+    with pytest.MonkeyPatch.context() as patch, counted_collectives() as calls:
+        patch.setattr(torch_dist, "_load_record", counting)
+        run.load()
+    assert not [call for call in calls if call[1].is_floating_point]
+    return sum(record_bytes), len(record_bytes), shard_bytes(run)
+
+
+def test_a_rank_reads_its_shards_alone(source: tuple[str, dict[str, torch.Tensor]], request: Any) -> None:
+    layout = request.node.callspec.params["source"]
+    for read_bytes, num_records, own_bytes in run_ranks(
+        layout.world_size, load_counted, Settings(layout, bf16=True), source[0]
+    ):
+        assert own_bytes < read_bytes < own_bytes + RECORD_HEADER_BYTES * num_records
 
 
 # Checkpoints of earlier versions
