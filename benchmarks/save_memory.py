@@ -80,8 +80,11 @@ def run_side(checkout: Path, layout: str) -> list[dict[str, Any]]:
 
 
 def summary(rounds: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """Counts of the first round, by rank; of memory and times the largest rank's, medians of the rounds."""
-    counted = {name: [rank[name] for rank in rounds[0]] for name in rounds[0][0] if name.startswith("MB")}
+    """Counts of the first round, by rank where ranks differ; memory and times of the largest rank, medians of rounds."""
+    counted: dict[str, Any] = {
+        name: [rank[name] for rank in rounds[0]] for name in rounds[0][0] if name.startswith("MB")
+    }
+    counted = {name: ranks if any(rank != ranks[0] for rank in ranks) else ranks[0] for name, ranks in counted.items()}
     measured = {
         name: round(statistics.median(max(rank[name] for rank in ranks) for ranks in rounds), 3)
         for name in rounds[0][0]
