@@ -80,7 +80,7 @@ def run_side(checkout: Path, layout: str) -> list[dict[str, Any]]:
 
 
 def summary(rounds: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """Counts of the first round, by rank where ranks differ; memory and times of the largest rank, medians of rounds."""
+    """Counts of the first round, by rank where ranks differ; memory and times are medians of the largest rank's."""
     counted: dict[str, Any] = {
         name: [rank[name] for rank in rounds[0]] for name in rounds[0][0] if name.startswith("MB")
     }
