@@ -73,7 +73,7 @@ def sharded_state(
         if member.init_state_fn is None:  # SGD without momentum has no state, and megatron-core calls the None
             member.init_state_fn = lambda *_: None
         if isinstance(member, DistributedOptimizer):
-            # Where no step was taken yet (all were skipped), there are no moments either.
+            # Allocates the moments where no step was taken yet: before a load, or where all were skipped.
             member.init_state_fn(member.optimizer, member.config)
             state[index] = sharded_shards(member, model_state)
         else:

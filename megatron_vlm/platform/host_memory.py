@@ -1,8 +1,8 @@
 """Host memory that what a rank saves is copied into, for a forked process to write while training changes the rest.
 
-It is shared with processes forked later, which read it where it is. On CUDA it is page-locked: a device copies into it
-at the speed of its bus, and nothing pages it out. torch's own page-locked memory is rounded up to powers of two for
-each tensor, and its private pages would be copied when a process is forked.
+It is shared with processes forked later, which read it where it is; of private pages that a device has pinned Linux
+makes copies when a process is forked. On CUDA it is page-locked: a device copies into it at the speed of its bus.
+torch's own page-locked memory would be rounded up to a power of two for each tensor.
 """
 
 from __future__ import annotations
