@@ -47,6 +47,7 @@ EMBEDDING = "language_model.embed_tokens.weight"
 FUSED_BIAS = "projector.qkv.bias"
 CLIP_BOUND = "vision_tower.clip_bound"
 TEMPERATURE = "projector.temperature"
+ODD_ROWS = "projector.odd_rows.weight"  # which the shares of several data ranks begin and end within
 PER_LAYER_NORM = "language_model.per_layer_norm.weight"  # on every chunk
 IDENTITY = ModelIdentity("gemma3", "gemma3", text_only=False, tied=True, hf_config={"hidden_size": HIDDEN})
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 1e-2, (0.9, 0.95), 1e-8, 0.1
@@ -101,6 +102,7 @@ def parameter_shapes(num_layers: int = NUM_LAYERS) -> dict[str, Shape]:
         PROJECTOR: Shape((HIDDEN,), kind="vector"),
         FUSED_BIAS: Shape((3, 8), 1, "vector"),
         TEMPERATURE: Shape((), kind="vector"),
+        ODD_ROWS: Shape((95, 23)),
         PER_LAYER_NORM: Shape((HIDDEN + 1,), kind="vector", partial=True, stages="all"),
     }
     for layer in range(num_layers):
@@ -252,7 +254,9 @@ class Run:
             names = [name for name in shapes if ".layers." in name and name.split(".")[2] in layers]
             first, last = chunk == 0, chunk == len(self.ranks.chunks) - 1
             names = (
-                [EMBEDDING, FROZEN, CLIP_BOUND, PROJECTOR, FUSED_BIAS, TEMPERATURE] * first + [PER_LAYER_NORM] + names
+                [EMBEDDING, FROZEN, CLIP_BOUND, PROJECTOR, FUSED_BIAS, TEMPERATURE, ODD_ROWS] * first
+                + [PER_LAYER_NORM]
+                + names
             )
             names += ["language_model.norm.weight"] * last + [EMBEDDING] * (last and not first)
             chunks.append((chunk, names))

@@ -272,7 +272,6 @@ def _megatron_as_on_cuda() -> Iterator[None]:
     with ExitStack() as stack:
         for target, name, value in (
             (megatron_cpu, "substitute", lambda module: None),
-            (torch.Tensor, "cuda", megatron_cpu._tensor_cuda),
             (torch.Tensor, "type", megatron_cpu._tensor_type),
             (token_dispatcher, "maybe_move_tensor_to_cpu", moe_utils.maybe_move_tensor_to_cpu),
             (param_and_grad_buffer, "dist_reduce_scatter_func", torch.distributed.reduce_scatter_tensor),

@@ -1,4 +1,4 @@
-"""What only a GPU can tell: grouped products of experts, and a training step over NCCL, against the CPU's results."""
+"""What only a GPU can tell: products of experts, a training step over NCCL, page-locked memory; against the CPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_vlm import platform
+from megatron_vlm.platform.host_memory import HostMemory
 from megatron_vlm.training.setup import initialize_distributed
 from tests import test_experts
 from tests.families import FAMILIES
@@ -55,3 +56,12 @@ def test_a_muon_step_equals_the_cpus(family: TinyFamily, tmp_path: Path, monkeyp
     finally:
         platform.current().leave_process_group(failed=False)
     test_muon_families.check(updates, theirs)
+
+
+def test_what_is_saved_is_copied_into_page_locked_memory() -> None:
+    memory = HostMemory()
+    for factor in (1, 2):
+        tensors = [factor * torch.arange(1 << 20, device="cuda"), torch.full((3,), factor, device="cuda").bfloat16()]
+        for copy, tensor in zip(memory.copy(tensors), tensors, strict=True):
+            assert torch.equal(copy, tensor.cpu())
+            assert copy.is_pinned() == platform.current().accelerated
