@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.transformer.moe import moe_utils
 
 from megatron_vlm import platform
 from megatron_vlm.data.collate import MicroBatch
@@ -240,11 +239,9 @@ def _as_in_training(chunk: ModelChunk) -> Iterator[None]:
         for module in chunk.modules():
             if isinstance(module, MoE):
                 undo.callback(module.gate.register_forward_hook(partial(_choose_evenly, module.top_k)).remove)
-        # Transformer Engine's GEMM would read memory, and megatron-core's buffers would outlive the trace.
-        without = ((moe_utils, "te_general_gemm", None), (parallel_state, "_GLOBAL_MEMORY_BUFFER", _NewMemory()))
-        for module, name, value in without:
-            undo.callback(setattr, module, name, getattr(module, name))
-            setattr(module, name, value)
+        # megatron-core's buffers would outlive the trace.
+        undo.callback(setattr, parallel_state, "_GLOBAL_MEMORY_BUFFER", parallel_state._GLOBAL_MEMORY_BUFFER)
+        parallel_state._GLOBAL_MEMORY_BUFFER = _NewMemory()
         yield
 
 

@@ -1,10 +1,5 @@
 """The one place that knows the device; everything else asks here."""
 
-from megatron_vlm.platform.device import (
-    Platform,
-    current,
-    has_transformer_engine,
-    initialize,
-)
+from megatron_vlm.platform.device import Platform, current, initialize, select_adam
 
-__all__ = ["Platform", "current", "has_transformer_engine", "initialize"]
+__all__ = ["Platform", "current", "initialize", "select_adam"]
