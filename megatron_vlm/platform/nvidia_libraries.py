@@ -1,4 +1,4 @@
-"""What megatron-core must not take from NVIDIA Transformer Engine and apex, which it uses wherever they can be imported.
+"""What megatron-core must not take from NVIDIA Transformer Engine and apex, which it uses wherever it can import them.
 
 Of what is used here, megatron-core changes with them: Adam (`fused_adam` chooses it), SGD, the sums of squares of the
 gradient norm, and the router of experts. All else of theirs in megatron-core's code is behind settings that are off

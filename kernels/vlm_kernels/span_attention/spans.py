@@ -25,7 +25,7 @@ from vlm_kernels.span_attention.blocks import Blocks
 _BLOCK = 128  # tokens per block of FlexAttention's masks
 
 Backend = Literal["auto", "flex", "transformer_engine"]
-"""What computes attention on a GPU: the best that is proven there, FlexAttention, or Transformer Engine where it can."""
+"""What computes attention on a GPU: what is proven best there, FlexAttention, or Transformer Engine where it can."""
 
 
 @dataclass(frozen=True)

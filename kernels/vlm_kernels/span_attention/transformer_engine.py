@@ -1,4 +1,4 @@
-"""Span attention by NVIDIA Transformer Engine, where it is installed: cuDNN's fused attention, or flash-attn through it.
+"""Span attention by NVIDIA Transformer Engine where it is installed: cuDNN's fused attention, or flash-attn through it.
 
 It computes what consists of consecutive documents of which each query sees all keys, or those up to itself and within
 a window: text, packed or not, layers to which images are causal, and the frames of towers. Ranges that see ahead, and
