@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -113,18 +114,10 @@ def takers(q: torch.Tensor, spans: Spans, window: int | None = None) -> str:
     """The implementation that a call of the operator runs."""
     names = {flex: "flex", operators: "operator", form: "transformer_engine"}
     ran: list[str] = []
-    with mock.patch.object(span_module, "is_on_gpu", lambda tensor: True):
-        patches = [
-            mock.patch.object(module, "attend", lambda *inputs, name=name: ran.append(name) or inputs[0])
-            for module, name in names.items()
-        ]
-        for patch in patches:
-            patch.start()
-        try:
-            span_attention(q, q, q, spans, window, 1.0)
-        finally:
-            for patch in patches:
-                patch.stop()
+    with ExitStack() as stack:
+        for module, name in names.items():
+            stack.enter_context(mock.patch.object(module, "attend", lambda *_, name=name: ran.append(name)))
+        span_attention(q, q, q, spans, window, 1.0)
     (taken,) = ran
     return taken
 
