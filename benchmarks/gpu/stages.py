@@ -110,6 +110,13 @@ STAGES = (
         dry="--tiny",
     ),
     _script("step_time", "step time and MFU beside transformers with Liger", 110, "benchmarks.gpu.step_time"),
+    # It ends at once where the library is not installed, and is not counted in the time that is asked for.
+    _script(
+        "transformer_engine",
+        "attention by Transformer Engine: results, then time beside FlexAttention",
+        60,
+        "benchmarks.gpu.transformer_engine",
+    ),
     _demo("gemma3"),
     _demo("qwen3_vl_moe"),
     _demo("mistral3"),
