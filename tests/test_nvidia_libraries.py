@@ -11,7 +11,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
@@ -21,6 +21,7 @@ from megatron.core.optimizer import clip_grads, distrib_optimizer
 from megatron.core.transformer.moe import moe_utils
 
 from megatron_vlm import platform
+from megatron_vlm.checkpoint.optimizer_state import match_groups
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.layers.moe import TopKRouter
 from megatron_vlm.model_configs import MoEConfig
@@ -177,6 +178,17 @@ def test_an_adam_that_is_absent_is_refused(backend: Any, installed: str, monkeyp
         select(backend, False)
 
 
+@pytest.mark.parametrize(("before", "now"), [(False, True), (True, False), (True, True)])
+def test_an_adam_continues_another_ones_checkpoint(before: bool, now: bool) -> None:
+    """Groups of NVIDIA's Adams have a setting that torch's has not, and that theirs cannot step without."""
+    group = {"wd_mult": 1.0, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False, "eps": 1e-8}
+    saved = {**group, "step": 3} | ({"bias_correction": True} if before else {})
+    running = {**group, "params": []} | ({"bias_correction": True} if now else {})
+    optimizer = SimpleNamespace(config=SimpleNamespace(optimizer="adam"), param_groups=[running])
+    (matched,) = match_groups(optimizer, {"name": "adam", "groups": [saved]}, "")  # type: ignore[arg-type]
+    assert matched["step"] == 3 and matched.get("bias_correction", not now)
+
+
 def test_this_process_has_the_adam_of_its_device() -> None:
     platform.initialize()
     assert (megatron_optimizer.Adam is FusedLayoutAdam) or platform.current().accelerated
@@ -249,6 +261,7 @@ def imported_modules(node: ast.AST) -> list[str]:
     return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
 
 
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
 def test_all_uses_in_megatron_are_known() -> None:
     """A new version of megatron-core that takes them elsewhere is seen; read the module, and add it with its reason."""
     known = {f"megatron.core.{name}" for names in HARMLESS.values() for name in names.split()}

@@ -22,7 +22,7 @@ from tests.kernels.span_rows import shard_of
 from tests.stand_ins import transformer_engine as stand_in
 from vlm_kernels import packed_attention as packed_module
 from vlm_kernels.packed_attention import Segments, packed_attention
-from vlm_kernels.span_attention import Documents, Spans, blocks, flex, operators, reference, span_attention
+from vlm_kernels.span_attention import Documents, QueryShard, Spans, blocks, flex, operators, reference, span_attention
 from vlm_kernels.span_attention import transformer_engine as form
 
 LENGTHS = ((9, 21, 10), (33, 7))
@@ -163,6 +163,18 @@ def test_auto_takes_what_is_proven_and_installed(monkeypatch: pytest.MonkeyPatch
         assert takers(queries(), spans) == "transformer_engine"
         assert takers(queries(128), spans) == "operator"
         assert takers(queries(), make_spans(backend="flex")) == "flex"
+
+
+def test_flex_means_flex_on_context_ranks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(span_module, "is_proven", lambda q: True)
+    places = torch.arange(LENGTH, dtype=torch.int32)
+    starts = places.repeat(2, 1)
+    for backend, taken in (("flex", "flex"), ("auto", "operator")):
+        bounds = make_spans()
+        shard = QueryShard(starts, LENGTH, block_starts=starts)
+        spans = Spans(bounds.low, bounds.high, shard, backend=backend)  # type: ignore[arg-type]
+        derived = (spans, spans.causal(), spans.with_whole_blocks(), spans.among(7, places, LENGTH))
+        assert [takers(queries(), each) for each in derived] == [taken] * 4
 
 
 def test_nothing_counts_as_proven_yet() -> None:

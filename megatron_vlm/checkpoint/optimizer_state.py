@@ -36,8 +36,9 @@ from megatron_vlm.platform.checkpointing import padding_kept
 # The one format of the distributed optimizer that can be read back with other tensor and pipeline sizes.
 _SHARDING_TYPE = "fully_reshardable"
 _METADATA = {"distrib_optim_sharding_type": _SHARDING_TYPE, "chained_optim_avoid_prefix": True}
-# Settings that a resumed run takes from its configuration; the scheduler sets learning rates and weight decay.
-_CONFIGURED = ("betas", "eps")
+# Settings that a resumed run takes from its configuration; the scheduler sets learning rates and weight decay. The last
+# is one of NVIDIA's Adams, which a checkpoint of torch's lacks.
+_CONFIGURED = ("betas", "eps", "bias_correction")
 # Where each optimizer's fp32 main parameters are stored, before the parameter's name. An fp32 model without the
 # distributed optimizer has none: its parameters are stored once, under their own names.
 _MAIN_PREFIX = {

@@ -134,7 +134,7 @@ class Spans:
         """Return spans in which windows hide nothing of a query's block, the run of queries that see equally far."""
         if self.shard is not None:
             assert self.shard.block_starts is not None, "a block may lie in several shards"
-            return Spans(self.low, self.high, self.shard, kept=self.shard.block_starts)
+            return Spans(self.low, self.high, self.shard, kept=self.shard.block_starts, backend=self.backend)
         # Where all see only the past, blocks are single tokens, and the documents are still all that there is to know.
         kept = block_starts(self.high)
         return Spans(self.low, self.high, kept=kept, documents=self.documents, backend=self.backend)
@@ -150,7 +150,8 @@ class Spans:
         if window not in self._among:
             assert self.shard is not None, "without a shard, all keys are there"
             low, high = places[self.first_key(window)], places[self.high]
-            self._among[window] = Spans(low, high, QueryShard(self.shard.positions, num_keys))
+            shard = QueryShard(self.shard.positions, num_keys)
+            self._among[window] = Spans(low, high, shard, backend=self.backend)
         return self._among[window]
 
     def block_mask(self, window: int | None) -> BlockMask:
