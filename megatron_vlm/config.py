@@ -39,9 +39,9 @@ class ModelSettings:
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass: none, attention only (selective), or whole layers (full)."""
     attention_backend: Literal["auto", "flex", "transformer_engine"] = "auto"
-    """What computes attention on a GPU. auto: what is proven fastest there, otherwise FlexAttention. flex:
-    FlexAttention alone. transformer_engine: NVIDIA Transformer Engine wherever it can, in bf16 at head sizes up to 256
-    and not where images see ahead, otherwise FlexAttention; refused where it is not installed."""
+    """What computes attention on a GPU. auto: what is proven fastest there, which is FlexAttention until another is.
+    flex: FlexAttention alone. transformer_engine: NVIDIA Transformer Engine wherever it can, in bf16 at head sizes up
+    to 256 and not where images see ahead, otherwise FlexAttention; refused where it is not installed."""
     moe_load_balancing: Literal["none", "transformers", "megatron"] = "none"
     """Loss that keeps experts evenly used. transformers: E * sum_e f_e P_e, with f_e the times per token that expert e
     is chosen (their sum is top_k) and P_e its mean softmax probability, both over all layers together. megatron: that

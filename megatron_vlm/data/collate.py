@@ -86,8 +86,8 @@ class MicroBatch:
     """int64: the flat positions s * B + b that have a label, ascending. Made from `labels` while they are on the
     host, which would have to wait for a device to count them."""
     document_lengths: tuple[int, ...] = field(init=False)
-    """Tokens of each document, row after row; the padding of a row counts as one. Made on the host, too, and unused in a
-    context rank's shard."""
+    """Tokens of each document, row after row; the padding of a row counts as one. Made on the host, too, and unused in
+    a context rank's shard."""
     sees_ahead: bool = field(init=False)
     """Whether some query sees a later key, within an image. Made and unused likewise."""
 

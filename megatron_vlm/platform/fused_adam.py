@@ -118,10 +118,12 @@ def select(backend: Literal["auto", "torch", "transformer_engine", "apex"], acce
 
     adams = nvidia_adams() if accelerated and backend != "torch" else {}
     if backend not in ("auto", "torch", *adams):
+        lack, install = (
+            ("imported", "install it (docs/kernels.md says how), or ") if accelerated else ("used on a CPU", "")
+        )
         raise ConfigError(
-            f"optimizer.adam_backend is {backend}, but its fused Adam cannot be "
-            + ("imported" if accelerated else "used without a GPU"),
-            fix="install it (docs/kernels.md says how), or set optimizer.adam_backend to auto",
+            f"optimizer.adam_backend is {backend}, but its fused Adam cannot be {lack}",
+            fix=f"{install}set optimizer.adam_backend to auto",
         )
     library: Library = next(iter(adams), "torch") if backend == "auto" else backend
     optimizer.Adam = distrib_optimizer.Adam = adams.get(library, FusedLayoutAdam)
