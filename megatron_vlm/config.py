@@ -194,8 +194,8 @@ class OptimizerSettings:
     weight_decay: float = 0.01
     """Decoupled weight decay; norms and biases have none."""
     adam_backend: Literal["auto", "torch", "transformer_engine", "apex"] = "auto"
-    """Whose fused Adam updates on a GPU; checkpoints are the same. auto takes NVIDIA Transformer Engine's, else NVIDIA
-    apex's, else torch's, the only one on a CPU. A library that is asked for and not installed is refused."""
+    """Whose fused Adam updates; checkpoints are the same. auto takes NVIDIA Transformer Engine's, else NVIDIA
+    apex's, else torch's, which alone needs no GPU. A library that is asked for and not installed is refused."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of AdamW's two moments."""
     eps: float = 1e-8

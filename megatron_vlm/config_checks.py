@@ -112,12 +112,7 @@ def _model(config: Config) -> Iterator[UserError]:
             )
     if "language_model" in freeze and config.model.text_only:
         yield ConfigError("model.freeze leaves nothing to train", fix="take a part out of the list")
-    backend = config.model.attention_backend
-    if backend != "auto" and config.device == "cpu":
-        yield ConfigError(
-            f"model.attention_backend {backend} is for GPUs, but device is cpu", fix="set it to auto, or device to cuda"
-        )
-    if backend == "transformer_engine" and config.train.precision == "fp32":
+    if config.model.attention_backend == "transformer_engine" and config.train.precision == "fp32":
         yield ConfigError(
             "model.attention_backend transformer_engine has no attention in fp32",
             fix="set it to flex, or train.precision to bf16",
@@ -224,10 +219,6 @@ def _optimizer(config: Config) -> Iterator[UserError]:
     if adam != "auto" and optimizer.name == "sgd":
         yield ConfigError(
             f"optimizer.adam_backend {adam} has no effect on optimizer.name sgd", fix="set it to auto, or name to adamw"
-        )
-    if adam in ("transformer_engine", "apex") and config.device == "cpu":
-        yield ConfigError(
-            f"optimizer.adam_backend {adam} is for GPUs, but device is cpu", fix="set it to auto, or device to cuda"
         )
     if not all(0 <= beta < 1 for beta in optimizer.betas):
         yield ConfigError(f"optimizer.betas are {list(optimizer.betas)}", fix="give two numbers from 0 to below 1")
