@@ -340,7 +340,7 @@ def test_transformer_engine_needs_a_layer_that_it_can_compute() -> None:
 def test_transformer_engine_is_refused_where_it_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     flex, engine = run_config("model.attention_backend=flex"), run_config(BY_TRANSFORMER_ENGINE)
     for config in (flex, engine):
-        with pytest.raises(ConfigError, match="is for GPUs, and there is none"):
+        with pytest.raises(ConfigError, match="is for GPUs, and this run has none"):
             check_attention_backend(config)
     check_attention_backend(run_config())
     monkeypatch.setattr(platform.device, "_CURRENT", replace(platform.current(), accelerated=True))

@@ -239,7 +239,7 @@ def check_attention_backend(config: Config) -> None:
     if backend == "auto":
         return
     if not platform.current().accelerated:
-        raise ConfigError(f"model.attention_backend {backend} is for GPUs, and there is none", fix="set it to auto")
+        raise ConfigError(f"model.attention_backend {backend} is for GPUs, and this run has none", fix="set it to auto")
     if backend == "transformer_engine" and (reason := transformer_engine.why_absent()) is not None:
         raise ConfigError(
             f"model.attention_backend is transformer_engine, which cannot be imported: {reason}",
