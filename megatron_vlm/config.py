@@ -38,6 +38,10 @@ class ModelSettings:
     checkpoints; an entry that matches none is refused with the nearest."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass: none, attention only (selective), or whole layers (full)."""
+    attention_backend: Literal["auto", "flex", "transformer_engine"] = "auto"
+    """What computes attention on a GPU. auto: what is proven fastest there, which is FlexAttention until another is.
+    flex: FlexAttention alone. transformer_engine: NVIDIA Transformer Engine wherever it can, in bf16 at head sizes up
+    to 256 and not where images see ahead, otherwise FlexAttention; refused where it is not installed."""
     moe_load_balancing: Literal["none", "transformers", "megatron"] = "none"
     """Loss that keeps experts evenly used. transformers: E * sum_e f_e P_e, with f_e the times per token that expert e
     is chosen (their sum is top_k) and P_e its mean softmax probability, both over all layers together. megatron: that
@@ -189,6 +193,9 @@ class OptimizerSettings:
     """Learning rate that a decaying schedule reaches one step after the last."""
     weight_decay: float = 0.01
     """Decoupled weight decay; norms and biases have none."""
+    adam_backend: Literal["auto", "torch", "transformer_engine", "apex"] = "auto"
+    """Whose fused Adam updates; checkpoints are the same. auto takes NVIDIA Transformer Engine's, else NVIDIA
+    apex's, else torch's, which alone needs no GPU. A library that is asked for and not installed is refused."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of AdamW's two moments."""
     eps: float = 1e-8

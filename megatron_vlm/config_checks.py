@@ -108,6 +108,11 @@ def _model(config: Config) -> Iterator[UserError]:
             )
     if "language_model" in freeze and config.model.text_only:
         yield ConfigError("model.freeze leaves nothing to train", fix="take a part out of the list")
+    if config.model.attention_backend == "transformer_engine" and config.train.precision == "fp32":
+        yield ConfigError(
+            "model.attention_backend transformer_engine has no attention in fp32",
+            fix="set it to flex, or train.precision to bf16",
+        )
 
 
 def _parallel(config: Config) -> Iterator[UserError]:
@@ -206,6 +211,11 @@ def _optimizer(config: Config) -> Iterator[UserError]:
     elif decay is not None and optimizer.warmup_iters + decay > iters:
         yield ConfigError(
             f"optimizer.warmup_iters {optimizer.warmup_iters} + wsd_decay_iters {decay} exceed train_iters {iters}"
+        )
+    adam = optimizer.adam_backend
+    if adam != "auto" and optimizer.name == "sgd":
+        yield ConfigError(
+            f"optimizer.adam_backend {adam} has no effect on optimizer.name sgd", fix="set it to auto, or name to adamw"
         )
     if not all(0 <= beta < 1 for beta in optimizer.betas):
         yield ConfigError(f"optimizer.betas are {list(optimizer.betas)}", fix="give two numbers from 0 to below 1")

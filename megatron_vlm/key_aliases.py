@@ -22,6 +22,7 @@ _NAMES_OF = {
         "gradient_checkpointing use_gradient_checkpointing recompute_granularity recompute_activations "
         "recompute_method activation_checkpoint.mode ac_mode activation_checkpointing"
     ),
+    "model.attention_backend": "flash_attention flash_attn attn_impl attn_implementation use_flash_attn",
     "model.moe_aux_loss_coeff": "router_aux_loss_coef aux_loss_coeff moe_aux_loss_coef",
     "model.moe_load_balancing": "moe_router_load_balancing_type output_router_logits",
     "data.train": (
@@ -101,7 +102,6 @@ _LENGTH = "set train.train_iters: steps = epochs x rows / train.global_batch_siz
 _TEMPLATE = "the chat template is that of the model directory (model.hf_path)"
 _ALL_RANKS = "remove it; the data-parallel size is the number of ranks over tensor x pipeline"
 _ADAPTERS = "adapters are not built; model.freeze trains only parts of a model"
-_ATTENTION = "remove it; the attention kernel is chosen by the device"
 _RESUMES = "remove it; starting again with the same run_dir resumes"
 _SPLIT = "list held-out files under data.valid"
 
@@ -114,9 +114,6 @@ WITHOUT_KEY = {
     **dict.fromkeys(("data_parallel_size", "data_parallel_replicate_degree", "dp", "dp_size"), _ALL_RANKS),
     **dict.fromkeys(("adapter", "lora_r", "lora_rank", "lora_alpha", "lora_target", "target_modules"), _ADAPTERS),
     **dict.fromkeys(("finetuning_type", "train_type", "tuner_type", "lora_dropout", "load_in_4bit"), _ADAPTERS),
-    **dict.fromkeys(
-        ("flash_attention", "flash_attn", "attn_impl", "attn_implementation", "use_flash_attn"), _ATTENTION
-    ),
     **dict.fromkeys(("overwrite_output_dir", "auto_resume_from_checkpoints"), _RESUMES),
     **dict.fromkeys(("val_set_size", "val_size", "split", "split_dataset_ratio", "test_size"), _SPLIT),
     **dict.fromkeys(

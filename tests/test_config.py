@@ -222,6 +222,8 @@ def test_unknown_and_ill_typed(config_file: str, argument: str, expected: str) -
         (["--model.moe_aux_loss_coeff=-1"], "model.moe_aux_loss_coeff is -1.0"),
         (["--model.loss_chunk_mib=0"], "model.loss_chunk_mib is 0"),
         (["--model.z_loss_coeff=-1"], "model.z_loss_coeff is -1.0"),
+        (["--model.attention_backend=transformer_engine", "--train.precision=fp32"], "has no attention in fp32"),
+        (["--optimizer.adam_backend=torch", "--optimizer.name=sgd"], "has no effect on optimizer.name sgd"),
         (["--optimizer.name=sgd"], "set parallel.use_distributed_optimizer to false"),
         (["--parallel.tensor_model_parallel_size=0"], "at least 1"),
         (["--parallel.context_parallel_size=0"], "parallel.context_parallel_size is 0"),

@@ -219,7 +219,8 @@ def test_reports_of_tests_are_read(run: Callable[..., Any], tmp_path: Path) -> N
 def test_stages_are_short_and_run_all_gpu_tests() -> None:
     assert len({stage.name for stage in STAGES}) == len(STAGES)
     assert all(10 <= stage.estimate_seconds < stage.limit_seconds for stage in STAGES)
-    # With the demos left out, which only repeat on a GPU what CI does, all fit in the time that is asked for.
+    # With the demos left out, which only repeat on a GPU what CI does, all fit in the time that is asked for, where
+    # there is no Transformer Engine.
     measured = [stage for stage in STAGES if not stage.name.startswith("demo")]
     assert all(stage.limit_seconds == 120 for stage in measured)
     # Both benchmarks together measure every case once.
@@ -231,7 +232,7 @@ def test_stages_are_short_and_run_all_gpu_tests() -> None:
         if case.operator in command and ("--cases" not in command or case.name in command)
     ]
     assert sorted(measured_cases) == sorted((case.operator, case.name) for case in CASES)
-    assert sum(stage.estimate_seconds for stage in measured) <= 930
+    assert sum(stage.estimate_seconds for stage in measured if stage.name != "transformer_engine") <= 900
     named = {part for stage in STAGES for part in stage.command}
     for path in (ROOT / "tests/gpu").glob("test_*.py"):
         assert f"tests/gpu/{path.name}" in named

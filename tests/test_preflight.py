@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import Gemma4UnifiedConfig, PretrainedConfig
 
+from megatron_vlm import platform
 from megatron_vlm.cli import load_config
 from megatron_vlm.config import Config
 from megatron_vlm.errors import CheckpointError, ConfigError, LaunchError, UserError
 from megatron_vlm.families import registry
 from megatron_vlm.parallel.layout import Layout, assign_layers
 from megatron_vlm.planning.memory import estimate_memory, format_memory
-from megatron_vlm.planning.preflight import check_export, check_layout, check_run_dir, record_export
+from megatron_vlm.planning.preflight import (
+    check_attention_backend,
+    check_export,
+    check_layout,
+    check_run_dir,
+    record_export,
+)
 from megatron_vlm.planning.stages import HeldParameter, trace_stages
+from megatron_vlm.training.start import kernels
 from tests import published_mistral3
 from tests.published_gemma3 import TEXT_ONLY, published_config
+from tests.published_gemma4 import published_config as published_gemma4
+from tests.stand_ins import transformer_engine as stand_in
+from vlm_kernels.span_attention import transformer_engine
 
 FAMILY = registry.FAMILIES[0]
 
@@ -307,3 +320,46 @@ def test_run_dir_must_be_writable(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written"):
         check_run_dir(run_config(f"run_dir={tmp_path}/file/run"))
     assert not (tmp_path / "new").exists()
+
+
+# Transformer Engine
+
+BY_TRANSFORMER_ENGINE = "model.attention_backend=transformer_engine"
+
+
+def test_transformer_engine_needs_a_layer_that_it_can_compute() -> None:
+    layout_of("4b", 1, BY_TRANSFORMER_ENGINE)
+    with pytest.raises(ConfigError, match=r"cannot compute a context rank's shard .* is 2"):
+        layout_of("4b", 2, BY_TRANSFORMER_ENGINE, "parallel.context_parallel_size=2")
+    model_config, _ = model_config_of("4b")
+    wide = replace(model_config.text, layers=tuple(replace(layer, head_dim=512) for layer in model_config.text.layers))
+    with pytest.raises(ConfigError, match=r"no kernels for heads of 512, only for multiples of 8 up to 256"):
+        check_layout(run_config(BY_TRANSFORMER_ENGINE), replace(model_config, text=wide), 1)
+
+
+def test_transformer_engine_is_refused_where_it_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    flex, engine = run_config("model.attention_backend=flex"), run_config(BY_TRANSFORMER_ENGINE)
+    for config in (flex, engine):
+        with pytest.raises(ConfigError, match="is for GPUs, and this run has none"):
+            check_attention_backend(config)
+    check_attention_backend(run_config())
+    monkeypatch.setattr(platform.device, "_CURRENT", replace(platform.current(), accelerated=True))
+    check_attention_backend(flex)
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
+    transformer_engine.why_absent.cache_clear()
+    with pytest.raises(ConfigError, match=r"is transformer_engine, which cannot be imported: .*transformer_engine"):
+        check_attention_backend(engine)
+    with stand_in.installed():
+        check_attention_backend(engine)
+
+
+def test_a_start_says_what_it_uses_of_nvidias_libraries() -> None:
+    hf_config = published_gemma4("31b")
+    model_config = registry.detect(hf_config).config_from_hf(hf_config, text_only=False)
+    assert kernels(run_config(), model_config, "torch") == "attention: auto; Adam: torch"
+    assert kernels(run_config(BY_TRANSFORMER_ENGINE), model_config, "apex") == (
+        "attention: Transformer Engine in 50 of 60 decoder layers where no image sees ahead, FlexAttention elsewhere; "
+        "Adam: apex"
+    )
+    sgd = run_config("optimizer.name=sgd", "parallel.use_distributed_optimizer=false")
+    assert kernels(sgd, model_config, "torch") == "attention: auto"

@@ -236,7 +236,7 @@ def _device() -> str | None:
 def _versions(packages: Sequence[str]) -> dict[str, str]:
     """Versions of the packages that results depend on, as the stages will import them."""
     found = {"python": sys.version.partition(" ")[0]}
-    for name in ("torch", "triton", "transformers", "megatron-core", "liger-kernel"):
+    for name in ("torch", "triton", "transformers", "megatron-core", "liger-kernel", "transformer-engine"):
         path = [*packages, *sys.path]
         distribution = next(iter(importlib.metadata.distributions(name=name, path=path)), None)
         found[name] = distribution.version if distribution else "not installed"

@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from vlm_kernels.device import is_on_gpu
-from vlm_kernels.span_attention import Spans, span_attention
+from vlm_kernels.span_attention import Backend, Documents, Spans, span_attention
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,12 @@ class Segments:
     Attributes:
         lengths: number of patches in each segment, known on the host.
         device: the device of the sequence.
+        backend: what computes attention on a GPU.
     """
 
     lengths: tuple[int, ...]
     device: torch.device
+    backend: Backend = "auto"
 
     @cached_property
     def spans(self) -> Spans:
@@ -39,7 +41,8 @@ class Segments:
         lengths_F, ends_F = table
         spans = torch.stack((ends_F - lengths_F, ends_F - 1))
         low_P, high_P = torch.repeat_interleave(spans, lengths_F, dim=1, output_size=ends[-1])
-        return Spans(low_P[None], high_P[None])
+        documents = Documents(self.lengths, seen="all")
+        return Spans(low_P[None], high_P[None], documents=documents, backend=self.backend)
 
 
 def packed_attention(

@@ -42,8 +42,9 @@ from megatron_vlm.checkpoint.optimizer_shards import sharded_shards
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.platform import current
 
-# Settings that a resumed run takes from its configuration; the scheduler sets learning rates and weight decay.
-_CONFIGURED = ("betas", "eps", "momentum")
+# Settings that a resumed run takes from its configuration; the scheduler sets learning rates and weight decay. The last
+# is one of NVIDIA's Adams, which a checkpoint of torch's lacks.
+_CONFIGURED = ("betas", "eps", "momentum", "bias_correction")
 # Where each optimizer's fp32 main parameters are stored, before the parameter's name. An fp32 model without the
 # distributed optimizer has none: its parameters are stored once, under their own names.
 _MAIN_PREFIX = {

@@ -85,9 +85,19 @@ class MicroBatch:
     label_index: torch.Tensor = field(init=False)
     """int64: the flat positions s * B + b that have a label, ascending. Made from `labels` while they are on the
     host, which would have to wait for a device to count them."""
+    document_lengths: tuple[int, ...] = field(init=False)
+    """Tokens of each document, row after row; the padding of a row counts as one. Made on the host, too, and unused in
+    a context rank's shard."""
+    sees_ahead: bool = field(init=False)
+    """Whether some query sees a later key, within an image. Made and unused likewise."""
 
     def __post_init__(self) -> None:
         self.label_index = (self.labels.t().flatten() != NO_LOSS).nonzero().squeeze(1)
+        begins = torch.ones_like(self.document_ids, dtype=torch.bool)
+        begins[:, 1:] = self.document_ids[:, 1:] != self.document_ids[:, :-1]
+        starts = np.append(begins.flatten().nonzero().squeeze(1).numpy(), begins.numel())
+        self.document_lengths = tuple(np.diff(starts).tolist())
+        self.sees_ahead = bool((self.span_high > torch.arange(self.span_high.shape[1])).any())
 
     @property
     def grids(self) -> list[Grid]:

@@ -46,6 +46,7 @@ class BuildSettings:
     layout: Layout
     dtype: torch.dtype = torch.float32
     recompute: Literal["none", "selective", "full"] = "none"
+    attention_backend: Literal["auto", "flex", "transformer_engine"] = "auto"
     vision_parallelism: Literal["tensor", "data"] = "tensor"
     deterministic: bool = False
     overlapped: bool = False
@@ -60,6 +61,7 @@ def build_settings(config: Config, layout: Layout) -> BuildSettings:
         layout,
         DTYPES[config.train.precision],
         config.model.recompute,
+        config.model.attention_backend,
         config.model.vision_parallelism,
         config.train.deterministic,
         config.parallel.overlap_grad_reduce or config.parallel.overlap_param_gather,
@@ -115,6 +117,7 @@ def build_chunks(
             has_embedding=index == layout.embedding_chunk,
             tower_layers=layout.tower_layers(index, model_config.num_tower_layers) if has_tower else None,
             recompute=settings.recompute,
+            attention_backend=settings.attention_backend,
             vision_parallelism=settings.vision_parallelism,
             moe=settings.moe,
             loss=settings.loss,

@@ -22,21 +22,23 @@ from torch.autograd.function import once_differentiable
 
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.data.context_facts import ContextShard, KeyExchange
-from vlm_kernels.span_attention import QueryShard, Spans
+from vlm_kernels.span_attention import Backend, Documents, QueryShard, Spans
 
 Group = torch.distributed.ProcessGroup
 
 
-def spans_of(batch: MicroBatch, group: Group) -> Spans:
+def spans_of(batch: MicroBatch, group: Group, backend: Backend) -> Spans:
     """Return the spans of a micro-batch, and of a context rank's shard, how keys and values are gathered.
 
     Args:
         batch: the micro-batch.
         group: the context-parallel process group.
+        backend: what computes attention on a GPU.
     """
     if batch.context is None:
         assert group.size() == 1, "a shard of the micro-batch for each context rank"
-        return Spans(batch.span_low, batch.span_high)
+        documents = Documents(batch.document_lengths, seen="range" if batch.sees_ahead else "past")
+        return Spans(batch.span_low, batch.span_high, documents=documents, backend=backend)
     context: ContextShard = batch.context
 
     def gather(
@@ -47,7 +49,7 @@ def spans_of(batch: MicroBatch, group: Group) -> Spans:
         return k, v, spans.among(window, exchange.places, exchange.num_keys)
 
     shard = QueryShard(context.positions, context.num_tokens, context.block_starts, gather)
-    return Spans(batch.span_low, batch.span_high, shard)
+    return Spans(batch.span_low, batch.span_high, shard, backend=backend)
 
 
 def exchange_keys(

@@ -24,6 +24,7 @@ from megatron_vlm.model_configs import ImageEncoderConfig
 from megatron_vlm.parallel.images import ImageDivision
 from megatron_vlm.parallel.parameters import declare, normal, zeros
 from vlm_kernels.packed_attention import Segments
+from vlm_kernels.span_attention import Backend
 
 Grid = tuple[int, int, int]
 
@@ -105,12 +106,14 @@ class PackedImages:
         merge_size: patches per side of a block.
         device: device of the patches.
         division: how the frames are divided over ranks; None where every rank encodes all.
+        attention_backend: what computes attention on a GPU.
     """
 
     frames: tuple[Grid, ...]
     merge_size: int
     device: torch.device
     division: ImageDivision | None = None
+    attention_backend: Backend = "auto"
 
     @classmethod
     def of(
@@ -119,6 +122,7 @@ class PackedImages:
         grids: Sequence[Grid],
         device: torch.device,
         divided_over: tuple[Group, Group] | None = None,
+        attention_backend: Backend = "auto",
     ) -> PackedImages:
         """Return what this rank encodes of a micro-batch.
 
@@ -127,6 +131,7 @@ class PackedImages:
             grids: frames, rows and columns of patches of each image or video.
             device: device of the patches.
             divided_over: the groups of tensor and of context ranks that each encode some of the frames.
+            attention_backend: what computes attention on a GPU.
         """
         frames, division = split_frames(grids), None
         if divided_over is not None and max(group.size() for group in divided_over) > 1 and frames:
@@ -136,7 +141,8 @@ class PackedImages:
             costs = [count * (config.layer_weights + 2 * count * config.hidden_size) for count in patches]
             division = ImageDivision(patches, costs, *divided_over)
             frames = [frames[index] for index in division.own]
-        return cls(tuple(frames) or (config.blank_frame,), config.spatial_merge_size, device, division)
+        frames = frames or [config.blank_frame]
+        return cls(tuple(frames), config.spatial_merge_size, device, division, attention_backend)
 
     @property
     def num_patches(self) -> int:
@@ -151,7 +157,7 @@ class PackedImages:
     @cached_property
     def segments(self) -> Segments:
         """Frames as segments of the sequence: a patch attends to its own."""
-        return Segments(tuple(map(math.prod, self.frames)), self.device)
+        return Segments(tuple(map(math.prod, self.frames)), self.device, self.attention_backend)
 
     def take(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return rows of the pixels of the frames that this rank encodes, or of a blank frame in zeros.

@@ -123,7 +123,7 @@ class LanguageModelChunk(torch.nn.Module):
 
     def spans(self, batch: MicroBatch) -> Spans:
         """Return the visible ranges, and on a context rank, how layers gather keys and values."""
-        return spans_of(batch, self.groups.cp)
+        return spans_of(batch, self.groups.cp, self.chunk.attention_backend)
 
     def local_tokens(self, batch: MicroBatch) -> LocalTokens | None:
         """Return which tokens count for the experts; None without experts."""

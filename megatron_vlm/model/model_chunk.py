@@ -47,6 +47,7 @@ class ModelChunk(MegatronModule):
         self.groups, self.vision = groups, config.vision if "vision_tower" in config.parts else None
         self.first_layer, self.end_layer = chunk.num_layers_before, chunk.num_layers_before + len(chunk.layers)
         self.pre_process, self.post_process, self.vp_stage = chunk.is_first, chunk.is_last, chunk.virtual_stage
+        self.attention_backend = chunk.attention_backend
         self.has_embedding, self.tower_layers = chunk.has_embedding, chunk.tower_layers
         self.divides_images = chunk.vision_parallelism == "data" and groups.tp.size() > 1
         # Tensor ranks over which each layer of a tower is sharded.
@@ -111,7 +112,7 @@ class ModelChunk(MegatronModule):
         """Return the images and videos of a micro-batch that this rank encodes; None if none is encoded."""
         if self.vision is None or not (batch.grids or self.always_encodes):
             return None
-        return PackedImages.of(self.vision, batch.grids, batch.labels.device, self.image_groups)
+        return PackedImages.of(self.vision, batch.grids, batch.labels.device, self.image_groups, self.attention_backend)
 
     def embed(self, batch: MicroBatch, features: Sequence[torch.Tensor]) -> StageState:
         """Return the input of the first decoder layer: tokens and media as one sequence.

@@ -53,6 +53,7 @@ class ChunkSettings:
         has_embedding: whether it holds the embedding, the projector and an audio tower.
         tower_layers: global ids of the vision tower's layers that it holds; None where it holds no part of a tower.
         recompute: which activations are computed again in the backward pass.
+        attention_backend: what computes attention on a GPU.
         vision_parallelism: whether tensor ranks split the layers of the vision tower (tensor) or the images (data).
         moe: settings of mixture-of-experts layers.
         loss: settings of the loss.
@@ -70,6 +71,7 @@ class ChunkSettings:
     has_embedding: bool = True
     tower_layers: range | None = None
     recompute: Literal["none", "selective", "full"] = "none"
+    attention_backend: Literal["auto", "flex", "transformer_engine"] = "auto"
     vision_parallelism: Literal["tensor", "data"] = "tensor"
     moe: MoESettings = field(default_factory=MoESettings)
     loss: LossSettings = field(default_factory=LossSettings)

@@ -13,10 +13,11 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm import platform
 from megatron_vlm.checkpoint.float8 import open_weights
 from megatron_vlm.checkpoint.run_folder import check_in_the_way, read_json
 from megatron_vlm.config import Config
-from megatron_vlm.config_checks import divisors, nearest_multiples
+from megatron_vlm.config_checks import alternatives, divisors, nearest_multiples
 from megatron_vlm.conversion.convert import check_tied_copies
 from megatron_vlm.conversion.passthrough import describe, describe_unread
 from megatron_vlm.errors import ConfigError, LaunchError, UserError, combine
@@ -28,6 +29,7 @@ from megatron_vlm.model_configs import TowerConfig, VisionLanguageConfig
 from megatron_vlm.parallel.layout import Layout, assign_layers, tower_chunks
 from megatron_vlm.planning.expert_checks import expert_problems, expert_rank_problems
 from megatron_vlm.planning.state_bytes import FP32_BYTES, optimizer_bytes, value_bytes
+from vlm_kernels.span_attention import transformer_engine
 
 EXPORT_RECORD = "exported.json"
 LARGEST_TENSOR_SIZE = 64  # vocabulary rows are padded to a multiple of it
@@ -65,7 +67,7 @@ def check_layout(
     ]
     if names is not None:
         problems += _name_problems(config, list(names), buffers)
-    problems += _tower_problems(config, model_config)
+    problems += [*_tower_problems(config, model_config), *_attention_problems(config, model_config)]
     try:
         tower_counts = tower_chunks(
             parallel.vision_pipeline_layout,
@@ -113,6 +115,25 @@ def _tower_problems(config: Config, model_config: VisionLanguageConfig) -> Itera
         yield ConfigError(
             f"parallel.vision_pipeline_layout {counts} sums to {sum(counts)}, the vision tower has {num_layers} layers",
             fix=f"give numbers of at least 0 that sum to {num_layers}",
+        )
+
+
+def _attention_problems(config: Config, model_config: VisionLanguageConfig) -> Iterator[ConfigError]:
+    """Check that Transformer Engine has any decoder layer to compute, where it is asked for."""
+    if config.model.attention_backend != "transformer_engine":
+        return
+    context_size, sizes = config.parallel.context_parallel_size, [layer.head_dim for layer in model_config.text.layers]
+    if context_size > 1:
+        yield ConfigError(
+            "model.attention_backend transformer_engine cannot compute a context rank's shard of attention "
+            f"(parallel.context_parallel_size is {context_size})",
+            fix="set model.attention_backend to auto or flex",
+        )
+    if not any(map(transformer_engine.has_head_size, sizes)):
+        yield ConfigError(
+            f"model.attention_backend transformer_engine has no kernels for heads of {alternatives(sorted(set(sizes)))}"
+            f", only for multiples of 8 up to {transformer_engine.LARGEST_HEAD_DIM}",
+            fix="set model.attention_backend to auto or flex",
         )
 
 
@@ -206,6 +227,24 @@ def _name_problems(config: Config, names: list[str], buffers: Collection[str]) -
                 f"optimizer.lr_multipliers names {part}, which the model does not have",
                 fix=f"this model has {', '.join(parts)}",
             )
+
+
+def check_attention_backend(config: Config) -> None:
+    """Check that what `model.attention_backend` asks for is on this machine.
+
+    Raises:
+        ConfigError: Transformer Engine cannot be imported, or there is no GPU.
+    """
+    backend = config.model.attention_backend
+    if backend == "auto":
+        return
+    if not platform.current().accelerated:
+        raise ConfigError(f"model.attention_backend {backend} is for GPUs, and this run has none", fix="set it to auto")
+    if backend == "transformer_engine" and (reason := transformer_engine.why_absent()) is not None:
+        raise ConfigError(
+            f"model.attention_backend is transformer_engine, which cannot be imported: {reason}",
+            fix="install it (docs/kernels.md says how), or set model.attention_backend to auto or flex",
+        )
 
 
 def check_run_dir(config: Config) -> None:

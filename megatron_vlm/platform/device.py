@@ -6,7 +6,6 @@ On CUDA: NCCL and megatron-core as it is. On CPU: gloo, with `megatron_cpu` maki
 from __future__ import annotations
 
 import glob
-import importlib.util
 import logging
 import os
 import time
@@ -14,13 +13,13 @@ import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed
 
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.platform import fused_adam, megatron_cpu, single_rank
+from megatron_vlm.platform import fused_adam, megatron_cpu, nvidia_libraries, single_rank
 
 # megatron-core warns at import and at build of what is missing or deprecated in parts that are not used here.
 warnings.filterwarnings("ignore", module=r"megatron\.")
@@ -137,9 +136,8 @@ class HostCopy:
 def initialize(device_type: str = "auto") -> Platform:
     """Choose the device and make megatron-core work on it; call once per process, before using megatron-core.
 
-    The CUDA device is the one of LOCAL_RANK, or the only one that Slurm shows a task. Without Transformer Engine and
-    apex, megatron-core's distributed optimizer is given an Adam whose state has the layout that it expects
-    (`fused_adam`).
+    The CUDA device is the one of LOCAL_RANK, or the only one that Slurm shows a task. What megatron-core takes of
+    Transformer Engine and apex, where they are installed, is chosen by `fused_adam` and `nvidia_libraries`.
 
     Args:
         device_type: "cuda", "cpu", or "auto": CUDA where the machine has an NVIDIA device.
@@ -163,8 +161,8 @@ def initialize(device_type: str = "auto") -> Platform:
         megatron_cpu.install()
         single_rank.install()
         _CURRENT = Platform(torch.device("cpu"), "gloo", False)
-    if not has_transformer_engine() and importlib.util.find_spec("apex") is None:
-        fused_adam.install()
+    nvidia_libraries.guard(takes_cuda)
+    fused_adam.select("auto", takes_cuda)
     return _CURRENT
 
 
@@ -252,6 +250,6 @@ def current() -> Platform:
     return initialize()
 
 
-def has_transformer_engine() -> bool:
-    """Return whether NVIDIA Transformer Engine can be imported; nothing here needs it."""
-    return importlib.util.find_spec("transformer_engine") is not None
+def select_adam(backend: Literal["auto", "torch", "transformer_engine", "apex"]) -> str:
+    """Let megatron-core's optimizers use an Adam, and return whose it is; see `fused_adam.select`."""
+    return fused_adam.select(backend, current().accelerated)

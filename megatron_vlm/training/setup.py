@@ -42,7 +42,14 @@ from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.placement import Node, find_nodes
 from megatron_vlm.planning.flops import ModelFlops
-from megatron_vlm.planning.preflight import check_export, check_layout, check_run_dir, check_space, check_weights
+from megatron_vlm.planning.preflight import (
+    check_attention_backend,
+    check_export,
+    check_layout,
+    check_run_dir,
+    check_space,
+    check_weights,
+)
 from megatron_vlm.platform.agreement import on_first_rank
 from megatron_vlm.training.arrival import meet
 from megatron_vlm.training.optimizer import build_optimizer, build_scheduler
@@ -60,6 +67,7 @@ class Run:
         due_export: whether `checkpoint.export_hf` is still to be written.
         nodes: where ranks run; on the first rank.
         group_report: lines on how fast groups communicate; on the first rank.
+        adam: whose Adam updates, if one does.
     """
 
     config: Config
@@ -78,6 +86,7 @@ class Run:
     owner: RunOwner
     nodes: list[Node]
     group_report: list[str]
+    adam: str
 
     @property
     def is_first_rank(self) -> bool:
@@ -117,6 +126,8 @@ def set_up(config: Config, owner: RunOwner, requests: StopRequests) -> Run:
     weight_map = family.weight_map(model_config)
     names = [name for name, _ in weight_map.items()]
     layout = check_layout(config, model_config, torch.distributed.get_world_size(), names, weight_map.buffers)
+    check_attention_backend(config)
+    adam = platform.select_adam(config.optimizer.adam_backend)
     check_run_dir(config)
     due_export = check_export(config)
     on_first_rank(lambda: check_space(config, weight_map))
@@ -171,6 +182,7 @@ def set_up(config: Config, owner: RunOwner, requests: StopRequests) -> Run:
         owner,
         nodes,
         group_report,
+        adam,
     )
 
 

@@ -25,8 +25,10 @@ from megatron_vlm.data.plan import BatchPlan
 from megatron_vlm.errors import CheckpointError, ConfigError
 from megatron_vlm.files.config_files import read_config_file
 from megatron_vlm.model.trainable import Trainable
+from megatron_vlm.model_configs import VisionLanguageConfig
 from megatron_vlm.parallel.placement import Node, describe_placement
 from megatron_vlm.training.setup import Run
+from vlm_kernels.span_attention import transformer_engine
 
 _PACKAGES = ("megatron-vlm", "torch", "megatron-core", "transformers", "safetensors", "numpy")
 # What schedulers and launchers call a start.
@@ -88,12 +90,34 @@ def banner(run: Run, described: Mapping[str, Any]) -> Iterator[str]:
     if run.valid_loader is not None:
         yield f"          valid: {_sources(run.valid_loader)}"
     yield f"schedule  {_schedule(config, run.train_loader.plan)}"
+    if platform.current().accelerated:
+        yield f"kernels   {kernels(config, run.model_config, run.adam)}"
     interval = config.checkpoint.save_interval
     saves = (
         f"a checkpoint every {interval} steps and after the last" if interval else "a checkpoint after the last step"
     )
     export = f"; export to {config.checkpoint.export_hf}" if run.due_export and config.checkpoint.export_hf else ""
     yield f"writes    {config.run_dir}: {saves}{export}"
+
+
+def kernels(config: Config, model_config: VisionLanguageConfig, adam: str) -> str:
+    """Return in words what of NVIDIA's libraries a run on a GPU uses.
+
+    Args:
+        config: the configuration.
+        model_config: the family's configuration of the model.
+        adam: whose Adam megatron-core's optimizers use.
+    """
+    backend, names = config.model.attention_backend, {"transformer_engine": "Transformer Engine", "apex": "apex"}
+    text = f"attention: {backend}"
+    if backend == "transformer_engine":
+        sizes = [layer.head_dim for layer in model_config.text.layers]
+        taken = sum(map(transformer_engine.has_head_size, sizes))
+        text = (
+            f"attention: Transformer Engine in {taken} of {len(sizes)} decoder layers where no image sees ahead, "
+            "FlexAttention elsewhere"
+        )
+    return text if config.optimizer.name == "sgd" else f"{text}; Adam: {names.get(adam, adam)}"
 
 
 def _parameters(run: Run) -> str:

@@ -349,7 +349,7 @@ def rotated_in_bf16(grid: Grid) -> tuple[torch.Tensor, ...]:
         attention(x, vision.patch_rope(positions, 8), segments)
     q, k = (tensor.transpose(0, 1) for tensor in attend.call_args.args[:2])
     qkv = attention.qkv()
-    weight, bias = qkv.weight, qkv.bias
+    weight, bias = qkv.weight.flatten(0, 1), qkv.bias
     projected = (torch.matmul(x, weight.t()) + bias).view(len(x), 3, -1, 8)
     positions = get_vision_position_ids(torch.tensor([grid]), 2)
     cosine, sine = hf_model().rotary_pos_emb(x, positions)

@@ -50,6 +50,7 @@ class TestLayout:
     distributed_optimizer: bool = False
     vision: Literal["tensor", "data"] = "tensor"
     recompute: Literal["none", "selective", "full"] = "none"
+    attention_backend: Literal["auto", "flex", "transformer_engine"] = "auto"
     pipeline_layout: tuple[int, ...] | None = None
     vision_pipeline_layout: tuple[int, ...] | None = None
     overlap: bool = False
@@ -151,6 +152,7 @@ def set_up(
         ranks,
         dtype,
         layout.recompute,
+        layout.attention_backend,
         layout.vision,
         overlapped=layout.overlap,
         moe=layout.moe,

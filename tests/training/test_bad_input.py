@@ -77,6 +77,12 @@ Refusal = Callable[..., str]
         (["data.seq_length=5"], "data.seq_length 5 is too short for one image"),
         (["model.freeze=[audio_tower]"], "audio_tower, which the model does not have"),
         (["logging.wandb=project"], "logging.wandb needs the package wandb"),
+        (["model.attention_backend=flex"], "model.attention_backend flex is for GPUs, and this run has none"),
+        (
+            ["model.attention_backend=transformer_engine", "train.precision=bf16"],
+            "model.attention_backend transformer_engine is for GPUs, and this run has none",
+        ),
+        (["optimizer.adam_backend=apex"], "optimizer.adam_backend is apex, but its fused Adam cannot be used on a CPU"),
     ],
 )
 def test_settings(refusal: Refusal, overrides: list[str], expected: str) -> None:

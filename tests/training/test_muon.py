@@ -239,6 +239,6 @@ def no_matrix(settings: Settings) -> str:
 
 
 def test_nothing_but_tables_and_vectors() -> None:
-    settings = Settings(TestLayout(2, pipeline=2), "muon", freeze=r".*(q_proj|o_proj|experts)|" + FROZEN)
+    settings = Settings(TestLayout(2, pipeline=2), "muon", freeze=r".*(q_proj|o_proj|experts|odd_rows)|" + FROZEN)
     for message in run_ranks(2, no_matrix, settings):
         assert message == "optimizer.name muon updates matrices, of which none trains -- use adamw"

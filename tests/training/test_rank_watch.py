@@ -168,7 +168,8 @@ def test_a_stopped_rank_is_named(results: dict[str, Result], scenario: str) -> N
     assert line.startswith(f"rank 1 on {socket.gethostname()} (process ") and "at step 2" in line and " -- " in line
     for rank in (0, 2):  # where it waits: as a stack that was dumped, or a traceback
         assert "in all_reduce" in result.stderr[rank]
-    assert "in interfere" in result.stderr[1]  # where it was, before it is killed
+    # Where it was before it is killed, or where it came to, once continued.
+    assert "in interfere" in result.stderr[1] or (result.codes[1] == 1 and "in all_reduce" in result.stderr[1])
 
 
 def test_a_rank_whose_threads_cannot_run_ends_by_itself(results: dict[str, Result]) -> None:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 
 from vlm_kernels.device import is_fake, is_on_gpu
-from vlm_kernels.span_attention import flex, operators
+from vlm_kernels.span_attention import flex, operators, transformer_engine
 from vlm_kernels.span_attention.blocks import is_proven
 from vlm_kernels.span_attention.reference import reference
-from vlm_kernels.span_attention.spans import QueryShard, Spans
+from vlm_kernels.span_attention.spans import Backend, Documents, QueryShard, Spans
 
-__all__ = ["QueryShard", "Spans", "reference", "span_attention"]
+__all__ = ["Backend", "Documents", "QueryShard", "Spans", "reference", "span_attention"]
 
 
 def span_attention(
@@ -40,6 +40,16 @@ def span_attention(
 def _on_gpu(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, window: int | None, scale: float
 ) -> torch.Tensor:
-    """Run our operator where its kernels are proven or tensors are fake, FlexAttention elsewhere."""
-    form = operators.attend if is_fake(q) or is_proven(q) else flex.attend
+    """Run the first that may: our operator for fake tensors, Transformer Engine, our operator, FlexAttention.
+
+    Nothing here makes the host wait: what decides are shapes, dtypes and what the host knows of spans.
+    """
+    if is_fake(q):
+        form = operators.attend
+    elif transformer_engine.takes(q, spans, window):
+        form = transformer_engine.attend
+    elif spans.backend == "auto" and is_proven(q):
+        form = operators.attend
+    else:
+        form = flex.attend
     return form(q, k, v, spans, window, scale)

@@ -11,8 +11,10 @@ Shapes: B batch, Sq queries, Sk keys, G key/value heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
+from typing import Literal
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
@@ -21,6 +23,25 @@ from torch.nn.functional import pad
 from vlm_kernels.span_attention.blocks import Blocks
 
 _BLOCK = 128  # tokens per block of FlexAttention's masks
+
+Backend = Literal["auto", "flex", "transformer_engine"]
+"""What computes attention on a GPU: what is proven best there, FlexAttention, or Transformer Engine where it can."""
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What the host knows of spans: which queries share a document, and what they see of it.
+
+    No query sees a key of another document. The padding of a row counts as a document of its own.
+
+    Attributes:
+        lengths: tokens of each document, in the order of tokens, row after row.
+        seen: what a query sees of its document, but for windows: all keys up to itself (past), all keys (all), or any
+            range of them (range).
+    """
+
+    lengths: tuple[int, ...]
+    seen: Literal["past", "all", "range"]
 
 
 @dataclass(frozen=True)
@@ -69,12 +90,16 @@ class Spans:
         high: [B, Sq] int32, last visible key.
         shard: positions of the queries in the sequence of keys; None where they are all of it, in order.
         kept: [B, Sq] int32, first key that no window hides from the query; None where windows hide all.
+        documents: what the host knows of them; None where that is nothing, and where there is a shard.
+        backend: what computes attention on a GPU.
     """
 
     low: torch.Tensor
     high: torch.Tensor
     shard: QueryShard | None = None
     kept: torch.Tensor | None = None
+    documents: Documents | None = None
+    backend: Backend = "auto"
     _block_masks: dict[int | None, BlockMask] = field(default_factory=dict, repr=False)
     _first_keys: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
     _block_ranges: dict[tuple[int | None, int, int], BlockRanges] = field(default_factory=dict, repr=False)
@@ -85,6 +110,7 @@ class Spans:
             assert self.shard.positions.shape == self.low.shape, "a position for every query"
             # Wider positions would widen the first visible keys, which kernels read from memory as int32.
             assert self.shard.positions.dtype == self.low.dtype, "positions of the bounds' dtype"
+            assert self.documents is None, "documents are those of all queries"
 
     @property
     def num_keys(self) -> int:
@@ -100,14 +126,18 @@ class Spans:
 
     def causal(self) -> Spans:
         """Return spans of the same documents in which no query sees a later key."""
-        return Spans(self.low, self.query_positions.expand_as(self.low).contiguous(), self.shard)
+        high = self.query_positions.expand_as(self.low).contiguous()
+        documents = self.documents and replace(self.documents, seen="past")
+        return Spans(self.low, high, self.shard, documents=documents, backend=self.backend)
 
     def with_whole_blocks(self) -> Spans:
         """Return spans in which windows hide nothing of a query's block, the run of queries that see equally far."""
         if self.shard is not None:
             assert self.shard.block_starts is not None, "a block may lie in several shards"
-            return Spans(self.low, self.high, self.shard, kept=self.shard.block_starts)
-        return Spans(self.low, self.high, kept=block_starts(self.high))
+            return Spans(self.low, self.high, self.shard, kept=self.shard.block_starts, backend=self.backend)
+        # Where all see only the past, blocks are single tokens, and the documents are still all that there is to know.
+        kept = block_starts(self.high)
+        return Spans(self.low, self.high, kept=kept, documents=self.documents, backend=self.backend)
 
     def among(self, window: int | None, places: torch.Tensor, num_keys: int) -> Spans:
         """Return the spans within a window over some of the keys, which are all that the queries see within it.
@@ -120,7 +150,8 @@ class Spans:
         if window not in self._among:
             assert self.shard is not None, "without a shard, all keys are there"
             low, high = places[self.first_key(window)], places[self.high]
-            self._among[window] = Spans(low, high, QueryShard(self.shard.positions, num_keys))
+            shard = QueryShard(self.shard.positions, num_keys)
+            self._among[window] = Spans(low, high, shard, backend=self.backend)
         return self._among[window]
 
     def block_mask(self, window: int | None) -> BlockMask:
@@ -153,6 +184,13 @@ class Spans:
     def all_causal(self) -> bool:
         """Whether queries are the full sequence and each sees all keys up to itself; the host waits for the device."""
         return self.shard is None and bool((self.low == 0).all() & (self.high == self.query_positions).all())
+
+    @cached_property
+    def cu_seqlens(self) -> torch.Tensor:
+        """Where documents begin among the tokens of all rows, and the number of these, [documents + 1] int32."""
+        assert self.documents is not None
+        begins = torch.tensor((0, *accumulate(self.documents.lengths)), dtype=torch.int32)
+        return begins.to(self.low.device, non_blocking=True)  # the host does not wait for the device
 
     def dense(self, window: int | None) -> torch.Tensor:
         """Return the dense mask [B, 1, Sq, Sk] bool, true where the key is visible."""
