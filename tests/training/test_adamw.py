@@ -43,7 +43,10 @@ SETTINGS = {
 # that they moved off. Decay on the norms, a schedule late by one step or a stale parameter shifts whole tensors by 5e-3
 # and more.
 TRAJECTORY_TOLERANCE = 5e-4
-LOSS_TOLERANCE = 1e-5  # of losses and norms in fp32 after updates that differ so little; seen: 2e-7
+LOSS_TOLERANCE = 1e-5  # of losses in fp32 after updates that differ so little; seen: 1e-6
+# transformers' own norms in fp32 are up to 2.9e-5 from its norms in fp64 (Mistral3, fourth step); ours are about half
+# as far from the latter.
+NORM_TOLERANCE = 5e-5
 
 # Far below megatron-core's 40 million, so that each layer's parameters arrive in a message of their own.
 SMALL_BUCKET_ELEMENTS = 4000
@@ -125,7 +128,7 @@ def test_five_steps(
     assert max(norms) > 2 * CLIP, "clipping must matter"
     metrics = read_metrics(tmp_path / "run")
     assert [record["loss"] for record in metrics] == pytest.approx(losses, rel=LOSS_TOLERANCE)
-    assert [record["grad_norm"] for record in metrics] == pytest.approx(norms, rel=LOSS_TOLERANCE)
+    assert [record["grad_norm"] for record in metrics] == pytest.approx(norms, rel=NORM_TOLERANCE)
     rates = [learning_rate(update) for update in range(1, STEPS + 1)]
     assert [record["lr"] for record in metrics] == pytest.approx(rates, rel=1e-12)
     for part, factor in MULTIPLIERS.items():
