@@ -251,7 +251,7 @@ def patches_in_raster_order(tower: VisionTower, projector: Projector) -> None:
 def one_segment_per_video(tower: VisionTower, projector: Projector) -> None:
     lengths = tuple(frames * height * width for frames, height, width in GRIDS["many"])
     segments = patches.Segments
-    mock.patch.object(patches, "Segments", lambda _, device: segments(lengths, device)).start()
+    mock.patch.object(patches, "Segments", lambda _, *rest: segments(lengths, *rest)).start()
 
 
 def taps_before_their_layers(tower: VisionTower, projector: Projector) -> None:
