@@ -287,7 +287,7 @@ def test_under_checkpoint_and_compile(operation) -> None:
 def test_opcheck(with_weight: bool) -> None:
     for operation in OPERATIONS:
         arguments = inputs(operation, torch.float32, with_weight)
-        torch.library.opcheck(getattr(operators, f"_{operation.__name__}"), (*arguments, EPS, True))
+        torch.library.opcheck(getattr(torch.ops.vlm_kernels, operation.__name__).default, (*arguments, EPS, True))
     x, grad = torch.randn(2, 3, 24), torch.randn(2, 3, 24)
     weight = torch.randn(24) if with_weight else None
     for needs_weight, addend in ((True, grad), (False, None)):
@@ -302,7 +302,7 @@ def test_strided_inputs() -> None:
         strided = [
             given.detach().mT.contiguous().mT.requires_grad_() if given.dim() > 1 else given for given in arguments
         ]
-        torch.library.opcheck(getattr(operators, f"_{operation.__name__}"), (*strided, EPS, True))
+        torch.library.opcheck(getattr(torch.ops.vlm_kernels, operation.__name__).default, (*strided, EPS, True))
         for mine, its in zip(outputs(operation, strided), outputs(operation, arguments), strict=True):
             assert mine.is_contiguous() and mine.equal(its)
 
