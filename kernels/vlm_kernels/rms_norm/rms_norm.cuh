@@ -18,6 +18,14 @@ constexpr int max_threads(int chunks) { return chunks == 1 ? 128 : chunks == 4 ?
 // At least so many such blocks fit on a multiprocessor in a backward pass: one reads its rows while another reduces.
 constexpr int min_blocks(int chunks) { return chunks == 1 ? 4 : 2; }
 
+// On sm_100 the compiler cannot do with the 64 registers of two blocks of 512 threads for a gradient of two norms. With
+// these, two blocks of rows of 5376 bf16 elements fit, and one of 8192.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#define BOUNDS_OF_TWO_NORMS __maxnreg__(CHUNKS == 1 ? 128 : 80)
+#else
+#define BOUNDS_OF_TWO_NORMS __launch_bounds__(max_threads(CHUNKS), min_blocks(CHUNKS))
+#endif
+
 template <int N, int CHUNKS>
 struct Columns {
   int size;
@@ -109,16 +117,18 @@ __host__ __device__ constexpr int weight_gradient_floats(int threads) {
 }
 
 // Sums of a weight's gradient over the rows of a thread: in shared memory, as registers would not do for a second block
-// of wide rows on a multiprocessor; with CHUNKS = 0 in its row of `partials`.
+// of wide rows on a multiprocessor; with CHUNKS = 0 in row `group` of `partials`.
 template <int N, int CHUNKS>
 struct WeightGradient {
   static constexpr int PIECE = N < VECTOR<float> ? N : VECTOR<float>;
   float* shared;
   float* partials;
+  int group, size;
 
   // Where `partials` is null, nothing is added up and `shared` is not used.
-  __device__ __forceinline__ WeightGradient(float* shared, float* partials, Columns<N, CHUNKS> columns)
-      : shared(shared), partials(partials) {
+  __device__ __forceinline__ WeightGradient(float* shared, float* partials, int group, int size)
+      : shared(shared), partials(partials), group(group), size(size) {
+    const Columns<N, CHUNKS> columns{size};
     if (!partials) return;
     columns.each([&](int chunk, int column) {
 #pragma unroll
@@ -137,20 +147,22 @@ struct WeightGradient {
     }
   }
 
-  __device__ __forceinline__ void write(Columns<N, CHUNKS> columns) {
+  __device__ __forceinline__ void write() {
     if (CHUNKS == 0 || !partials) return;
-    columns.each([&](int chunk, int column) {
+    Columns<N, CHUNKS>{size}.each([&](int chunk, int column) {
 #pragma unroll
-      for (int i = 0; i < N; i += PIECE) store(partials + column + i, load<PIECE>(sums(chunk, column, i)));
+      for (int i = 0; i < N; i += PIECE) store(row() + column + i, load<PIECE>(sums(chunk, column, i)));
     });
   }
 
   // Pieces of neighbouring threads are neighbours in shared memory: no two banks in conflict.
   __device__ __forceinline__ float* sums(int chunk, int column, int i) const {
-    if constexpr (CHUNKS == 0) return partials + column + i;
+    if constexpr (CHUNKS == 0) return row() + column + i;
     const int threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x;
     return shared + ((chunk * N + i) * threads + thread * PIECE);
   }
+
+  __device__ __forceinline__ float* row() const { return partials + static_cast<int64_t>(group) * size; }
 };
 
 template <class T, int N, int CHUNKS>
@@ -284,8 +296,7 @@ __global__ void __launch_bounds__(max_threads(CHUNKS), min_blocks(CHUNKS))
   __shared__ float scratch[2][REDUCTION_SCRATCH<2>];
   const int group = blockIdx.x * blockDim.y + threadIdx.y;
   DYNAMIC_SHARED(float, weight_sums);
-  float* const mine = partials ? partials + static_cast<int64_t>(group) * size : nullptr;
-  WeightGradient<N, CHUNKS> weight_gradient(weight_sums, mine, {size});
+  WeightGradient<N, CHUNKS> weight_gradient(weight_sums, partials, group, size);
   const int num_groups = gridDim.x * blockDim.y;
   int turn = 0;
   for (int64_t row = group; row - threadIdx.y < num_rows; row += num_groups) {
@@ -323,25 +334,23 @@ __global__ void __launch_bounds__(max_threads(CHUNKS), min_blocks(CHUNKS))
       weight_gradient.add(chunk, column, for_weight);
     });
   }
-  weight_gradient.write({size});
+  weight_gradient.write();
 }
 
 // Gradients of sum = residual + norm(x) with post_weight, normed = norm(sum) with weight. The gradient that reaches
 // `sum` is rounded to T where it is stored as the residual's. `partials` is [2, rows of threads, size]: post_weight's,
 // then weight's.
 template <class T, int N, int CHUNKS>
-__global__ void __launch_bounds__(max_threads(CHUNKS), min_blocks(CHUNKS))
+__global__ void BOUNDS_OF_TWO_NORMS
     rms_norm_add_rms_norm_gradient(const T* grad_sum, const T* grad_normed, const T* x, const T* sum,
                                    const T* post_weight, const T* weight, T* grad_residual, T* grad_x, float* partials,
                                    int64_t num_rows, int size, float eps, float offset) {
   __shared__ float scratch[2][REDUCTION_SCRATCH<2>];
   const int group = blockIdx.x * blockDim.y + threadIdx.y, num_groups = gridDim.x * blockDim.y;
-  float* const mine = partials ? partials + static_cast<int64_t>(group) * size : nullptr;
   DYNAMIC_SHARED(float, weight_sums);
-  WeightGradient<N, CHUNKS> post_weight_gradient(weight_sums, mine, {size});
-  WeightGradient<N, CHUNKS> weight_gradient(
-      weight_sums + weight_gradient_floats<N, CHUNKS>(blockDim.x * blockDim.y),
-      mine ? mine + static_cast<int64_t>(num_groups) * size : nullptr, {size});
+  WeightGradient<N, CHUNKS> post_weight_gradient(weight_sums, partials, group, size);
+  WeightGradient<N, CHUNKS> weight_gradient(weight_sums + weight_gradient_floats<N, CHUNKS>(blockDim.x * blockDim.y),
+                                            partials, num_groups + group, size);
   for (int64_t row = group; row - threadIdx.y < num_rows; row += num_groups) {
     const int64_t start = row * size;
     const Columns<N, CHUNKS> columns{row < num_rows ? size : 0};
@@ -392,8 +401,8 @@ __global__ void __launch_bounds__(max_threads(CHUNKS), min_blocks(CHUNKS))
       post_weight_gradient.add(chunk, column, for_weight);
     });
   }
-  post_weight_gradient.write({size});
-  weight_gradient.write({size});
+  post_weight_gradient.write();
+  weight_gradient.write();
 }
 
 }  // namespace kernels
