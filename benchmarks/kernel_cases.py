@@ -18,6 +18,13 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional
 
+from benchmarks.kernel_expert_cases import (
+    SUMMED,
+    chunks_problem,
+    grouped_gradient_problem,
+    permute_problem,
+    router_problem,
+)
 from benchmarks.kernel_problem import (
     FLEX,
     GIB,
@@ -37,7 +44,6 @@ from benchmarks.kernel_problem import (
 )
 from benchmarks.kernel_product_cases import Attention, attention_problem, loss_problem
 from vlm_kernels.gated import Activation, gated, gated_halves
-from vlm_kernels.permute import expert_permutation, permute, unpermute
 from vlm_kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_add, rms_norm_add_rms_norm
 from vlm_kernels.rope import qk_norm_rope
 
@@ -208,40 +214,6 @@ def gated_experts_problem(columns: int, setting: Setting) -> Problem:
     return Problem([gate_up, factor], sides, floors, f"{rows} x {columns}")
 
 
-# Expert permutation
-
-
-def permute_problem(kind: Literal["permute", "unpermute", "unpermute weighted"], setting: Setting) -> Problem:
-    """Build the permutation of Qwen3-VL 30B-A3B: 8 of 128 experts."""
-    tokens, experts, chosen = setting.size(TOKENS, 9), setting.size(128, 6), setting.size(8, 2)
-    hidden = setting.size(2048, 19)
-    choice = torch.rand(tokens, experts, device=setting.device).topk(chosen).indices
-    routing_map = torch.zeros(tokens, experts, dtype=torch.bool, device=setting.device).scatter_(1, choice, True)
-    permutation = expert_permutation(routing_map, tokens * chosen)
-    entries = permutation.entry_of_row.long()
-    token_of_row = entries // experts
-
-    def torch_permute(x: torch.Tensor, probs: torch.Tensor) -> Tensors:
-        return x.index_select(0, token_of_row), probs.flatten().index_select(0, entries)
-
-    def torch_unpermute(y: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        y = (y * weights[0].unsqueeze(-1)).to(y.dtype) if weights else y
-        return y.new_zeros((tokens, hidden)).index_add(0, token_of_row, y)
-
-    x, y = setting.randn(tokens, hidden), setting.randn(tokens * chosen, hidden)
-    if kind == "permute":
-        inputs = [x, torch.rand(tokens, experts, device=setting.device).requires_grad_()]
-        sides = {OURS: lambda x, probs: permute(x, permutation, probs), TORCH: torch_permute}
-    else:
-        weights = [torch.rand(tokens * chosen, device=setting.device).requires_grad_()]
-        inputs = [y, *(weights if kind == "unpermute weighted" else [])]
-        sides = {OURS: lambda y, *weights: unpermute(y, permutation, *weights), TORCH: torch_unpermute}
-    # With weights, their gradient reads all rows again.
-    backward = x.nbytes + y.nbytes * (2 if kind == "unpermute weighted" else 1)
-    floors = {"forward": Floor(x.nbytes + y.nbytes), "backward": Floor(backward)}
-    return Problem(inputs, sides, floors, f"{tokens} x {hidden}, {chosen} of {experts}")
-
-
 # All cases
 
 
@@ -284,6 +256,17 @@ CASES = (
     Case("permute", "permute", partial(permute_problem, "permute"), of_floor(0.75)),
     Case("permute", "unpermute", partial(permute_problem, "unpermute"), of_floor(0.75)),
     Case("permute", "unpermute weighted", partial(permute_problem, "unpermute weighted"), of_floor(0.75)),
+    Case("permute", "chunks of ranks", chunks_problem, of_floor(0.75)),
+    Case("router", "8 of 128", router_problem, against(TORCH, 2.0)),
+    *(
+        Case(
+            "grouped_gradient",
+            f"{rows} rows",
+            partial(grouped_gradient_problem, rows),
+            (Target("backward", 1.0, SUMMED),),
+        )
+        for rows in (128, 2048)
+    ),
     *(
         Case(
             "linear_cross_entropy",

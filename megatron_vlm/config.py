@@ -81,7 +81,7 @@ class ParallelSettings:
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens reach the ranks of their experts: each sent where it is needed, or all gathered everywhere."""
     use_distributed_optimizer: bool = True
-    """Split optimizer state and main weights over the data-parallel ranks (needs adamw)."""
+    """Split optimizer state and main weights over the data-parallel ranks; Muon's by whole matrices (not with sgd)."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass runs."""
     overlap_param_gather: bool = False
@@ -182,7 +182,7 @@ class OptimizerSettings:
     """The update rule and its schedule."""
 
     name: Literal["adamw", "sgd", "muon"] = "adamw"
-    """adamw, or sgd without momentum; muon is not built yet."""
+    """adamw, sgd without momentum, or muon: matrices by Muon, embeddings, heads, routers and vectors by AdamW."""
     lr: float = 1e-5
     """Highest learning rate."""
     min_lr: float = 0.0
@@ -201,6 +201,16 @@ class OptimizerSettings:
     """Steps of linear warm-up from 0."""
     wsd_decay_iters: int | None = None
     """Steps of the decay of schedule wsd; null is a tenth of train_iters."""
+    muon_momentum: float = 0.95
+    """Decay rate of Muon's momentum."""
+    muon_nesterov: bool = True
+    """Orthogonalise momentum and gradient mixed (Nesterov) instead of the momentum alone."""
+    muon_num_ns_steps: int = 5
+    """Newton-Schulz iterations that orthogonalise a matrix."""
+    muon_extra_scale_factor: float = 0.2
+    """Muon's update is this times sqrt(max(out, in)); 0.2 gives it the size of AdamW's, so that lr suits both."""
+    muon_fp32_matmul_prec: Literal["highest", "high", "medium"] = "medium"
+    """Matmuls of the Newton-Schulz iterations: fp32 (highest), TF32 (high) or bf16 (medium)."""
     lr_multipliers: dict[str, float] = field(default_factory=dict)
     """Factor on the learning rate per part, for example {vision_tower: 0.1}."""
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 from collections.abc import Iterator
 
-from megatron_vlm.config import PART_NAMES, Config, source_names
+from megatron_vlm.config import PART_NAMES, Config, OptimizerSettings, source_names
 from megatron_vlm.errors import ConfigError, UserError, combine
 
 MOST = 2**31 - 1
@@ -21,7 +23,6 @@ def validate(config: Config) -> None:
     problems: list[UserError] = [
         *_ranges(config),
         *_paths(config),
-        *_not_built(config),
         *_model(config),
         *_parallel(config),
         *_data(config),
@@ -66,6 +67,7 @@ def _ranges(config: Config) -> Iterator[UserError]:
         ("optimizer.clip_grad", optimizer.clip_grad, 0, MOST),
         ("optimizer.warmup_iters", optimizer.warmup_iters, 0, MOST),
         ("optimizer.wsd_decay_iters", optimizer.wsd_decay_iters, 1, MOST),
+        ("optimizer.muon_num_ns_steps", optimizer.muon_num_ns_steps, 1, 100),
         ("checkpoint.save_interval", checkpoint.save_interval, 1, MOST),
         ("checkpoint.keep_last", checkpoint.keep_last, 1, MOST),
     ]
@@ -94,12 +96,6 @@ def _paths(config: Config) -> Iterator[UserError]:
             yield ConfigError(f"{key} has a zero byte: {path[:80]!r}", fix="remove it")
         elif max(map(len, names)) > MOST_NAME_BYTES or len(path.encode()) > MOST_PATH_BYTES:
             yield ConfigError(f"{key} is longer than a path can be: {path[:80]!r}...", fix="shorten it")
-
-
-def _not_built(config: Config) -> Iterator[UserError]:
-    """Refuse keys whose feature is not built yet."""
-    if config.optimizer.name == "muon":
-        yield ConfigError("optimizer.name muon is not built yet", fix="use adamw or sgd")
 
 
 def _model(config: Config) -> Iterator[UserError]:
@@ -194,6 +190,7 @@ def _train(config: Config) -> Iterator[UserError]:
 
 def _optimizer(config: Config) -> Iterator[UserError]:
     optimizer, iters = config.optimizer, config.train.train_iters
+    yield from _muon(optimizer)
     if optimizer.min_lr > optimizer.lr:
         yield ConfigError(
             f"optimizer.min_lr {optimizer.min_lr} is above optimizer.lr {optimizer.lr}", fix="lower min_lr"
@@ -221,6 +218,29 @@ def _optimizer(config: Config) -> Iterator[UserError]:
             )
         elif not 0 <= factor <= MOST:
             yield ConfigError(f"optimizer.lr_multipliers.{name} is {factor}", fix="give a number of at least 0")
+
+
+def _muon(optimizer: OptimizerSettings) -> Iterator[UserError]:
+    if optimizer.name != "muon":
+        for entry in dataclasses.fields(optimizer):
+            if entry.name.startswith("muon_") and getattr(optimizer, entry.name) != entry.default:
+                yield ConfigError(
+                    f"optimizer.{entry.name} has no effect", fix="set optimizer.name to muon, or remove it"
+                )
+        return
+    if importlib.util.find_spec("emerging_optimizers") is None:
+        yield ConfigError(
+            "optimizer.name muon needs the package emerging-optimizers, which is not installed",
+            fix="install the extra: pip install -c constraints.txt -e '.[muon]'",
+        )
+    if not 0 <= optimizer.muon_momentum < 1:
+        yield ConfigError(
+            f"optimizer.muon_momentum is {optimizer.muon_momentum}", fix="give a number from 0 to below 1"
+        )
+    if not 0 < optimizer.muon_extra_scale_factor <= MOST:
+        yield ConfigError(
+            f"optimizer.muon_extra_scale_factor is {optimizer.muon_extra_scale_factor}", fix="give a number above 0"
+        )
 
 
 def nearest_multiples(number: int, divisor: int) -> str:

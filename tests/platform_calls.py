@@ -10,7 +10,6 @@ from typing import Any
 from unittest import mock
 
 from megatron.core.tensor_parallel import random
-from megatron.core.transformer.moe import token_dispatcher
 
 from megatron_vlm.platform import megatron_cpu
 
@@ -19,13 +18,8 @@ _NAMESPACES: dict[str, ModuleType] = {
     "torch.cuda": megatron_cpu._cuda,
     "torch.distributed": megatron_cpu._dist,
 }
-_TENSOR_METHODS = {
-    megatron_cpu._tensor_cuda_for_megatron.__name__: "Tensor.cuda",
-    megatron_cpu._tensor_type_for_megatron.__name__: "Tensor.type",
-}
 _FUNCTIONS = {
     random: ("_get_cuda_rng_state", "_set_cuda_rng_state"),
-    token_dispatcher: ("maybe_move_tensor_to_cpu",),
 }
 
 
@@ -73,7 +67,7 @@ def recorded() -> Iterator[set[str]]:
     is_megatron = megatron_cpu._is_megatron
 
     def recording_is_megatron(frame: FrameType) -> bool:
-        add(frame, _TENSOR_METHODS[sys._getframe(1).f_code.co_name])
+        add(frame, "Tensor.type")
         return is_megatron(frame)
 
     with contextlib.ExitStack() as stack:
@@ -87,9 +81,8 @@ def recorded() -> Iterator[set[str]]:
 @contextlib.contextmanager
 def without(name: str) -> Iterator[None]:
     """Take one replacement away, as if the layer did not have it."""
-    if name.startswith("Tensor."):
-        method = name.removeprefix("Tensor.")
-        with mock.patch(f"torch.Tensor.{method}", getattr(megatron_cpu, f"_tensor_{method}")):
+    if name == "Tensor.type":
+        with mock.patch("torch.Tensor.type", megatron_cpu._tensor_type):
             yield
         return
     namespace, attribute = replacements()[name]

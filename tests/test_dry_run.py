@@ -311,7 +311,10 @@ def test_text_only_takes_the_language_model_out(
 
 def test_the_script_itself(arguments: list[str]) -> None:
     """As a process: exit code 2, one line on stderr, no traceback."""
-    command = [sys.executable, str(ROOT / "pretrain_vlm.py"), *arguments, "--optimizer.name=muon"]
+    command = [sys.executable, str(ROOT / "pretrain_vlm.py"), *arguments, "--optimizer.name=sgd"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert result.stderr.splitlines() == ["ConfigError: optimizer.name muon is not built yet -- use adamw or sgd"]
+    assert result.stderr.splitlines() == [
+        "ConfigError: optimizer.name sgd does not work with parallel.use_distributed_optimizer true -- set "
+        "parallel.use_distributed_optimizer to false, or optimizer.name to adamw"
+    ]

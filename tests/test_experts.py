@@ -49,7 +49,8 @@ def check_experts(counts: list[int], device: str, dtype: torch.dtype, tolerance:
     x = torch.randn(sum(counts), HIDDEN, generator=generator).to(device, dtype).requires_grad_()
     weights = torch.rand(sum(counts), generator=generator).to(device).requires_grad_()
     gradient = torch.randn(sum(counts), HIDDEN, generator=generator).to(device, dtype)
-    output = experts(x, torch.tensor(counts), weights)
+    ends = torch.tensor(counts, device=device).cumsum(0).int()
+    output = experts(x, ends, weights)
     inputs = [x, weights, experts.gate_up_proj, experts.down_proj]
     ours = [output, *torch.autograd.grad(output, inputs, gradient)]
 
@@ -67,6 +68,24 @@ def check_experts(counts: list[int], device: str, dtype: torch.dtype, tolerance:
     for expert, count in enumerate(counts):
         if not count:
             assert not ours[3][expert].any() and not ours[4][expert].any(), "an expert without tokens has gradients"
+    check_main_gradients(experts, (x, ends, weights), gradient, theirs[3:], tolerance)
+
+
+def check_main_gradients(
+    experts: Experts, inputs: tuple[torch.Tensor, ...], gradient: torch.Tensor, expected: Any, tolerance: float
+) -> None:
+    """What is added to megatron-core's gradients, which hold others already; nothing for experts without tokens."""
+    parameters = list(experts.parameters())
+    for parameter in parameters:
+        parameter.main_grad = torch.ones(parameter.shape, device=parameter.device)
+        parameter.grad_added_to_main_grad = False
+    experts(*inputs).backward(gradient)
+    for parameter, other in zip(parameters, expected, strict=True):
+        added = parameter.main_grad.double() - 1
+        assert parameter.grad_added_to_main_grad
+        # Ones round the sum to their own last bit.
+        assert (added - other).abs().max() <= tolerance * other.abs().max() + 2e-7 * (1 + other.abs().max())
+        assert not added[(other == 0).flatten(1).all(1)].any(), "an expert without tokens has gradients"
 
 
 # fp32 products of 48 terms; bf16 keeps 8 bits, and three roundings lie between input and output.

@@ -231,7 +231,7 @@ def test_stages_are_short_and_run_all_gpu_tests() -> None:
         if case.operator in command and ("--cases" not in command or case.name in command)
     ]
     assert sorted(measured_cases) == sorted((case.operator, case.name) for case in CASES)
-    assert sum(stage.estimate_seconds for stage in measured) <= 900
+    assert sum(stage.estimate_seconds for stage in measured) <= 930
     named = {part for stage in STAGES for part in stage.command}
     for path in (ROOT / "tests/gpu").glob("test_*.py"):
         assert f"tests/gpu/{path.name}" in named
@@ -308,7 +308,7 @@ BROUGHT = (
 def test_the_bundle_holds_what_containers_lack() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = {re.split(r"[<>=]", line)[0] for line in project["dependencies"]}
-    needed |= {"liger-kernel", "pytest", "pytest-xdist"}
+    needed |= {"liger-kernel", "emerging-optimizers", "absl-py", "pytest", "pytest-xdist"}
     assert needed == {*bundle.MISSING, *BROUGHT.split()}
     assert set(bundle.MISSING) <= set(bundle._pins(ROOT / "constraints.txt"))
 

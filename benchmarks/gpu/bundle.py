@@ -16,8 +16,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Requirements of this project and of its benchmarks that clusters' containers do not bring.
 MISSING = (
-    *("docstring_parser", "isal", "jsonargparse", "liger-kernel", "megatron-core", "protobuf", "rich", "sentencepiece"),
-    *("simpleeval", "soundfile", "soxr"),
+    *("absl-py", "docstring_parser", "emerging-optimizers", "isal", "jsonargparse", "liger-kernel", "megatron-core"),
+    *("protobuf", "rich", "sentencepiece", "simpleeval", "soundfile", "soxr"),
 )
 KERNELS = Path("kernels/vlm_kernels")
 BINARY, BUILD_LOG = "_C.abi3.so", "_C.txt"

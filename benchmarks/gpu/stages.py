@@ -58,7 +58,7 @@ def _demo(model: str) -> Stage:
 
 _KERNEL_TESTS = tuple(
     f"tests/gpu/test_kernels_{operator}.py"
-    for operator in ("permute", "rms_norm", "gated", "rope", "linear_cross_entropy")
+    for operator in ("permute", "router", "rms_norm", "gated", "rope", "linear_cross_entropy", "grouped_gradient")
 )
 _PRODUCT_CASES = ("plain", "capped at 30", "64, images", "256, images, window 1024", "512, images", "512, causal")
 _ATTENTION_CASES = ("128, images", "128, images, window 1024")
@@ -69,10 +69,11 @@ STAGES = (
         environment={"CUDA_LAUNCH_BLOCKING": "1"},  # an error then names the call that caused it
     ),
     _tests("short_rows", "FlexAttention at one short row", 90, "tests/gpu/test_flex_attention.py"),
-    _tests("kernels", "kernels of CUDA against fp64", 60, *_KERNEL_TESTS),
+    _tests("kernels", "kernels of CUDA, and of experts' gradients, against fp64", 60, *_KERNEL_TESTS),
     _tests("experts", "grouped products, experts without tokens", 25, "tests/gpu/test_one_gpu.py", "-k", "experts"),
     _tests("steps", "a step of each family against transformers", 60, "tests/gpu/test_one_gpu.py", "-k", "not experts"),
     _tests("attention", "kernels of Triton against fp64", 95, "tests/gpu/test_kernels_span_attention.py"),
+    _script("optimizers", "an update by AdamW and by Muon", 30, "benchmarks.gpu.optimizers"),
     _script("recompilations", "variants over 50 lengths", 45, "benchmarks.gpu.recompilations"),
     _script(
         "span_attention",
@@ -95,10 +96,10 @@ STAGES = (
     ),
     _script(
         "kernel_benchmark",
-        "time of kernels that memory bounds",
+        "time of kernels that memory bounds, and of experts' weight gradients",
         55,
-        *("benchmarks.kernels", "--operators", "rms_norm", "rope", "gated", "permute"),
-        *("--no_compile", "--rounds", "7", "--measure_only"),
+        *("benchmarks.kernels", "--operators", "rms_norm", "rope", "gated", "permute", "router", "grouped_gradient"),
+        *("--no_compile", "--rounds", "5", "--measure_only"),
         dry="--tiny",
     ),
     _script(

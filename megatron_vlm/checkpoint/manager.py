@@ -44,6 +44,7 @@ from megatron_vlm.checkpoint.torch_dist import UNREADABLE, CheckedFileReader, To
 from megatron_vlm.errors import CheckpointError, SaveError
 from megatron_vlm.parallel.parameters import spec_of
 from megatron_vlm.parallel.sharding import replica_group, splits
+from megatron_vlm.platform import current
 from megatron_vlm.platform.agreement import gather_if_any, is_any, on_first_rank
 from megatron_vlm.platform.checkpointing import (
     SaveFailed,
@@ -52,6 +53,7 @@ from megatron_vlm.platform.checkpointing import (
     random_state,
     set_random_state,
 )
+from megatron_vlm.platform.host_memory import HostMemory
 
 _SHOWN_PROBLEMS = 4
 
@@ -187,6 +189,7 @@ class CheckpointManager:
         self._strategy: FullyParallelSaveStrategyWrapper | None = None
         self._structure = b""
         """Of what was saved last."""
+        self._host_memory = HostMemory() if current().accelerated else None
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint, or None; the same on every rank."""
@@ -299,7 +302,8 @@ class CheckpointManager:
         # SaveStrategy's own finishing step has done what megatron-core's second one would do, safely on every rank.
         request = request._replace(finalize_fns=request.finalize_fns[:1])
         # Always by a forked process: when a write fails, torch's file writer leaves its process unsafe (segmentation
-        # fault in a later garbage collection). The fork is the snapshot; from a device, tensors were copied before it.
+        # fault in a later garbage collection). The fork is the snapshot; from a device, what this rank writes is copied
+        # before it, which is all that training waits for.
         self._calls.schedule_async_request(request)
 
     def _strategy_for(
@@ -314,7 +318,7 @@ class CheckpointManager:
         is_new = is_any(self._strategy is None or structure != self._structure)
         if self._strategy is None or is_new:
             # Data-parallel replicas share the writing.
-            self._strategy = FullyParallelSaveStrategyWrapper(SaveStrategy(), self.groups.dp_cp, True)
+            self._strategy = FullyParallelSaveStrategyWrapper(SaveStrategy(self._host_memory), self.groups.dp_cp, True)
         self._structure = structure
         writer: SaveStrategy = self._strategy.base_strategy
         writer.publish = publish
@@ -381,7 +385,7 @@ class CheckpointManager:
         if optimizer is not None:
             with run_folder.reading_manifest(folder, "optimizer"):
                 saved = self._check_optimizer(manifest, optimizer, folder)
-                optimizer_state.redirect_main_parameters(state["optimizer"], optimizer, saved)
+                state["optimizer"] = optimizer_state.redirect_main_parameters(state["optimizer"], optimizer, saved)
         _check_tensors(state, folder, self.groups)
         loaded = _read(lambda: dist_checkpointing.load(state, str(folder)), folder)
         if optimizer is not None:
@@ -488,10 +492,12 @@ def _check_tensors(state: dict[str, Any], folder: Path, groups: ProcessGroupColl
         for key, shape in wanted.items()
         if stored.get(key, shape) != shape
     ]
-    if problems:
-        more = f" and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
+    # A tensor of the optimizer's may be missing on the one rank that has a part of it.
+    found = sorted({problem for of_rank in gather_if_any(problems or None) for problem in of_rank or ()})
+    if found:
+        more = f" and {len(found) - _SHOWN_PROBLEMS} more" if len(found) > _SHOWN_PROBLEMS else ""
         raise CheckpointError(
-            f"the checkpoint does not fit the model: {'; '.join(sorted(problems)[:_SHOWN_PROBLEMS])}{more}",
+            f"the checkpoint does not fit the model: {'; '.join(found[:_SHOWN_PROBLEMS])}{more}",
             str(folder),
             "use the model.hf_path, model.text_only and model.freeze it was saved with",
         )

@@ -1,26 +1,35 @@
 """Optimizer state in one form on disk, whichever of megatron-core's three kinds of optimizer wrote it.
 
-Tensors are stored per parameter in global shape: `optimizer.state.exp_avg.<parameter name>` and so on. The three differ
-in where they keep the fp32 main parameters (`_MAIN_PREFIX`) and in how they nest the groups' settings; we store the
-settings in the checkpoint's manifest, once, and rebuild each optimizer's own nesting on load. So a run may change
+Tensors are stored per parameter in global shape: `optimizer.state.exp_avg.<parameter name>` and so on, cut into pieces
+as the ranks have them (optimizer_shards.py has those of the distributed optimizer). The three differ in where they keep
+the fp32 main parameters (`_MAIN_PREFIX`) and in how they nest the groups' settings; we store the settings in the
+checkpoint's manifest, once, and rebuild each optimizer's own nesting on load. So a run may change
 `use_distributed_optimizer` between starts.
 
+With Muon, matrices have an optimizer of their own beside AdamW's. Where state is sharded, a data rank has whole
+matrices, which are stored as the distributed optimizer stores the rest.
+
 A model with experts has two optimizers of one kind, chained: the second holds the experts, whose replicas are other
-ranks. Every rank has both, with empty groups where its stage has no experts, so all take part in the same collectives.
+ranks. Every rank has both, with empty groups where its stage has no experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch.distributed
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.dict_utils import (
+    dict_list_map_inplace,
+    dict_list_map_outplace,
+    extract_matching_values,
+)
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from megatron.core.optimizer.optimizer import (
     ChainedOptimizer,
     Float16OptimizerWithFloat16Params,
@@ -29,15 +38,12 @@ from megatron.core.optimizer.optimizer import (
     param_group_identifier_keys,
 )
 
+from megatron_vlm.checkpoint.optimizer_shards import sharded_shards
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.platform import current
-from megatron_vlm.platform.checkpointing import padding_kept
 
-# The one format of the distributed optimizer that can be read back with other tensor and pipeline sizes.
-_SHARDING_TYPE = "fully_reshardable"
-_METADATA = {"distrib_optim_sharding_type": _SHARDING_TYPE, "chained_optim_avoid_prefix": True}
 # Settings that a resumed run takes from its configuration; the scheduler sets learning rates and weight decay.
-_CONFIGURED = ("betas", "eps")
+_CONFIGURED = ("betas", "eps", "momentum")
 # Where each optimizer's fp32 main parameters are stored, before the parameter's name. An fp32 model without the
 # distributed optimizer has none: its parameters are stored once, under their own names.
 _MAIN_PREFIX = {
@@ -72,16 +78,31 @@ def sharded_state(
         Trees of sharded tensors, by number of the optimizer in the chain.
     """
     state = {}
+    of_one_rank = _of_one_data_rank(optimizer)
     for index, member in enumerate(_chained(optimizer)):
         if member.init_state_fn is None:  # SGD without momentum has no state, and megatron-core calls the None
             member.init_state_fn = lambda *_: None
-        elif isinstance(member, DistributedOptimizer) and member.optimizer is not None:
-            # Where no step was taken yet (all were skipped), megatron-core would look for moments in vain.
+        if isinstance(member, DistributedOptimizer):
+            # Allocates the moments where no step was taken yet: before a load, or where all were skipped.
             member.init_state_fn(member.optimizer, member.config)
-        with padding_kept(member) if isinstance(member, DistributedOptimizer) else nullcontext():
-            described = member.sharded_state_dict(model_state, is_loading=is_loading, metadata=_METADATA)
-        state[index] = _tensors(member, described)
+            state[index] = sharded_shards(member, model_state)
+            continue
+        if member in of_one_rank and member.optimizer is not None:
+            member.init_state_fn(member.optimizer, member.config)  # as above
+        state[index] = _tensors(member, member.sharded_state_dict(model_state, is_loading=is_loading))
+        if member in of_one_rank:
+            dict_list_map_inplace(partial(_without_copies, _MAIN_PREFIX[type(member)]), state[index])
     return state
+
+
+def _without_copies(prefix: str, leaf: Any) -> Any:
+    """Describe a tensor that only this data rank has, under the distributed optimizer's name; `prefix` is its own."""
+    if not isinstance(leaf, ShardedTensor):
+        return leaf
+    key = leaf.key
+    if prefix and key.startswith(prefix):
+        key = _MAIN_PREFIX[DistributedOptimizer] + key.removeprefix(prefix)
+    return replace(leaf, key=key, replica_id=(*leaf.replica_id[:2], 0))
 
 
 def _tensors(member: Any, described: dict[str, Any]) -> dict[Any, Any]:
@@ -90,27 +111,28 @@ def _tensors(member: Any, described: dict[str, Any]) -> dict[Any, Any]:
     What is no sharded tensor is stored once, as on the first rank. Lists and settings among it do not fit a rank that
     has more or fewer parameters or groups.
     """
-    if isinstance(member, DistributedOptimizer):
-        return described["param_state"]
     if isinstance(member, Float16OptimizerWithFloat16Params):
         mains = (main for group in described["fp32_from_fp16_params"] for main in group)
         return {"state": described["optimizer"]["state"], "main_parameters": dict(enumerate(mains))}
     return {"state": described["state"]}
 
 
-def redirect_main_parameters(state: Any, optimizer: MegatronOptimizer, saved: Mapping[str, Any]) -> None:
-    """Let a state to be loaded read its main parameters from where the saved kind of optimizer put them, in place."""
+def redirect_main_parameters(state: Any, optimizer: MegatronOptimizer, saved: Mapping[str, Any]) -> Any:
+    """Let a state to be loaded read its main parameters from where the saved kind of optimizer put them."""
     here, there = _main_prefix(optimizer), saved["main_prefix"]
 
-    def redirect(leaf: Any) -> Any:
-        if not isinstance(leaf, ShardedTensor) or not here or not leaf.key.startswith(here):
-            return leaf
-        # Under "" the model reads the same tensors: ours is a replica beside it.
-        replica = leaf.replica_id if there else (1, *leaf.replica_id)
-        return replace(leaf, key=there + leaf.key.removeprefix(here), replica_id=replica)
+    def is_main(leaf: Any) -> bool:
+        return isinstance(leaf, ShardedTensor) and leaf.key.startswith(here)
 
-    if here != there:
-        dict_list_map_inplace(redirect, state)
+    def redirect(leaf: Any) -> Any:
+        return replace(leaf, key=there + leaf.key.removeprefix(here)) if is_main(leaf) else leaf
+
+    if here == there or not here:
+        return state
+    if there:
+        return dict_list_map_outplace(redirect, state)
+    # The main parameters of an fp32 model are views of its parameters, which are read under their own names.
+    return extract_matching_values(state, is_main)[1]
 
 
 def load_state(optimizer: MegatronOptimizer, loaded: Mapping[int, Any], saved: Mapping[str, Any], where: str) -> None:
@@ -133,11 +155,7 @@ def load_state(optimizer: MegatronOptimizer, loaded: Mapping[int, Any], saved: M
 
 def _load_member(member: Any, tensors: dict[Any, Any], groups: list[dict[str, Any]]) -> None:
     if isinstance(member, DistributedOptimizer):
-        state = {
-            "optimizer": {"param_groups": groups},
-            "param_state": tensors,
-            "param_state_sharding_type": _SHARDING_TYPE,
-        }
+        state: dict[str, Any] = {"optimizer": {"param_groups": groups}}  # its tensors were loaded in place
     else:
         local_groups = member.optimizer.state_dict()["param_groups"]
         state = {
@@ -189,12 +207,23 @@ def _from_json(value: Any) -> Any:
 
 
 def _chained(optimizer: MegatronOptimizer) -> list[Any]:
-    """The optimizers inside megatron-core's chain: of the dense parameters, and of the experts if there are any."""
-    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    """The optimizers inside megatron-core's chains: of the dense parameters, and of the experts if there are any."""
+    if not isinstance(optimizer, ChainedOptimizer):
+        return [optimizer]
+    return [inner for member in optimizer.chained_optimizers for inner in _chained(member)]
+
+
+def _of_one_data_rank(optimizer: MegatronOptimizer) -> list[Any]:
+    """The optimizers inside the chain whose parameters no other data rank updates."""
+    chain = [optimizer, *getattr(optimizer, "chained_optimizers", [])]
+    return [
+        inner for member in chain if isinstance(member, LayerWiseDistributedOptimizer) for inner in _chained(member)
+    ]
 
 
 def _main_prefix(optimizer: MegatronOptimizer) -> str:
-    return _MAIN_PREFIX[type(_chained(optimizer)[0])]
+    is_sharded = bool(_of_one_data_rank(optimizer))
+    return _MAIN_PREFIX[DistributedOptimizer if is_sharded else type(_chained(optimizer)[0])]
 
 
 def _align_steps(optimizer: MegatronOptimizer) -> None:

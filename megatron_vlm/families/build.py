@@ -8,6 +8,12 @@ from typing import Literal
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.param_and_grad_buffer import (
+    _compute_default_per_buffer_param_layout,
+    group_params_for_buffers,
+)
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+from megatron.core.optimizer.param_layout import FullParamLayout
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
@@ -15,13 +21,15 @@ from megatron_vlm import platform
 from megatron_vlm.config import Config
 from megatron_vlm.data.context_shard import ContextSharding
 from megatron_vlm.families.registry import Family
+from megatron_vlm.layers.side_by_side import lay_side_by_side
 from megatron_vlm.model_configs import VisionLanguageConfig
 from megatron_vlm.parallel.chunk_settings import ChunkSettings, LossSettings, MoESettings
 from megatron_vlm.parallel.gradients import finalize_gradients
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.mcore_config import build_mcore_config
-from megatron_vlm.parallel.parameters import mark_copies, spec_of
+from megatron_vlm.parallel.parameters import mark_copies, mark_matrices, spec_of
 
+_SMALLEST_BUCKET, _BUCKET_PER_RANK = 40_000_000, 1_000_000  # elements; `DistributedDataParallel`'s defaults
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -32,6 +40,7 @@ class BuildSettings:
     Attributes:
         layout: sizes of all groups, and the decoder layers of every chunk.
         overlapped: whether `wrap_data_parallel` will be asked to overlap gradient or parameter exchanges.
+        whole_matrices: whether a data rank's shard of the optimizer state has whole matrices, as Muon needs.
     """
 
     layout: Layout
@@ -42,6 +51,7 @@ class BuildSettings:
     overlapped: bool = False
     moe: MoESettings = field(default_factory=MoESettings)
     loss: LossSettings = field(default_factory=LossSettings)
+    whole_matrices: bool = False
 
 
 def build_settings(config: Config, layout: Layout) -> BuildSettings:
@@ -57,6 +67,7 @@ def build_settings(config: Config, layout: Layout) -> BuildSettings:
             config.parallel.moe_token_dispatcher_type, config.model.moe_load_balancing, config.model.moe_aux_loss_coeff
         ),
         LossSettings(config.model.loss_chunk_mib * 2**20, config.model.z_loss_coeff),
+        config.optimizer.name == "muon" and config.parallel.use_distributed_optimizer,
     )
 
 
@@ -115,6 +126,8 @@ def build_chunks(
             spec_of(parameter, name)
         if layout.pipeline_size > 1:
             mark_copies(built, chunk.is_first, chunk.has_embedding)
+        if settings.whole_matrices:
+            mark_matrices(built)
         chunks.append(built)
     return chunks
 
@@ -131,6 +144,32 @@ def data_parallel_config(
     )
 
 
+def buffer_layout(
+    chunk: torch.nn.Module, index: int, config: DistributedDataParallelConfig, groups: ProcessGroupCollection
+) -> FullParamLayout:
+    """Return where megatron-core's data parallelism puts the parameters of a rank's chunk with this index.
+
+    With the distributed optimizer, each data rank has an equal shard of every bucket; matrices that `mark_matrices` has
+    marked are whole in one.
+    """
+    parameters = [parameter for parameter in chunk.parameters() if parameter.requires_grad]
+    bucket_size = None
+    if config.overlap_grad_reduce and index == 0 and groups.pp.rank() == 0:
+        bucket_size = config.bucket_size or max(_SMALLEST_BUCKET, _BUCKET_PER_RANK * groups.dp.size())
+    if config.use_distributed_optimizer:
+        return LayerWiseDistributedOptimizer.compute_full_param_layout(
+            parameters,
+            bucket_size,
+            groups.dp_cp.size(),
+            config,
+            expert_data_parallel_world_size=groups.expt_dp.size(),
+        )
+    buffers = group_params_for_buffers(parameters, config.grad_reduce_in_fp32).items()
+    return FullParamLayout(
+        {key: _compute_default_per_buffer_param_layout(members, bucket_size) for key, (members, _) in buffers}
+    )
+
+
 def wrap_data_parallel(
     chunks: Sequence[MegatronModule],
     groups: ProcessGroupCollection,
@@ -138,11 +177,23 @@ def wrap_data_parallel(
     overlap_grad_reduce: bool = False,
     overlap_param_gather: bool = False,
 ) -> list[DistributedDataParallel]:
-    """Wrap every chunk in megatron-core's data parallelism; frozen parameters take no part and no memory in it."""
+    """Wrap every chunk in megatron-core's data parallelism; frozen parameters take no part and no memory in it.
+
+    Which parameters train is settled here: weights that one product can use are laid side by side first.
+    """
+    for chunk in chunks:
+        lay_side_by_side(chunk)
     config = data_parallel_config(use_distributed_optimizer, overlap_grad_reduce, overlap_param_gather)
     mcore_config = chunks[0].config
     wrapped = [
-        DistributedDataParallel(mcore_config, config, chunk, disable_bucketing=index > 0, pg_collection=groups)
+        DistributedDataParallel(
+            mcore_config,
+            config,
+            chunk,
+            disable_bucketing=index > 0,
+            pg_collection=groups,
+            full_param_layout=buffer_layout(chunk, index, config, groups) if use_distributed_optimizer else None,
+        )
         for index, chunk in enumerate(chunks)
     ]
     if overlap_grad_reduce:

@@ -20,6 +20,7 @@ from megatron_vlm.layers.linear import (
     column_parallel,
 )
 from megatron_vlm.layers.norm import RMSNorm
+from megatron_vlm.layers.side_by_side import add_side_by_side
 from megatron_vlm.model_configs import DecoderLayerConfig, ImageMask
 from vlm_kernels.rope import RopeTable, qk_norm_rope
 from vlm_kernels.span_attention import Spans, span_attention
@@ -54,7 +55,7 @@ class AttentionCore(torch.nn.Module):
             [S, B, N * D].
         """
         if self.recompute and self.training:
-            return checkpoint(self._attend, q, k, v, spans, use_reentrant=False)
+            return checkpoint(self._attend, q, k, v, spans, use_reentrant=False, preserve_rng_state=False)
         return self._attend(q, k, v, spans)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans) -> torch.Tensor:
@@ -101,6 +102,10 @@ class SelfAttention(torch.nn.Module):
         recompute_core: compute `AttentionCore` again in the backward pass.
     """
 
+    q_proj: ColumnParallelLinear
+    k_proj: ColumnParallelLinear | ReplicatedLinear
+    v_proj: ColumnParallelLinear | ReplicatedLinear
+
     def __init__(
         self,
         hidden_size: int,
@@ -114,8 +119,9 @@ class SelfAttention(torch.nn.Module):
         self.layer, self.group = layer, group
         self.sequence_parallel = mcore_config.sequence_parallel
         query_size = layer.num_attention_heads * layer.head_dim
-        self.q_proj = ColumnParallelLinear(hidden_size, query_size, mcore_config, group)
-        self.k_proj, self.v_proj = (key_value_linear(hidden_size, layer, mcore_config, group) for _ in range(2))
+        q_proj = ColumnParallelLinear(hidden_size, query_size, mcore_config, group)
+        k_proj, v_proj = (key_value_linear(hidden_size, layer, mcore_config, group) for _ in range(2))
+        add_side_by_side(self, q_proj=q_proj, k_proj=k_proj, v_proj=v_proj)
         self.core = AttentionCore(layer.window, layer.softmax_scale, recompute_core)
         self.o_proj = RowParallelLinear(query_size, hidden_size, mcore_config, group)
         self.norms = norms
@@ -151,6 +157,9 @@ class SelfAttention(torch.nn.Module):
             projected.unflatten(-1, (-1, self.layer.head_dim))
             for projected in column_parallel(x_SBH, linears, self.group, self.sequence_parallel)
         )
+        if self.norms == "none":
+            # Rotation keeps neither queries nor keys; values that are views would keep the projections of both.
+            v = v.contiguous()
         q, k = qk_norm_rope(q, k, rope, query_scale=query_scale, **self._norms())
         return self.o_proj(self.core(q, k, v, spans))
 

@@ -1,15 +1,16 @@
 """Tensor-parallel linear layers built on megatron-core's, and several column-parallel ones applied to one input.
 
 A linear layer multiplies with an `Operand` (`layers.operands`): a parameter or what a provider makes of other storage,
-and possibly a low-rank pair.
+and possibly a low-rank pair. Layers on one input are one product where their weights lie side by side
+(`layers.side_by_side`).
 
 Shapes: S sequence (a shard of it under sequence parallelism), B batch, H hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import tensor_parallel
@@ -17,6 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import divide
 
 from megatron_vlm.layers.operands import Operand, OperandOwner, Provider
+from megatron_vlm.layers.side_by_side import Run, runs
+from megatron_vlm.layers.weight_gradient import add_product, added_to_main, main_gradient
 from megatron_vlm.parallel.parameters import declare, normal, zeros
 from megatron_vlm.parallel.sequence import Group, gather_sequence, reduce_input_gradient
 
@@ -73,9 +76,8 @@ class SectionedColumnParallelLinear(OperandOwner, torch.nn.Module):
             declare(self.bias, "vector", zeros, tensor_dim=1)
 
     def forward(self) -> Operand:
-        """Return the weight [sections * out / tensor ranks, in] and the bias [its rows] or None."""
-        weight = None if self.weight is None else self.weight.flatten(0, 1)
-        return self.operand(weight, None if self.bias is None else self.bias.flatten())
+        """Return the weight [sections, out / tensor ranks, in] and the bias [sections * out / tensor ranks] or None."""
+        return self.operand(self.weight, None if self.bias is None else self.bias.flatten())
 
 
 class ReplicatedLinear(OperandOwner, torch.nn.Linear):
@@ -137,11 +139,11 @@ def _no_init(weight: torch.Tensor) -> None:
     """Do nothing: weights are set by their declarations after the model is built (`model.init_weights`)."""
 
 
+ColumnParallel = ColumnParallelLinear | SectionedColumnParallelLinear | ReplicatedLinear
+
+
 def column_parallel(
-    x: torch.Tensor,
-    linears: Sequence[ColumnParallelLinear | SectionedColumnParallelLinear | ReplicatedLinear],
-    group: Group,
-    sequence_parallel: bool,
+    x: torch.Tensor, linears: Sequence[ColumnParallel], group: Group, sequence_parallel: bool
 ) -> list[torch.Tensor]:
     """Return the outputs of several column-parallel linears on one input, with one exchange per direction for all.
 
@@ -152,26 +154,70 @@ def column_parallel(
         sequence_parallel: gather the sequence first.
 
     Returns:
-        One [S, B, out / tensor ranks] per linear, over the full sequence.
+        One [S, B, out / tensor ranks] per linear, over the full sequence. Without biases they are views of one tensor.
     """
     return multiply(x, [linear() for linear in linears], group, sequence_parallel)
+
+
+def joint_column_parallel(
+    x: torch.Tensor, linears: Sequence[ColumnParallel], group: Group, sequence_parallel: bool
+) -> torch.Tensor:
+    """Return what `column_parallel` does in one tensor [S, B, sum of outputs], of linears without biases."""
+    return _joint_product(x, [linear() for linear in linears], group, sequence_parallel)[0]
 
 
 def multiply(
     x: torch.Tensor, operands: Sequence[Operand], group: Group | None = None, sequence_parallel: bool = False
 ) -> list[torch.Tensor]:
     """Do what `column_parallel` does, on bare operands; without a group, nothing is exchanged."""
-    tensors = [tensor for operand in operands for tensor in operand.tensors()]
-    providers = (None if isinstance(operand.weight, torch.Tensor) else operand.weight for operand in operands)
-    forms = [(provider, operand.scale) for provider, operand in zip(providers, operands, strict=True)]
-    gathers = sequence_parallel and group is not None and group.size() > 1
-    outputs = _SharedInputLinear.apply(x, group, gathers, forms, *tensors)
+    joint, widths = _joint_product(x, operands, group, sequence_parallel)
+    outputs = [joint] if len(widths) == 1 else joint.split(widths, dim=-1)
     biases = [operand.bias for operand in operands]
     return [output if bias is None else output + bias for output, bias in zip(outputs, biases, strict=True)]
 
 
+def _joint_product(
+    x: torch.Tensor, operands: Sequence[Operand], group: Group | None, sequence_parallel: bool
+) -> tuple[torch.Tensor, list[int]]:
+    """Return all outputs side by side in the last dimension, without biases, and the width of each."""
+    forms = [
+        _Form(None if isinstance(operand.weight, torch.Tensor) else operand.weight, operand.scale, operand.row_range)
+        for operand in operands
+    ]
+    gathers = sequence_parallel and group is not None and group.size() > 1
+    tensors = [tensor for operand in operands for tensor in operand.tensors()]
+    result: tuple[torch.Tensor, list[int]] = _SharedInputLinear.apply(x, group, gathers, forms, *tensors)
+    return result
+
+
+class _Form(NamedTuple):
+    """What an operand has beside its tensors; see `Operand`."""
+
+    provider: Provider | None = None
+    scale: float = 0.0
+    row_range: tuple[int, int] | None = None
+
+    def matrix(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the rows that are used of a weight, of its B, or of a gradient of either, [rows, columns]."""
+        matrix = tensor.flatten(0, -2)
+        return matrix if self.row_range is None else matrix.narrow(0, *self.row_range)
+
+    def weight(self, weight: torch.Tensor | None) -> torch.Tensor:
+        """Return the rows that are used of the weight."""
+        weight = weight if self.provider is None else self.provider()
+        assert weight is not None
+        return self.matrix(weight)
+
+
 class _SharedInputLinear(torch.autograd.Function):
-    """y_i = gather(x) W_i^T + s_i (gather(x) A_i^T) B_i^T.
+    """y_i = gather(x) W_i^T + s_i (gather(x) A_i^T) B_i^T, all side by side in one tensor; and the width of each.
+
+    Weights that lie side by side are one product, forward and for the gradient of the input, and so are their gradients
+    where their main gradients do. The outputs are one tensor in any case, so that their gradient is one too, and no
+    weight or gradient of a weight is copied to join it. Consumers of single outputs have autograd join their gradients,
+    in one pass over activations; a product for each output would instead read and write their sum in fp32.
+
+    An input's gradient of several products (weights that lie apart, low-rank pairs) is summed in fp32 and rounded once.
 
     Only this rank's shard of the input is saved, and gathered again in the backward pass; none of it where no weight
     trains. A weight from a provider is not saved either: the provider makes it again.
@@ -186,86 +232,138 @@ class _SharedInputLinear(torch.autograd.Function):
         x: torch.Tensor,
         group: Group | None,
         gathers: bool,
-        forms: Sequence[tuple[Provider | None, float]],
+        forms: Sequence[_Form],
         *tensors: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> tuple[torch.Tensor, list[int]]:
         full = gather_sequence(x, group)[0] if gathers and group is not None else x
-        outputs, inners = [], []
-        for (provider, scale), weight, a, b in _operands(forms, tensors):
-            output = torch.matmul(full, _weight(provider, weight).t())
+        rows = full.flatten(0, -2)
+        matrices = [form.weight(weight) for form, weight in zip(forms, tensors[::3], strict=True)]
+        widths = [len(matrix) for matrix in matrices]
+        joint = _products(rows, matrices, widths)
+        inners: list[torch.Tensor | None] = []
+        outputs = joint.split(widths, dim=1)
+        for form, output, a, b in zip(forms, outputs, tensors[1::3], tensors[2::3], strict=True):
             inner = None
             if a is not None and b is not None:
-                inner = torch.matmul(full, a.t())
-                output.flatten(0, -2).addmm_(inner.flatten(0, -2), b.t(), alpha=scale)
-            outputs.append(output)
+                inner = torch.mm(rows, a.t())
+                output.addmm_(inner, form.matrix(b).t(), alpha=form.scale)
             inners.append(inner)
         # B's gradient needs the inner activations, W's and A's the input.
         trains = any(ctx.needs_input_grad[4::3]) or any(ctx.needs_input_grad[5::3])
         ctx.save_for_backward(x if trains else None, *inners, *tensors)
-        ctx.group, ctx.gathers, ctx.forms = group, gathers, forms
-        return tuple(outputs)
+        ctx.group, ctx.gathers, ctx.forms, ctx.widths = group, gathers, forms, widths
+        # What recomputation saves of a parameter is not the parameter, which has the main gradient.
+        ctx.parameters = [tensor if isinstance(tensor, torch.nn.Parameter) else None for tensor in tensors]
+        return joint.view(*full.shape[:-1], sum(widths)), widths
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
-        inners, tensors = saved[: len(ctx.forms)], saved[len(ctx.forms) :]
-        operands = list(_operands(ctx.forms, tensors))
+        forms, inners, tensors = ctx.forms, saved[: len(ctx.forms)], saved[len(ctx.forms) :]
+        weights, a_sides, b_sides = tensors[::3], tensors[1::3], tensors[2::3]
         full, gathering = x, None
         if ctx.gathers and x is not None:
             full, gathering = gather_sequence(x, ctx.group, async_op=True)
-        inner_gradients = [
-            None if b is None else scale * torch.matmul(gradient, b)
-            for gradient, ((_, scale), _, _, b) in zip(gradients, operands, strict=True)
+        joint = gradient.flatten(0, -2)
+        outputs = joint.split(ctx.widths, dim=1)
+        of_inners = [
+            None if b is None else form.scale * torch.mm(output, form.matrix(b))
+            for form, output, b in zip(forms, outputs, b_sides, strict=True)
         ]
         grad_x, reducing = None, None
         if ctx.needs_input_grad[0]:
-            weights = [_weight(provider, weight) for (provider, _), weight, *_ in operands]
-            pairs = [
-                (of_inner, a) for of_inner, (_, _, a, _) in zip(inner_gradients, operands, strict=True) if a is not None
-            ]
-            of_inners, matrices = zip(*pairs, strict=True) if pairs else ((), ())
-            grad_x = _sum_of_products((*gradients, *of_inners), (*weights, *matrices))
+            matrices = [form.weight(weight) for form, weight in zip(forms, weights, strict=True)]
+            factors: list[Any] = [(_columns(joint, ctx.widths, run), run.matrix) for run in runs(matrices)]
+            factors += [(left, right) for left, right in zip(of_inners, a_sides, strict=True) if left is not None]
+            grad_x = _sum_of_products(factors)
+            grad_x = grad_x.view(*gradient.shape[:-1], grad_x.shape[1])
             if ctx.group is not None:
                 grad_x, reducing = reduce_input_gradient(grad_x, ctx.group, ctx.gathers)
         if gathering is not None:
             gathering.wait()
-        grads: list[torch.Tensor | None] = []
-        for index, (gradient, of_inner, inner) in enumerate(zip(gradients, inner_gradients, inners, strict=True)):
-            (_, scale), *_ = operands[index]
-            of_weight, of_a, of_b = ctx.needs_input_grad[4 + 3 * index : 7 + 3 * index]
-            grads.append(_outer(gradient, full) if of_weight else None)
-            grads.append(_outer(of_inner, full) if of_a else None)
-            grads.append(scale * _outer(gradient, inner) if of_b else None)
+        rows = None if full is None else full.flatten(0, -2)
+        needs = ctx.needs_input_grad[4:]
+        grads: list[torch.Tensor | None] = [None] * len(tensors)
+        trained = [own if own is not None else tensor for own, tensor in zip(ctx.parameters, tensors, strict=True)]
+        grads[::3] = _weight_gradients(ctx, trained[::3], joint, rows)
+        for index, (form, inner) in enumerate(zip(forms, inners, strict=True)):
+            if needs[3 * index + 1]:
+                grads[3 * index + 1] = _gradient(trained[3 * index + 1], _Form(), of_inners[index], rows)
+            if needs[3 * index + 2]:
+                grads[3 * index + 2] = _gradient(trained[3 * index + 2], form, outputs[index], inner, form.scale)
         if reducing is not None:
             reducing.wait()
         return grad_x, None, None, None, *grads
 
 
-def _operands(
-    forms: Sequence[tuple[Provider | None, float]], tensors: Sequence[torch.Tensor | None]
-) -> Iterator[tuple[tuple[Provider | None, float], torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
-    """Yield ((provider, scale), weight, A, B) of every linear."""
-    return zip(forms, tensors[::3], tensors[1::3], tensors[2::3], strict=True)
+def _products(rows: torch.Tensor, matrices: Sequence[torch.Tensor], widths: Sequence[int]) -> torch.Tensor:
+    """Return the products of the input with all weights, side by side."""
+    found = list(runs(matrices))
+    if len(found) == 1:
+        return torch.mm(rows, found[0].matrix.t())
+    joint = rows.new_empty((len(rows), sum(widths)))
+    for run in found:
+        torch.mm(rows, run.matrix.t(), out=_columns(joint, widths, run))
+    return joint
 
 
-def _weight(provider: Provider | None, weight: torch.Tensor | None) -> torch.Tensor:
-    weight = weight if provider is None else provider()
-    assert weight is not None
-    return weight
+def _columns(joint: torch.Tensor, widths: Sequence[int], run: Run) -> torch.Tensor:
+    """Return the columns that a run of weights has in a tensor of all outputs."""
+    return joint.narrow(1, sum(widths[: run.first]), sum(widths[run.first : run.last]))
 
 
-def _outer(gradient: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor:
-    """Return the sum over tokens of the outer products of an output's gradient and an input."""
-    assert gradient is not None and rows is not None
-    return torch.matmul(gradient.flatten(0, -2).t(), rows.flatten(0, -2))
+def _sum_of_products(factors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Return the sum of several products, accumulated in fp32 whatever the dtype."""
+    (left, right), *others = factors
+    if not others:
+        return torch.mm(left, right)
+    total = left.new_empty((len(left), right.shape[1]), dtype=torch.promote_types(left.dtype, torch.float32))
+    add_product(total, left, right, overwrite=True)
+    for other_left, other_right in others:
+        add_product(total, other_left, other_right)
+    return total.to(left.dtype)
 
 
-def _sum_of_products(inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the sum of inputs_i weights_i, accumulated in fp32 whatever the dtype."""
-    if inputs[0].dtype is not torch.float32 and len(inputs) > 1:
-        # One matmul accumulates in fp32; adding the results of several in bf16 would round each.
-        return torch.matmul(torch.cat(tuple(inputs), dim=-1), torch.cat(tuple(weights)))
-    total = torch.matmul(inputs[0], weights[0])
-    for rows, weight in zip(inputs[1:], weights[1:], strict=True):
-        total.flatten(0, -2).addmm_(rows.flatten(0, -2), weight)
-    return total
+def _weight_gradients(
+    ctx: Any, weights: Sequence[torch.Tensor | None], joint: torch.Tensor, rows: torch.Tensor | None
+) -> list[torch.Tensor | None]:
+    """Return what autograd gets of each weight, from the gradient of all outputs and the input."""
+    needed = ctx.needs_input_grad[4::3]
+    trained = [weight if is_needed else None for weight, is_needed in zip(weights, needed, strict=True)]
+    mains = [None if weight is None else main_gradient(weight) for weight in trained]
+    matrices = [None if main is None else form.matrix(main) for form, main in zip(ctx.forms, mains, strict=True)]
+    for run in runs(matrices):
+        assert rows is not None
+        add_product(run.matrix, _columns(joint, ctx.widths, run).t(), rows)
+    gradients: list[torch.Tensor | None] = []
+    for weight, main, form, output in zip(trained, mains, ctx.forms, joint.split(ctx.widths, dim=1), strict=True):
+        if weight is None:
+            gradients.append(None)
+        elif main is None:
+            gradients.append(_gradient(weight, form, output, rows))
+        else:
+            gradients.append(added_to_main(weight, main))
+    return gradients
+
+
+def _gradient(
+    parameter: torch.Tensor | None,
+    form: _Form,
+    output_gradient: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    factor: float = 1.0,
+) -> torch.Tensor | None:
+    """Return what autograd gets of one parameter: the sum over rows of outer products, times a factor."""
+    assert parameter is not None and output_gradient is not None and rows is not None
+    main = main_gradient(parameter)
+    if main is not None:
+        add_product(form.matrix(main), output_gradient.t(), rows, factor)
+        return added_to_main(parameter, main)
+    product = torch.mm(output_gradient.t(), rows)
+    if factor != 1.0:
+        product *= factor
+    if form.row_range is None:
+        return product.view_as(parameter)
+    gradient = torch.zeros_like(parameter)
+    form.matrix(gradient).copy_(product)
+    return gradient

@@ -76,6 +76,7 @@ class LoadBalancing:
 
         Its gradient is the same on tensor ranks, which have the same labels, and is summed over context ranks.
         """
+        total = total.clone()  # megatron-core adds up in place
         for group in (self.tensor_group, self.context_group):
             total = reduce_from_tensor_model_parallel_region(total, group=group)
         total = copy_to_tensor_model_parallel_region(total, group=self.context_group)

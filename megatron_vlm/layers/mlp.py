@@ -8,12 +8,22 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import gelu
 
-from megatron_vlm.layers.linear import ColumnParallelLinear, Group, RowParallelLinear, column_parallel
-from vlm_kernels.gated import Activation, gated
+from megatron_vlm.layers.linear import (
+    ColumnParallelLinear,
+    Group,
+    RowParallelLinear,
+    column_parallel,
+    joint_column_parallel,
+)
+from megatron_vlm.layers.side_by_side import add_side_by_side
+from vlm_kernels.gated import Activation, gated_halves
 
 
 class GatedMLP(torch.nn.Module):
     """down(activation(gate(x)) * up(x)), where gate and up are column-parallel and down is row-parallel."""
+
+    gate_proj: ColumnParallelLinear
+    up_proj: ColumnParallelLinear
 
     def __init__(
         self,
@@ -25,14 +35,14 @@ class GatedMLP(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.activation, self.group, self.sequence_parallel = activation, group, mcore_config.sequence_parallel
-        self.gate_proj = ColumnParallelLinear(hidden_size, intermediate_size, mcore_config, group)
-        self.up_proj = ColumnParallelLinear(hidden_size, intermediate_size, mcore_config, group)
+        gate, up = (ColumnParallelLinear(hidden_size, intermediate_size, mcore_config, group) for _ in range(2))
+        add_side_by_side(self, gate_proj=gate, up_proj=up)
         self.down_proj = RowParallelLinear(intermediate_size, hidden_size, mcore_config, group)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [S, B, H] to the same shape; S is a shard of the sequence under sequence parallelism."""
-        gate, up = column_parallel(x, (self.gate_proj, self.up_proj), self.group, self.sequence_parallel)
-        return self.down_proj(gated(gate, up, self.activation, consume=True))
+        gate_up = joint_column_parallel(x, (self.gate_proj, self.up_proj), self.group, self.sequence_parallel)
+        return self.down_proj(gated_halves(gate_up, self.activation, consume=True))
 
 
 class MLP(torch.nn.Module):

@@ -1,6 +1,8 @@
-"""Mixture of experts: a router, megatron-core's token dispatchers, and all experts of a rank in one grouped matmul.
+"""Mixture of experts: a router, the exchange of tokens, and all experts of a rank in one grouped matmul.
 
-The dispatchers permute tokens by our kernels (`layers.expert_permutation`); a rank that holds all experts needs none.
+Tokens are exchanged in `layers.expert_exchange`; a rank that holds all experts exchanges none. A layer that is
+recomputed takes the experts that its first pass chose (`layers.recompute.decided`): another choice at a near tie would
+change the rows of ranks.
 
 Dropless: every token reaches its `top_k` experts, however unevenly they are loaded. The ranks of a pipeline stage are
 regrouped for experts (`parallel.groups`): expert-parallel ranks hold different experts, expert-tensor ranks a shard of
@@ -12,27 +14,27 @@ T tokens: this rank's in router and layer, those sent to its experts in `Experts
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_utils import router_gating_linear, topk_routing_with_score_function
-from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.nn.functional import grouped_mm, linear, pad
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
-from megatron_vlm.layers.expert_permutation import install as install_expert_permutation
+from megatron_vlm.layers.expert_exchange import AllGather, AllToAll
+from megatron_vlm.layers.grouped_linear import grouped_linear
 from megatron_vlm.layers.operands import Declared, Operand, Provider
+from megatron_vlm.layers.recompute import decided
 from megatron_vlm.model_configs import MoEConfig
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.parameters import declare, normal, spec_of
+from vlm_kernels.device import is_on_gpu
 from vlm_kernels.gated import gated_halves
 from vlm_kernels.permute import expert_permutation, permute, unpermute
-
-DISPATCHERS = {"alltoall": MoEAlltoAllTokenDispatcher, "allgather": MoEAllGatherTokenDispatcher}
+from vlm_kernels.router import choose_experts, route
 
 
 @dataclass(frozen=True)
@@ -107,14 +109,37 @@ class TopKRouter(torch.nn.Module):
 
     def forward(self, x_TH: torch.Tensor, is_real_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Routing]:
         """Return weights [T, E] fp32 (zero where not chosen), choices [T, E] bool, and their sums over real tokens."""
-        if len(x_TH) and self.weight.requires_grad:
-            logits = router_gating_linear(x_TH, self.weight, None, torch.float32)  # keeps its input as it is
-        else:  # that function cannot reshape zero rows, and computes the gradient of a frozen weight
-            logits = linear(x_TH.float(), self.weight.float())
-        weights, chosen = topk_routing_with_score_function(logits, self.top_k)
-        real = is_real_T.float()
-        # These are vector-matrix products, which read [T, E] once.
-        return weights, chosen, Routing(real @ chosen.float(), real @ logits.softmax(-1))
+        logits = _RouterLogits.apply(x_TH, self.weight)
+        chosen = decided(lambda: choose_experts(logits, self.top_k))
+        weights, tokens, probabilities = route(logits, chosen, is_real_T)
+        return weights, chosen, Routing(tokens, probabilities)
+
+
+class _RouterLogits(torch.autograd.Function):
+    """x [T, H] times weight [E, H], in fp32.
+
+    The host widens both first. A GPU multiplies bf16 as it is, whose products are exact in fp32: only the order of the
+    sum differs. In the backward pass it rounds the gradient of the logits to bf16, as that of any other linear is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x_TH if ctx.needs_input_grad[1] else None, weight)
+        if is_on_gpu(x_TH) and x_TH.dtype != torch.float32:
+            return torch.mm(x_TH, weight.t(), out_dtype=torch.float32)
+        return torch.mm(x_TH.float(), weight.float().t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_TE: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        x_TH, weight = ctx.saved_tensors
+        needs_x, needs_weight = ctx.needs_input_grad
+        dtype = weight.dtype if is_on_gpu(weight) else torch.float32
+        gradient = gradient_TE.to(dtype)
+        return (
+            torch.mm(gradient, weight.to(dtype)).to(weight.dtype) if needs_x else None,
+            torch.mm(gradient.t(), x_TH.to(dtype)).to(weight.dtype) if needs_weight else None,
+        )
 
 
 class Experts(torch.nn.Module):
@@ -145,15 +170,15 @@ class Experts(torch.nn.Module):
         self.declared: dict[str, Declared] = {}
         self.low_rank_scales: dict[str, float] = {}
 
-    def forward(self, x_TH: torch.Tensor, tokens_per_expert: torch.Tensor, weights_T: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_TH: torch.Tensor, ends: torch.Tensor, weights_T: torch.Tensor) -> torch.Tensor:
         """Return weighted outputs [T, H], which are partial sums if experts are sharded.
 
         Args:
             x_TH: rows grouped by expert.
-            tokens_per_expert: [experts of this rank], which sum to T: rows past the last group would stay unwritten.
+            ends: [experts of this rank] int32, where each expert's rows end; the last at T: rows past it would stay
+                unwritten.
             weights_T: the router's weight of each row.
         """
-        ends = tokens_per_expert.to(x_TH.device, non_blocking=True).cumsum(0, dtype=torch.int32)
         gate_up = grouped_linear(x_TH, self._operand("gate_up_proj"), ends)
         # The weight is applied where rows are narrow; the last matmul is linear.
         hidden = gated_halves(gate_up, self.activation, weights_T, consume=True)
@@ -185,52 +210,19 @@ class Experts(torch.nn.Module):
                 side.shared = self.expert_tensor_rank != 0  # type: ignore[attr-defined]
 
     def _operand(self, name: str) -> Operand:
-        """Return the weight [experts, out, in] and low-rank pair of a linear layer, with gate and up together."""
-        weight = self.providers[name] if name in self.providers else getattr(self, name).flatten(1, -2)
+        """Return the weight and low-rank pair of a linear layer; of gate and up, the pair of both together."""
+        weight = self.providers[name] if name in self.providers else getattr(self, name)
         if name not in self.low_rank_scales:
             return Operand(weight)
         a, b = getattr(self, f"{name}_lora_A"), getattr(self, f"{name}_lora_B").flatten(1, -2)
         return Operand(weight, None, a, b, self.low_rank_scales[name])
 
 
-def grouped_linear(x_TH: torch.Tensor, operand: Operand, ends: torch.Tensor) -> torch.Tensor:
-    """Apply each expert's linear layer to its own rows, [T, in] to [T, out].
-
-    Args:
-        x_TH: rows grouped by expert.
-        operand: weight [experts, out, in] and low-rank pair of all experts of the rank.
-        ends: [experts] int32, where each expert's rows end.
-    """
-    if isinstance(operand.weight, torch.Tensor):
-        output = grouped_mm(x_TH, operand.weight.transpose(1, 2), offs=ends)
-    else:
-        output = _ProvidedGroupedLinear.apply(x_TH, operand.weight, ends)
-    if operand.a is None or operand.b is None:
-        return output
-    inner = grouped_mm(x_TH, operand.a.transpose(1, 2), offs=ends)
-    return output + operand.scale * grouped_mm(inner, operand.b.transpose(1, 2), offs=ends)
-
-
-class _ProvidedGroupedLinear(torch.autograd.Function):
-    """A grouped matmul whose weights the provider makes again in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TH: torch.Tensor, provider: Provider, ends: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(ends)
-        ctx.provider = provider
-        return grouped_mm(x_TH, provider().transpose(1, 2), offs=ends)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (ends,) = ctx.saved_tensors
-        return grouped_mm(gradient.contiguous(), ctx.provider(), offs=ends), None, None
-
-
 class MoE(torch.nn.Module):
     """A feed-forward layer of experts.
 
-    Where experts are split over ranks the host waits in every call: sizes of the exchange, and of what is kept for the
-    backward pass, are counts of tokens that only the device knows. A rank with all experts never waits.
+    Where experts are split over ranks the host waits once: sizes of the exchange, and of what is kept for the backward
+    pass, are counts of tokens that only the device knows. Recomputation and a rank with all experts never wait.
 
     Args:
         hidden_size: H.
@@ -253,28 +245,12 @@ class MoE(torch.nn.Module):
         self.top_k = moe.top_k
         self.gate = router
         self.experts = Experts(hidden_size, moe, chunk.mcore_config, groups)
-        self.dispatcher = None
-        if groups.tp_ep.size() == 1:
-            return
-        mcore_config = dataclasses.replace(
-            chunk.mcore_config,
-            num_moe_experts=moe.num_experts,
-            moe_router_topk=moe.top_k,
-            moe_ffn_hidden_size=moe.intermediate_size,
-            moe_router_dtype="fp32",  # as our router computes
-            expert_model_parallel_size=groups.ep.size(),
-            expert_tensor_parallel_size=groups.expt_tp.size(),
-            moe_token_dispatcher_type=chunk.moe.token_dispatcher_type,
-            # megatron-core only validates these two: the layer reads neither.
-            variable_seq_lengths=chunk.moe.token_dispatcher_type == "alltoall",
-            moe_router_pre_softmax=moe.top_k == 1,
-        )
-        count = self.experts.down_proj.shape[0]
-        first = groups.ep.rank() * count
-        install_expert_permutation()
-        self.dispatcher = DISPATCHERS[chunk.moe.token_dispatcher_type](
-            count, list(range(first, first + count)), mcore_config, groups
-        )
+        self.exchange: AllToAll | AllGather | None = None
+        if groups.tp_ep.size() > 1:
+            gathers = chunk.moe.token_dispatcher_type == "allgather"
+            self.exchange = (
+                AllGather(moe.num_experts, groups) if gathers else AllToAll(moe.num_experts, moe.top_k, groups)
+            )
 
     def forward(
         self, x_SBH: torch.Tensor, tokens: LocalTokens, router_input: torch.Tensor | None = None
@@ -294,28 +270,15 @@ class MoE(torch.nn.Module):
             # The added rows choose no expert.
             missing = (0, 0, 0, tokens.common_length - x_TH.shape[0])
             x_TH, weights, chosen = pad(x_TH, missing), pad(weights, missing), pad(chosen, missing)
-        if self.dispatcher is None:
+        if self.exchange is None:
             output = self._on_this_rank(x_TH, weights, chosen)
         else:
-            output = self._exchanged(self.dispatcher, x_TH, weights, chosen)
-        return output[: x_SBH.shape[0] * x_SBH.shape[1]].view_as(x_SBH), routing
+            output = self.exchange(x_TH, weights, chosen, self.experts)
+        if tokens.common_length is not None:
+            output = output[: x_SBH.shape[0] * x_SBH.shape[1]]
+        return output.view_as(x_SBH), routing
 
     def _on_this_rank(self, x_TH: torch.Tensor, weights_TE: torch.Tensor, chosen_TE: torch.Tensor) -> torch.Tensor:
         permutation = expert_permutation(chosen_TE, x_TH.shape[0] * self.top_k)
         rows, row_weights = permute(x_TH, permutation, weights_TE)
-        assert row_weights is not None
-        return unpermute(self.experts(rows, chosen_TE.sum(0), row_weights), permutation)
-
-    def _exchanged(
-        self, dispatcher: Any, x_TH: torch.Tensor, weights_TE: torch.Tensor, chosen_TE: torch.Tensor
-    ) -> torch.Tensor:
-        try:
-            rows, weights = dispatcher.dispatch_preprocess(x_TH, chosen_TE, weights_TE)
-            rows, weights = dispatcher.token_dispatch(rows, weights)
-            rows, tokens_per_expert, weights = dispatcher.dispatch_postprocess(rows, weights)
-            rows = self.experts(rows, tokens_per_expert, weights)
-            rows = dispatcher.combine_preprocess(rows)
-            return dispatcher.combine_postprocess(dispatcher.token_combine(rows))
-        finally:
-            # The dispatcher would keep this graph alive. Recomputation ends by an exception, once nothing more is read.
-            dispatcher.probs = dispatcher.routing_map = dispatcher.local_probs = dispatcher.local_map = None
+        return unpermute(self.experts(rows, permutation.ends, row_weights), permutation)

@@ -26,11 +26,13 @@ class Operand:
     """The tensors W, b, A and B of y = x W^T + b + scale (x A^T) B^T.
 
     Attributes:
-        weight: W, [out, in], or the provider that makes it.
-        bias: b, [out]; None for none.
+        weight: W, [..., out, in], whose leading dimensions count sections of the output; or the provider that makes it.
+            A parameter is given as such, not as a view, so that its gradient can be added to its `main_grad`.
+        bias: b, [out] of all sections; None for none.
         a: A, [rank, in]; None without a low-rank pair.
-        b: B, [out, rank]; None without a low-rank pair.
+        b: B, [..., out, rank]; None without a low-rank pair.
         scale: factor of the low-rank pair.
+        row_range: first of the outputs that are used, and how many; None for all.
     """
 
     weight: torch.Tensor | Provider
@@ -38,6 +40,7 @@ class Operand:
     a: torch.Tensor | None = None
     b: torch.Tensor | None = None
     scale: float = 0.0
+    row_range: tuple[int, int] | None = None
 
     def tensors(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Return W, A and B as far as autograd sees them: a weight from a provider is None."""
@@ -45,15 +48,9 @@ class Operand:
 
     def rows(self, start: int, count: int) -> Operand:
         """Return the operand of `count` outputs from `start` on."""
-        weight, bias, b = self.weight, self.bias, self.b
-        return replace(
-            self,
-            weight=weight.narrow(0, start, count)
-            if isinstance(weight, torch.Tensor)
-            else lambda: weight().narrow(0, start, count),
-            bias=None if bias is None else bias.narrow(0, start, count),
-            b=None if b is None else b.narrow(0, start, count),
-        )
+        bias = None if self.bias is None else self.bias.narrow(0, start, count)
+        first = start if self.row_range is None else self.row_range[0] + start
+        return replace(self, bias=bias, row_range=(first, count))
 
 
 class OperandOwner(torch.nn.Module):
@@ -89,7 +86,7 @@ class OperandOwner(torch.nn.Module):
         assert factor is not None
         if self.low_rank_scale is None:
             return Operand(factor, bias)
-        return Operand(factor, bias, self.lora_A, self.lora_B.flatten(0, -2), self.low_rank_scale)
+        return Operand(factor, bias, self.lora_A, self.lora_B, self.low_rank_scale)
 
 
 @dataclass(frozen=True)

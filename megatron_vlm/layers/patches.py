@@ -86,13 +86,13 @@ class PatchProjection(torch.nn.Module):
 
     def __init__(self, kernel: Sequence[int], hidden_size: int, dtype: torch.dtype, bias: bool) -> None:
         super().__init__()
-        self.weight = declare(torch.nn.Parameter(torch.empty(hidden_size, *kernel, dtype=dtype)), "matrix", normal)
+        self.weight = declare(torch.nn.Parameter(torch.empty(hidden_size, *kernel, dtype=dtype)), "filter", normal)
         self.bias = (
             declare(torch.nn.Parameter(torch.empty(hidden_size, dtype=dtype)), "vector", zeros) if bias else None
         )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Map [P, patch features] to [P, hidden size]."""
+        """Map [..., patch features] to [..., hidden size]."""
         return linear(pixel_values.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 

@@ -20,8 +20,8 @@ import torch
 import torch.distributed
 from torch.autograd.function import once_differentiable
 
+from megatron_vlm.layers.weight_gradient import add_product, added_to_main, main_gradient
 from megatron_vlm.parallel.sequence import Group, gather_sequence, reduce_input_gradient
-from vlm_kernels.device import is_on_gpu
 from vlm_kernels.linear_cross_entropy.operators import logits_gradient_, vocabulary_statistics
 
 # Matmuls are computed in tiles of this many rows.
@@ -222,31 +222,16 @@ class _WeightGradient:
     """The weight's gradient, summed over chunks in fp32 (in fp64 where the weight is)."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self.weight = weight
+        self.weight, self.main = weight, main_gradient(weight)
         wide = torch.promote_types(weight.dtype, torch.float32)
-        main = getattr(weight, "main_grad", None)
-        self.into_main = main is not None and main.dtype == wide and hasattr(weight, "grad_added_to_main_grad")
-        self.total = torch.zeros_like(weight, dtype=wide) if main is None or not self.into_main else main
+        self.total = torch.zeros_like(weight, dtype=wide) if self.main is None else self.main
 
     def add(self, logits_gradient_TV: torch.Tensor, rows_TH: torch.Tensor) -> None:
         """Add one chunk's gradient."""
-        columns_VT, wide = logits_gradient_TV.t(), self.total.dtype
-        if columns_VT.dtype == wide:
-            self.total.addmm_(columns_VT, rows_TH)
-        elif is_on_gpu(columns_VT):
-            torch.addmm(self.total, columns_VT, rows_TH, out_dtype=wide, out=self.total)
-        else:
-            self.total.addmm_(columns_VT.to(wide), rows_TH.to(wide))
+        add_product(self.total, logits_gradient_TV.t(), rows_TH)
 
     def result(self) -> torch.Tensor | None:
         """Return what autograd gets; it must add nothing where the gradient is in `main_grad` already."""
-        weight = self.weight
-        if not self.into_main:
-            return self.total.to(weight.dtype)
-        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-        if getattr(weight, "zero_out_wgrad", False):
-            # megatron-core adds what autograd collects from the weight's other use, the lookup.
-            return None
-        # megatron-core never reads this gradient, but needs one; the memory of `main_grad` costs nothing extra, and a
-        # detached view is not copied.
-        return self.total.detach().flatten().view(weight.dtype)[: weight.numel()].view_as(weight)
+        if self.main is None:
+            return self.total.to(self.weight.dtype)
+        return added_to_main(self.weight, self.main)

@@ -15,8 +15,8 @@ class MoESettings:
     """How tokens reach experts, and how the load of experts is balanced; unused by a model without experts.
 
     Attributes:
-        token_dispatcher_type: megatron-core's dispatcher: tokens are sent to their experts (alltoall), or every rank
-            gets all tokens and keeps those of its experts (allgather).
+        token_dispatcher_type: tokens are sent to their experts (alltoall), or every rank gets all tokens and keeps
+            those of its experts (allgather).
         load_balancing: definition of the auxiliary loss; see `layers.load_balancing`.
         aux_loss_coeff: weight of the auxiliary loss.
     """

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-Kind = Literal["matrix", "table", "vector", "buffer"]
+Kind = Literal["matrix", "filter", "table", "vector", "buffer"]
 Stages = Literal["one", "embedding_and_head", "all"]
 Initial = Callable[[torch.Tensor, float, torch.Generator], object]
 """A function that fills an unsharded tensor in place, given a standard deviation and the parameter's generator."""
@@ -55,9 +55,11 @@ class ParameterSpec:
     """The declaration of one parameter.
 
     Attributes:
-        kind: `matrix` maps vectors to vectors (leading dimensions count several of them); `table` has rows that are
-            looked up or scored one by one (embedding, positions, head, router); `vector` scales or shifts channels;
-            `buffer` is a value of the checkpoint that never trains, of any shape.
+        kind: `matrix` maps vectors to vectors: its last two dimensions are [out, in] (or [in, out]), and those before
+            count several of them (experts, sections); `filter` maps pixels or frames of sound to features (patch
+            projections, convolutions), of any shape; `table` has rows that are looked up or scored one by one
+            (embedding, positions, head, router); `vector` scales or shifts channels; `buffer` is a value of the
+            checkpoint that never trains, of any shape.
         initial: function that fills it when a run starts from random weights.
         decay: whether the optimizer applies weight decay.
         tensor_dim: dimension that is split over the tensor ranks (of an expert, over the expert-tensor ranks); None if
@@ -97,7 +99,7 @@ def declare(
         parameter: parameter that has just been created.
         kind: kind of the parameter.
         initial: function that fills the parameter in a new model.
-        decay: whether weight decay applies; by default, to matrices and tables.
+        decay: whether weight decay applies; by default, to matrices, filters and tables.
         tensor_dim: dimension that is split over tensor ranks.
         is_expert: whether the parameter holds experts.
         partial: whether tensor ranks have partial gradients.
@@ -107,7 +109,7 @@ def declare(
         The parameter.
     """
     assert isinstance(parameter, torch.nn.Parameter)
-    decays = kind in ("matrix", "table") if decay is None else decay
+    decays = kind in ("matrix", "filter", "table") if decay is None else decay
     _attach(parameter, ParameterSpec(kind, initial, decays, tensor_dim, is_expert, partial, stages))
     return parameter
 
@@ -136,6 +138,14 @@ def mark_copies(chunk: torch.nn.Module, is_first: bool, has_embedding: bool) -> 
         if stages != "one":
             parameter.shared_embedding = True  # type: ignore[attr-defined]
             parameter.shared = not counts[stages]  # type: ignore[attr-defined]
+
+
+def mark_matrices(chunk: torch.nn.Module) -> None:
+    """Mark what Muon updates, for megatron-core: buffers of its own, in which no matrix is split over data ranks."""
+    for parameter in chunk.parameters():
+        parameter.is_managed_by_layer_wise_optimizer = (  # type: ignore[attr-defined]
+            spec_of(parameter).kind == "matrix"
+        )
 
 
 def _attach(parameter: torch.nn.Parameter, spec: ParameterSpec) -> None:

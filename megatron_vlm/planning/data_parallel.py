@@ -5,22 +5,18 @@ Gradients and parameters lie in buffers, whose buckets are padded so that each d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from megatron.core.distributed.param_and_grad_buffer import (
-    _compute_default_per_buffer_param_layout,
-    group_params_for_buffers,
-)
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_vlm.config import Config, ParallelSettings
-from megatron_vlm.families.build import data_parallel_config
+from megatron_vlm.families.build import buffer_layout, data_parallel_config
 from megatron_vlm.parallel.gradients import sum_parts
 from megatron_vlm.parallel.parameters import spec_of
+from megatron_vlm.parallel.sharding import replica_group
 from megatron_vlm.planning.recorder import Collective, Counts, Recorder
 from megatron_vlm.planning.state_bytes import FP32_BYTES, value_bytes
 
@@ -32,7 +28,6 @@ _GROUPS = {
     "embd": "pipeline",
     "pp": "pipeline",
 }
-_SMALLEST_BUCKET, _BUCKET_PER_RANK = 40_000_000, 1_000_000  # elements; `DistributedDataParallel`'s defaults
 
 
 @dataclass(frozen=True)
@@ -44,14 +39,17 @@ class StepCounts:
         gradient_bytes: memory of the gradients.
         dense_shards: elements of dense parameters whose optimizer state each data rank has; one entry if it is not
             sharded.
+        matrix_shards: elements of matrices among them, likewise.
         expert_shards: elements of experts whose optimizer state each expert data rank has, likewise.
-        exchanges: sums of gradients, and gathers of parameters where the optimizer is distributed. Single numbers
-            (label tokens, losses, the gradient norm) are left out.
+        exchanges: sums of gradients, gathers of parameters where the optimizer is distributed, and of Muon's momentum
+            over tensor ranks (an average data rank's). Single numbers (label tokens, losses, the gradient norm) are
+            left out.
     """
 
     parameter_bytes: int
     gradient_bytes: int
     dense_shards: tuple[int, ...]
+    matrix_shards: tuple[int, ...]
     expert_shards: tuple[int, ...]
     exchanges: Counts
 
@@ -63,12 +61,14 @@ class _Buffer:
     Attributes:
         group: process group of the ranks that hold copies.
         positions: first and last position of every parameter.
+        matrices: those of matrices among them.
         buckets: first and last position of every bucket.
     """
 
     is_expert: bool
     group: torch.distributed.ProcessGroup
     positions: list[tuple[int, int]]
+    matrices: list[tuple[int, int]]
     buckets: list[tuple[int, int]]
 
     @property
@@ -76,12 +76,12 @@ class _Buffer:
         """Elements, with padding."""
         return self.buckets[-1][1]
 
-    def shards(self, size: int) -> list[int]:
-        """Return how many elements of parameters are in each rank's shard of the buckets."""
+    def shards(self, size: int, positions: list[tuple[int, int]]) -> list[int]:
+        """Return how many elements at these positions are in each rank's shard of the buckets."""
         owned = [0] * size
         for first, last in self.buckets:
             length = (last - first) // size
-            for start, end in ((start - first, end - first) for start, end in self.positions if first <= start < last):
+            for start, end in ((start - first, end - first) for start, end in positions if first <= start < last):
                 for rank in range(start // length, -(-end // length)):
                     owned[rank] += min(end, (rank + 1) * length) - max(start, rank * length)
         return owned
@@ -99,11 +99,14 @@ def count_step(config: Config, chunks: Sequence[torch.nn.Module], groups: Proces
     buffers = [
         buffer for index, chunk in enumerate(chunks) for buffer in _buffers(config.parallel, chunk, index, groups)
     ]
-    shards: dict[bool, list[int]] = {False: [], True: []}
-    for buffer in buffers:
-        own = buffer.shards(buffer.group.size() if is_sharded else 1)
-        known = shards[buffer.is_expert] or [0] * len(own)
-        shards[buffer.is_expert] = [first + second for first, second in zip(known, own, strict=True)]
+    dense, experts, matrices = (
+        _shards_of(parts, is_sharded)
+        for parts in (
+            [(buffer, buffer.positions) for buffer in buffers if not buffer.is_expert],
+            [(buffer, buffer.positions) for buffer in buffers if buffer.is_expert],
+            [(buffer, buffer.matrices) for buffer in buffers if not buffer.is_expert],
+        )
+    )
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     frozen = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
     # The distributed optimizer keeps parameters in buffers too.
@@ -111,41 +114,32 @@ def count_step(config: Config, chunks: Sequence[torch.nn.Module], groups: Proces
     return StepCounts(
         parameter_bytes=(frozen + trained) * value_bytes(config),
         gradient_bytes=trained * FP32_BYTES,
-        dense_shards=tuple(shards[False] or [0]),
-        expert_shards=tuple(shards[True] or [0]),
+        dense_shards=dense,
+        matrix_shards=matrices,
+        expert_shards=experts,
         exchanges=_exchanges(config, chunks, buffers, groups),
     )
+
+
+def _shards_of(parts: list[tuple[_Buffer, list[tuple[int, int]]]], is_sharded: bool) -> tuple[int, ...]:
+    """Return how many elements at positions of buffers each data rank has; one entry if they are not sharded."""
+    shards = [buffer.shards(buffer.group.size() if is_sharded else 1, positions) for buffer, positions in parts]
+    return tuple(map(sum, zip(*shards, strict=True))) or (0,)
 
 
 def _buffers(
     parallel: ParallelSettings, chunk: torch.nn.Module, index: int, groups: ProcessGroupCollection
 ) -> Iterator[_Buffer]:
     """Yield the buffers that `DistributedDataParallel` makes for a rank's chunk with this index."""
-    parameters = [parameter for parameter in chunk.parameters() if parameter.requires_grad]
     ddp_config = data_parallel_config(
         parallel.use_distributed_optimizer, parallel.overlap_grad_reduce, parallel.overlap_param_gather
     )
-    bucket_size = None
-    if parallel.overlap_grad_reduce and index == 0 and groups.pp.rank() == 0:
-        bucket_size = max(_SMALLEST_BUCKET, _BUCKET_PER_RANK * groups.dp.size())
-    layouts: dict[Any, Any]
-    if parallel.use_distributed_optimizer:
-        layouts = DistributedOptimizer.compute_full_param_layout(
-            parameters,
-            bucket_size,
-            groups.dp_cp.size(),
-            ddp_config,
-            expert_data_parallel_world_size=groups.expt_dp.size(),
-        ).layouts
-    else:
-        layouts = {
-            key: _compute_default_per_buffer_param_layout(members, bucket_size)
-            for key, (members, _) in group_params_for_buffers(parameters, grad_reduce_in_fp32=True).items()
-        }
+    layouts = buffer_layout(chunk, index, ddp_config, groups).layouts
     for key, layout in layouts.items():
         group = groups.expt_dp if key.is_expert_parallel else groups.dp_cp
-        positions = [(start, end) for start, end, *_ in layout.param_index_map.values()]
-        yield _Buffer(key.is_expert_parallel, group, positions, list(layout.bucket_indices))
+        entries = {parameter: (start, end) for parameter, (start, end, *_) in layout.param_index_map.items()}
+        matrices = [position for parameter, position in entries.items() if spec_of(parameter).kind == "matrix"]
+        yield _Buffer(key.is_expert_parallel, group, list(entries.values()), matrices, list(layout.bucket_indices))
 
 
 def _exchanges(
@@ -168,6 +162,8 @@ def _exchanges(
     counts = Counts()
     for collective, times in recorder.counts.collectives.items():
         counts.collectives[collective._replace(phase="step")] += times
+    if config.optimizer.name == "muon":
+        counts.collectives += _momentum_gathers(config, chunks, groups, names)
     for buffer in buffers:
         size = buffer.group.size()
         if size == 1:
@@ -180,3 +176,18 @@ def _exchanges(
             for kind, element_bytes in kinds.items():
                 counts.collectives[Collective("step", kind, name, size, (last - first) * element_bytes)] += 1
     return counts
+
+
+def _momentum_gathers(
+    config: Config, chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollection, names: Mapping[str, str]
+) -> Counter[Collective]:
+    """Count what Muon gathers of matrices that are split over tensor ranks."""
+    gathers: Counter[Collective] = Counter()
+    for parameter in (parameter for chunk in chunks for parameter in chunk.parameters() if parameter.requires_grad):
+        spec = spec_of(parameter)
+        ranks = groups.expt_tp if spec.is_expert else groups.tp
+        if spec.kind == "matrix" and spec.tensor_dim is not None and ranks.size() > 1:
+            sharing = replica_group(parameter, groups).size() if config.parallel.use_distributed_optimizer else 1
+            payload_bytes = parameter.numel() * ranks.size() * FP32_BYTES // sharing
+            gathers[Collective("step", "allgather", names[ranks.group_name], ranks.size(), payload_bytes)] += 1
+    return gathers

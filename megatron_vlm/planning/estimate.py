@@ -4,65 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from itertools import accumulate
-from typing import NamedTuple
 
 from megatron_vlm.config import Config
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.planning.memory import passes_alive
-from megatron_vlm.planning.parts import Part, Parts, TowerPart
+from megatron_vlm.planning.parts import Parts, TowerPart
 from megatron_vlm.planning.plan import StepSeconds, exchanged_seconds, schedule_of, step_seconds
 from megatron_vlm.planning.recorder import Collective, Counts
 from megatron_vlm.planning.schedule import ScheduleSeconds
 from megatron_vlm.planning.split_layers import balanced_counts, tower_counts
+from megatron_vlm.planning.stages import Held
 from megatron_vlm.planning.state_bytes import FP32_BYTES, optimizer_bytes, value_bytes
-from megatron_vlm.planning.step_time import Clock, Seconds
-
-
-class Held(NamedTuple):
-    """Numbers of elements of parameters.
-
-    Attributes:
-        dense: of those that train, and are no experts'.
-        experts: of experts that train.
-        frozen: of all others.
-        partial: of dense ones whose gradients are summed over the tensor ranks.
-        copied: of those of which the stages of embedding and head have a copy.
-    """
-
-    dense: int = 0
-    experts: int = 0
-    frozen: int = 0
-    partial: int = 0
-    copied: int = 0
-
-    def plus(self, other: Held) -> Held:
-        """Return the sums."""
-        return Held(*map(operator.add, self, other))
-
-    def minus(self, other: Held) -> Held:
-        """Return the differences."""
-        return Held(*map(operator.sub, self, other))
-
-    def times(self, count: int) -> Held:
-        """Return multiples."""
-        return Held(*(count * value for value in self))
-
-    @staticmethod
-    def of(part: Part) -> Held:
-        """Count a part's parameters."""
-        counted = dict.fromkeys(Held._fields, 0)
-        for entry in part.parameters.values():
-            kind = ("experts" if entry.is_expert else "dense") if entry.trains else "frozen"
-            counted[kind] += entry.num_values
-            if kind == "dense":
-                counted["partial"] += entry.num_values * entry.is_partial
-                counted["copied"] += entry.num_values * (entry.stages == "embedding_and_head")
-        return Held(**counted)
+from megatron_vlm.planning.step_time import Clock, Seconds, data_shards
 
 
 @dataclass(frozen=True)
@@ -102,7 +59,7 @@ class Estimator:
     def __init__(self, parts: Parts, clock: Clock) -> None:
         self._parts, self._clock = parts, clock
         self._first, self._last, self._frame = (
-            (clock.seconds(part.work), Held.of(part)) for part in (parts.first, parts.last, parts.frame)
+            (clock.seconds(part.work), Held.of(part.parameters)) for part in (parts.first, parts.last, parts.frame)
         )
 
         self._layer_working_bytes = max(part.working_bytes for part in parts.layers)
@@ -114,7 +71,7 @@ class Estimator:
         for part in self._parts.layers:
             if id(part) not in known:
                 kept_bytes = part.kept_bytes + self._parts.hidden_bytes
-                known[id(part)] = self._clock.seconds(part.work), kept_bytes, Held.of(part)
+                known[id(part)] = self._clock.seconds(part.work), kept_bytes, Held.of(part.parameters)
             layers.append(known[id(part)])
         return _Sums(
             list(accumulate((seconds for seconds, _, _ in layers), initial=Seconds())),
@@ -188,7 +145,8 @@ class Estimator:
             if total > fullest:
                 fullest, fixed = total, state
             gradients = max(gradients, exchanged_seconds(self._clock, _exchanges(config, layout, held), config))
-            update = max(update, self._clock.update_seconds(sum(_shards(config, layout, held))))
+            seconds_of_rank = self._clock.update_seconds(sum(_shards(config, layout, held)))
+            update = max(update, seconds_of_rank + self._clock.muon_seconds(config, layout, held))
         busy = [
             num_micro_batches * sum(chunk.total for chunk in seconds[rank :: layout.pipeline_size])
             for rank in range(layout.pipeline_size)
@@ -236,7 +194,7 @@ class Estimator:
                 shared = {
                     name: entry for name, entry in parts.last.parameters.items() if name in parts.first.parameters
                 }
-                held = held.minus(Held.of(Part(shared, Counts(), 0, 0)))
+                held = held.minus(Held.of(shared))
         elif layers:
             seconds, kept_bytes = seconds + self._frame[0], kept_bytes + parts.frame.kept_bytes
             held = held if embeds else held.plus(self._frame[1])
@@ -292,9 +250,9 @@ class _Line:
             _difference(added, seconds).times(1 / between),
             (more.kept_bytes - fewer.kept_bytes) // between,
             more.working_bytes,
-            Held(*(value // between for value in Held.of(more).minus(Held.of(fewer)))),
+            Held(*(value // between for value in Held.of(more.parameters).minus(Held.of(fewer.parameters)))),
         )
-        return _Line(few, _Chunk(seconds, fewer.kept_bytes, fewer.working_bytes, Held.of(fewer)), each)
+        return _Line(few, _Chunk(seconds, fewer.kept_bytes, fewer.working_bytes, Held.of(fewer.parameters)), each)
 
     def at(self, num_layers: int) -> _Chunk:
         """Return the chunk with a number of the tower's layers."""
@@ -320,17 +278,17 @@ def _difference(later: Seconds, earlier: Seconds) -> Seconds:
 
 def _shards(config: Config, layout: Layout, held: Held) -> tuple[int, int]:
     """Return the elements, dense and of experts, whose optimizer state a rank has."""
-    if not config.parallel.use_distributed_optimizer:
-        return held.dense, held.experts
-    return -(-held.dense // (layout.data_size * layout.context_size)), -(-held.experts // layout.expert_data_size)
+    of_dense, of_experts = data_shards(config, layout)
+    return -(-held.dense // of_dense), -(-held.experts // of_experts)
 
 
 def _state_bytes(config: Config, layout: Layout, held: Held) -> int:
-    trained = held.dense + held.experts
+    trained, (dense, experts) = held.dense + held.experts, _shards(config, layout, held)
+    matrices = dense * held.matrices // max(held.dense, 1) + experts
     return (
         (trained + held.frozen) * value_bytes(config)
         + trained * FP32_BYTES
-        + optimizer_bytes(config, sum(_shards(config, layout, held)))
+        + optimizer_bytes(config, dense + experts, matrices)
     )
 
 
@@ -341,6 +299,13 @@ def _exchanges(config: Config, layout: Layout, held: Held) -> Counts:
     for name, size, values in (("tensor", layout.tensor_size, held.partial), ("pipeline", num_copies, held.copied)):
         if values and size > 1:
             counts.collectives[Collective("step", "allreduce", name, size, values * FP32_BYTES)] += 1
+    if config.optimizer.name == "muon":
+        for name, size, values in (
+            ("tensor", layout.tensor_size, held.gathered // data_shards(config, layout)[0]),
+            ("expert-tensor", layout.expert_tensor_size, held.gathered_experts // data_shards(config, layout)[1]),
+        ):
+            if size > 1 and values:
+                counts.collectives[Collective("step", "allgather", name, size, values * FP32_BYTES)] += 1
     kinds = {"allreduce": FP32_BYTES}
     if config.parallel.use_distributed_optimizer:
         kinds = {"reduce_scatter": FP32_BYTES, "allgather": value_bytes(config)}

@@ -99,7 +99,11 @@ def rank_memory(config: Config, layout: Layout, pipeline_rank: int, stage: Stage
         num_parameters=sum(entry.num_values for entry in stage.parameters.values()),
         parameter_bytes=step.parameter_bytes,
         gradient_bytes=step.gradient_bytes,
-        optimizer_bytes=optimizer_bytes(config, max(step.dense_shards) + max(step.expert_shards)),
+        optimizer_bytes=max(
+            optimizer_bytes(config, dense, matrices)
+            for dense, matrices in zip(step.dense_shards, step.matrix_shards, strict=True)
+        )
+        + optimizer_bytes(config, max(step.expert_shards), max(step.expert_shards)),
         activation_bytes=_activation_bytes(stage.chunks, passes_alive(config, layout, pipeline_rank)),
         logits_bytes=sum(chunk.head.kept_bytes for chunk in stage.chunks if chunk.head is not None),
         sent_bytes=_sent_bytes(stage.chunks),

@@ -233,7 +233,7 @@ class PartTracer:
                 placed = dataclasses.replace(layout, chunks=tuple(held), tower_counts=tower_counts)
                 (chunk,) = fake_chunks(config, self._family, self._model_config, placed, groups)
                 counts = tracer.trace(chunk, batch)
-                parameters = held_parameters([chunk])
+                parameters = held_parameters([chunk], groups)
                 boundaries = [chunk.boundary(layer, batch) for layer in range(num_layers + 1)]
                 traced.append(
                     _TracedChunk(

@@ -14,7 +14,7 @@ from megatron_vlm.planning.hardware import Hardware
 from megatron_vlm.planning.memory import RankMemory, rank_memory
 from megatron_vlm.planning.recorder import Counts
 from megatron_vlm.planning.schedule import ChunkSeconds, ScheduleSeconds, schedule_seconds
-from megatron_vlm.planning.stages import StageCounts, trace_stages
+from megatron_vlm.planning.stages import Held, StageCounts, trace_stages
 from megatron_vlm.planning.step_time import Clock, Seconds, Span, crossing_bytes, spans_of
 from megatron_vlm.planning.trace import ChunkCounts
 
@@ -155,7 +155,11 @@ def make_plan(request: Request, config: Config, layout: Layout) -> Plan:
     num_micro_batches = config.train.num_micro_batches(layout.data_size)
     schedule = schedule_of(clock, chunks, [chunk.returned_bytes for chunk in counts], layout, num_micro_batches)
     gradients = max(exchanged_seconds(clock, stage.step.exchanges, config) for stage in stages)
-    update = max(clock.update_seconds(max(stage.step.dense_shards) + max(stage.step.expert_shards)) for stage in stages)
+    update = max(
+        clock.update_seconds(max(stage.step.dense_shards) + max(stage.step.expert_shards))
+        + clock.muon_seconds(config, layout, Held.of(stage.parameters))
+        for stage in stages
+    )
     return Plan(
         config=config,
         layout=layout,

@@ -260,13 +260,16 @@ def check_weights(config: Config, weight_map: WeightMap) -> str:
 
 
 def checkpoint_bytes(config: Config, weight_map: WeightMap) -> int:
-    """Return the size of a checkpoint's tensors: weights, and of those that train main weights and moments."""
+    """Return the size of a checkpoint's tensors: weights, and of those that train main weights and moments.
+
+    With Muon it is less: which weights are matrices is known when the model is built.
+    """
     trainable = Trainable(config.model.freeze, weight_map.buffers)
     sizes = {name: math.prod(weight.padded_shape) for name, weight in weight_map.items()}
     trained = sum(size for name, size in sizes.items() if trainable.trains(name))
     # The distributed optimizer's state contains weights also where these are the parameters themselves.
     copies = FP32_BYTES * (config.parallel.use_distributed_optimizer and value_bytes(config) == FP32_BYTES)
-    return sum(sizes.values()) * value_bytes(config) + optimizer_bytes(config, trained) + trained * copies
+    return sum(sizes.values()) * value_bytes(config) + optimizer_bytes(config, trained, 0) + trained * copies
 
 
 def check_space(config: Config, weight_map: WeightMap) -> str:

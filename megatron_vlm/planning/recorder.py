@@ -172,7 +172,8 @@ class _RealIntegers(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = list(_tensors((args, kwargs)))
         if any(isinstance(tensor, FakeTensor) for tensor in tensors):
-            return _SHAPES.get(func, func)(*args, **kwargs)
+            run = _selected if func is _aten.masked_select.default else SHAPES.get(func, func)
+            return run(*args, **kwargs)
         if not tensors and not _makes_integers(func, args, kwargs):
             return func(*args, **kwargs)
         with unset_fake_temporarily():
@@ -197,9 +198,8 @@ _JOINED = {
 }
 # Results that have a shape, which torch does not know (before 2.15: of products in fp32, or into another dtype).
 # The work of collectives that megatron-core's data parallelism joins is finished at once.
-_SHAPES: dict[Any, Callable[..., Any]] = {
+SHAPES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((operator.default for operator in _JOINED), lambda *_, **__: FakeWork().boxed()),
-    _aten.masked_select.default: _selected,
     _aten._grouped_mm.default: _grouped_product,
     _aten.addmm.dtype_out: lambda *_, out, **__: out,
 }
@@ -222,7 +222,6 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.counts = Counts()
         self.live_bytes = self.peak_bytes = 0
-        self.in_backward = False
         self._group_names = group_names
         self._is_paused = False
         self._bytes: dict[int, int] = {}
@@ -254,20 +253,23 @@ class Recorder(TorchDispatchMode):
             self._add_collective(func, args)
             return output
         makes_memory = self._follow(_storages(_tensors((args, kwargs))), _storages(_tensors(output)))
-        if not (makes_memory or func._schema.is_mutable) or "empty" in func._schema.name:
-            return output
+        if (makes_memory or func._schema.is_mutable) and "empty" not in func._schema.name:
+            self._add_operation(func, args, kwargs, output)
+        return output
+
+    def _add_operation(self, func: Any, args: Any, kwargs: Any, output: Any) -> None:
         kind, flops = "other", 0
         formula = _FLOP_FORMULAS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
         if formula is not None:
             flops = formula(*args, **kwargs, out_val=output)
             kind = "attention" if "attention" in func._schema.name else "matmul"
-        moved_bytes = _moved_bytes(func._schema.name, (args, kwargs), output)
-        self.counts.operations[Operation(self._phase, kind, flops, moved_bytes)] += 1
-        return output
+        num_bytes = moved_bytes(func._schema.name, (args, kwargs), output)
+        self.counts.operations[Operation(self.phase, kind, flops, num_bytes)] += 1
 
     @property
-    def _phase(self) -> str:
-        if not self.in_backward:
+    def phase(self) -> str:
+        """What is running: "forward", "backward" or "recompute"."""
+        if torch._C._current_graph_task_id() == -1:
             return "forward"
         # Recomputation runs under saved-tensor hooks; nothing else in a backward pass does.
         return "recompute" if torch._C._autograd._top_saved_tensors_default_hooks(True) else "backward"
@@ -294,14 +296,14 @@ class Recorder(TorchDispatchMode):
         payload = max(sum(tensor.nbytes for tensor in _tensors(arg)) for arg in args)
         group_name = self._group_names.get(group.group_name, f"{size} ranks")
         kept = _bytes_to_itself(args, group.rank()) if kind == "alltoall" else None
-        self.counts.collectives[Collective(self._phase, kind, group_name, size, payload, kept)] += 1
+        self.counts.collectives[Collective(self.phase, kind, group_name, size, payload, kept)] += 1
 
 
 # They read as many rows of a table as they return.
 _LOOKUPS = ("aten::embedding", "aten::index", "aten::index_select", "aten::gather")
 
 
-def _moved_bytes(name: str, inputs: Any, output: Any) -> int:
+def moved_bytes(name: str, inputs: Any, output: Any) -> int:
     """Return the bytes of all inputs and of outputs that are no inputs, which an operator writes in place."""
     read, written = ({id(tensor): tensor.nbytes for tensor in _tensors(value)} for value in (inputs, output))
     if name in _LOOKUPS:

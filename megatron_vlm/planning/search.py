@@ -235,7 +235,11 @@ class Search:
         """Return what every rank holds at least, on average, however parameters are sharded."""
         shards = layout.pipeline_size * max(layout.tensor_size, layout.expert_size * layout.expert_tensor_size)
         bytes_per_value = value_bytes(config) + (0 if config.model.freeze else FP32_BYTES)
-        state = 0 if config.model.freeze else optimizer_bytes(config, self._num_parameters) / layout.world_size
+        state = (
+            0
+            if config.model.freeze
+            else optimizer_bytes(config, self._num_parameters, self._num_parameters) / layout.world_size
+        )
         return self._num_parameters * bytes_per_value / shards + state
 
     def _rule_out(self, reason: str) -> None:

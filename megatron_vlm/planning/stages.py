@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -34,6 +35,8 @@ class HeldParameter:
     Attributes:
         is_partial: whether its gradient is summed over the tensor ranks.
         stages: pipeline chunks that hold a copy (`ParameterSpec.stages`).
+        muon_flops: FLOPs of a Newton-Schulz iteration on its matrices, whole over tensor ranks; 0 for other kinds.
+        gathered: elements of its matrices, whole, if tensor ranks have shards of them; 0 otherwise.
     """
 
     shape: tuple[int, ...]
@@ -41,11 +44,70 @@ class HeldParameter:
     trains: bool
     is_partial: bool
     stages: Stages
+    muon_flops: int = 0
+    gathered: int = 0
 
     @property
     def num_values(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+
+class Held(NamedTuple):
+    """Numbers of elements of parameters.
+
+    Attributes:
+        dense: of those that train, and are no experts'.
+        experts: of experts that train.
+        frozen: of all others.
+        partial: of dense ones whose gradients are summed over the tensor ranks.
+        copied: of those of which the stages of embedding and head have a copy.
+        matrices: of dense ones that are matrices.
+        gathered: of dense matrices, whole, of which each tensor rank has a shard.
+        gathered_experts: of experts, likewise.
+        muon_flops: FLOPs of a Newton-Schulz iteration on all dense matrices (no number of elements).
+        muon_flops_experts: on all experts.
+    """
+
+    dense: int = 0
+    experts: int = 0
+    frozen: int = 0
+    partial: int = 0
+    copied: int = 0
+    matrices: int = 0
+    gathered: int = 0
+    gathered_experts: int = 0
+    muon_flops: int = 0
+    muon_flops_experts: int = 0
+
+    def plus(self, other: Held) -> Held:
+        """Return the sums."""
+        return Held(*map(operator.add, self, other))
+
+    def minus(self, other: Held) -> Held:
+        """Return the differences."""
+        return Held(*map(operator.sub, self, other))
+
+    def times(self, count: int) -> Held:
+        """Return multiples."""
+        return Held(*(count * value for value in self))
+
+    @staticmethod
+    def of(parameters: Mapping[str, HeldParameter]) -> Held:
+        """Count parameters."""
+        counted = dict.fromkeys(Held._fields, 0)
+        for entry in parameters.values():
+            kind = ("experts" if entry.is_expert else "dense") if entry.trains else "frozen"
+            counted[kind] += entry.num_values
+            if entry.trains:
+                experts = "_experts" * entry.is_expert
+                counted[f"gathered{experts}"] += entry.gathered
+                counted[f"muon_flops{experts}"] += entry.muon_flops
+            if kind == "dense":
+                counted["partial"] += entry.num_values * entry.is_partial
+                counted["copied"] += entry.num_values * (entry.stages == "embedding_and_head")
+                counted["matrices"] += entry.num_values * (entry.muon_flops > 0)
+        return Held(**counted)
 
 
 @dataclass(frozen=True)
@@ -89,7 +151,7 @@ def trace_stages(
         with simulated_rank(rank, layout) as groups, fake_tensors():
             chunks = fake_chunks(config, family, model_config, layout, groups)
             batch = full_batch(config, family, model_config, layout, images_per_row, clips_per_row)
-            parameters = held_parameters(chunks)
+            parameters = held_parameters(chunks, groups)
             counts = [tracer.trace(chunk, batch) for chunk in chunks]
             step = count_step(config, chunks, groups)
         yield StageCounts(parameters, counts, step)
@@ -133,14 +195,36 @@ def full_batch(
     return batch.to(platform.current().device)
 
 
-def held_parameters(chunks: Iterable[torch.nn.Module]) -> dict[str, HeldParameter]:
+def held_parameters(chunks: Iterable[torch.nn.Module], groups: ProcessGroupCollection) -> dict[str, HeldParameter]:
     """Return the parameters of a rank's chunks by name; a chunk's number follows the names of further copies."""
     parameters: dict[str, HeldParameter] = {}
     for number, chunk in enumerate(chunks):
         for name, parameter in chunk.named_parameters():
             key = f"{name} {number}" if name in parameters else name
             spec = spec_of(parameter)
+            muon_flops, gathered = _muon_work(parameter, groups)
             parameters[key] = HeldParameter(
-                tuple(parameter.shape), spec.is_expert, parameter.requires_grad, spec.partial, spec.stages
+                tuple(parameter.shape),
+                spec.is_expert,
+                parameter.requires_grad,
+                spec.partial,
+                spec.stages,
+                muon_flops,
+                gathered,
             )
     return parameters
+
+
+def _muon_work(parameter: torch.nn.Parameter, groups: ProcessGroupCollection) -> tuple[int, int]:
+    """Return `muon_flops` and `gathered` of a held parameter."""
+    spec = spec_of(parameter)
+    if spec.kind != "matrix":
+        return 0, 0
+    whole, size = list(parameter.shape), (groups.expt_tp if spec.is_expert else groups.tp).size()
+    is_split = spec.tensor_dim is not None and size > 1
+    if spec.tensor_dim is not None:
+        whole[spec.tensor_dim] *= size
+    short, long = sorted(whole[-2:])
+    # X X^T, its square, and the product with X.
+    flops = math.prod(whole[:-2]) * (4 * short * short * long + 2 * short**3)
+    return flops, math.prod(whole) if is_split else 0

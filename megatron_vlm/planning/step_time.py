@@ -12,10 +12,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from megatron_vlm.config import Config
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.placement import Node, place_groups
 from megatron_vlm.planning.hardware import Hardware
 from megatron_vlm.planning.recorder import Collective, Counts, Operation
+from megatron_vlm.planning.stages import Held
 from megatron_vlm.planning.state_bytes import FP32_BYTES
 
 # Names of groups of ranks in traces, and of the axis along which `placement` describes them.
@@ -29,6 +31,10 @@ _AXES = {
     "expert data": "expert data",
 }
 _OPTIMIZER_PASSES = 7  # AdamW reads gradient, main weight, two moments, and writes the last three, in fp32
+
+
+# Of matmuls in bf16, TF32 and fp32, next to those in bf16 (data sheets of A100, H100, H200; B200's fp32 is half of it).
+_MATMUL_RATES = {"medium": 1.0, "high": 0.5, "highest": 0.065}
 
 
 @dataclass(frozen=True)
@@ -165,6 +171,22 @@ class Clock:
         hardware = self.hardware
         moved = num_values * FP32_BYTES * _OPTIMIZER_PASSES
         return moved / (hardware.memory_gb_per_second * 1e9 * hardware.memory_fraction)
+
+    def muon_seconds(self, config: Config, layout: Layout, held: Held) -> float:
+        """Return the time in which Muon orthogonalises an average data rank's matrices; 0 with other optimizers."""
+        optimizer, (of_dense, of_experts) = config.optimizer, data_shards(config, layout)
+        if optimizer.name != "muon":
+            return 0.0
+        flops = optimizer.muon_num_ns_steps * (held.muon_flops / of_dense + held.muon_flops_experts / of_experts)
+        rate = self.hardware.bf16_tflops * 1e12 * self.hardware.matmul_fraction
+        return flops / (rate * _MATMUL_RATES[optimizer.muon_fp32_matmul_prec])
+
+
+def data_shards(config: Config, layout: Layout) -> tuple[int, int]:
+    """Return over how many ranks the optimizer state of dense parameters is sharded, and that of experts."""
+    if not config.parallel.use_distributed_optimizer:
+        return 1, 1
+    return layout.data_size * layout.context_size, layout.expert_data_size
 
 
 def crossing_bytes(collective: Collective, span: Span) -> int:

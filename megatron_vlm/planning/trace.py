@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.transformer.moe import moe_utils
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_vlm import platform
 from megatron_vlm.data.collate import MicroBatch
 from megatron_vlm.layers.moe import MoE
 from megatron_vlm.layers.recompute import layers_run_by
+from megatron_vlm.layers.side_by_side import lay_side_by_side
 from megatron_vlm.model.model_chunk import ModelChunk
 from megatron_vlm.parallel.stage_state import Boundary, packed_shape
 from megatron_vlm.planning.recorder import Counts, Recorder
@@ -71,7 +72,7 @@ class Tracer:
             chunk: the chunk, whose parameters require gradients where they train.
             batch: the micro-batch, on the device of the chunk.
         """
-        self._group_names = {getattr(chunk.groups, key).group_name: name for key, name in reversed(_GROUPS.items())}
+        self._group_names = group_names(chunk.groups)
         language_model = chunk.language_model
         ids = {layer: int(name) for name, layer in language_model.layers.items()}
         layers: dict[int, Counts] = {}
@@ -97,7 +98,7 @@ class Tracer:
                 received.append(_Shape(shape, chunk.config.params_dtype, batch.labels.device, True))
                 chunk.set_input_tensor(received[0].make())
             total, outputs = self._count(chunk.train(), (batch,))
-        returned = [] if chunk.post_process else _leaves(outputs, _Shape)
+        returned = [] if chunk.post_process else leaves(outputs, _Shape)
         received_bytes, returned_bytes = (sum(shape.num_bytes for shape in shapes) for shapes in (received, returned))
         return ChunkCounts(total, layers, heads[0] if heads else None, boundary, received_bytes, returned_bytes)
 
@@ -107,14 +108,13 @@ class Tracer:
         recorder, counts = self._recorder, self._recorder.counts
         with recorder:
             outputs = run(*inputs)
-            tensors = _leaves(outputs, torch.Tensor)
+            tensors = leaves(outputs, torch.Tensor)
             counts.kept_bytes = recorder.live_bytes - recorder.bytes_of(tensors)
             counts.forward_peak_bytes, recorder.peak_bytes = recorder.peak_bytes, 0
-            shapes = _mapped(outputs, torch.Tensor, _Shape.of)
+            shapes = mapped(outputs, torch.Tensor, _Shape.of)
             trained = [tensor for tensor in tensors if tensor.requires_grad]
             rest = _Rest.apply(*trained) if trained else None
             del outputs, tensors, trained  # what follows holds them no longer than it needs them
-            recorder.in_backward = True
             if rest is not None:
                 rest.backward()
             counts.backward_peak_bytes = recorder.peak_bytes
@@ -126,15 +126,20 @@ class Tracer:
         recorder = self._recorder
         assert recorder is not None
         differentiable = [value for value in inputs if _is_differentiable(value)]
-        key = (key, *map(_Shape.of, differentiable), *map(_values, _leaves(inputs, torch.Tensor)))
+        key = (key, *map(_Shape.of, differentiable), *map(_values, leaves(inputs, torch.Tensor)))
         if key not in self._counted:
             own_inputs = (_Shape.of(value).make() if _is_differentiable(value) else value for value in inputs)
             with recorder.paused():
                 self._counted[key] = self._count(run, tuple(own_inputs))
         counts, shapes = self._counted[key]
         recorder.counts.add_work(counts)
-        outputs = iter(_StandIn.of(recorder, counts, _leaves(shapes, _Shape), inputs, differentiable))
-        return counts, _mapped(shapes, _Shape, lambda _: next(outputs))
+        outputs = iter(_StandIn.of(recorder, counts, leaves(shapes, _Shape), inputs, differentiable))
+        return counts, mapped(shapes, _Shape, lambda _: next(outputs))
+
+
+def group_names(groups: ProcessGroupCollection) -> dict[str, str]:
+    """Return our names of the groups that a chunk communicates in, by torch's."""
+    return {getattr(groups, key).group_name: name for key, name in reversed(_GROUPS.items())}
 
 
 def _is_differentiable(value: Any) -> bool:
@@ -208,9 +213,11 @@ class _StandIn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        ctx.inputs = None
-        ctx.recorder.grow(-ctx.counts.kept_bytes)
-        ctx.recorder.grow(0, ctx.counts.backward_peak_bytes)
+        recorder, counts = ctx.recorder, ctx.counts
+        recorder.grow(-counts.kept_bytes)
+        # The part's own count has the gradients of its outputs too (`_Rest`).
+        recorder.grow(0, counts.backward_peak_bytes - recorder.bytes_of(gradients))
+        ctx.inputs = None  # the part's first operators read them last
         needed = zip(ctx.shapes, ctx.needs_input_grad[5:], strict=True)
         return *[None] * 5, *(shape.make() if is_needed else None for shape, is_needed in needed)
 
@@ -231,21 +238,31 @@ class _Rest(torch.autograd.Function):
 @contextmanager
 def _as_in_training(chunk: ModelChunk) -> Iterator[None]:
     """Give parameters the gradients that data parallelism holds, and experts equally many tokens."""
+    lay_side_by_side(chunk)
     with ExitStack() as undo:
-        for parameter in chunk.parameters():
-            if parameter.requires_grad:
-                parameter.main_grad = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
-                parameter.grad_added_to_main_grad = False
-                undo.callback(parameter.register_post_accumulate_grad_hook(_add_to_main_gradient).remove)
+        for parameter, main_gradient in _main_gradients(chunk):
+            parameter.main_grad = main_gradient
+            parameter.grad_added_to_main_grad = False
+            undo.callback(parameter.register_post_accumulate_grad_hook(_add_to_main_gradient).remove)
         for module in chunk.modules():
             if isinstance(module, MoE):
                 undo.callback(module.gate.register_forward_hook(partial(_choose_evenly, module.top_k)).remove)
-        # Transformer Engine's GEMM would read memory, and megatron-core's buffers would outlive the trace.
-        without = ((moe_utils, "te_general_gemm", None), (parallel_state, "_GLOBAL_MEMORY_BUFFER", _NewMemory()))
-        for module, name, value in without:
-            undo.callback(setattr, module, name, getattr(module, name))
-            setattr(module, name, value)
+        # megatron-core's buffers would outlive the trace.
+        name = "_GLOBAL_MEMORY_BUFFER"
+        undo.callback(setattr, parallel_state, name, getattr(parallel_state, name))
+        setattr(parallel_state, name, _NewMemory())
         yield
+
+
+def _main_gradients(chunk: torch.nn.Module) -> Iterator[tuple[Any, torch.Tensor]]:
+    """Yield the parameters that train, with gradients in one buffer, in which megatron-core has them in reverse."""
+    parameters = [parameter for parameter in chunk.parameters() if parameter.requires_grad][::-1]
+    if not parameters:
+        return
+    sizes = [parameter.numel() for parameter in parameters]
+    buffer = torch.empty(sum(sizes), dtype=torch.float32, device=parameters[0].device)
+    for parameter, part in zip(parameters, buffer.split(sizes), strict=True):
+        yield parameter, part.view(parameter.shape)
 
 
 class _NewMemory:
@@ -288,24 +305,22 @@ def _is_setting(value: Any) -> bool:
     return is_config or value is None or isinstance(value, bool | int | float | str)
 
 
-def _mapped(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+def mapped(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
     """Return `value` with everything of a kind replaced, inside tuples, lists and dataclasses."""
     if isinstance(value, kind):
         return function(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {
-            entry.name: _mapped(getattr(value, entry.name), kind, function) for entry in dataclasses.fields(value)
-        }
+        fields = {entry.name: mapped(getattr(value, entry.name), kind, function) for entry in dataclasses.fields(value)}
         return dataclasses.replace(value, **fields)
     if isinstance(value, tuple | list):
-        return type(value)(_mapped(item, kind, function) for item in value)
+        return type(value)(mapped(item, kind, function) for item in value)
     return value
 
 
-def _leaves(value: Any, kind: type) -> list[Any]:
+def leaves(value: Any, kind: type) -> list[Any]:
     """Return everything of a kind in `value`, inside tuples, lists and dataclasses."""
     if isinstance(value, kind):
         return [value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = [getattr(value, entry.name) for entry in dataclasses.fields(value)]
-    return [leaf for item in value for leaf in _leaves(item, kind)] if isinstance(value, tuple | list) else []
+    return [leaf for item in value for leaf in leaves(item, kind)] if isinstance(value, tuple | list) else []

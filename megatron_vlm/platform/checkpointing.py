@@ -1,12 +1,6 @@
 """What megatron-core's distributed checkpointing needs from us: repairs, error reports, and random states.
 
-Four parts of megatron-core 0.19.2 are replaced here. Without the first, checkpoints are silently wrong
-(tests/checkpoint/test_distributed_layouts.py fails); test_distributed_save.py has tests of the others.
-
-- `DistributedOptimizer.get_parameter_state_dp_zero` drops the padding behind each bucket, but its caller, the format
-  `fully_reshardable`, looks for parameters at their offsets with padding: moments and main parameters of every bucket
-  behind a padded one are stored shifted. Several buckets exist with `overlap_grad_reduce`, and in pipelines with a tied
-  embedding. `padding_kept` puts the padding back. Goes when megatron-core's warning "can lead to data corruption" does.
+Three parts of megatron-core 0.19.2 are replaced here; tests/checkpoint/test_distributed_save.py has a test of each.
 
 - `filesystem_async._results_queue`: the default starts a manager process by `spawn` (4 to 10 seconds, and the user's
   script runs again in it). `_WriteResults` needs no process. Goes when megatron-core no longer spawns.
@@ -38,12 +32,12 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_vlm.platform.agreement import gather_if_any, is_any, share_first
 from megatron_vlm.platform.device import current
+from megatron_vlm.platform.host_memory import HostMemory
 
 
 class SaveFailed(Exception):
@@ -89,11 +83,25 @@ def _write_files(transforms: list[Any], use_msc: bool, rank: int, buckets: list[
     results.put(written)
 
 
-class SaveStrategy(torch_strategy.TorchDistSaveShardedStrategy):
-    """Writes megatron-core's `torch_dist` format and publishes it on rank 0 once every rank's files are on disk."""
+def _stage(memory: HostMemory, buckets: list[Any]) -> list[Any]:
+    """Copy the tensors that this rank writes into host memory; the result is what `_write_files` takes."""
+    copies = iter(memory.copy([tensor for *_, (_, items) in buckets for _, tensor in items]))
+    return [
+        (path, name, (objects, [(item, next(copies)) for item, _ in items])) for path, name, (objects, items) in buckets
+    ]
 
-    def __init__(self) -> None:
+
+class SaveStrategy(torch_strategy.TorchDistSaveShardedStrategy):
+    """Writes megatron-core's `torch_dist` format and publishes it on rank 0 once every rank's files are on disk.
+
+    Args:
+        host_memory: what is saved is copied into it first. None leaves it where it is, which must be on the host: the
+            forked process that writes has it as it was.
+    """
+
+    def __init__(self, host_memory: HostMemory | None) -> None:
         super().__init__(cached_metadata=True)
+        self._host_memory = host_memory
         self.publish: Callable[[], None] = lambda: None
         """Called on rank 0 after the checkpoint's own metadata was written; what it raises reaches every rank."""
         self._metadata: Any = None
@@ -118,10 +126,12 @@ class SaveStrategy(torch_strategy.TorchDistSaveShardedStrategy):
         if metadata is not None:  # on rank 0, when the save was planned
             del metadata.all_local_plans
             self._metadata = metadata
-        write, stage, arguments = writer.get_save_function_and_args()
+        write, _, arguments = writer.get_save_function_and_args()
+        stage = None
         if write is not None:
             transforms, use_msc = write.args
             write = partial(_write_files, transforms, use_msc)
+            stage = None if self._host_memory is None else partial(_stage, self._host_memory, writer.write_buckets)
         return AsyncRequest(write, arguments, [partial(self._finish, writer)], preload_fn=stage)
 
     def _finish(self, writer: Any) -> None:
@@ -151,30 +161,6 @@ class SaveStrategy(torch_strategy.TorchDistSaveShardedStrategy):
         failure = share_first(failure)
         if failure is not None:
             raise SaveFailed(failure)
-
-
-@contextmanager
-def padding_kept(optimizer: DistributedOptimizer) -> Iterator[None]:
-    """Within the block, the optimizer's gathered state has its parameters where megatron-core looks for them."""
-    gather = optimizer.get_parameter_state_dp_zero
-
-    def gather_with_padding(**arguments: Any) -> Any:
-        state = gather(**arguments)
-        for index, buffer in enumerate(optimizer.buffers):
-            sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
-            paddings = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
-            for tensors in state[index].values():
-                for kind, tensor in tensors.items():
-                    if isinstance(tensor, torch.Tensor) and any(paddings[:-1]):
-                        pieces = zip(tensor.split(sizes), paddings, strict=True)
-                        tensors[kind] = torch.cat([part for piece, n in pieces for part in (piece, piece.new_zeros(n))])
-        return state
-
-    optimizer.get_parameter_state_dp_zero = gather_with_padding
-    try:
-        yield
-    finally:
-        del optimizer.get_parameter_state_dp_zero
 
 
 @contextmanager

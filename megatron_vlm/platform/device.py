@@ -31,6 +31,7 @@ logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 _PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12}
 
 _PCI_DEVICES = "/sys/bus/pci/devices/*"
+_COMPILE_VARIABLE = "TORCHINDUCTOR_COMPILE_THREADS"
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
@@ -101,9 +102,14 @@ class Platform:
         return path.read_text().strip() if self.accelerated and path.exists() else None
 
     def use_deterministic_algorithms(self) -> None:
-        """Let torch refuse operations whose result depends on timing; call before the first device operation."""
+        """Let torch refuse operations whose result depends on timing; call before the first device operation.
+
+        New tensors are not filled first, as torch then does by default: nothing reads what it has not written, and it
+        would cost one more operator for each tensor.
+        """
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
     def profiler_activities(self) -> list[torch.profiler.ProfilerActivity]:
         """Return what `torch.profiler` can record here."""
@@ -112,6 +118,20 @@ class Platform:
 
 
 _CURRENT: Platform | None = None
+
+
+class HostCopy:
+    """A tensor on its way to the host, while the device goes on."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._copy = tensor.to("cpu", non_blocking=True)  # into pinned memory
+        self._arrival = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+
+    def wait(self) -> torch.Tensor:
+        """Return the tensor on the host once it is there, not waiting for what the device was given later."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return self._copy
 
 
 def initialize(device_type: str = "auto") -> Platform:
@@ -136,6 +156,7 @@ def initialize(device_type: str = "auto") -> Platform:
         _ask_for_expandable_segments()
         device = torch.device("cuda", _device_number())
         torch.cuda.set_device(device)
+        _limit_compile_workers()
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 in convolutions too, as it does in torch's matmul
         _CURRENT = Platform(device, "nccl", True)
     else:
@@ -212,6 +233,18 @@ def _ask_for_expandable_segments() -> None:
     """
     if not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
         os.environ[_ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
+
+
+def _limit_compile_workers() -> None:
+    """Share the machine's cores among its ranks for compilation, unless the user has set the number of workers.
+
+    torch's compiler would start one worker per core, up to 32, in every rank. It has read the variable on import.
+    """
+    if _COMPILE_VARIABLE not in os.environ:
+        from torch._inductor import config
+
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        config.compile_threads = max(1, min(32, len(os.sched_getaffinity(0)) // ranks))
 
 
 def current() -> Platform:

@@ -1,9 +1,9 @@
 """AdamW in the state layout of NVIDIA's fused Adam, for machines without Transformer Engine and apex.
 
-megatron-core's distributed optimizer saves and loads the state of the fused Adam: `step` in the parameter group,
-`exp_avg` and `exp_avg_sq` per parameter. Its fallback, `torch.optim.AdamW`, keeps `step` per parameter: saving works,
-loading fails ("assert len(steps) == 1", then KeyError). This class has torch's arithmetic and the fused layout. It goes
-when megatron-core can reload the state of torch's Adam.
+megatron-core's distributed optimizer describes and loads the state of the fused Adam: `step` in the parameter group,
+where our manifest takes it from, `exp_avg` and `exp_avg_sq` per parameter. Its fallback, `torch.optim.AdamW`, keeps
+`step` per parameter: a new optimizer cannot be described ("assert len(steps) == 1"). This class has torch's arithmetic
+and the fused layout. It goes when megatron-core can describe and reload the state of torch's Adam.
 """
 
 from __future__ import annotations

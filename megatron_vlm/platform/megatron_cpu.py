@@ -2,8 +2,8 @@
 
 Inside `megatron.*` modules only, the globals `torch` and `dist` become proxies: `torch.cuda` answers as a device
 without streams, factory functions take device "cuda" as the CPU, `all_gather` accepts uneven shapes (which gloo does
-not). The real torch stays as it is for every other library. Two tensor methods cannot be scoped to a module and look at
-their caller instead: in `megatron.*`, `.cuda()` is an identity and `.type()` names CUDA types.
+not). The real torch stays as it is for every other library. One tensor method cannot be scoped to a module and looks at
+its caller instead: in `megatron.*`, `.type()` names CUDA types.
 
 What is replaced is what the parts of megatron-core that we use ask for, no more; a new part adds its names here. Every
 replacement has a test in tests/test_platform.py that fails without it, and the call sites in megatron-core that meet
@@ -31,7 +31,6 @@ _CUDA_TYPE_NAMES = {
     "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
 }
 _tensor_type = torch.Tensor.type
-_tensor_cuda = torch.Tensor.cuda
 
 
 class _Proxy(types.ModuleType):
@@ -86,25 +85,11 @@ def _uncompiled(function: Callable[..., Any] | None = None, **options: Any) -> A
     return (lambda decorated: decorated) if function is None else function
 
 
-class _Stream:
-    """Stands for a CUDA stream and its events, whose work is always finished."""
-
-    def wait_stream(self, stream: Any) -> None:
-        pass
-
-    def record_event(self) -> _Stream:
-        return self
-
-    def synchronize(self) -> None:
-        pass
-
-
 _cuda = _Proxy(
     torch.cuda,
     {
         "current_device": _constant(_CPU),
         "current_stream": _constant(None),
-        "Stream": _Stream,
         "synchronize": _constant(None),
         "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
         "manual_seed": torch.manual_seed,
@@ -160,29 +145,16 @@ def _tensor_type_for_megatron(self: torch.Tensor, *args: Any, **kwargs: Any) -> 
     return result
 
 
-def _tensor_cuda_for_megatron(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return self if _is_megatron(sys._getframe(1)) else _tensor_cuda(self, *args, **kwargs)
-
-
-def _split_sizes_for_megatron(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """Return a host tensor as an array if asked for; megatron-core converts only what it brings from a GPU."""
-    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
-
-
 def install() -> None:
     """Make megatron-core run on CPU in this process; call once."""
     sys.meta_path.insert(0, _SubstituteOnImport())
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.") and module is not None:
             substitute(module)
-    torch.Tensor.cuda = _tensor_cuda_for_megatron  # type: ignore[method-assign, assignment]
     torch.Tensor.type = _tensor_type_for_megatron  # type: ignore[method-assign, assignment]
     from megatron.core.tensor_parallel import random
-    from megatron.core.transformer.moe import token_dispatcher
 
     # These two import torch's private CUDA helpers by name, past the substitution.
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    # Split sizes of an all-to-all, which gloo takes as numbers only.
-    token_dispatcher.maybe_move_tensor_to_cpu = _split_sizes_for_megatron
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)

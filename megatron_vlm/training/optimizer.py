@@ -6,37 +6,46 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_vlm import platform
 from megatron_vlm.config import Config, OptimizerSettings
+from megatron_vlm.errors import ConfigError
 from megatron_vlm.model.trainable import part_of
 from megatron_vlm.parallel.parameters import spec_of
+from megatron_vlm.platform.agreement import is_any
 
 _SCHEDULES = {"constant": "constant", "cosine": "cosine", "linear": "linear", "wsd": "WSD"}
 
 
 def build_optimizer(
-    model: Sequence[torch.nn.Module],
+    model: Sequence[DistributedDataParallel],
     settings: OptimizerSettings,
     dtype: torch.dtype,
     use_distributed_optimizer: bool,
     groups: ProcessGroupCollection,
-) -> MegatronOptimizer:
-    """Build AdamW or SGD over the trainable parameters of this rank's model chunks.
+) -> ChainedOptimizer:
+    """Build AdamW, SGD, or Muon with AdamW, over the trainable parameters of this rank's model chunks.
 
     Each parameter declares whether it has weight decay; parts named in `lr_multipliers` have parameter groups of their
-    own. Experts have an optimizer of their own in the chain, because their replicas are on other ranks.
+    own. Experts have an optimizer of their own in the chain, because their replicas are on other ranks. So have
+    matrices with Muon (`training.muon`); where their state is sharded, each data rank updates whole ones.
 
     Args:
-        model: model chunks wrapped for data parallelism.
+        model: model chunks wrapped for data parallelism; for Muon with sharded state, marked by `mark_matrices` before.
         settings: the configuration's `optimizer` section.
         dtype: dtype of the parameters; with bf16 the optimizer keeps fp32 main weights.
         use_distributed_optimizer: shard the optimizer state over the data-parallel ranks.
         groups: this rank's process groups.
+
+    Raises:
+        ConfigError: there is nothing for Muon to update.
     """
     overrides = {
         ParamKey(with_name_predicate=ParamWithNamePredicate("without_decay", _has_no_decay)): (
@@ -46,6 +55,15 @@ def build_optimizer(
     for part, factor in settings.lr_multipliers.items():
         override = ParamGroupOverride(max_lr=settings.lr * factor, min_lr=settings.min_lr * factor)
         overrides[ParamKey(with_name_predicate=ParamWithNamePredicate(part, _is_in(part)))] = override
+    is_muon = settings.name == "muon"
+    if is_muon:
+        trained = (parameter for chunk in model for parameter in chunk.parameters() if parameter.requires_grad)
+        if not is_any(any(spec_of(parameter).kind == "matrix" for parameter in trained)):
+            raise ConfigError("optimizer.name muon updates matrices, of which none trains", fix="use adamw")
+        # It needs a package that other runs can do without.
+        from megatron_vlm.training.muon import register
+
+        register()
     config = OptimizerConfig(
         optimizer="adam" if settings.name == "adamw" else settings.name,
         lr=settings.lr,
@@ -58,7 +76,14 @@ def build_optimizer(
         clip_grad=settings.clip_grad,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
-        use_distributed_optimizer=use_distributed_optimizer,
+        use_distributed_optimizer=use_distributed_optimizer and not is_muon,
+        use_layer_wise_distributed_optimizer=use_distributed_optimizer and is_muon,
+        overlap_param_gather=model[0].ddp_config.overlap_param_gather,
+        muon_momentum=settings.muon_momentum,
+        muon_nesterov=settings.muon_nesterov,
+        muon_num_ns_steps=settings.muon_num_ns_steps,
+        muon_extra_scale_factor=settings.muon_extra_scale_factor,
+        muon_fp32_matmul_prec=settings.muon_fp32_matmul_prec,
     )
     chain = get_megatron_optimizer(config, list(model), overrides, use_gloo_process_groups=False, pg_collection=groups)
     assert isinstance(chain, ChainedOptimizer)
@@ -121,10 +146,26 @@ def learning_rates(optimizer: MegatronOptimizer, settings: OptimizerSettings) ->
 
 
 @torch.no_grad()
-def gradient_norm(optimizer: MegatronOptimizer) -> float:
-    """Return the global norm of the gradients on every rank, and prepare them for `apply_gradients`."""
+def gradient_norm(optimizer: ChainedOptimizer) -> float:
+    """Return the global norm of the gradients on every rank, and prepare them for `apply_gradients`.
+
+    Without Transformer Engine and apex, megatron-core's own `get_grad_norm` takes the norm of one tensor at a time and
+    waits for the device after each. Here one operator takes all norms, and the host waits once, for the result.
+    """
     optimizer.prepare_grads()
-    return float(optimizer.get_grad_norm())
+    gradients: dict[torch.distributed.ProcessGroup, list[torch.Tensor]] = {}
+    for member in optimizer.chained_optimizers:
+        counted_once = member.get_grads_for_grad_norm()
+        gradients.setdefault(member.get_grad_stats_parallel_group(), []).extend(counted_once)
+    squares = [_sum_of_squares(own, group) for group, own in gradients.items()]
+    return math.sqrt(torch.stack(squares).sum().item())
+
+
+def _sum_of_squares(gradients: Sequence[torch.Tensor], group: torch.distributed.ProcessGroup) -> torch.Tensor:
+    """Return the sum over all elements that the ranks of a group hold, each of which must call this."""
+    square = torch.nn.utils.get_total_norm(gradients).square().to(platform.current().device)  # without any, on the host
+    torch.distributed.all_reduce(square, group=group)
+    return square
 
 
 @torch.no_grad()

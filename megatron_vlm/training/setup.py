@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
@@ -68,7 +68,7 @@ class Run:
     family: registry.Family
     model_config: VisionLanguageConfig
     model: list[DistributedDataParallel]
-    optimizer: MegatronOptimizer
+    optimizer: ChainedOptimizer
     scheduler: OptimizerParamScheduler
     train_loader: BatchLoader
     valid_loader: BatchLoader | None

@@ -25,9 +25,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_vlm.checkpoint.manager import CheckpointManager
 from megatron_vlm.checkpoint.run_folder import ModelIdentity
 from megatron_vlm.config import OptimizerSettings
+from megatron_vlm.families.build import buffer_layout
 from megatron_vlm.parallel.gradients import finalize_gradients
 from megatron_vlm.parallel.groups import build_groups, initialize_megatron
-from megatron_vlm.parallel.parameters import Kind, Stages, declare, mark_copies, normal, spec_of
+from megatron_vlm.parallel.parameters import Kind, Stages, declare, mark_copies, mark_matrices, normal, spec_of
 from megatron_vlm.parallel.sharding import replica_group, splits
 from megatron_vlm.training.optimizer import apply_gradients, build_optimizer, gradient_norm
 from tests.checkpoint.whole_state import Pieces, pieces
@@ -46,6 +47,7 @@ EMBEDDING = "language_model.embed_tokens.weight"
 FUSED_BIAS = "projector.qkv.bias"
 CLIP_BOUND = "vision_tower.clip_bound"
 TEMPERATURE = "projector.temperature"
+ODD_ROWS = "projector.odd_rows.weight"  # which the shares of several data ranks begin and end within
 PER_LAYER_NORM = "language_model.per_layer_norm.weight"  # on every chunk
 IDENTITY = ModelIdentity("gemma3", "gemma3", text_only=False, tied=True, hf_config={"hidden_size": HIDDEN})
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 1e-2, (0.9, 0.95), 1e-8, 0.1
@@ -95,11 +97,12 @@ def parameter_shapes(num_layers: int = NUM_LAYERS) -> dict[str, Shape]:
     """Of all parameters, by name."""
     shapes = {
         EMBEDDING: Shape((VOCABULARY, HIDDEN), 0, "table", stages="embedding_and_head"),
-        FROZEN: Shape((8, 3, 2, 2)),
+        FROZEN: Shape((8, 3, 2, 2), kind="filter"),
         CLIP_BOUND: Shape((), kind="buffer"),
         PROJECTOR: Shape((HIDDEN,), kind="vector"),
         FUSED_BIAS: Shape((3, 8), 1, "vector"),
         TEMPERATURE: Shape((), kind="vector"),
+        ODD_ROWS: Shape((95, 23)),
         PER_LAYER_NORM: Shape((HIDDEN + 1,), kind="vector", partial=True, stages="all"),
     }
     for layer in range(num_layers):
@@ -202,12 +205,30 @@ class Run:
             overlap_param_gather=settings.overlap_param_gather,
             bucket_size=500 if settings.overlap_param_gather else None,  # elements: several buckets, padded ones too
         )
+        if settings.optimizer == "muon" and settings.distributed_optimizer:
+            for chunk in chunks:
+                mark_matrices(chunk)
         self.chunks = [
-            DistributedDataParallel(config, ddp_config, chunk, pg_collection=self.groups) for chunk in chunks
+            DistributedDataParallel(
+                config,
+                ddp_config,
+                chunk,
+                pg_collection=self.groups,
+                full_param_layout=buffer_layout(chunk, 0, ddp_config, self.groups)
+                if settings.distributed_optimizer
+                else None,
+            )
+            for chunk in chunks
         ]
         self.optimizer = build_optimizer(
             self.chunks,
-            OptimizerSettings(settings.optimizer, settings.learning_rate, weight_decay=WEIGHT_DECAY, betas=BETAS),
+            OptimizerSettings(
+                settings.optimizer,
+                settings.learning_rate,
+                weight_decay=WEIGHT_DECAY,
+                betas=BETAS,
+                muon_fp32_matmul_prec="highest",
+            ),
             torch.bfloat16 if settings.bf16 else torch.float32,
             settings.distributed_optimizer,
             self.groups,
@@ -233,7 +254,9 @@ class Run:
             names = [name for name in shapes if ".layers." in name and name.split(".")[2] in layers]
             first, last = chunk == 0, chunk == len(self.ranks.chunks) - 1
             names = (
-                [EMBEDDING, FROZEN, CLIP_BOUND, PROJECTOR, FUSED_BIAS, TEMPERATURE] * first + [PER_LAYER_NORM] + names
+                [EMBEDDING, FROZEN, CLIP_BOUND, PROJECTOR, FUSED_BIAS, TEMPERATURE, ODD_ROWS] * first
+                + [PER_LAYER_NORM]
+                + names
             )
             names += ["language_model.norm.weight"] * last + [EMBEDDING] * (last and not first)
             chunks.append((chunk, names))

@@ -6,11 +6,15 @@ to the update, is the training loop's own.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 from megatron.core.distributed import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_vlm.training.optimizer import gradient_norm
 from tests.checkpoint.test_distributed_layouts import assert_follows_reference
 from tests.checkpoint.tiny_run import Run, Settings, gradient_norm_at
 from tests.checkpoint.whole_state import Pieces, assemble
@@ -64,11 +68,69 @@ def norms_in_bf16(layout: TestLayout) -> list[list[float]]:
     return found
 
 
-def test_norm_in_bf16() -> None:
+IN_BF16 = [
+    TestLayout(2, tensor=2, expert=2),  # one expert-tensor rank, so that each tensor rank has experts of its own
+    full(TestLayout(2, expert=2)),
+    full(TestLayout(2, tensor=2, expert_tensor=2)),
+    full(TestLayout(4, expert=2)),
+    TestLayout(4, tensor=2, expert=2, expert_tensor=2),
+]
+
+
+@pytest.mark.parametrize("layout", IN_BF16, ids=str)
+def test_norm_in_bf16(layout: TestLayout) -> None:
     """Gradients are fp32, so the norm is the same; what marks a parameter as a shard must reach its fp32 copy."""
-    layout = TestLayout(4, tensor=2, expert=2, expert_tensor=2)
     for norms in run_ranks(layout.world_size, norms_in_bf16, layout):
         assert norms == [pytest.approx([gradient_norm_at(0)], rel=1e-6)] * 2
+
+
+class Operators(TorchDispatchMode):
+    """Records the names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        self.names.append(function.overloadpacket.__name__)
+        return function(*arguments, **(keywords or {}))
+
+
+@dataclass
+class Norm:
+    """A norm, the operators that computed it, and the number of tensors that it is of."""
+
+    value: float
+    operators: list[str]
+    tensors: int
+
+
+def norms_of_one_step(settings: Settings) -> tuple[Norm, Norm]:
+    """Ours and megatron-core's own."""
+    run = Run(settings, "unused")
+    run.compute_gradients()
+    norms = []
+    for compute in (lambda: gradient_norm(run.optimizer), run.optimizer.get_grad_norm):
+        with Operators() as recorded:
+            value = float(compute())
+        tensors = sum(len(member.get_grads_for_grad_norm()) for member in run.optimizer.chained_optimizers)
+        norms.append(Norm(value, recorded.names, tensors))
+    ours, theirs = norms
+    return ours, theirs
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_the_norm_is_one_operator_and_one_wait(distributed: bool) -> None:
+    """megatron-core takes the same norm one tensor at a time, and on CUDA the host waits for each."""
+    settings = Settings(TestLayout(2, expert=2), distributed_optimizer=distributed)
+    # Without the distributed optimizer, experts and all others are summed over different groups.
+    groups = 1 if distributed else 2
+    for ours, theirs in run_ranks(2, norms_of_one_step, settings):
+        assert ours.value == pytest.approx(theirs.value, rel=1e-7)
+        assert ours.operators.count("_foreach_norm") == groups
+        assert ours.operators.count("linalg_vector_norm") == groups  # over the norms
+        assert ours.operators.count("_local_scalar_dense") == 1
+        assert theirs.operators.count("linalg_vector_norm") == theirs.tensors + groups > 10 * groups
 
 
 def gathers_in_a_step(settings: Settings) -> tuple[int, int]:

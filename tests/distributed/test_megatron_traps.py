@@ -2,22 +2,34 @@
 
 Where a trap's own test fails, megatron-core has mended it, and what guards against it can go. Two more are tested
 elsewhere: the state of torch's Adam on load (tests/test_platform.py), and in tests/parity what all of them would break.
+docs/architecture.md lists also what nothing here uses.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads as megatron_finalize
 from megatron.core.pipeline_parallel import schedules
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.utils import get_model_config
 
 from megatron_vlm.checkpoint.manager import sharded_model_state
+from megatron_vlm.layers.load_balancing import LoadBalancing
+from megatron_vlm.parallel.groups import build_groups, initialize_megatron
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.mcore_config import build_mcore_config
+from megatron_vlm.parallel.parameters import declare, zeros
 from megatron_vlm.training import step
 from megatron_vlm.training.step import LossSums, run_global_batch
 from tests.distributed.reference import TOLERANCE, label_tokens, loss_sum_gradients, micro_batches, relative_error
@@ -143,6 +155,126 @@ def test_trap_of_pairs_and_of_division_by_micro_batches() -> None:
         return output.sum(), torch.tensor(2), {}
 
     assert calculate_loss(triple, per_token=False)[0] == 8.0 / 2 / 4
+
+
+# The same under context parallelism: each rank counts the label tokens of its own shard.
+
+SHARDS = ([3.0, 5.0, 1.0], [7.0])
+
+
+def mean_over_context_ranks(per_token: bool) -> float:
+    """What both ranks' gradients are of: the sum by the count (`finalize_model_grads`), else a mean over ranks."""
+    config = build_mcore_config(8, 1, torch.float32, Layout.over(1, num_layers=1))
+    config.calculate_per_token_loss = per_token
+    losses, counts = [], []
+    for shard in SHARDS:
+        loss, count = schedules.forward_step_calc_loss(
+            torch.nn.Identity(),
+            torch.tensor(shard),
+            lambda output: (output.sum(), torch.tensor(output.numel()), {}),
+            config,
+            vp_stage=None,
+            collect_non_loss_data=False,
+            num_microbatches=1,
+            forward_data_store=[],
+            cp_group_size=len(SHARDS),
+            is_last_stage=True,
+        )
+        losses.append(loss.item())
+        counts.append(int(count))
+    return sum(losses) / (sum(counts) if per_token else len(SHARDS))
+
+
+def test_the_mean_is_over_the_tokens_of_all_context_ranks() -> None:
+    assert mean_over_context_ranks(per_token=True) == (3 + 5 + 1 + 7) / 4
+
+
+def test_trap_of_counts_of_one_context_rank() -> None:
+    assert mean_over_context_ranks(per_token=False) == ((3 + 5 + 1) / 3 + 7 / 1) / 2
+
+
+# The gradient norm: what has no mark counts on the first tensor rank only, which leaves out other ranks' heads.
+
+SECOND_TENSOR_RANK = SimpleNamespace(rank=lambda: 1, size=lambda: 2)
+
+
+def test_a_parameter_of_heads_counts_on_every_tensor_rank() -> None:
+    sink = declare(torch.nn.Parameter(torch.ones(2)), "vector", zeros, tensor_dim=0)
+    assert param_is_not_tensor_parallel_duplicate(sink, SECOND_TENSOR_RANK)
+    whole = declare(torch.nn.Parameter(torch.ones(2)), "vector", zeros)
+    assert not param_is_not_tensor_parallel_duplicate(whole, SECOND_TENSOR_RANK)
+
+
+def test_trap_of_heads_without_a_mark() -> None:
+    """megatron-core's own attention sinks, of which each tensor rank has those of its heads."""
+    config = build_mcore_config(8, 4, torch.float32, Layout.over(1, num_layers=1))
+    config.softmax_type = "learnable"
+    groups = ProcessGroupCollection(tp=SECOND_TENSOR_RANK)
+    attention = DotProductAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups)
+    assert attention.softmax_offset.shape == (4 // 2,)
+    assert not param_is_not_tensor_parallel_duplicate(attention.softmax_offset, SECOND_TENSOR_RANK)
+
+
+# Collectives without a group take that of the global layout, which need not be the model's.
+
+COLLECTIVES = {
+    "scatter": tensor_parallel.scatter_to_sequence_parallel_region,
+    "gather sequence": tensor_parallel.gather_from_sequence_parallel_region,
+    "gather": tensor_parallel.gather_from_tensor_model_parallel_region,
+    "reduce": tensor_parallel.reduce_from_tensor_model_parallel_region,
+    "copy": lambda x: tensor_parallel.copy_to_tensor_model_parallel_region(x).sum().backward(),
+}
+
+
+def run_without_a_group() -> list[str]:
+    """The collectives that run, where only `build_groups` has made groups."""
+    initialize_megatron(1, build_groups(Layout(tensor_size=2)))
+    ran = []
+    for name, collective in COLLECTIVES.items():
+        with suppress(AssertionError, AttributeError):  # "group should not be None", or of the None that it is
+            collective(torch.ones(4, 2, requires_grad=True))
+            ran.append(name)
+    return ran
+
+
+def test_a_forgotten_group_is_an_error() -> None:
+    assert run_ranks(2, run_without_a_group) == [[], []]
+
+
+def scattered_by_the_global_layout() -> list[float]:
+    """What a model on one tensor rank keeps of its sequence, where the global layout has two."""
+    groups = build_groups(Layout(tensor_size=2))
+    with patch.multiple(parallel_state, _TENSOR_MODEL_PARALLEL_GROUP=groups.tp, _DATA_PARALLEL_GROUP=groups.dp):
+        return tensor_parallel.scatter_to_sequence_parallel_region(torch.arange(4.0)).tolist()
+
+
+def test_trap_of_the_global_tensor_ranks() -> None:
+    """No error: megatron-core's LLaVA and GPT models scatter so (tokens, and masks of padding)."""
+    assert run_ranks(2, scattered_by_the_global_layout) == [[0.0, 1.0], [2.0, 3.0]]
+
+
+# Sums over tensor ranks are made in place: what a rank had itself is lost.
+
+
+def own_sum(ours: bool) -> list[float]:
+    """A rank's own values after they were summed over two tensor ranks."""
+    groups = build_groups(Layout(tensor_size=2))
+    own = torch.ones(4)
+    if ours:
+        balancing = LoadBalancing("transformers", 1.0, 1, 2, 1, groups.tp, groups.cp)
+        assert balancing.loss(own) == 2 * (2.0 * 2.0 + 2.0 * 2.0)
+    else:
+        assert tensor_parallel.reduce_from_tensor_model_parallel_region(own, group=groups.tp).tolist() == [2.0] * 4
+    return own.tolist()
+
+
+def test_the_load_balancing_sum_of_a_rank_stays() -> None:
+    assert run_ranks(2, own_sum, True) == [[1.0] * 4] * 2
+
+
+def test_trap_of_sums_in_place() -> None:
+    """megatron-core's own router reads its own count after the sum."""
+    assert run_ranks(2, own_sum, False) == [[2.0] * 4] * 2
 
 
 # Several tensors from one stage to the next: only the first is followed back.

@@ -137,9 +137,9 @@ def run_load(
             parameter.copy_(own_part(weights[name].view(full_shape(parameter, groups)), parameter, groups))
     expert_forward = layer.experts.forward
 
-    def forward(x_TH: torch.Tensor, tokens_per_expert: torch.Tensor, weights_T: torch.Tensor) -> torch.Tensor:
-        assert tokens_per_expert.sum() == len(x_TH) == len(weights_T), "rows past the last group stay unwritten"
-        return expert_forward(x_TH, tokens_per_expert, weights_T)
+    def forward(x_TH: torch.Tensor, ends: torch.Tensor, weights_T: torch.Tensor) -> torch.Tensor:
+        assert ends[-1] == len(x_TH) == len(weights_T), "rows past the last group stay unwritten"
+        return expert_forward(x_TH, ends, weights_T)
 
     layer.experts.forward = forward  # type: ignore[method-assign]
 

@@ -179,6 +179,11 @@ TABLES = re.compile(
     r"|.*(position_embedding_table|pos_embedding)"
 )
 
+FILTERS = re.compile(
+    r"vision_tower\..*(patch_embedding|patch_conv|patch_embed\.proj|input_proj|patch_dense)\.weight"
+    r"|audio_tower\..*\.conv\.weight"
+)
+
 
 def stored_by(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], set[str]]:
     """Parameters and buffers that files hold, by our names, and which of them are buffers."""
@@ -204,7 +209,9 @@ def test_every_parameter_is_declared(family: TinyFamily) -> None:
             continue
         is_vector = theirs[name].dim() == 1
         scales = is_vector or "depthwise" in name  # each channel by itself
-        assert spec.kind == ("vector" if scales else "table" if TABLES.fullmatch(name) else "matrix"), name
+        kinds = {"table": TABLES, "filter": FILTERS}
+        found = [kind for kind, names in kinds.items() if names.fullmatch(name)] or ["matrix"]
+        assert spec.kind == ("vector" if scales else found[0]), name
         assert spec.decay != is_vector, name
         assert spec.is_expert == (".experts." in name), name
 

@@ -28,7 +28,7 @@ def test_index(shape: tuple[int, int, int]) -> None:
     routing_map = fresh_map(*shape)
     found = expert_permutation(routing_map, shape[0] * shape[2])
     expected = reference.expert_permutation(routing_map.cpu(), shape[0] * shape[2])
-    for ours, theirs in zip((found.entry_of_row, found.rows, found.starts), expected, strict=True):
+    for ours, theirs in zip((found.entry_of_row, found.rows, found.starts, found.ends), expected, strict=True):
         assert torch.equal(ours.cpu(), theirs)
 
 
@@ -37,7 +37,7 @@ def test_index_of_uneven_maps(name: str) -> None:
     num_rows = int(MAPS[name].sum())
     found = expert_permutation(MAPS[name].cuda(), num_rows)
     expected = reference.expert_permutation(MAPS[name], num_rows)
-    for ours, theirs in zip((found.entry_of_row, found.rows, found.starts), expected, strict=True):
+    for ours, theirs in zip((found.entry_of_row, found.rows, found.starts, found.ends), expected, strict=True):
         assert torch.equal(ours.cpu(), theirs)
 
 
@@ -75,15 +75,23 @@ def test_rows_and_sums(dtype: torch.dtype, hidden: int) -> None:
         assert ((own.double() - other).abs() <= bounds[own.dtype] * other.abs() + 2e-6 * other.abs().max()).all()
 
 
-def test_chunks_in_another_order() -> None:
-    sizes, order = torch.randint(0, 50, (256,)), torch.randperm(256)
-    num_rows = int(sizes.sum())
+# Ranks, experts of all ranks, the first of these rows' experts and their number; most rows of one rank and expert.
+@pytest.mark.parametrize("shape", [(8, 128, 16, 16, 300), (64, 64, 63, 1, 40), (2, 1024, 0, 1024, 3), (2, 8, 4, 4, 0)])
+def test_chunks_in_another_order(shape: tuple[int, int, int, int, int]) -> None:
+    ranks, all_experts, first, count, most = shape
+    sizes = torch.randint(0, most + 1, (ranks, all_experts))
+    own = sizes[:, first : first + count]
+    num_rows = int(own.sum())
     x, probs = random(num_rows, 512, dtype=torch.bfloat16), random(num_rows)
-    rows, row_probs = permute(x, chunk_permutation(sizes, order, num_rows, x.device), probs[:, None])
+    permutation = chunk_permutation(sizes.cumsum(1).int().cuda(), first, count, num_rows)
+    rows, row_probs = permute(x, permutation, probs[:, None])
     assert row_probs is not None
+    assert torch.equal(permutation.ends.cpu(), own.sum(0).cumsum(0).int())
+    order = torch.arange(own.numel()).view(own.shape).t().flatten().tolist()
     for ours, whole in ((rows, x), (row_probs, probs)):
-        parts = whole.split(sizes.tolist())
-        assert torch.equal(ours, torch.cat([parts[chunk] for chunk in order.tolist()]))
+        parts = whole.split(own.flatten().tolist())
+        assert torch.equal(ours, torch.cat([parts[chunk] for chunk in order]))
+    assert torch.equal(unpermute(rows, permutation), x)
 
 
 def test_the_same_bits_again() -> None:
@@ -108,5 +116,6 @@ def test_the_host_never_waits() -> None:
         permutation = expert_permutation(routing_map, 2000)
         rows, row_probs = permute(x, permutation, probs)
         unpermute(rows, permutation, row_probs).float().sum().backward()
+        chunk_permutation(torch.arange(16, dtype=torch.int32, device="cuda")[None], 2, 4, 4)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,9 +66,18 @@ class Code:
 
 def compile_kernels(head_dim: int, major: int) -> dict[str, Code]:
     """Machine code of all four kernels for bf16 tensors on a GPU of a major compute capability."""
-    with _compiling_only(GPUTarget("cuda", major * 10, 32)) as compiled:
+
+    def launch_all() -> None:
         for shape in (*RUN_SHAPES, (130, 130, 1, 1), (1, 1, 1, 1), (1, 16, 1, 1)):
             _launch(run_spans(*shape), head_dim, configuration(head_dim, major))
+
+    return compiled_by(launch_all, major)
+
+
+def compiled_by(launch_all: Callable[[], None], major: int) -> dict[str, Code]:
+    """Machine code of the kernels that a function launches, by name, on a GPU of a major compute capability."""
+    with _compiling_only(GPUTarget("cuda", major * 10, 32)) as compiled:
+        launch_all()
     return {name: _read(kernels, major) for name, kernels in compiled.items()}
 
 

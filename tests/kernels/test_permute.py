@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 import pytest
 import torch
 from megatron.core.transformer.moe import moe_utils
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from tests.kernels.emulator.emulate import Edits, EmulatorError, Order, compile_kernels
@@ -67,7 +68,8 @@ def test_permutation(name: str) -> None:
         rows = found.rows[found.starts[token] : found.starts[token + 1]].tolist()
         assert rows == [row for row, (owner, _) in enumerate(expected) if owner == token]
     assert len(found.starts) == len(routing_map) + 1 and found.starts[0] == 0
-    assert all(part.dtype == torch.int32 for part in (found.entry_of_row, found.rows, found.starts))
+    assert found.ends.tolist() == [sum(owner <= expert for _, owner in expected) for expert in range(num_experts)]
+    assert all(part.dtype == torch.int32 for part in (found.entry_of_row, found.rows, found.starts, found.ends))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -123,6 +125,7 @@ def test_operators_are_registered_correctly() -> None:
     num_tokens, num_experts = routing_map.shape
     num_rows = len(permutation.rows)
     torch.library.opcheck(ops._expert_permutation, (routing_map, num_rows))
+    torch.library.opcheck(ops._chunk_permutation, (ends_of_ranks(2, 3), 0, 3, int(ends_of_ranks(2, 3)[:, -1].sum())))
     x, probs = random(num_tokens, HIDDEN), random(num_tokens, num_experts)
     y, weights = random(num_rows, HIDDEN), random(num_rows)
     for given in (probs, None):
@@ -157,26 +160,40 @@ def test_recomputed_and_compiled() -> None:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
+def ends_of_ranks(num_ranks: int, num_experts: int, most: int = 4) -> torch.Tensor:
+    """[N, E] int32, where each rank's rows of each expert end; some have none."""
+    sizes = torch.randint(0, most + 1, (num_ranks, num_experts), generator=torch.Generator().manual_seed(num_ranks))
+    return sizes.cumsum(1).int()
+
+
 def test_chunks_in_another_order() -> None:
-    sizes, order = torch.tensor([3, 0, 2, 4, 1, 0]), torch.tensor([2, 5, 0, 4, 1, 3])
-    permutation = chunk_permutation(sizes, order, 10, torch.device("cpu"))
-    x, probs = random(10, HIDDEN), random(10)
+    """As megatron-core sorts the chunks of ranks by expert, and back."""
+    ends, first, count = ends_of_ranks(3, 7), 2, 4
+    sizes = pad(ends, (1, 0)).diff()[:, first : first + count].long()
+    assert (sizes == 0).any()
+    num_rows = int(sizes.sum())
+    permutation = chunk_permutation(ends, first, count, num_rows)
+    order = torch.arange(sizes.numel()).view(sizes.shape).t().flatten()
+    x, probs = random(num_rows, HIDDEN), random(num_rows)
     rows, row_probs = permute(x, permutation, probs[:, None])
-    expected = moe_utils.sort_chunks_by_idxs(x, sizes, order, probs=probs)
+    expected = moe_utils.sort_chunks_by_idxs(x, sizes.flatten(), order, probs=probs)
     assert row_probs is not None
     assert torch.equal(rows, expected[0]) and torch.equal(row_probs, expected[1])
-    back = chunk_permutation(sizes[order], order.argsort(), 10, x.device)
-    assert torch.equal(permute(rows, back)[0], x)
-    gradient = random(10, HIDDEN, seed=8)
-    assert torch.equal(*(torch.autograd.grad(y, x, gradient)[0] for y in (rows, expected[0])))
+    assert torch.equal(permutation.ends, sizes.sum(0).cumsum(0).int())
+    assert torch.equal(unpermute(rows, permutation), x)
+    gradient = random(num_rows, HIDDEN, seed=8)
+    assert torch.equal(*(torch.autograd.grad(y, x, gradient, retain_graph=True)[0] for y in (rows, expected[0])))
+    (back,) = torch.autograd.grad(unpermute(rows, permutation), x, gradient)
+    assert torch.equal(back, gradient)
 
 
 @needs_extension
 def test_calls_reach_the_extension() -> None:
     """Up to the launch, which no tokens need: results have the right shapes, errors come before it."""
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    index = (*ops._expert_permutation.redispatch(cuda, torch.zeros(0, 5, dtype=torch.bool), 0), 5)
-    assert [part.tolist() for part in index[:3]] == [[], [], [0]]
+    *index, ends = ops._expert_permutation.redispatch(cuda, torch.zeros(0, 5, dtype=torch.bool), 0)
+    assert [part.tolist() for part in (*index, ends)] == [[], [], [0], [0] * 5]
+    index = (*index, 5)
     rows, probs, numbers = torch.empty(0, 8), torch.empty(0, 5), torch.empty(0)
     for operator, given, shapes in (
         (PERMUTE, (rows, probs), [(0, 8), (0,)]),
@@ -193,6 +210,8 @@ def test_calls_reach_the_extension() -> None:
         (lambda: UNPERMUTE.redispatch(cuda, rows, torch.empty(2), *index), "weights are fp32"),
         (lambda: PERMUTE.redispatch(cuda, rows, None, index[0].long(), *index[1:]), "an index is int32"),
         (lambda: ops._expert_permutation.redispatch(cuda, torch.zeros(1, 2000, dtype=torch.bool), 1), "1 to 1024"),
+        (lambda: ops._chunk_permutation.redispatch(cuda, ends_of_ranks(2, 4), 3, 2, 1), "no such experts"),
+        (lambda: ops._chunk_permutation.redispatch(cuda, ends_of_ranks(65, 64), 0, 64, 1), "1 to 4096 chunks"),
     ):
         with pytest.raises(RuntimeError, match=message):
             call()
@@ -204,12 +223,19 @@ NAMES = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bflo
 INDEX_LAUNCHER = """
 #include "permute/permute.cuh"
 using namespace kernels;
-extern "C" void make_index(const uint8_t* is_chosen, int* counts, int* entry_of_row, int* rows, int* starts,
+extern "C" void make_index(const uint8_t* is_chosen, int* counts, int* entry_of_row, int* rows, int* starts, int* ends,
                            int64_t num_tokens, int64_t num_experts, int64_t tile_tokens, int64_t num_tiles) {
   const RoutingMap map{is_chosen, counts, int(num_tokens), int(num_experts), int(tile_tokens), int(num_tiles)};
   const dim3 threads((num_experts + 31) / 32 * 32);
   emulator::launch(dim3(num_tiles), threads, 0, [=] { expert_counts(map); });
-  emulator::launch(dim3(num_tiles), threads, 0, [=] { expert_index(map, Index{entry_of_row, rows, starts}); });
+  emulator::launch(dim3(num_tiles), threads, 0, [=] { expert_index(map, Index{entry_of_row, rows, starts, ends}); });
+}
+extern "C" void make_chunk_index(const int* of_ranks, int* entry_of_row, int* rows, int* starts, int* ends,
+                                 int64_t num_ranks, int64_t all_experts, int64_t first, int64_t num_experts,
+                                 int64_t num_rows, int64_t blocks, int64_t threads) {
+  const Chunks chunks{of_ranks, int(num_ranks), int(all_experts), int(first), int(num_experts), int(num_rows)};
+  emulator::launch(dim3(blocks), dim3(threads), 2 * chunks.count() * sizeof(int),
+                   [=] { chunk_index(chunks, Index{entry_of_row, rows, starts, ends}); });
 }"""
 
 
@@ -281,6 +307,39 @@ def test_kernels_of_the_index(name: str, order: Order) -> None:
     check_index(*INDEX_CASES[name], order)
 
 
+# More chunks than threads, and a whole number of times; more rows than threads; no rows; all experts, one expert.
+CHUNK_CASES = {
+    "more chunks than threads": (ends_of_ranks(5, 40), 3, 30, 2, 64),
+    "all experts": (ends_of_ranks(4, 16), 0, 16, 1, 64),
+    "one expert": (ends_of_ranks(3, 5, 30), 4, 1, 2, 32),
+    "no rows": (ends_of_ranks(2, 4, 0), 1, 2, 1, 32),
+}
+
+
+def check_chunks(
+    ends: torch.Tensor,
+    first: int,
+    num_experts: int,
+    blocks: int,
+    threads: int,
+    order: Order = Order.SHUFFLED,
+    edits: Edits | None = None,
+) -> None:
+    num_rows = int(pad(ends, (1, 0)).diff()[:, first : first + num_experts].sum())
+    expected = reference.chunk_permutation(ends, first, num_experts, num_rows)
+    found = [poisoned(*part.shape, dtype=torch.int32) for part in expected]
+    sizes = (*ends.shape, first, num_experts, num_rows, blocks, threads)
+    compile_kernels(INDEX_LAUNCHER, edits)("make_chunk_index", ends, *found, *sizes, order=order)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("order", Order)
+@pytest.mark.parametrize("name", CHUNK_CASES)
+def test_kernel_of_chunks(name: str, order: Order) -> None:
+    check_chunks(*CHUNK_CASES[name], order)
+
+
 def check_rows(
     dtype: torch.dtype,
     hidden: int,
@@ -346,6 +405,21 @@ INDEX_MUTATIONS = {
     "own choice counted": ("(1u << lane) - 1", "(2u << lane) - 1"),
     "words of all experts": ("other < word;", "other < num_words;"),
     "the end left out": ("if (blockIdx.x + 1 == gridDim.x &&", "if (false &&"),
+    "ends of this tile": ("= first_row + all;", "= first_row + earlier;"),
+}
+CHUNK_MUTATIONS = {
+    "no barrier before the rows": (f"earlier += total;\n  }}\n  {BARRIER}", "earlier += total;\n  }"),
+    "the first chunks again": (
+        "if (chunk < count) begins[chunk] = begin;\n    earlier += total;",
+        "begins[chunk] = begin;",
+    ),
+    "places of the new order": ("old_begins[expert * num_ranks + rank]", "old_begins[chunk]"),
+    "the chunk before": ("begins[middle] <= row", "begins[middle] < row"),
+    "the other way": ("index.rows[old_row] = row;", "index.rows[row] = old_row;"),
+    "experts from the first": ("all_experts + first_expert + expert;", "all_experts + expert;"),
+    "no last start": ("index.starts[chunks.num_rows] = chunks.num_rows;", ""),
+    "ends of ranks": ("begins[(expert + 1) * num_ranks]", "begins[expert + 1]"),
+    "one block's rows": ("row += stride", "row += chunks.num_rows"),
 }
 ROW_MUTATIONS = {
     "no rest of a batch": ("for (; place < end; ++place) add_rows", "if (false) add_rows"),
@@ -368,6 +442,15 @@ def test_mutations_of_the_index_are_seen(name: str) -> None:
     with pytest.raises((AssertionError, EmulatorError)):
         for order in Order:
             check_all(order)
+
+
+@pytest.mark.parametrize("name", CHUNK_MUTATIONS)
+def test_mutations_of_chunks_are_seen(name: str) -> None:
+    edits = {"permute/permute.cuh": [CHUNK_MUTATIONS[name]]}
+    with pytest.raises((AssertionError, EmulatorError)):
+        for order in Order:
+            for case in ("more chunks than threads", "one expert"):
+                check_chunks(*CHUNK_CASES[case], order, edits)
 
 
 @pytest.mark.parametrize("name", ROW_MUTATIONS)

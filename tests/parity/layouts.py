@@ -60,6 +60,7 @@ class TestLayout:
     freeze: tuple[str, ...] = ()
     micro_batch_size: int = 1
     precision: Literal["fp32", "bf16"] = "fp32"
+    whole_matrices: bool = False
 
     def __str__(self) -> str:
         values = ((entry.name, getattr(self, entry.name)) for entry in fields(self))
@@ -154,6 +155,7 @@ def set_up(
         overlapped=layout.overlap,
         moe=layout.moe,
         loss=layout.loss,
+        whole_matrices=layout.whole_matrices,
     )
     chunks = build_chunks(family, model_config, settings, groups)
     load_hf_into_model(chunks, hf_dir, family, model_config, groups)

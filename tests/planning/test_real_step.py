@@ -48,6 +48,7 @@ GROUP_NAMES = {
     "embd": "pipeline",
 }
 PIPELINE, EXPERT = "parallel.pipeline_model_parallel_size=2", "parallel.expert_model_parallel_size=2"
+MUON, EXPERT_TENSOR = "optimizer.name=muon", "parallel.expert_tensor_parallel_size=2"
 CONTEXT = "parallel.context_parallel_size=2"
 REPLICATED = "parallel.use_distributed_optimizer=false"
 VIRTUAL = [
@@ -210,6 +211,10 @@ def by_group(counts: Counts) -> Counter[str]:
         full("mistral3", 2, [REPLICATED, "train.precision=fp32", "train.global_batch_size=2"]),
         full("gemma4 26B-A4B", 4, [TENSOR, SEQUENCE, EXPERT, "train.global_batch_size=2"]),
         full("qwen3_vl", 2, ["model.freeze=[vision_tower]", "train.global_batch_size=2"]),
+        ("qwen3_vl_moe", 4, [MUON, EXPERT, "train.global_batch_size=4"]),
+        full(
+            "qwen3_vl_moe", 4, [MUON, TENSOR, SEQUENCE, EXPERT, EXPERT_TENSOR, REPLICATED, "train.global_batch_size=2"]
+        ),
     ],
     ids=[
         "TP2+SP DP2",
@@ -222,6 +227,8 @@ def by_group(counts: Counts) -> Counter[str]:
         "DP2 replicated",
         "EP2 TP2+SP",
         "frozen",
+        "Muon, EP2 DP2",
+        "Muon, TP2+SP EP2 ETP2 replicated",
     ],
 )
 def test_a_real_step(name: str, world_size: int, overrides: list[str]) -> None:

@@ -162,6 +162,20 @@ def test_estimates_against_traces(name: str, kind: str) -> None:
     check_estimate(request_of(name, world_size, *overrides))
 
 
+def test_an_estimate_with_muon() -> None:
+    """Its time is longer than AdamW's by the iterations, and less memory is needed."""
+    world_size, overrides = LAYOUTS["pipeline"]
+    check_estimate(request_of("qwen3_vl_moe", world_size, *overrides, "optimizer.name=muon"))
+    with_adamw, with_muon = (
+        make_plan(request, request.config, check_layout(request.config, request.model_config, world_size))
+        for name in ("adamw", "muon")
+        for request in (request_of("qwen3_vl_moe", world_size, *overrides, f"optimizer.name={name}"),)
+    )
+    assert with_muon.step.update > with_adamw.step.update
+    for muon, adamw in zip(with_muon.memory, with_adamw.memory, strict=True):
+        assert muon.optimizer_bytes < adamw.optimizer_bytes
+
+
 PIPELINE, VIRTUAL = "parallel.pipeline_model_parallel_size", "parallel.virtual_pipeline_model_parallel_size"
 SPREAD: dict[str, tuple[int, list[str], int]] = {  # ranks, settings, and chunks with layers of the tower
     "both stages": (2, [f"{PIPELINE}=2", "model.recompute=full"], 2),

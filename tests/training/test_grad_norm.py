@@ -17,10 +17,12 @@ from megatron_vlm.training.step import run_global_batch
 from tests.families import FAMILIES
 from tests.families.gemma3 import GEMMA3
 from tests.families.parameters import each_layout
+from tests.families.qwen3_vl import QWEN3_VL_MOE
 from tests.families.tiny_family import TinyFamily
 from tests.parity.comparison import Expected, expected
-from tests.parity.layouts import TestLayout, gather_parameter, own_micro_batches, set_up
+from tests.parity.layouts import TestLayout, gather_parameter, own_micro_batches, set_up, whole_gradients
 from tests.ranks import run_ranks
+from tests.sizes import full
 
 # A replica counted twice, or a share left out, moves the norm by 1e-3 or more; sums in another order by 4e-7 at most.
 NORM_TOLERANCE = 5e-6
@@ -113,3 +115,38 @@ def test_ranks_with_unequal_label_tokens(
 ) -> None:
     layout = TestLayout(4, distributed_optimizer=distributed_optimizer)
     check(directory_of(family), layout, unequal(family))
+
+
+def norms_in_bf16(directory: str, layout: TestLayout, batches: list[MicroBatch]) -> list[tuple[float, float]]:
+    """On a rank: our norm, and that of the gathered gradients, with the optimizer whole on each rank, and distributed.
+
+    Parameters are copied for the optimizer in bf16, and their copies must be known as experts and as shards.
+    """
+    norms = []
+    for distributed in (False, True):
+        own_layout = replace(layout, distributed_optimizer=distributed)
+        model, groups = set_up(directory, own_layout, torch.bfloat16)
+        optimizer = build_optimizer(model, SETTINGS, torch.bfloat16, distributed, groups)
+        run_global_batch(model, own_micro_batches(model, batches, groups, own_layout), groups)
+        ours = gradient_norm(optimizer)
+        squares = [gradient.double().square().sum() for gradient in whole_gradients(model, groups).values()]
+        norms.append((ours, float(torch.stack(squares).sum().sqrt())))
+    return norms
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        TestLayout(2, tensor=2, sequence_parallel=True, expert=2),
+        full(TestLayout(2, expert=2)),
+        full(TestLayout(2, tensor=2, sequence_parallel=True, expert_tensor=2)),
+        full(TestLayout(4, expert=2)),
+        full(TestLayout(4, tensor=2, sequence_parallel=True, expert=2)),
+    ],
+    ids=str,
+)
+def test_norm_of_experts_in_bf16(layout: TestLayout, directory_of: DirectoryOf) -> None:
+    batches = [reference.batch for reference in QWEN3_VL_MOE.micro_batches("mixed")]
+    for norms in run_ranks(layout.world_size, norms_in_bf16, directory_of(QWEN3_VL_MOE), layout, batches):
+        for ours, gathered in norms:
+            assert ours == pytest.approx(gathered, rel=NORM_TOLERANCE)

@@ -1,16 +1,18 @@
 """Permutation of tokens by experts: a row for each expert that a token chose, grouped by expert, and back.
 
+Rows that arrive from other ranks are grouped by rank, then by expert; a second permutation groups them by expert.
+
 Sums run over a token's rows in the order of experts, so results are deterministic: both directions gather, one through
 the inverse of the other's index, and no atomics are used. The caller passes the number of rows, so that the host never
 waits for the device.
 
-Shapes: T tokens, E experts, R rows, H hidden, C chunks.
+Shapes: T tokens, E experts, R rows, H hidden, N ranks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -26,12 +28,14 @@ class Permutation:
         entry_of_row: [R] int32, index into a flattened [T, E] of each row's token and expert; ascends within an expert.
         rows: [R] int32, rows of token 0 in the order of experts, then those of token 1, and so on.
         starts: [T + 1] int32, where each token's rows begin in `rows`, and R.
-        num_experts: number of experts, E.
+        ends: [E] int32, where each expert's rows end.
+        num_experts: number of columns of what `permute` takes for each token and expert.
     """
 
     entry_of_row: torch.Tensor
     rows: torch.Tensor
     starts: torch.Tensor
+    ends: torch.Tensor
     num_experts: int
 
 
@@ -42,30 +46,29 @@ def expert_permutation(routing_map: torch.Tensor, num_rows: int) -> Permutation:
         routing_map: [T, E] bool, true where a token chose an expert.
         num_rows: number of true entries of the map, R.
     """
-    entry_of_row, rows, starts = _expert_permutation(routing_map.contiguous(), num_rows)
-    return Permutation(entry_of_row, rows, starts, routing_map.shape[1])
+    entry_of_row, rows, starts, ends = _expert_permutation(routing_map.contiguous(), num_rows)
+    return Permutation(entry_of_row, rows, starts, ends, routing_map.shape[1])
 
 
-def chunk_permutation(sizes: torch.Tensor, order: torch.Tensor, num_rows: int, device: torch.device) -> Permutation:
-    """Build the permutation that reorders C consecutive chunks of rows.
+def chunk_permutation(ends: torch.Tensor, first_expert: int, num_experts: int, num_rows: int) -> Permutation:
+    """Build the permutation of rows grouped by rank, then by expert, to rows grouped by expert, then by rank.
+
+    Its tokens are the rows as they arrive, of which each has one row; `unpermute` brings them back.
 
     Args:
-        sizes: [C] integers, number of rows of each chunk.
-        order: [C] integers, indices of the chunks in their new order.
-        num_rows: sum of sizes.
-        device: the device of the rows; sizes and order may be on the host.
+        ends: [N, E] int32, the `ends` of each rank's own permutation.
+        first_expert: the first of the experts whose rows these are.
+        num_experts: number of these experts.
+        num_rows: number of their rows, R.
     """
-    sizes, order = sizes.to(device, non_blocking=True), order.to(device, non_blocking=True)
-    begins, new_sizes = sizes.cumsum(0) - sizes, sizes[order]
-    distance = begins[order] - (new_sizes.cumsum(0) - new_sizes)
-    numbers = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
-    distance_R = torch.repeat_interleave(distance.int(), new_sizes, output_size=num_rows)
-    old_rows = numbers[:-1] + distance_R
-    new_rows = torch.empty_like(old_rows)
-    new_rows[old_rows] = numbers[:-1]
-    return Permutation(old_rows, new_rows, numbers, 1)
+    entry_of_row, rows, starts, own_ends = _chunk_permutation(ends.contiguous(), first_expert, num_experts, num_rows)
+    return Permutation(entry_of_row, rows, starts, own_ends, 1)
 
 
+@overload
+def permute(x: torch.Tensor, permutation: Permutation, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def permute(x: torch.Tensor, permutation: Permutation, probs: None = None) -> tuple[torch.Tensor, None]: ...
 def permute(
     x: torch.Tensor, permutation: Permutation, probs: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -101,11 +104,16 @@ def _parts(permutation: Permutation) -> tuple[torch.Tensor, torch.Tensor, torch.
     return permutation.entry_of_row, permutation.rows, permutation.starts, permutation.num_experts
 
 
-def _fake_permutation(routing_map: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    entry_of_row, rows, starts = (
-        routing_map.new_empty(size, dtype=torch.int32) for size in (num_rows, num_rows, routing_map.shape[0] + 1)
-    )
-    return entry_of_row, rows, starts
+def _fake_permutation(routing_map: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, ...]:
+    num_tokens, num_experts = routing_map.shape
+    sizes = (num_rows, num_rows, num_tokens + 1, num_experts)
+    return tuple(routing_map.new_empty(size, dtype=torch.int32) for size in sizes)
+
+
+def _fake_chunk_permutation(
+    ends: torch.Tensor, first_expert: int, num_experts: int, num_rows: int
+) -> tuple[torch.Tensor, ...]:
+    return tuple(ends.new_empty(size) for size in (num_rows, num_rows, num_rows + 1, num_experts))
 
 
 def _fake_permute(x: torch.Tensor, probs: torch.Tensor | None, *index: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,9 +172,15 @@ def _backward_of_unpermute(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tens
 
 _INDEX = "Tensor entry_of_row, Tensor rows, Tensor starts, int num_experts"
 _expert_permutation = define(
-    "expert_permutation(Tensor routing_map, int num_rows) -> (Tensor, Tensor, Tensor)",
+    "expert_permutation(Tensor routing_map, int num_rows) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.expert_permutation,
     _fake_permutation,
+)
+_chunk_permutation = define(
+    "chunk_permutation(Tensor ends, int first_expert, int num_experts, int num_rows) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    reference.chunk_permutation,
+    _fake_chunk_permutation,
 )
 _permute = define(
     f"permute(Tensor x, Tensor? probs, {_INDEX}) -> (Tensor, Tensor)",

@@ -11,7 +11,7 @@
 namespace kernels {
 namespace {
 
-constexpr int MAX_TILES = 128, THREADS = 256, ROW_WARPS = 4;
+constexpr int MAX_TILES = 128, THREADS = 256, ROW_WARPS = 4, MAX_CHUNKS = 4096, MAX_CHUNK_BLOCKS = 64;
 
 using Optional = std::optional<Tensor>;
 
@@ -69,7 +69,7 @@ Tensor numbers_like(const Tensor& x, const Optional& given, const std::vector<in
   return torch::stable::new_empty(x, given.has_value() ? sizes : std::vector<int64_t>{0}, ScalarType::Float);
 }
 
-std::tuple<Tensor, Tensor, Tensor> expert_permutation(const Tensor& given_map, int64_t num_rows) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> expert_permutation(const Tensor& given_map, int64_t num_rows) {
   const Tensor map = as_contiguous(given_map);
   STD_TORCH_CHECK(map.dim() == 2 && map.scalar_type() == ScalarType::Bool, "expert_permutation: a map is bool [T, E]");
   const int64_t num_tokens = map.size(0), num_experts = map.size(1);
@@ -77,7 +77,8 @@ std::tuple<Tensor, Tensor, Tensor> expert_permutation(const Tensor& given_map, i
   STD_TORCH_CHECK(num_tokens * num_experts < INT32_MAX, "expert_permutation: too many tokens for 32-bit indices");
   const auto empty = [&](int64_t size) { return torch::stable::new_empty(map, {size}, ScalarType::Int); };
   Tensor entry_of_row = empty(num_rows), rows = empty(num_rows), starts = empty(num_tokens + 1);
-  if (num_tokens == 0) return {entry_of_row, rows, torch::stable::zero_(starts)};
+  Tensor ends = empty(num_experts);
+  if (num_tokens == 0) return {entry_of_row, rows, torch::stable::zero_(starts), torch::stable::zero_(ends)};
   const int64_t tile = ceil_divide(ceil_divide(num_tokens, MAX_TILES), STEP_TOKENS) * STEP_TOKENS;
   const int64_t num_tiles = ceil_divide(num_tokens, tile);
   const Tensor counts = empty(num_tiles * num_experts);
@@ -88,9 +89,33 @@ std::tuple<Tensor, Tensor, Tensor> expert_permutation(const Tensor& given_map, i
   const unsigned blocks = static_cast<unsigned>(num_tiles);
   expert_counts<<<blocks, threads, 0, device.stream>>>(of);
   expert_index<<<blocks, threads, 0, device.stream>>>(
-      of, Index{memory_of<int>(entry_of_row), memory_of<int>(rows), memory_of<int>(starts)});
+      of, Index{memory_of<int>(entry_of_row), memory_of<int>(rows), memory_of<int>(starts), memory_of<int>(ends)});
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return {entry_of_row, rows, starts};
+  return {entry_of_row, rows, starts, ends};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_permutation(const Tensor& given_ends, int64_t first_expert,
+                                                             int64_t num_experts, int64_t num_rows) {
+  const Tensor of_ranks = as_contiguous(given_ends);
+  STD_TORCH_CHECK(of_ranks.dim() == 2 && of_ranks.scalar_type() == ScalarType::Int,
+                  "chunk_permutation: ends are int32 [N, E]");
+  const int64_t num_ranks = of_ranks.size(0), count = num_ranks * num_experts;
+  STD_TORCH_CHECK(first_expert >= 0 && num_experts > 0 && first_expert + num_experts <= of_ranks.size(1),
+                  "chunk_permutation: no such experts");
+  STD_TORCH_CHECK(count > 0 && count <= MAX_CHUNKS, "chunk_permutation: 1 to 4096 chunks of rows");
+  STD_TORCH_CHECK(num_rows < INT32_MAX, "chunk_permutation: too many rows for 32-bit indices");
+  const auto empty = [&](int64_t size) { return torch::stable::new_empty(of_ranks, {size}); };
+  const Tensor entry_of_row = empty(num_rows), rows = empty(num_rows), starts = empty(num_rows + 1);
+  const Tensor ends = empty(num_experts);
+  const OnDevice device(of_ranks);
+  const Chunks chunks{memory_of<int>(of_ranks),       static_cast<int>(num_ranks),
+                      static_cast<int>(of_ranks.size(1)), static_cast<int>(first_expert),
+                      static_cast<int>(num_experts),  static_cast<int>(num_rows)};
+  const int64_t blocks = std::clamp<int64_t>(ceil_divide(num_rows, THREADS), 1, MAX_CHUNK_BLOCKS);
+  chunk_index<<<static_cast<unsigned>(blocks), THREADS, 2 * count * sizeof(int), device.stream>>>(
+      chunks, Index{memory_of<int>(entry_of_row), memory_of<int>(rows), memory_of<int>(starts), memory_of<int>(ends)});
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return {entry_of_row, rows, starts, ends};
 }
 
 // Rows of x, one for each choice.
@@ -201,6 +226,7 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& given_gradient, cons
 
 STABLE_TORCH_LIBRARY_IMPL(vlm_kernels, CUDA, m) {
   m.impl("expert_permutation", TORCH_BOX(&expert_permutation));
+  m.impl("chunk_permutation", TORCH_BOX(&chunk_permutation));
   m.impl("permute", TORCH_BOX(&permute));
   m.impl("permute_backward", TORCH_BOX(&permute_backward));
   m.impl("unpermute", TORCH_BOX(&unpermute));

@@ -33,6 +33,7 @@ struct Index {
   int* entry_of_row;
   int* rows;
   int* starts;
+  int* ends;  // of each expert's rows
 };
 
 // A block for each tile.
@@ -90,7 +91,9 @@ __global__ void __launch_bounds__(1024) expert_index(RoutingMap map, Index index
     }
   }
   int total;
-  int row = sum_before(all, total, scratch) + earlier;
+  const int first_row = sum_before(all, total, scratch);
+  if (is_expert && blockIdx.x == 0) index.ends[expert] = first_row + all;
+  int row = first_row + earlier;
   int next;  // in `rows`
   sum_before(earlier, next, scratch);
 
@@ -125,6 +128,61 @@ __global__ void __launch_bounds__(1024) expert_index(RoutingMap map, Index index
     __syncthreads();
   }
   if (blockIdx.x + 1 == gridDim.x && threadIdx.x == 0) index.starts[map.num_tokens] = next;
+}
+
+// Rows of ranks, each in the order of experts: `ends` [ranks, experts] of all experts, of which these rows have some.
+struct Chunks {
+  const int* ends;
+  int num_ranks, all_experts, first_expert, num_experts, num_rows;
+
+  __device__ __forceinline__ int count() const { return num_ranks * num_experts; }
+  __device__ __forceinline__ int size(int rank, int expert) const {
+    const int* const end = ends + static_cast<int64_t>(rank) * all_experts + first_expert + expert;
+    return *end - (first_expert + expert > 0 ? end[-1] : 0);
+  }
+};
+
+// The permutation from chunks in the order of ranks to chunks in the order of experts. Every block makes both tables of
+// chunks, 2 * count ints of shared memory, and finds the chunk of each of its rows by bisection.
+__global__ void __launch_bounds__(256) chunk_index(Chunks chunks, Index index) {
+  __shared__ int scratch[MAX_WORDS];
+  DYNAMIC_SHARED(int, begins);
+  const int count = chunks.count(), num_ranks = chunks.num_ranks;
+  int* const old_begins = begins + count;  // both in the new order
+  int total, earlier = 0;
+  for (int first = 0; first < count; first += blockDim.x) {
+    const int chunk = first + threadIdx.x, rank = chunk / chunks.num_experts, expert = chunk % chunks.num_experts;
+    const int begin = earlier + sum_before(chunk < count ? chunks.size(rank, expert) : 0, total, scratch);
+    if (chunk < count) old_begins[expert * num_ranks + rank] = begin;
+    earlier += total;
+  }
+  earlier = 0;
+  for (int first = 0; first < count; first += blockDim.x) {
+    const int chunk = first + threadIdx.x, expert = chunk / num_ranks, rank = chunk % num_ranks;
+    const int begin = earlier + sum_before(chunk < count ? chunks.size(rank, expert) : 0, total, scratch);
+    if (chunk < count) begins[chunk] = begin;
+    earlier += total;
+  }
+  __syncthreads();
+
+  const int stride = gridDim.x * blockDim.x;
+  for (int row = blockIdx.x * blockDim.x + threadIdx.x; row < chunks.num_rows; row += stride) {
+    int low = 0, high = count - 1;  // the last chunk that begins at or before the row
+    while (low < high) {
+      const int middle = (low + high + 1) / 2;
+      if (begins[middle] <= row) low = middle;
+      else high = middle - 1;
+    }
+    const int old_row = row - begins[low] + old_begins[low];
+    index.entry_of_row[row] = old_row;
+    index.rows[old_row] = row;
+    index.starts[row] = row;
+  }
+  if (blockIdx.x != 0) return;
+  if (threadIdx.x == 0) index.starts[chunks.num_rows] = chunks.num_rows;
+  for (int expert = threadIdx.x; expert < chunks.num_experts; expert += blockDim.x) {
+    index.ends[expert] = expert + 1 < chunks.num_experts ? begins[(expert + 1) * num_ranks] : chunks.num_rows;
+  }
 }
 
 // Of a block's threads, x run along a row, y over tokens (or rows).

@@ -1,8 +1,8 @@
 """Reference of the permutation of tokens by experts, which defines it and runs where no kernel does.
 
-Arguments are those of `vlm_kernels.permute`; a permutation is passed as its three tensors.
+Arguments are those of `vlm_kernels.permute`; a permutation is passed as its first three tensors.
 
-Shapes: T tokens, E experts, R rows (a token has one for each expert that it chose), H hidden.
+Shapes: T tokens, E experts, R rows (a token has one for each expert that it chose), H hidden, N ranks.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import torch
 from torch.nn.functional import embedding_bag, pad
 
 
-def expert_permutation(routing_map: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the three tensors of a `vlm_kernels.permute.Permutation` from a routing map [T, E] bool."""
+def expert_permutation(
+    routing_map: torch.Tensor, num_rows: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the four tensors of a `vlm_kernels.permute.Permutation` from a routing map [T, E] bool."""
     num_experts = routing_map.shape[1]
     by_expert = routing_map.t().contiguous()
     expert_R, token_R = by_expert.nonzero(as_tuple=True)
@@ -22,6 +24,23 @@ def expert_permutation(routing_map: torch.Tensor, num_rows: int) -> tuple[torch.
         (token_R * num_experts + expert_R).int(),
         row_TE[routing_map].int(),
         pad(routing_map.sum(1).cumsum(0), (1, 0)).int(),
+        routing_map.sum(0).cumsum(0).int(),
+    )
+
+
+def chunk_permutation(
+    ends: torch.Tensor, first_expert: int, num_experts: int, num_rows: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the four tensors of a permutation of chunks of rows from where each rank's rows of each expert end."""
+    sizes = pad(ends, (1, 0)).diff()[:, first_expert : first_expert + num_experts]
+    chunks = torch.arange(num_rows, dtype=torch.int32, device=ends.device).split(sizes.flatten().tolist())
+    order = torch.arange(sizes.numel()).view(sizes.shape).t().flatten()
+    old_rows = torch.cat([chunks[index] for index in order])
+    return (
+        old_rows,
+        old_rows.argsort().int(),
+        torch.arange(num_rows + 1, dtype=torch.int32, device=ends.device),
+        sizes.sum(0).cumsum(0).int(),
     )
 
 

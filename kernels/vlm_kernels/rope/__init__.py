@@ -90,10 +90,21 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
     ctx.save_for_backward(*kept, *output[2:], q_weight, k_weight, cosine, sine, query_scale)
     ctx.zero_centered, ctx.sections = zero_centered, sections
     ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)  # zeros for what has no gradient would be two launches
+    ctx.shapes = q.shape, k.shape
 
 
-def _gradients(ctx: Any, q_grad: torch.Tensor, k_grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+def _gradients(
+    ctx: Any, q_grad: torch.Tensor | None, k_grad: torch.Tensor | None, *_: Any
+) -> tuple[torch.Tensor | None, ...]:
     q, k, *saved = ctx.saved_tensors
+    given = k_grad if q_grad is None else q_grad
+    if given is None:
+        return (None,) * 10
+    q_grad, k_grad = (
+        given.new_zeros(shape) if grad is None else grad
+        for grad, shape in zip((q_grad, k_grad), ctx.shapes, strict=True)
+    )
     inputs = (q_grad, k_grad) if q is None else (q, k)
     *grads, q_weight, k_weight = _backward(q_grad, k_grad, *inputs, *saved, ctx.zero_centered, ctx.sections)
     weights = (None if weight is None else grad for weight, grad in zip(saved[2:4], (q_weight, k_weight), strict=True))

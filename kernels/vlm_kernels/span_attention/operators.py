@@ -74,10 +74,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
     q, k, v, first, last, _, by_query, by_key, ctx.scale = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # zeros for its gradient would be a launch
     ctx.save_for_backward(q, k, v, out, lse, first, last, by_query, by_key)
 
 
-def _backward(ctx: Any, d_out: torch.Tensor, d_lse: torch.Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, d_out: torch.Tensor | None, d_lse: None) -> tuple[Any, ...]:
+    if d_out is None:
+        return (None,) * 9
     gradients = _attention_backward(d_out, *ctx.saved_tensors, ctx.scale)
     return (*gradients, *[None] * 6)
 

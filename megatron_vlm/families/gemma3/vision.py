@@ -20,10 +20,11 @@ from megatron_vlm.families.gemma3.config import VisionConfig
 from megatron_vlm.layers.linear import ColumnParallelLinear, Group, RowParallelLinear, column_parallel
 from megatron_vlm.layers.mlp import MLP
 from megatron_vlm.layers.norm import LayerNorm, RMSNorm
-from megatron_vlm.layers.patches import PackedImages
+from megatron_vlm.layers.patches import PackedImages, PatchProjection
+from megatron_vlm.layers.side_by_side import add_side_by_side
 from megatron_vlm.model.vision_tower import VisionTowerChunk
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
-from megatron_vlm.parallel.parameters import declare, normal, zeros
+from megatron_vlm.parallel.parameters import declare, normal
 from megatron_vlm.parallel.stage_state import StageState
 
 
@@ -33,30 +34,36 @@ class VisionEmbeddings(torch.nn.Module):
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
         super().__init__()
         side, patch = config.image_size // config.patch_size, config.patch_size
-        self.patch_embedding = torch.nn.Conv2d(config.num_channels, config.hidden_size, patch, patch, dtype=dtype)
+        self.patch_embedding = PatchProjection(
+            (config.num_channels, patch, patch), config.hidden_size, dtype, bias=True
+        )
         self.position_embedding = torch.nn.Embedding(side * side, config.hidden_size, dtype=dtype)
-        declare(self.patch_embedding.weight, "matrix", normal)
-        assert self.patch_embedding.bias is not None
-        declare(self.patch_embedding.bias, "vector", zeros)
         declare(self.position_embedding.weight, "table", normal)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Map [I, channels, height, width] to [I, patches, H]."""
-        patches = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype))
-        positions = torch.arange(self.position_embedding.num_embeddings, device=patches.device)
-        return patches.flatten(2).transpose(1, 2) + self.position_embedding(positions)
+        weight = self.patch_embedding.weight
+        patches = pixels.unfold(2, weight.shape[2], weight.shape[2]).unfold(3, weight.shape[3], weight.shape[3])
+        # One copy rounds and brings each patch together.
+        patches = patches.permute(0, 2, 3, 1, 4, 5).to(weight.dtype, memory_format=torch.contiguous_format)
+        embedded = self.patch_embedding(patches.flatten(3).flatten(1, 2))
+        positions = torch.arange(self.position_embedding.num_embeddings, device=pixels.device)
+        return embedded + self.position_embedding(positions)
 
 
 class VisionAttention(torch.nn.Module):
     """Full attention over the patches of an image; heads split over the tensor ranks."""
 
+    q_proj: ColumnParallelLinear
+    k_proj: ColumnParallelLinear
+    v_proj: ColumnParallelLinear
+
     def __init__(self, config: VisionConfig, mcore_config: TransformerConfig, group: Group) -> None:
         super().__init__()
         self.group, self.head_dim = group, config.hidden_size // config.num_attention_heads
         size = config.hidden_size
-        self.q_proj, self.k_proj, self.v_proj = (
-            ColumnParallelLinear(size, size, mcore_config, group, bias=True) for _ in range(3)
-        )
+        q_proj, k_proj, v_proj = (ColumnParallelLinear(size, size, mcore_config, group, bias=True) for _ in range(3))
+        add_side_by_side(self, q_proj=q_proj, k_proj=k_proj, v_proj=v_proj)
         self.out_proj = RowParallelLinear(size, size, mcore_config, group, bias=True)
 
     def forward(self, x_PH: torch.Tensor, num_images: int) -> torch.Tensor:

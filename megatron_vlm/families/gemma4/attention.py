@@ -5,19 +5,22 @@ Shapes: S sequence (unsharded inside attention), B batch, H hidden, N query head
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlm.families.gemma4.config import LayerConfig
 from megatron_vlm.layers.attention import AttentionCore, key_value_linear
 from megatron_vlm.layers.linear import (
+    ColumnParallel,
     ColumnParallelLinear,
     Group,
-    ReplicatedLinear,
     RowParallelLinear,
     column_parallel,
 )
 from megatron_vlm.layers.norm import RMSNorm
+from megatron_vlm.layers.side_by_side import add_side_by_side, side_by_side
 from vlm_kernels.rms_norm import rms_norm
 from vlm_kernels.rope import RopeTable, qk_norm_rope
 from vlm_kernels.span_attention import Spans
@@ -48,13 +51,16 @@ class Attention(torch.nn.Module):
         super().__init__()
         self.layer, self.group, self.sequence_parallel = layer, group, mcore_config.sequence_parallel
         query_size = layer.num_attention_heads * layer.head_dim
-        self.q_proj = ColumnParallelLinear(hidden_size, query_size, mcore_config, group)
+        linears: dict[str, ColumnParallel] = {
+            "q_proj": ColumnParallelLinear(hidden_size, query_size, mcore_config, group)
+        }
         self.q_norm = self._head_norm(mcore_config)
         if layer.keys_of_layer is None:
-            self.k_proj = key_value_linear(hidden_size, layer, mcore_config, group)
+            linears["k_proj"] = key_value_linear(hidden_size, layer, mcore_config, group)
             self.k_norm = self._head_norm(mcore_config)
             if not layer.keys_as_values:
-                self.v_proj = key_value_linear(hidden_size, layer, mcore_config, group)
+                linears["v_proj"] = key_value_linear(hidden_size, layer, mcore_config, group)
+        add_side_by_side(self, **linears)
         self.core = AttentionCore(layer.window, layer.softmax_scale, recompute_core)
         self.o_proj = RowParallelLinear(query_size, hidden_size, mcore_config, group)
 
@@ -69,9 +75,7 @@ class Attention(torch.nn.Module):
             spans: visible ranges.
             shared: keys and values of an earlier layer, for a layer that has none of its own.
         """
-        linears: list[ColumnParallelLinear | ReplicatedLinear] = [self.q_proj]
-        if self.layer.keys_of_layer is None:
-            linears += [self.k_proj] if self.layer.keys_as_values else [self.k_proj, self.v_proj]
+        linears = [cast(ColumnParallel, linear) for linear in side_by_side(self)]
         q, *projected = (
             output.unflatten(-1, (-1, self.layer.head_dim))
             for output in column_parallel(x_SBH, linears, self.group, self.sequence_parallel)

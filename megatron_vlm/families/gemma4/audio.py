@@ -28,6 +28,7 @@ from megatron_vlm.families.gemma4.clipped_linear import (
 from megatron_vlm.layers.linear import ColumnParallelLinear, Group, column_parallel
 from megatron_vlm.layers.norm import RMSNorm, norm_and_add
 from megatron_vlm.layers.recompute import run_layer
+from megatron_vlm.layers.side_by_side import add_side_by_side
 from megatron_vlm.parallel.parameters import declare, normal, ones, zeros
 
 NORM_EPS = 1e-6  # of the norms for which transformers does not read the configuration
@@ -88,7 +89,7 @@ class SubsamplingLayer(torch.nn.Module):
         super().__init__()
         self.conv = torch.nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False, dtype=dtype)
         self.norm = torch.nn.LayerNorm(out_channels, eps, bias=False, dtype=dtype)
-        declare(self.conv.weight, "matrix", normal)
+        declare(self.conv.weight, "filter", normal)
         declare(self.norm.weight, "vector", ones)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -188,12 +189,17 @@ class AudioAttention(torch.nn.Module):
     `per_dim_scale` acts on every head, of which a rank has some: its gradient is partial.
     """
 
+    q_proj: ClippedColumnParallelLinear
+    k_proj: ClippedColumnParallelLinear
+    v_proj: ClippedColumnParallelLinear
+
     def __init__(self, config: AudioConfig, mcore_config: TransformerConfig, group: Group) -> None:
         super().__init__()
         self.config, self.group, size = config, group, config.hidden_size
-        self.q_proj, self.k_proj, self.v_proj = (
+        q_proj, k_proj, v_proj = (
             ClippedColumnParallelLinear(size, size, mcore_config, group, config.clips) for _ in range(3)
         )
+        add_side_by_side(self, q_proj=q_proj, k_proj=k_proj, v_proj=v_proj)
         self.post = ClippedRowParallelLinear(size, size, mcore_config, group, config.clips)
         self.relative_k_proj = ColumnParallelLinear(size, size, mcore_config, group)
         scale = torch.nn.Parameter(torch.empty(config.head_dim, dtype=mcore_config.params_dtype))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from megatron.core import tensor_parallel
@@ -25,6 +25,7 @@ from megatron_vlm.layers.linear import (
     multiply,
 )
 from megatron_vlm.layers.operands import Operand
+from megatron_vlm.layers.side_by_side import add_side_by_side
 from megatron_vlm.parallel.parameters import Initial, declare
 from vlm_kernels.gated import gated
 
@@ -71,6 +72,11 @@ class _ClippedLinear(torch.nn.Module):
         for name, initial in BOUNDS.items() if clips else ():
             bound = torch.nn.Parameter(torch.empty((), dtype=dtype))
             self.register_parameter(name, declare(bound, "buffer", initial))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight of the linear layer."""
+        return cast(torch.Tensor, self.linear.weight)
 
     @property
     def bounds(self) -> Bounds | None:
@@ -169,14 +175,18 @@ class ClippedGatedMLP(torch.nn.Module):
         clips: whether there are bounds.
     """
 
+    gate_proj: ClippedColumnParallelLinear
+    up_proj: ClippedColumnParallelLinear
+
     def __init__(
         self, hidden_size: int, intermediate_size: int, mcore_config: TransformerConfig, group: Group, clips: bool
     ) -> None:
         super().__init__()
         self.group = group
-        self.gate_proj, self.up_proj = (
+        gate, up = (
             ClippedColumnParallelLinear(hidden_size, intermediate_size, mcore_config, group, clips) for _ in range(2)
         )
+        add_side_by_side(self, gate_proj=gate, up_proj=up)
         self.down_proj = ClippedRowParallelLinear(intermediate_size, hidden_size, mcore_config, group, clips)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

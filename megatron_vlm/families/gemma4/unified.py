@@ -16,7 +16,7 @@ from megatron_vlm.layers.norm import LayerNorm
 from megatron_vlm.layers.patches import PackedImages
 from megatron_vlm.model.vision_tower import VisionTowerChunk
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
-from megatron_vlm.parallel.parameters import declare, normal
+from megatron_vlm.parallel.parameters import declare, normal, redeclare
 
 
 class PixelEmbedder(VisionTowerChunk):
@@ -36,6 +36,7 @@ class PixelEmbedder(VisionTowerChunk):
         size, dtype = config.hidden_size, mcore_config.params_dtype
         self.patch_ln1 = LayerNorm(config.patch_features, config.norm_eps, dtype)
         self.patch_dense = ColumnParallelLinear(config.patch_features, size, mcore_config, group, bias=True)
+        redeclare(self.patch_dense.weight, kind="filter")  # type: ignore[arg-type]
         self.patch_ln2 = LayerNorm(size, config.norm_eps, dtype)
         places = torch.nn.Parameter(torch.empty(config.num_positions_per_side, 2, size, dtype=dtype))
         self.pos_embedding = declare(places, "table", normal)

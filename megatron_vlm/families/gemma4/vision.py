@@ -26,6 +26,7 @@ from megatron_vlm.layers.linear import Group
 from megatron_vlm.layers.norm import RMSNorm, norm_add_and_norm, norm_and_add
 from megatron_vlm.layers.patches import PackedImages, PatchPositions
 from megatron_vlm.layers.rope import geometric_frequencies
+from megatron_vlm.layers.side_by_side import add_side_by_side
 from megatron_vlm.model.vision_tower import VisionTowerChunk
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.parameters import declare, normal, ones, zeros
@@ -55,7 +56,7 @@ class PatchEmbedder(torch.nn.Module):
         super().__init__()
         size = config.hidden_size
         self.input_proj = torch.nn.Linear(config.patch_features, size, bias=False, dtype=dtype)
-        declare(self.input_proj.weight, "matrix", normal)
+        declare(self.input_proj.weight, "filter", normal)
         table = torch.nn.Parameter(torch.empty(2, config.num_positions_per_side, size, dtype=dtype))
         self.position_embedding_table = declare(table, "table", ones)
 
@@ -70,12 +71,17 @@ class PatchEmbedder(torch.nn.Module):
 class VisionAttention(torch.nn.Module):
     """Attention over the patches of a frame, with norms of queries, keys and values; heads split over the ranks."""
 
+    q_proj: ClippedColumnParallelLinear
+    k_proj: ClippedColumnParallelLinear
+    v_proj: ClippedColumnParallelLinear
+
     def __init__(self, config: VisionConfig, mcore_config: TransformerConfig, group: Group) -> None:
         super().__init__()
         self.group, self.head_dim, self.eps, size = group, config.head_dim, config.norm_eps, config.hidden_size
-        self.q_proj, self.k_proj, self.v_proj = (
+        q_proj, k_proj, v_proj = (
             ClippedColumnParallelLinear(size, size, mcore_config, group, config.clips) for _ in range(3)
         )
+        add_side_by_side(self, q_proj=q_proj, k_proj=k_proj, v_proj=v_proj)
         self.o_proj = ClippedRowParallelLinear(size, size, mcore_config, group, config.clips)
         # These act on this rank's heads only.
         self.q_norm, self.k_norm = (

@@ -21,6 +21,7 @@ from megatron_vlm.layers.mlp import GatedMLP
 from megatron_vlm.layers.norm import RMSNorm, add_and_norm
 from megatron_vlm.layers.patches import PackedImages, PatchPositions, PatchProjection
 from megatron_vlm.layers.rope import geometric_frequencies
+from megatron_vlm.layers.side_by_side import add_side_by_side
 from megatron_vlm.model.vision_tower import VisionTowerChunk
 from megatron_vlm.parallel.chunk_settings import ChunkSettings
 from megatron_vlm.parallel.parameters import declare, normal
@@ -40,20 +41,24 @@ def patch_rope(positions: PatchPositions, config: VisionConfig, dtype: torch.dty
 class VisionAttention(torch.nn.Module):
     """Attention over the patches of an image; heads split over the tensor ranks."""
 
+    q_proj: ColumnParallelLinear
+    k_proj: ColumnParallelLinear
+    v_proj: ColumnParallelLinear
+
     def __init__(self, config: VisionConfig, mcore_config: TransformerConfig, group: Group) -> None:
         super().__init__()
         self.group, self.head_dim = group, config.hidden_size // config.num_attention_heads
         size = config.hidden_size
-        self.q_proj, self.k_proj, self.v_proj = (
-            ColumnParallelLinear(size, size, mcore_config, group) for _ in range(3)
-        )
+        q_proj, k_proj, v_proj = (ColumnParallelLinear(size, size, mcore_config, group) for _ in range(3))
+        add_side_by_side(self, q_proj=q_proj, k_proj=k_proj, v_proj=v_proj)
         self.o_proj = RowParallelLinear(size, size, mcore_config, group)
 
     def forward(self, x_PH: torch.Tensor, rope: RopeTable, images: Segments) -> torch.Tensor:
         """Map [P, H] to the same shape."""
         projected = column_parallel(x_PH, (self.q_proj, self.k_proj, self.v_proj), self.group, False)
         q, k, v = (tensor.unflatten(-1, (-1, self.head_dim)) for tensor in projected)
-        q, k, v = (tensor.transpose(0, 1) for tensor in (*qk_norm_rope(q, k, rope), v))
+        # Rotation keeps neither queries nor keys; values that are views would keep the projections of both.
+        q, k, v = (tensor.transpose(0, 1) for tensor in (*qk_norm_rope(q, k, rope), v.contiguous()))
         attended_NPD = packed_attention(q, k, v, images, self.head_dim**-0.5)
         return self.o_proj(attended_NPD.transpose(0, 1).flatten(1))
 
