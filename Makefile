@@ -89,7 +89,7 @@ gpu_dry: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu --dry
 
 bench: $(STAMP)
-	set -e; for script in convert train_step memory_estimate planner loss_memory context_balance launches packing startup_counts save_memory; do $(BIN)/python benchmarks/$$script.py; done
+	set -e; for script in convert train_step memory_estimate planner loss_memory context_balance launches packing startup_counts save_memory operator_host_cost; do $(BIN)/python benchmarks/$$script.py; done
 
 clean:
 	rm -rf $(VENV) $(LOWER) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build gpu_bundle $(KERNELS)/_C.* *.egg-info

@@ -43,15 +43,16 @@ def kernel_of(name: str) -> str | None:
 
 def check_calls() -> None:
     """What kernels of RMS norms return for no rows, and what they say to a weight of another size."""
-    operators = importlib.import_module("vlm_kernels.rms_norm")
+    importlib.import_module("vlm_kernels.rms_norm")
+    operators = torch.ops.vlm_kernels
     rows, weight = torch.empty(0, 8), torch.randn(8)
-    normed = operators._rms_norm.redispatch(CUDA, rows, None, 1e-6, True)
-    gradients = operators._rms_norm_add_rms_norm_backward.redispatch(
+    normed = operators.rms_norm.default.redispatch(CUDA, rows, None, 1e-6, True)
+    gradients = operators.rms_norm_add_rms_norm_backward.default.redispatch(
         CUDA, rows, rows, rows, rows, weight, None, 1e-6, True, True
     )
     assert [tuple(tensor.shape) for tensor in (normed, *gradients)] == [(0, 8), (0, 8), (0, 8), (8,), (0,)]
     try:
-        operators._rms_norm.redispatch(CUDA, torch.randn(2, 8), torch.randn(9), 1e-6, True)
+        operators.rms_norm.default.redispatch(CUDA, torch.randn(2, 8), torch.randn(9), 1e-6, True)
     except RuntimeError as error:
         assert "one element for each of a row" in str(error), error
     else:

@@ -20,6 +20,7 @@ import triton
 from vlm_kernels.library import BINARY, BUILD_LOG
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+SHARED_BYTES = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}  # of a multiprocessor
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 _USAGE = re.compile(r" Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _WIDE = {"wide_loads": re.compile(r"\bLDG\.E\.(\w+\.)*128\b"), "wide_stores": re.compile(r"\bSTG\.E\.(\w+\.)*128\b")}
@@ -44,6 +45,17 @@ class Code:
     shared_bytes: int
     wide_loads: int = 0
     wide_stores: int = 0
+
+    def blocks_per_multiprocessor(self, architecture: str, threads: int, dynamic_shared_bytes: int) -> int:
+        """Return how many blocks run at a time, by the rules of CUDA's occupancy calculator for these architectures.
+
+        A multiprocessor has 65,536 registers, given to warps in units of 256, 2,048 threads, and shared memory of which
+        every block takes 1 KiB more than it uses.
+        """
+        warps = -(-threads // 32)
+        of_registers = 65_536 // (-(-self.registers * 32 // 256) * 256) // 4 * 4 // warps
+        shared_bytes = -(-(self.shared_bytes + dynamic_shared_bytes) // 128) * 128 + 1024
+        return min(of_registers, SHARED_BYTES[architecture] // shared_bytes, 64 // warps, 32)
 
     @property
     def kernel(self) -> str:

@@ -93,6 +93,27 @@ def test_no_spills_and_wide_accesses(architecture: str) -> None:
 
 
 @needs_extension
+@pytest.mark.parametrize("architecture", two_sizes(ARCHITECTURES, "sm_80", "sm_90"))
+@pytest.mark.parametrize("size", [2560, 4096, 5376, 8192])
+@pytest.mark.parametrize(("kernel", "weights"), [("rms_norm_gradient", 1), ("rms_norm_add_rms_norm_gradient", 2)])
+def test_blocks_of_wide_norms_hide_each_others_barriers(
+    kernel: str, weights: int, size: int, architecture: str
+) -> None:
+    """Of rows of 16-bit elements, in blocks of the threads that rms_norm.cu chooses.
+
+    Before weights' gradients moved to shared memory, one block of 5,376 or 8,192 elements fitted.
+    """
+    threads = -(-size // (2 * 8) // 32) * 32
+    sums_bytes = weights * 2 * 8 * threads * 4
+    codes = [code for code in read_code(architecture) if code.kernel == kernel and code.name.endswith(" 8, 2>")]
+    assert len(codes) == 2
+    for code in codes:
+        blocks = code.blocks_per_multiprocessor(architecture, threads, sums_bytes)
+        least = 1 if (architecture, weights, size) == ("sm_100", 2, 8192) else 2
+        assert blocks >= least, f"{code.name}: {blocks} blocks of {threads} threads"
+
+
+@needs_extension
 @pytest.mark.parametrize("architecture", two_sizes(ARCHITECTURES, "sm_90"))
 def test_kernels_of_the_loss_are_compiled_as_intended(architecture: str) -> None:
     """Rows that divide into vectors are read, and written, 16 bytes at a time, and blocks fill a multiprocessor."""

@@ -86,7 +86,7 @@ def test_operators_are_registered_correctly(form: str) -> None:
     inputs = make_inputs(form, torch.bfloat16)
     gate, up = inputs.get("gate", inputs.get("gate_up")), inputs.get("up")
     arguments = (gate, up, inputs.get("factor"), ACTIVATIONS["gelu_tanh"])
-    torch.library.opcheck(ops._gated, (*arguments, False))
+    torch.library.opcheck(torch.ops.vlm_kernels.gated.default, (*arguments, False))
     detached = [value.detach() if isinstance(value, torch.Tensor) else value for value in arguments]
     for operator in (ops._gated_backward, ops._gated_backward_in_place):
         torch.library.opcheck(operator, (torch.randn(TOKENS, WIDTH).bfloat16(), *detached))
@@ -202,7 +202,7 @@ def test_calls_reach_the_extension() -> None:
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     gate, wide, factor = torch.empty(0, 8), torch.empty(0, 16), torch.empty(0)
     for given in ((gate, gate, None), (gate, gate, factor), (wide, None, factor), (wide, None, None)):
-        assert ops._gated.redispatch(cuda, *given, 1, True).shape == gate.shape
+        assert torch.ops.vlm_kernels.gated.default.redispatch(cuda, *given, 1, True).shape == gate.shape
         gradients = ops._gated_backward.redispatch(cuda, gate, *given, 1)
         assert [result.shape for result in gradients] == [tensor.shape for tensor in given if tensor is not None]
         assert ops._gated_backward_in_place.redispatch(cuda, gate, *given, 1).shape == (0,)
@@ -213,7 +213,7 @@ def test_calls_reach_the_extension() -> None:
         ((x[:, :15], None, None, 0), "odd number"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            ops._gated.redispatch(cuda, *given, False)
+            torch.ops.vlm_kernels.gated.default.redispatch(cuda, *given, False)
 
 
 # The kernels' bodies on the host

@@ -19,6 +19,7 @@ from tests.kernels.marks import needs_extension
 from vlm_kernels import permute as ops
 from vlm_kernels.permute import Permutation, chunk_permutation, expert_permutation, permute, reference, unpermute
 
+PERMUTE, UNPERMUTE = torch.ops.vlm_kernels.permute.default, torch.ops.vlm_kernels.unpermute.default
 HIDDEN = 6
 
 
@@ -128,9 +129,9 @@ def test_operators_are_registered_correctly() -> None:
     x, probs = random(num_tokens, HIDDEN), random(num_tokens, num_experts)
     y, weights = random(num_rows, HIDDEN), random(num_rows)
     for given in (probs, None):
-        torch.library.opcheck(ops._permute, (x, given, *index))
+        torch.library.opcheck(PERMUTE, (x, given, *index))
     for given in (weights, None):
-        torch.library.opcheck(ops._unpermute, (y, given, *index))
+        torch.library.opcheck(UNPERMUTE, (y, given, *index))
     x, y, weights = x.detach(), y.detach(), weights.detach()
     for grad_probs in (weights, None):
         torch.library.opcheck(ops._permute_backward, (y, grad_probs, *index))
@@ -195,19 +196,19 @@ def test_calls_reach_the_extension() -> None:
     index = (*index, 5)
     rows, probs, numbers = torch.empty(0, 8), torch.empty(0, 5), torch.empty(0)
     for operator, given, shapes in (
-        (ops._permute, (rows, probs), [(0, 8), (0,)]),
-        (ops._permute, (rows, None), [(0, 8), (0,)]),
+        (PERMUTE, (rows, probs), [(0, 8), (0,)]),
+        (PERMUTE, (rows, None), [(0, 8), (0,)]),
         (ops._permute_backward, (rows, numbers), [(0, 8), (0, 5)]),
         (ops._permute_backward, (rows, None), [(0, 8), (0,)]),
         (ops._unpermute_backward, (rows, rows, numbers), [(0, 8), (0,)]),
         (ops._unpermute_backward, (rows, None, None), [(0, 8), (0,)]),
     ):
         assert [tuple(result.shape) for result in operator.redispatch(cuda, *given, *index)] == shapes
-    assert ops._unpermute.redispatch(cuda, rows, numbers, *index).shape == (0, 8)
+    assert UNPERMUTE.redispatch(cuda, rows, numbers, *index).shape == (0, 8)
     for call, message in (
-        (lambda: ops._permute.redispatch(cuda, torch.empty(3, 8), None, *index), "a row for each token"),
-        (lambda: ops._unpermute.redispatch(cuda, rows, torch.empty(2), *index), "weights are fp32"),
-        (lambda: ops._permute.redispatch(cuda, rows, None, index[0].long(), *index[1:]), "an index is int32"),
+        (lambda: PERMUTE.redispatch(cuda, torch.empty(3, 8), None, *index), "a row for each token"),
+        (lambda: UNPERMUTE.redispatch(cuda, rows, torch.empty(2), *index), "weights are fp32"),
+        (lambda: PERMUTE.redispatch(cuda, rows, None, index[0].long(), *index[1:]), "an index is int32"),
         (lambda: ops._expert_permutation.redispatch(cuda, torch.zeros(1, 2000, dtype=torch.bool), 1), "1 to 1024"),
         (lambda: ops._chunk_permutation.redispatch(cuda, ends_of_ranks(2, 4), 3, 2, 1), "no such experts"),
         (lambda: ops._chunk_permutation.redispatch(cuda, ends_of_ranks(65, 64), 0, 64, 1), "1 to 4096 chunks"),

@@ -43,7 +43,8 @@ extern "C" void NAME_add_forward(const T* x, const T* residual, const T* post_we
 extern "C" void NAME_gradient(const T* grad_normed, const T* x, const T* weight, const T* addend, T* grad_x,
                               T* grad_weight, float* partials, int64_t rows, int64_t size, int64_t blocks,
                               int64_t threads, int64_t rows_per_block, float eps, float offset) {
-  emulator::launch(dim3(blocks), dim3(threads, rows_per_block), 0, [=] {
+  const int64_t bytes = 1 * sizeof(float) * weight_gradient_floats<N, CHUNKS>(threads * rows_per_block);
+  emulator::launch(dim3(blocks), dim3(threads, rows_per_block), bytes, [=] {
     rms_norm_gradient<T, N, CHUNKS>(grad_normed, x, weight, addend, grad_x, partials, rows, size, eps, offset);
   });
   if (!partials) return;
@@ -56,7 +57,8 @@ extern "C" void NAME_both_gradient(const T* grad_sum, const T* grad_normed, cons
                                    const T* post_weight, const T* weight, T* grad_residual, T* grad_x,
                                    T* grad_post_weight, T* grad_weight, float* partials, int64_t rows, int64_t size,
                                    int64_t blocks, int64_t threads, int64_t rows_per_block, float eps, float offset) {
-  emulator::launch(dim3(blocks), dim3(threads, rows_per_block), 0, [=] {
+  const int64_t bytes = 2 * sizeof(float) * weight_gradient_floats<N, CHUNKS>(threads * rows_per_block);
+  emulator::launch(dim3(blocks), dim3(threads, rows_per_block), bytes, [=] {
     rms_norm_add_rms_norm_gradient<T, N, CHUNKS>(grad_sum, grad_normed, x, sum, post_weight, weight, grad_residual,
                                                  grad_x, partials, rows, size, eps, offset);
   });
@@ -202,6 +204,17 @@ MUTATIONS = {
     ),
     "no one plus the weight": ("rms_norm/rms_norm.cuh", "stored[i] + offset", "stored[i]"),
     "no gradient through the mean": ("rms_norm/rms_norm.cuh", "gradient - value * projection", "gradient"),
+    "sums not begun with zero": (
+        "rms_norm/rms_norm.cuh",
+        "store(sums(chunk, column, i), Vector<float, PIECE>{})",
+        "sums(chunk, column, i)",
+    ),
+    "sums of one weight's gradient over the other's": (
+        "rms_norm/rms_norm.cuh",
+        "weight_sums + weight_gradient_floats<N, CHUNKS>(blockDim.x * blockDim.y)",
+        "weight_sums",
+    ),
+    "sums of one thread over its neighbour's": ("rms_norm/rms_norm.cuh", "+ thread * PIECE)", "+ thread)"),
     "no barrier before partial sums are added": ("csrc/partial_sums.cuh", "__syncthreads();", ""),
     "a partial row left out": ("csrc/partial_sums.cuh", "row = threadIdx.y;", "row = threadIdx.y + 1;"),
 }
@@ -287,7 +300,7 @@ def test_under_checkpoint_and_compile(operation) -> None:
 def test_opcheck(with_weight: bool) -> None:
     for operation in OPERATIONS:
         arguments = inputs(operation, torch.float32, with_weight)
-        torch.library.opcheck(getattr(operators, f"_{operation.__name__}"), (*arguments, EPS, True))
+        torch.library.opcheck(getattr(torch.ops.vlm_kernels, operation.__name__).default, (*arguments, EPS, True))
     x, grad = torch.randn(2, 3, 24), torch.randn(2, 3, 24)
     weight = torch.randn(24) if with_weight else None
     for needs_weight, addend in ((True, grad), (False, None)):
@@ -302,7 +315,7 @@ def test_strided_inputs() -> None:
         strided = [
             given.detach().mT.contiguous().mT.requires_grad_() if given.dim() > 1 else given for given in arguments
         ]
-        torch.library.opcheck(getattr(operators, f"_{operation.__name__}"), (*strided, EPS, True))
+        torch.library.opcheck(getattr(torch.ops.vlm_kernels, operation.__name__).default, (*strided, EPS, True))
         for mine, its in zip(outputs(operation, strided), outputs(operation, arguments), strict=True):
             assert mine.is_contiguous() and mine.equal(its)
 

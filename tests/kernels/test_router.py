@@ -17,6 +17,8 @@ from tests.kernels.marks import needs_extension
 from vlm_kernels import router as ops
 from vlm_kernels.router import choose_experts, reference, route
 
+ROUTE = torch.ops.vlm_kernels.route.default
+
 
 def make_logits(num_tokens: int, num_experts: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
@@ -62,7 +64,7 @@ def test_operators_are_registered_correctly() -> None:
     logits, is_real = make_logits(6, 5), make_real(6)
     torch.library.opcheck(ops._choose_experts, (logits, 2))
     chosen = choose_experts(logits, 2)
-    torch.library.opcheck(ops._route, (logits.clone().requires_grad_(), chosen, is_real))
+    torch.library.opcheck(ROUTE, (logits.clone().requires_grad_(), chosen, is_real))
     for of_weights in (make_logits(6, 5, seed=2), None):
         for of_sums in (make_logits(1, 5, seed=3)[0], None):
             torch.library.opcheck(ops._route_backward, (of_weights, of_sums, logits, chosen, is_real))
@@ -94,15 +96,15 @@ def test_calls_reach_the_extension() -> None:
     logits, no_tokens = torch.empty(0, 5), torch.empty(0, dtype=torch.bool)
     chosen = ops._choose_experts.redispatch(cuda, logits, 2)
     assert chosen.shape == (0, 5) and chosen.dtype == torch.bool
-    weights, tokens, probabilities = ops._route.redispatch(cuda, logits, chosen, no_tokens)
+    weights, tokens, probabilities = ROUTE.redispatch(cuda, logits, chosen, no_tokens)
     assert weights.shape == (0, 5) and tokens.tolist() == probabilities.tolist() == [0] * 5
     assert ops._route_backward.redispatch(cuda, weights, tokens, logits, chosen, no_tokens).shape == (0, 5)
     for call, message in (
         (lambda: ops._choose_experts.redispatch(cuda, logits, 6), "more choices than experts"),
         (lambda: ops._choose_experts.redispatch(cuda, torch.empty(1, 2000), 1), "1 to 1024 experts"),
         (lambda: ops._choose_experts.redispatch(cuda, logits.bfloat16(), 1), "logits are fp32"),
-        (lambda: ops._route.redispatch(cuda, logits, chosen.float(), no_tokens), "choices are bool"),
-        (lambda: ops._route.redispatch(cuda, logits, chosen, torch.ones(1, dtype=torch.bool)), "real tokens are bool"),
+        (lambda: ROUTE.redispatch(cuda, logits, chosen.float(), no_tokens), "choices are bool"),
+        (lambda: ROUTE.redispatch(cuda, logits, chosen, torch.ones(1, dtype=torch.bool)), "real tokens are bool"),
         (lambda: ops._route_backward.redispatch(cuda, None, torch.empty(4), logits, chosen, no_tokens), r"fp32 \[E\]"),
     ):
         with pytest.raises(RuntimeError, match=message):

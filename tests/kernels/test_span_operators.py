@@ -84,7 +84,7 @@ def _arguments(make: Callable[[], Spans], dtype: torch.dtype, **shape: int) -> t
 @pytest.mark.parametrize("make", [packed_spans, packed_shard_spans])
 def test_operators_are_well_formed(make) -> None:  # type: ignore[no-untyped-def]
     q, k, v, *others = _arguments(make, torch.float32)
-    torch.library.opcheck(operators._attention, (q, k, v, *others))
+    torch.library.opcheck(torch.ops.vlm_kernels.span_attention.default, (q, k, v, *others))
     q, k, v = (tensor.detach() for tensor in (q, k, v))
     out, lse = operators._attention(q, k, v, *others)
     first, last, _, *tables_and_scale = others

@@ -6,8 +6,9 @@
 // enough bytes on their way (some 25 kB per multiprocessor at 4 TB/s), and a row of 4096 bf16 takes 256 threads with two
 // vectors, of which several fit on a multiprocessor and hide each other's barriers. Small rows share blocks of at least
 // 128 threads. Backward blocks stay for many rows, as many as fit at a time, so that gradients of the weights are added
-// up in registers and only a few hundred rows of partial sums go through memory; they ask for the next row before they
-// reduce the present one, as few of them fit beside those registers. Not measured on a GPU yet.
+// up in shared memory and only a few hundred rows of partial sums go through memory; they ask for the next row before
+// they reduce the present one. Weights, the same for every row, are read from the cache where they are used. So 64
+// registers do (80 on sm_100), and two blocks fit for rows of 8192 bf16 elements (5376). Not measured on a GPU yet.
 #include "csrc/launch.h"
 #include "csrc/partial_sums.cuh"
 #include "rms_norm/rms_norm.cuh"
@@ -148,17 +149,28 @@ std::tuple<Tensor, Tensor> rms_norm_add_rms_norm(const Tensor& given_x, const Te
   return {sum, normed};
 }
 
-// As many blocks as run at a time, and not more than there are rows for.
+// As many blocks as run at a time, and not more than there are rows for; allows the kernel its dynamic shared memory.
 template <class Kernel>
-unsigned persistent_blocks(Kernel kernel, dim3 block, int64_t num_rows, const OnDevice& device) {
+unsigned persistent_blocks(Kernel kernel, dim3 block, int shared_bytes, int64_t num_rows, const OnDevice& device) {
+  constexpr int ALLOWED = 40 << 10;  // 48 KiB without asking, less what kernels have statically
+  if (shared_bytes > ALLOWED) {
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  }
   int per_multiprocessor = 0;
-  STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, block.x * block.y, 0));
+  STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, block.x * block.y,
+                                                               shared_bytes));
   const int64_t resident = static_cast<int64_t>(std::max(per_multiprocessor, 1)) * device.multiprocessors();
   return static_cast<unsigned>(std::min(resident, ceil_divide(num_rows, block.y)));
 }
 
 Tensor gradient_like(const std::optional<Tensor>& weight, const Tensor& x, bool is_needed) {
   return weight.has_value() && is_needed ? torch::stable::empty_like(*weight) : torch::stable::new_empty(x, {0});
+}
+
+// Bytes in which a block holds its sums for the gradients of `weights` weights.
+template <class Shape>
+int sums_bytes(dim3 block, int weights) {
+  return weights * weight_gradient_floats<Shape::N, Shape::CHUNKS>(block.x * block.y) * static_cast<int>(sizeof(float));
 }
 
 // Add up partial sums [weights, groups, size] into one or two gradients of weights; empty ones are left.
@@ -197,10 +209,11 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& given_gradient, const
     for_shape<T, 4>(all, rows.size, [&](auto shape, dim3 block) {
       using S = decltype(shape);
       const auto kernel = rms_norm_gradient<T, S::N, S::CHUNKS>;
-      const unsigned blocks = persistent_blocks(kernel, block, rows.count, device);
+      const int shared_bytes = sums_bytes<S>(block, needs_weight ? 1 : 0);
+      const unsigned blocks = persistent_blocks(kernel, block, shared_bytes, rows.count, device);
       const int groups = static_cast<int>(blocks * block.y);
       const Tensor partials = partials_for(x, needs_weight ? static_cast<int64_t>(groups) * rows.size : 0);
-      kernel<<<blocks, block, 0, device.stream>>>(
+      kernel<<<blocks, block, shared_bytes, device.stream>>>(
           memory_of<T>(gradient), memory_of<T>(x), factors, other, memory_of<T>(grad_x),
           needs_weight ? memory_of<float>(partials) : nullptr, rows.count, rows.size, eps, zero_centered ? 1.0f : 0.0f);
       if (needs_weight) sum_weights<T>(partials, grad_weight, nullptr, groups, rows.size, device.stream);
@@ -241,10 +254,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_add_rms_norm_backward(
     for_shape<T, 2>(all, rows.size, [&](auto shape, dim3 block) {
       using S = decltype(shape);
       const auto kernel = rms_norm_add_rms_norm_gradient<T, S::N, S::CHUNKS>;
-      const unsigned blocks = persistent_blocks(kernel, block, rows.count, device);
+      const int shared_bytes = sums_bytes<S>(block, needs_weights ? 2 : 0);
+      const unsigned blocks = persistent_blocks(kernel, block, shared_bytes, rows.count, device);
       const int groups = static_cast<int>(blocks * block.y);
       const Tensor partials = partials_for(x, needs_weights ? 2 * static_cast<int64_t>(groups) * rows.size : 0);
-      kernel<<<blocks, block, 0, device.stream>>>(
+      kernel<<<blocks, block, shared_bytes, device.stream>>>(
           memory_of<T>(grad_sum), memory_of<T>(grad_normed), memory_of<T>(x), memory_of<T>(sum), post, factors,
           memory_of<T>(grad_residual), memory_of<T>(grad_x), needs_weights ? memory_of<float>(partials) : nullptr,
           rows.count, rows.size, eps, zero_centered ? 1.0f : 0.0f);

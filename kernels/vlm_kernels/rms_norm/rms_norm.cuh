@@ -15,6 +15,17 @@ namespace kernels {
 // CHUNKS vectors of each tensor and fp32 sums for weights fit in the registers of so many threads.
 constexpr int max_threads(int chunks) { return chunks == 1 ? 128 : chunks == 4 ? 320 : 512; }
 
+// At least so many such blocks fit on a multiprocessor in a backward pass: one reads its rows while another reduces.
+constexpr int min_blocks(int chunks) { return chunks == 1 ? 4 : 2; }
+
+// On sm_100 the compiler cannot do with the 64 registers of two blocks of 512 threads for a gradient of two norms. With
+// these, two blocks of rows of 5376 bf16 elements fit, and one of 8192.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#define BOUNDS_OF_TWO_NORMS __maxnreg__(CHUNKS == 1 ? 128 : 80)
+#else
+#define BOUNDS_OF_TWO_NORMS __launch_bounds__(max_threads(CHUNKS), min_blocks(CHUNKS))
+#endif
+
 template <int N, int CHUNKS>
 struct Columns {
   int size;
@@ -99,46 +110,59 @@ struct Weight {
   }
 };
 
-// Sums of a weight's gradient over the rows of a thread: in registers, or in its row of `partials`.
+// Floats of shared memory in which the threads of a block hold their sums for one weight's gradient.
+template <int N, int CHUNKS>
+__host__ __device__ constexpr int weight_gradient_floats(int threads) {
+  return threads * CHUNKS * N;
+}
+
+// Sums of a weight's gradient over the rows of a thread: in shared memory, as registers would not do for a second block
+// of wide rows on a multiprocessor; with CHUNKS = 0 in row `group` of `partials`.
 template <int N, int CHUNKS>
 struct WeightGradient {
-  float held[CHUNKS > 0 ? CHUNKS : 1][N];
+  static constexpr int PIECE = N < VECTOR<float> ? N : VECTOR<float>;
+  float* shared;
   float* partials;
+  int group, size;
 
-  __device__ __forceinline__ WeightGradient(float* partials, Columns<N, CHUNKS> columns) : partials(partials) {
+  // Where `partials` is null, nothing is added up and `shared` is not used.
+  __device__ __forceinline__ WeightGradient(float* shared, float* partials, int group, int size)
+      : shared(shared), partials(partials), group(group), size(size) {
+    const Columns<N, CHUNKS> columns{size};
+    if (!partials) return;
     columns.each([&](int chunk, int column) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) held[chunk][i] = 0.0f;
-      if (CHUNKS == 0 && partials) store_floats(column, held[0]);
+      for (int i = 0; i < N; i += PIECE) store(sums(chunk, column, i), Vector<float, PIECE>{});
     });
   }
 
   __device__ __forceinline__ void add(int chunk, int column, const float (&values)[N]) {
-    if constexpr (CHUNKS > 0) {
+    if (!partials) return;
 #pragma unroll
-      for (int i = 0; i < N; ++i) held[chunk][i] += values[i];
-    } else if (partials) {
-      const Vector<float, N> before = load<N>(partials + column);
-      float sums[N];
+    for (int i = 0; i < N; i += PIECE) {
+      Vector<float, PIECE> piece = load<PIECE>(sums(chunk, column, i));
 #pragma unroll
-      for (int i = 0; i < N; ++i) sums[i] = before[i] + values[i];
-      store_floats(column, sums);
+      for (int j = 0; j < PIECE; ++j) piece.at[j] += values[i + j];
+      store(sums(chunk, column, i), piece);
     }
   }
 
-  __device__ __forceinline__ void write(Columns<N, CHUNKS> columns) const {
-    if constexpr (CHUNKS > 0) {
-      if (!partials) return;
-      columns.each([&](int chunk, int column) { store_floats(column, held[chunk]); });
-    }
+  __device__ __forceinline__ void write() {
+    if (CHUNKS == 0 || !partials) return;
+    Columns<N, CHUNKS>{size}.each([&](int chunk, int column) {
+#pragma unroll
+      for (int i = 0; i < N; i += PIECE) store(row() + column + i, load<PIECE>(sums(chunk, column, i)));
+    });
   }
 
-  __device__ __forceinline__ void store_floats(int column, const float (&values)[N]) const {
-    Vector<float, N> sums;
-#pragma unroll
-    for (int i = 0; i < N; ++i) sums.at[i] = values[i];
-    store(partials + column, sums);
+  // Pieces of neighbouring threads are neighbours in shared memory: no two banks in conflict.
+  __device__ __forceinline__ float* sums(int chunk, int column, int i) const {
+    if constexpr (CHUNKS == 0) return row() + column + i;
+    const int threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x;
+    return shared + ((chunk * N + i) * threads + thread * PIECE);
   }
+
+  __device__ __forceinline__ float* row() const { return partials + static_cast<int64_t>(group) * size; }
 };
 
 template <class T, int N, int CHUNKS>
@@ -156,7 +180,7 @@ __device__ __forceinline__ void store_normed(T* to, int chunk, int column, const
 // The two sums over a row that the gradient of its norm needs: of squares, and of values times incoming gradients.
 template <class T, int N, int CHUNKS>
 __device__ __forceinline__ void add_products(int chunk, int column, const Row<T, N, CHUNKS>& values,
-                                             const Row<T, N, CHUNKS>& gradients, const Weight<T, N, CHUNKS>& weights,
+                                             const Row<T, N, CHUNKS>& gradients, const Weight<T, N, 0>& weights,
                                              float (&sums)[2]) {
   const Vector<T, N> value = values.at(chunk, column), gradient = gradients.at(chunk, column);
   float factors[N];
@@ -266,12 +290,13 @@ __global__ void __launch_bounds__(max_threads(CHUNKS), 1)
 // Gradients of normed = norm(x) with respect to x (plus `addend`, which flows to x by another way; may be null) and the
 // weight. Row `blockIdx.x * blockDim.y + threadIdx.y` of `partials` (null: not wanted) is this thread row's part of it.
 template <class T, int N, int CHUNKS>
-__global__ void __launch_bounds__(max_threads(CHUNKS), 1)
+__global__ void __launch_bounds__(max_threads(CHUNKS), min_blocks(CHUNKS))
     rms_norm_gradient(const T* grad_normed, const T* x, const T* weight, const T* addend, T* grad_x, float* partials,
                       int64_t num_rows, int size, float eps, float offset) {
   __shared__ float scratch[2][REDUCTION_SCRATCH<2>];
   const int group = blockIdx.x * blockDim.y + threadIdx.y;
-  WeightGradient<N, CHUNKS> weight_gradient(partials ? partials + static_cast<int64_t>(group) * size : nullptr, {size});
+  DYNAMIC_SHARED(float, weight_sums);
+  WeightGradient<N, CHUNKS> weight_gradient(weight_sums, partials, group, size);
   const int num_groups = gridDim.x * blockDim.y;
   int turn = 0;
   for (int64_t row = group; row - threadIdx.y < num_rows; row += num_groups) {
@@ -279,7 +304,7 @@ __global__ void __launch_bounds__(max_threads(CHUNKS), 1)
     const Columns<N, CHUNKS> columns{row < num_rows ? size : 0};
     Row<T, N, CHUNKS> values(x + start, columns), gradients(grad_normed + start, columns);
     const Row<T, N, CHUNKS> addends(addend ? addend + start : nullptr, columns);
-    Weight<T, N, CHUNKS> weights(weight, offset, columns);
+    const Weight<T, N, 0> weights(weight, offset, {});
     const int64_t next = start + static_cast<int64_t>(num_groups) * size;
     const Columns<N, CHUNKS> next_columns{row + num_groups < num_rows ? size : 0};
     prefetch_row(x + next, next_columns);
@@ -288,7 +313,7 @@ __global__ void __launch_bounds__(max_threads(CHUNKS), 1)
     float sums[2] = {0.0f, 0.0f};
     columns.each([&](int chunk, int column) { add_products(chunk, column, values, gradients, weights, sums); });
     row_reduce<Sum>(sums, scratch[turn]);
-    values.keep_packed(), gradients.keep_packed(), weights.row.keep_packed();
+    values.keep_packed(), gradients.keep_packed();
     turn ^= 1;
     const NormGradient norm(sums, size, eps);
     columns.each([&](int chunk, int column) {
@@ -309,22 +334,23 @@ __global__ void __launch_bounds__(max_threads(CHUNKS), 1)
       weight_gradient.add(chunk, column, for_weight);
     });
   }
-  weight_gradient.write({size});
+  weight_gradient.write();
 }
 
 // Gradients of sum = residual + norm(x) with post_weight, normed = norm(sum) with weight. The gradient that reaches
 // `sum` is rounded to T where it is stored as the residual's. `partials` is [2, rows of threads, size]: post_weight's,
 // then weight's.
 template <class T, int N, int CHUNKS>
-__global__ void __launch_bounds__(max_threads(CHUNKS), 1)
+__global__ void BOUNDS_OF_TWO_NORMS
     rms_norm_add_rms_norm_gradient(const T* grad_sum, const T* grad_normed, const T* x, const T* sum,
                                    const T* post_weight, const T* weight, T* grad_residual, T* grad_x, float* partials,
                                    int64_t num_rows, int size, float eps, float offset) {
   __shared__ float scratch[2][REDUCTION_SCRATCH<2>];
   const int group = blockIdx.x * blockDim.y + threadIdx.y, num_groups = gridDim.x * blockDim.y;
-  float* const mine = partials ? partials + static_cast<int64_t>(group) * size : nullptr;
-  WeightGradient<N, CHUNKS> post_weight_gradient(mine, {size});
-  WeightGradient<N, CHUNKS> weight_gradient(mine ? mine + static_cast<int64_t>(num_groups) * size : nullptr, {size});
+  DYNAMIC_SHARED(float, weight_sums);
+  WeightGradient<N, CHUNKS> post_weight_gradient(weight_sums, partials, group, size);
+  WeightGradient<N, CHUNKS> weight_gradient(weight_sums + weight_gradient_floats<N, CHUNKS>(blockDim.x * blockDim.y),
+                                            partials, num_groups + group, size);
   for (int64_t row = group; row - threadIdx.y < num_rows; row += num_groups) {
     const int64_t start = row * size;
     const Columns<N, CHUNKS> columns{row < num_rows ? size : 0};
@@ -335,10 +361,10 @@ __global__ void __launch_bounds__(max_threads(CHUNKS), 1)
     for (const T* tensor : {sum, grad_normed, grad_sum, x}) prefetch_row(tensor + next, next_columns);
     float sums[2] = {0.0f, 0.0f};
     {
-      Weight<T, N, CHUNKS> weights(weight, offset, columns);
+      const Weight<T, N, 0> weights(weight, offset, {});
       columns.each([&](int chunk, int column) { add_products(chunk, column, totals, gradients, weights, sums); });
       row_reduce<Sum>(sums, scratch[0]);
-      totals.keep_packed(), gradients.keep_packed(), weights.row.keep_packed();
+      totals.keep_packed(), gradients.keep_packed();
       const NormGradient norm(sums, size, eps);
       columns.each([&](int chunk, int column) {
         const Vector<T, N> total = totals.at(chunk, column), gradient = gradients.at(chunk, column);
@@ -355,11 +381,11 @@ __global__ void __launch_bounds__(max_threads(CHUNKS), 1)
       });
     }
     flowing.now_in(grad_residual + start);
-    Weight<T, N, CHUNKS> post_weights(post_weight, offset, columns);
+    const Weight<T, N, 0> post_weights(post_weight, offset, {});
     sums[0] = sums[1] = 0.0f;
     columns.each([&](int chunk, int column) { add_products(chunk, column, inputs, flowing, post_weights, sums); });
     row_reduce<Sum>(sums, scratch[1]);
-    inputs.keep_packed(), flowing.keep_packed(), post_weights.row.keep_packed();
+    inputs.keep_packed(), flowing.keep_packed();
     const NormGradient norm(sums, size, eps);
     columns.each([&](int chunk, int column) {
       const Vector<T, N> value = inputs.at(chunk, column), gradient = flowing.at(chunk, column);
@@ -375,8 +401,8 @@ __global__ void __launch_bounds__(max_threads(CHUNKS), 1)
       post_weight_gradient.add(chunk, column, for_weight);
     });
   }
-  post_weight_gradient.write({size});
-  weight_gradient.write({size});
+  post_weight_gradient.write();
+  weight_gradient.write();
 }
 
 }  // namespace kernels
