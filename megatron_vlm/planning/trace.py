@@ -128,13 +128,22 @@ class Tracer:
         differentiable = [value for value in inputs if _is_differentiable(value)]
         key = (key, *map(_Shape.of, differentiable), *map(_values, leaves(inputs, torch.Tensor)))
         if key not in self._counted:
-            own_inputs = (_Shape.of(value).make() if _is_differentiable(value) else value for value in inputs)
             with recorder.paused():
-                self._counted[key] = self._count(run, tuple(own_inputs))
+                first, _ = self._count(run, _own(inputs))
+                self._counted[key] = self._count(run, _own(inputs))
+            # The first layer of a kind makes tables that serve the others too (`Spans`).
+            counts, _ = self._counted[key]
+            recorder.counts.add_work(first.without([counts]))
+            recorder.grow(first.kept_bytes - counts.kept_bytes)
         counts, shapes = self._counted[key]
         recorder.counts.add_work(counts)
         outputs = iter(_StandIn.of(recorder, counts, leaves(shapes, _Shape), inputs, differentiable))
         return counts, mapped(shapes, _Shape, lambda _: next(outputs))
+
+
+def _own(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return inputs of a part that is run alone, whose gradients go no further."""
+    return tuple(_Shape.of(value).make() if _is_differentiable(value) else value for value in inputs)
 
 
 def group_names(groups: ProcessGroupCollection) -> dict[str, str]:
