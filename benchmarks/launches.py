@@ -35,6 +35,7 @@ from megatron_vlm import platform  # noqa: E402
 platform.initialize("cpu")
 from megatron_vlm.training.step import run_global_batch  # noqa: E402
 from tests import published_gemma3, published_gemma4, published_mistral3, published_qwen3_vl  # noqa: E402
+from tests.fake_gpu.device import CUDA  # noqa: E402
 from tests.fake_gpu.launches import LaunchRecorder, Work  # noqa: E402
 from tests.fake_gpu.step import fake_rank, few_layers  # noqa: E402
 
@@ -108,9 +109,9 @@ def count(case: Case) -> dict[str, dict[str, Any]]:
     """Return what the last layer of each kind of attention does, by direction, and the bytes that it keeps."""
     hf_config = few_layers(case.hf_config, case.num_layers)
     with fake_rank(hf_config, *case.overrides, world_size=case.world_size, text_only=True) as run:
-        recorder = LaunchRecorder.of(run)
+        recorder, batch = LaunchRecorder.of(run), run.batch.to(CUDA, non_blocking=True)
         with recorder, recorder.layers(run.layers):
-            run_global_batch(run.model, [run.batch], run.groups)
+            run_global_batch(run.model, [batch], run.groups)
     kinds = {
         "full attention" if layer.window is None else "sliding attention": index
         for index, layer in enumerate(run.model_config.text.layers)

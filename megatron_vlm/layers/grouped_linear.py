@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
 
 from megatron_vlm.layers.operands import Operand, Provider
+from megatron_vlm.layers.weight_gradient import added_to_main, main_gradient
 from vlm_kernels.grouped_gradient import add_grouped_product_
 
 
@@ -65,13 +66,10 @@ def _matrices(weight: torch.Tensor | Provider) -> torch.Tensor:
 
 def _weight_gradient(
     weight: torch.Tensor, gradient: torch.Tensor, x_TH: torch.Tensor, ends: torch.Tensor
-) -> torch.Tensor:
+) -> torch.Tensor | None:
     """Return what autograd gets; it must add nothing where the gradient is in `main_grad` already."""
-    main = getattr(weight, "main_grad", None)
-    if main is None or main.dtype != torch.float32 or not hasattr(weight, "grad_added_to_main_grad"):
+    main = main_gradient(weight)
+    if main is None or main.dtype != torch.float32:
         return grouped_mm(gradient.t(), x_TH, offs=ends).view_as(weight)
     add_grouped_product_(main.flatten(1, -2), gradient, x_TH, ends)
-    weight.grad_added_to_main_grad = True
-    # megatron-core never reads this gradient, but needs one; the memory of `main_grad` costs nothing extra, and a
-    # detached view is not copied.
-    return main.detach().flatten().view(weight.dtype)[: weight.numel()].view_as(weight)
+    return added_to_main(weight, main)

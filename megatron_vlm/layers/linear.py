@@ -163,7 +163,9 @@ def joint_column_parallel(
     x: torch.Tensor, linears: Sequence[ColumnParallel], group: Group, sequence_parallel: bool
 ) -> torch.Tensor:
     """Return what `column_parallel` does in one tensor [S, B, sum of outputs], of linears without biases."""
-    return _joint_product(x, [linear() for linear in linears], group, sequence_parallel)[0]
+    operands = [linear() for linear in linears]
+    assert all(operand.bias is None for operand in operands), "biases would be left out"
+    return _joint_product(x, operands, group, sequence_parallel)[0]
 
 
 def multiply(

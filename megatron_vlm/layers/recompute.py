@@ -19,6 +19,7 @@ def run_layer(layer: torch.nn.Module, *inputs: Any, recompute: bool) -> Any:
     """Return the output of a layer; with `recompute`, a layer in training mode keeps only its inputs and decisions."""
     run: Callable[..., Any] = layer
     if recompute and layer.training:
+        assert not _active, "the inner layer would decide again when the outer one is recomputed"
         # No model draws random numbers (tests/test_recompute.py), so no generator's state is kept.
         run = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False, context_fn=_passes)
     return _runners[-1](layer, run, inputs) if _runners else run(*inputs)

@@ -50,6 +50,8 @@ def added_to_main(weight: torch.Tensor, main: torch.Tensor) -> torch.Tensor | No
     if getattr(weight, "zero_out_wgrad", False):
         # megatron-core adds what autograd collects from the weight's other use, the lookup.
         return None
+    if torch.is_anomaly_enabled():
+        return torch.zeros_like(weight)  # fp32 bytes read as bf16 may be a NaN, for which anomaly detection looks
     # megatron-core never reads this gradient, but needs one; the memory of `main_grad` costs nothing extra, and a
     # detached view is not copied.
     return main.detach().flatten().view(weight.dtype)[: weight.numel()].view_as(weight)

@@ -22,12 +22,13 @@ from megatron_vlm.layers.linear import (
     Group,
     RowParallelLinear,
     SectionedColumnParallelLinear,
+    joint_column_parallel,
     multiply,
 )
 from megatron_vlm.layers.operands import Operand
 from megatron_vlm.layers.side_by_side import add_side_by_side
 from megatron_vlm.parallel.parameters import Initial, declare
-from vlm_kernels.gated import gated
+from vlm_kernels.gated import gated, gated_halves
 
 
 def minus_infinity(whole: torch.Tensor, std: float, generator: torch.Generator) -> None:
@@ -191,5 +192,9 @@ class ClippedGatedMLP(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [T, hidden size] to the same shape."""
+        if not self.gate_proj.clips:
+            linears = [cast(ColumnParallelLinear, layer.linear) for layer in (self.gate_proj, self.up_proj)]
+            gate_up = joint_column_parallel(x, linears, self.group, False)
+            return self.down_proj(gated_halves(gate_up, "gelu_tanh", consume=True))
         gate, up = clipped_column_parallel(x, (self.gate_proj, self.up_proj), self.group)
         return self.down_proj(gated(gate, up, "gelu_tanh", consume=True))
