@@ -249,7 +249,8 @@ def _muon(optimizer: OptimizerSettings) -> Iterator[UserError]:
         )
     if not 0 < optimizer.muon_extra_scale_factor <= MOST:
         yield ConfigError(
-            f"optimizer.muon_extra_scale_factor is {optimizer.muon_extra_scale_factor}", fix="give a number above 0"
+            f"optimizer.muon_extra_scale_factor is {optimizer.muon_extra_scale_factor}",
+            fix=f"give a number above 0 and at most {MOST:g}",
         )
 
 

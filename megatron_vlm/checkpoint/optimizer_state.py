@@ -10,7 +10,8 @@ With Muon, matrices have an optimizer of their own beside AdamW's. Where state i
 matrices, which are stored as the distributed optimizer stores the rest.
 
 A model with experts has two optimizers of one kind, chained: the second holds the experts, whose replicas are other
-ranks. Every rank has both, with empty groups where its stage has no experts.
+ranks. Every rank has both, with empty groups where its stage has no experts; or a stub of one, where nothing of its
+kind trains on any rank.
 """
 
 from __future__ import annotations
@@ -78,18 +79,19 @@ def sharded_state(
     Returns:
         Trees of sharded tensors, by number of the optimizer in the chain.
     """
-    state = {}
+    state: dict[int, Any] = {}
     of_one_rank = _of_one_data_rank(optimizer)
     for index, member in enumerate(_chained(optimizer)):
+        if member.optimizer is None:  # megatron-core's stub, where nothing of its kind trains on any rank
+            state[index] = {}
+            continue
         if member.init_state_fn is None:  # SGD without momentum has no state, and megatron-core calls the None
             member.init_state_fn = lambda *_: None
+        # Allocates the moments where no step was taken yet: before a load, or where all were skipped.
+        member.init_state_fn(member.optimizer, member.config)
         if isinstance(member, DistributedOptimizer):
-            # Allocates the moments where no step was taken yet: before a load, or where all were skipped.
-            member.init_state_fn(member.optimizer, member.config)
             state[index] = sharded_shards(member, model_state)
             continue
-        if member in of_one_rank and member.optimizer is not None:
-            member.init_state_fn(member.optimizer, member.config)  # as above
         state[index] = _tensors(member, member.sharded_state_dict(model_state, is_loading=is_loading))
         if member in of_one_rank:
             dict_list_map_inplace(partial(_without_copies, _MAIN_PREFIX[type(member)]), state[index])
@@ -155,6 +157,8 @@ def load_state(optimizer: MegatronOptimizer, loaded: Mapping[int, Any], saved: M
 
 
 def _load_member(member: Any, tensors: dict[Any, Any], groups: list[dict[str, Any]]) -> None:
+    if member.optimizer is None:
+        return
     if isinstance(member, DistributedOptimizer):
         state: dict[str, Any] = {"optimizer": {"param_groups": groups}}  # its tensors were loaded in place
     else:
@@ -178,9 +182,8 @@ def match_groups(optimizer: MegatronOptimizer, saved: Mapping[str, Any], where: 
         CheckpointError: another kind of optimizer, or a group's settings are in no saved group.
     """
     if optimizer.config.optimizer != saved["name"]:
-        raise CheckpointError(
-            f"saved by optimizer {saved['name']}, this run uses {optimizer.config.optimizer}", where, _SETTINGS_FIX
-        )
+        there, here = (name.replace("adam", "adamw") for name in (saved["name"], optimizer.config.optimizer))
+        raise CheckpointError(f"saved by optimizer {there}, this run uses {here}", where, _SETTINGS_FIX)
     candidates = [{key: _from_json(value) for key, value in group.items()} for group in saved["groups"]]
     return [_match(group, candidates, where) for group in optimizer.param_groups]
 

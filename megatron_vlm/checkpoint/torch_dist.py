@@ -219,6 +219,10 @@ class TorchDistReader:
         except (*UNREADABLE, AttributeError, TypeError, MemoryError) as error:
             reason = getattr(error, "strerror", None) or error
             raise CheckpointError(f"cannot read its metadata ({reason})", str(path), DAMAGED) from error
+        for key, entry in self.tensors.items():
+            found, size = sum(math.prod(chunk.sizes) for chunk in entry.chunks), math.prod(entry.size)
+            if found < size:
+                raise CheckpointError(f"{size - found} of the {size} elements of {key} are missing", str(path), DAMAGED)
         self._pieces: dict[str, list[_Piece]] = {}
         self._streams: dict[str, io.FileIO] = {}
 
@@ -380,7 +384,13 @@ class CheckedFileReader(FileSystemReader):
                 with io.FileIO(os.path.join(self.path, path), "rb") as stream:
                     for _, in_record in itertools.groupby(in_file, lambda entry: entry[0].offset):
                         storages, items = zip(*in_record, strict=True)
-                        _load_record(_Record(stream, storages[0]), items, planner)
+                        try:
+                            _load_record(_Record(stream, storages[0]), items, planner)
+                        except UNREADABLE as error:
+                            if path in str(error):
+                                raise
+                            key, reason = items[0].storage_index.fqn, " ".join(str(error).split())
+                            raise ValueError(f"what {path} holds of {key} cannot be read ({reason})") from error
                         progress.advance(storages[0].length)
         future: Future[None] = Future()
         future.set_result(None)

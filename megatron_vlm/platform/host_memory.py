@@ -7,6 +7,7 @@ torch's own page-locked memory would be rounded up to a power of two for each te
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import warnings
 from collections.abc import Sequence
@@ -65,6 +66,7 @@ class HostMemory:
         address = torch.frombuffer(self._block, dtype=torch.uint8).data_ptr()
         error = int(torch.cuda.cudart().cudaHostRegister(address, self.num_bytes, 0))
         if error:
+            _clear_error()
             warnings.warn(
                 f"{self.num_bytes} bytes of host memory could not be page-locked (CUDA error {error}): "
                 "copying what is saved takes longer",
@@ -72,6 +74,12 @@ class HostMemory:
             )
         else:
             self._locked_address = address
+
+
+def _clear_error() -> None:
+    """Take CUDA's last error back, which it would otherwise raise at the next kernel, whatever that is."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device=current().device)
 
 
 def _aligned_bytes(tensor: torch.Tensor) -> int:

@@ -163,7 +163,10 @@ def gradient_norm(optimizer: ChainedOptimizer) -> float:
 
 def _sum_of_squares(gradients: Sequence[torch.Tensor], group: torch.distributed.ProcessGroup) -> torch.Tensor:
     """Return the sum over all elements that the ranks of a group hold, each of which must call this."""
-    square = torch.nn.utils.get_total_norm(gradients).square().to(platform.current().device)  # without any, on the host
+    if gradients:
+        square = torch.nn.utils.get_total_norm(gradients).square()
+    else:
+        square = torch.zeros((), device=platform.current().device)
     torch.distributed.all_reduce(square, group=group)
     return square
 

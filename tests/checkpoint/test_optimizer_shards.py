@@ -6,6 +6,8 @@ Reference for the values: what megatron-core itself gathers from the same optimi
 from __future__ import annotations
 
 import math
+import pickle
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +17,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_vlm.checkpoint import optimizer_state, torch_dist
 from megatron_vlm.checkpoint.optimizer_shards import boxes_of_range
 from megatron_vlm.checkpoint.torch_dist import TorchDistReader
+from megatron_vlm.errors import CheckpointError
 from megatron_vlm.platform.host_memory import HostMemory
 from tests.checkpoint.moved_bytes import Copies, bytes_on_disk, counted_collectives
 from tests.checkpoint.test_distributed_layouts import assert_follows_reference, load_fails
@@ -266,6 +270,41 @@ def test_a_checkpoint_with_whole_parameters_continues_bit_for_bit(tmp_path: Path
     expected = run_ranks(4, save_as_before_and_continue, settings, str(tmp_path))
     with TorchDistReader(tmp_path / f"step_{STEPS:08d}") as reader:
         assert all(len(entry.chunks) == 1 for entry in reader.tensors.values())
+    for left, right in zip(expected, run_ranks(4, resumed, settings, str(tmp_path)), strict=True):
+        assert_same(left, right)
+
+
+def test_a_missing_piece_is_told(tmp_path: Path) -> None:
+    run_ranks(4, save, Settings(DATA_4, bf16=True), str(tmp_path))
+    (folder,) = tmp_path.glob("step_*")
+    metadata = FileSystemReader(folder).read_metadata()
+    key = f"optimizer.state.exp_avg.{ODD_ROWS}"
+    missing = metadata.state_dict_metadata[key].chunks.pop()
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    message = f"{missing.sizes.numel()} of the {95 * 23} elements of {key} are missing"
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        TorchDistReader(folder)
+
+
+# Unusual optimizers
+
+
+def save_and_continue(settings: Settings, folder: str, num_steps: int) -> dict[str, Any]:
+    run = Run(settings, folder)
+    run.train(num_steps)
+    run.save()
+    run.train(2)
+    return run.local_state()
+
+
+@pytest.mark.parametrize("distributed", [True, False], ids=["sharded", "whole"])
+@pytest.mark.parametrize(
+    ("freeze", "num_steps"), [(r"(?!.*experts)", STEPS), (FROZEN, 0)], ids=["experts alone train", "before any update"]
+)
+def test_it_continues_bit_for_bit(freeze: str, num_steps: int, distributed: bool, tmp_path: Path) -> None:
+    """Where no dense parameter trains, megatron-core has a stub for their optimizer."""
+    settings = Settings(EXPERTS, bf16=True, freeze=freeze, distributed_optimizer=distributed)
+    expected = run_ranks(4, save_and_continue, settings, str(tmp_path), num_steps)
     for left, right in zip(expected, run_ranks(4, resumed, settings, str(tmp_path)), strict=True):
         assert_same(left, right)
 

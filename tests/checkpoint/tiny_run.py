@@ -313,7 +313,9 @@ class Run:
         for number, chunk in enumerate(self.chunks):
             for name, parameter in chunk.module.named_parameters():
                 state[f"parameter.{number}.{name}"] = parameter.detach().clone()
-        states = [member.optimizer.state for member in self.optimizer.chained_optimizers]
+        states = [
+            member.optimizer.state for member in self.optimizer.chained_optimizers if member.optimizer is not None
+        ]
         tensors = {parameter: values for state_of_member in states for parameter, values in state_of_member.items()}
         for number, group in enumerate(self.optimizer.param_groups):
             state |= {f"group.{number}.{key}": value for key, value in group.items() if isinstance(value, (int, float))}

@@ -39,6 +39,8 @@ STEPS = [
     pytest.param(MISTRAL3("mistral3_24b"), 2, 2, PIPELINE, id="mistral3 24B PP2"),
     full(QWEN3_VL("2b"), 2, 1, (), id="qwen3_vl 2B"),
     full(QWEN3_VL("2b"), 4, 2, PIPELINE, id="qwen3_vl 2B PP2"),
+    full(QWEN3_VL("2b"), 4, 2, (*PIPELINE, "model.freeze=[language_model]"), id="qwen3_vl 2B PP2, towers train"),
+    full(QWEN3_VL("2b"), 2, 2, (*TENSOR, "optimizer.name=muon"), id="qwen3_vl 2B TP2, Muon"),
     full(QWEN3_VL("2b"), 2, 2, CONTEXT, id="qwen3_vl 2B CP2"),
     full(QWEN3_VL("30b_a3b"), 2, 1, (), id="qwen3_vl 30B-A3B"),
     full(QWEN3_VL("30b_a3b"), 4, 2, PIPELINE, id="qwen3_vl 30B-A3B PP2"),
