@@ -4,7 +4,9 @@
 
 Four ranks on the CPU hold a bf16 model with fp32 main parameters and two moments in the distributed optimizer: without
 experts as DP4, and with most of the parameters in experts as EP2 x DP2. They save three times in the background. The
-first plans what the others follow, the second is traced, the third is timed. `--before` measures another checkout, too.
+first plans what the others follow, the second is traced, the third is timed. `--before` measures another checkout, too,
+with this one's tiny run: a checkout that lacks what that imports needs the script of its own time (the committed
+`before` is of 7388a22, by the script at its first commit).
 
 What a rank writes goes through host memory first (`aten.copy_`), as it does from a GPU; a checkout that has no
 `HostMemory` is measured without the copy that it, too, makes on a GPU. `aten.clone` are views, which are cloned on the
