@@ -146,7 +146,7 @@ def columns_with_the_slow_half_of_the_frequencies() -> Iterator[None]:
 @contextmanager
 def images_see_each_other() -> Iterator[None]:
     segments = patches.Segments
-    with mock.patch.object(patches, "Segments", lambda lengths, device: segments((sum(lengths),), device)):
+    with mock.patch.object(patches, "Segments", lambda lengths, *rest: segments((sum(lengths),), *rest)):
         yield
 
 
