@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -282,13 +283,14 @@ def test_memory_follows_the_settings() -> None:
 
     (one,) = memory(1)
     total = sum(map(math.prod, shapes.values()))
-    assert (one.parameter_bytes, one.gradient_bytes, one.optimizer_bytes) == (2 * total, 4 * total, 12 * total)
+    # Buffers of data parallelism are padded, by less than eight kilobytes.
+    exact = partial(pytest.approx, abs=2**13)
+    assert (one.parameter_bytes, one.gradient_bytes, one.optimizer_bytes) == exact((2 * total, 4 * total, 12 * total))
     (four,) = memory(4)
-    assert four.optimizer_bytes == 3 * total and four.parameter_bytes == one.parameter_bytes
+    assert four.optimizer_bytes == exact(3 * total) and four.parameter_bytes == one.parameter_bytes
     (frozen,) = memory(1, "model.freeze=[language_model]")
-    assert frozen.gradient_bytes == 4 * sum(
-        math.prod(shape) for name, shape in shapes.items() if not name.startswith("language_model")
-    )
+    trained = sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith("language_model"))
+    assert frozen.gradient_bytes == exact(4 * trained)
     (plain,) = memory(1, "optimizer.name=sgd", "parallel.use_distributed_optimizer=false", "train.precision=fp32")
     assert plain.optimizer_bytes == 0 and plain.parameter_bytes == 4 * total
     activations = [memory(1, f"model.recompute={kind}")[0].activation_bytes for kind in ("none", "selective", "full")]
