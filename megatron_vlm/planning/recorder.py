@@ -170,7 +170,7 @@ class _RealIntegers(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = list(_tensors((args, kwargs)))
+        tensors = list(tensors_among((args, kwargs)))
         if any(isinstance(tensor, FakeTensor) for tensor in tensors):
             run = _selected if func is _aten.masked_select.default else SHAPES.get(func, func)
             return run(*args, **kwargs)
@@ -252,7 +252,7 @@ class Recorder(TorchDispatchMode):
         if func.namespace == "c10d":
             self._add_collective(func, args)
             return output
-        makes_memory = self._follow(_storages(_tensors((args, kwargs))), _storages(_tensors(output)))
+        makes_memory = self._follow(_storages(tensors_among((args, kwargs))), _storages(tensors_among(output)))
         if (makes_memory or func._schema.is_mutable) and "empty" not in func._schema.name:
             self._add_operation(func, args, kwargs, output)
         return output
@@ -293,7 +293,7 @@ class Recorder(TorchDispatchMode):
             return
         name = func._schema.name.removeprefix("c10d::").strip("_").removesuffix("_base")
         kind = _JOINED.get(func._overloadpacket, name)
-        payload = max(sum(tensor.nbytes for tensor in _tensors(arg)) for arg in args)
+        payload = max(sum(tensor.nbytes for tensor in tensors_among(arg)) for arg in args)
         group_name = self._group_names.get(group.group_name, f"{size} ranks")
         kept = _bytes_to_itself(args, group.rank()) if kind == "alltoall" else None
         self.counts.collectives[Collective(self.phase, kind, group_name, size, payload, kept)] += 1
@@ -305,7 +305,7 @@ _LOOKUPS = ("aten::embedding", "aten::index", "aten::index_select", "aten::gathe
 
 def moved_bytes(name: str, inputs: Any, output: Any) -> int:
     """Return the bytes of all inputs and of outputs that are no inputs, which an operator writes in place."""
-    read, written = ({id(tensor): tensor.nbytes for tensor in _tensors(value)} for value in (inputs, output))
+    read, written = ({id(tensor): tensor.nbytes for tensor in tensors_among(value)} for value in (inputs, output))
     if name in _LOOKUPS:
         return 2 * sum(written.values())
     return sum((read | written).values()) + sum(size for key, size in written.items() if key in read)
@@ -321,16 +321,16 @@ def _is_group(arg: Any) -> bool:
     return isinstance(arg, torch.ScriptObject) and arg._type().name() == "ProcessGroup"  # type: ignore[attr-defined]
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_among(value: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors among an operator's arguments; torch's own `tree_leaves` takes many times as long."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_among(item)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_among(item)
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, torch.UntypedStorage]:

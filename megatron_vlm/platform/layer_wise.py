@@ -6,7 +6,7 @@ It gives each data rank whole parameters to update, which Muon needs. Three thin
 - with one data rank it shards nothing, though experts may have several (`expt_dp`; tensor ranks share the tokens): each
   of these would update all experts, most of them with a part of their gradient.
 - in fp32 its members are bare torch optimizers, which lack what a chain calls.
-- its members are not told their process groups, and ask the global ones, which do not exist here.
+- its members are not given their process groups, and look for global ones, which do not exist here.
 
 This goes when megatron-core has repaired them.
 """

@@ -5,7 +5,7 @@ make the host wait for the device, or mixes tensors of the two, raises `DeviceFa
 backward pass; waits in `KNOWN_WAITS` are counted.
 
 autograd's engine takes a stream for every tensor on CUDA, from a driver. Here it runs without: where C++ asks a fake
-tensor for its device, the answer is "meta", which has no streams; Python is told "cuda".
+tensor for its device, the answer is "meta", which has no streams; in Python it is "cuda".
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_vlm import platform
-from megatron_vlm.planning.recorder import SHAPES
+from megatron_vlm.planning.recorder import SHAPES, tensors_among
 from megatron_vlm.planning.trace import mapped
 from megatron_vlm.platform import device as platform_device
 from megatron_vlm.platform import megatron_cpu
@@ -107,7 +107,7 @@ class FakeGpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = list(_tensors((args, kwargs)))
+        tensors = list(tensors_among((args, kwargs)))
         fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
         if func is torch.ops.prim.device.default:
             return _META if fakes else func(*args, **kwargs)
@@ -209,16 +209,6 @@ def _frames() -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
 
 
 @contextmanager
